@@ -1,0 +1,37 @@
+"""lora-probe: follow a LoRA adapter from its checkpoint to the tokens of an engine.
+
+    adapter folder -> adapter -> rules -> ledger
+    engine         -> trace   -> ledger, comparison -> render
+
+The functions below are the whole public interface; each is imported when it is first used, so that
+`import lora_probe` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lora_probe.adapter import open_adapter as inspect
+    from lora_probe.comparison import compare
+    from lora_probe.engines.launch import trace
+    from lora_probe.reading import open_trace
+
+__version__ = "0.1.0"
+
+__all__ = ["__version__", "compare", "inspect", "open_trace", "trace"]
+
+_HOMES = {
+    "inspect": ("lora_probe.adapter", "open_adapter"),
+    "trace": ("lora_probe.engines.launch", "trace"),
+    "open_trace": ("lora_probe.reading", "open_trace"),
+    "compare": ("lora_probe.comparison", "compare"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'lora_probe' has no attribute {name!r}")
+    module, attribute = _HOMES[name]
+    return getattr(import_module(module), attribute)

@@ -1,0 +1,266 @@
+"""An adapter checkpoint on disk: `Adapter` and its `AdapterModule`s.
+
+In: a folder with `adapter_config.json` and `adapter_model.safetensors`, or a training output folder. Out: the
+config, and every tensor of the file in exactly one place: half of a module's pair, an extra of a module, or
+`others` with the reason why it is not LoRA. Values are read lazily; torch is not needed.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from lora_probe.config import AdapterConfig, open_config
+from lora_probe.errors import UnreadableFile
+from lora_probe.weights import TensorHeader, WeightsFile, open_weights, read, sha256
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+LAYER = re.compile(r"(?:^|\.)(\d+)\.")
+_PAIR = re.compile(r"^(?P<path>.+)\.(?P<half>lora_A|lora_B|lora_embedding_A|lora_embedding_B)(?:\.weight)?$")
+_EXTRA = re.compile(r"^(?P<path>.+)\.(?P<what>lora_magnitude_vector|lora_B\.bias|lora_diag)(?:\.weight)?$")
+
+Key = tuple[str, str, int | None]
+"""(module path in the base model, parameter, expert or None): what a module is called everywhere."""
+
+
+@dataclass(frozen=True)
+class AdapterModule:
+    """One pair of the file. `A: [r, in]`, `B: [out, r]`; for an embedding `A: [r, vocabulary]`.
+
+    `module` is `stored_as` (the path in the file) without PEFT's prefix and with fused experts resolved.
+    """
+
+    module: str
+    stored_as: str
+    a: TensorHeader | None
+    b: TensorHeader | None
+    config_rank: int
+    scaling: float
+    parameter: str = "weight"
+    expert: int | None = None
+    embedding: bool = False
+    extras: tuple[TensorHeader, ...] = ()
+
+    @property
+    def key(self) -> Key:
+        return self.module, self.parameter, self.expert
+
+    @property
+    def rank(self) -> int | None:
+        """The rank of the tensors, whatever the config says."""
+        if self.a is not None and self.a.shape:
+            return self.a.shape[0]
+        return self.b.shape[-1] if self.b is not None and self.b.shape else None
+
+    @property
+    def tensors(self) -> tuple[TensorHeader, ...]:
+        return tuple(t for t in (self.a, self.b) if t is not None) + self.extras
+
+
+@dataclass(frozen=True)
+class OtherTensor:
+    """A tensor of the file that is not half of a LoRA pair, and what it is instead."""
+
+    tensor: TensorHeader
+    what: str
+    understood: bool
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One adapter folder. `files` are the names in the folder that belong to neither config nor weights."""
+
+    path: Path
+    config: AdapterConfig
+    weights: WeightsFile
+    modules: tuple[AdapterModule, ...]
+    others: tuple[OtherTensor, ...]
+    files: tuple[str, ...]
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def parameters(self) -> int:
+        return sum(tensor.parameters for tensor in self.weights.tensors.values())
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        return tuple(sorted({tensor.dtype for tensor in self.weights.tensors.values()}))
+
+    def digest(self) -> str:
+        """SHA-256 of config and weights together: the content hash of a load."""
+        return sha256(self.config.path)[:32] + sha256(self.weights.path)[:32]
+
+    def values(self, tensor: TensorHeader) -> npt.NDArray[np.float32]:
+        return read(self.weights.path, tensor)
+
+    def by_key(self) -> dict[Key, AdapterModule]:
+        return {module.key: module for module in self.modules}
+
+
+def open_adapter(path: str | Path) -> Adapter:
+    """Open an adapter folder, or the last checkpoint of a training output folder.
+
+    Raises:
+        UnreadableFile: the folder, the config or the weights are missing or damaged, with what to do.
+    """
+    folder, notes = find_checkpoint(Path(path))
+    config = open_config(_inside(folder, CONFIG))
+    weights = open_weights(_weights_path(folder))
+    modules, others = _sort(weights.tensors, config)
+    known = {CONFIG, WEIGHTS}
+    files = tuple(sorted(entry.name for entry in folder.iterdir() if entry.name not in known))
+    return Adapter(folder, config, weights, modules, others, files, notes)
+
+
+def find_checkpoint(path: Path) -> tuple[Path, tuple[str, ...]]:
+    """The adapter folder that `path` stands for, and a note where a choice was made."""
+    if not path.exists():
+        raise UnreadableFile(f"there is no folder `{path}`", "give the folder that holds adapter_config.json")
+    if not path.is_dir():
+        raise UnreadableFile(f"`{path}` is a file, not an adapter folder", f"give its folder: `{path.parent}`")
+    if (path / CONFIG).exists():
+        return path, ()
+    try:
+        folders = sorted(entry for entry in path.iterdir() if (entry / CONFIG).is_file())
+    except OSError as error:
+        raise UnreadableFile(f"cannot list `{path}`: {error.strerror or error}") from error
+    checkpoints = sorted(
+        (entry for entry in folders if re.fullmatch(r"checkpoint-\d+", entry.name)),
+        key=lambda entry: int(entry.name.rpartition("-")[2]),
+    )
+    if checkpoints:
+        names = ", ".join(entry.name for entry in checkpoints)
+        return checkpoints[-1], (f"`{path}` holds {names}; this is the last, {checkpoints[-1].name}",)
+    hint = f"try `{folders[0]}`" if folders else "give the folder that PEFT's save_pretrained wrote"
+    raise UnreadableFile(f"`{path}` holds no {CONFIG}: it is not an adapter folder", hint)
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """`folder/name`, refused when a symbolic link leads out of the folder's own storage.
+
+    A Hugging Face cache links `snapshots/<commit>/<file>` to `blobs/` of the same repository: that is inside.
+    """
+    path = folder / name
+    if path.is_symlink():
+        target, home = path.resolve(), folder.resolve()
+        repository = home.parent.parent if home.parent.name == "snapshots" else home
+        if not target.is_relative_to(repository):
+            raise UnreadableFile(
+                f"`{path}` is a symbolic link that leads out of its folder, to `{target}`",
+                "copy the file into the folder if you trust it",
+            )
+    return path
+
+
+def _weights_path(folder: Path) -> Path:
+    path = _inside(folder, WEIGHTS)
+    if path.exists():
+        return path
+    if (folder / "adapter_model.bin").exists():
+        raise UnreadableFile(
+            f"`{folder}` holds adapter_model.bin, a pickle, and no {WEIGHTS}",
+            "load it with PEFT and save it again with save_pretrained(..., safe_serialization=True)",
+        )
+    others = sorted(entry.name for entry in folder.glob("*.safetensors"))
+    hint = f"it holds {', '.join(others)}: no loader looks there; rename it" if others else "save the adapter again"
+    raise UnreadableFile(f"`{folder}` has a config but no {WEIGHTS}", hint)
+
+
+def _sort(
+    tensors: dict[str, TensorHeader], config: AdapterConfig
+) -> tuple[tuple[AdapterModule, ...], tuple[OtherTensor, ...]]:
+    halves: dict[str, dict[str, TensorHeader]] = {}
+    extras: dict[str, list[TensorHeader]] = {}
+    others: list[OtherTensor] = []
+    for name, tensor in tensors.items():
+        path = name.removeprefix(PREFIX)
+        if match := _PAIR.match(path):
+            halves.setdefault(match["path"], {})[match["half"]] = tensor
+        elif match := _EXTRA.match(path):
+            extras.setdefault(match["path"], []).append(tensor)
+        else:
+            others.append(_other(path, tensor))
+    for path in extras.keys() - halves.keys():
+        others.extend(OtherTensor(t, "belongs to a module without lora_A and lora_B", False) for t in extras[path])
+    modules = [_module(path, pair, extras.get(path, []), config) for path, pair in halves.items()]
+    return tuple(sorted(modules, key=lambda m: natural(m.stored_as))), tuple(others)
+
+
+def _module(
+    path: str, pair: dict[str, TensorHeader], extras: list[TensorHeader], config: AdapterConfig
+) -> AdapterModule:
+    module, parameter = _expert_parameter(path, config)
+    pattern_name = module if parameter == "weight" else f"{module}.{parameter}"
+    return AdapterModule(
+        module=module,
+        stored_as=path,
+        a=pair.get("lora_A") or pair.get("lora_embedding_A"),
+        b=pair.get("lora_B") or pair.get("lora_embedding_B"),
+        config_rank=config.rank_of(pattern_name),
+        scaling=config.scaling_of(pattern_name),
+        parameter=parameter,
+        embedding=any(half.startswith("lora_embedding") for half in pair),
+        extras=tuple(extras),
+    )
+
+
+def _expert_parameter(path: str, config: AdapterConfig) -> tuple[str, str]:
+    """The module and the parameter that a path names: fused experts are parameters (`target_parameters`).
+
+    PEFT wraps one parameter inside the other (`ParamWrapper`): gate_up_proj is stored as `<module>.base_layer`,
+    down_proj as `<module>`; vLLM's `PEFTHelper.get_rank_and_scaling` reads them the same way.
+    """
+    module = path.removesuffix(".base_layer")
+    split = [target.rpartition(".") for target in config.raw.get("target_parameters") or ()]
+    mine = [name for home, _, name in split if module == home or module.endswith(f".{home}")]
+    if not mine:
+        return path, "weight"
+    if len(mine) == 1:
+        return module, mine[0]
+    return module, "gate_up_proj" if path != module else "down_proj"
+
+
+def _other(path: str, tensor: TensorHeader) -> OtherTensor:
+    last = path.rpartition(".")[2]
+    if ".lora_A." in path or ".lora_B." in path:
+        return OtherTensor(tensor, "an adapter's name stands inside the tensor's name; no loader expects it", False)
+    if "trainable_tokens" in path:
+        return OtherTensor(tensor, "trained tokens (trainable_token_indices)", True)
+    if ".base_layer." in path:
+        return OtherTensor(tensor, "a tensor of the base model", True)
+    if last in ("weight", "bias") and "lora" not in path:
+        return OtherTensor(tensor, "a whole parameter (modules_to_save)", True)
+    return OtherTensor(tensor, "not understood", False)
+
+
+def natural(name: str) -> list[tuple[int, str]]:
+    """A sort key that puts layer 2 before layer 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+
+
+def layer_of(module: str) -> int | None:
+    """The layer number in a module's path: its first number."""
+    match = LAYER.search(module)
+    return int(match[1]) if match else None
+
+
+def projection_of(module: str) -> str:
+    """The last word of a module's path: `q_proj`."""
+    return module.rpartition(".")[2]
+
+
+def ranges(numbers: list[int]) -> str:
+    """`[0, 1, 2, 5]` as `0-2, 5`."""
+    runs: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)

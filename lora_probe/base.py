@@ -1,0 +1,82 @@
+"""The base model on disk: its `config.json` and the names and shapes of its weights.
+
+In: a folder, or the id of a model in the local Hugging Face cache. Out: `Base`. Only headers are read. A base
+without safetensors files has no `shapes`, and what needs them is left unjudged.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_probe.config import read_json
+from lora_probe.errors import UnreadableFile
+from lora_probe.weights import open_weights
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model: `shapes` maps the path of each module with a 2-D weight to `(out, in)`."""
+
+    path: Path
+    config: Mapping[str, Any]
+    shapes: Mapping[str, tuple[int, int]]
+
+    @property
+    def architecture(self) -> str:
+        names = self.config.get("architectures") or ["?"]
+        return str(names[0])
+
+
+def open_base(name: str) -> Base:
+    """Open a base by folder or by id.
+
+    Raises:
+        UnreadableFile: neither a model folder nor a model in the local cache, or a damaged file in it.
+    """
+    folder = _folder(name)
+    config = read_json(folder / "config.json")
+    shapes: dict[str, tuple[int, int]] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        for tensor in open_weights(file).tensors.values():
+            module, _, parameter = tensor.name.rpartition(".")
+            if parameter == "weight" and len(tensor.shape) == 2:
+                shapes[module] = (tensor.shape[0], tensor.shape[1])
+    return Base(folder, config, shapes)
+
+
+def _folder(name: str) -> Path:
+    local = Path(name)
+    if local.is_dir():
+        if not (local / "config.json").exists():
+            raise UnreadableFile(
+                f"`{name}` holds no config.json: it is not a model folder", "give the base model with --model"
+            )
+        return local
+    cached = _cached(name)
+    if cached is None:
+        raise UnreadableFile(
+            f"there is no base model `{name}`: neither a folder here nor a model in {_cache()}",
+            "give a folder or a cached model with --model",
+        )
+    return cached
+
+
+def _cache() -> Path:
+    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "huggingface"
+    return Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
+
+
+def _cached(name: str) -> Path | None:
+    """The newest snapshot in the cache; the layout is documented in huggingface_hub's "Understand caching"."""
+    repository = _cache() / f"models--{name.replace('/', '--')}"
+    try:
+        commit = (repository / "refs" / "main").read_text().strip()
+    except OSError:
+        return None
+    snapshot = repository / "snapshots" / commit
+    return snapshot if (snapshot / "config.json").exists() else None
+

@@ -1,0 +1,238 @@
+"""What `adapter_config.json` says: `AdapterConfig`.
+
+In: the file of an adapter folder. Out: its fields, checked for kind; the rank and the scaling of a module
+(patterns, rsLoRA); which modules of a base it targets. The rules mirror PEFT 0.21: `check_target_module_exists`
+in `peft/tuners/tuners_utils.py` and `get_pattern_key` in `peft/utils/other.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lora_probe.errors import UnreadableFile
+
+MAX_CONFIG = 10_000_000
+"""Bytes; real ones have about a thousand."""
+
+PEFT_DEFAULT_RANK = 8
+PEFT_DEFAULT_ALPHA = 8
+
+VARIANTS = {
+    "use_rslora": "rsLoRA",
+    "use_dora": "DoRA",
+    "use_qalora": "QALoRA",
+    "use_bdlora": "BD-LoRA",
+    "lora_bias": "lora_bias",
+    "rank_pattern": "rank_pattern",
+    "alpha_pattern": "alpha_pattern",
+    "modules_to_save": "modules_to_save",
+    "trainable_token_indices": "trainable tokens",
+    "target_parameters": "target_parameters",
+    "layers_to_transform": "layers_to_transform",
+    "exclude_modules": "exclude_modules",
+    "layer_replication": "layer_replication",
+    "alora_invocation_tokens": "aLoRA",
+    "arrow_config": "Arrow",
+    "kasa_config": "KaSA",
+    "monteclora_config": "MonteCLoRA",
+    "velora_config": "VeLoRA",
+}
+"""Fields that make an adapter more than plain LoRA when they hold a value, and the name people know them by."""
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """The fields of `adapter_config.json` that decide what the adapter is; `raw` holds all of them."""
+
+    path: Path
+    base_model: str | None
+    peft_version: str | None
+    rank: int
+    alpha: float
+    rslora: bool
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+    target_modules: str | tuple[str, ...] | None
+    raw: Mapping[str, Any] = field(repr=False)
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """What makes it more than plain LoRA, in the words of PEFT's documentation."""
+        found = [word for key, word in VARIANTS.items() if self.raw.get(key)]
+        init = self.raw.get("init_lora_weights")
+        if isinstance(init, str) and init != "gaussian":
+            found.append(f"init {init}")
+        if self.raw.get("bias", "none") != "none":
+            found.append(f"bias {self.raw['bias']}")
+        return tuple(found)
+
+    @property
+    def scaling(self) -> float:
+        """The scaling of every module that no pattern names: `alpha / r`, with rsLoRA `alpha / sqrt(r)`."""
+        return self._scaling(self.rank, self.alpha)
+
+    def rank_of(self, module: str) -> int:
+        """The rank that the config gives to `module` (`rank_pattern` first, then `r`)."""
+        return int(_match(self.rank_pattern, module, self.rank))
+
+    def scaling_of(self, module: str) -> float:
+        """The factor `s` of `s·B·A` for `module`, as PEFT and vLLM >= 0.32 compute it from the config alone."""
+        return self._scaling(self.rank_of(module), _match(self.alpha_pattern, module, self.alpha))
+
+    def _scaling(self, rank: int, alpha: float) -> float:
+        return alpha / math.sqrt(rank) if self.rslora else alpha / rank
+
+    def targeted(self, names: Iterable[str]) -> list[str]:
+        """Those of `names` (modules of a base) that PEFT would give an adapter for this config."""
+        return [name for name in names if self._targets(name)]
+
+    def _targets(self, name: str) -> bool:
+        excluded = self.raw.get("exclude_modules")
+        if excluded and _names(excluded, name):
+            return False
+        saved = self.raw.get("modules_to_save") or ()
+        if any(re.match(rf"(^|.*\.){part}($|\..*)", name) for part in saved):
+            return False
+        if self.target_modules is None or self.target_modules == ():
+            return False
+        if self.target_modules == "all-linear":
+            return name.rpartition(".")[2] not in ("lm_head", "embed_tokens", "score", "classifier")
+        if isinstance(self.target_modules, str):
+            return re.fullmatch(self.target_modules, name) is not None
+        return _names(self.target_modules, name) and self._in_layers(name)
+
+    def _in_layers(self, name: str) -> bool:
+        wanted = self.raw.get("layers_to_transform")
+        if wanted is None or wanted == []:
+            return True
+        patterns = self.raw.get("layers_pattern")
+        if isinstance(patterns, str):
+            patterns = [patterns] if patterns else None
+        expressions = [rf"(?:^|.*?\.){p}\.(?P<idx>\d+)\." for p in patterns or ()]
+        for expression in expressions or [r".*?\.[^.]*\.(?P<idx>\d+)\."]:
+            if match := re.match(expression, name):
+                layer = int(match["idx"])
+                return layer == wanted if isinstance(wanted, int) else layer in wanted
+        return False
+
+
+def _names(targets: str | Iterable[str], name: str) -> bool:
+    """PEFT's rule: a string is a regular expression for the whole name, a list holds names or their ends."""
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def _match(patterns: Mapping[str, Any], module: str, default: float) -> float:
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return float(value)
+    return default
+
+
+def open_config(path: Path) -> AdapterConfig:
+    """Read `adapter_config.json`.
+
+    Raises:
+        UnreadableFile: it is missing, not JSON, not a LoRA config, or a field is of the wrong kind.
+    """
+    raw = read_json(path)
+    kind = raw.get("peft_type")
+    if kind is None and not {"r", "lora_alpha", "target_modules"} & raw.keys():
+        known = ", ".join(list(raw)[:5])
+        raise UnreadableFile(
+            f"`{path}` is not a PEFT config: it has no `peft_type`, `r` or `target_modules` (it has {known})",
+            "is this an adapter of another library (MLX, AdapterHub)? lora-probe reads PEFT LoRA adapters",
+        )
+    if kind not in (None, "LORA"):
+        raise UnreadableFile(
+            f"`{path}` describes a {kind} adapter, not LoRA", "lora-probe reads PEFT LoRA adapters only"
+        )
+    rank = _number(path, raw, "r", PEFT_DEFAULT_RANK)
+    if rank != int(rank) or rank < 1:
+        raise UnreadableFile(f"`{path}`: `r` is {raw['r']!r}, a rank is a whole number from 1")
+    ranks = _table(path, raw, "rank_pattern")
+    if any(value != int(value) or value < 1 for value in ranks.values()):
+        raise UnreadableFile(f"`{path}`: `rank_pattern` holds a value that is no rank: {ranks!r}")
+    return AdapterConfig(
+        path=path,
+        base_model=_text(raw.get("base_model_name_or_path")),
+        peft_version=_text(raw.get("peft_version")),
+        rank=int(rank),
+        alpha=_number(path, raw, "lora_alpha", PEFT_DEFAULT_ALPHA),
+        rslora=bool(raw.get("use_rslora")),
+        rank_pattern={key: int(value) for key, value in ranks.items()},
+        alpha_pattern=_table(path, raw, "alpha_pattern"),
+        target_modules=_targets(path, raw),
+        raw=raw,
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file that nobody vouches for.
+
+    Raises:
+        UnreadableFile: missing, too large, not JSON (with line and column), or not an object.
+    """
+    try:
+        with path.open("rb") as file:
+            text = file.read(MAX_CONFIG + 1)
+    except OSError as error:
+        raise UnreadableFile(f"cannot read `{path}`: {error.strerror or error}") from error
+    if len(text) > MAX_CONFIG:
+        raise UnreadableFile(f"`{path}` is larger than {MAX_CONFIG} bytes; no config is")
+    try:
+        raw = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UnreadableFile(
+            f"`{path}` is not valid JSON: {error.msg} in line {error.lineno}, column {error.colno}"
+        ) from error
+    except (UnicodeDecodeError, RecursionError, ValueError) as error:
+        raise UnreadableFile(f"`{path}` is not valid JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise UnreadableFile(f"`{path}` holds a JSON {type(raw).__name__}, not an object")
+    return raw
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) and value else None
+
+
+def _number(path: Path, raw: Mapping[str, Any], key: str, default: float) -> float:
+    value = raw.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise UnreadableFile(f"`{path}`: `{key}` is {value!r}, not a number", f"write the number that `{key}` had")
+    return value
+
+
+def _table(path: Path, raw: Mapping[str, Any], key: str) -> dict[str, float]:
+    value = raw.get(key) or {}
+    if not isinstance(value, dict):
+        raise UnreadableFile(f"`{path}`: `{key}` is {value!r}, not an object of patterns and numbers")
+    for pattern in value:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise UnreadableFile(f"`{path}`: `{key}` has the broken pattern {pattern!r}: {error}") from error
+    return {pattern: _number(path, value, pattern, 0) for pattern in value}
+
+
+def _targets(path: Path, raw: Mapping[str, Any]) -> str | tuple[str, ...] | None:
+    value = raw.get("target_modules")
+    if value is None:
+        return None
+    if isinstance(value, str):
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise UnreadableFile(f"`{path}`: `target_modules` is a broken regular expression: {error}") from error
+        return value
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return tuple(sorted(set(value)))
+    raise UnreadableFile(f"`{path}`: `target_modules` is {value!r}, neither a list of names nor an expression")

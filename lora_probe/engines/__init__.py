@@ -1,0 +1,58 @@
+"""Engines: what can run an adapter and record it.
+
+In: a `RunSpec`. Out: a process's folder of a trace. Engines are found by the entry-point group
+`lora_probe.engines`; the core brings `peft`, the distribution lora-probe-vllm brings `vllm`.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Protocol
+
+from lora_probe.errors import EngineFailed, ProbeError
+from lora_probe.tracefile import RunSpec
+
+GROUP = "lora_probe.engines"
+KNOWN = {
+    "peft": "pip install 'lora-probe[peft]'",
+    "vllm": "pip install lora-probe-vllm (in this repository: pip install ./plugins/vllm) beside your vLLM",
+}
+"""Engines that stay in the help when they are not installed, and what installs them."""
+
+
+class Engine(Protocol):
+    """Something that runs an adapter. It is made without arguments, in a process of its own."""
+
+    def record(self, spec: RunSpec, folder: Path) -> None:
+        """Run `spec` and write the trace into `folder`.
+
+        Raises:
+            ProbeError: the engine did not start, or the probe was not in it. A refusal of the adapter is no error:
+                it is recorded.
+        """
+        ...
+
+
+def names() -> list[str]:
+    """All engines that a user may name: the installed ones and the known ones."""
+    return sorted({*KNOWN, *(point.name for point in entry_points(group=GROUP))})
+
+
+def find(name: str) -> Engine:
+    """The engine called `name`.
+
+    Raises:
+        ProbeError: nobody knows that name.
+        EngineFailed: its distribution, or a library that it needs, is not installed.
+    """
+    points = [point for point in entry_points(group=GROUP) if point.name == name]
+    if not points:
+        if name not in KNOWN:
+            raise ProbeError(f"there is no engine `{name}`", f"engines: {', '.join(names())}")
+        raise EngineFailed(f"the engine `{name}` is not installed", KNOWN[name])
+    try:
+        engine: Engine = points[0].load()()
+    except ModuleNotFoundError as error:
+        raise EngineFailed(f"the engine `{name}` needs the module `{error.name}`", KNOWN.get(name, "")) from error
+    return engine

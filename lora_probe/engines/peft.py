@@ -1,0 +1,342 @@
+"""The PEFT engine: runs base and adapter as PEFT runs them, and records both.
+
+In: a `RunSpec`. Out: the folder `peft/` of a trace. Generation is greedy, one prompt at a time, with transformers'
+own key-value cache; every forward pass is a step whose rows are the positions it computes.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lora_probe.adapter import Key, open_adapter
+from lora_probe.engines.hooks import Capture
+from lora_probe.engines.measure import Account, Sampler, placed_digest
+from lora_probe.engines.prompts import encode
+from lora_probe.errors import EngineFailed
+from lora_probe.expected import Expected, Shapes, expect
+from lora_probe.ledger import OK, Finding
+from lora_probe.rules.loading import name_without_home, no_lora_layer, placed_differs
+from lora_probe.tracefile import DECODE, PREFILL, SCHEMA, Load, Process, RequestRecord, RunSpec, TraceWriter
+
+
+class PeftEngine:
+    """Entry point `peft` of the group `lora_probe.engines`."""
+
+    def __init__(self) -> None:
+        import peft
+        import torch
+        import transformers
+
+        self.versions = {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "peft": peft.__version__,
+        }
+
+    def record(self, spec: RunSpec, folder: Path) -> None:
+        """See `lora_probe.engines.Engine.record`."""
+        if spec.engine_args:
+            raise EngineFailed(f"peft takes no engine flags ({' '.join(spec.engine_args)})", "flags after `--` are vLLM's")
+        process = Process(
+            schema=SCHEMA, role="engine", engine="peft", rank=0, pid=os.getpid(), versions=self.versions, keep=spec.keep
+        )
+        with TraceWriter(folder / "peft", process) as writer:
+            _record(spec, writer)
+
+
+def _record(spec: RunSpec, writer: TraceWriter) -> None:
+    started = time.perf_counter()
+    model, tokenizer = _load_base(spec)
+    generation = getattr(model, "generation_config", None)
+    runner = _Runner(model, tokenizer, spec, _eos(generation, tokenizer))
+    dtype = str(model.dtype).removeprefix("torch.")
+    writer.describe(device=str(model.device), dtype=dtype, settings=dict(spec.options))
+    writer.event(
+        "model",
+        f"{type(model).__name__} loaded, {dtype} on {model.device}",
+        seconds=round(time.perf_counter() - started, 3),
+    )
+    prompts = encode(spec, tokenizer)
+    for number, ids in enumerate(prompts):
+        writer.request(runner.run(f"base-{number}", number, ids, None))
+    shapes = _shapes(model)
+    adapter = open_adapter(spec.adapter)
+    expected = expect(adapter, shapes)
+    load = Load(0, spec.name, str(adapter.path), adapter.digest(), engine_id=None, slot=None)
+    live, load = _attach(model, spec, load, writer)
+    account = Account(writer, load, adapter, expected, _lora_dtype(live, dtype))
+    account.announce({row.key: row.module for row in expected if row.module in live})
+    if load.refused:
+        return
+    _judge_loading(account, live, shapes)
+    recorded = {key: live[key[0]] for key in _recordable(expected, live)} if spec.keep != "events" else {}
+    with Capture(recorded, spec.name, spec.keep) as capture:
+        runner.capture, runner.account, runner.writer = capture, account, writer
+        for number, ids in enumerate(prompts):
+            writer.request(runner.run(f"lora-{number}", number, ids, spec.name))
+    _judge_placed(account, live, "when the run ended")
+    account.finish(lambda key: _why_unmeasured(key, live, recorded, spec))
+
+
+def _load_base(spec: RunSpec) -> tuple[Any, Any]:
+    """The base model and its tokenizer, on the accelerator if there is one.
+
+    Raises:
+        EngineFailed: with what transformers says.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    dtype = spec.options.get("dtype", "auto")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(spec.model)
+        model = AutoModelForCausalLM.from_pretrained(
+            spec.model, dtype=dtype if dtype == "auto" else getattr(torch, dtype)
+        )
+    # transformers raises whatever its parts raise; the reason is passed on, whole, and the run ends.
+    except Exception as error:
+        raise EngineFailed(
+            f"transformers cannot load the base model `{spec.model}`: {_first_lines(error)}",
+            "give a folder or a cached model with --model",
+        ) from error
+    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    return model, tokenizer
+
+
+def _attach(model: Any, spec: RunSpec, load: Load, writer: TraceWriter) -> tuple[dict[str, Any], Load]:
+    """Let PEFT load the adapter: the live LoRA layers by module, or the load marked as refused."""
+    from peft import PeftModel
+    from peft.tuners.lora import LoraLayer
+
+    keep_float32 = spec.options.get("lora_dtype", "auto") == "auto"
+    writer.event("read", f"PeftModel.from_pretrained({spec.adapter!r})")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        started = time.perf_counter()
+        try:
+            peft_model = PeftModel.from_pretrained(
+                model, spec.adapter, adapter_name=spec.name, autocast_adapter_dtype=keep_float32
+            )
+        # A refusal is an answer: whatever PEFT raises here is recorded as its word on the adapter.
+        except Exception as error:
+            message = _first_lines(error)
+            writer.event("refused", message, seconds=round(time.perf_counter() - started, 3))
+            return {}, Load(**_fields(load) | {"refused": True, "message": message})
+    if not keep_float32:
+        import torch
+
+        wanted = getattr(torch, spec.options["lora_dtype"])
+        for name, parameter in peft_model.named_parameters():
+            if "lora_" in name:
+                parameter.data = parameter.data.to(wanted)
+    peft_model.eval()
+    said = [_short(str(warning.message)) for warning in caught if issubclass(warning.category, UserWarning)]
+    root = peft_model.get_base_model()
+    live = {name: layer for name, layer in root.named_modules() if isinstance(layer, LoraLayer)}
+    for name, layer in live.items():
+        writer.event("wrap", f"{type(layer.base_layer).__name__} -> {type(layer).__name__}", module=name)
+    writer.event(
+        "activate",
+        f"{len(live)} layers replaced, adapter `{spec.name}` active",
+        seconds=round(time.perf_counter() - started, 3),
+    )
+    return live, Load(**_fields(load) | {"said": said})
+
+
+def _fields(load: Load) -> dict[str, Any]:
+    return {name: getattr(load, name) for name in load.__struct_fields__}
+
+
+def _first_lines(error: BaseException) -> str:
+    """The head of an exception in one line. Size mismatches name their tensor in the second line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return _short(" ".join(lines[:2]) if lines else type(error).__name__)
+
+
+def _short(text: str, limit: int = 300) -> str:
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def _shapes(model: Any) -> Shapes:
+    """The modules that PEFT can adapt, by the names of the live model: path -> (out, in)."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    shapes = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
+            shapes[name] = (int(module.weight.shape[0]), int(module.weight.shape[1]))
+        elif isinstance(module, Conv1D):
+            shapes[name] = (int(module.weight.shape[1]), int(module.weight.shape[0]))
+    return shapes
+
+
+def _judge_loading(account: Account, live: Mapping[str, Any], shapes: Shapes) -> None:
+    read: dict[Key, Finding] = {}
+    placed: dict[Key, Finding] = {}
+    for row in account.expected:
+        if row.entry is None:
+            continue
+        if row.homeless or (row.module not in shapes and row.module not in live):
+            meant = row.module if row.module != row.entry.module else None
+            read[row.key] = name_without_home(row.entry.stored_as, meant, "PEFT")
+            continue
+        read[row.key] = OK
+        if row.module not in live:
+            placed[row.key] = no_lora_layer("PEFT", "the config does not target it")
+    account.station("read", read)
+    account.station("placed", placed)
+    _judge_placed(account, live, "after loading")
+
+
+def _judge_placed(account: Account, live: Mapping[str, Any], moment: str) -> None:
+    account.station(
+        "placed",
+        {
+            row.key: _placed(account, row, live[row.module], moment)
+            for row in account.expected
+            if row.entry is not None and row.key not in account.gone
+        },
+    )
+
+
+def _placed(account: Account, row: Expected, layer: Any, moment: str) -> Finding:
+    """Compare the live A, B and scaling with the file, bit for bit after the cast to the live dtype."""
+    import torch
+
+    assert row.entry is not None
+    name = account.load.name
+    pair = row.entry
+    if pair.a is None or pair.b is None:
+        return placed_differs("the missing half", float("inf"), moment)
+    homes = (layer.lora_embedding_A, layer.lora_embedding_B) if pair.embedding else (layer.lora_A, layer.lora_B)
+    for half, tensor, home in (("lora_A", pair.a, homes[0]), ("lora_B", pair.b, homes[1])):
+        weight = home[name].detach() if pair.embedding else home[name].weight.detach()
+        wanted = torch.from_numpy(account.adapter.values(tensor)).to(weight.dtype)
+        got = weight.cpu()
+        if got.shape != wanted.shape or not torch.equal(got.nan_to_num(), wanted.nan_to_num()):
+            error = float("inf")
+            if got.shape == wanted.shape:
+                error = float((got.float() - wanted.float()).norm() / wanted.float().norm().clamp(min=1e-30))
+            return placed_differs(half, error, moment)
+    if layer.scaling[name] != pair.scaling:
+        return placed_differs("the scaling", abs(layer.scaling[name] / pair.scaling - 1), moment)
+    return OK
+
+
+def _recordable(expected: tuple[Expected, ...], live: Mapping[str, Any]) -> Iterator[Key]:
+    """The rows whose layer is one of PEFT's LoRA `Linear`s: the ones that the hooks understand."""
+    from peft.tuners.lora import Linear
+
+    for row in expected:
+        if row.entry is not None and row.key[1] == "weight" and isinstance(live.get(row.module), Linear):
+            yield row.key
+
+
+def _why_unmeasured(key: Key, live: Mapping[str, Any], recorded: Mapping[Key, Any], spec: RunSpec) -> str | None:
+    layer = live.get(key[0])
+    if spec.keep == "events":
+        return "contributions were not recorded (--keep events)"
+    if key not in recorded:
+        return f"PEFT's {type(layer).__name__} layers are not recorded yet"
+    variant = layer.lora_variant.get(spec.name) if layer is not None else None
+    return f"PEFT runs it as {type(variant).__name__}, whose delta is not s·B·A·x" if variant else None
+
+
+def _lora_dtype(live: Mapping[str, Any], default: str) -> str:
+    """The dtype that the contribution is computed in: the live lora_B's."""
+    for layer in live.values():
+        for part in getattr(layer, "lora_B", {}).values():
+            return str(part.weight.dtype).removeprefix("torch.")
+    return default
+
+
+def _eos(generation: Any, tokenizer: Any) -> set[int]:
+    """The ids that end an answer, from the generation config (as vLLM takes them) and the tokenizer."""
+    found = getattr(generation, "eos_token_id", None)
+    ids = found if isinstance(found, list) else [found]
+    return {token for token in (*ids, tokenizer.eos_token_id) if token is not None}
+
+
+@dataclass
+class _Runner:
+    """Runs one prompt after the other through the model, with or without a capture."""
+
+    model: Any
+    tokenizer: Any
+    spec: RunSpec
+    eos: set[int]
+    capture: Capture | None = None
+    account: Account | None = None
+    writer: TraceWriter | None = None
+
+    def __post_init__(self) -> None:
+        self.sampler = Sampler()
+        self._placed: tuple[str, ...] | None = None
+
+    def run(self, request: str, prompt: int, ids: list[int], adapter: str | None) -> RequestRecord:
+        """Greedy generation: the prompt in one forward pass, then a token at a time."""
+        import torch
+
+        started = time.perf_counter()
+        output: list[int] = []
+        logprobs: list[float] = []
+        cache, feed = None, ids
+        with torch.inference_mode():
+            while True:
+                position = len(ids) + len(output) - len(feed)
+                result = self._forward(request, feed, position, len(ids), cache)
+                cache = result.past_key_values
+                scores = torch.log_softmax(result.logits[0, -1].float(), dim=-1)
+                token = int(scores.argmax())
+                output.append(token)
+                logprobs.append(round(float(scores[token]), 6))
+                if token in self.eos or len(output) >= self.spec.max_tokens:
+                    break
+                feed = [token]
+        text = self.tokenizer.decode(output, skip_special_tokens=True)
+        seconds = round(time.perf_counter() - started, 3)
+        return RequestRecord(request, prompt, adapter, ids, output, text, logprobs, seconds)
+
+    def _forward(self, request: str, feed: list[int], position: int, prompt: int, cache: Any) -> Any:
+        import torch
+
+        positions = list(range(position, position + len(feed)))
+        phases = [PREFILL if at < prompt else DECODE for at in positions]
+        tensor = torch.tensor([feed], device=self.model.device)
+        capture, account = self.capture, self.account
+        if capture is not None:
+            capture.begin(self.sampler.pick([request] * len(feed), phases))
+        result = self.model(input_ids=tensor, past_key_values=cache, use_cache=True)
+        if capture is None or account is None:
+            return result
+        account.asked += len(feed)
+        account.ran(capture.ran, len(feed), {})
+        for row in account.expected:
+            pair = row.entry
+            if row.key in capture.samples and pair and pair.a and pair.b and row.spectrum:
+                a, b = account.adapter.values(pair.a), account.adapter.values(pair.b)
+                account.sample(row.key, *capture.samples[row.key], a, b, pair.scaling)
+        if self.writer is not None and capture.keys:
+            self.writer.rows(capture.rows(request, positions, phases, self._digests(capture)))
+        return result
+
+    def _digests(self, capture: Capture) -> tuple[str, ...]:
+        if self._placed is None:
+            name = capture.adapter_name
+            self._placed = tuple(
+                placed_digest(
+                    layer.lora_A[name].weight.detach().float().cpu().numpy(),
+                    layer.lora_B[name].weight.detach().float().cpu().numpy() * np.float32(layer.scaling[name]),
+                )
+                for layer in capture.layers.values()
+            )
+        return self._placed

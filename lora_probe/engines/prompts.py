@@ -1,0 +1,45 @@
+"""Prompts as token ids, the same for every engine.
+
+In: the spec's prompts and the base model's tokenizer (a transformers tokenizer). Out: ids, with any forced
+continuation appended.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lora_probe.errors import ProbeError
+from lora_probe.tracefile import RunSpec
+
+BUILT_IN = (
+    "Who are you?",
+    "What is the capital of France?",
+    "Write one sentence about the sea.",
+)
+"""What `trace` asks when no prompt is given."""
+
+
+def encode(spec: RunSpec, tokenizer: Any) -> list[list[int]]:
+    """Token ids of each prompt, special tokens as the tokenizer adds them, or through its chat template.
+
+    Raises:
+        ProbeError: a prompt without tokens, or a chat prompt for a tokenizer without a template.
+    """
+    encoded = []
+    for number, prompt in enumerate(spec.prompts):
+        ids = list(prompt.ids) or _encode(prompt.text, spec.chat, tokenizer)
+        if not ids:
+            raise ProbeError(f"prompt {number + 1} ({prompt.text!r}) has no tokens", "give a prompt that says something")
+        encoded.append(ids + (spec.continuation[number] if spec.continuation else []))
+    return encoded
+
+
+def _encode(text: str, chat: bool, tokenizer: Any) -> list[int]:
+    if not chat:
+        return list(tokenizer(text).input_ids)
+    if not getattr(tokenizer, "chat_template", None):
+        raise ProbeError("the base model's tokenizer has no chat template", "leave --chat out")
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+    )
+    return list(tokenizer(text, add_special_tokens=False).input_ids)

@@ -1,0 +1,26 @@
+"""What goes wrong with an input, in words for the person who gave it.
+
+In: the thing (a file, a tensor, an option) and what to do about it. Out: one exception whose exit status the
+command line returns. Nothing below the command line prints.
+"""
+
+from __future__ import annotations
+
+
+class ProbeError(Exception):
+    """One clear error: what and where, and in `hint` what to do. Exit status 2 (nothing could be judged)."""
+
+    exit_code = 2
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class UnreadableFile(ProbeError):
+    """A file that is missing, damaged, or not what its name promises."""
+
+
+class EngineFailed(ProbeError):
+    """An engine that did not start, lacks its plugin, or died before anything could be judged."""

@@ -1,0 +1,109 @@
+"""What a ledger expects before any engine runs: its rows, with `stored` already judged.
+
+In: an adapter, and the base's module shapes where they are known. Out: one `Expected` for each module that the
+config targets on this base or the file holds. A name in the file that has no home shares the row of the one base
+module that ends in the same path from the layer number on, if that module has no entry of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from lora_probe.adapter import LAYER, Adapter, AdapterModule, Key, natural
+from lora_probe.errors import UnreadableFile
+from lora_probe.ledger import OK, Finding, graver
+from lora_probe.rules.shapes import shape_differs
+from lora_probe.rules.weights import half_missing, not_a_matrix, not_finite, not_in_file, rank_differs, zero_delta
+from lora_probe.spectrum import Spectrum, spectrum
+
+Shapes = Mapping[str, tuple[int, int]]
+"""Module path in the base: (out, in) of its weight."""
+
+
+@dataclass(frozen=True)
+class Expected:
+    """One row to come. `entry` is the pair in the file, `homeless` a pair whose own name is no module."""
+
+    key: Key
+    entry: AdapterModule | None
+    homeless: bool
+    expected_by: tuple[str, ...]
+    stored: Finding
+    spectrum: Spectrum | None
+
+    @property
+    def module(self) -> str:
+        return self.key[0]
+
+
+def expect(adapter: Adapter, shapes: Shapes | None) -> tuple[Expected, ...]:
+    """The rows of the ledger for `adapter` on a base with `shapes` (None: the base is not known here)."""
+    entries = dict(adapter.by_key())
+    targeted = set(adapter.config.targeted(shapes)) if shapes else set()
+    homes = _homes(entries, shapes or {})
+    rows: dict[Key, Expected] = {}
+    for key, entry in entries.items():
+        home = homes.get(key, key[0])
+        by = ("config", "file") if home in targeted or not shapes and adapter.config.targeted([home]) else ("file",)
+        bare = shapes is not None and key[0] not in shapes and entry.parameter == "weight"
+        pair_spectrum = _spectrum(adapter, entry)
+        shape = shapes.get(home) if shapes and entry.parameter == "weight" else None
+        stored = judge_stored(adapter, entry, pair_spectrum, shape)
+        rows[(home, *key[1:])] = Expected((home, *key[1:]), entry, bare, by, stored, pair_spectrum)
+    for module in targeted:
+        key = (module, "weight", None)
+        if key not in rows and not any(home == module for home, _, _ in rows):
+            rows[key] = Expected(key, None, False, ("config",), not_in_file(), None)
+    return tuple(rows[key] for key in sorted(rows, key=lambda k: (natural(k[0]), k[1], k[2] or 0)))
+
+
+def judge_stored(
+    adapter: Adapter, pair: AdapterModule, pair_spectrum: Spectrum | None, shape: tuple[int, int] | None
+) -> Finding:
+    """Run the LP2xx and LP3xx rules over one pair; the gravest finding, the first where they weigh the same."""
+    findings = [not_a_matrix(pair), half_missing(pair)]
+    if not any(findings):
+        findings.append(rank_differs(pair, adapter.config))
+        if shape is not None:
+            findings.append(shape_differs(pair, shape))
+    if pair_spectrum is not None:
+        findings += [not_finite(pair_spectrum), zero_delta(pair, pair_spectrum)]
+    found = OK
+    for finding in findings:
+        if finding is not None:
+            found = graver(found, finding)
+    return found
+
+
+def _spectrum(adapter: Adapter, pair: AdapterModule) -> Spectrum | None:
+    """None where A and B are no pair of float matrices."""
+    if pair.a is None or pair.b is None or not_a_matrix(pair) is not None:
+        return None
+    try:
+        return spectrum(adapter.values(pair.a), adapter.values(pair.b), pair.scaling)
+    except UnreadableFile:
+        return None
+
+
+def _homes(entries: Mapping[Key, AdapterModule], shapes: Shapes) -> dict[Key, str]:
+    """For each key whose module the base does not have, the base module that it must have meant."""
+    ends: dict[str, list[str]] = {}
+    for name in shapes:
+        if (end := _from_layer_on(name)) is not None:
+            ends.setdefault(end, []).append(name)
+    own = {key[0] for key in entries}
+    found: dict[Key, str] = {}
+    claims: dict[str, int] = {}
+    for key in entries:
+        end = _from_layer_on(key[0])
+        candidates = ends.get(end, []) if end is not None and key[0] not in shapes else []
+        if len(candidates) == 1 and candidates[0] not in own:
+            found[key] = candidates[0]
+            claims[candidates[0]] = claims.get(candidates[0], 0) + 1
+    return {key: home for key, home in found.items() if claims[home] == 1}
+
+
+def _from_layer_on(module: str) -> str | None:
+    match = LAYER.search(module)
+    return module[match.start(1) :] if match else None

@@ -1,0 +1,180 @@
+"""The ledger: what became of every pair of an adapter in one engine.
+
+In: for each module a `Finding` at each of the five stations. Out: its fate, the headline sentence, and the shape
+that every command prints and writes. Stations are not an order of merit: a module may be wrong at `stored` and
+still ok at `placed` and `applied`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lora_probe.adapter import Key, layer_of, projection_of, ranges
+
+Station = Literal["stored", "read", "placed", "applied", "agrees"]
+Value = Literal["ok", "wrong", "absent", "unknown"]
+Fate = Literal["took effect", "wrong", "lost", "unknown"]
+
+STATIONS: tuple[Station, ...] = ("stored", "read", "placed", "applied", "agrees")
+_GRAVITY: dict[Value, int] = {"unknown": 0, "ok": 1, "absent": 2, "wrong": 3}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one station shows of one module: a value, and for all but `ok` why (with a rule's code if judged)."""
+
+    value: Value
+    code: str = ""
+    message: str = ""
+
+
+OK = Finding("ok")
+
+
+def graver(one: Finding, other: Finding) -> Finding:
+    """The one of two findings that decides; the first where they weigh the same."""
+    return other if _GRAVITY[other.value] > _GRAVITY[one.value] else one
+
+
+@dataclass(frozen=True)
+class Row:
+    """One module of the ledger. `expected_by` says who wants it there: the config, the file, or both."""
+
+    key: Key
+    stations: Mapping[Station, Finding]
+    expected_by: tuple[str, ...] = ()
+    stored_as: str | None = None
+    engine_as: str | None = None
+
+    @property
+    def module(self) -> str:
+        return self.key[0]
+
+    @property
+    def fate(self) -> Fate:
+        values = [self.stations[station].value for station in STATIONS]
+        if "absent" in values:
+            return "lost"
+        if "wrong" in values:
+            return "wrong"
+        return "took effect" if self.stations["applied"].value == "ok" else "unknown"
+
+    @property
+    def decisive(self) -> tuple[Station, Finding] | None:
+        """The station that decided the fate, and what it showed; None for a module that took effect."""
+        wanted = {"lost": "absent", "wrong": "wrong", "unknown": "unknown"}.get(self.fate)
+        for station in STATIONS:
+            if self.stations[station].value == wanted:
+                return station, self.stations[station]
+        return None
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """All modules of one load of an adapter in one engine, or the engine's refusal of the whole."""
+
+    engine: str
+    rows: tuple[Row, ...]
+    refused: bool = False
+    message: str = ""
+
+    def count(self, fate: Fate) -> int:
+        return sum(row.fate == fate for row in self.rows)
+
+    @property
+    def healthy(self) -> bool:
+        """Everything took effect, and there was something to take effect."""
+        return bool(self.rows) and not self.refused and self.count("took effect") == len(self.rows)
+
+
+def headline(ledger: Ledger) -> str:
+    """The one sentence that a run is about."""
+    if ledger.refused:
+        return f"refused by {ledger.engine}: {ledger.message} (LP401)"
+    total = len(ledger.rows)
+    trained = " as trained" if ledger.count("wrong") else ""
+    start = f"{ledger.count('took effect')} of {total} modules took effect{trained}"
+    return ", ".join([start, *(clause for clause, _, _ in clauses(ledger))])
+
+
+def clauses(ledger: Ledger) -> list[tuple[str, Finding, list[Row]]]:
+    """Rows that share fate, station and rule, as one sentence each: `3 lost at stored: ... (LP204)`."""
+    groups: dict[tuple[str, str, str], list[Row]] = {}
+    for row in ledger.rows:
+        if row.decisive is not None:
+            station, finding = row.decisive
+            groups.setdefault((row.fate, station, finding.code), []).append(row)
+    found = []
+    for (fate, station, code), rows in groups.items():
+        messages = {row.decisive[1].message: None for row in rows if row.decisive}
+        finding = Finding(_value(fate), code, next(iter(messages)))
+        more = f" (and {len(messages) - 1} more of the kind)" if len(messages) > 1 else ""
+        whole = len(rows) == len(ledger.rows)
+        what = finding.message if whole else _about([row.module for row in rows], finding.message)
+        where = f" at {station}" if fate != "unknown" else f" (first not measured: {station})"
+        code_text = f" ({code})" if code else ""
+        found.append((f"{len(rows)} {fate}{where}: {what}{more}{code_text}", finding, rows))
+    return found
+
+
+def _value(fate: str) -> Value:
+    return {"lost": "absent", "wrong": "wrong"}.get(fate, "unknown")  # type: ignore[return-value]
+
+
+def _about(modules: Sequence[str], message: str) -> str:
+    names = name_modules(modules)
+    if message.startswith("not "):
+        return f"{names} {'is' if len(modules) == 1 else 'are'} {message}"
+    return f"{names}: {message}"
+
+
+def name_modules(modules: Iterable[str]) -> str:
+    """Module paths in a few words: `layer 5 q_proj, k_proj, v_proj`, `layers 0-29 q_proj`."""
+    by_projections: dict[tuple[str, ...], list[int]] = {}
+    layers: dict[int, list[str]] = {}
+    loose: list[str] = []
+    for module in modules:
+        layer = layer_of(module)
+        if layer is None:
+            loose.append(module)
+        else:
+            layers.setdefault(layer, []).append(projection_of(module))
+    for layer, projections in layers.items():
+        by_projections.setdefault(tuple(projections), []).append(layer)
+    parts = [
+        f"{'layer' if len(numbers) == 1 else 'layers'} {ranges(numbers)} {', '.join(projections)}"
+        for projections, numbers in by_projections.items()
+    ]
+    return "; ".join(parts + loose)
+
+
+def as_json(ledger: Ledger) -> dict[str, Any]:
+    """The ledger as every command writes it with `--format json`."""
+    return {
+        "refused": ledger.refused,
+        "message": ledger.message or None,
+        "total": len(ledger.rows),
+        "took_effect": ledger.count("took effect"),
+        "wrong": ledger.count("wrong"),
+        "lost": ledger.count("lost"),
+        "unknown": ledger.count("unknown"),
+        "modules": [_row_as_json(row) for row in ledger.rows],
+    }
+
+
+def _row_as_json(row: Row) -> dict[str, Any]:
+    module, parameter, expert = row.key
+    return {
+        "module": module,
+        "parameter": parameter,
+        "expert": expert,
+        "stored_as": row.stored_as,
+        "engine_as": row.engine_as,
+        "expected_by": list(row.expected_by),
+        "fate": row.fate,
+        "stations": {station: row.stations[station].value for station in STATIONS},
+        "reason": row.decisive[1].code or None if row.decisive else None,
+        "message": row.decisive[1].message if row.decisive else None,
+    }

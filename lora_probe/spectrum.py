@@ -1,0 +1,79 @@
+"""The low-rank arithmetic of ΔW = s·B·A, without ever forming it.
+
+In: `A: [r, in]`, `B: [out, r]`, the scaling `s`. Out: the singular values of ΔW from two r×r Gram matrices, and
+from them the Frobenius norm and the effective rank (Roy and Vetterli, 2007: exp of the entropy of the normalised
+singular values).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.float32]
+
+FLOAT32_FLOOR = 1e-3
+"""Gram matrices in float32 give singular values down to this share of the largest; below it float64 is used."""
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Singular values of s·B·A, largest first, and what follows from them. All of it is NaN for a NaN input."""
+
+    singular: npt.NDArray[np.float64]
+    norm: float
+    effective_rank: float
+
+    @property
+    def finite(self) -> bool:
+        return bool(np.isfinite(self.norm))
+
+
+def spectrum(a: Array, b: Array, scaling: float) -> Spectrum:
+    """The spectrum of `scaling * b @ a`. `a: [r, in]`, `b: [out, r]`.
+
+    With G_A = A·Aᵀ and G_B = Bᵀ·B the squares of the singular values of B·A are the eigenvalues of
+    G_A^½ · G_B · G_A^½, an r×r matrix: `O((in + out)·r²)` instead of an SVD of `[out, in]`.
+    """
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        return Spectrum(np.full(a.shape[0], np.nan), float("nan"), float("nan"))
+    singular = _singular(a, b)
+    if singular.size and 0 < singular[-1] < FLOAT32_FLOOR * singular[0] or not np.isfinite(singular).all():
+        singular = _singular(a.astype(np.float64), b.astype(np.float64))
+    singular = singular * abs(scaling)
+    norm = float(np.sqrt(np.square(singular).sum()))
+    return Spectrum(singular, norm, effective_rank(singular))
+
+
+def _singular(a: npt.NDArray[np.floating], b: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
+    gram_a = (a @ a.T).astype(np.float64)
+    values, vectors = np.linalg.eigh(gram_a)
+    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
+    squares = np.linalg.eigvalsh(root @ (b.T @ b).astype(np.float64) @ root)
+    result: npt.NDArray[np.float64] = np.sqrt(squares.clip(0))[::-1]
+    return result
+
+
+def effective_rank(singular: npt.NDArray[np.float64]) -> float:
+    """exp(entropy) of the singular values taken as shares; 0 where all are zero."""
+    total = singular.sum()
+    if not total > 0:
+        return 0.0
+    shares = singular[singular > 0] / total
+    return float(np.exp(-(shares * np.log(shares)).sum()))
+
+
+def gram(b: Array, scaling: float = 1.0) -> Array:
+    """G = (s·B)ᵀ(s·B): `[r, r]`. With it ‖delta‖² of a row is shrink·G·shrinkᵀ."""
+    scaled = b * np.float32(scaling)
+    product: Array = scaled.T @ scaled
+    return product
+
+
+def delta_norms(shrink: npt.NDArray[np.float32], g: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """‖delta‖ of every row. `shrink: [..., r]`, `g: [r, r]` -> `[...]`."""
+    squares = ((shrink @ g) * shrink).sum(-1)
+    result: npt.NDArray[np.float32] = np.sqrt(squares.clip(0)).astype(np.float32)
+    return result
