@@ -36,7 +36,7 @@ class PeftEngine:
         import transformers
 
         self.versions = {
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),
             "transformers": transformers.__version__,
             "peft": peft.__version__,
         }

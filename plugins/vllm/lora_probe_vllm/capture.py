@@ -1,0 +1,249 @@
+"""x·A·B per q, k and v slice while vLLM runs a step.
+
+In: the LoRA layers that an active adapter touches. Out: rows for the trace, and samples of x and delta. A forward
+hook on the layer gives the fused output; a stand-in for the layer's `punica_wrapper` gives x, the base output before
+the contribution is added, and the shrink of every slice. It calls vLLM's own shrink and expand kernels once each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from lora_probe.adapter import Key
+from lora_probe.tracefile import DECODE, PREFILL, Floats, Level, Rows
+from lora_probe_vllm.seams import Patches, StepRows, token_slots
+
+
+@dataclass
+class Column:
+    """One slice of a layer that an adapter touches: a column of the trace."""
+
+    key: Key
+    slice: int
+
+
+@dataclass
+class Step:
+    """One forward pass while it runs. Tensors are `[rows, ...]` and cut off the padding."""
+
+    rows: StepRows
+    sampled: list[int]
+    mixed: bool
+    slots: Any = None
+    shrink: dict[Key, Any] = field(default_factory=dict)
+    x_norm: dict[Key, Any] = field(default_factory=dict)
+    base_norm: dict[Key, Any] = field(default_factory=dict)
+    output_norm: dict[Key, Any] = field(default_factory=dict)
+    delta: dict[Key, Any] = field(default_factory=dict)
+    samples: dict[Key, tuple[Any, Any]] = field(default_factory=dict)
+    tensors: dict[tuple[str, Key], Any] = field(default_factory=dict)
+
+
+class StandIn:
+    """Stands in for the `punica_wrapper` of one layer: delegates all, and records `add_lora_linear`."""
+
+    def __init__(self, real: Any, columns: list[Column], capture: Capture) -> None:
+        self._real, self._columns, self._capture = real, columns, capture
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+    def add_lora_linear(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        lora_a_stacked: tuple[torch.Tensor, ...],
+        lora_b_stacked: tuple[torch.Tensor, ...],
+        scale: float,
+        output_slices: tuple[int, ...],
+        **kwargs: Any,
+    ) -> Any:
+        """`y += s·(x·Aᵀ)·Bᵀ` by vLLM's kernels. `y: [tokens, out of all slices]`, `x: [tokens, in]`."""
+        step = self._capture.step
+        if step is None or kwargs.get("buffer") is not None:
+            return self._real.add_lora_linear(y, x, lora_a_stacked, lora_b_stacked, scale, output_slices, **kwargs)
+        count = len(step.rows)
+        rank = lora_b_stacked[0].size(-1)
+        # What the kernels themselves would make: one float32 buffer, contiguous, a slice after the other.
+        shrink = torch.zeros((len(output_slices), x.size(0), rank), dtype=torch.float32, device=x.device)
+        self._before(step, y, x, output_slices, count)
+        self._real.add_shrink(shrink, x, lora_a_stacked, scale)
+        add_inputs = kwargs.get("add_inputs", True)
+        if self._capture.wants_delta(step):
+            delta = torch.zeros_like(y)
+            self._real.add_expand(delta, shrink, lora_b_stacked, output_slices, add_inputs=True)
+            y.add_(delta) if add_inputs else y.copy_(delta)
+            self._with_delta(step, delta, x, output_slices, count)
+        else:
+            self._real.add_expand(y, shrink, lora_b_stacked, output_slices, add_inputs=add_inputs)
+        for column in self._columns:
+            step.shrink[column.key] = shrink[column.slice, :count]
+        return y
+
+    def _before(
+        self, step: Step, y: torch.Tensor, x: torch.Tensor, output_slices: tuple[int, ...], count: int
+    ) -> None:
+        if step.slots is None:
+            step.slots = token_slots(self._real, count).clone()
+        x_norm = _norm(x[:count])
+        bases = y[:count].split(list(output_slices), dim=-1)
+        for column in self._columns:
+            base = bases[column.slice]
+            step.x_norm[column.key] = x_norm
+            step.base_norm[column.key] = _norm(base)
+            if self._capture.keep == "tensors":
+                step.tensors[("x", column.key)] = x[:count].clone()
+                step.tensors[("base", column.key)] = base.clone()
+
+    def _with_delta(
+        self, step: Step, delta: torch.Tensor, x: torch.Tensor, output_slices: tuple[int, ...], count: int
+    ) -> None:
+        deltas = delta[:count].split(list(output_slices), dim=-1)
+        sampled_x = x[step.sampled] if step.sampled else None
+        for column in self._columns:
+            mine = deltas[column.slice]
+            if sampled_x is not None:
+                step.samples[column.key] = sampled_x, mine[step.sampled]
+            if step.mixed:
+                step.delta[column.key] = _norm(mine)
+            if self._capture.keep == "tensors":
+                step.tensors[("delta", column.key)] = mine.clone()
+
+
+def _norm(rows: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float32)
+
+
+class Capture:
+    """Stand-ins and hooks on the touched layers, from `watch` until `close`; at most one step is open."""
+
+    def __init__(self, keep: Level) -> None:
+        self.keep = keep
+        self.step: Step | None = None
+        self.columns: dict[Key, Column] = {}
+        self._patches = Patches()
+        self._watched: dict[int, list[Column]] = {}
+
+    def watch(self, key: Key, layer: Any, index: int) -> None:
+        """Record slice `index` of `layer` as `key` from now on."""
+        if key in self.columns:
+            return
+        column = self.columns[key] = Column(key, index)
+        columns = self._watched.get(id(layer))
+        if columns is not None:
+            columns.append(column)
+            return
+        columns = self._watched[id(layer)] = [column]
+        real = layer.punica_wrapper
+        layer.punica_wrapper = StandIn(real, columns, self)
+        self._patches.callback(setattr, layer, "punica_wrapper", real)
+        self._patches.callback(layer.register_forward_hook(self._after(columns)).remove)
+
+    def close(self) -> None:
+        """Take out every stand-in and hook."""
+        self._patches.close()
+        self.columns, self._watched, self.step = {}, {}, None
+
+    def wants_delta(self, step: Step) -> bool:
+        """Whether this step's contribution is captured in a buffer of its own before it is added."""
+        return bool(step.sampled) or step.mixed or self.keep == "tensors"
+
+    def _after(self, columns: list[Column]) -> Callable[..., None]:
+        def hook(layer: Any, args: Any, output: Any) -> None:
+            if self.step is None:
+                return
+            fused = output[0] if isinstance(output, tuple) else output
+            count = len(self.step.rows)
+            parts = fused.flatten(0, -2)[:count].split(list(layer.output_slices), dim=-1)
+            if len(parts) == 1 or sum(layer.output_slices) == fused.shape[-1]:
+                for column in columns:
+                    self.step.output_norm[column.key] = _norm(parts[column.slice])
+
+        return hook
+
+    def rows(
+        self, step: Step, loads: list[int], grams: dict[int, Any], placed: tuple[str, ...], stacked: Stacked
+    ) -> Rows:
+        """The step's rows for the trace. `loads: [rows]`; `grams` by slot, `[modules, r, r]`."""
+        keys = tuple(self.columns)
+        phases = [PREFILL if at < end else DECODE for at, end in zip(step.rows.positions, step.rows.prompt_lengths, strict=True)]
+        requests = tuple(dict.fromkeys(step.rows.requests))
+        numbers = {request: number for number, request in enumerate(requests)}
+        wanted = self.keep in ("shrink", "tensors")
+        gram = next(iter(grams.values())) if grams else None
+        return Rows(
+            modules=keys,
+            requests=requests,
+            request=np.array([numbers[request] for request in step.rows.requests], np.int32),
+            position=np.array(step.rows.positions, np.int32),
+            phase=np.array(phases, np.int8),
+            load=np.array(loads, np.int32),
+            x_norm=self._column(step.x_norm, len(loads)),
+            base_norm=self._column(step.base_norm, len(loads)),
+            delta_norm=stacked.delta_norm,
+            output_norm=self._column(step.output_norm, len(loads)),
+            shrink=stacked.shrink if wanted else None,
+            gram=gram.cpu().numpy() if wanted and gram is not None else None,
+            placed=placed,
+            tensors=self._tensors(step) if self.keep == "tensors" else None,
+        )
+
+    def _tensors(self, step: Step) -> dict[str, Floats]:
+        number = {key: index for index, key in enumerate(self.columns)}
+        return {f"{what}/{number[key]}": value.float().cpu().numpy() for (what, key), value in step.tensors.items()}
+
+    def _column(self, values: dict[Key, Any], count: int) -> Floats:
+        if len(values) == len(self.columns):
+            # One copy to the host for all modules.
+            result: Floats = torch.stack([values[key] for key in self.columns], dim=1).cpu().numpy()
+            return result
+        wide = np.full((count, len(self.columns)), np.nan, np.float32)
+        for number, key in enumerate(self.columns):
+            if key in values:
+                wide[:, number] = values[key].cpu().numpy()
+        return wide
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """A step's shrink of all modules in one array `[rows, modules, r]`, and ‖delta‖ `[rows, modules]` from it."""
+
+    shrink: Floats
+    delta_norm: Floats
+
+
+def stack(step: Step, keys: tuple[Key, ...], grams: dict[int, Any]) -> Stacked:
+    """‖delta‖² = shrink·G·shrinkᵀ, one batched product for each slot that the step uses.
+
+    Rows without an adapter take what the kernel wrote (`step.delta`): for them it must be zero.
+    """
+    missing = [key for key in keys if key not in step.shrink]
+    present = [key for key in keys if key in step.shrink]
+    count = len(step.rows)
+    norms = np.full((count, len(keys)), np.nan, np.float32)
+    if not present:
+        return Stacked(np.zeros((count, len(keys), 0), np.float32), norms)
+    shrink = torch.stack([step.shrink[key] for key in present])
+    where = [keys.index(key) for key in present]
+    slots = step.slots
+    total = torch.zeros(shrink.shape[:2], dtype=torch.float32, device=shrink.device)
+    for slot, gram in grams.items():
+        mine = gram[where]
+        squares = ((shrink @ mine) * shrink).sum(-1).clamp_(min=0)
+        total += squares * (slots == slot)
+    found = total.sqrt_()
+    if step.mixed:
+        plain = torch.tensor([number == 0 for number in step.rows.lora], device=found.device)
+        written = torch.stack([step.delta[key] for key in present])
+        found = torch.where(plain, written, found)
+    norms[:, where] = found.T.cpu().numpy()
+    wide = np.zeros((count, len(keys), shrink.shape[-1]), np.float32)
+    wide[:, where] = shrink.transpose(0, 1).cpu().numpy()
+    if missing:
+        wide[:, [keys.index(key) for key in missing]] = np.nan
+    return Stacked(wide, norms)

@@ -1,0 +1,207 @@
+"""The vLLM engine: starts a real engine with the probe in it, asks it, and records the answers.
+
+In: a `RunSpec`. Out: the folders `client/` (requests) and `vllm-rank-N/` (by the workers) of a trace. Requests run
+one at a time, first without and then with the adapter, so that no batch mixes them.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from lora_probe.base import open_base
+from lora_probe.engines.prompts import encode
+from lora_probe.errors import EngineFailed, ProbeError, UnreadableFile
+from lora_probe.tracefile import SCHEMA, Process, RequestRecord, RunSpec, TraceWriter
+from lora_probe_vllm import KEEP, TRACE
+from lora_probe_vllm.seams import vllm_version
+
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "2",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+"""Set for engines that `trace` starts, where the user has not set them."""
+
+MAX_MODEL_LEN = 4096
+ADAPTER_ID = 1
+
+
+class VllmEngine:
+    """Entry point `vllm` of the group `lora_probe.engines`."""
+
+    def __init__(self) -> None:
+        import vllm  # noqa: F401  a missing vLLM must be said before a run is prepared
+
+    def record(self, spec: RunSpec, folder: Path) -> None:
+        """See `lora_probe.engines.Engine.record`."""
+        for name, value in ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        os.environ[TRACE], os.environ[KEEP] = str(folder.resolve()), spec.keep
+        arguments = engine_arguments(spec)
+        process = Process(
+            schema=SCHEMA,
+            role="client",
+            engine="vllm",
+            rank=0,
+            pid=os.getpid(),
+            versions={"vllm": vllm_version()},
+            keep=spec.keep,
+            settings={key: value for key, value in arguments.items() if _is_plain(value)},
+            changed=["enforce_eager", "enable_prefix_caching=False", "one request at a time"]
+            + [f"{name}={os.environ[name]}" for name in ENVIRONMENT],
+        )
+        with TraceWriter(folder / "client", process) as writer:
+            writer.event("engine", f"starting vLLM {vllm_version()}")
+            started = time.perf_counter()
+            llm = _start(arguments)
+            writer.event("engine", "the engine is up", seconds=round(time.perf_counter() - started, 3))
+            require_probe(folder)
+            ask(llm, spec, writer)
+
+
+def engine_arguments(spec: RunSpec) -> dict[str, Any]:
+    """The arguments of `vllm.LLM`: ours, then the spec's options, then flags checked by vLLM's own parser.
+
+    Raises:
+        ProbeError: a flag or a value that vLLM's parser does not take.
+    """
+    arguments: dict[str, Any] = {
+        "model": spec.model,
+        "enable_lora": True,
+        "enforce_eager": True,
+        "enable_prefix_caching": False,
+        "max_num_seqs": 4,
+        "max_model_len": _max_model_len(spec.model),
+    }
+    command = [part for key, value in spec.options.items() for part in _flag(key, value)]
+    given = parse_flags([*command, *spec.engine_args])
+    return {key: value for key, value in (arguments | given).items() if value is not None}
+
+
+def _flag(key: str, value: Any) -> list[str]:
+    values = value if isinstance(value, list) else [value]
+    return [f"--{key.replace('_', '-')}", *map(str, values)]
+
+
+def _max_model_len(model: str) -> int | None:
+    """A context that fits a small cache; vLLM's own default where the base's config is not at hand."""
+    try:
+        longest = open_base(model).config.get("max_position_embeddings")
+    except UnreadableFile:
+        return None
+    return min(longest, MAX_MODEL_LEN) if isinstance(longest, int) else None
+
+
+def parse_flags(flags: list[str]) -> dict[str, Any]:
+    """vLLM engine flags as arguments of `LLM`, only those that were given."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    class Parser(FlexibleArgumentParser):  # type: ignore[misc]
+        def error(self, message: str) -> None:
+            raise ProbeError(f"vLLM does not take these flags: {message}", "see `python -m vllm.entrypoints.openai.api_server --help`")
+
+    parser = EngineArgs.add_cli_args(Parser(add_help=False))
+    plain = vars(parser.parse_args([]))
+    parsed = vars(parser.parse_args(flags))
+    fields = EngineArgs.__dataclass_fields__
+    named = {flag.partition("=")[0].lstrip("-").replace("-", "_") for flag in flags if flag.startswith("--")}
+    return {key: value for key, value in parsed.items() if key in fields and (key in named or value != plain[key])}
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, str | int | float | bool | list)
+
+
+def _start(arguments: dict[str, Any]) -> Any:
+    from vllm import LLM
+
+    try:
+        return LLM(**arguments)
+    # An engine fails to start in as many ways as it has parts; its own words are the message.
+    except Exception as error:
+        if isinstance(error, ProbeError):
+            raise
+        raise EngineFailed(f"vLLM did not start: {_root_cause(error)}", "the log has the whole story") from error
+
+
+def _root_cause(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 400 else text[:397] + "..."
+
+
+def require_probe(folder: Path) -> None:
+    """A worker that carries the probe has said so before it loaded the model.
+
+    Raises:
+        EngineFailed: none did: whatever happens to the adapter now, nobody would see it.
+    """
+    if any(folder.glob("vllm-rank-*/process.json")):
+        return
+    allowed = os.environ.get("VLLM_PLUGINS")
+    why = f"VLLM_PLUGINS is `{allowed}`: it must name lora_probe" if allowed is not None else (
+        "is lora-probe-vllm installed in the environment of the workers?"
+    )
+    raise EngineFailed("the plugin was not loaded: no worker of vLLM carries the probe", why)
+
+
+def ask(llm: Any, spec: RunSpec, writer: TraceWriter) -> None:
+    """Every prompt without the adapter, then with it. A refusal of the adapter ends the run, and is no error."""
+    prompts = encode(spec, llm.get_tokenizer())
+    try:
+        for number, ids in enumerate(prompts):
+            writer.request(_generate(llm, spec, number, ids, None))
+        request = _lora_request(spec)
+        if _load(llm, request, writer):
+            for number, ids in enumerate(prompts):
+                writer.request(_generate(llm, spec, number, ids, request))
+    finally:
+        llm.collective_rpc("lora_probe_finish")
+
+
+def _lora_request(spec: RunSpec) -> Any:
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest(spec.name, ADAPTER_ID, spec.adapter)
+
+
+def _load(llm: Any, request: Any, writer: TraceWriter) -> bool:
+    """Add the adapter before it is used: one that fails inside `generate` kills the engine."""
+    try:
+        llm.llm_engine.add_lora(request)
+    # The worker has recorded the refusal with vLLM's own words; here it only ends the run.
+    except Exception as error:
+        writer.event("refused", _root_cause(error))
+        return False
+    return True
+
+
+def _generate(llm: Any, spec: RunSpec, number: int, ids: list[int], request: Any) -> RequestRecord:
+    from vllm import SamplingParams
+
+    started = time.perf_counter()
+    parameters = SamplingParams(temperature=0, max_tokens=spec.max_tokens, logprobs=0)
+    try:
+        (output,) = llm.generate(
+            [{"prompt_token_ids": ids}], parameters, use_tqdm=False, lora_request=request
+        )
+    except ValueError as error:
+        raise ProbeError(f"vLLM does not take prompt {number + 1}: {_root_cause(error)}") from error
+    answer = output.outputs[0]
+    tokens = [int(token) for token in answer.token_ids]
+    scores = zip(tokens, answer.logprobs or [], strict=False)
+    return RequestRecord(
+        id=str(output.request_id),
+        prompt=number,
+        adapter=request.lora_name if request is not None else None,
+        prompt_ids=ids,
+        output_ids=tokens,
+        text=answer.text,
+        logprobs=[round(float(found[token].logprob), 6) for token, found in scores],
+        seconds=round(time.perf_counter() - started, 3),
+    )

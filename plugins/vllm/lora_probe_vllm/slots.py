@@ -1,0 +1,145 @@
+"""Where a module lives in vLLM, and whether its slot holds what the file says.
+
+In: the LoRA manager's layers, and pairs of the file. Out: `Home` (layer and slice) for a name of the file, and a
+`Finding` for `placed`, by replaying vLLM's own cast and scaling and comparing bit for bit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from lora_probe.adapter import Adapter, AdapterModule, Key
+from lora_probe.ledger import OK, Finding
+from lora_probe.rules.loading import not_measured, placed_differs, placed_empty
+from lora_probe.tracefile import Floats
+from lora_probe_vllm.seams import rename_mapper, seams
+
+
+@dataclass(frozen=True)
+class Home:
+    """One slice of one of vLLM's LoRA layers. `engine_as` is how a person would write it."""
+
+    name: str
+    layer: Any
+    slice: int
+    slices: int
+
+    @property
+    def engine_as(self) -> str:
+        return f"{self.name}[{self.slice}]" if self.slices > 1 else self.name
+
+    @property
+    def recordable(self) -> bool:
+        """Whether the stand-in understands the layer: LoRA linears do, embeddings, heads and experts not yet."""
+        return isinstance(self.layer, seams.linear_layer)
+
+
+class Homes:
+    """The map of one engine: every name that an adapter may use, and the layers behind them."""
+
+    def __init__(self, manager: Any) -> None:
+        self.manager = manager
+        self.mapper = rename_mapper(manager.model)
+        self.wrapped: dict[str, Home] = {}
+        for name, layer in manager.modules.items():
+            parts = manager.packed_modules.get(name, [name])
+            for index, part in enumerate(parts):
+                self.wrapped[part] = Home(name, layer, index, len(parts))
+        self.known = set(self.wrapped)
+        for name, _ in manager.model.named_modules():
+            parent, _, last = name.rpartition(".")
+            self.known.add(name)
+            for part in manager.packed_modules_mapping.get(last, ()):
+                self.known.add(f"{parent}.{part}" if parent else part)
+
+    def engine_name(self, pair: AdapterModule) -> str | None:
+        """The pair's name after vLLM's own renaming; None where vLLM cannot parse it."""
+        tensor = pair.a or pair.b
+        if tensor is None:
+            return None
+        try:
+            name: str = seams.parse_name(tensor.name, self.mapper)[0]
+        except ValueError:
+            return None
+        return name
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The part of a pair that belongs into one slice on this rank: `a: [r, in]`, `b: [out, r]`, in the file's dtype
+    widened to float32, and the factor that vLLM folds into B."""
+
+    a: Floats
+    b: Floats
+    scaling: float
+
+    def replayed(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """A and s·B as vLLM makes them: cast first, then B times the scaling in that dtype (`optimize`)."""
+        b = torch.from_numpy(self.b).to(dtype)
+        return torch.from_numpy(self.a).to(dtype), b if self.scaling == 1 else b * self.scaling
+
+
+def placement(adapter: Adapter, pair: AdapterModule, home: Home) -> Placement | None:
+    """What should be in the slice on this rank; None for half a pair, or where vLLM's own slicing cannot tell."""
+    if pair.a is None or pair.b is None or len(pair.a.shape) != 2 or len(pair.b.shape) != 2:
+        return None
+    a, b = adapter.values(pair.a), adapter.values(pair.b)
+    layer = home.layer
+    if getattr(layer, "tp_size", 1) > 1:
+        tensors: list[Any] = [torch.from_numpy(a), torch.from_numpy(b)]
+        if home.slices > 1:
+            empty: list[Any] = [None] * home.slices
+            lists = [[*empty[: home.slice], tensor, *empty[home.slice + 1 :]] for tensor in tensors]
+            tensors = [
+                layer.slice_lora_a(lists[0])[home.slice],
+                layer.slice_lora_b(lists[1])[home.slice],
+            ]
+        else:
+            tensors = [layer.slice_lora_a(tensors[0]), layer.slice_lora_b(tensors[1])]
+        a, b = (np.ascontiguousarray(tensor.numpy()) for tensor in tensors)
+    return Placement(a, b, pair.scaling)
+
+
+def slot_values(home: Home, slot: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """A and s·B as the slot holds them, padding included; None for a layer that keeps them elsewhere."""
+    stacked_a, stacked_b = (getattr(home.layer, name, None) for name in ("lora_a_stacked", "lora_b_stacked"))
+    if not isinstance(stacked_a, tuple) or len(stacked_a) != home.slices:
+        return None
+    return stacked_a[home.slice][slot, 0].cpu(), stacked_b[home.slice][slot, 0].cpu()  # type: ignore[index]
+
+
+def judge(adapter: Adapter, pair: AdapterModule, home: Home, slot: int, moment: str) -> Finding:
+    """`placed`: the slot against a replay of the file, padding included."""
+    held = slot_values(home, slot)
+    if held is None:
+        return not_measured(f"the slots of {type(home.layer).__name__} are not read yet")
+    if not held[0].any() or not held[1].any():
+        return placed_empty(moment)
+    wanted = placement(adapter, pair, home)
+    if wanted is None:
+        return placed_differs("its slot", float("inf"), moment)
+    a, b = wanted.replayed(held[0].dtype)
+    for half, tensor, slot_tensor in (("lora_A", a, held[0]), ("s·lora_B", b, held[1])):
+        if tensor.shape[0] > slot_tensor.shape[0] or tensor.shape[1] > slot_tensor.shape[1]:
+            return placed_differs(half, float("inf"), moment)
+        padded = torch.zeros_like(slot_tensor)
+        padded[: tensor.shape[0], : tensor.shape[1]] = tensor
+        if not torch.equal(padded.nan_to_num(), slot_tensor.nan_to_num()):
+            error = (padded.float() - slot_tensor.float()).norm() / padded.float().norm().clamp(min=1e-30)
+            return placed_differs(half, float(error), moment)
+    return OK
+
+
+def engine_names(pairs: dict[Key, AdapterModule], homes: Homes) -> dict[Key, str]:
+    """`engine_as` for every pair that has a layer."""
+    found = {}
+    for key, pair in pairs.items():
+        name = homes.engine_name(pair)
+        if name in homes.wrapped:
+            found[key] = homes.wrapped[name].engine_as
+    return found
+
