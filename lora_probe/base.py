@@ -79,4 +79,3 @@ def _cached(name: str) -> Path | None:
         return None
     snapshot = repository / "snapshots" / commit
     return snapshot if (snapshot / "config.json").exists() else None
-

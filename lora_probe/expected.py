@@ -45,12 +45,12 @@ def expect(adapter: Adapter, shapes: Shapes | None) -> tuple[Expected, ...]:
     rows: dict[Key, Expected] = {}
     for key, entry in entries.items():
         home = homes.get(key, key[0])
-        by = ("config", "file") if home in targeted or not shapes and adapter.config.targeted([home]) else ("file",)
+        by = ("config", "file") if home in targeted or (not shapes and adapter.config.targeted([home])) else ("file",)
         bare = shapes is not None and key[0] not in shapes and entry.parameter == "weight"
-        pair_spectrum = _spectrum(adapter, entry)
+        found = pair_spectrum(adapter, entry)
         shape = shapes.get(home) if shapes and entry.parameter == "weight" else None
-        stored = judge_stored(adapter, entry, pair_spectrum, shape)
-        rows[(home, *key[1:])] = Expected((home, *key[1:]), entry, bare, by, stored, pair_spectrum)
+        stored = judge_stored(adapter, entry, found, shape)
+        rows[(home, *key[1:])] = Expected((home, *key[1:]), entry, bare, by, stored, found)
     for module in targeted:
         key = (module, "weight", None)
         if key not in rows and not any(home == module for home, _, _ in rows):
@@ -59,7 +59,7 @@ def expect(adapter: Adapter, shapes: Shapes | None) -> tuple[Expected, ...]:
 
 
 def judge_stored(
-    adapter: Adapter, pair: AdapterModule, pair_spectrum: Spectrum | None, shape: tuple[int, int] | None
+    adapter: Adapter, pair: AdapterModule, found: Spectrum | None, shape: tuple[int, int] | None
 ) -> Finding:
     """Run the LP2xx and LP3xx rules over one pair; the gravest finding, the first where they weigh the same."""
     findings = [not_a_matrix(pair), half_missing(pair)]
@@ -67,16 +67,16 @@ def judge_stored(
         findings.append(rank_differs(pair, adapter.config))
         if shape is not None:
             findings.append(shape_differs(pair, shape))
-    if pair_spectrum is not None:
-        findings += [not_finite(pair_spectrum), zero_delta(pair, pair_spectrum)]
-    found = OK
+    if found is not None:
+        findings += [not_finite(found), zero_delta(pair, found)]
+    gravest = OK
     for finding in findings:
         if finding is not None:
-            found = graver(found, finding)
-    return found
+            gravest = graver(gravest, finding)
+    return gravest
 
 
-def _spectrum(adapter: Adapter, pair: AdapterModule) -> Spectrum | None:
+def pair_spectrum(adapter: Adapter, pair: AdapterModule) -> Spectrum | None:
     """None where A and B are no pair of float matrices."""
     if pair.a is None or pair.b is None or not_a_matrix(pair) is not None:
         return None

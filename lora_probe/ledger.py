@@ -18,6 +18,8 @@ Value = Literal["ok", "wrong", "absent", "unknown"]
 Fate = Literal["took effect", "wrong", "lost", "unknown"]
 
 STATIONS: tuple[Station, ...] = ("stored", "read", "placed", "applied", "agrees")
+_VALUES: dict[Fate, Value] = {"took effect": "ok", "wrong": "wrong", "lost": "absent", "unknown": "unknown"}
+"""The value that decides a fate."""
 _GRAVITY: dict[Value, int] = {"unknown": 0, "ok": 1, "absent": 2, "wrong": 3}
 
 
@@ -64,9 +66,8 @@ class Row:
     @property
     def decisive(self) -> tuple[Station, Finding] | None:
         """The station that decided the fate, and what it showed; None for a module that took effect."""
-        wanted = {"lost": "absent", "wrong": "wrong", "unknown": "unknown"}.get(self.fate)
         for station in STATIONS:
-            if self.stations[station].value == wanted:
+            if self.fate != "took effect" and self.stations[station].value == _VALUES[self.fate]:
                 return station, self.stations[station]
         return None
 
@@ -101,7 +102,7 @@ def headline(ledger: Ledger) -> str:
 
 def clauses(ledger: Ledger) -> list[tuple[str, Finding, list[Row]]]:
     """Rows that share fate, station and rule, as one sentence each: `3 lost at stored: ... (LP204)`."""
-    groups: dict[tuple[str, str, str], list[Row]] = {}
+    groups: dict[tuple[Fate, Station, str], list[Row]] = {}
     for row in ledger.rows:
         if row.decisive is not None:
             station, finding = row.decisive
@@ -109,7 +110,7 @@ def clauses(ledger: Ledger) -> list[tuple[str, Finding, list[Row]]]:
     found = []
     for (fate, station, code), rows in groups.items():
         messages = {row.decisive[1].message: None for row in rows if row.decisive}
-        finding = Finding(_value(fate), code, next(iter(messages)))
+        finding = Finding(_VALUES[fate], code, next(iter(messages)))
         more = f" (and {len(messages) - 1} more of the kind)" if len(messages) > 1 else ""
         whole = len(rows) == len(ledger.rows)
         what = finding.message if whole else _about([row.module for row in rows], finding.message)
@@ -117,10 +118,6 @@ def clauses(ledger: Ledger) -> list[tuple[str, Finding, list[Row]]]:
         code_text = f" ({code})" if code else ""
         found.append((f"{len(rows)} {fate}{where}: {what}{more}{code_text}", finding, rows))
     return found
-
-
-def _value(fate: str) -> Value:
-    return {"lost": "absent", "wrong": "wrong"}.get(fate, "unknown")  # type: ignore[return-value]
 
 
 def _about(modules: Sequence[str], message: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,7 +19,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from lora_probe.errors import UnreadableFile
-from lora_probe.ledger import OK, STATIONS, Finding, Ledger, Row, Station, graver
+from lora_probe.ledger import STATIONS, Finding, Ledger, Row, Station, graver
 from lora_probe.rules.loading import not_measured
 from lora_probe.tracefile import (
     ROW_COLUMNS,
@@ -146,7 +146,7 @@ class Trace:
         gone = False
         for station in STATIONS:
             finding = found.get(station) or (Finding("absent") if gone else missing)
-            gone = gone or finding.value == "absent" and station != "stored"
+            gone = gone or (finding.value == "absent" and station != "stored")
             result[station] = finding
         return result
 
@@ -240,15 +240,10 @@ def _widened(rows: Rows, keys: tuple[Any, ...]) -> Rows:
     placed = [""] * len(keys)
     for index, digest in zip(where, rows.placed, strict=False):
         placed[index] = digest
-    return Rows(
-        keys,
-        rows.requests,
-        rows.request,
-        rows.position,
-        rows.phase,
-        rows.load,
-        *(spread(getattr(rows, name), 1) for name in ROW_COLUMNS[4:]),
+    return replace(
+        rows,
+        modules=keys,
         gram=spread(rows.gram, 0),
         placed=tuple(placed),
-        tensors=rows.tensors,
+        **{name: spread(getattr(rows, name), 1) for name in ROW_COLUMNS[4:]},
     )

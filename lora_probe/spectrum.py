@@ -40,7 +40,7 @@ def spectrum(a: Array, b: Array, scaling: float) -> Spectrum:
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         return Spectrum(np.full(a.shape[0], np.nan), float("nan"), float("nan"))
     singular = _singular(a, b)
-    if singular.size and 0 < singular[-1] < FLOAT32_FLOOR * singular[0] or not np.isfinite(singular).all():
+    if (singular.size and 0 < singular[-1] < FLOAT32_FLOOR * singular[0]) or not np.isfinite(singular).all():
         singular = _singular(a.astype(np.float64), b.astype(np.float64))
     singular = singular * abs(scaling)
     norm = float(np.sqrt(np.square(singular).sum()))

@@ -8,7 +8,6 @@ segments that are written under another name and renamed, so a process that dies
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -252,12 +251,8 @@ class TraceWriter:
     def event(self, stage: str, text: str, *, module: str = "", seconds: float | None = None, **facts: Any) -> None:
         self.record(LoadEvent(self.now, stage, text, module, seconds, facts))
 
-    def station(
-        self, load: int, station: Station, finding: Finding, keys: Sequence[Key], **facts: Any
-    ) -> None:
-        self.record(
-            StationRecord(load, station, finding.value, list(keys), finding.code, finding.message, facts)
-        )
+    def station(self, load: int, station: Station, finding: Finding, keys: Sequence[Key], **facts: Any) -> None:
+        self.record(StationRecord(load, station, finding.value, list(keys), finding.code, finding.message, facts))
 
     def request(self, request: RequestRecord) -> None:
         if self._requests is None:
@@ -309,4 +304,4 @@ def write_json(path: Path, value: Any) -> None:
     """Write JSON under another name and rename it, so that nobody reads half of it."""
     partial = path.with_suffix(".partial")
     partial.write_bytes(msgspec.json.format(msgspec.json.encode(value), indent=2))
-    os.replace(partial, path)
+    partial.replace(path)

@@ -93,8 +93,7 @@ def open_weights(path: Path) -> WeightsFile:
             (length,) = struct.unpack("<Q", prefix)
             if length > MAX_HEADER or length > size - 8:
                 raise UnreadableFile(
-                    f"`{path}` is not a whole safetensors file: its header claims {length} bytes, "
-                    f"the file has {size}",
+                    f"`{path}` is not a whole safetensors file: its header claims {length} bytes, the file has {size}",
                     "it may be truncated or of another format; copy or download it again",
                 )
             file.seek(8)
@@ -112,7 +111,7 @@ def _refuse_impostors(path: Path, prefix: bytes, rest: bytes, size: int) -> None
             f"`{path}` is a Git LFS pointer, not the weights",
             "run `git lfs pull` in the repository it was cloned from",
         )
-    if len(prefix) < 8 or prefix.isascii() and all(32 <= byte < 127 or byte in (9, 10, 13) for byte in prefix):
+    if len(prefix) < 8 or (prefix.isascii() and all(32 <= byte < 127 or byte in (9, 10, 13) for byte in prefix)):
         raise UnreadableFile(
             f"`{path}` is not a safetensors file: it begins with {prefix!r}",
             "a safetensors file begins with the length of its header; is this a text file or a pickle?",

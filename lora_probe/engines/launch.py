@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -96,7 +96,7 @@ def trace(
         engine_args=list(engine_args),
         chat=chat,
     )
-    created = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    created = datetime.now(UTC).isoformat(timespec="seconds")
     write_json(folder / "run.json", Run(SCHEMA, created, spec, versions()))
     _run_child(folder, len(spec.prompts) * 2, progress)
     return open_trace(folder)
@@ -117,9 +117,7 @@ def _base_of(checkpoint: Adapter, model: str | None) -> str:
     """The base to run: a folder as an absolute path, or an id that the engine resolves."""
     name = model or checkpoint.config.base_model
     if name is None:
-        raise ProbeError(
-            f"`{checkpoint.config.path}` names no base model", "give its folder or id with --model"
-        )
+        raise ProbeError(f"`{checkpoint.config.path}` names no base model", "give its folder or id with --model")
     if Path(name).is_dir():
         return str(open_base(name).path.resolve())
     offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes")

@@ -15,26 +15,13 @@ import numpy as np
 from lora_probe.adapter import Adapter, Key
 from lora_probe.expected import Expected
 from lora_probe.ledger import OK, Finding
+from lora_probe.precision import agrees as agrees_tolerance
 from lora_probe.rules.applying import contamination, kernel_differs, never_applied, not_finite_output, rows_missed
 from lora_probe.rules.loading import not_measured
 from lora_probe.tracefile import DECODE, PREFILL, Floats, Load, ModuleRecord, TraceWriter
 
 SAMPLED = {PREFILL: 4, DECODE: 2}
 """Rows of each request on which `agrees` is measured, by phase."""
-
-ROUND_OFF = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
-AGREES_SLACK = {"float32": 168.0, "float16": 8.0, "bfloat16": 4.0}
-"""Tolerance of `agrees` in units of round-off, a multiple of what clean runs showed (see `tolerance`)."""
-
-
-def tolerance(dtype: str) -> float:
-    """How far a kernel's contribution may lie from the float32 reference for the same x.
-
-    Round-off of the dtype that the contribution is computed in, times a slack. Clean runs over all modules of
-    SmolLM2-135M and of tiny models stay below 7e-7 in float32 (11 units, of sums over up to 1536 inputs) and 6e-3 in
-    bfloat16 (1.5 units: A, B and the shrink are each rounded once); the slack leaves a factor of at least 2.5.
-    """
-    return ROUND_OFF.get(dtype, ROUND_OFF["bfloat16"]) * AGREES_SLACK.get(dtype, AGREES_SLACK["bfloat16"])
 
 
 @dataclass
@@ -88,7 +75,7 @@ class Account:
         self.gone.update(absent)
         for station in ("read", "placed", "applied", "agrees"):
             if absent:
-                self.writer.station(self.load.load, station, Finding("absent"), absent)  # type: ignore[arg-type]
+                self.writer.station(self.load.load, station, Finding("absent"), absent)
 
     def station(self, station: str, findings: Mapping[Key, Finding]) -> None:
         """Write one station's findings; an absent module has ended its journey."""
@@ -144,7 +131,7 @@ class Account:
                 f"recomputed {len(facts)} modules from the file: worst relative error {worst[1][0]:.2g}",
                 module=worst[0],
                 errors=facts,
-                tolerance=tolerance(self.dtype),
+                tolerance=agrees_tolerance(self.dtype),
             )
 
     def _applied(self, tally: _Tally) -> Finding:
@@ -155,7 +142,7 @@ class Account:
         return rows_missed(tally.right, self.asked) if tally.right != self.asked else OK
 
     def _agrees(self, tally: _Tally) -> Finding:
-        limit = tolerance(self.dtype)
+        limit = agrees_tolerance(self.dtype)
         if not tally.finite:
             return not_finite_output()
         if not tally.sampled:

@@ -44,7 +44,9 @@ class PeftEngine:
     def record(self, spec: RunSpec, folder: Path) -> None:
         """See `lora_probe.engines.Engine.record`."""
         if spec.engine_args:
-            raise EngineFailed(f"peft takes no engine flags ({' '.join(spec.engine_args)})", "flags after `--` are vLLM's")
+            raise EngineFailed(
+                f"peft takes no engine flags ({' '.join(spec.engine_args)})", "flags after `--` are vLLM's"
+            )
         process = Process(
             schema=SCHEMA, role="engine", engine="peft", rank=0, pid=os.getpid(), versions=self.versions, keep=spec.keep
         )

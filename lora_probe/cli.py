@@ -1,0 +1,404 @@
+"""The command line: `lora-probe`. In: arguments. Out: text or JSON on standard output, hints and progress on standard
+error, and the exit status: 0 judged and nothing wrong, 1 something found or undecided, 2 nothing could be judged.
+
+Everything heavy is imported by the command that needs it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich_argparse import RawDescriptionRichHelpFormatter
+
+from lora_probe import __version__
+from lora_probe.errors import ProbeError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from lora_probe.engines.launch import Progress
+    from lora_probe.reading import Trace
+
+CLEAN, FOUND, UNJUDGED, INTERRUPTED = 0, 1, 2, 130
+
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    own, flags = _split(arguments)
+    parser = _parser()
+    options = parser.parse_args(own)
+    if flags and options.command is not _trace:
+        parser.error("only `trace` takes engine flags after `--`")
+    options.engine_args = flags
+    try:
+        return int(options.command(options))
+    except ProbeError as error:
+        _complain(error.message, error.hint)
+        return error.exit_code
+    except KeyboardInterrupt:
+        _complain("interrupted", getattr(options, "interrupted", ""))
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader has gone (`| head`): not an error of ours, and nothing more can be said to it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return CLEAN
+
+
+def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Our own arguments, and the engine's after the first `--`."""
+    if "--" not in arguments:
+        return arguments, []
+    at = arguments.index("--")
+    return arguments[:at], arguments[at + 1 :]
+
+
+def _complain(message: str, hint: str = "") -> None:
+    console = Console(stderr=True)
+    console.print(f"[bold red]error:[/] {_escaped(message)}", soft_wrap=True, highlight=False)
+    for line in filter(None, hint.split("\n")):
+        console.print(f"[cyan]hint:[/] {_escaped(line)}", soft_wrap=True, highlight=False)
+
+
+def _escaped(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def _hint(text: str) -> None:
+    Console(stderr=True).print(f"[cyan]hint:[/] {_escaped(text)}", soft_wrap=True, highlight=False)
+
+
+def _show(renderable: Any) -> None:
+    """Print for a person; a pipe gets lines that are not broken at 80 columns."""
+    console = Console(highlight=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = 160
+    console.print(renderable)
+
+
+def _dump(data: dict[str, Any]) -> None:
+    print(json.dumps(data, ensure_ascii=False, indent=2, allow_nan=False))
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from lora_probe.adapter import open_adapter
+    from lora_probe.render import machine, terminal
+
+    adapter = open_adapter(options.checkpoint)
+    spectra = None
+    if options.norms:
+        with _working(f"reading {terminal.size(adapter.weights.size)} of values", len(adapter.modules)) as tick:
+            spectra = spectra_of(adapter, tick)
+    if options.format == "json":
+        _dump(machine.inspect_json(adapter, spectra))
+        return CLEAN
+    _show(terminal.adapter(adapter))
+    if spectra is not None:
+        _show("")
+        _show(terminal.norms(adapter, spectra))
+    else:
+        _hint(f"lora-probe inspect {adapter.path} --norms")
+    return CLEAN
+
+
+def spectra_of(adapter: Any, tick: Callable[[], None]) -> dict[str, Any]:
+    """The spectrum of every module by its name in the file; None where A and B are no pair."""
+    from lora_probe.expected import pair_spectrum
+
+    found = {}
+    for module in adapter.modules:
+        found[module.stored_as] = pair_spectrum(adapter, module)
+        tick()
+    return found
+
+
+def _trace(options: argparse.Namespace) -> int:
+    from lora_probe.engines.launch import LOG, trace
+
+    prompts = list(options.prompt or [])
+    if options.prompt_file:
+        prompts += _prompts_in(options.prompt_file)
+    engine_options = {
+        "dtype": options.dtype,
+        "lora_dtype": options.lora_dtype,
+        "max_lora_rank": options.max_lora_rank,
+        "max_loras": options.max_loras,
+        "max_model_len": options.max_model_len,
+        "tensor_parallel_size": options.tensor_parallel_size,
+        "lora_target_modules": options.lora_target_modules,
+    }
+    options.interrupted = "the recording is incomplete; nothing is left running"
+    with _following(options.engine) as progress:
+        found = trace(
+            options.checkpoint,
+            engine=options.engine,
+            model=options.model,
+            prompts=prompts,
+            chat=options.chat,
+            max_tokens=options.max_tokens,
+            keep=options.keep,
+            out=options.output,
+            force=options.force,
+            options=engine_options,
+            engine_args=options.engine_args,
+            progress=progress,
+        )
+    status = _present(found, options)
+    console = Console(stderr=True)
+    console.print(f"wrote {found.path}, the engine's log is {found.path / LOG}", soft_wrap=True, highlight=False)
+    other = {"peft": "vllm", "vllm": "peft"}.get(options.engine, "peft")
+    _hint(f"lora-probe trace {options.checkpoint} --engine {other}, then lora-probe compare {found.path} OTHER.lptrace")
+    return status
+
+
+def _prompts_in(path: str) -> list[str]:
+    """The prompts of a file, one a line; `-` is standard input."""
+    try:
+        text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ProbeError(f"cannot read the prompts in `{path}`: {error}") from error
+    prompts = [line for line in text.splitlines() if line.strip()]
+    if not prompts:
+        raise ProbeError(f"`{path}` holds no prompt", "write one prompt on each line")
+    return prompts
+
+
+def _present(trace: Trace, options: argparse.Namespace) -> int:
+    """Show a trace and turn its ledgers into an exit status."""
+    from lora_probe.render import machine, terminal
+
+    if options.format == "json":
+        _dump(machine.trace_json(trace))
+    else:
+        _show(terminal.run(trace, story=options.events))
+    if not trace.loads:
+        return UNJUDGED
+    return CLEAN if trace.complete and all(ledger.healthy for _, ledger in trace.loads) else FOUND
+
+
+def _show_trace(options: argparse.Namespace) -> int:
+    from lora_probe.reading import open_trace
+
+    return _present(open_trace(options.trace), options)
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from lora_probe.comparison import compare
+    from lora_probe.reading import open_trace
+    from lora_probe.render import machine, terminal
+
+    found = compare(open_trace(options.reference), open_trace(options.candidate), options.rtol)
+    if options.format == "json":
+        _dump(machine.comparison_json(found))
+    else:
+        _show(terminal.comparison(found))
+    return CLEAN if found.verdict == "agree" else FOUND
+
+
+def _rule(options: argparse.Namespace) -> int:
+    from lora_probe.render import machine, terminal
+    from lora_probe.rules import all_rules
+
+    known = all_rules()
+    if options.code is None:
+        chosen = list(known.values())
+    elif options.code.upper() in known:
+        chosen = [known[options.code.upper()]]
+    else:
+        raise ProbeError(f"there is no rule `{options.code}`", f"rules: {', '.join(known)}")
+    if options.format == "json":
+        _dump(machine.rules_json(chosen))
+    else:
+        _show(terminal.rules(chosen) if options.code is None else terminal.rule(chosen[0]))
+    return CLEAN
+
+
+def _env(options: argparse.Namespace) -> int:
+    from lora_probe.engines.launch import versions
+    from lora_probe.render import machine, terminal
+
+    found = versions()
+    if options.format == "json":
+        _dump({"schema_version": machine.SCHEMA_VERSION, "versions": found})
+    else:
+        _show(terminal.versions(found))
+    return CLEAN
+
+
+@contextmanager
+def _following(engine: str) -> Iterator[Callable[[Progress], None]]:
+    """A line that follows a run: a live one in a terminal, a line for each new stage elsewhere."""
+    console = Console(stderr=True)
+    seen: list[str] = []
+    with console.status(f"{engine}: starting") as status:
+
+        def progress(now: Progress) -> None:
+            text = f"{engine}: {now.stage}: {now.text}"
+            if now.answers:
+                text = f"{engine}: {now.answers} of {now.wanted} answers"
+            if console.is_terminal:
+                status.update(_escaped(text))
+            elif [text] != seen[-1:]:
+                seen.append(text)
+                console.print(_escaped(text), soft_wrap=True, highlight=False)
+
+        yield progress
+
+
+@contextmanager
+def _working(what: str, steps: int) -> Iterator[Callable[[], None]]:
+    """A progress bar on standard error, gone when the work is done."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=steps)
+        yield lambda: bar.advance(task)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors of usage in the same form as all others."""
+
+    def error(self, message: str) -> Any:
+        _complain(message, f"{self.prog} --help")
+        raise SystemExit(UNJUDGED)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="lora-probe",
+        description="See what a LoRA adapter does between its checkpoint and the tokens of an engine.",
+        formatter_class=RawDescriptionRichHelpFormatter,
+        epilog="examples:\n  lora-probe inspect ckpt/ --norms\n  lora-probe trace ckpt/ --engine vllm --dtype float32",
+    )
+    parser.add_argument("--version", action="version", version=f"lora-probe {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_inspect(commands)
+    _add_trace(commands)
+    _add_show(commands)
+    _add_compare(commands)
+    _add_rule(commands)
+    _add_env(commands)
+    return parser
+
+
+def _command(commands: Any, name: str, run: Callable[..., int], about: str, examples: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=about,
+        description=about,
+        epilog=f"examples:\n{examples}",
+        formatter_class=RawDescriptionRichHelpFormatter,
+    )
+    parser.set_defaults(command=run)
+    parser.add_argument("--format", choices=("text", "json"), default="text", help="default: text")
+    return parser
+
+
+def _add_inspect(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "inspect",
+        _inspect,
+        "show what an adapter checkpoint holds",
+        "  lora-probe inspect ckpt/\n  lora-probe inspect ckpt/ --norms\n"
+        "  lora-probe inspect ckpt/ --format json | jq '.modules | length'",
+    )
+    _add_checkpoint(parser)
+    parser.add_argument(
+        "--norms", action="store_true", help="read the values: ‖s·B·A‖ and effective rank of each module"
+    )
+
+
+def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "checkpoint",
+        nargs="?",
+        default=".",
+        metavar="CKPT",
+        help="an adapter folder, or a training output folder (its last checkpoint is taken); default: .",
+    )
+
+
+def _add_trace(commands: Any) -> None:
+    from lora_probe.tracefile import LEVELS
+
+    parser = _command(
+        commands,
+        "trace",
+        _trace,
+        "run an adapter in a real engine and record loading and contributions",
+        "  lora-probe trace ckpt/ --engine peft\n"
+        "  lora-probe trace ckpt/ --engine vllm --dtype float32 --prompt 'Who are you?' -o run.lptrace\n"
+        "  lora-probe trace ckpt/ --engine vllm --max-lora-rank 64 -- --gpu-memory-utilization 0.5",
+    )
+    _add_checkpoint(parser)
+    parser.add_argument("--engine", required=True, metavar="ENGINE", help="peft or vllm (needs lora-probe-vllm)")
+    parser.add_argument("--model", metavar="BASE", help="base model, a folder or an id; default: the adapter's own")
+    parser.add_argument("--prompt", action="append", metavar="TEXT", help="may be given more than once")
+    parser.add_argument("--prompt-file", metavar="FILE", help="one prompt a line; - for standard input")
+    parser.add_argument("--chat", action="store_true", help="put each prompt through the tokenizer's chat template")
+    parser.add_argument("--max-tokens", type=int, default=32, metavar="N", help="length of an answer; default: 32")
+    parser.add_argument("--keep", choices=LEVELS, default="shrink", help="how much of each row; default: shrink")
+    parser.add_argument("-o", "--output", metavar="RUN.lptrace", help="default: CKPT-ENGINE.lptrace here")
+    parser.add_argument("--force", action="store_true", help="overwrite an existing trace")
+    parser.add_argument("--events", action="store_true", help="print every step of the loading story")
+    engine = parser.add_argument_group("engine", "spelled as vLLM spells them; any other vLLM flag goes after --")
+    engine.add_argument("--dtype", choices=DTYPES, help="auto in vLLM makes bfloat16 of float32")
+    engine.add_argument("--lora-dtype", choices=DTYPES)
+    engine.add_argument("--max-lora-rank", type=int, metavar="R", help="default: vLLM's own, 16")
+    engine.add_argument("--max-loras", type=int, metavar="N")
+    engine.add_argument("--max-model-len", type=int, metavar="N", help="default: 4096, or less if the base has less")
+    engine.add_argument("--tensor-parallel-size", type=int, metavar="N")
+    engine.add_argument("--lora-target-modules", nargs="+", metavar="NAME")
+
+
+def _add_show(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "show",
+        _show_trace,
+        "show a recorded trace again, from its files alone",
+        "  lora-probe show run.lptrace\n  lora-probe show run.lptrace --events\n"
+        "  lora-probe show run.lptrace --format json | jq .headline",
+    )
+    parser.add_argument("trace", metavar="RUN.lptrace")
+    parser.add_argument("--events", action="store_true", help="print every step of the loading story")
+
+
+def _add_compare(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "compare",
+        _compare,
+        "hold two traces against each other: where do they first part",
+        "  lora-probe compare peft.lptrace vllm.lptrace\n  lora-probe compare a.lptrace b.lptrace --rtol 1e-3",
+    )
+    parser.add_argument("reference", metavar="REFERENCE")
+    parser.add_argument("candidate", metavar="CANDIDATE")
+    parser.add_argument("--rtol", type=float, metavar="X", help="relative tolerance; default: from the coarser dtype")
+
+
+def _add_rule(commands: Any) -> None:
+    parser = _command(commands, "rule", _rule, "explain a rule", "  lora-probe rule\n  lora-probe rule LP201")
+    parser.add_argument("code", nargs="?", metavar="CODE", help="default: a line for every rule")
+
+
+def _add_env(commands: Any) -> None:
+    _command(commands, "env", _env, "the versions block for a bug report", "  lora-probe env")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

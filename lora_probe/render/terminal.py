@@ -1,0 +1,421 @@
+"""What a person sees in a terminal: functions named after what they show, giving rich renderables.
+
+In: an adapter, a trace, a comparison, rules. Out: tables and sentences. Colour never carries meaning alone: every
+cell is a number or a word first, and NO_COLOR loses nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import numpy as np
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from lora_probe.adapter import Adapter, Key, layer_of, natural, projection_of, ranges
+from lora_probe.comparison import Comparison
+from lora_probe.ledger import STATIONS, Ledger, headline, name_modules
+from lora_probe.reading import Trace
+from lora_probe.render.machine import contributions_json, requests_json
+from lora_probe.rules import Rule, diagnose
+from lora_probe.spectrum import Spectrum
+from lora_probe.tracefile import LoadEvent
+
+ORDER = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj")
+HEAT = ("", "rgb(120,170,255)", "rgb(120,220,170)", "rgb(240,210,90)", "rgb(255,140,90)", "bold rgb(255,90,90)")
+SHOWN = 10
+"""Similar lines before the rest is only counted."""
+
+
+def size(count: int) -> str:
+    """Bytes in MiB with three digits, or in KiB where that says more."""
+    return f"{count / 2**20:.3g} MiB" if count >= 2**20 else f"{count / 2**10:.3g} KiB"
+
+
+def adapter(found: Adapter) -> RenderableType:
+    """What a checkpoint holds, from its header."""
+    config = found.config
+    kind = "LoRA" + "".join(f" + {word}" for word in config.variants)
+    facts = Table.grid(padding=(0, 2))
+    facts.add_column(style="bold")
+    facts.add_column(overflow="fold")
+    for name, value in (
+        ("adapter", str(found.path)),
+        ("kind", f"{kind}, rank {config.rank}, alpha {config.alpha:g}, scaling {config.scaling:g}"),
+        ("base model", config.base_model or "not named in the config"),
+        ("PEFT", config.peft_version or "version not written (before 0.18)"),
+        ("targets", _targets(found)),
+        ("size", f"{size(found.weights.size)}, {found.parameters:,} parameters, {', '.join(found.dtypes) or 'empty'}"),
+        ("modules", f"{len(found.modules)} in {len(found.weights.tensors)} tensors"),
+    ):
+        facts.add_row(name, escape(value))
+    return Group(
+        *(Text(f"note: {note}", style="cyan") for note in found.notes),
+        facts,
+        Text(),
+        _by_projection(found),
+        *_rest(found),
+    )
+
+
+def _targets(found: Adapter) -> str:
+    targets = found.config.target_modules
+    if targets is None:
+        return "none"
+    return f"the expression {targets}" if isinstance(targets, str) else ", ".join(sort_projections(targets))
+
+
+def _by_projection(found: Adapter) -> RenderableType:
+    table = _table("projection", "modules", "layers", "A", "B", "rank", "scaling", "dtype")
+    groups: dict[tuple[str, ...], list[int | None]] = {}
+    for module in found.modules:
+        name = projection_of(module.module) + ("" if module.parameter == "weight" else f" {module.parameter}")
+        tensors = (module.a, module.b)
+        shapes = tuple("missing" if t is None else "×".join(map(str, t.shape)) or "scalar" for t in tensors)
+        dtypes = ", ".join(dict.fromkeys(t.dtype for t in tensors if t is not None))
+        facts = (name, *shapes, str(module.rank), f"{module.scaling:g}", dtypes)
+        groups.setdefault(facts, []).append(layer_of(module.module))
+    for facts in sorted(groups, key=lambda facts: _place(facts[0])):
+        layers = [layer for layer in groups[facts] if layer is not None]
+        table.add_row(facts[0], str(len(groups[facts])), ranges(layers) or "-", *facts[1:])
+    return table
+
+
+def _rest(found: Adapter) -> Iterable[RenderableType]:
+    kinds: dict[tuple[str, bool], list[str]] = {}
+    for other in found.others:
+        kinds.setdefault((other.what, other.understood), []).append(other.tensor.name)
+    for module in found.modules:
+        for extra in module.extras:
+            kinds.setdefault(("beside lora_A and lora_B: " + extra.name.rpartition(".lora_")[2], True), []).append(
+                extra.name
+            )
+    for (what, understood), names in kinds.items():
+        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        style = "" if understood else "bold yellow"
+        yield Text(f"{len(names)} other tensors: {what}: {shown}", style=style)
+    if found.files:
+        yield Text(f"also in the folder: {', '.join(found.files)}", style="dim")
+
+
+def norms(found: Adapter, spectra: Mapping[str, Spectrum | None]) -> RenderableType:
+    """‖ΔW‖ and effective rank, layers down and projections across."""
+    cells: dict[Key, tuple[float | None, str]] = {}
+    for module in found.modules:
+        spectrum = spectra[module.stored_as]
+        if spectrum is None:
+            cells[module.key] = None, "no pair"
+        elif not spectrum.finite:
+            cells[module.key] = None, "not finite"
+        else:
+            cells[module.key] = spectrum.norm, f"{spectrum.norm:.3g} r {spectrum.effective_rank:.1f}"
+    title = "‖ΔW‖ = ‖s·B·A‖, and its effective rank r"
+    return grid(title, cells)
+
+
+def grid(title: str, cells: Mapping[Key, tuple[float | None, str]]) -> RenderableType:
+    """A table of layers by projections. A cell is a number for the colour and the text that is read."""
+    columns = sort_projections({_column(key) for key in cells})
+    table = _table("layer", *columns)
+    rows: dict[tuple[str, str], dict[str, tuple[float | None, str]]] = {}
+    for key, cell in cells.items():
+        layer = layer_of(key[0])
+        home = (str(layer), "") if layer is not None else ("-", key[0])
+        rows.setdefault(home, {})[_column(key)] = cell
+    numbers = [value for value, _ in cells.values() if value is not None and np.isfinite(value)]
+    shade = _shader(numbers)
+    for home in sorted(rows, key=lambda home: natural(home[0])):
+        row = rows[home]
+        table.add_row(home[1] or home[0], *(_cell(row.get(column), shade) for column in columns))
+    return Group(Text(title, style="bold"), table)
+
+
+def _column(key: Key) -> str:
+    module, parameter, expert = key
+    name = projection_of(module) if parameter == "weight" else f"{projection_of(module)}.{parameter}"
+    return name if expert is None else f"{name}[{expert}]"
+
+
+def _cell(cell: tuple[float | None, str] | None, shade: Callable[[float], str]) -> Text:
+    if cell is None:
+        return Text("-", style="dim")
+    value, text = cell
+    return Text(text, style="bold red" if value is None else shade(value))
+
+
+def _shader(numbers: Sequence[float]) -> Callable[[float], str]:
+    """A colour by where a value lies between the smallest and the largest."""
+    low, high = (min(numbers), max(numbers)) if numbers else (0.0, 0.0)
+
+    def shade(value: float) -> str:
+        if not high > low:
+            return ""
+        return HEAT[1 + min(4, int(5 * (value - low) / (high - low)))]
+
+    return shade
+
+
+def run(trace: Trace, story: bool = False) -> RenderableType:
+    """A recorded run: loading story, ledger, contributions, answers."""
+    parts: list[RenderableType] = [_heading(trace)]
+    parts += [Text("loading", style="bold"), *_story(trace.events, story), Text()]
+    for load, found in trace.loads:
+        several = f"{load.name} (load {load.load}): " if len(trace.loads) > 1 else ""
+        parts += [ledger(found, several), *_said(trace.engine, load.said, found), Text()]
+    if not trace.loads:
+        parts += [Text("no adapter was loaded in this recording", style="bold yellow"), Text()]
+    if cells := _contribution_cells(trace):
+        parts += [grid("contribution ‖s·x·A·B‖ / ‖base output‖, over all rows of the adapter", cells), Text()]
+    parts += _not_recorded(trace)
+    parts.append(answers(trace))
+    return Group(*parts)
+
+
+def _heading(trace: Trace) -> RenderableType:
+    process = next((p.process for p in trace.workers), None)
+    adapter_name = trace.run.spec.adapter if trace.run else trace.loads[0][0].path if trace.loads else "?"
+    versions = (process.versions if process else {}) | (trace.run.versions if trace.run else {})
+    words = ", ".join(
+        f"{name} {versions[name]}" for name in ("vllm", "peft", "torch", "transformers") if name in versions
+    )
+    lines = [
+        Text.assemble(("trace ", "bold"), f"{trace.path}   engine {trace.engine}   {words}"),
+        Text.assemble(("adapter ", "bold"), adapter_name),
+    ]
+    if process is not None:
+        lines.append(Text.assemble(("runs in ", "bold"), f"{process.dtype} on {process.device}, kept: {process.keep}"))
+    changed = [change for p in trace.processes for change in p.process.changed]
+    if changed:
+        lines.append(Text(f"for the recording: {', '.join(changed)}", style="dim"))
+    if not trace.complete:
+        what = ", ".join(trace.unclosed) or "no process wrote anything"
+        lines.append(
+            Text(f"incomplete: {what} did not close its recording; what follows ends where it ended", style="bold red")
+        )
+    return Group(*lines, Text())
+
+
+def _story(events: Sequence[LoadEvent], whole: bool) -> Iterable[RenderableType]:
+    """The steps of loading. Steps of the same kind on many modules are one line, unless the whole is wanted."""
+    table = Table.grid(padding=(0, 2))
+    for justify in ("right", "left", "left", "right"):
+        table.add_column(justify=justify, overflow="fold")
+    groups: list[list[LoadEvent]] = []
+    for event in events:
+        together = not whole and event.module and groups and groups[-1][0].module and _kind(groups, event)
+        if together:
+            _kind(groups, event).append(event)  # type: ignore[union-attr]
+        else:
+            groups.append([event])
+    for group in groups:
+        first, count = group[0], len(group)
+        times = [event.seconds for event in group if event.seconds is not None]
+        where = first.module if count == 1 else f"{count} × {_modules(group)}"
+        table.add_row(
+            f"{first.at:.3f} s",
+            first.stage,
+            escape(f"{where}  {first.text}" if where else first.text),
+            _duration(sum(times)) if times else "",
+        )
+    yield table
+
+
+def _kind(groups: list[list[LoadEvent]], event: LoadEvent) -> list[LoadEvent] | None:
+    """The group that a step belongs to, among the groups on modules since the last step without one."""
+    for group in reversed(groups):
+        if not group[0].module:
+            return None
+        if (group[0].stage, group[0].text) == (event.stage, event.text):
+            return group
+    return None
+
+
+def _modules(group: Sequence[LoadEvent]) -> str:
+    names = dict.fromkeys(projection_of(event.module) for event in group)
+    layers = [layer for event in group if (layer := layer_of(event.module)) is not None]
+    return ", ".join(names) + (f" (layers {ranges(layers)})" if layers else "")
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds * 1000:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
+
+
+def ledger(found: Ledger, prefix: str = "") -> RenderableType:
+    """The headline, and a table of what was lost or wrong."""
+    good = found.healthy
+    parts: list[RenderableType] = [Text(prefix + headline(found), style="bold green" if good else "bold red")]
+    if good or found.refused:
+        return Group(*parts, *_hints(found))
+    table = _table("modules", *STATIONS, "fate")
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for row in found.rows:
+        groups.setdefault((*(row.stations[s].value for s in STATIONS), row.fate), []).append(row.module)
+    for values, modules in groups.items():
+        label = f"{len(modules)}: {name_modules(modules)}"
+        table.add_row(escape(label), *(_verdict(value) for value in values))
+    return Group(*parts, table, *_hints(found))
+
+
+def _verdict(value: str) -> Text:
+    styles = {"ok": "green", "took effect": "green", "wrong": "bold red", "absent": "bold red", "lost": "bold red"}
+    return Text(value, style=styles.get(value, "yellow"))
+
+
+def _hints(found: Ledger) -> Iterable[RenderableType]:
+    for diagnostic in diagnose(found):
+        yield Text(f"  {diagnostic.code} {diagnostic.name}: {diagnostic.hint}", style="cyan")
+
+
+def _said(engine: str, said: Sequence[str], found: Ledger) -> Iterable[RenderableType]:
+    if found.healthy or found.refused:
+        return
+    if not said:
+        yield Text(f"{engine} said nothing: no log line at INFO or above while it loaded the adapter")
+    for line in said[:SHOWN]:
+        yield Text(f"{engine} said: {line}")
+
+
+def _contribution_cells(trace: Trace) -> dict[Key, tuple[float | None, str]]:
+    fates = {row.key: row.fate for _, found in trace.loads for row in found.rows}
+    cells: dict[Key, tuple[float | None, str]] = {
+        key: (None, fate) for key, fate in fates.items() if fate in ("lost", "wrong")
+    }
+    for entry in contributions_json(trace):
+        key = entry["module"], entry["parameter"], entry["expert"]
+        strength = entry["strength"]
+        if entry["rows"] == 0 or fates.get(key) == "lost":
+            continue
+        mark = " wrong" if fates.get(key) == "wrong" else ""
+        cells[key] = strength, ("-" if strength is None else f"{strength:.3g}") + mark
+    return cells if trace.rows is not None else {}
+
+
+def _not_recorded(trace: Trace) -> Iterable[RenderableType]:
+    for process in trace.workers:
+        if process.process.not_recorded:
+            yield Text(f"contributions not recorded: {process.process.not_recorded}", style="bold yellow")
+
+
+def answers(trace: Trace) -> RenderableType:
+    """Each prompt with the base's answer and the adapter's."""
+    texts = [prompt.text for prompt in trace.run.spec.prompts] if trace.run else []
+    table = _table("prompt", "base", "with the adapter")
+    numbers = {request.id: request.prompt for request in trace.requests}
+    for entry in requests_json(trace.requests):
+        number = numbers[entry["id"]]
+        prompt = texts[number] if number < len(texts) else f"{len(entry['prompt_ids'])} tokens"
+        with_adapter = entry["text"] if entry["adapter"] else "-"
+        base = entry["base_text"] if entry["base_text"] is not None else "-"
+        table.add_row(*(escape(" ".join(text.split())) for text in (prompt, base, with_adapter)))
+    return table
+
+
+def comparison(found: Comparison) -> RenderableType:
+    """Two traces against each other: relative error by module, first divergence, tokens, both ledgers."""
+    parts: list[RenderableType] = []
+    for side, trace, one in zip(
+        ("reference", "candidate"), (found.reference, found.candidate), found.ledgers, strict=True
+    ):
+        style = "green" if one.healthy else "bold red"
+        parts.append(Text.assemble((f"{side} ", "bold"), f"{trace.path} ({trace.engine}): ", (headline(one), style)))
+    parts += [Text(f"note: {note}", style="bold yellow") for note in found.notes]
+    parts.append(Text())
+    if found.modules:
+        cells = {
+            diff.key: (diff.error, f"{diff.error:.1e}" + ("" if diff.status == "ok" else "!"))
+            if diff.error is not None
+            else (None, diff.status)
+            for diff in found.modules
+        }
+        title = (
+            f"relative error of s·x·A·B, {found.candidate.engine} against {found.reference.engine}, "
+            f"{found.rows} rows; tolerance {found.tolerance:.1e} ({found.dtype})"
+        )
+        parts += [grid(title, cells), *_measure_notes(found), Text()]
+    parts += [_tokens(found), _first(found), _sentence(found)]
+    return Group(*parts)
+
+
+def _measure_notes(found: Comparison) -> Iterable[RenderableType]:
+    if any(not diff.exact for diff in found.modules if diff.error is not None):
+        yield Text("the two engines hold differently rounded B: errors are bounded from below by norms", style="dim")
+
+
+def _tokens(found: Comparison) -> RenderableType:
+    lines = []
+    for request in found.requests:
+        one, two = request.output_tokens
+        if not request.same_prompt:
+            lines.append(f"prompt {request.prompt + 1}: not the same prompt tokens")
+        elif request.equal:
+            error = (
+                f", largest difference of a logprob {request.logprob_error:.1e}"
+                if request.logprob_error is not None
+                else ""
+            )
+            lines.append(f"prompt {request.prompt + 1}: all {one} answer tokens the same{error}")
+        else:
+            lines.append(
+                f"prompt {request.prompt + 1}: the answers part at token {request.same_tokens + 1} of {one} and {two}"
+            )
+    return Text("\n".join(lines))
+
+
+def _first(found: Comparison) -> RenderableType:
+    if found.first is None:
+        return Text("no row of any module lies beyond the tolerance" if found.rows else "no rows were compared")
+    first = found.first
+    token = f"answer token {first.token + 1}" if first.token >= 0 else f"prompt token {first.position + 1}"
+    where = f"{name_modules([first.key[0]])}, prompt {first.prompt + 1}, {token}"
+    return Text(f"first divergence: {where}: error {first.error:.1e}", style="bold red")
+
+
+def _sentence(found: Comparison) -> RenderableType:
+    worst = found.worst
+    about = (
+        f"; worst module {name_modules([worst.module])}: {worst.error:.1e}" if worst and worst.error is not None else ""
+    )
+    bad = [diff for diff in found.modules if diff.status != "ok"]
+    text = {
+        "agree": f"the traces agree on {len(found.modules)} modules{about}",
+        "differ": f"the traces differ: {len(bad)} of {len(found.modules)} modules{about}",
+        "undecided": f"undecided: a trace is not complete{about}",
+    }[found.verdict]
+    return Text(text, style="bold green" if found.verdict == "agree" else "bold red")
+
+
+def rule(found: Rule) -> RenderableType:
+    """The page of a rule."""
+    head = Text.assemble((f"{found.code} {found.name}", "bold"), f"  {found.severity}, station {found.station}")
+    return Group(head, Text(), Text(found.page), Text(), Text(f"hint: {found.hint}", style="cyan"))
+
+
+def rules(found: Sequence[Rule]) -> RenderableType:
+    """All rules, a line each."""
+    table = _table("code", "name", "station", "severity", "says")
+    for one in found:
+        table.add_row(one.code, one.name, one.station, one.severity, one.page.partition("\n")[0])
+    return table
+
+
+def versions(found: Mapping[str, str]) -> RenderableType:
+    return Text("\n".join(f"{name} {number}" for name, number in found.items()))
+
+
+def sort_projections(names: Iterable[str]) -> list[str]:
+    """q, k, v, o, gate, up, down as a model has them, anything else after them."""
+    return sorted(names, key=_place)
+
+
+def _place(name: str) -> tuple[int, str]:
+    word = name.partition(" ")[0].partition(".")[0]
+    return (ORDER.index(word) if word in ORDER else len(ORDER)), name
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
