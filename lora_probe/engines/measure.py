@@ -113,7 +113,7 @@ class Account:
         for row in self.expected:
             if row.key in self.gone:
                 continue
-            why = unmeasured(row.key) if self.asked else "no request asked for the adapter"
+            why = unmeasured(row.key) or (None if self.asked else "no request asked for the adapter")
             if why is not None:
                 applied[row.key] = agrees[row.key] = not_measured(why)
                 continue

@@ -26,7 +26,6 @@ ENVIRONMENT = {
 """Set for engines that `trace` starts, where the user has not set them."""
 
 MAX_MODEL_LEN = 4096
-ADAPTER_ID = 1
 
 
 class VllmEngine:
@@ -155,24 +154,22 @@ def require_probe(folder: Path) -> None:
     raise EngineFailed("the plugin was not loaded: no worker of vLLM carries the probe", why)
 
 
-def ask(llm: Any, spec: RunSpec, writer: TraceWriter) -> None:
-    """Every prompt without the adapter, then with it. A refusal of the adapter ends the run, and is no error."""
-    prompts = encode(spec, llm.get_tokenizer())
-    try:
-        for number, ids in enumerate(prompts):
-            writer.request(_generate(llm, spec, number, ids, None))
-        request = _lora_request(spec)
-        if _load(llm, request, writer):
-            for number, ids in enumerate(prompts):
-                writer.request(_generate(llm, spec, number, ids, request))
-    finally:
-        llm.collective_rpc("lora_probe_finish")
+def ask(llm: Any, spec: RunSpec, writer: TraceWriter, adapter_id: int = 1) -> None:
+    """Every prompt without the adapter, then with it. A refusal of the adapter leaves the base's answers, no error.
 
-
-def _lora_request(spec: RunSpec) -> Any:
+    The adapter is loaded first, so that the rows of the base run beside a filled slot, as they do in a server.
+    """
     from vllm.lora.request import LoRARequest
 
-    return LoRARequest(spec.name, ADAPTER_ID, spec.adapter)
+    prompts = encode(spec, llm.get_tokenizer())
+    try:
+        request = LoRARequest(spec.name, adapter_id, spec.adapter)
+        loaded = _load(llm, request, writer)
+        for asked in (None, request) if loaded else (None,):
+            for number, ids in enumerate(prompts):
+                writer.request(_generate(llm, spec, number, ids, asked))
+    finally:
+        llm.collective_rpc("lora_probe_finish")
 
 
 def _load(llm: Any, request: Any, writer: TraceWriter) -> bool:

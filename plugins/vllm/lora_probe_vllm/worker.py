@@ -102,6 +102,8 @@ class Probe:
         self._writer = TraceWriter(folder / f"vllm-rank-{self.rank}", process)
         self._load_numbers = 0
         self.sampler = Sampler()
+        if self.homes is not None:
+            self._tell_of_layers("replaced before this recording began")
 
     @contextmanager
     def guard(self, stage: str) -> Iterator[None]:
@@ -121,17 +123,28 @@ class Probe:
         config = self.worker.vllm_config
         self.not_recorded = why_not_recordable(config, runner)
         self.writer.describe(not_recorded=self.not_recorded)
-        self.writer.event(
-            "manager",
-            f"{type(manager).__name__} made, {len(manager.modules)} layers replaced in {type(manager.model).__name__}",
-            seconds=seconds,
-            slots=manager.lora_slots,
-            max_lora_rank=manager.lora_config.max_lora_rank,
-        )
+        self._tell_of_manager("replaced", seconds)
         try:
             self.shapes = dict(open_base(config.model_config.model).shapes) or None
         except ProbeError as error:
             self.writer.event("base", f"the base's files are not readable here: {error.message}")
+
+    def _tell_of_manager(self, when: str, seconds: float | None = None) -> None:
+        assert self.homes is not None
+        manager = self.homes.manager
+        self.writer.event(
+            "manager",
+            f"{type(manager).__name__} made, {len(manager.modules)} layers {when} in {type(manager.model).__name__}",
+            seconds=seconds,
+            slots=manager.lora_slots,
+            max_lora_rank=manager.lora_config.max_lora_rank,
+        )
+
+    def _tell_of_layers(self, when: str) -> None:
+        assert self.homes is not None
+        for name, layer in self.homes.manager.modules.items():
+            self.wrapped(name, layer)
+        self._tell_of_manager(when)
 
     def wrapped(self, name: str, layer: Any) -> None:
         base = type(getattr(layer, "base_layer", layer)).__name__

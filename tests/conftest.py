@@ -1,0 +1,193 @@
+"""Real parts, made on the spot: tiny Llama and Qwen2 bases with a byte tokenizer, PEFT adapters on them, and one real
+vLLM engine for the whole run.
+
+An adapter that may break an engine gets a process of its own (`lora_probe.trace`); all others share the engine, each
+with a fresh id, and are removed after use.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+
+PROMPTS = ("Who are you?", "What is the capital of France?")
+TARGETS = ("q_proj", "k_proj", "v_proj")
+LAYERS = 3
+
+
+def save_tokenizer(folder: Path) -> None:
+    """A tokenizer whose tokens are bytes: no merges, no download."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {symbol: number for number, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    vocabulary["<eos>"] = len(vocabulary)
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
+    fast.chat_template = "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}<reply>"
+    fast.save_pretrained(folder)
+
+
+def save_base(folder: Path, architecture: str = "llama") -> Path:
+    """A tiny random model of a real architecture, in float32."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+    sizes = {
+        "vocab_size": 288,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "eos_token_id": 256,
+        "bos_token_id": None,
+    }
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**sizes)) if architecture == "llama" else Qwen2ForCausalLM(Qwen2Config(**sizes))
+    model.save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+def save_adapter(folder: Path, base: Path, seed: int = 1, **config: Any) -> Path:
+    """An adapter as PEFT saves it, with a lora_B that has learned something."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    settings = {"task_type": "CAUSAL_LM", "r": 8, "lora_alpha": 16, "target_modules": list(TARGETS), **config}
+    torch.manual_seed(seed)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(**settings))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name or "lora_embedding_A" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    model.save_pretrained(folder)
+    return folder
+
+
+Edit = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+def edited(source: Path, target: Path, tensors: Edit | None = None, config: Edit | None = None) -> Path:
+    """A copy of an adapter with other tensors or another config. `tensors` maps names to torch tensors."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(source, target)
+    if tensors is not None:
+        changed = tensors(load_file(target / "adapter_model.safetensors"))
+        save_file({name: tensor.contiguous() for name, tensor in changed.items()}, target / "adapter_model.safetensors")
+    if config is not None:
+        path = target / "adapter_config.json"
+        path.write_text(json.dumps(config(json.loads(path.read_text()))))
+    return target
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_base(tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.fixture(scope="session")
+def qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_base(tmp_path_factory.mktemp("models") / "qwen2", "qwen2")
+
+
+@pytest.fixture(scope="session")
+def adapter(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A healthy adapter: q, k, v of every layer, r 8, scaling 2."""
+    return save_adapter(tmp_path_factory.mktemp("adapters") / "healthy", llama)
+
+
+@dataclass
+class SharedEngine:
+    """One in-process vLLM engine with the probe in it, for many recordings."""
+
+    llm: Any
+    model: Path
+    numbers: Iterator[int]
+
+    def record(self, adapter: Path, folder: Path, **spec: Any) -> Any:
+        """What `trace --engine vllm` records, without starting another engine. Returns the opened trace."""
+        from lora_probe import open_trace
+        from lora_probe.engines.launch import versions
+        from lora_probe.tracefile import SCHEMA, Process, Prompt, Run, RunSpec, TraceWriter, write_json
+        from lora_probe_vllm.engine import ask
+
+        number = next(self.numbers)
+        keep = spec.pop("keep", "shrink")
+        asked = [Prompt(text) for text in spec.pop("prompts", PROMPTS)]
+        run = RunSpec("vllm", str(adapter), adapter.name, str(self.model), asked, spec.pop("max_tokens", 6), keep)
+        folder.mkdir(parents=True)
+        write_json(folder / "run.json", Run(SCHEMA, "2026-01-01T00:00:00+00:00", run, versions()))
+        process = Process(SCHEMA, "client", "vllm", 0, os.getpid(), {})
+        self.llm.collective_rpc("lora_probe_begin", args=(str(folder), keep))
+        try:
+            with TraceWriter(folder / "client", process) as writer:
+                ask(self.llm, run, writer, adapter_id=number)
+        finally:
+            self.llm.llm_engine.remove_lora(number)
+        return open_trace(folder)
+
+
+@pytest.fixture(scope="session")
+def engine(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SharedEngine]:
+    """A real vLLM engine (CPU build, float32, one slot), started once."""
+    os.environ["LORA_PROBE_TRACE"] = str(tmp_path_factory.mktemp("engine") / "first.lptrace")
+    from vllm import LLM
+
+    llm = LLM(
+        model=str(llama),
+        dtype="float32",
+        enable_lora=True,
+        max_lora_rank=16,
+        max_loras=1,
+        max_model_len=256,
+        max_num_batched_tokens=256,
+        enforce_eager=True,
+        enable_prefix_caching=False,
+        max_num_seqs=4,
+    )
+    del os.environ["LORA_PROBE_TRACE"]
+    llm.collective_rpc("lora_probe_finish")
+    yield SharedEngine(llm, llama, itertools.count(1))
+    from lora_probe_vllm.worker import disarm
+
+    disarm()
+
+
+@pytest.fixture
+def peft_trace(adapter: Path, llama: Path, tmp_path: Path) -> Any:
+    return record_peft(adapter, llama, tmp_path / "peft.lptrace")
+
+
+def record_peft(adapter: Path, base: Path, folder: Path, **changes: Any) -> Any:
+    """What `trace --engine peft` records, in this process."""
+    from lora_probe import open_trace
+    from lora_probe.engines.launch import versions
+    from lora_probe.engines.peft import PeftEngine
+    from lora_probe.tracefile import SCHEMA, Prompt, Run, RunSpec, write_json
+
+    settings: dict[str, Any] = {"max_tokens": 6, "options": {"dtype": "float32"}, "prompts": PROMPTS} | changes
+    asked = [Prompt(text) for text in settings.pop("prompts")]
+    spec = RunSpec("peft", str(adapter), adapter.name, str(base), asked, **settings)
+    folder.mkdir(parents=True)
+    write_json(folder / "run.json", Run(SCHEMA, "2026-01-01T00:00:00+00:00", spec, versions()))
+    PeftEngine().record(spec, folder)
+    return open_trace(folder)

@@ -1,0 +1,317 @@
+"""The vLLM engine with the probe in it, against PEFT and against damage made on purpose. One engine for all."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import LAYERS, PROMPTS, SharedEngine, edited, record_peft, save_adapter
+
+from lora_probe.comparison import compare
+from lora_probe.ledger import STATIONS, headline
+from lora_probe.rules import diagnose
+
+pytestmark = pytest.mark.engine
+MODULES = 3 * LAYERS
+
+
+def ledger_of(trace: Any) -> Any:
+    ((_, ledger),) = trace.loads
+    return ledger
+
+
+def values(ledger: Any, module: str) -> dict[str, str]:
+    (row,) = [row for row in ledger.rows if row.module == module]
+    return {station: row.stations[station].value for station in STATIONS}
+
+
+def test_a_healthy_adapter_takes_effect_and_agrees_with_peft(
+    engine: SharedEngine, adapter: Path, llama: Path, tmp_path: Path
+) -> None:
+    mine = record_peft(adapter, llama, tmp_path / "peft")
+    theirs = engine.record(adapter, tmp_path / "vllm")
+    for trace in (mine, theirs):
+        assert headline(ledger_of(trace)) == f"{MODULES} of {MODULES} modules took effect"
+        assert trace.complete
+    found = compare(mine, theirs)
+    assert found.verdict == "agree"
+    assert [request.equal for request in found.requests] == [True, True]
+    assert all(diff.exact and diff.error is not None and diff.error < 1e-5 for diff in found.modules)
+    assert len(found.modules) == MODULES
+    with_adapter, base = ([r.output_ids for r in theirs.requests if (r.adapter is None) == no] for no in (False, True))
+    assert with_adapter != base
+
+
+def test_rows_are_those_of_the_requests(engine: SharedEngine, adapter: Path, tmp_path: Path) -> None:
+    trace = engine.record(adapter, tmp_path / "run", max_tokens=4)
+    rows = trace.rows
+    for request in trace.requests:
+        mine = np.array([rows.requests[number] == request.id for number in rows.request])
+        # The last token of an answer is sampled and never fed back.
+        assert sorted(rows.position[mine]) == list(range(len(request.prompt_ids) + len(request.output_ids) - 1))
+        phases = rows.phase[mine][np.argsort(rows.position[mine])]
+        assert phases.tolist() == [0] * len(request.prompt_ids) + [1] * (len(request.output_ids) - 1)
+        assert set(rows.load[mine].tolist()) == ({-1} if request.adapter is None else {0})
+        contributions = rows.delta_norm[mine]
+        assert (contributions == 0).all() if request.adapter is None else (contributions > 0).all()
+
+
+def test_shrink_and_gram_give_the_contribution(engine: SharedEngine, adapter: Path, tmp_path: Path) -> None:
+    from lora_probe import inspect
+
+    trace = engine.record(adapter, tmp_path / "run", keep="tensors", max_tokens=3)
+    rows = trace.rows
+    held = inspect(adapter).by_key()
+    mine = rows.load == 0
+    for number, key in enumerate(rows.modules):
+        pair = held[key]
+        a, b = inspect(adapter).values(pair.a), inspect(adapter).values(pair.b)
+        x = rows.tensors[f"x/{number}"][mine]
+        delta = pair.scaling * (x @ a.T) @ b.T
+        np.testing.assert_allclose(rows.tensors[f"delta/{number}"][mine], delta, atol=2e-5)
+        np.testing.assert_allclose(rows.shrink[mine, number, : pair.rank], x @ a.T, atol=2e-5)
+        np.testing.assert_allclose(rows.delta_norm[mine, number], np.linalg.norm(delta, axis=-1), rtol=1e-4)
+        np.testing.assert_allclose(rows.x_norm[mine, number], np.linalg.norm(x, axis=-1), rtol=1e-5)
+        output = rows.tensors[f"base/{number}"][mine] + delta
+        np.testing.assert_allclose(rows.output_norm[mine, number], np.linalg.norm(output, axis=-1), rtol=1e-4)
+
+
+def test_recording_changes_no_token(engine: SharedEngine, adapter: Path, tmp_path: Path) -> None:
+    answers = {
+        keep: [r.output_ids for r in engine.record(adapter, tmp_path / keep, keep=keep, max_tokens=12).requests]
+        for keep in ("events", "norms", "shrink", "tensors")
+    }
+    assert answers["events"] == answers["norms"] == answers["shrink"] == answers["tensors"]
+
+
+def test_the_loading_story(engine: SharedEngine, adapter: Path, tmp_path: Path) -> None:
+    trace = engine.record(adapter, tmp_path / "run")
+    stages = [event.stage for event in trace.events]
+    order = ["wrap", "manager", "read", "fold", "pack", "register", "set", "activate", "agree"]
+    assert [stage for stage in dict.fromkeys(stages) if stage in order] == order
+    wrapped = {event.module: event.text for event in trace.events if event.stage == "wrap"}
+    assert wrapped["model.layers.0.self_attn.qkv_proj"] == "QKVParallelLinear -> MergedQKVParallelLinearWithLoRA"
+    assert [event.facts["scaling"] for event in trace.events if event.stage == "fold"] == [2.0] * MODULES
+    touched = {event.module: event.stage for event in trace.events if event.stage in ("set", "reset")}
+    assert touched["model.layers.1.self_attn.qkv_proj"] == "set"
+    assert touched["model.layers.1.mlp.down_proj"] == "reset"
+    assert all(event.seconds is not None for event in trace.events if event.stage in ("set", "reset", "pack", "fold"))
+    row = ledger_of(trace).rows[0]
+    assert (row.module, row.engine_as) == (
+        "model.layers.0.self_attn.k_proj",
+        "model.layers.0.self_attn.qkv_proj[1]",
+    )
+
+
+def test_a_dead_prefix_is_lost_at_read_and_vllm_says_nothing(
+    engine: SharedEngine, adapter: Path, tmp_path: Path
+) -> None:
+    wrong = edited(
+        adapter,
+        tmp_path / "prefix",
+        lambda tensors: {
+            name.replace("model.model.layers", "model.model.language_model.layers"): tensor
+            for name, tensor in tensors.items()
+        },
+    )
+    trace = engine.record(wrong, tmp_path / "run")
+    ledger = ledger_of(trace)
+    text = headline(ledger)
+    assert text.startswith(f"0 of {MODULES} modules took effect, {MODULES} lost at read: ")
+    assert "`model.language_model.layers`" in text
+    assert "`model.layers`" in text
+    assert "(LP501)" in text
+    assert trace.loads[0][0].said == []
+    answers = {(r.prompt, r.adapter is None): r.output_ids for r in trace.requests}
+    assert all(answers[(number, True)] == answers[(number, False)] for number in range(len(PROMPTS)))
+
+
+def test_another_rank_in_the_config_is_wrong_at_stored_and_applied(
+    engine: SharedEngine, llama: Path, tmp_path: Path
+) -> None:
+    rank4 = save_adapter(tmp_path / "rank4", llama, r=4)
+    wrong = edited(rank4, tmp_path / "wrong", config=lambda config: config | {"r": 8})
+    trace = engine.record(wrong, tmp_path / "vllm")
+    ledger = ledger_of(trace)
+    expected = "r=8 in the config, rank 4 in the tensors, so vLLM scales by 2 instead of 4 (LP201)"
+    assert headline(ledger) == (
+        f"0 of {MODULES} modules took effect as trained, {MODULES} wrong at stored: {expected}"
+    )
+    assert {values(ledger, row.module)["stored"] for row in ledger.rows} == {"wrong"}
+    assert {values(ledger, row.module)["applied"] for row in ledger.rows} == {"ok"}
+    refusal = ledger_of(record_peft(wrong, llama, tmp_path / "peft"))
+    assert refusal.refused
+    assert "size mismatch" in refusal.message
+
+
+def test_a_missing_layer_is_named(engine: SharedEngine, adapter: Path, tmp_path: Path) -> None:
+    wrong = edited(
+        adapter, tmp_path / "hole", lambda tensors: {n: t for n, t in tensors.items() if ".layers.1." not in n}
+    )
+    ledger = ledger_of(engine.record(wrong, tmp_path / "run"))
+    assert headline(ledger) == (
+        f"{MODULES - 3} of {MODULES} modules took effect, "
+        "3 lost at stored: layer 1 k_proj, q_proj, v_proj are not in the file (LP204)"
+    )
+
+
+def test_a_slot_that_changes_after_activation_is_wrong_at_placed(
+    engine: SharedEngine, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.lora.model_manager import LoRAModelManager
+
+    original = LoRAModelManager.activate_adapter
+
+    def activate_and_damage(self: Any, lora_id: int) -> bool:
+        new = lora_id not in self._active_adapters
+        result = original(self, lora_id)
+        if new:
+            slot = self.lora_index_to_id.index(lora_id)
+            self.modules["model.layers.2.self_attn.qkv_proj"].lora_b_stacked[1][slot] *= 1.01
+        return result
+
+    monkeypatch.setattr(LoRAModelManager, "activate_adapter", activate_and_damage)
+    ledger = ledger_of(engine.record(adapter, tmp_path / "run"))
+    damaged = "model.layers.2.self_attn.k_proj"
+    assert [row.module for row in ledger.rows if row.fate != "took effect"] == [damaged]
+    assert values(ledger, damaged)["placed"] == "wrong"
+    (row,) = [row for row in ledger.rows if row.module == damaged]
+    assert "differs from the file by 0.01 relative, seen when the run ended" in row.stations["placed"].message
+    # The kernel works with what the slot holds: on the same x its result is off by the same 1 %.
+    assert values(ledger, damaged)["agrees"] == "wrong"
+
+
+def test_a_mixed_batch_contaminates_the_base_on_this_cpu_backend(
+    engine: SharedEngine, adapter: Path, tmp_path: Path
+) -> None:
+    from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    from lora_probe import open_trace
+
+    folder, number = tmp_path / "run", next(engine.numbers)
+    engine.llm.collective_rpc("lora_probe_begin", args=(str(folder), "shrink"))
+    request = LoRARequest("healthy", number, str(adapter))
+    engine.llm.llm_engine.add_lora(request)
+    prompts = [{"prompt_token_ids": [40, 41, 42, 43]}, {"prompt_token_ids": [50, 51, 52]}]
+    parameters = SamplingParams(temperature=0, max_tokens=3)
+    engine.llm.generate(prompts, parameters, use_tqdm=False, lora_request=[None, request])
+    engine.llm.collective_rpc("lora_probe_finish")
+    engine.llm.llm_engine.remove_lora(number)
+    ledger = ledger_of(open_trace(folder))
+    assert {row.stations["applied"].code for row in ledger.rows} == {"LP602"}
+    assert ledger.count("wrong") == MODULES
+
+
+def test_a_refusal_is_recorded_with_the_engines_words(engine: SharedEngine, llama: Path, tmp_path: Path) -> None:
+    large = save_adapter(tmp_path / "rank32", llama, r=32)
+    trace = engine.record(large, tmp_path / "run")
+    ledger = ledger_of(trace)
+    assert headline(ledger) == "refused by vllm: LoRA rank 32 is greater than max_lora_rank 16. (LP401)"
+    assert [d.code for d in diagnose(ledger)] == ["LP401"]
+
+
+def test_half_a_pair(engine: SharedEngine, adapter: Path, tmp_path: Path) -> None:
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    wrong = edited(adapter, tmp_path / "half", lambda tensors: {n: t for n, t in tensors.items() if n != name})
+    ledger = ledger_of(engine.record(wrong, tmp_path / "run"))
+    found = values(ledger, "model.layers.0.self_attn.q_proj")
+    assert (found["stored"], found["placed"]) == ("wrong", "absent")
+    assert ledger.count("took effect") == MODULES - 1
+
+
+def test_an_untrained_module_is_lost_though_it_is_applied(
+    engine: SharedEngine, adapter: Path, tmp_path: Path
+) -> None:
+    name = "base_model.model.model.layers.0.self_attn.v_proj.lora_B.weight"
+    wrong = edited(adapter, tmp_path / "zero", lambda tensors: tensors | {name: tensors[name] * 0})
+    ledger = ledger_of(engine.record(wrong, tmp_path / "run"))
+    (row,) = [row for row in ledger.rows if row.fate == "lost"]
+    assert row.module == "model.layers.0.self_attn.v_proj"
+    assert row.decisive is not None
+    assert row.decisive[1].code == "LP203"
+
+
+def test_a_pair_that_is_too_small_is_seen_though_vllm_pads_it(
+    engine: SharedEngine, adapter: Path, tmp_path: Path
+) -> None:
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    wrong = edited(adapter, tmp_path / "small", lambda tensors: tensors | {name: tensors[name][:, :64].clone()})
+    ledger = ledger_of(engine.record(wrong, tmp_path / "run"))
+    (row,) = [row for row in ledger.rows if row.fate == "wrong"]
+    assert row.stations["stored"].code == "LP301"
+    assert "takes 64 inputs, the base's weight has 128" in row.stations["stored"].message
+
+
+def test_patterns_and_rslora_are_healthy(engine: SharedEngine, llama: Path, tmp_path: Path) -> None:
+    patterns = {"rank_pattern": {"q_proj": 4}, "alpha_pattern": {"layers.1.self_attn.v_proj": 3}}
+    for name, config in (("patterns", patterns), ("rslora", {"use_rslora": True}), ("one", {"lora_alpha": 8})):
+        made = save_adapter(tmp_path / name, llama, **config)
+        trace = engine.record(made, tmp_path / f"{name}-run")
+        assert headline(ledger_of(trace)) == f"{MODULES} of {MODULES} modules took effect", name
+
+
+def test_layers_that_are_not_linear_are_unknown_not_healthy(
+    engine: SharedEngine, llama: Path, tmp_path: Path
+) -> None:
+    made = save_adapter(tmp_path / "embedding", llama, target_modules=["q_proj", "embed_tokens"])
+    trace = engine.record(made, tmp_path / "run")
+    ledger = ledger_of(trace)
+    assert ledger.count("took effect") == LAYERS
+    (row,) = [row for row in ledger.rows if row.fate == "unknown"]
+    assert row.module == "model.embed_tokens"
+    assert row.stations["applied"].code == "LP500"
+
+
+def test_keep_events_measures_what_it_can(engine: SharedEngine, adapter: Path, tmp_path: Path) -> None:
+    trace = engine.record(adapter, tmp_path / "run", keep="events")
+    ledger = ledger_of(trace)
+    assert trace.rows is None
+    assert ledger.count("unknown") == MODULES
+    assert {row.stations["placed"].value for row in ledger.rows} == {"ok"}
+    assert "contributions were not recorded (--keep events)" in headline(ledger)
+
+
+def test_the_probe_leaves_nothing_on_the_layers(engine: SharedEngine, adapter: Path, tmp_path: Path) -> None:
+    engine.record(adapter, tmp_path / "run")
+    from lora_probe_vllm.capture import StandIn
+
+    def leftovers(worker: Any) -> list[str]:
+        layers = worker.model_runner.lora_manager._adapter_manager.modules
+        return [
+            name
+            for name, layer in layers.items()
+            if isinstance(layer.punica_wrapper, StandIn) or layer._forward_hooks or "set_lora" in vars(layer)
+        ]
+
+    assert engine.llm.collective_rpc(leftovers) == [[]]
+
+
+def test_a_failure_of_the_probe_does_not_fail_the_request(
+    engine: SharedEngine, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lora_probe_vllm import worker
+
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("made on purpose")
+
+    monkeypatch.setattr(worker, "v1_rows", broken)
+    trace = engine.record(adapter, tmp_path / "run")
+    assert len(trace.requests) == 2 * len(PROMPTS)
+    assert any("made on purpose" in event.text for event in trace.events if event.stage == "probe")
+    ledger = ledger_of(trace)
+    assert ledger.count("unknown") == MODULES
+    assert "the probe failed and stepped aside" in headline(ledger)
+
+
+def test_the_trace_is_json_all_through(engine: SharedEngine, adapter: Path, tmp_path: Path) -> None:
+    from lora_probe.render.machine import trace_json
+
+    data = json.loads(json.dumps(trace_json(engine.record(adapter, tmp_path / "run")), allow_nan=False))
+    assert data["schema_version"] == 1
+    assert data["ledger"]["vllm"]["took_effect"] == MODULES
+    assert len(data["modules"]) == MODULES
+    assert data["requests"][0]["base_text"] is not None
