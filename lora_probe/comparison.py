@@ -154,7 +154,7 @@ def _requests(
         same_prompt = one.prompt_ids == two.prompt_ids
         same = _common(one.output_ids, two.output_ids) if same_prompt else 0
         both = zip(one.logprobs[:same], two.logprobs[:same], strict=False)
-        errors = [abs(a - b) for a, b in both]
+        errors = [abs(a - b) for a, b in both if a is not None and b is not None]
         diffs.append(
             RequestDiff(
                 prompt, same_prompt, (len(one.output_ids), len(two.output_ids)), same, max(errors, default=None)

@@ -9,7 +9,7 @@ from __future__ import annotations
 ROUND_OFF = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 
 AGREES_SLACK = {"float32": 168.0, "float16": 8.0, "bfloat16": 4.0}
-DRIFT_SLACK = {"float32": 4096.0, "float16": 128.0, "bfloat16": 64.0}
+DRIFT_SLACK = {"float32": 1024.0, "float16": 64.0, "bfloat16": 16.0}
 
 
 def agrees(dtype: str) -> float:
@@ -22,7 +22,11 @@ def agrees(dtype: str) -> float:
 
 
 def drift(dtype: str) -> float:
-    """For one module in two engines and the same tokens: what the layers before it make of their round-off as well."""
+    """For one module in two engines and the same tokens: what the layers before it make of their round-off as well.
+
+    PEFT against vLLM, SmolLM2-135M (30 layers, q, k and v adapted), worst of 90 modules over all rows: 2.8e-6 in
+    float32 (47 units) and 2.1e-2 in bfloat16 (5.4 units). float16 has not been measured.
+    """
     return _units(dtype, DRIFT_SLACK)
 
 

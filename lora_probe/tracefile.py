@@ -145,7 +145,8 @@ Record = LoadEvent | Load | ModuleRecord | StationRecord
 
 
 class RequestRecord(msgspec.Struct, frozen=True):
-    """One request and its answer. `prompt` numbers the spec's prompts; `logprobs` are those of `output_ids`."""
+    """One request and its answer. `prompt` numbers the spec's prompts; `logprobs` are those of `output_ids`, None
+    where the engine gave no number (NaN)."""
 
     id: str
     prompt: int
@@ -153,7 +154,7 @@ class RequestRecord(msgspec.Struct, frozen=True):
     prompt_ids: list[int]
     output_ids: list[int]
     text: str
-    logprobs: list[float] = []
+    logprobs: list[float | None] = []
     seconds: float = 0.0
 
 

@@ -92,7 +92,7 @@ def edited(source: Path, target: Path, tensors: Edit | None = None, config: Edit
     shutil.copytree(source, target)
     if tensors is not None:
         changed = tensors(load_file(target / "adapter_model.safetensors"))
-        save_file({name: tensor.contiguous() for name, tensor in changed.items()}, target / "adapter_model.safetensors")
+        save_file({name: tensor.clone().contiguous() for name, tensor in changed.items()}, target / "adapter_model.safetensors")
     if config is not None:
         path = target / "adapter_config.json"
         path.write_text(json.dumps(config(json.loads(path.read_text()))))

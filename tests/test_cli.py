@@ -1,0 +1,250 @@
+"""The command line as a user calls it, in processes of its own where that matters."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import LAYERS, edited
+
+from lora_probe.cli import main
+
+MODULES = 3 * LAYERS
+
+
+def call(*arguments: str | Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    try:
+        status = main([str(argument) for argument in arguments])
+    except SystemExit as stop:
+        status = int(stop.code or 0)
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_nothing_heavy_is_imported() -> None:
+    script = "import sys, lora_probe.cli; print([n for n in ('torch', 'transformers', 'peft', 'vllm') if n in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_commands_that_read_need_neither_torch_nor_peft_nor_vllm(peft_trace: Any, adapter: Path) -> None:
+    """`inspect`, `show`, `compare` and `rule` with those imports made impossible."""
+    script = (
+        "import sys\n"
+        "class Block:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.partition('.')[0] in ('torch', 'transformers', 'peft', 'vllm'):\n"
+        "            raise ModuleNotFoundError(name)\n"
+        "sys.meta_path.insert(0, Block())\n"
+        "from lora_probe.cli import main\n"
+        f"a, t = {str(adapter)!r}, {str(peft_trace.path)!r}\n"
+        "for c in (['inspect', a, '--norms'], ['show', t], ['compare', t, t], ['rule', 'LP201'], ['env']):\n"
+        "    assert main(c) == 0, c\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+
+
+def test_help_of_every_command_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("inspect", "trace", "show", "compare", "rule", "env"):
+        status, out, _ = call(command, "--help", capsys=capsys)
+        assert status == 0
+        assert f"lora-probe {command}" in out.lower().split("examples:")[1]
+
+
+def test_inspect(adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, err = call("inspect", adapter, capsys=capsys)
+    assert status == 0
+    assert "rank 8, alpha 16, scaling 2" in out
+    assert "q_proj      3        0-2     8×128  128×8  8     2        F32" in out
+    assert "--norms" in err
+    status, out, _ = call("inspect", adapter, "--norms", capsys=capsys)
+    assert status == 0
+    assert len([line for line in out.splitlines() if " r " in line and line[0].isdigit()]) == LAYERS
+
+
+def test_inspect_as_json(adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = call("inspect", adapter, "--format", "json", "--norms", capsys=capsys)
+    data = json.loads(out)
+    assert status == 0
+    assert data["schema_version"] == 1
+    assert len(data["modules"]) == MODULES
+    assert sum(len(module["tensors"]) for module in data["modules"]) == 2 * MODULES
+    assert data["modules"][0]["norm"] > 0
+    assert len(data["modules"][0]["singular_values"]) == 8
+
+
+def test_inspect_says_what_is_no_number(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    broken = edited(adapter, tmp_path / "nan", lambda t: t | {name: t[name] * float("nan")})
+    half = edited(adapter, tmp_path / "half", lambda t: {n: v for n, v in t.items() if n != name})
+    assert "not finite" in call("inspect", broken, "--norms", capsys=capsys)[1]
+    out = call("inspect", half, "--norms", capsys=capsys)[1]
+    assert "no pair" in out
+    assert "missing" in out
+    assert json.loads(call("inspect", broken, "--norms", "--format", "json", capsys=capsys)[1])
+
+
+def test_show_is_what_trace_showed(peft_trace: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, err = call("show", peft_trace.path, capsys=capsys)
+    assert status == 0
+    assert f"{MODULES} of {MODULES} modules took effect" in out
+    assert "with the adapter" in out
+    assert err == ""
+    data = json.loads(call("show", peft_trace.path, "--format", "json", capsys=capsys)[1])
+    assert data["complete"] is True
+    assert data["ledger"]["peft"]["total"] == MODULES
+    every = call("show", peft_trace.path, "--events", capsys=capsys)[1]
+    assert every.count("wrap ") == MODULES
+
+
+def test_compare_statuses(peft_trace: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = peft_trace.path
+    status, out, _ = call("compare", path, path, capsys=capsys)
+    assert status == 0
+    assert f"the traces agree on {MODULES} modules" in out
+    data = json.loads(call("compare", path, path, "--format", "json", capsys=capsys)[1])
+    assert data["verdict"] == "agree"
+    assert data["ledger"].keys() == {"peft:reference", "peft:candidate"}
+    process = path / "peft" / "process.json"
+    process.write_text(process.read_text().replace('"closed": true', '"closed": false'))
+    status, out, _ = call("compare", path, path, capsys=capsys)
+    assert status == 1
+    assert "not complete" in out
+    status, out, _ = call("show", path, capsys=capsys)
+    assert status == 1
+    assert "incomplete: peft did not close" in out
+
+
+def test_rules(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = call("rule", "lp201", capsys=capsys)
+    assert status == 0
+    assert "Why it matters" in out
+    status, out, _ = call("rule", "--format", "json", capsys=capsys)
+    assert {"LP201", "LP501", "LP604"} <= {rule["code"] for rule in json.loads(out)["rules"]}
+    status, _, err = call("rule", "LP999", capsys=capsys)
+    assert status == 2
+    assert "LP201" in err
+
+
+def bad_inputs(adapter: Path, llama: Path, tmp_path: Path) -> dict[str, tuple[list[str | Path], str]]:
+    def damaged(name: str, file: str, content: bytes | None) -> Path:
+        folder = edited(adapter, tmp_path / name)
+        if content is None:
+            (folder / file).unlink()
+        else:
+            (folder / file).write_bytes(content)
+        return folder
+
+    weights, config = "adapter_model.safetensors", "adapter_config.json"
+    whole = (adapter / weights).read_bytes()
+    (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "not-a-trace").mkdir()
+    trace = ["trace", "--engine", "peft", "-o", tmp_path / "run.lptrace"]
+    return {
+        "no folder": (["inspect", tmp_path / "no"], "no"),
+        "a file": (["inspect", adapter / config], "is a file"),
+        "no config": (["inspect", damaged("a", config, None)], config),
+        "broken JSON": (["inspect", damaged("b", config, b"{,")], "line 1"),
+        "truncated": (["inspect", damaged("c", weights, whole[:-5])], "truncated"),
+        "text for weights": (["inspect", damaged("d", weights, b"hello, I am no tensor")], weights),
+        "no weights": (["inspect", damaged("e", weights, None)], weights),
+        "unknown engine": (["trace", adapter, "--engine", "tgi"], "engines: peft, vllm"),
+        "no base": ([*trace, adapter, "--model", "./nowhere"], "nowhere"),
+        "no base id": ([*trace, adapter, "--model", "some/model"], "some/model"),
+        "a base that is none": ([*trace, adapter, "--model", tmp_path], "config.json"),
+        "no prompts": ([*trace, adapter, "--prompt-file", tmp_path / "empty.txt"], "holds no prompt"),
+        "no prompt file": ([*trace, adapter, "--prompt-file", tmp_path / "nope.txt"], "nope.txt"),
+        "no tokens": ([*trace, adapter, "--max-tokens", "0"], "--max-tokens"),
+        "flags for peft": ([*trace, adapter, "--", "--seed", "1"], "flags after `--` are vLLM's"),
+        "flags for show": (["show", tmp_path, "--", "--seed"], "only `trace` takes engine flags"),
+        "unknown level": ([*trace, adapter, "--keep", "all"], "shrink"),
+        "no trace": (["show", tmp_path / "none"], "none"),
+        "not a trace": (["show", tmp_path / "not-a-trace"], "is not a trace"),
+        "two that are none": (["compare", tmp_path / "x", tmp_path / "y"], "x"),
+        "no command": ([], "COMMAND"),
+    }
+
+
+def test_bad_input_is_one_error_and_status_2(
+    adapter: Path, llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, (arguments, word) in bad_inputs(adapter, llama, tmp_path).items():
+        status, out, err = call(*arguments, capsys=capsys)
+        assert status == 2, name
+        assert out == "", name
+        assert word in err, (name, err)
+        assert err.count("error:") == 1, name
+        assert "Traceback" not in err, name
+
+
+def test_a_trace_is_never_overwritten(peft_trace: Any, adapter: Path, tmp_path: Path, capsys: Any) -> None:
+    status, _, err = call("trace", adapter, "--engine", "peft", "-o", peft_trace.path, capsys=capsys)
+    assert status == 2
+    assert "--force" in err
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    status, _, err = call("trace", adapter, "--engine", "peft", "-o", tmp_path / "mine", "--force", capsys=capsys)
+    assert status == 2
+    assert "it is not overwritten" in err
+    assert (tmp_path / "mine" / "thesis.txt").exists()
+
+
+def test_trace_in_a_process_of_its_own(adapter: Path, tmp_path: Path) -> None:
+    """Nothing but JSON on standard output; a refusal is status 1; a pipe that closes early is no error."""
+    command = [sys.executable, "-m", "lora_probe.cli", "trace", str(adapter), "--engine", "peft", "--max-tokens", "3"]
+    run = subprocess.run([*command, "--format", "json"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    data = json.loads(run.stdout)
+    assert data["headline"] == f"{MODULES} of {MODULES} modules took effect"
+    assert data["trace"] == "healthy-peft.lptrace"
+    assert "engine.log" in run.stderr
+    wrong = edited(adapter, tmp_path / "wrong", config=lambda config: config | {"r": 4})
+    command[4] = str(wrong)
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert run.returncode == 1
+    assert "refused by peft" in run.stdout
+    assert "size mismatch" in run.stdout
+    first = subprocess.run(
+        f"{sys.executable} -m lora_probe.cli show healthy-peft.lptrace | head -1; exit ${{PIPESTATUS[0]}}",
+        shell=True,
+        executable="/bin/bash",
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert first.returncode == 0
+    assert first.stderr == ""
+
+
+def test_no_colour_in_a_pipe(peft_trace: Any) -> None:
+    command = [sys.executable, "-m", "lora_probe.cli", "show", str(peft_trace.path)]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "\x1b[" not in run.stdout
+
+
+def test_interrupting_a_trace_leaves_nothing_running(adapter: Path, tmp_path: Path) -> None:
+    import os
+    import signal
+
+    command = [sys.executable, "-m", "lora_probe.cli", "trace", str(adapter), "--engine", "peft"]
+    command += ["--max-tokens", "400", "-o", str(tmp_path / "run.lptrace")]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = tmp_path / "run.lptrace" / "peft" / "process.json"
+    deadline = time.monotonic() + 60
+    while not process.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    pid = json.loads(process.read_text())["pid"]
+    run.send_signal(signal.SIGINT)
+    out, err = run.communicate(timeout=30)
+    assert run.returncode == 130
+    assert out == ""
+    assert "interrupted" in err
+    assert "Traceback" not in err
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+    assert json.loads(process.read_text())["closed"] is False

@@ -1,0 +1,184 @@
+"""The PEFT engine: stations, rows, refusals; and comparisons of its traces."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import LAYERS, PROMPTS, edited, record_peft, save_adapter
+
+from lora_probe import inspect
+from lora_probe.comparison import compare
+from lora_probe.errors import EngineFailed, ProbeError
+from lora_probe.ledger import headline
+
+MODULES = 3 * LAYERS
+
+
+def ledger_of(trace: Any) -> Any:
+    ((_, ledger),) = trace.loads
+    return ledger
+
+
+def test_a_healthy_adapter(peft_trace: Any, adapter: Path) -> None:
+    assert headline(ledger_of(peft_trace)) == f"{MODULES} of {MODULES} modules took effect"
+    assert peft_trace.complete
+    rows = peft_trace.rows
+    asked = [r for r in peft_trace.requests if r.adapter]
+    assert len(rows) == sum(len(r.prompt_ids) + len(r.output_ids) - 1 for r in asked)
+    assert (rows.delta_norm > 0).all()
+    assert set(rows.phase.tolist()) == {0, 1}
+    held = inspect(adapter).by_key()
+    for number, key in enumerate(rows.modules):
+        b = inspect(adapter).values(held[key].b) * held[key].scaling
+        delta = np.linalg.norm(rows.shrink[:, number] @ b.T, axis=-1)
+        np.testing.assert_allclose(rows.delta_norm[:, number], delta, rtol=1e-4)
+
+
+def test_answers_are_those_of_generate(peft_trace: Any, adapter: Path, llama: Path) -> None:
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32), adapter)
+    for request in peft_trace.requests:
+        ids = torch.tensor([request.prompt_ids])
+        settings = {"do_sample": False, "max_new_tokens": 6, "attention_mask": torch.ones_like(ids), "pad_token_id": 256}
+        if request.adapter is None:
+            with model.disable_adapter():
+                expected = model.generate(input_ids=ids, **settings)
+        else:
+            expected = model.generate(input_ids=ids, **settings)
+        assert request.output_ids == expected[0, ids.shape[1] :].tolist()
+
+
+def test_no_hook_is_left(adapter: Path, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lora_probe.engines import peft as engine
+
+    seen = []
+    original = engine._attach
+
+    def attach(model: Any, *rest: Any) -> Any:
+        seen.append(model)
+        return original(model, *rest)
+
+    monkeypatch.setattr(engine, "_attach", attach)
+    record_peft(adapter, llama, tmp_path / "run")
+    assert not any(module._forward_hooks for module in seen[0].modules())
+
+
+@pytest.mark.parametrize(
+    ("tensors", "text"),
+    [
+        (lambda t: {n: v for n, v in t.items() if "layers.1" not in n}, "3 lost at stored: layer 1"),
+        (lambda t: {n.replace("model.model", "model.model.x"): v for n, v in t.items()}, f"{MODULES} lost at read"),
+        (lambda t: t | {n: v * 0 for n, v in t.items() if "0.self_attn.q_proj.lora_B" in n}, "ΔW is exactly zero"),
+        (lambda t: t | {n: v * float("nan") for n, v in t.items() if "0.self_attn.q_proj.lora_B" in n}, "(LP205)"),
+    ],
+)
+def test_damage(adapter: Path, llama: Path, tmp_path: Path, tensors: Any, text: str) -> None:
+    trace = record_peft(edited(adapter, tmp_path / "a", tensors), llama, tmp_path / "run")
+    assert text in headline(ledger_of(trace))
+
+
+def test_narrower_targets_are_lost_at_placed(adapter: Path, llama: Path, tmp_path: Path) -> None:
+    narrow = edited(adapter, tmp_path / "a", config=lambda c: c | {"target_modules": ["q_proj"]})
+    ledger = ledger_of(record_peft(narrow, llama, tmp_path / "run"))
+    assert ledger.count("took effect") == LAYERS
+    assert {row.decisive[1].code for row in ledger.rows if row.decisive} == {"LP502"}
+    assert {row.expected_by for row in ledger.rows if row.decisive} == {("file",)}
+
+
+def test_dora_is_not_judged_by_a_formula_that_it_does_not_follow(llama: Path, tmp_path: Path) -> None:
+    dora = save_adapter(tmp_path / "dora", llama, use_dora=True)
+    ledger = ledger_of(record_peft(dora, llama, tmp_path / "run"))
+    assert ledger.count("unknown") == MODULES
+    assert "DoraLinearVariant" in headline(ledger)
+
+
+@pytest.mark.parametrize("lora_dtype", ["auto", "bfloat16"])
+def test_bfloat16(adapter: Path, llama: Path, tmp_path: Path, lora_dtype: str) -> None:
+    options = {"dtype": "bfloat16", "lora_dtype": lora_dtype}
+    trace = record_peft(adapter, llama, tmp_path / "run", options=options)
+    assert headline(ledger_of(trace)) == f"{MODULES} of {MODULES} modules took effect"
+    assert trace.processes[0].process.dtype == "bfloat16"
+
+
+def test_qwen2_with_biases_and_all_projections(qwen2: Path, tmp_path: Path) -> None:
+    wide = save_adapter(tmp_path / "wide", qwen2, target_modules="all-linear")
+    trace = record_peft(wide, qwen2, tmp_path / "run", keep="tensors")
+    assert headline(ledger_of(trace)) == f"{7 * LAYERS} of {7 * LAYERS} modules took effect"
+    assert len(trace.rows.tensors) == 3 * 7 * LAYERS
+
+
+def test_chat_prompts_go_through_the_template(adapter: Path, llama: Path, tmp_path: Path) -> None:
+    trace = record_peft(adapter, llama, tmp_path / "run", chat=True, prompts=("hi",))
+    assert len(trace.requests[0].prompt_ids) == len("<user>hi<reply>")
+
+
+def test_a_forced_continuation_is_part_of_the_prompt(adapter: Path, llama: Path, tmp_path: Path) -> None:
+    trace = record_peft(adapter, llama, tmp_path / "run", prompts=("hi",), continuation=[[70, 71, 72]])
+    assert trace.requests[0].prompt_ids[-3:] == [70, 71, 72]
+
+
+def test_what_it_cannot_run(adapter: Path, llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(EngineFailed, match="cannot load the base model"):
+        record_peft(adapter, tmp_path, tmp_path / "a")
+    with pytest.raises(EngineFailed, match="takes no engine flags"):
+        record_peft(adapter, llama, tmp_path / "b", engine_args=["--seed", "1"])
+    with pytest.raises(ProbeError, match="has no tokens"):
+        record_peft(adapter, llama, tmp_path / "c", prompts=("",))
+
+
+def test_a_trace_agrees_with_itself(peft_trace: Any) -> None:
+    found = compare(peft_trace, peft_trace)
+    assert found.verdict == "agree"
+    assert {diff.error for diff in found.modules} == {0.0}
+
+
+def test_a_scaling_that_is_one_percent_off_is_found(adapter: Path, llama: Path, tmp_path: Path, peft_trace: Any) -> None:
+    other = edited(adapter, tmp_path / "a", config=lambda c: c | {"alpha_pattern": {"layers.1.self_attn.k_proj": 16.16}})
+    found = compare(peft_trace, record_peft(other, llama, tmp_path / "run"))
+    assert found.verdict == "differ"
+    (damaged,) = [d for d in found.modules if d.module == "model.layers.1.self_attn.k_proj"]
+    assert damaged.status == "differs"
+    assert damaged.error == pytest.approx(0.01, rel=0.02)
+    assert found.first is not None
+    assert found.first.key[0] == "model.layers.1.self_attn.k_proj"
+    assert (found.first.prompt, found.first.position) == (0, 0)
+
+
+def test_runs_part_where_their_tokens_part(adapter: Path, llama: Path, tmp_path: Path, peft_trace: Any) -> None:
+    other = save_adapter(tmp_path / "a", llama, seed=9)
+    second = record_peft(other, llama, tmp_path / "run")
+    found = compare(peft_trace, second)
+    assert found.verdict == "differ"
+    prompts = sum(len(r.prompt_ids) for r in second.requests if r.adapter)
+    assert found.rows == prompts + sum(r.same_tokens for r in found.requests)
+    assert all(not request.equal for request in found.requests)
+
+
+def test_a_module_that_only_one_run_has(adapter: Path, llama: Path, tmp_path: Path, peft_trace: Any) -> None:
+    less = save_adapter(tmp_path / "a", llama, target_modules=["q_proj", "k_proj"])
+    found = compare(peft_trace, record_peft(less, llama, tmp_path / "run"))
+    assert {d.status for d in found.modules if d.module.endswith("v_proj")} == {"only in reference"}
+
+
+def test_levels_without_shrink_compare_norms(adapter: Path, llama: Path, tmp_path: Path, peft_trace: Any) -> None:
+    low = record_peft(adapter, llama, tmp_path / "run", keep="norms")
+    found = compare(peft_trace, low)
+    assert not any(diff.exact for diff in found.modules)
+    assert found.verdict == "agree"
+    events = record_peft(adapter, llama, tmp_path / "events", keep="events")
+    found = compare(peft_trace, events)
+    assert found.rows == 0
+    assert any("holds no rows" in note for note in found.notes)
+
+
+def test_nothing_in_common(adapter: Path, llama: Path, tmp_path: Path, peft_trace: Any) -> None:
+    different = record_peft(adapter, llama, tmp_path / "run", prompts=("Another one", *PROMPTS[:0]))
+    found = compare(peft_trace, different)
+    assert not found.requests[0].same_prompt
+    assert found.verdict == "differ"

@@ -1,0 +1,47 @@
+"""The low-rank arithmetic against the plain one."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from lora_probe.spectrum import delta_norms, effective_rank, gram, spectrum
+
+rng = np.random.default_rng(3)
+
+
+@pytest.mark.parametrize(("rank", "inputs", "outputs"), [(1, 5, 7), (8, 64, 32), (16, 20, 100), (9, 4, 6)])
+def test_singular_values_are_those_of_the_product(rank: int, inputs: int, outputs: int) -> None:
+    a = rng.standard_normal((rank, inputs)).astype(np.float32)
+    b = rng.standard_normal((outputs, rank)).astype(np.float32)
+    expected = np.linalg.svd(1.5 * b.astype(np.float64) @ a, compute_uv=False)
+    found = spectrum(a, b, 1.5)
+    count = min(rank, inputs, outputs)
+    np.testing.assert_allclose(found.singular[:count], expected[:count], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found.norm, np.linalg.norm(expected), rtol=1e-5)
+
+
+def test_small_singular_values_take_double_precision() -> None:
+    a = np.diag([1.0, 1e-5]).astype(np.float32)
+    found = spectrum(a, np.eye(2, dtype=np.float32), 1.0)
+    np.testing.assert_allclose(found.singular, [1.0, 1e-5], rtol=1e-3)
+
+
+def test_effective_rank() -> None:
+    assert effective_rank(np.ones(4)) == pytest.approx(4)
+    assert effective_rank(np.array([1.0, 0.0])) == pytest.approx(1)
+    assert effective_rank(np.zeros(3)) == 0
+
+
+def test_nothing_and_no_number() -> None:
+    zero = spectrum(np.ones((2, 3), np.float32), np.zeros((4, 2), np.float32), 2.0)
+    assert (zero.norm, zero.effective_rank) == (0.0, 0.0)
+    broken = spectrum(np.full((2, 3), np.nan, np.float32), np.ones((4, 2), np.float32), 2.0)
+    assert not broken.finite
+
+
+def test_norms_of_rows_need_no_delta() -> None:
+    shrink = rng.standard_normal((10, 4)).astype(np.float32)
+    b = rng.standard_normal((30, 4)).astype(np.float32)
+    expected = np.linalg.norm(shrink @ (0.5 * b).T, axis=-1)
+    np.testing.assert_allclose(delta_norms(shrink, gram(b, 0.5)), expected, rtol=1e-5)

@@ -1,0 +1,190 @@
+"""vLLM in processes of its own: what a shared engine cannot show. Each test here starts an engine."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import LAYERS, edited, save_adapter
+
+pytestmark = pytest.mark.engine
+MODULES = 3 * LAYERS
+
+
+def trace(adapter: Path, out: Path, *more: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "lora_probe.cli", "trace", str(adapter), "--engine", "vllm", "-o", str(out)]
+    command += ["--prompt", "hi", "--max-tokens", "3", "--max-model-len", "256", *more]
+    return subprocess.run(
+        command, env=os.environ | environment, capture_output=True, text=True, check=False, timeout=300
+    )
+
+
+def test_the_plugin_was_not_loaded(adapter: Path, tmp_path: Path) -> None:
+    run = trace(adapter, tmp_path / "run.lptrace", VLLM_PLUGINS="")
+    assert run.returncode == 2
+    assert "the plugin was not loaded" in run.stderr
+    assert "0 of" not in run.stdout + run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_engine_and_worker_in_their_own_processes(qwen2: Path, tmp_path: Path) -> None:
+    """Qwen2, all projections, bfloat16, standard output that must hold JSON alone."""
+    wide = save_adapter(tmp_path / "wide", qwen2, target_modules="all-linear", r=4, lora_alpha=6)
+    run = trace(
+        wide, tmp_path / "run.lptrace", "--dtype", "bfloat16", "--format", "json", VLLM_ENABLE_V1_MULTIPROCESSING="1"
+    )
+    assert run.returncode == 0, run.stderr
+    data = json.loads(run.stdout)
+    assert data["headline"] == f"{7 * LAYERS} of {7 * LAYERS} modules took effect"
+    client, worker = data["processes"]
+    assert client["pid"] != worker["pid"]
+    assert worker["dtype"] == "bfloat16"
+
+
+def test_two_tensor_parallel_ranks(qwen2: Path, tmp_path: Path) -> None:
+    wide = save_adapter(tmp_path / "wide", qwen2, target_modules="all-linear")
+    more = ("--dtype", "float32", "--tensor-parallel-size", "2", "--format", "json")
+    run = trace(wide, tmp_path / "run.lptrace", *more, VLLM_CPU_OMP_THREADS_BIND="0|1")
+    assert run.returncode == 0, run.stderr
+    data = json.loads(run.stdout)
+    assert data["headline"] == f"{7 * LAYERS} of {7 * LAYERS} modules took effect"
+    assert sorted(p["rank"] for p in data["processes"] if p["role"] == "worker") == [0, 1]
+
+
+def test_a_pair_that_is_too_large_is_a_refusal(adapter: Path, tmp_path: Path) -> None:
+    """It dies while the slot is filled, and leaves the adapter half registered: not for a shared engine."""
+    name = "base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"
+    large = edited(adapter, tmp_path / "large", lambda t: t | {name: t[name].repeat(2, 1)})
+    run = trace(large, tmp_path / "run.lptrace")
+    assert run.returncode == 1, run.stderr
+    assert "refused by vllm: The size of tensor a (128) must match" in run.stdout
+    assert "LP401" in run.stdout
+
+
+def test_an_engine_that_does_not_start(adapter: Path, tmp_path: Path) -> None:
+    run = trace(adapter, tmp_path / "run.lptrace", "--max-lora-rank", "7")
+    assert run.returncode == 2
+    assert "max-lora-rank" in run.stderr
+    assert "Traceback" not in run.stderr
+    run = trace(adapter, tmp_path / "two.lptrace", "--", "--no-such-flag")
+    assert run.returncode == 2
+    assert "--no-such-flag" in run.stderr
+    run = trace(adapter, tmp_path / "three.lptrace", "--", "--kv-cache-dtype", "fp8_e5m2", "--block-size", "7")
+    assert run.returncode == 2
+    assert "vLLM did not start" in run.stderr
+    assert "engine.log" in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_a_killed_worker_leaves_a_trace_that_says_so(adapter: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run.lptrace"
+    command = [sys.executable, "-m", "lora_probe.cli", "trace", str(adapter), "--engine", "vllm", "-o", str(out)]
+    run = subprocess.Popen([*command, "--max-tokens", "200"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    requests = out / "client" / "requests.jsonl"
+    wait_for(lambda: requests.exists() and requests.read_bytes().count(b"\n") >= 1)
+    pid = json.loads((out / "vllm-rank-0" / "process.json").read_text())["pid"]
+    os.kill(pid, signal.SIGKILL)
+    _, err = run.communicate(timeout=60)
+    assert run.returncode == 2
+    assert "SIGKILL" in err
+    assert "Traceback" not in err
+    shown = subprocess.run(
+        [sys.executable, "-m", "lora_probe.cli", "show", str(out)], capture_output=True, text=True, check=False
+    )
+    assert shown.returncode == 1
+    assert "incomplete: client, vllm-rank-0 did not close" in shown.stdout
+    assert "the recording ended before it was measured" in shown.stdout
+
+
+def wait_for(condition: Any, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+INERT = """
+import sys
+import lora_probe_vllm
+lora_probe_vllm.register()
+assert not any(name.startswith('vllm') for name in sys.modules), 'registering imported vllm'
+from vllm import LLM
+if __name__ == '__main__':
+    llm = LLM(model={model!r}, dtype='float32', max_model_len=128, enforce_eager=True, max_num_seqs=2)
+    (output,) = llm.generate(['hi'], use_tqdm=False)
+    from vllm.v1.worker.worker_base import WorkerBase
+    from vllm.plugins import plugins_loaded
+    assert plugins_loaded
+    ours = [name for name in sys.modules if name.startswith('lora_probe_vllm')]
+    assert ours == ['lora_probe_vllm'], ours
+    assert not [name for name in dir(WorkerBase) if name.startswith('lora_probe')]
+    import torch
+    hooks = []
+    def look(worker):
+        return [n for n, m in worker.model_runner.model.named_modules() if m._forward_hooks or m._forward_pre_hooks]
+    assert llm.collective_rpc(look) == [[]]
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+    assert GPUModelRunner.execute_model.__module__.startswith('vllm'), GPUModelRunner.execute_model
+    print('inert')
+"""
+
+
+def test_installed_but_not_asked(llama: Path, tmp_path: Path) -> None:
+    script = tmp_path / "inert.py"
+    script.write_text(INERT.format(model=str(llama)))
+    environment = {key: value for key, value in os.environ.items() if key != "LORA_PROBE_TRACE"}
+    run = subprocess.run(
+        [sys.executable, str(script)], env=environment, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.strip().endswith("inert")
+
+
+def test_every_seam_is_where_it_is_looked_for() -> None:
+    from lora_probe_vllm.seams import NAMES, SUPPORTED, SeamMoved, Seams, vllm_version
+
+    seams = Seams()
+    for name in NAMES:
+        assert getattr(seams, name) is not None
+    assert vllm_version().rpartition(".")[0] in SUPPORTED
+    with pytest.raises(AttributeError):
+        seams.nothing  # noqa: B018
+    error = SeamMoved("vllm.lora.x")
+    assert vllm_version() in error.message
+    assert "vllm.lora.x" in error.message
+
+
+def test_a_seam_that_moved_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.lora.model_manager import LoRAModelManager
+
+    from lora_probe_vllm.seams import SeamMoved, Seams
+
+    monkeypatch.delattr(LoRAModelManager, "register_module")
+    with pytest.raises(SeamMoved, match=r"LoRAModelManager.register_module"):
+        Seams().manager  # noqa: B018
+
+
+def test_patches_are_taken_back() -> None:
+    from lora_probe_vllm.patching import install
+    from lora_probe_vllm.seams import METHODS, seams
+
+    def state() -> dict[str, Any]:
+        return {
+            f"{name}.{method}": vars(getattr(seams, name)).get(method)
+            for name, methods in METHODS.items()
+            for method in methods
+        }
+
+    before, names = state(), set(dir(seams.worker))
+    with install(Path("unused"), "events"):
+        assert state() != before
+        assert set(dir(seams.worker)) - names == {"lora_probe_begin", "lora_probe_finish"}
+    assert state() == before
+    assert set(dir(seams.worker)) == names

@@ -1,0 +1,100 @@
+"""A safetensors file as `weights.py` reads it, whole and damaged."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lora_probe.errors import UnreadableFile
+from lora_probe.weights import open_weights, read
+
+
+def raw(path: Path, header: Any, data: bytes = b"") -> Path:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+    return path
+
+
+def entry(shape: list[int], start: int, end: int, dtype: str = "F32") -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_values_are_widened_exactly(tmp_path: Path, dtype: torch.dtype) -> None:
+    values = {"a": torch.randn(5, 3).to(dtype), "b": torch.tensor([float("inf"), -0.0, float("nan")]).to(dtype)}
+    save_file(values, tmp_path / "x.safetensors", {"format": "pt"})
+    file = open_weights(tmp_path / "x.safetensors")
+    assert file.metadata == {"format": "pt"}
+    for name, tensor in values.items():
+        np.testing.assert_array_equal(read(file.path, file.tensors[name]), tensor.float().numpy())
+
+
+def test_empty_file_of_tensors_is_no_error(tmp_path: Path) -> None:
+    save_file({}, tmp_path / "x.safetensors")
+    assert open_weights(tmp_path / "x.safetensors").tensors == {}
+
+
+@pytest.mark.parametrize(
+    ("header", "data", "word"),
+    [
+        ({"a": entry([2], 0, 8)}, b"\0" * 4, "truncated"),
+        ({"a": entry([2], 0, 8)}, b"\0" * 12, "belong to no tensor"),
+        ({"a": entry([2], 0, 8), "b": entry([2], 4, 12)}, b"\0" * 12, "overlaps"),
+        ({"a": entry([2], 4, 12)}, b"\0" * 12, "hole"),
+        ({"a": entry([2], 0, 4)}, b"\0" * 4, "needs another number"),
+        ({"a": entry([2], -8, 0)}, b"\0" * 8, "needs another number"),
+        ({"a": entry([-1], 0, 8)}, b"\0" * 8, "impossible shape"),
+        ({"a": entry([2], 0, 8, "F99")}, b"\0" * 8, "unknown dtype"),
+        ({"a": {"dtype": "F32", "shape": [2]}}, b"", "impossible offsets"),
+        ({"a": 3}, b"", "not an object"),
+        ([1, 2], b"", "not an object"),
+        (b'{"a": 1, "a": 2}', b"", "stands twice"),
+        (b"{" * 20000, b"", "damaged"),
+        (b"\xff\xfe", b"", "damaged"),
+    ],
+)
+def test_damage_is_named(tmp_path: Path, header: Any, data: bytes, word: str) -> None:
+    path = raw(tmp_path / "x.safetensors", header, data)
+    with pytest.raises(UnreadableFile, match=word) as caught:
+        open_weights(path)
+    assert str(path) in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [
+        (b"", "empty"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "Git LFS pointer"),
+        (b"This is a text file, not weights.\n", "begins with"),
+        (b"\x08\0", "begins with"),
+        (struct.pack("<Q", 1 << 60) + b"{}", "claims"),
+        (struct.pack("<Q", 500) + b"{}", "claims"),
+    ],
+)
+def test_impostors_are_named(tmp_path: Path, content: bytes, word: str) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(UnreadableFile, match=word):
+        open_weights(path)
+
+
+def test_folder_and_missing_file(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "no"):
+        with pytest.raises(UnreadableFile, match="cannot read"):
+            open_weights(path)
+
+
+def test_values_of_a_file_that_shrank(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    save_file({"a": torch.ones(100)}, path)
+    file = open_weights(path)
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(UnreadableFile, match="ends inside tensor `a`"):
+        read(file.path, file.tensors["a"])
