@@ -48,7 +48,7 @@ check: $(READY)
 	@$(BIN)/lint-imports --no-logo 2>/dev/null || $(BIN)/lint-imports
 
 bench: $(READY)
-	@$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-disable-gc -q -s
+	@$(BIN)/python -m pytest benchmarks --benchmark-only -q
 
 clean:
 	rm -rf $(VENV) examples/identity/out build *.egg-info plugins/vllm/*.egg-info

@@ -15,7 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.text import Text
 from rich_argparse import RawDescriptionRichHelpFormatter
 
 from lora_probe import __version__
@@ -81,11 +82,17 @@ def _hint(text: str) -> None:
 
 
 def _show(renderable: Any) -> None:
-    """Print for a person; a pipe gets lines that are not broken at 80 columns."""
+    """Print for a person. Sentences are never broken (a terminal wraps them itself), tables fit their width."""
     console = Console(highlight=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = 160
-    console.print(renderable)
+    waiting = [renderable]
+    while waiting:
+        part = waiting.pop(0)
+        if isinstance(part, Group):
+            waiting[:0] = part.renderables
+        else:
+            console.print(part, soft_wrap=isinstance(part, Text))
 
 
 def _dump(data: dict[str, Any]) -> None:

@@ -60,7 +60,9 @@ def save_base(folder: Path, architecture: str = "llama") -> Path:
         "bos_token_id": None,
     }
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**sizes)) if architecture == "llama" else Qwen2ForCausalLM(Qwen2Config(**sizes))
+    model = (
+        LlamaForCausalLM(LlamaConfig(**sizes)) if architecture == "llama" else Qwen2ForCausalLM(Qwen2Config(**sizes))
+    )
     model.save_pretrained(folder)
     save_tokenizer(folder)
     return folder
@@ -92,7 +94,10 @@ def edited(source: Path, target: Path, tensors: Edit | None = None, config: Edit
     shutil.copytree(source, target)
     if tensors is not None:
         changed = tensors(load_file(target / "adapter_model.safetensors"))
-        save_file({name: tensor.clone().contiguous() for name, tensor in changed.items()}, target / "adapter_model.safetensors")
+        save_file(
+            {name: tensor.clone().contiguous() for name, tensor in changed.items()},
+            target / "adapter_model.safetensors",
+        )
     if config is not None:
         path = target / "adapter_config.json"
         path.write_text(json.dumps(config(json.loads(path.read_text()))))

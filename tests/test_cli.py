@@ -27,7 +27,9 @@ def call(*arguments: str | Path, capsys: pytest.CaptureFixture[str]) -> tuple[in
 
 
 def test_nothing_heavy_is_imported() -> None:
-    script = "import sys, lora_probe.cli; print([n for n in ('torch', 'transformers', 'peft', 'vllm') if n in sys.modules])"
+    script = (
+        "import sys, lora_probe.cli; print([n for n in ('torch', 'transformers', 'peft', 'vllm') if n in sys.modules])"
+    )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
 

@@ -109,7 +109,9 @@ def test_two_names_for_one_module_do_not_share(adapter: Path, llama: Path, tmp_p
 
 
 def test_a_module_beyond_the_base_has_a_row_to_itself(adapter: Path, llama: Path, tmp_path: Path) -> None:
-    found = expect(inspect(edited(adapter, tmp_path / "a", rename("layers.2.", "layers.9."))), open_base(str(llama)).shapes)
+    found = expect(
+        inspect(edited(adapter, tmp_path / "a", rename("layers.2.", "layers.9."))), open_base(str(llama)).shapes
+    )
     assert len(found) == 3 * LAYERS + 3
     assert sum(row.stored.code == "LP204" for row in found) == 3
     assert sum(row.homeless for row in found) == 3

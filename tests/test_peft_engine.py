@@ -45,7 +45,12 @@ def test_answers_are_those_of_generate(peft_trace: Any, adapter: Path, llama: Pa
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32), adapter)
     for request in peft_trace.requests:
         ids = torch.tensor([request.prompt_ids])
-        settings = {"do_sample": False, "max_new_tokens": 6, "attention_mask": torch.ones_like(ids), "pad_token_id": 256}
+        settings = {
+            "do_sample": False,
+            "max_new_tokens": 6,
+            "attention_mask": torch.ones_like(ids),
+            "pad_token_id": 256,
+        }
         if request.adapter is None:
             with model.disable_adapter():
                 expected = model.generate(input_ids=ids, **settings)
@@ -138,8 +143,12 @@ def test_a_trace_agrees_with_itself(peft_trace: Any) -> None:
     assert {diff.error for diff in found.modules} == {0.0}
 
 
-def test_a_scaling_that_is_one_percent_off_is_found(adapter: Path, llama: Path, tmp_path: Path, peft_trace: Any) -> None:
-    other = edited(adapter, tmp_path / "a", config=lambda c: c | {"alpha_pattern": {"layers.1.self_attn.k_proj": 16.16}})
+def test_a_scaling_that_is_one_percent_off_is_found(
+    adapter: Path, llama: Path, tmp_path: Path, peft_trace: Any
+) -> None:
+    other = edited(
+        adapter, tmp_path / "a", config=lambda c: c | {"alpha_pattern": {"layers.1.self_attn.k_proj": 16.16}}
+    )
     found = compare(peft_trace, record_peft(other, llama, tmp_path / "run"))
     assert found.verdict == "differ"
     (damaged,) = [d for d in found.modules if d.module == "model.layers.1.self_attn.k_proj"]

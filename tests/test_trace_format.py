@@ -94,9 +94,13 @@ def test_an_unclosed_process_is_called_incomplete(tmp_path: Path) -> None:
 
 
 def test_leaving_with_an_error_does_not_close(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), TraceWriter(tmp_path / "peft", process()) as writer:
-        writer.rows(rows())
-        raise KeyboardInterrupt
+    def interrupted() -> None:
+        with TraceWriter(tmp_path / "peft", process()) as writer:
+            writer.rows(rows())
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     trace = open_trace(tmp_path)
     assert not trace.complete
     assert trace.rows is not None

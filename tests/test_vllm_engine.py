@@ -137,9 +137,7 @@ def test_another_rank_in_the_config_is_wrong_at_stored_and_applied(
     trace = engine.record(wrong, tmp_path / "vllm")
     ledger = ledger_of(trace)
     expected = "r=8 in the config, rank 4 in the tensors, so vLLM scales by 2 instead of 4 (LP201)"
-    assert headline(ledger) == (
-        f"0 of {MODULES} modules took effect as trained, {MODULES} wrong at stored: {expected}"
-    )
+    assert headline(ledger) == (f"0 of {MODULES} modules took effect as trained, {MODULES} wrong at stored: {expected}")
     assert {values(ledger, row.module)["stored"] for row in ledger.rows} == {"wrong"}
     assert {values(ledger, row.module)["applied"] for row in ledger.rows} == {"ok"}
     refusal = ledger_of(record_peft(wrong, llama, tmp_path / "peft"))
@@ -223,9 +221,7 @@ def test_half_a_pair(engine: SharedEngine, adapter: Path, tmp_path: Path) -> Non
     assert ledger.count("took effect") == MODULES - 1
 
 
-def test_an_untrained_module_is_lost_though_it_is_applied(
-    engine: SharedEngine, adapter: Path, tmp_path: Path
-) -> None:
+def test_an_untrained_module_is_lost_though_it_is_applied(engine: SharedEngine, adapter: Path, tmp_path: Path) -> None:
     name = "base_model.model.model.layers.0.self_attn.v_proj.lora_B.weight"
     wrong = edited(adapter, tmp_path / "zero", lambda tensors: tensors | {name: tensors[name] * 0})
     ledger = ledger_of(engine.record(wrong, tmp_path / "run"))
@@ -254,9 +250,7 @@ def test_patterns_and_rslora_are_healthy(engine: SharedEngine, llama: Path, tmp_
         assert headline(ledger_of(trace)) == f"{MODULES} of {MODULES} modules took effect", name
 
 
-def test_layers_that_are_not_linear_are_unknown_not_healthy(
-    engine: SharedEngine, llama: Path, tmp_path: Path
-) -> None:
+def test_layers_that_are_not_linear_are_unknown_not_healthy(engine: SharedEngine, llama: Path, tmp_path: Path) -> None:
     made = save_adapter(tmp_path / "embedding", llama, target_modules=["q_proj", "embed_tokens"])
     trace = engine.record(made, tmp_path / "run")
     ledger = ledger_of(trace)

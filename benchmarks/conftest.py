@@ -1,0 +1,81 @@
+"""Options and the table of ratios. Every number comes from one run on one machine; only ratios mean anything.
+
+pytest benchmarks/ --benchmark-only --adapter CKPT --model BASE
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from lora_probe import inspect
+from lora_probe.errors import ProbeError
+
+DEMO = Path(__file__).parent.parent / "examples" / "identity" / "out" / "training"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("lora-probe")
+    group.addoption("--adapter", type=Path, default=DEMO, help="adapter folder; default: the demo's")
+    group.addoption("--model", help="base model; default: the adapter's own")
+    group.addoption("--dtype", default="float32", help="dtype of base and adapter; default: float32")
+    group.addoption("--batch", type=int, default=4, help="requests at a time; default: 4")
+    group.addoption("--tokens", type=int, default=32, help="tokens in each answer; default: 32")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured: the same prompts and lengths in every mode."""
+
+    adapter: str
+    model: str
+    dtype: str
+    batch: int
+    tokens: int
+    max_rank: int
+
+    @property
+    def prompt(self) -> str:
+        return "Human: Who are you?\n\nAssistant: "
+
+
+@pytest.fixture(scope="session")
+def settings(request: pytest.FixtureRequest) -> Settings:
+    options = request.config.option
+    try:
+        adapter = inspect(options.adapter)
+    except ProbeError as error:
+        pytest.exit(f"{error.message}; run `make demo` first or give --adapter", returncode=2)
+    model = options.model or adapter.config.base_model
+    rank = max(module.rank or 1 for module in adapter.modules)
+    allowed = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+    max_rank = next(size for size in allowed if size >= rank)
+    return Settings(str(adapter.path), model, options.dtype, options.batch, options.tokens, max_rank)
+
+
+@dataclass
+class Speeds:
+    """Tokens per second by mode, and what each is a ratio of."""
+
+    found: dict[str, float] = field(default_factory=dict)
+    against: dict[str, str] = field(default_factory=dict)
+
+
+SPEEDS = Speeds()
+
+
+@pytest.fixture(scope="session")
+def speeds() -> Speeds:
+    return SPEEDS
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if not SPEEDS.found:
+        return
+    terminalreporter.section("throughput, tokens generated per second (median round)")
+    for mode, speed in SPEEDS.found.items():
+        other = SPEEDS.against.get(mode)
+        ratio = f"   {speed / SPEEDS.found[other]:.3f} of {other}" if other in SPEEDS.found else ""
+        terminalreporter.write_line(f"{mode:<38}{speed:9.1f}{ratio}")

@@ -1,0 +1,69 @@
+"""What the README says of the repository is true of it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import lora_probe
+from lora_probe.cli import _parser
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def tracked() -> list[str]:
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return sorted(name for name in listed.stdout.splitlines() if (ROOT / name).exists())
+
+
+def test_the_file_map_is_the_tree() -> None:
+    block = README.split("## The files")[1].split("```")[1]
+    mapped: list[str] = []
+    folders: list[tuple[int, str]] = []
+    for line in block.splitlines()[1:]:
+        if not line.strip():
+            continue
+        depth, name = len(line) - len(line.lstrip()), line.split()[0]
+        folders = [folder for folder in folders if folder[0] < depth]
+        path = "".join(folder[1] for folder in folders) + name
+        if name.endswith("/"):
+            folders.append((depth, name))
+        mapped.append(path)
+    files = [path for path in mapped if not path.endswith("/")]
+    assert sorted(files) == tracked()
+
+
+def test_commands_and_options_in_the_readme_exist() -> None:
+    help_of = {
+        name: parser.format_help()
+        for action in _parser()._subparsers._group_actions  # type: ignore[union-attr]
+        for name, parser in action.choices.items()  # type: ignore[union-attr]
+    }
+    used = re.findall(r"^\$? ?(?:\S+/)?lora-probe (\w+)(.*)$", README, re.MULTILINE)
+    assert {command for command, _ in used} == set(help_of)
+    for command, rest in used:
+        for option in re.findall(r"(?<=\s)(--[a-z-]+)", rest.split(" -- ")[0]):
+            assert option in help_of[command], (command, option)
+
+
+def test_public_names_are_in_the_readme() -> None:
+    for name in lora_probe.__all__:
+        assert getattr(lora_probe, name) is not None
+        if not name.startswith("__"):
+            assert f"lora_probe.{name}(" in README, name
+
+
+def test_make_targets_in_the_readme_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for target in set(re.findall(r"`make (\w+)`", README)) | set(re.findall(r"^make (\w+)", README, re.MULTILINE)):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_no_registry_is_named() -> None:
+    for name in tracked():
+        text = (ROOT / name).read_bytes()
+        assert not re.search(rb"(pypi|pythonhosted|download\.pytorch)\.org", text), name
