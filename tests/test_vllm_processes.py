@@ -188,3 +188,49 @@ def test_patches_are_taken_back() -> None:
         assert set(dir(seams.worker)) - names == {"lora_probe_begin", "lora_probe_finish"}
     assert state() == before
     assert set(dir(seams.worker)) == names
+
+
+OWN = """
+import sys
+from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
+if __name__ == '__main__':
+    llm = LLM(model={model!r}, dtype='float32', max_model_len=128, max_num_seqs=2, enable_lora=True, max_loras=2)
+    llm.generate(['hi'], SamplingParams(max_tokens=3), use_tqdm=False, lora_request=LoRARequest('own', 7, {adapter!r}))
+"""
+
+
+def test_a_script_of_the_users_own(llama: Path, adapter: Path, tmp_path: Path) -> None:
+    """An unchanged script: two environment variables, and the trace is complete when it ends."""
+    from lora_probe import open_trace
+    from lora_probe.ledger import headline
+
+    script = tmp_path / "own.py"
+    script.write_text(OWN.format(model=str(llama), adapter=str(adapter)))
+    asked = {"LORA_PROBE_TRACE": str(tmp_path / "run.lptrace"), "LORA_PROBE_KEEP": "shrink"}
+    for name in ("run.lptrace", "run-2.lptrace"):
+        run = subprocess.run([sys.executable, str(script)], env=os.environ | asked, capture_output=True, check=False)
+        assert run.returncode == 0, run.stderr[-2000:]
+        found = open_trace(tmp_path / name)
+        assert found.complete
+        ((load, ledger),) = found.loads
+        assert (load.name, load.engine_id) == ("own", 7)
+        assert headline(ledger) == f"{MODULES} of {MODULES} modules took effect"
+
+
+def test_a_probe_that_cannot_be_armed_does_not_stop_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import lora_probe_vllm
+    from lora_probe.errors import EngineFailed
+    from lora_probe_vllm import patching, worker
+    from lora_probe_vllm.engine import require_probe
+    from lora_probe_vllm.seams import SeamMoved
+
+    def moved(*_: Any) -> Any:
+        raise SeamMoved("vllm.lora.gone")
+
+    monkeypatch.setattr(patching, "install", moved)
+    monkeypatch.setattr(worker, "_armed", None)
+    monkeypatch.setenv("LORA_PROBE_TRACE", str(tmp_path))
+    lora_probe_vllm.register()
+    with pytest.raises(EngineFailed, match=r"could not be armed: vLLM .* has no `vllm.lora.gone`"):
+        require_probe(tmp_path)

@@ -290,7 +290,7 @@ class _Runner:
 
         started = time.perf_counter()
         output: list[int] = []
-        logprobs: list[float] = []
+        logprobs: list[float | None] = []
         cache, feed = None, ids
         with torch.inference_mode():
             while True:

@@ -169,7 +169,8 @@ def run(trace: Trace, story: bool = False) -> RenderableType:
     if cells := _contribution_cells(trace):
         parts += [grid("contribution ‖s·x·A·B‖ / ‖base output‖, over all rows of the adapter", cells), Text()]
     parts += _not_recorded(trace)
-    parts.append(answers(trace))
+    if trace.requests:
+        parts.append(answers(trace))
     return Group(*parts)
 
 

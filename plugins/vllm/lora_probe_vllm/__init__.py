@@ -6,16 +6,38 @@ all, unless `LORA_PROBE_TRACE` names a folder; then the process that loads a mod
 
 from __future__ import annotations
 
+import logging
 import os
 
 __version__ = "0.1.0"
 
 TRACE, KEEP = "LORA_PROBE_TRACE", "LORA_PROBE_KEEP"
+NOT_ARMED = "not-armed.txt"
+"""Written into the trace folder by a process that could not arm the probe: why."""
 
 
 def register() -> None:
-    """Arm the probe in this process if `LORA_PROBE_TRACE` is set. May be called more than once."""
-    if os.environ.get(TRACE):
+    """Arm the probe in this process if `LORA_PROBE_TRACE` is set. May be called more than once.
+
+    vLLM does not survive a plugin that raises; a probe that cannot be armed is logged and written down instead.
+    """
+    folder = os.environ.get(TRACE)
+    if not folder:
+        return
+    from lora_probe.errors import ProbeError
+
+    try:
         from lora_probe_vllm.worker import arm
 
         arm()
+    except (ProbeError, OSError) as error:
+        logging.getLogger("vllm.lora_probe").error("lora-probe is not armed: %s", error)
+        _write_down(folder, str(error))
+
+
+def _write_down(folder: str, why: str) -> None:
+    try:
+        with open(os.path.join(folder, NOT_ARMED), "w", encoding="utf-8") as file:  # noqa: PTH118, PTH123
+            file.write(why + "\n")
+    except OSError as error:
+        logging.getLogger("vllm.lora_probe").error("nor can it write into %s: %s", folder, error)

@@ -15,7 +15,7 @@ from lora_probe.base import open_base
 from lora_probe.engines.prompts import encode
 from lora_probe.errors import EngineFailed, ProbeError, UnreadableFile
 from lora_probe.tracefile import SCHEMA, Process, RequestRecord, RunSpec, TraceWriter
-from lora_probe_vllm import KEEP, TRACE
+from lora_probe_vllm import KEEP, NOT_ARMED, TRACE
 from lora_probe_vllm.seams import vllm_version
 
 ENVIRONMENT = {
@@ -145,6 +145,8 @@ def require_probe(folder: Path) -> None:
     """
     if any(folder.glob("vllm-rank-*/process.json")):
         return
+    if (folder / NOT_ARMED).exists():
+        raise EngineFailed(f"the probe could not be armed: {(folder / NOT_ARMED).read_text().strip()}")
     allowed = os.environ.get("VLLM_PLUGINS")
     why = (
         f"VLLM_PLUGINS is `{allowed}`: it must name lora_probe"

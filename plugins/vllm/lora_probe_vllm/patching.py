@@ -38,7 +38,10 @@ def install(folder: Path, keep: Level) -> Patches:
     def worker_init(original: Callable[..., None]) -> Callable[..., None]:
         def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
             original(self, *args, **kwargs)
-            probes[id(self)] = Probe(self, folder, keep)
+            try:
+                probes[id(self)] = Probe(self, folder, keep)
+            except OSError as error:
+                logging.getLogger("vllm.lora_probe").error("lora-probe cannot record into %s: %s", folder, error)
 
         return __init__
 
@@ -66,7 +69,7 @@ def _finish(probes: dict[int, Probe]) -> Callable[..., bool]:
     def lora_probe_finish(self: Any) -> bool:
         """RPC: write the last stations and close. Whether there was a recording to close."""
         probe = probes.get(id(self))
-        if probe is None or probe._writer is None:
+        if probe is None or not probe.recording:
             return False
         probe.finish()
         return True
@@ -154,11 +157,12 @@ def _patch_loading(patches: Patches, probe_of_manager: Find) -> None:
             before, started = len(lora.loras), time.perf_counter()
             with _refusing(probe, active, "packing the adapter"), _listening(said):
                 result = original(self, lora, *args, **kwargs)
-            probe.writer.event(
-                "register",
-                f"{before} pairs became {len(lora.loras)} weights, every scaling folded into lora_B",
-                seconds=round(time.perf_counter() - started, 6),
-            )
+            with probe.guard("registering"):
+                probe.writer.event(
+                    "register",
+                    f"{before} pairs became {len(lora.loras)} weights, every scaling folded into lora_B",
+                    seconds=round(time.perf_counter() - started, 6),
+                )
             return result
 
         return wrapper

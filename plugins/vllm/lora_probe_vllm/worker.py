@@ -6,6 +6,7 @@ In: `LORA_PROBE_TRACE` and `LORA_PROBE_KEEP`, seen by `arm` before the worker is
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 from collections.abc import Iterator
@@ -70,6 +71,8 @@ class Probe:
         self._writer: TraceWriter | None = None
         self._load_numbers = 0
         self.open(folder, keep)
+        # A script of the user's own ends without asking for the last stations.
+        atexit.register(self.finish)
 
     @property
     def writer(self) -> TraceWriter:
@@ -81,9 +84,12 @@ class Probe:
         return self._writer is not None
 
     def open(self, folder: Path, keep: Level) -> None:
-        """Begin to write into `folder`; what was recorded before is closed."""
-        if self._writer is not None:
-            self.finish()
+        """Begin to write into `folder`, or beside it under a number if this rank has written there before."""
+        self.finish()
+        first, number = folder, 1
+        while (folder / f"vllm-rank-{self.rank}").exists():
+            number += 1
+            folder = first.with_name(f"{first.stem}-{number}{first.suffix}")
         self.keep = self.capture.keep = keep
         config = self.worker.vllm_config
         process = Process(
@@ -114,7 +120,13 @@ class Probe:
         except Exception as error:
             self.broken = True
             self.capture.step = None
-            self.writer.event("probe", f"the probe failed at `{stage}` and stepped aside: {error!r}")
+            text = f"the probe failed at `{stage}` and stepped aside: {error!r}"
+            logging.getLogger("vllm.lora_probe").error(text)
+            try:
+                self.writer.event("probe", text)
+            except OSError:
+                # The disk is full or gone: nothing more can be recorded, and the log has said why.
+                self._writer = None
 
     def model_loaded(self, runner: Any, seconds: float) -> None:
         """The LoRA manager was made, and the model's layers were replaced in place."""
@@ -347,17 +359,19 @@ class Probe:
         return tuple(active.digests.get(key, "") for key in keys) if active else ("",) * len(keys)
 
     def finish(self) -> None:
-        """Judge the slots again, write `applied` and `agrees`, and close the recording."""
+        """Judge the slots again, write `applied` and `agrees`, and close the recording. May be called again."""
+        if self._writer is None:
+            return
         with self.guard("the end of the run"):
             for active in self.loads.values():
                 if active.slot is not None:
                     self.judge_slots(active, "when the run ended")
                 if not active.account.load.refused:
                     active.account.finish(self._why_unmeasured)
-        self.loads = {}
-        self.grams = {}
+        self.loads, self.grams = {}, {}
         self.capture.close()
-        self.writer.close()
+        with self.guard("closing"):
+            self.writer.close()
         self._writer = None
 
     def _why_unmeasured(self, key: Key) -> str | None:
