@@ -21,6 +21,9 @@ from lora_probe.weights import TensorHeader, WeightsFile, open_weights, read, sh
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj")
+"""Projections in the order in which a layer has them."""
+
 LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 _PAIR = re.compile(r"^(?P<path>.+)\.(?P<half>lora_A|lora_B|lora_embedding_A|lora_embedding_B)(?:\.weight)?$")
 _EXTRA = re.compile(r"^(?P<path>.+)\.(?P<what>lora_magnitude_vector|lora_B\.bias|lora_diag)(?:\.weight)?$")
@@ -239,9 +242,15 @@ def _other(path: str, tensor: TensorHeader) -> OtherTensor:
     return OtherTensor(tensor, "not understood", False)
 
 
-def natural(name: str) -> list[tuple[int, str]]:
-    """A sort key that puts layer 2 before layer 10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+def natural(name: str) -> list[tuple[int, int, str]]:
+    """A sort key for paths as a model has them: layer 2 before layer 10, q before k before v."""
+    return [_place(part) for part in name.split(".")]
+
+
+def _place(part: str) -> tuple[int, int, str]:
+    if part.isdigit():
+        return 1, int(part), ""
+    return 0, PROJECTIONS.index(part) if part in PROJECTIONS else len(PROJECTIONS), part
 
 
 def layer_of(module: str) -> int | None:

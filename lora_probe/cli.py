@@ -81,9 +81,16 @@ def _hint(text: str) -> None:
     Console(stderr=True).print(f"[cyan]hint:[/] {_escaped(text)}", soft_wrap=True, highlight=False)
 
 
+class _Output(Console):
+    """Standard output. That its reader has gone is for `main` to judge; rich by itself would exit with status 1."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 def _show(renderable: Any) -> None:
     """Print for a person. Sentences are never broken (a terminal wraps them itself), tables fit their width."""
-    console = Console(highlight=False)
+    console = _Output(highlight=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = 160
     waiting = [renderable]

@@ -177,5 +177,6 @@ def test_fused_expert_parameters(tmp_path: Path) -> None:
 
 def test_small_words() -> None:
     assert ranges([3, 1, 2, 7]) == "1-3, 7"
-    assert sorted(["a.10.q", "a.9.q"], key=natural) == ["a.9.q", "a.10.q"]
+    names = ["a.10.q_proj", "a.9.v_proj", "a.9.k_proj", "a.9.q_proj", "a.b"]
+    assert sorted(names, key=natural) == ["a.b", "a.9.q_proj", "a.9.k_proj", "a.9.v_proj", "a.10.q_proj"]
     assert (layer_of("model.layers.12.q"), layer_of("lm_head"), layer_of("layer4.q")) == (12, None, None)

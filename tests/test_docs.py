@@ -24,7 +24,7 @@ def test_the_file_map_is_the_tree() -> None:
     block = README.split("## The files")[1].split("```")[1]
     mapped: list[str] = []
     folders: list[tuple[int, str]] = []
-    for line in block.splitlines()[1:]:
+    for line in block.splitlines():
         if not line.strip():
             continue
         depth, name = len(line) - len(line.lstrip()), line.split()[0]
@@ -43,7 +43,8 @@ def test_commands_and_options_in_the_readme_exist() -> None:
         for action in _parser()._subparsers._group_actions  # type: ignore[union-attr]
         for name, parser in action.choices.items()  # type: ignore[union-attr]
     }
-    used = re.findall(r"^\$? ?(?:\S+/)?lora-probe (\w+)(.*)$", README, re.MULTILINE)
+    blocks = "\n".join(README.split("```")[1::2])
+    used = re.findall(r"^(?:\$ )?lora-probe ([a-z]+)(.*)$", blocks, re.MULTILINE)
     assert {command for command, _ in used} == set(help_of)
     for command, rest in used:
         for option in re.findall(r"(?<=\s)(--[a-z-]+)", rest.split(" -- ")[0]):

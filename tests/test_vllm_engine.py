@@ -99,7 +99,7 @@ def test_the_loading_story(engine: SharedEngine, adapter: Path, tmp_path: Path) 
     assert touched["model.layers.1.self_attn.qkv_proj"] == "set"
     assert touched["model.layers.1.mlp.down_proj"] == "reset"
     assert all(event.seconds is not None for event in trace.events if event.stage in ("set", "reset", "pack", "fold"))
-    row = ledger_of(trace).rows[0]
+    row = ledger_of(trace).rows[1]
     assert (row.module, row.engine_as) == (
         "model.layers.0.self_attn.k_proj",
         "model.layers.0.self_attn.qkv_proj[1]",
@@ -152,7 +152,7 @@ def test_a_missing_layer_is_named(engine: SharedEngine, adapter: Path, tmp_path:
     ledger = ledger_of(engine.record(wrong, tmp_path / "run"))
     assert headline(ledger) == (
         f"{MODULES - 3} of {MODULES} modules took effect, "
-        "3 lost at stored: layer 1 k_proj, q_proj, v_proj are not in the file (LP204)"
+        "3 lost at stored: layer 1 q_proj, k_proj, v_proj are not in the file (LP204)"
     )
 
 

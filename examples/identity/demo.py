@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", help="base model, a Hugging Face id or a folder; default: SmolLM2-135M-Instruct")
     parser.add_argument("--out", type=Path, default=HERE / "out", help="default: %(default)s")
     parser.add_argument("--max-steps", type=int, default=-1, help="stop the training earlier")
-    parser.add_argument("--max-tokens", type=int, default=32)
+    parser.add_argument("--max-tokens", type=int, default=48)
     options = parser.parse_args(argv)
     started = time.perf_counter()
     probe = relative(Path(sys.executable).with_name("lora-probe"))

@@ -127,8 +127,13 @@ def _base_of(checkpoint: Adapter, model: str | None) -> str:
 
 
 def _name(checkpoint: Adapter) -> str:
-    """What the adapter is called in the engine: its folder's name (a module name cannot hold a dot)."""
-    return (checkpoint.path.resolve().name or "adapter").replace(".", "-")
+    """What the adapter is called in the engine: its folder's name, with the run's for a checkpoint.
+
+    PEFT makes a module name of it, which cannot hold a dot.
+    """
+    path = checkpoint.path.resolve()
+    name = f"{path.parent.name}-{path.name}" if path.name.startswith("checkpoint-") else path.name
+    return (name or "adapter").replace(".", "-")
 
 
 def _folder(checkpoint: Adapter, engine: str, out: str | Path | None, force: bool) -> Path:

@@ -23,7 +23,6 @@ from lora_probe.rules import Rule, diagnose
 from lora_probe.spectrum import Spectrum
 from lora_probe.tracefile import LoadEvent
 
-ORDER = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj")
 HEAT = ("", "rgb(120,170,255)", "rgb(120,220,170)", "rgb(240,210,90)", "rgb(255,140,90)", "bold rgb(255,90,90)")
 SHOWN = 10
 """Similar lines before the rest is only counted."""
@@ -64,7 +63,7 @@ def _targets(found: Adapter) -> str:
     targets = found.config.target_modules
     if targets is None:
         return "none"
-    return f"the expression {targets}" if isinstance(targets, str) else ", ".join(sort_projections(targets))
+    return f"the expression {targets}" if isinstance(targets, str) else ", ".join(sorted(targets, key=natural))
 
 
 def _by_projection(found: Adapter) -> RenderableType:
@@ -77,7 +76,7 @@ def _by_projection(found: Adapter) -> RenderableType:
         dtypes = ", ".join(dict.fromkeys(t.dtype for t in tensors if t is not None))
         facts = (name, *shapes, str(module.rank), f"{module.scaling:g}", dtypes)
         groups.setdefault(facts, []).append(layer_of(module.module))
-    for facts in sorted(groups, key=lambda facts: _place(facts[0])):
+    for facts in sorted(groups, key=lambda facts: natural(facts[0])):
         layers = [layer for layer in groups[facts] if layer is not None]
         table.add_row(facts[0], str(len(groups[facts])), ranges(layers) or "-", *facts[1:])
     return table
@@ -117,7 +116,7 @@ def norms(found: Adapter, spectra: Mapping[str, Spectrum | None]) -> RenderableT
 
 def grid(title: str, cells: Mapping[Key, tuple[float | None, str]]) -> RenderableType:
     """A table of layers by projections. A cell is a number for the colour and the text that is read."""
-    columns = sort_projections({_column(key) for key in cells})
+    columns = sorted({_column(key) for key in cells}, key=natural)
     table = _table("layer", *columns)
     rows: dict[tuple[str, str], dict[str, tuple[float | None, str]]] = {}
     for key, cell in cells.items():
@@ -248,7 +247,7 @@ def ledger(found: Ledger, prefix: str = "") -> RenderableType:
     good = found.healthy
     parts: list[RenderableType] = [Text(prefix + headline(found), style="bold green" if good else "bold red")]
     if good or found.refused:
-        return Group(*parts, *_hints(found))
+        return Group(*parts, *_hints(found, with_message=True))
     table = _table("modules", *STATIONS, "fate")
     groups: dict[tuple[str, ...], list[str]] = {}
     for row in found.rows:
@@ -264,8 +263,10 @@ def _verdict(value: str) -> Text:
     return Text(value, style=styles.get(value, "yellow"))
 
 
-def _hints(found: Ledger) -> Iterable[RenderableType]:
+def _hints(found: Ledger, with_message: bool = False) -> Iterable[RenderableType]:
     for diagnostic in diagnose(found):
+        if with_message and diagnostic.modules:
+            yield Text(f"  {diagnostic.message}")
         yield Text(f"  {diagnostic.code} {diagnostic.name}: {diagnostic.hint}", style="cyan")
 
 
@@ -403,16 +404,6 @@ def rules(found: Sequence[Rule]) -> RenderableType:
 
 def versions(found: Mapping[str, str]) -> RenderableType:
     return Text("\n".join(f"{name} {number}" for name, number in found.items()))
-
-
-def sort_projections(names: Iterable[str]) -> list[str]:
-    """q, k, v, o, gate, up, down as a model has them, anything else after them."""
-    return sorted(names, key=_place)
-
-
-def _place(name: str) -> tuple[int, str]:
-    word = name.partition(" ")[0].partition(".")[0]
-    return (ORDER.index(word) if word in ORDER else len(ORDER)), name
 
 
 def _table(*columns: str) -> Table:

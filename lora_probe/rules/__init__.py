@@ -102,11 +102,13 @@ def all_rules() -> dict[str, Rule]:
 def diagnose(ledger: Ledger) -> list[Diagnostic]:
     """The ledger's losses and errors as diagnostics, one for each rule and station."""
     known = all_rules()
-    if ledger.refused:
-        refusal = known["LP401"]
-        return [_diagnostic(refusal, ledger.message, (), ledger.engine)]
     found = []
+    if ledger.refused:
+        found.append(_diagnostic(known["LP401"], ledger.message, (), ledger.engine))
     for sentence, finding, rows in clauses(ledger):
+        if ledger.refused and not finding.code.startswith(("LP2", "LP3")):
+            # What the engine would have done with it nobody knows; what is wrong in the file may be the reason.
+            continue
         modules = tuple(row.module for row in rows)
         found.append(_diagnostic(known[finding.code or "LP500"], sentence, modules, ledger.engine))
     return found
