@@ -51,7 +51,7 @@ def vllm_engine(settings: Settings, lora: bool, trace: Path | None = None) -> It
         yield llm
     finally:
         if trace is not None:
-            from lora_probe_vllm.worker import disarm
+            from lora_probe_vllm.patching import disarm
 
             disarm()
         llm.llm_engine.engine_core.shutdown()

@@ -17,10 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
 from rich.text import Text
-from rich_argparse import RawDescriptionRichHelpFormatter
 
-from lora_probe import __version__
 from lora_probe.errors import ProbeError
+from lora_probe.options import parser_of_all
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,20 +29,19 @@ if TYPE_CHECKING:
 
 CLEAN, FOUND, UNJUDGED, INTERRUPTED = 0, 1, 2, 130
 
-DTYPES = ("auto", "float32", "float16", "bfloat16")
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     own, flags = _split(arguments)
-    parser = _parser()
-    options = parser.parse_args(own)
-    if flags and options.command is not _trace:
-        parser.error("only `trace` takes engine flags after `--`")
-    options.engine_args = flags
+    options = argparse.Namespace()
     try:
-        return int(options.command(options))
+        parser = parser_of_all()
+        parser.parse_args(own, options)
+        if flags and options.command != "trace":
+            parser.error("only `trace` takes engine flags after `--`")
+        options.engine_args = flags
+        return COMMANDS[options.command](options)
     except ProbeError as error:
         _complain(error.message, error.hint)
         return error.exit_code
@@ -282,136 +280,14 @@ def _working(what: str, steps: int) -> Iterator[Callable[[], None]]:
         yield lambda: bar.advance(task)
 
 
-class _Parser(argparse.ArgumentParser):
-    """Errors of usage in the same form as all others."""
-
-    def error(self, message: str) -> Any:
-        _complain(message, f"{self.prog} --help")
-        raise SystemExit(UNJUDGED)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="lora-probe",
-        description="See what a LoRA adapter does between its checkpoint and the tokens of an engine.",
-        formatter_class=RawDescriptionRichHelpFormatter,
-        epilog="examples:\n  lora-probe inspect ckpt/ --norms\n  lora-probe trace ckpt/ --engine vllm --dtype float32",
-    )
-    parser.add_argument("--version", action="version", version=f"lora-probe {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    _add_inspect(commands)
-    _add_trace(commands)
-    _add_show(commands)
-    _add_compare(commands)
-    _add_rule(commands)
-    _add_env(commands)
-    return parser
-
-
-def _command(commands: Any, name: str, run: Callable[..., int], about: str, examples: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(
-        name,
-        help=about,
-        description=about,
-        epilog=f"examples:\n{examples}",
-        formatter_class=RawDescriptionRichHelpFormatter,
-    )
-    parser.set_defaults(command=run)
-    parser.add_argument("--format", choices=("text", "json"), default="text", help="default: text")
-    return parser
-
-
-def _add_inspect(commands: Any) -> None:
-    parser = _command(
-        commands,
-        "inspect",
-        _inspect,
-        "show what an adapter checkpoint holds",
-        "  lora-probe inspect ckpt/\n  lora-probe inspect ckpt/ --norms\n"
-        "  lora-probe inspect ckpt/ --format json | jq '.modules | length'",
-    )
-    _add_checkpoint(parser)
-    parser.add_argument(
-        "--norms", action="store_true", help="read the values: ‖s·B·A‖ and effective rank of each module"
-    )
-
-
-def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "checkpoint",
-        nargs="?",
-        default=".",
-        metavar="CKPT",
-        help="an adapter folder, or a training output folder (its last checkpoint is taken); default: .",
-    )
-
-
-def _add_trace(commands: Any) -> None:
-    from lora_probe.tracefile import LEVELS
-
-    parser = _command(
-        commands,
-        "trace",
-        _trace,
-        "run an adapter in a real engine and record loading and contributions",
-        "  lora-probe trace ckpt/ --engine peft\n"
-        "  lora-probe trace ckpt/ --engine vllm --dtype float32 --prompt 'Who are you?' -o run.lptrace\n"
-        "  lora-probe trace ckpt/ --engine vllm --max-lora-rank 64 -- --gpu-memory-utilization 0.5",
-    )
-    _add_checkpoint(parser)
-    parser.add_argument("--engine", required=True, metavar="ENGINE", help="peft or vllm (needs lora-probe-vllm)")
-    parser.add_argument("--model", metavar="BASE", help="base model, a folder or an id; default: the adapter's own")
-    parser.add_argument("--prompt", action="append", metavar="TEXT", help="may be given more than once")
-    parser.add_argument("--prompt-file", metavar="FILE", help="one prompt a line; - for standard input")
-    parser.add_argument("--chat", action="store_true", help="put each prompt through the tokenizer's chat template")
-    parser.add_argument("--max-tokens", type=int, default=32, metavar="N", help="length of an answer; default: 32")
-    parser.add_argument("--keep", choices=LEVELS, default="shrink", help="how much of each row; default: shrink")
-    parser.add_argument("-o", "--output", metavar="RUN.lptrace", help="default: CKPT-ENGINE.lptrace here")
-    parser.add_argument("--force", action="store_true", help="overwrite an existing trace")
-    parser.add_argument("--events", action="store_true", help="print every step of the loading story")
-    engine = parser.add_argument_group("engine", "spelled as vLLM spells them; any other vLLM flag goes after --")
-    engine.add_argument("--dtype", choices=DTYPES, help="auto in vLLM makes bfloat16 of float32")
-    engine.add_argument("--lora-dtype", choices=DTYPES)
-    engine.add_argument("--max-lora-rank", type=int, metavar="R", help="default: vLLM's own, 16")
-    engine.add_argument("--max-loras", type=int, metavar="N")
-    engine.add_argument("--max-model-len", type=int, metavar="N", help="default: 4096, or less if the base has less")
-    engine.add_argument("--tensor-parallel-size", type=int, metavar="N")
-    engine.add_argument("--lora-target-modules", nargs="+", metavar="NAME")
-
-
-def _add_show(commands: Any) -> None:
-    parser = _command(
-        commands,
-        "show",
-        _show_trace,
-        "show a recorded trace again, from its files alone",
-        "  lora-probe show run.lptrace\n  lora-probe show run.lptrace --events\n"
-        "  lora-probe show run.lptrace --format json | jq .headline",
-    )
-    parser.add_argument("trace", metavar="RUN.lptrace")
-    parser.add_argument("--events", action="store_true", help="print every step of the loading story")
-
-
-def _add_compare(commands: Any) -> None:
-    parser = _command(
-        commands,
-        "compare",
-        _compare,
-        "hold two traces against each other: where do they first part",
-        "  lora-probe compare peft.lptrace vllm.lptrace\n  lora-probe compare a.lptrace b.lptrace --rtol 1e-3",
-    )
-    parser.add_argument("reference", metavar="REFERENCE")
-    parser.add_argument("candidate", metavar="CANDIDATE")
-    parser.add_argument("--rtol", type=float, metavar="X", help="relative tolerance; default: from the coarser dtype")
-
-
-def _add_rule(commands: Any) -> None:
-    parser = _command(commands, "rule", _rule, "explain a rule", "  lora-probe rule\n  lora-probe rule LP201")
-    parser.add_argument("code", nargs="?", metavar="CODE", help="default: a line for every rule")
-
-
-def _add_env(commands: Any) -> None:
-    _command(commands, "env", _env, "the versions block for a bug report", "  lora-probe env")
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "inspect": _inspect,
+    "trace": _trace,
+    "show": _show_trace,
+    "compare": _compare,
+    "rule": _rule,
+    "env": _env,
+}
 
 
 if __name__ == "__main__":

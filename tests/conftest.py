@@ -172,7 +172,7 @@ def engine(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sh
     del os.environ["LORA_PROBE_TRACE"]
     llm.collective_rpc("lora_probe_finish")
     yield SharedEngine(llm, llama, itertools.count(1))
-    from lora_probe_vllm.worker import disarm
+    from lora_probe_vllm.patching import disarm
 
     disarm()
 

@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import lora_probe
-from lora_probe.cli import _parser
+from lora_probe.options import parser_of_all
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -40,7 +40,7 @@ def test_the_file_map_is_the_tree() -> None:
 def test_commands_and_options_in_the_readme_exist() -> None:
     help_of = {
         name: parser.format_help()
-        for action in _parser()._subparsers._group_actions  # type: ignore[union-attr]
+        for action in parser_of_all()._subparsers._group_actions  # type: ignore[union-attr]
         for name, parser in action.choices.items()  # type: ignore[union-attr]
     }
     blocks = "\n".join(README.split("```")[1::2])

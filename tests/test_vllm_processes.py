@@ -221,7 +221,7 @@ def test_a_script_of_the_users_own(llama: Path, adapter: Path, tmp_path: Path) -
 def test_a_probe_that_cannot_be_armed_does_not_stop_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import lora_probe_vllm
     from lora_probe.errors import EngineFailed
-    from lora_probe_vllm import patching, worker
+    from lora_probe_vllm import patching
     from lora_probe_vllm.engine import require_probe
     from lora_probe_vllm.seams import SeamMoved
 
@@ -229,7 +229,7 @@ def test_a_probe_that_cannot_be_armed_does_not_stop_vllm(tmp_path: Path, monkeyp
         raise SeamMoved("vllm.lora.gone")
 
     monkeypatch.setattr(patching, "install", moved)
-    monkeypatch.setattr(worker, "_armed", None)
+    monkeypatch.setattr(patching, "_armed", None)
     monkeypatch.setenv("LORA_PROBE_TRACE", str(tmp_path))
     lora_probe_vllm.register()
     with pytest.raises(EngineFailed, match=r"could not be armed: vLLM .* has no `vllm.lora.gone`"):

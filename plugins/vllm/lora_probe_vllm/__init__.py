@@ -27,7 +27,7 @@ def register() -> None:
     from lora_probe.errors import ProbeError
 
     try:
-        from lora_probe_vllm.worker import arm
+        from lora_probe_vllm.patching import arm
 
         arm()
     except (ProbeError, OSError) as error:

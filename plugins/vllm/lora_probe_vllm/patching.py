@@ -7,15 +7,54 @@ exactly once, with what it was given, and returns what it returned.
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lora_probe.errors import ProbeError
 from lora_probe.tracefile import Level
+from lora_probe_vllm import KEEP, TRACE
 from lora_probe_vllm.seams import Patches, seams
-from lora_probe_vllm.worker import Probe, _Said
+from lora_probe_vllm.worker import Probe
+
+
+class _Said(logging.Handler):
+    """Collects what vLLM logs at INFO or above while an adapter is loaded."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(f"{record.levelname} {record.getMessage()}")
+
+
+_armed: Patches | None = None
+
+
+def arm() -> None:
+    """Put the probe's patches in place in this process, once. The worker that is built next will record."""
+    global _armed
+    if _armed is None:
+        _armed = install(Path(os.environ[TRACE]), _level())
+
+
+def disarm() -> None:
+    """Take every patch back."""
+    global _armed
+    if _armed is not None:
+        _armed.close()
+        _armed = None
+
+
+def _level() -> Level:
+    keep = os.environ.get(KEEP, "norms")
+    if keep not in ("events", "norms", "shrink", "tensors"):
+        raise ProbeError(f"{KEEP} is `{keep}`", "levels: events, norms, shrink, tensors")
+    return keep  # type: ignore[return-value]
 
 
 def install(folder: Path, keep: Level) -> Patches:

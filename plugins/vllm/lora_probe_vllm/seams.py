@@ -172,6 +172,26 @@ def why_not_recordable(vllm_config: Any, runner: Any) -> str | None:
     return None
 
 
+def engine_settings(config: Any) -> dict[str, Any]:
+    """What process.json says of the engine: the settings that decide what an adapter does."""
+    lora, parallel = config.lora_config, config.parallel_config
+    found = {
+        "model": str(config.model_config.model),
+        "max_model_len": config.model_config.max_model_len,
+        "enforce_eager": config.model_config.enforce_eager,
+        "tensor_parallel_size": parallel.tensor_parallel_size,
+        "enable_prefix_caching": config.cache_config.enable_prefix_caching,
+    }
+    if lora is not None:
+        found |= {
+            "max_loras": lora.max_loras,
+            "max_lora_rank": lora.max_lora_rank,
+            "lora_dtype": str(lora.lora_dtype).removeprefix("torch."),
+            "lora_target_modules": lora.target_modules,
+        }
+    return found
+
+
 def manager_of(runner: Any) -> Any:
     """The LoRA manager that owns the layers and the slots."""
     return runner.lora_manager._adapter_manager

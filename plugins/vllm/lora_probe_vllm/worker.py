@@ -25,9 +25,15 @@ from lora_probe.expected import Expected, expect
 from lora_probe.ledger import OK, Finding
 from lora_probe.rules.loading import name_without_home, no_lora_layer, not_taken
 from lora_probe.tracefile import DECODE, PREFILL, SCHEMA, Level, Load, Process, TraceWriter
-from lora_probe_vllm import KEEP, TRACE
 from lora_probe_vllm.capture import Capture, Step, stack
-from lora_probe_vllm.seams import Patches, StepRows, manager_of, v1_rows, vllm_version, why_not_recordable
+from lora_probe_vllm.seams import (
+    StepRows,
+    engine_settings,
+    manager_of,
+    v1_rows,
+    vllm_version,
+    why_not_recordable,
+)
 from lora_probe_vllm.slots import Homes, engine_names, judge, placement, slot_values
 
 
@@ -40,17 +46,6 @@ class ActiveLoad:
     names: dict[Key, str]
     slot: int | None = None
     digests: dict[Key, str] = field(default_factory=dict)
-
-
-class _Said(logging.Handler):
-    """Collects what vLLM logs at INFO or above while an adapter is loaded."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.INFO)
-        self.lines: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(f"{record.levelname} {record.getMessage()}")
 
 
 class Probe:
@@ -102,7 +97,7 @@ class Probe:
             keep=keep,
             device=str(config.device_config.device_type),
             dtype=str(config.model_config.dtype).removeprefix("torch."),
-            settings=_settings(config),
+            settings=engine_settings(config),
             not_recorded=self.not_recorded,
         )
         self._writer = TraceWriter(folder / f"vllm-rank-{self.rank}", process)
@@ -384,49 +379,3 @@ class Probe:
         if key not in self.capture.columns:
             return "this kind of layer is applied but not captured yet (embeddings, lm_head, experts)"
         return None
-
-
-def _settings(config: Any) -> dict[str, Any]:
-    lora, parallel = config.lora_config, config.parallel_config
-    found = {
-        "model": str(config.model_config.model),
-        "max_model_len": config.model_config.max_model_len,
-        "enforce_eager": config.model_config.enforce_eager,
-        "tensor_parallel_size": parallel.tensor_parallel_size,
-        "enable_prefix_caching": config.cache_config.enable_prefix_caching,
-    }
-    if lora is not None:
-        found |= {
-            "max_loras": lora.max_loras,
-            "max_lora_rank": lora.max_lora_rank,
-            "lora_dtype": str(lora.lora_dtype).removeprefix("torch."),
-            "lora_target_modules": lora.target_modules,
-        }
-    return found
-
-
-_armed: Patches | None = None
-
-
-def arm() -> None:
-    """Put the probe's patches in place in this process, once. The worker that is built next will record."""
-    global _armed
-    if _armed is None:
-        from lora_probe_vllm.patching import install
-
-        _armed = install(Path(os.environ[TRACE]), _level())
-
-
-def disarm() -> None:
-    """Take every patch back."""
-    global _armed
-    if _armed is not None:
-        _armed.close()
-        _armed = None
-
-
-def _level() -> Level:
-    keep = os.environ.get(KEEP, "norms")
-    if keep not in ("events", "norms", "shrink", "tensors"):
-        raise ProbeError(f"{KEEP} is `{keep}`", "levels: events, norms, shrink, tensors")
-    return keep  # type: ignore[return-value]
