@@ -51,4 +51,4 @@ bench: $(READY)
 	@$(BIN)/python -m pytest benchmarks --benchmark-only -q
 
 clean:
-	rm -rf $(VENV) examples/identity/out build *.egg-info plugins/vllm/*.egg-info
+	rm -rf $(VENV) examples/identity/out build plugins/vllm/build *.egg-info plugins/vllm/*.egg-info

@@ -117,22 +117,23 @@ def open_adapter(path: str | Path) -> Adapter:
     weights = open_weights(_weights_path(folder))
     modules, others = _sort(weights.tensors, config)
     known = {CONFIG, WEIGHTS}
-    files = tuple(sorted(entry.name for entry in folder.iterdir() if entry.name not in known))
+    files = tuple(entry.name for entry in _listed(folder) if entry.name not in known)
     return Adapter(folder, config, weights, modules, others, files, notes)
 
 
 def find_checkpoint(path: Path) -> tuple[Path, tuple[str, ...]]:
     """The adapter folder that `path` stands for, and a note where a choice was made."""
-    if not path.exists():
+    try:
+        exists = path.exists()
+    except OSError as error:
+        raise UnreadableFile(f"cannot look at `{path}`: {error.strerror or error}") from error
+    if not exists:
         raise UnreadableFile(f"there is no folder `{path}`", "give the folder that holds adapter_config.json")
     if not path.is_dir():
         raise UnreadableFile(f"`{path}` is a file, not an adapter folder", f"give its folder: `{path.parent}`")
     if (path / CONFIG).exists():
         return path, ()
-    try:
-        folders = sorted(entry for entry in path.iterdir() if (entry / CONFIG).is_file())
-    except OSError as error:
-        raise UnreadableFile(f"cannot list `{path}`: {error.strerror or error}") from error
+    folders = [entry for entry in _listed(path) if (entry / CONFIG).is_file()]
     checkpoints = sorted(
         (entry for entry in folders if re.fullmatch(r"checkpoint-\d+", entry.name)),
         key=lambda entry: int(entry.name.rpartition("-")[2]),
@@ -142,6 +143,13 @@ def find_checkpoint(path: Path) -> tuple[Path, tuple[str, ...]]:
         return checkpoints[-1], (f"`{path}` holds {names}; this is the last, {checkpoints[-1].name}",)
     hint = f"try `{folders[0]}`" if folders else "give the folder that PEFT's save_pretrained wrote"
     raise UnreadableFile(f"`{path}` holds no {CONFIG}: it is not an adapter folder", hint)
+
+
+def _listed(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except OSError as error:
+        raise UnreadableFile(f"cannot list `{folder}`: {error.strerror or error}") from error
 
 
 def _inside(folder: Path, name: str) -> Path:
@@ -184,7 +192,12 @@ def _sort(
     for name, tensor in tensors.items():
         path = name.removeprefix(PREFIX)
         if match := _PAIR.match(path):
-            halves.setdefault(match["path"], {})[match["half"]] = tensor
+            pair = halves.setdefault(match["path"], {})
+            half = match["half"]
+            if half[-1] in (taken[-1] for taken in pair):
+                others.append(OtherTensor(tensor, f"another tensor of the file is {half} of the same module", False))
+            else:
+                pair[half] = tensor
         elif match := _EXTRA.match(path):
             extras.setdefault(match["path"], []).append(tensor)
         else:
@@ -243,14 +256,17 @@ def _other(path: str, tensor: TensorHeader) -> OtherTensor:
 
 
 def natural(name: str) -> list[tuple[int, int, str]]:
-    """A sort key for paths as a model has them: layer 2 before layer 10, q before k before v."""
+    """A sort key for paths in the order of computing: layer 2 before layer 10, attention before mlp, q before k."""
     return [_place(part) for part in name.split(".")]
+
+
+_EARLY = ("embed_tokens", "self_attn", "self_attention", "attention", "attn", *PROJECTIONS)
 
 
 def _place(part: str) -> tuple[int, int, str]:
     if part.isdigit():
         return 1, int(part), ""
-    return 0, PROJECTIONS.index(part) if part in PROJECTIONS else len(PROJECTIONS), part
+    return 0, _EARLY.index(part) if part in _EARLY else len(_EARLY) + (part == "lm_head"), part
 
 
 def layer_of(module: str) -> int | None:

@@ -14,16 +14,17 @@ from typing import Any
 
 from lora_probe.config import read_json
 from lora_probe.errors import UnreadableFile
-from lora_probe.weights import open_weights
+from lora_probe.weights import FLOATS, open_weights
 
 
 @dataclass(frozen=True)
 class Base:
-    """A base model: `shapes` maps the path of each module with a 2-D weight to `(out, in)`."""
+    """A base model. `shapes` maps the path of each module with a matrix to `(out, in)`, None where the file does not
+    say it (a quantised weight)."""
 
     path: Path
     config: Mapping[str, Any]
-    shapes: Mapping[str, tuple[int, int]]
+    shapes: Mapping[str, tuple[int, int] | None]
 
     @property
     def architecture(self) -> str:
@@ -39,12 +40,15 @@ def open_base(name: str) -> Base:
     """
     folder = _folder(name)
     config = read_json(folder / "config.json")
-    shapes: dict[str, tuple[int, int]] = {}
+    shapes: dict[str, tuple[int, int] | None] = {}
     for file in sorted(folder.glob("*.safetensors")):
         for tensor in open_weights(file).tensors.values():
             module, _, parameter = tensor.name.rpartition(".")
             if parameter == "weight" and len(tensor.shape) == 2:
-                shapes[module] = (tensor.shape[0], tensor.shape[1])
+                plain = tensor.dtype in FLOATS
+                shapes[module] = (tensor.shape[0], tensor.shape[1]) if plain else None
+            elif parameter in ("qweight", "weight_packed"):
+                shapes[module] = None
     return Base(folder, config, shapes)
 
 

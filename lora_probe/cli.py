@@ -72,7 +72,9 @@ def _complain(message: str, hint: str = "") -> None:
 def _escaped(text: str) -> str:
     from rich.markup import escape
 
-    return escape(text)
+    from lora_probe.render.cells import CONTROL
+
+    return escape(text.translate(CONTROL))
 
 
 def _hint(text: str) -> None:

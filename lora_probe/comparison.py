@@ -6,7 +6,7 @@ the same tokens, the relative error of the contribution for every module, and bo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,7 +15,7 @@ import numpy as np
 from lora_probe.adapter import Key, natural
 from lora_probe.errors import ProbeError
 from lora_probe.ledger import Ledger
-from lora_probe.precision import ROUND_OFF, drift
+from lora_probe.precision import ROW_SLACK, coarser, drift
 from lora_probe.reading import Trace
 from lora_probe.tracefile import Floats, RequestRecord, Rows
 
@@ -25,8 +25,8 @@ Status = Literal["ok", "differs", "only in reference", "only in candidate"]
 
 @dataclass(frozen=True)
 class ModuleDiff:
-    """One module in both runs. `error` is ‖Δdelta‖ / ‖delta‖ over all joined rows; `exact` says whether Δdelta was
-    computed from equal B or from the deltas themselves, or bounded from norms."""
+    """One module in both runs. `error` is ‖Δdelta‖ / ‖delta‖ over all joined rows, `worst_row` that of one row;
+    `exact` says whether Δdelta was computed from equal B or from the deltas themselves, or bounded from norms."""
 
     key: Key
     status: Status
@@ -43,17 +43,25 @@ class ModuleDiff:
 
 @dataclass(frozen=True)
 class RequestDiff:
-    """One prompt in both runs: how many tokens of the answer are the same, and the logprobs on them."""
+    """One prompt in both runs, and how many tokens of the answer are the same."""
 
-    prompt: int
-    same_prompt: bool
-    output_tokens: tuple[int, int]
+    reference: RequestRecord
+    candidate: RequestRecord
     same_tokens: int
     logprob_error: float | None
 
     @property
+    def prompt(self) -> int:
+        return self.reference.prompt
+
+    @property
     def equal(self) -> bool:
-        return self.same_prompt and self.output_tokens[0] == self.output_tokens[1] == self.same_tokens
+        return self.reference.output_ids == self.candidate.output_ids
+
+    @property
+    def span(self) -> int:
+        """The number of positions at which both runs saw the same tokens up to there."""
+        return len(self.reference.prompt_ids) + self.same_tokens
 
 
 @dataclass(frozen=True)
@@ -92,9 +100,10 @@ class Comparison:
         parted = any(not request.equal for request in self.requests) and self.dtype == "float32"
         if parted or any(module.status != "ok" for module in self.modules):
             return "differ"
-        if not all(ledger.healthy for ledger in self.ledgers):
+        if any(ledger.refused or ledger.count("lost") or ledger.count("wrong") for ledger in self.ledgers):
             return "differ"
-        return "agree" if self.reference.complete and self.candidate.complete else "undecided"
+        judged = self.rows > 0 and all(ledger.healthy for ledger in self.ledgers)
+        return "agree" if judged and self.reference.complete and self.candidate.complete else "undecided"
 
 
 def compare(reference: Trace, candidate: Trace, rtol: float | None = None) -> Comparison:
@@ -104,32 +113,36 @@ def compare(reference: Trace, candidate: Trace, rtol: float | None = None) -> Co
         ProbeError: nothing is comparable: no load of an adapter on one side, or no prompt in common.
     """
     ledgers = _ledger(reference), _ledger(candidate)
-    dtype = max(
-        (p.process.dtype for trace in (reference, candidate) for p in trace.workers),
-        key=lambda name: ROUND_OFF.get(name, 0.0),
-    )
+    processes = [p.process for trace in (reference, candidate) for p in trace.workers]
+    dtype = coarser(*(name for p in processes for name in (p.dtype, p.lora_dtype) if name))
     limit = drift(dtype) if rtol is None else rtol
-    requests, spans = _requests(reference, candidate)
+    requests = _requests(reference, candidate)
     refused = [ledger for ledger in ledgers if ledger.refused]
     if not requests and not refused:
         raise ProbeError(
             f"`{reference.path}` and `{candidate.path}` have no prompt in common",
             "record both with the same --prompt options",
         )
-    notes = [
-        f"{trace.path} is not complete: {', '.join(trace.unclosed)}"
-        for trace in (reference, candidate)
-        if not trace.complete
-    ]
-    joined = _join(reference, candidate, spans)
+    joined = _join(reference, candidate, requests)
     modules: tuple[ModuleDiff, ...] = ()
     first, count = None, 0
     if joined is not None:
         modules, first = _modules(joined, ledgers, limit)
         count = len(joined.where)
-    elif not refused:
-        notes.append("one of the traces holds no rows: only the ledgers and the answers are compared")
-    return Comparison(reference, candidate, ledgers, dtype, limit, count, modules, requests, first, tuple(notes))
+    notes = tuple(_notes(reference, candidate, joined is not None or bool(refused)))
+    return Comparison(reference, candidate, ledgers, dtype, limit, count, modules, requests, first, notes)
+
+
+def _notes(reference: Trace, candidate: Trace, compared: bool) -> Iterator[str]:
+    for trace in (reference, candidate):
+        if not trace.complete:
+            yield f"{trace.path} is not complete: {', '.join(trace.unclosed)}"
+        if trace.sharded:
+            yield f"{trace.path} holds shards of {len(trace.workers)} workers, whose rows are not joined yet"
+        elif trace.rows is None:
+            yield f"{trace.path} holds no rows"
+    if not compared:
+        yield "no rows were compared: only the ledgers and the answers"
 
 
 def _ledger(trace: Trace) -> Ledger:
@@ -140,34 +153,19 @@ def _ledger(trace: Trace) -> Ledger:
     return trace.loads[0][1]
 
 
-def _requests(
-    reference: Trace, candidate: Trace
-) -> tuple[tuple[RequestDiff, ...], dict[int, tuple[str, str, int, int]]]:
-    """The prompts asked with the adapter in both; for each the request ids, the common span and the prompt's length."""
-    mine, theirs = (
-        {request.prompt: request for request in trace.requests if request.adapter is not None}
-        for trace in (reference, candidate)
-    )
-    diffs, spans = [], {}
-    for prompt in sorted(mine.keys() & theirs.keys()):
-        one, two = mine[prompt], theirs[prompt]
-        same_prompt = one.prompt_ids == two.prompt_ids
-        same = _common(one.output_ids, two.output_ids) if same_prompt else 0
+def _requests(reference: Trace, candidate: Trace) -> tuple[RequestDiff, ...]:
+    """The requests for the adapter that both runs made with the same prompt tokens."""
+    theirs = {tuple(request.prompt_ids): request for request in candidate.requests if request.adapter is not None}
+    diffs = []
+    for one in reference.requests:
+        two = theirs.get(tuple(one.prompt_ids))
+        if one.adapter is None or two is None:
+            continue
+        same = _common(one.output_ids, two.output_ids)
         both = zip(one.logprobs[:same], two.logprobs[:same], strict=False)
         errors = [abs(a - b) for a, b in both if a is not None and b is not None]
-        diffs.append(
-            RequestDiff(
-                prompt, same_prompt, (len(one.output_ids), len(two.output_ids)), same, max(errors, default=None)
-            )
-        )
-        span = _common(_sequence(one), _sequence(two))
-        if span:
-            spans[prompt] = one.id, two.id, span, len(one.prompt_ids)
-    return tuple(diffs), spans
-
-
-def _sequence(request: RequestRecord) -> list[int]:
-    return request.prompt_ids + request.output_ids
+        diffs.append(RequestDiff(one, two, same, max(errors, default=None)))
+    return tuple(diffs)
 
 
 def _common(one: list[int], two: list[int]) -> int:
@@ -191,19 +189,21 @@ class _Joined:
     where: list[tuple[int, int, int]]
 
 
-def _join(reference: Trace, candidate: Trace, spans: Mapping[int, tuple[str, str, int, int]]) -> _Joined | None:
+def _join(reference: Trace, candidate: Trace, requests: Sequence[RequestDiff]) -> _Joined | None:
     one, two = reference.rows, candidate.rows
     if one is None or two is None:
         return None
     places = _places(one), _places(two)
     mine, theirs, where = [], [], []
-    for prompt, (first, second, span, begin) in spans.items():
-        for position in range(span):
-            a, b = places[0].get((first, position)), places[1].get((second, position))
+    for request in requests:
+        begin = len(request.reference.prompt_ids)
+        for position in range(request.span):
+            a = places[0].get((request.reference.id, position))
+            b = places[1].get((request.candidate.id, position))
             if a is not None and b is not None:
                 mine.append(a)
                 theirs.append(b)
-                where.append((prompt, position, position - begin))
+                where.append((request.prompt, position, position - begin))
     return _Joined(one, two, mine, theirs, where) if mine else None
 
 
@@ -217,10 +217,10 @@ def _modules(
     joined: _Joined, ledgers: tuple[Ledger, Ledger], limit: float
 ) -> tuple[tuple[ModuleDiff, ...], Divergence | None]:
     columns = [{key: n for n, key in enumerate(rows.modules)} for rows in (joined.reference, joined.candidate)]
-    fates = [{row.key: row.fate for row in ledger.rows} for ledger in ledgers]
+    expected = {row.key for ledger in ledgers for row in ledger.rows}
     diffs: list[ModuleDiff] = []
     errors: dict[Key, Floats] = {}
-    for key in sorted(fates[0].keys() | fates[1].keys(), key=lambda k: natural(k[0])):
+    for key in sorted(expected, key=lambda k: natural(k[0])):
         here, there = columns[0].get(key), columns[1].get(key)
         if here is None and there is None:
             continue
@@ -230,31 +230,34 @@ def _modules(
             continue
         diff, row_errors = _module(joined, key, here, there, limit)
         diffs.append(diff)
-        errors[key] = row_errors
+        if diff.status == "differs":
+            errors[key] = row_errors
     return tuple(diffs), _first(joined, errors, limit)
 
 
 def _module(joined: _Joined, key: Key, here: int, there: int, limit: float) -> tuple[ModuleDiff, Floats]:
+    """One module: its error over all rows against `limit`, and its worst row against `limit` times ROW_SLACK.
+
+    A row is measured against the module's usual row: a row of almost nothing says nothing. A row that is a number
+    in one run and none in the other is infinitely wrong; a row that is none in both is the ledgers' affair.
+    """
     one, two = joined.reference, joined.candidate
     norm_one, norm_two = one.delta_norm[joined.mine, here], two.delta_norm[joined.theirs, there]
     distance, exact = _distance(joined, here, there)
+    numbers = np.isfinite(norm_one) | np.isfinite(norm_two)
+    distance = np.where(numbers & ~np.isfinite(distance), np.float32(np.inf), distance)
     total = float(np.sqrt(np.nansum(np.square(norm_one, dtype=np.float64))))
-    error = (
-        float(np.sqrt(np.nansum(np.square(distance, dtype=np.float64)))) / total
-        if total
-        else float(np.nanmax(distance))
-    )
-    # A row is judged against the module's usual row: a row of almost nothing says nothing.
-    usual = total / np.sqrt(max(len(norm_one), 1)) or 1.0
-    row_errors = (distance / usual).astype(np.float32)
-    at = int(np.nanargmax(row_errors)) if np.isfinite(row_errors).any() else 0
+    usual = total / np.sqrt(max(int(np.isfinite(norm_one).sum()), 1)) or 1.0
+    row_errors = np.where(numbers, distance / usual, 0).astype(np.float32)
+    error = float(np.sqrt(np.mean(np.square(row_errors, dtype=np.float64))))
+    at = int(row_errors.argmax())
+    worst = float(row_errors[at])
     strength = tuple(
-        _strength(norm, rows.base_norm[numbers, column])
-        for norm, rows, numbers, column in ((norm_one, one, joined.mine, here), (norm_two, two, joined.theirs, there))
+        _strength(norm, rows.base_norm[mine, column])
+        for norm, rows, mine, column in ((norm_one, one, joined.mine, here), (norm_two, two, joined.theirs, there))
     )
-    status: Status = "ok" if error <= limit else "differs"
-    prompt, position, _ = joined.where[at]
-    diff = ModuleDiff(key, status, error, float(row_errors[at]), (prompt, position), exact, strength)  # type: ignore[arg-type]
+    status: Status = "ok" if error <= limit and worst <= ROW_SLACK * limit else "differs"
+    diff = ModuleDiff(key, status, error, worst, joined.where[at][:2], exact, strength)  # type: ignore[arg-type]
     return diff, row_errors
 
 
@@ -292,14 +295,11 @@ def _strength(delta: Floats, base: Floats) -> float | None:
 
 
 def _first(joined: _Joined, errors: Mapping[Key, Floats], limit: float) -> Divergence | None:
-    """Rows in the order of the tokens, modules in the order of the layers."""
+    """The first row beyond the tolerance of a module that differs: rows as the tokens come, modules as they run."""
     if not errors:
         return None
     keys = list(errors)
     table = np.stack([errors[key] for key in keys], axis=1)
-    beyond = np.argwhere(~(table <= limit))
-    if not len(beyond):
-        return None
-    row, column = (int(number) for number in beyond[0])
+    row, column = (int(number) for number in np.argwhere(table > limit)[0])
     prompt, position, token = joined.where[row]
     return Divergence(prompt, position, token, keys[column], float(table[row, column]))

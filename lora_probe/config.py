@@ -156,7 +156,7 @@ def open_config(path: Path) -> AdapterConfig:
         )
     rank = _number(path, raw, "r", PEFT_DEFAULT_RANK)
     if rank != int(rank) or rank < 1:
-        raise UnreadableFile(f"`{path}`: `r` is {raw['r']!r}, a rank is a whole number from 1")
+        raise UnreadableFile(f"`{path}`: `r` is {_short(raw['r'])}, a rank is a whole number from 1")
     ranks = _table(path, raw, "rank_pattern")
     if any(value != int(value) or value < 1 for value in ranks.values()):
         raise UnreadableFile(f"`{path}`: `rank_pattern` holds a value that is no rank: {ranks!r}")
@@ -170,8 +170,39 @@ def open_config(path: Path) -> AdapterConfig:
         rank_pattern={key: int(value) for key, value in ranks.items()},
         alpha_pattern=_table(path, raw, "alpha_pattern"),
         target_modules=_targets(path, raw),
-        raw=raw,
+        raw=_checked(path, raw),
     )
+
+
+def _checked(path: Path, raw: dict[str, Any]) -> dict[str, Any]:
+    """The other fields that decide which modules are meant: each of a kind that the rest can rely on."""
+    for key, (kinds, what) in _KINDS.items():
+        value = raw.get(key)
+        items = value if isinstance(value, list) else []
+        if value is not None and (not isinstance(value, kinds) or not all(isinstance(i, kinds) for i in items)):
+            raise UnreadableFile(f"`{path}`: `{key}` is {_short(value)}, not {what}")
+    excluded = raw.get("exclude_modules")
+    patterns = [excluded] if isinstance(excluded, str) else []
+    for pattern in (*patterns, *(raw.get("modules_to_save") or ())):
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise UnreadableFile(f"`{path}`: {_short(pattern)} is a broken regular expression: {error}") from error
+    return raw
+
+
+_KINDS: dict[str, tuple[tuple[type, ...], str]] = {
+    "exclude_modules": ((str, list), "a list of names or an expression"),
+    "modules_to_save": ((list, str), "a list of names"),
+    "layers_to_transform": ((int, list), "a layer number or a list of them"),
+    "layers_pattern": ((str, list), "a name or a list of names"),
+    "target_parameters": ((list, str), "a list of names"),
+}
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -206,8 +237,11 @@ def _text(value: object) -> str | None:
 
 def _number(path: Path, raw: Mapping[str, Any], key: str, default: float) -> float:
     value = raw.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise UnreadableFile(f"`{path}`: `{key}` is {value!r}, not a number", f"write the number that `{key}` had")
+    # JSON has integers of any length; beyond this no rank and no alpha was ever meant.
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e12:
+        raise UnreadableFile(
+            f"`{path}`: `{key}` is {_short(value)}, not a number", f"write the number that `{key}` had"
+        )
     return value
 
 

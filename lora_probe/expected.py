@@ -17,8 +17,8 @@ from lora_probe.rules.shapes import shape_differs
 from lora_probe.rules.weights import half_missing, not_a_matrix, not_finite, not_in_file, rank_differs, zero_delta
 from lora_probe.spectrum import Spectrum, spectrum
 
-Shapes = Mapping[str, tuple[int, int]]
-"""Module path in the base: (out, in) of its weight."""
+Shapes = Mapping[str, tuple[int, int] | None]
+"""Module path in the base: (out, in) of its weight, None where it is not known."""
 
 
 @dataclass(frozen=True)
@@ -37,36 +37,49 @@ class Expected:
         return self.key[0]
 
 
-def expect(adapter: Adapter, shapes: Shapes | None) -> tuple[Expected, ...]:
-    """The rows of the ledger for `adapter` on a base with `shapes` (None: the base is not known here)."""
-    entries = dict(adapter.by_key())
-    targeted = set(adapter.config.targeted(shapes)) if shapes else set()
-    homes = _homes(entries, shapes or {})
+def expect(adapter: Adapter, shapes: Shapes | None, aliases: Mapping[str, str] | None = None) -> tuple[Expected, ...]:
+    """The rows of the ledger for `adapter` on a base with `shapes` (None: the base is not known here).
+
+    `aliases` maps a module's name in the file to its name in `shapes`, where an engine knows that both are one.
+    """
+    entries = adapter.by_key()
+    known = dict(shapes or {})
+    for name, other in (aliases or {}).items():
+        if name not in known and other in known:
+            known[name] = known.pop(other)
+    targeted = set(adapter.config.targeted(known))
+    homes = _homes(entries, known)
+    transposed = bool(adapter.config.raw.get("fan_in_fan_out"))
     rows: dict[Key, Expected] = {}
     for key, entry in entries.items():
         home = homes.get(key, key[0])
-        by = ("config", "file") if home in targeted or (not shapes and adapter.config.targeted([home])) else ("file",)
-        bare = shapes is not None and key[0] not in shapes and entry.parameter == "weight"
+        wanted = home in targeted if known else bool(adapter.config.targeted([home]))
+        plain = entry.parameter == "weight"
         found = pair_spectrum(adapter, entry)
-        shape = shapes.get(home) if shapes and entry.parameter == "weight" else None
-        stored = judge_stored(adapter, entry, found, shape)
-        rows[(home, *key[1:])] = Expected((home, *key[1:]), entry, bare, by, stored, found)
-    for module in targeted:
+        stored = judge_stored(adapter, entry, found, known.get(home) if plain else None, transposed)
+        by = ("config", "file") if wanted else ("file",)
+        homeless = bool(known) and plain and key[0] not in known
+        rows[(home, *key[1:])] = Expected((home, *key[1:]), entry, homeless, by, stored, found)
+    filled = {home for home, _, _ in rows}
+    for module in targeted - filled:
         key = (module, "weight", None)
-        if key not in rows and not any(home == module for home, _, _ in rows):
-            rows[key] = Expected(key, None, False, ("config",), not_in_file(), None)
+        rows[key] = Expected(key, None, False, ("config",), not_in_file(), None)
     return tuple(rows[key] for key in sorted(rows, key=lambda k: (natural(k[0]), k[1], k[2] or 0)))
 
 
 def judge_stored(
-    adapter: Adapter, pair: AdapterModule, found: Spectrum | None, shape: tuple[int, int] | None
+    adapter: Adapter,
+    pair: AdapterModule,
+    found: Spectrum | None,
+    shape: tuple[int, int] | None,
+    transposed: bool = False,
 ) -> Finding:
     """Run the LP2xx and LP3xx rules over one pair; the gravest finding, the first where they weigh the same."""
     findings = [not_a_matrix(pair), half_missing(pair)]
     if not any(findings):
         findings.append(rank_differs(pair, adapter.config))
         if shape is not None:
-            findings.append(shape_differs(pair, shape))
+            findings.append(shape_differs(pair, shape, transposed))
     if found is not None:
         findings += [not_finite(found), zero_delta(pair, found)]
     gravest = OK

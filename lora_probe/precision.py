@@ -30,6 +30,15 @@ def drift(dtype: str) -> float:
     return _units(dtype, DRIFT_SLACK)
 
 
+ROW_SLACK = 8.0
+"""A single row may lie this many times further off than its module over all rows: 8 times was seen in clean runs."""
+
+
+def coarser(*dtypes: str) -> str:
+    """The dtype that decides: the coarsest on the way."""
+    return max(dtypes, key=lambda dtype: ROUND_OFF.get(dtype, ROUND_OFF["bfloat16"]))
+
+
 def _units(dtype: str, slack: dict[str, float]) -> float:
     """An unknown dtype is taken for the coarsest that is known."""
     return ROUND_OFF.get(dtype, ROUND_OFF["bfloat16"]) * slack.get(dtype, slack["bfloat16"])

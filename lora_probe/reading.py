@@ -82,6 +82,11 @@ class Trace:
         """The processes that run layers: those that hold loads."""
         return tuple(p for p in self.processes if p.process.role != "client")
 
+    @property
+    def sharded(self) -> bool:
+        """Whether each worker holds only its own share of every layer (tensor or pipeline parallelism)."""
+        return len(self.workers) > 1
+
     @cached_property
     def requests(self) -> tuple[RequestRecord, ...]:
         return tuple(request for process in self.processes for request in process.requests)
@@ -95,7 +100,13 @@ class Trace:
     @cached_property
     def loads(self) -> tuple[tuple[Load, Ledger], ...]:
         """Each load of an adapter with its ledger, ranks joined: of several findings the gravest counts."""
-        numbers = {load.load: load for process in self.workers for load in process.of(Load)}
+        numbers: dict[int, Load] = {}
+        for process in self.workers:
+            for load in process.of(Load):
+                before = numbers.get(load.load)
+                # A refusal on one rank is a refusal, whatever the others say.
+                if before is None or not before.refused:
+                    numbers[load.load] = load
         return tuple((load, self._ledger(load)) for load in numbers.values())
 
     @cached_property
@@ -109,9 +120,10 @@ class Trace:
 
     @cached_property
     def rows(self) -> Rows | None:
-        """All rows of rank 0, modules of several loads joined; None where no rows were kept."""
-        parts = [segment for process in self.workers[:1] for segment in process.segments()]
-        if not parts:
+        """All rows, modules of several loads joined; None where no rows were kept, or where several ranks hold
+        shards of them."""
+        parts = [segment for process in self.workers for segment in process.segments()]
+        if not parts or self.sharded:
             return None
         keys = tuple(dict.fromkeys(key for part in parts for key in part.modules))
         return concatenate([_widened(part, keys) for part in parts])
@@ -240,10 +252,15 @@ def _widened(rows: Rows, keys: tuple[Any, ...]) -> Rows:
     placed = [""] * len(keys)
     for index, digest in zip(where, rows.placed, strict=False):
         placed[index] = digest
+    tensors = None
+    if rows.tensors is not None:
+        parts = [(*name.partition("/"), values) for name, values in rows.tensors.items()]
+        tensors = {f"{what}/{where[int(number)]}": values for what, _, number, values in parts}
     return replace(
         rows,
         modules=keys,
         gram=spread(rows.gram, 0),
         placed=tuple(placed),
+        tensors=tensors,
         **{name: spread(getattr(rows, name), 1) for name in ROW_COLUMNS[4:]},
     )

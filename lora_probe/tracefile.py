@@ -26,8 +26,8 @@ from lora_probe.ledger import Finding, Station, Value
 SCHEMA = 1
 LEVELS = ("events", "norms", "shrink", "tensors")
 PREFILL, DECODE = 0, 1
-MAX_ROWS = 4096
-"""Rows in one segment."""
+MAX_ROWS, MAX_BYTES, MAX_SECONDS = 4096, 64_000_000, 5.0
+"""A segment closes at this many rows, at this many bytes of x, base and delta, or after this time."""
 
 Level = Literal["events", "norms", "shrink", "tensors"]
 Floats = npt.NDArray[np.float32]
@@ -77,6 +77,7 @@ class Process(msgspec.Struct, frozen=True):
     keep: str = "shrink"
     device: str = "cpu"
     dtype: str = ""
+    lora_dtype: str = ""
     settings: dict[str, Any] = {}
     changed: list[str] = []
     not_recorded: str | None = None
@@ -204,11 +205,6 @@ def concatenate(parts: Sequence[Rows]) -> Rows:
         for name in ROW_COLUMNS[1:]
         if getattr(parts[0], name) is not None
     }
-    tensors = None
-    if parts[0].tensors is not None:
-        tensors = {
-            name: np.concatenate([part.tensors[name] for part in parts if part.tensors]) for name in parts[0].tensors
-        }
     last = parts[-1]
     return Rows(
         last.modules,
@@ -216,9 +212,22 @@ def concatenate(parts: Sequence[Rows]) -> Rows:
         np.concatenate(numbers),
         gram=last.gram,
         placed=last.placed,
-        tensors=tensors,
+        tensors=_joined_tensors(parts),
         **columns,
     )
+
+
+def _joined_tensors(parts: Sequence[Rows]) -> dict[str, Floats] | None:
+    """x, base and delta of all parts; NaN in the rows of a part in which the module did not run."""
+    widths = {name: values.shape[1] for part in parts for name, values in (part.tensors or {}).items()}
+    if not widths:
+        return None
+    return {
+        name: np.concatenate(
+            [(part.tensors or {}).get(name, np.full((len(part), width), np.nan, np.float32)) for part in parts]
+        )
+        for name, width in widths.items()
+    }
 
 
 class TraceWriter:
@@ -229,6 +238,7 @@ class TraceWriter:
         self.folder, self.process = folder, process
         self._started = time.perf_counter()
         self._pending: list[Rows] = []
+        self._flushed = time.monotonic()
         self._segment = 0
         self._events = (folder / "events.jsonl").open("ab", buffering=0)
         self._requests = (folder / "requests.jsonl").open("ab", buffering=0) if process.role == "client" else None
@@ -261,10 +271,14 @@ class TraceWriter:
         self._requests.write(msgspec.json.encode(request) + b"\n")
 
     def rows(self, rows: Rows) -> None:
-        if self._pending and self._pending[-1].modules != rows.modules:
+        """Take the rows of a step. A segment holds one table of modules and one G for each of them."""
+        last = self._pending[-1] if self._pending else rows
+        if (last.modules, last.placed) != (rows.modules, rows.placed):
             self.flush()
         self._pending.append(rows)
-        if sum(map(len, self._pending)) >= MAX_ROWS:
+        count = sum(map(len, self._pending))
+        size = sum(values.nbytes for part in self._pending for values in (part.tensors or {}).values())
+        if count >= MAX_ROWS or size >= MAX_BYTES or time.monotonic() - self._flushed >= MAX_SECONDS:
             self.flush()
 
     def describe(self, **changes: Any) -> None:
@@ -274,6 +288,7 @@ class TraceWriter:
 
     def flush(self) -> None:
         """Close the current segment."""
+        self._flushed = time.monotonic()
         if not self._pending:
             return
         rows, self._pending = concatenate(self._pending), []

@@ -133,6 +133,13 @@ def test_links_of_the_hub_cache_are_followed(adapter: Path, tmp_path: Path) -> N
         ('{"peft_type": "LORA", "rank_pattern": {"(": 4}}', "broken pattern"),
         ('{"peft_type": "LORA", "rank_pattern": [4]}', "not an object"),
         ("version https://git-lfs.github.com/spec/v1", "not valid JSON"),
+        ('{"peft_type": "LORA", "r": 1' + "0" * 400 + "}", "`r` is 1000.*not a number"),
+        ('{"peft_type": "LORA", "lora_alpha": 1' + "0" * 400 + "}", "not a number"),
+        ('{"peft_type": "LORA", "target_parameters": 5}', "`target_parameters` is 5, not a list"),
+        ('{"peft_type": "LORA", "modules_to_save": 5}', "`modules_to_save` is 5"),
+        ('{"peft_type": "LORA", "exclude_modules": "(("}', "broken regular expression"),
+        ('{"peft_type": "LORA", "layers_to_transform": "3"}', "`layers_to_transform` is '3'"),
+        ('{"peft_type": "LORA", "layers_to_transform": ["3"]}', "not a layer number"),
         ("[" * 100000, "not valid JSON"),
     ],
 )
@@ -180,3 +187,18 @@ def test_small_words() -> None:
     names = ["a.10.q_proj", "a.9.v_proj", "a.9.k_proj", "a.9.q_proj", "a.b"]
     assert sorted(names, key=natural) == ["a.b", "a.9.q_proj", "a.9.k_proj", "a.9.v_proj", "a.10.q_proj"]
     assert (layer_of("model.layers.12.q"), layer_of("lm_head"), layer_of("layer4.q")) == (12, None, None)
+
+
+def test_a_module_stored_twice_loses_no_tensor(adapter: Path, tmp_path: Path) -> None:
+    twice = edited(
+        adapter, tmp_path / "a", lambda t: t | {n.removeprefix("base_model.model."): v for n, v in t.items()}
+    )
+    found = inspect(twice)
+    assert len(found.modules) == 3 * LAYERS
+    assert len(found.others) == 6 * LAYERS
+    assert not any(other.understood for other in found.others)
+
+
+def test_a_path_that_no_system_takes(tmp_path: Path) -> None:
+    with pytest.raises(UnreadableFile, match="cannot look at"):
+        inspect("x" * 5000)

@@ -119,7 +119,7 @@ def test_compare_statuses(peft_trace: Any, tmp_path: Path, capsys: pytest.Captur
     assert "not complete" in out
     status, out, _ = call("show", path, capsys=capsys)
     assert status == 1
-    assert "incomplete: peft did not close" in out
+    assert "incomplete: peft did not close;" in out
 
 
 def test_rules(capsys: pytest.CaptureFixture[str]) -> None:
@@ -250,3 +250,15 @@ def test_interrupting_a_trace_leaves_nothing_running(adapter: Path, tmp_path: Pa
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
     assert json.loads(process.read_text())["closed"] is False
+
+
+def test_names_in_files_cannot_drive_the_terminal(
+    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old, new = "layers.0.self_attn.q_proj", "[/red]\x1b]0;mine\x07[bold]x"
+    odd = edited(adapter, tmp_path / "odd", lambda t: {n.replace(old, new): v for n, v in t.items()})
+    for arguments in (["inspect", odd], ["inspect", odd, "--norms"]):
+        status, out, _ = call(*arguments, capsys=capsys)
+        assert status == 0
+        assert "[/red]" in out
+        assert "\x1b" not in out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -99,8 +100,9 @@ def test_narrower_targets_are_lost_at_placed(adapter: Path, llama: Path, tmp_pat
 def test_dora_is_not_judged_by_a_formula_that_it_does_not_follow(llama: Path, tmp_path: Path) -> None:
     dora = save_adapter(tmp_path / "dora", llama, use_dora=True)
     ledger = ledger_of(record_peft(dora, llama, tmp_path / "run"))
-    assert ledger.count("unknown") == MODULES
-    assert "DoraLinearVariant" in headline(ledger)
+    assert ledger.count("took effect") == MODULES
+    assert {row.stations["agrees"].value for row in ledger.rows} == {"unknown"}
+    assert "DoraLinearVariant" in ledger.rows[0].stations["agrees"].message
 
 
 @pytest.mark.parametrize("lora_dtype", ["auto", "bfloat16"])
@@ -183,11 +185,108 @@ def test_levels_without_shrink_compare_norms(adapter: Path, llama: Path, tmp_pat
     events = record_peft(adapter, llama, tmp_path / "events", keep="events")
     found = compare(peft_trace, events)
     assert found.rows == 0
+    assert found.verdict == "undecided"
     assert any("holds no rows" in note for note in found.notes)
 
 
 def test_nothing_in_common(adapter: Path, llama: Path, tmp_path: Path, peft_trace: Any) -> None:
     different = record_peft(adapter, llama, tmp_path / "run", prompts=("Another one", *PROMPTS[:0]))
-    found = compare(peft_trace, different)
-    assert not found.requests[0].same_prompt
+    with pytest.raises(ProbeError, match="no prompt in common"):
+        compare(peft_trace, different)
+
+
+def test_prompts_are_matched_by_their_tokens(adapter: Path, llama: Path, tmp_path: Path, peft_trace: Any) -> None:
+    turned = record_peft(adapter, llama, tmp_path / "run", prompts=("A third", *reversed(PROMPTS)))
+    found = compare(peft_trace, turned)
+    assert found.verdict == "agree"
+    assert len(found.requests) == 2
+
+
+def spoiled(trace: Any, spoil: Any) -> Any:
+    """The trace with other rows, as if it had been read so."""
+    rows = trace.rows
+    changed = {name: getattr(rows, name).copy() for name in ("shrink", "delta_norm")}
+    spoil(changed["shrink"], changed["delta_norm"])
+    copy = replace(trace)
+    vars(copy)["rows"] = replace(rows, **changed)
+    return copy
+
+
+def test_numbers_that_are_none_in_one_run_differ(peft_trace: Any) -> None:
+    def spoil(shrink: Any, norms: Any) -> None:
+        shrink[5:, 4] = np.nan
+        norms[5:, 4] = np.nan
+
+    found = compare(peft_trace, spoiled(peft_trace, spoil))
     assert found.verdict == "differ"
+    (bad,) = [diff for diff in found.modules if diff.status != "ok"]
+    assert bad.key == peft_trace.rows.modules[4]
+    assert found.first is not None
+    assert found.first.key == bad.key
+
+
+def test_a_single_row_without_its_contribution_differs(peft_trace: Any) -> None:
+    def spoil(shrink: Any, norms: Any) -> None:
+        shrink[7, 2] = 0
+        norms[7, 2] = 0
+
+    found = compare(peft_trace, spoiled(peft_trace, spoil), rtol=0.0625)
+    assert found.verdict == "differ"
+    assert found.first is not None
+    assert found.first.key == peft_trace.rows.modules[2]
+
+
+@pytest.mark.parametrize(("dtype", "lora_dtype"), [("bfloat16", "float32"), ("bfloat16", "float16")])
+def test_an_adapter_in_another_dtype_than_its_base(
+    adapter: Path, llama: Path, tmp_path: Path, dtype: str, lora_dtype: str
+) -> None:
+    trace = record_peft(adapter, llama, tmp_path / "run", options={"dtype": dtype, "lora_dtype": lora_dtype})
+    assert headline(ledger_of(trace)) == f"{MODULES} of {MODULES} modules took effect"
+    assert trace.processes[0].process.lora_dtype == lora_dtype
+
+
+def test_keys_without_the_prefix_are_dropped_by_peft(adapter: Path, llama: Path, tmp_path: Path) -> None:
+    bare = edited(adapter, tmp_path / "a", lambda t: {n.removeprefix("base_model.model."): v for n, v in t.items()})
+    ledger = ledger_of(record_peft(bare, llama, tmp_path / "run"))
+    assert headline(ledger).startswith(f"0 of {MODULES} modules took effect, {MODULES} lost at read: ")
+    assert {row.decisive[1].code for row in ledger.rows if row.decisive} == {"LP503"}
+
+
+def test_a_bias_on_b_is_not_called_a_difference(qwen2: Path, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    made = save_adapter(tmp_path / "bias", qwen2, lora_bias=True)
+    tensors = load_file(made / "adapter_model.safetensors")
+    changed = {n: torch.ones_like(t) if n.endswith("bias") else t for n, t in tensors.items()}
+    save_file(changed, made / "adapter_model.safetensors")
+    ledger = ledger_of(record_peft(made, qwen2, tmp_path / "run"))
+    assert ledger.count("took effect") == MODULES
+    assert "has a bias" in ledger.rows[0].stations["agrees"].message
+
+
+def test_an_adapter_called_like_a_method_of_torch(adapter: Path, llama: Path, tmp_path: Path) -> None:
+    assert ledger_of(record_peft(edited(adapter, tmp_path / "train"), llama, tmp_path / "run")).healthy
+
+
+def test_conv1d_bases(tmp_path: Path) -> None:
+    """GPT-2: weights the other way round, and a prefix that the checkpoint's names lack."""
+    import torch
+    from conftest import save_tokenizer
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 288, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128, "eos_token_id": 256}
+    GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=256)).save_pretrained(tmp_path / "gpt2")
+    save_tokenizer(tmp_path / "gpt2")
+    made = save_adapter(tmp_path / "a", tmp_path / "gpt2", target_modules=["c_attn"], fan_in_fan_out=True)
+    ledger = ledger_of(record_peft(made, tmp_path / "gpt2", tmp_path / "run"))
+    assert headline(ledger) == "2 of 2 modules took effect"
+
+
+def test_few_rows_in_bfloat16_are_not_judged_by_a_ratio(llama: Path, tmp_path: Path) -> None:
+    for seed in range(4):
+        made = save_adapter(tmp_path / f"a{seed}", llama, seed=seed, r=1, lora_alpha=2)
+        options = {"dtype": "bfloat16", "lora_dtype": "bfloat16"}
+        trace = record_peft(made, llama, tmp_path / f"run{seed}", options=options, prompts=("h",), max_tokens=1)
+        assert ledger_of(trace).count("wrong") == 0

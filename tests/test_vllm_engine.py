@@ -287,12 +287,12 @@ def test_the_probe_leaves_nothing_on_the_layers(engine: SharedEngine, adapter: P
 def test_a_failure_of_the_probe_does_not_fail_the_request(
     engine: SharedEngine, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lora_probe_vllm import worker
+    from lora_probe_vllm import steps
 
     def broken(*_: Any) -> Any:
         raise RuntimeError("made on purpose")
 
-    monkeypatch.setattr(worker, "v1_rows", broken)
+    monkeypatch.setattr(steps, "v1_rows", broken)
     trace = engine.record(adapter, tmp_path / "run")
     assert len(trace.requests) == 2 * len(PROMPTS)
     assert any("made on purpose" in event.text for event in trace.events if event.stage == "probe")
@@ -309,3 +309,116 @@ def test_the_trace_is_json_all_through(engine: SharedEngine, adapter: Path, tmp_
     assert data["ledger"]["vllm"]["took_effect"] == MODULES
     assert len(data["modules"]) == MODULES
     assert data["requests"][0]["base_text"] is not None
+
+
+def test_a_second_load_under_the_same_id_is_a_load_of_its_own(
+    engine: SharedEngine, adapter: Path, llama: Path, tmp_path: Path
+) -> None:
+    """Removed and added again, then evicted by another adapter: every load keeps its ledger."""
+    from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    from lora_probe import open_trace
+
+    other = save_adapter(tmp_path / "other", llama, seed=5)
+    folder, numbers = tmp_path / "run", [next(engine.numbers), next(engine.numbers)]
+    engine.llm.collective_rpc("lora_probe_begin", args=(str(folder), "shrink"))
+    parameters = SamplingParams(temperature=0, max_tokens=2)
+
+    def ask(number: int, path: Path) -> None:
+        # Loaded by the request itself, as servers do: its very first step is recorded.
+        request = LoRARequest(path.name, number, str(path))
+        engine.llm.generate([{"prompt_token_ids": [40, 41]}], parameters, use_tqdm=False, lora_request=request)
+
+    ask(numbers[0], adapter)
+    engine.llm.llm_engine.remove_lora(numbers[0])
+    ask(numbers[0], adapter)
+    ask(numbers[1], other)
+    engine.llm.collective_rpc("lora_probe_finish")
+    for number in numbers:
+        engine.llm.llm_engine.remove_lora(number)
+    trace = open_trace(folder)
+    assert [(load.name, load.generation) for load, _ in trace.loads] == [("healthy", 0), ("healthy", 1), ("other", 0)]
+    for load, ledger in trace.loads:
+        assert headline(ledger) == f"{MODULES} of {MODULES} modules took effect", load
+    assert len(trace.rows) == 3 * 3
+    # G of each load goes with its own rows.
+    for segment in trace.workers[0].segments():
+        delta = np.sqrt(np.einsum("nmr,mrs,nms->nm", segment.shrink, segment.gram, segment.shrink))
+        np.testing.assert_allclose(delta, segment.delta_norm, rtol=1e-4)
+
+
+def test_the_file_may_go_away_after_loading(engine: SharedEngine, adapter: Path, tmp_path: Path) -> None:
+    import shutil
+
+    from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    from lora_probe import open_trace
+
+    gone = edited(adapter, tmp_path / "gone")
+    folder, number = tmp_path / "run", next(engine.numbers)
+    engine.llm.collective_rpc("lora_probe_begin", args=(str(folder), "shrink"))
+    request = LoRARequest("gone", number, str(gone))
+    engine.llm.llm_engine.add_lora(request)
+    shutil.rmtree(gone)
+    parameters = SamplingParams(temperature=0, max_tokens=2)
+    engine.llm.generate([{"prompt_token_ids": [40, 41]}], parameters, use_tqdm=False, lora_request=request)
+    engine.llm.collective_rpc("lora_probe_finish")
+    engine.llm.llm_engine.remove_lora(number)
+    assert ledger_of(open_trace(folder)).healthy
+
+
+def test_keys_without_the_prefix_are_taken_by_vllm(engine: SharedEngine, adapter: Path, tmp_path: Path) -> None:
+    bare = edited(adapter, tmp_path / "bare", lambda t: {n.removeprefix("base_model.model."): v for n, v in t.items()})
+    assert ledger_of(engine.record(bare, tmp_path / "run")).healthy
+
+
+def test_a_layer_that_goes_round_the_stand_in_is_unknown_not_lost(
+    engine: SharedEngine, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As fully sharded layers do: they call the kernels themselves."""
+    from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
+
+    def around(self: Any, x: Any, output: Any) -> Any:
+        real = self.punica_wrapper._real if hasattr(self.punica_wrapper, "_columns") else self.punica_wrapper
+        real.add_lora_linear(output, x, self.lora_a_stacked, self.lora_b_stacked, 1.0, self.output_slices)
+        return output
+
+    monkeypatch.setattr(BaseLinearLayerWithLoRA, "_apply_lora_to_output", around)
+    ledger = ledger_of(engine.record(adapter, tmp_path / "run"))
+    assert ledger.count("unknown") == MODULES
+    assert "a path that is not captured yet" in headline(ledger)
+
+
+def test_a_failure_inside_a_layer_does_not_fail_the_request(
+    engine: SharedEngine, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lora_probe_vllm import capture
+
+    healthy = [request.output_ids for request in engine.record(adapter, tmp_path / "healthy").requests]
+
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("made on purpose")
+
+    monkeypatch.setattr(capture, "_norm", broken)
+    trace = engine.record(adapter, tmp_path / "run")
+    assert [request.output_ids for request in trace.requests] == healthy
+    assert ledger_of(trace).count("unknown") == MODULES
+
+
+def test_names_of_other_base_files_find_their_modules(engine: SharedEngine) -> None:
+    """`layers.0...` in a file whose class adds `model.`; a name that is nowhere is nobody's."""
+    from lora_probe_vllm.slots import Homes
+
+    def look(worker: Any) -> dict[str, str]:
+        homes = Homes(worker.model_runner.lora_manager._adapter_manager)
+        names = ("model.layers.0.self_attn.q_proj", "layers.1.self_attn.q_proj", "visual.q_proj", "q_proj")
+        return homes.of_base(dict.fromkeys(names))
+
+    assert engine.llm.collective_rpc(look) == [
+        {
+            "model.layers.0.self_attn.q_proj": "model.layers.0.self_attn.q_proj",
+            "layers.1.self_attn.q_proj": "model.layers.1.self_attn.q_proj",
+        }
+    ]

@@ -56,6 +56,13 @@ def test_two_tensor_parallel_ranks(qwen2: Path, tmp_path: Path) -> None:
     data = json.loads(run.stdout)
     assert data["headline"] == f"{7 * LAYERS} of {7 * LAYERS} modules took effect"
     assert sorted(p["rank"] for p in data["processes"] if p["role"] == "worker") == [0, 1]
+    # Their rows are shards; nothing is shown of them that would be taken for the whole.
+    assert data["modules"] == []
+    from lora_probe import compare, open_trace
+
+    found = compare(open_trace(tmp_path / "run.lptrace"), open_trace(tmp_path / "run.lptrace"))
+    assert found.verdict == "undecided"
+    assert any("shards of 2 workers" in note for note in found.notes)
 
 
 def test_a_pair_that_is_too_large_is_a_refusal(adapter: Path, tmp_path: Path) -> None:
@@ -99,7 +106,7 @@ def test_a_killed_worker_leaves_a_trace_that_says_so(adapter: Path, tmp_path: Pa
         [sys.executable, "-m", "lora_probe.cli", "show", str(out)], capture_output=True, text=True, check=False
     )
     assert shown.returncode == 1
-    assert "incomplete: client, vllm-rank-0 did not close" in shown.stdout
+    assert "incomplete: client, vllm-rank-0 did not close;" in shown.stdout
     assert "the recording ended before it was measured" in shown.stdout
 
 

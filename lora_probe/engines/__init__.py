@@ -6,7 +6,8 @@ In: a `RunSpec`. Out: a process's folder of a trace. Engines are found by the en
 
 from __future__ import annotations
 
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
 
@@ -19,6 +20,8 @@ KNOWN = {
     "vllm": "pip install lora-probe-vllm (in this repository: pip install ./plugins/vllm) beside your vLLM",
 }
 """Engines that stay in the help when they are not installed, and what installs them."""
+NEEDED = {"peft": ("torch", "transformers", "peft"), "vllm": ("vllm",)}
+"""The modules without which they cannot run."""
 
 
 class Engine(Protocol):
@@ -39,8 +42,8 @@ def names() -> list[str]:
     return sorted({*KNOWN, *(point.name for point in entry_points(group=GROUP))})
 
 
-def find(name: str) -> Engine:
-    """The engine called `name`.
+def require(name: str) -> EntryPoint:
+    """The entry point of the engine called `name`, without importing anything heavy.
 
     Raises:
         ProbeError: nobody knows that name.
@@ -51,8 +54,13 @@ def find(name: str) -> Engine:
         if name not in KNOWN:
             raise ProbeError(f"there is no engine `{name}`", f"engines: {', '.join(names())}")
         raise EngineFailed(f"the engine `{name}` is not installed", KNOWN[name])
-    try:
-        engine: Engine = points[0].load()()
-    except ModuleNotFoundError as error:
-        raise EngineFailed(f"the engine `{name}` needs the module `{error.name}`", KNOWN.get(name, "")) from error
+    for module in NEEDED.get(name, ()):
+        if find_spec(module) is None:
+            raise EngineFailed(f"the engine `{name}` needs the module `{module}`", KNOWN[name])
+    return points[0]
+
+
+def make(name: str) -> Engine:
+    """The engine called `name`; imports what it needs. Raises as `require` does."""
+    engine: Engine = require(name).load()()
     return engine

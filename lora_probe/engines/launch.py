@@ -25,7 +25,7 @@ import msgspec
 
 from lora_probe.adapter import Adapter, open_adapter
 from lora_probe.base import open_base
-from lora_probe.engines import find
+from lora_probe.engines import make, require
 from lora_probe.engines.prompts import BUILT_IN
 from lora_probe.errors import EngineFailed, ProbeError
 from lora_probe.reading import Trace, open_trace
@@ -33,6 +33,8 @@ from lora_probe.tracefile import LEVELS, SCHEMA, Prompt, Run, RunSpec, write_jso
 
 LOG = "engine.log"
 ERROR = "error.json"
+BEFORE = ".before"
+"""What --force adds to the name of the trace that is overwritten, until the new one has been recorded."""
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 5.0
 
@@ -82,7 +84,7 @@ def trace(
         raise ProbeError(f"there is no level `{keep}`", f"levels: {', '.join(LEVELS)}")
     if max_tokens < 1:
         raise ProbeError(f"--max-tokens is {max_tokens}; an answer has at least one token")
-    find(engine)
+    require(engine)
     folder = _folder(checkpoint, engine, out, force)
     spec = RunSpec(
         engine=engine,
@@ -98,7 +100,14 @@ def trace(
     )
     created = datetime.now(UTC).isoformat(timespec="seconds")
     write_json(folder / "run.json", Run(SCHEMA, created, spec, versions()))
-    _run_child(folder, len(spec.prompts) * 2, progress)
+    before = folder.with_name(folder.name + BEFORE)
+    try:
+        _run_child(folder, len(spec.prompts) * 2, progress)
+    except ProbeError as error:
+        if before.exists():
+            error.hint += f"\nthe earlier trace is kept as {before}"
+        raise
+    shutil.rmtree(before, ignore_errors=True)
     return open_trace(folder)
 
 
@@ -121,7 +130,7 @@ def _base_of(checkpoint: Adapter, model: str | None) -> str:
     if Path(name).is_dir():
         return str(open_base(name).path.resolve())
     offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes")
-    if offline or Path(name).is_absolute() or name.startswith(".") or name.count("/") != 1:
+    if offline or Path(name).is_absolute() or name.startswith(".") or name.count("/") > 1:
         open_base(name)
     return name
 
@@ -144,7 +153,10 @@ def _folder(checkpoint: Adapter, engine: str, out: str | Path | None, force: boo
                 raise ProbeError(f"`{folder}` exists", "give another name with -o, or overwrite it with --force")
             if not (folder / "run.json").exists():
                 raise ProbeError(f"`{folder}` is not a trace; it is not overwritten", "give another name with -o")
-            shutil.rmtree(folder)
+            # Kept until the new one has been recorded.
+            before = folder.with_name(folder.name + BEFORE)
+            shutil.rmtree(before, ignore_errors=True)
+            folder.rename(before)
     else:
         stem, number = f"{_name(checkpoint)}-{engine}", 1
         folder = Path(f"{stem}.lptrace")
@@ -226,7 +238,7 @@ def run_in_child(folder: Path) -> int:
     _die_with_parent()
     spec = msgspec.json.decode((folder / "run.json").read_bytes(), type=Run).spec
     try:
-        find(spec.engine).record(spec, folder)
+        make(spec.engine).record(spec, folder)
     except ProbeError as error:
         write_json(folder / ERROR, Failure(error.message, error.hint))
         return error.exit_code

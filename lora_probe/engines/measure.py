@@ -23,6 +23,9 @@ from lora_probe.tracefile import DECODE, PREFILL, Floats, Load, ModuleRecord, Tr
 SAMPLED = {PREFILL: 4, DECODE: 2}
 """Rows of each request on which `agrees` is measured, by phase."""
 
+ENOUGH_ROWS = 4
+"""Below this many sampled rows a relative error says little: x·A of a single row may cancel to almost nothing."""
+
 
 @dataclass
 class _Tally:
@@ -34,6 +37,7 @@ class _Tally:
     error: float = 0.0
     reference: float = 0.0
     worst_row: float = 0.0
+    bound: float = 0.0
     finite: bool = True
 
 
@@ -89,6 +93,10 @@ class Account:
         for key, rows in contaminated.items():
             self._tally(key).contaminated += rows
 
+    def has_run(self, key: Key) -> bool:
+        """Whether any row of a module was seen."""
+        return self._tally(key).right > 0
+
     def sample(self, key: Key, x: Floats, delta: Floats, a: Floats, b: Floats, scaling: float) -> None:
         """Compare what the kernel wrote with s·(x·Aᵀ)·Bᵀ of the file. `x: [rows, in]`, `delta: [rows, out]`."""
         tally = self._tally(key)
@@ -99,14 +107,23 @@ class Account:
             return
         errors = np.linalg.norm(delta - reference, axis=-1)
         sizes = np.linalg.norm(reference, axis=-1)
+        # What round-off could at most be a share of: the same product without any cancellation.
+        bound = np.linalg.norm((np.abs(x) @ np.abs(a).T) @ np.abs(b).T * np.float32(abs(scaling)), axis=-1)
+        tally.bound += float(np.square(bound, dtype=np.float64).sum())
         tally.error += float(np.square(errors, dtype=np.float64).sum())
         tally.reference += float(np.square(sizes, dtype=np.float64).sum())
         rows = sizes > 0
         if rows.any():
             tally.worst_row = max(tally.worst_row, float((errors[rows] / sizes[rows]).max()))
 
-    def finish(self, unmeasured: Callable[[Key], str | None]) -> None:
-        """Write `applied` and `agrees`. `unmeasured` says why a module's rows were not recorded, if they were not."""
+    def finish(
+        self, unmeasured: Callable[[Key], str | None], unjudged: Callable[[Key], str | None] = lambda _: None
+    ) -> None:
+        """Write `applied` and `agrees`.
+
+        `unmeasured` says why a module's rows were not recorded, if they were not; `unjudged` why its contribution has
+        no reference, if it has none.
+        """
         applied: dict[Key, Finding] = {}
         agrees: dict[Key, Finding] = {}
         facts: dict[str, list[float]] = {}
@@ -119,9 +136,13 @@ class Account:
                 continue
             tally = self._tally(row.key)
             applied[row.key] = self._applied(tally)
-            if applied[row.key].value != "absent":
-                agrees[row.key] = self._agrees(tally)
-                facts[row.module] = [_relative(tally), tally.worst_row, tally.sampled]
+            if applied[row.key].value == "absent":
+                continue
+            if (reason := unjudged(row.key)) is not None:
+                agrees[row.key] = not_measured(reason)
+                continue
+            agrees[row.key] = self._agrees(tally)
+            facts[row.module] = [_relative(tally), tally.worst_row, tally.sampled]
         self._station_of("applied", applied)
         self._station_of("agrees", agrees)
         if facts:
@@ -148,6 +169,8 @@ class Account:
         if not tally.sampled:
             return not_measured("no row of this module was sampled")
         error = _relative(tally)
+        if error > limit and tally.sampled < ENOUGH_ROWS and tally.error <= limit**2 * tally.bound:
+            return not_measured(f"{tally.sampled} sampled rows are too few to judge an error of {error:.2g}")
         return kernel_differs(error, limit, tally.sampled) if error > limit else OK
 
     def _tally(self, key: Key) -> _Tally:
@@ -175,6 +198,8 @@ def _number(value: float) -> float | None:
 class Sampler:
     """Picks the rows on which `agrees` is measured: the first few of each request and phase."""
 
+    REMEMBERED = 4096
+
     def __init__(self) -> None:
         self._taken: dict[tuple[str, int], int] = {}
 
@@ -186,6 +211,9 @@ class Sampler:
             if taken < SAMPLED[at[1]]:
                 self._taken[at] = taken + 1
                 picked.append(number)
+        while len(self._taken) > self.REMEMBERED:
+            # The oldest requests have long ended.
+            del self._taken[next(iter(self._taken))]
         return picked
 
 

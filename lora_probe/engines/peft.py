@@ -16,15 +16,20 @@ from typing import Any
 
 import numpy as np
 
-from lora_probe.adapter import Key, open_adapter
+from lora_probe.adapter import PREFIX, Key, open_adapter
 from lora_probe.engines.hooks import Capture
 from lora_probe.engines.measure import Account, Sampler, placed_digest
 from lora_probe.engines.prompts import encode
 from lora_probe.errors import EngineFailed
 from lora_probe.expected import Expected, Shapes, expect
 from lora_probe.ledger import OK, Finding
-from lora_probe.rules.loading import name_without_home, no_lora_layer, placed_differs
+from lora_probe.precision import coarser
+from lora_probe.rules.loading import name_without_home, no_lora_layer, not_measured, not_taken, placed_differs
 from lora_probe.tracefile import DECODE, PREFILL, SCHEMA, Load, Process, RequestRecord, RunSpec, TraceWriter
+from lora_probe.weights import TensorHeader
+
+ADAPTER = "default"
+"""What the adapter is called inside PEFT. A folder's name may clash with a method of torch's modules (`train`)."""
 
 
 class PeftEngine:
@@ -74,18 +79,23 @@ def _record(spec: RunSpec, writer: TraceWriter) -> None:
     expected = expect(adapter, shapes)
     load = Load(0, spec.name, str(adapter.path), adapter.digest(), engine_id=None, slot=None)
     live, load = _attach(model, spec, load, writer)
-    account = Account(writer, load, adapter, expected, _lora_dtype(live, dtype))
+    writer.describe(lora_dtype=_lora_dtype(live, dtype))
+    account = Account(writer, load, adapter, expected, coarser(dtype, writer.process.lora_dtype))
     account.announce({row.key: row.module for row in expected if row.module in live})
     if load.refused:
         return
     _judge_loading(account, live, shapes)
     recorded = {key: live[key[0]] for key in _recordable(expected, live)} if spec.keep != "events" else {}
-    with Capture(recorded, spec.name, spec.keep) as capture:
+    with Capture(recorded, ADAPTER, spec.keep) as capture:
         runner.capture, runner.account, runner.writer = capture, account, writer
         for number, ids in enumerate(prompts):
             writer.request(runner.run(f"lora-{number}", number, ids, spec.name))
     _judge_placed(account, live, "when the run ended")
-    account.finish(lambda key: _why_unmeasured(key, live, recorded, spec))
+    extras = {row.key: row.entry.extras for row in expected if row.entry is not None}
+    account.finish(
+        lambda key: _why_unmeasured(key, live, recorded, account, spec),
+        lambda key: _why_unjudged(live[key[0]], extras[key]),
+    )
 
 
 def _load_base(spec: RunSpec) -> tuple[Any, Any]:
@@ -118,27 +128,25 @@ def _attach(model: Any, spec: RunSpec, load: Load, writer: TraceWriter) -> tuple
     from peft import PeftModel
     from peft.tuners.lora import LoraLayer
 
-    keep_float32 = spec.options.get("lora_dtype", "auto") == "auto"
+    wanted = spec.options.get("lora_dtype", "auto")
     writer.event("read", f"PeftModel.from_pretrained({spec.adapter!r})")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         started = time.perf_counter()
         try:
-            peft_model = PeftModel.from_pretrained(
-                model, spec.adapter, adapter_name=spec.name, autocast_adapter_dtype=keep_float32
-            )
+            peft_model = PeftModel.from_pretrained(model, spec.adapter, adapter_name=ADAPTER)
         # A refusal is an answer: whatever PEFT raises here is recorded as its word on the adapter.
         except Exception as error:
             message = _first_lines(error)
             writer.event("refused", message, seconds=round(time.perf_counter() - started, 3))
             return {}, Load(**_fields(load) | {"refused": True, "message": message})
-    if not keep_float32:
+    if wanted != "auto":
         import torch
 
-        wanted = getattr(torch, spec.options["lora_dtype"])
+        # From the float32 that PEFT loads, so that every value is rounded once.
         for name, parameter in peft_model.named_parameters():
             if "lora_" in name:
-                parameter.data = parameter.data.to(wanted)
+                parameter.data = parameter.data.to(getattr(torch, wanted))
     peft_model.eval()
     said = [_short(str(warning.message)) for warning in caught if issubclass(warning.category, UserWarning)]
     root = peft_model.get_base_model()
@@ -147,7 +155,7 @@ def _attach(model: Any, spec: RunSpec, load: Load, writer: TraceWriter) -> tuple
         writer.event("wrap", f"{type(layer.base_layer).__name__} -> {type(layer).__name__}", module=name)
     writer.event(
         "activate",
-        f"{len(live)} layers replaced, adapter `{spec.name}` active",
+        f"{len(live)} layers replaced, adapter `{spec.name}` active as `{ADAPTER}`",
         seconds=round(time.perf_counter() - started, 3),
     )
     return live, Load(**_fields(load) | {"said": said})
@@ -172,12 +180,15 @@ def _shapes(model: Any) -> Shapes:
     import torch
     from transformers.pytorch_utils import Conv1D
 
-    shapes = {}
+    shapes: dict[str, tuple[int, int] | None] = {}
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
-            shapes[name] = (int(module.weight.shape[0]), int(module.weight.shape[1]))
+        if isinstance(module, torch.nn.Linear):
+            # A quantised Linear packs its weight; the features are what they were.
+            shapes[name] = module.out_features, module.in_features
+        elif isinstance(module, torch.nn.Embedding):
+            shapes[name] = module.num_embeddings, module.embedding_dim
         elif isinstance(module, Conv1D):
-            shapes[name] = (int(module.weight.shape[1]), int(module.weight.shape[0]))
+            shapes[name] = int(module.weight.shape[1]), int(module.weight.shape[0])
     return shapes
 
 
@@ -190,6 +201,9 @@ def _judge_loading(account: Account, live: Mapping[str, Any], shapes: Shapes) ->
         if row.homeless or (row.module not in shapes and row.module not in live):
             meant = row.module if row.module != row.entry.module else None
             read[row.key] = name_without_home(row.entry.stored_as, meant, "PEFT")
+            continue
+        if not all(tensor.name.startswith(PREFIX) for tensor in row.entry.tensors):
+            read[row.key] = not_taken("PEFT", f"its name does not begin with `{PREFIX}`")
             continue
         read[row.key] = OK
         if row.module not in live:
@@ -215,13 +229,14 @@ def _placed(account: Account, row: Expected, layer: Any, moment: str) -> Finding
     import torch
 
     assert row.entry is not None
-    name = account.load.name
     pair = row.entry
+    if pair.parameter != "weight":
+        return not_measured("PEFT's wrappers of fused expert parameters are not read yet")
     if pair.a is None or pair.b is None:
         return placed_differs("the missing half", float("inf"), moment)
     homes = (layer.lora_embedding_A, layer.lora_embedding_B) if pair.embedding else (layer.lora_A, layer.lora_B)
     for half, tensor, home in (("lora_A", pair.a, homes[0]), ("lora_B", pair.b, homes[1])):
-        weight = home[name].detach() if pair.embedding else home[name].weight.detach()
+        weight = home[ADAPTER].detach() if pair.embedding else home[ADAPTER].weight.detach()
         wanted = torch.from_numpy(account.adapter.values(tensor)).to(weight.dtype)
         got = weight.cpu()
         if got.shape != wanted.shape or not torch.equal(got.nan_to_num(), wanted.nan_to_num()):
@@ -229,8 +244,9 @@ def _placed(account: Account, row: Expected, layer: Any, moment: str) -> Finding
             if got.shape == wanted.shape:
                 error = float((got.float() - wanted.float()).norm() / wanted.float().norm().clamp(min=1e-30))
             return placed_differs(half, error, moment)
-    if layer.scaling[name] != pair.scaling:
-        return placed_differs("the scaling", abs(layer.scaling[name] / pair.scaling - 1), moment)
+    if layer.scaling[ADAPTER] != pair.scaling:
+        error = abs(layer.scaling[ADAPTER] / pair.scaling - 1) if pair.scaling else float("inf")
+        return placed_differs("the scaling", error, moment)
     return OK
 
 
@@ -243,14 +259,29 @@ def _recordable(expected: tuple[Expected, ...], live: Mapping[str, Any]) -> Iter
             yield row.key
 
 
-def _why_unmeasured(key: Key, live: Mapping[str, Any], recorded: Mapping[Key, Any], spec: RunSpec) -> str | None:
+def _why_unmeasured(
+    key: Key, live: Mapping[str, Any], recorded: Mapping[Key, Any], account: Account, spec: RunSpec
+) -> str | None:
     layer = live.get(key[0])
     if spec.keep == "events":
         return "contributions were not recorded (--keep events)"
     if key not in recorded:
         return f"PEFT's {type(layer).__name__} layers are not recorded yet"
-    variant = layer.lora_variant.get(spec.name) if layer is not None else None
-    return f"PEFT runs it as {type(variant).__name__}, whose delta is not s·B·A·x" if variant else None
+    if _variant(layer) is not None and not account.has_run(key):
+        return f"PEFT runs it as {_variant(layer)}, which the hooks do not see"
+    return None
+
+
+def _why_unjudged(layer: Any, extras: tuple[TensorHeader, ...]) -> str | None:
+    """Why the contribution is not s·(x·Aᵀ)·Bᵀ of the file: a variant of LoRA, or a bias on B."""
+    if _variant(layer) is not None:
+        return f"PEFT runs it as {_variant(layer)}, whose delta is not s·(x·Aᵀ)·Bᵀ"
+    return "lora_B has a bias, which is part of its delta" if any("lora_B.bias" in e.name for e in extras) else None
+
+
+def _variant(layer: Any) -> str | None:
+    variant = layer.lora_variant.get(ADAPTER)
+    return type(variant).__name__ if variant is not None else None
 
 
 def _lora_dtype(live: Mapping[str, Any], default: str) -> str:

@@ -96,27 +96,32 @@ def trace_json(trace: Trace) -> dict[str, Any]:
             for load, ledger in trace.loads
         ],
         "diagnostics": [diagnostic_json(d) for ledger in ledgers for d in diagnose(ledger)],
-        "requests": requests_json(trace.requests),
+        "requests": requests_json(trace),
         "modules": contributions_json(trace),
         "events": [msgspec.to_builtins(event) for event in trace.events],
     }
 
 
-def requests_json(requests: tuple[RequestRecord, ...]) -> list[dict[str, Any]]:
+def requests_json(trace: Trace) -> list[dict[str, Any]]:
     """One entry for each answer of the adapter, with the base's answer to the same prompt."""
-    base = {request.prompt: request for request in requests if request.adapter is None}
-    asked = [request for request in requests if request.adapter is not None] or list(requests)
-    return [
-        {
-            "id": request.id,
-            "adapter": request.adapter,
-            "prompt_ids": request.prompt_ids,
-            "output_ids": request.output_ids,
-            "text": request.text,
-            "base_text": base[request.prompt].text if request.prompt in base else None,
-        }
-        for request in asked
-    ]
+    base = _base_texts(trace)
+    asked = [request for request in trace.requests if request.adapter is not None] or list(trace.requests)
+    return [_request(request, base) for request in asked]
+
+
+def _base_texts(trace: Trace) -> dict[int, str]:
+    return {request.prompt: request.text for request in trace.requests if request.adapter is None}
+
+
+def _request(request: RequestRecord, base: Mapping[int, str]) -> dict[str, Any]:
+    return {
+        "id": request.id,
+        "adapter": request.adapter,
+        "prompt_ids": request.prompt_ids,
+        "output_ids": request.output_ids,
+        "text": request.text,
+        "base_text": base.get(request.prompt),
+    }
 
 
 def contributions_json(trace: Trace) -> list[dict[str, Any]]:
@@ -164,15 +169,16 @@ def comparison_json(comparison: Comparison) -> dict[str, Any]:
             "prompt": first.prompt,
             "position": first.position,
             "module": first.key[0],
+            "parameter": first.key[1],
+            "expert": first.key[2],
             "error": _number(first.error),
         },
         "ledger": {name: ledger_json(ledger) for name, ledger in zip(names, ledgers, strict=True)},
         "diagnostics": [diagnostic_json(d) for ledger in ledgers for d in diagnose(ledger)],
         "requests": [
             {
-                "prompt": request.prompt,
-                "same_prompt": request.same_prompt,
-                "output_tokens": list(request.output_tokens),
+                **_request(request.reference, _base_texts(comparison.reference)),
+                "candidate": _request(request.candidate, _base_texts(comparison.candidate)),
                 "same_tokens": request.same_tokens,
                 "logprob_error": _number(request.logprob_error),
             }

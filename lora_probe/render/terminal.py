@@ -6,24 +6,22 @@ cell is a number or a word first, and NO_COLOR loses nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-import numpy as np
 from rich.console import Group, RenderableType
-from rich.markup import escape
 from rich.table import Table
-from rich.text import Text
+from rich.text import Text as RichText
 
 from lora_probe.adapter import Adapter, Key, layer_of, natural, projection_of, ranges
 from lora_probe.comparison import Comparison
 from lora_probe.ledger import STATIONS, Ledger, headline, name_modules
 from lora_probe.reading import Trace
+from lora_probe.render.cells import add_row, assemble, columns_of, grid, words
 from lora_probe.render.machine import contributions_json, requests_json
 from lora_probe.rules import Rule, diagnose
 from lora_probe.spectrum import Spectrum
 from lora_probe.tracefile import LoadEvent
 
-HEAT = ("", "rgb(120,170,255)", "rgb(120,220,170)", "rgb(240,210,90)", "rgb(255,140,90)", "bold rgb(255,90,90)")
 SHOWN = 10
 """Similar lines before the rest is only counted."""
 
@@ -49,11 +47,11 @@ def adapter(found: Adapter) -> RenderableType:
         ("size", f"{size(found.weights.size)}, {found.parameters:,} parameters, {', '.join(found.dtypes) or 'empty'}"),
         ("modules", f"{len(found.modules)} in {len(found.weights.tensors)} tensors"),
     ):
-        facts.add_row(name, escape(value))
+        add_row(facts, name, value)
     return Group(
-        *(Text(f"note: {note}", style="cyan") for note in found.notes),
+        *(words(f"note: {note}", style="cyan") for note in found.notes),
         facts,
-        Text(),
+        words(""),
         _by_projection(found),
         *_rest(found),
     )
@@ -67,7 +65,7 @@ def _targets(found: Adapter) -> str:
 
 
 def _by_projection(found: Adapter) -> RenderableType:
-    table = _table("projection", "modules", "layers", "A", "B", "rank", "scaling", "dtype")
+    table = columns_of("projection", "modules", "layers", "A", "B", "rank", "scaling", "dtype")
     groups: dict[tuple[str, ...], list[int | None]] = {}
     for module in found.modules:
         name = projection_of(module.module) + ("" if module.parameter == "weight" else f" {module.parameter}")
@@ -78,7 +76,7 @@ def _by_projection(found: Adapter) -> RenderableType:
         groups.setdefault(facts, []).append(layer_of(module.module))
     for facts in sorted(groups, key=lambda facts: natural(facts[0])):
         layers = [layer for layer in groups[facts] if layer is not None]
-        table.add_row(facts[0], str(len(groups[facts])), ranges(layers) or "-", *facts[1:])
+        add_row(table, facts[0], str(len(groups[facts])), ranges(layers) or "-", *facts[1:])
     return table
 
 
@@ -94,9 +92,9 @@ def _rest(found: Adapter) -> Iterable[RenderableType]:
     for (what, understood), names in kinds.items():
         shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         style = "" if understood else "bold yellow"
-        yield Text(f"{len(names)} other tensors: {what}: {shown}", style=style)
+        yield words(f"{len(names)} other tensors: {what}: {shown}", style=style)
     if found.files:
-        yield Text(f"also in the folder: {', '.join(found.files)}", style="dim")
+        yield words(f"also in the folder: {', '.join(found.files)}", style="dim")
 
 
 def norms(found: Adapter, spectra: Mapping[str, Spectrum | None]) -> RenderableType:
@@ -114,59 +112,17 @@ def norms(found: Adapter, spectra: Mapping[str, Spectrum | None]) -> RenderableT
     return grid(title, cells)
 
 
-def grid(title: str, cells: Mapping[Key, tuple[float | None, str]]) -> RenderableType:
-    """A table of layers by projections. A cell is a number for the colour and the text that is read."""
-    columns = sorted({_column(key) for key in cells}, key=natural)
-    table = _table("layer", *columns)
-    rows: dict[tuple[str, str], dict[str, tuple[float | None, str]]] = {}
-    for key, cell in cells.items():
-        layer = layer_of(key[0])
-        home = (str(layer), "") if layer is not None else ("-", key[0])
-        rows.setdefault(home, {})[_column(key)] = cell
-    numbers = [value for value, _ in cells.values() if value is not None and np.isfinite(value)]
-    shade = _shader(numbers)
-    for home in sorted(rows, key=lambda home: natural(home[0])):
-        row = rows[home]
-        table.add_row(home[1] or home[0], *(_cell(row.get(column), shade) for column in columns))
-    return Group(Text(title, style="bold"), table)
-
-
-def _column(key: Key) -> str:
-    module, parameter, expert = key
-    name = projection_of(module) if parameter == "weight" else f"{projection_of(module)}.{parameter}"
-    return name if expert is None else f"{name}[{expert}]"
-
-
-def _cell(cell: tuple[float | None, str] | None, shade: Callable[[float], str]) -> Text:
-    if cell is None:
-        return Text("-", style="dim")
-    value, text = cell
-    return Text(text, style="bold red" if value is None else shade(value))
-
-
-def _shader(numbers: Sequence[float]) -> Callable[[float], str]:
-    """A colour by where a value lies between the smallest and the largest."""
-    low, high = (min(numbers), max(numbers)) if numbers else (0.0, 0.0)
-
-    def shade(value: float) -> str:
-        if not high > low:
-            return ""
-        return HEAT[1 + min(4, int(5 * (value - low) / (high - low)))]
-
-    return shade
-
-
 def run(trace: Trace, story: bool = False) -> RenderableType:
     """A recorded run: loading story, ledger, contributions, answers."""
     parts: list[RenderableType] = [_heading(trace)]
-    parts += [Text("loading", style="bold"), *_story(trace.events, story), Text()]
+    parts += [words("loading", style="bold"), *_story(trace.events, story), words("")]
     for load, found in trace.loads:
         several = f"{load.name} (load {load.load}): " if len(trace.loads) > 1 else ""
-        parts += [ledger(found, several), *_said(trace.engine, load.said, found), Text()]
+        parts += [ledger(found, several), *_said(trace.engine, load.said, found), words("")]
     if not trace.loads:
-        parts += [Text("no adapter was loaded in this recording", style="bold yellow"), Text()]
+        parts += [words("no adapter was loaded in this recording", style="bold yellow"), words("")]
     if cells := _contribution_cells(trace):
-        parts += [grid("contribution ‖s·x·A·B‖ / ‖base output‖, over all rows of the adapter", cells), Text()]
+        parts += [grid("contribution ‖s·x·A·B‖ / ‖base output‖, over all rows of the adapter", cells), words("")]
     parts += _not_recorded(trace)
     if trace.requests:
         parts.append(answers(trace))
@@ -177,24 +133,22 @@ def _heading(trace: Trace) -> RenderableType:
     process = next((p.process for p in trace.workers), None)
     adapter_name = trace.run.spec.adapter if trace.run else trace.loads[0][0].path if trace.loads else "?"
     versions = (process.versions if process else {}) | (trace.run.versions if trace.run else {})
-    words = ", ".join(
+    numbers = ", ".join(
         f"{name} {versions[name]}" for name in ("vllm", "peft", "torch", "transformers") if name in versions
     )
     lines = [
-        Text.assemble(("trace ", "bold"), f"{trace.path}   engine {trace.engine}   {words}"),
-        Text.assemble(("adapter ", "bold"), adapter_name),
+        assemble(("trace ", "bold"), f"{trace.path}   engine {trace.engine}   {numbers}"),
+        assemble(("adapter ", "bold"), adapter_name),
     ]
     if process is not None:
-        lines.append(Text.assemble(("runs in ", "bold"), f"{process.dtype} on {process.device}, kept: {process.keep}"))
+        lines.append(assemble(("runs in ", "bold"), f"{process.dtype} on {process.device}, kept: {process.keep}"))
     changed = [change for p in trace.processes for change in p.process.changed]
     if changed:
-        lines.append(Text(f"for the recording: {', '.join(changed)}", style="dim"))
+        lines.append(words(f"for the recording: {', '.join(changed)}", style="dim"))
     if not trace.complete:
-        what = ", ".join(trace.unclosed) or "no process wrote anything"
-        lines.append(
-            Text(f"incomplete: {what} did not close its recording; what follows ends where it ended", style="bold red")
-        )
-    return Group(*lines, Text())
+        what = f"{', '.join(trace.unclosed)} did not close" if trace.unclosed else "no process began"
+        lines.append(words(f"incomplete: {what}; what follows ends where the recording ended", style="bold red"))
+    return Group(*lines, words(""))
 
 
 def _story(events: Sequence[LoadEvent], whole: bool) -> Iterable[RenderableType]:
@@ -213,10 +167,11 @@ def _story(events: Sequence[LoadEvent], whole: bool) -> Iterable[RenderableType]
         first, count = group[0], len(group)
         times = [event.seconds for event in group if event.seconds is not None]
         where = first.module if count == 1 else f"{count} × {_modules(group)}"
-        table.add_row(
+        add_row(
+            table,
             f"{first.at:.3f} s",
             first.stage,
-            escape(f"{where}  {first.text}" if where else first.text),
+            f"{where}  {first.text}" if where else first.text,
             _duration(sum(times)) if times else "",
         )
     yield table
@@ -245,38 +200,38 @@ def _duration(seconds: float) -> str:
 def ledger(found: Ledger, prefix: str = "") -> RenderableType:
     """The headline, and a table of what was lost or wrong."""
     good = found.healthy
-    parts: list[RenderableType] = [Text(prefix + headline(found), style="bold green" if good else "bold red")]
+    parts: list[RenderableType] = [words(prefix + headline(found), style="bold green" if good else "bold red")]
     if good or found.refused:
         return Group(*parts, *_hints(found, with_message=True))
-    table = _table("modules", *STATIONS, "fate")
+    table = columns_of("modules", *STATIONS, "fate")
     groups: dict[tuple[str, ...], list[str]] = {}
     for row in found.rows:
         groups.setdefault((*(row.stations[s].value for s in STATIONS), row.fate), []).append(row.module)
     for values, modules in groups.items():
         label = f"{len(modules)}: {name_modules(modules)}"
-        table.add_row(escape(label), *(_verdict(value) for value in values))
+        add_row(table, label, *(_verdict(value) for value in values))
     return Group(*parts, table, *_hints(found))
 
 
-def _verdict(value: str) -> Text:
+def _verdict(value: str) -> RichText:
     styles = {"ok": "green", "took effect": "green", "wrong": "bold red", "absent": "bold red", "lost": "bold red"}
-    return Text(value, style=styles.get(value, "yellow"))
+    return words(value, style=styles.get(value, "yellow"))
 
 
 def _hints(found: Ledger, with_message: bool = False) -> Iterable[RenderableType]:
     for diagnostic in diagnose(found):
         if with_message and diagnostic.modules:
-            yield Text(f"  {diagnostic.message}")
-        yield Text(f"  {diagnostic.code} {diagnostic.name}: {diagnostic.hint}", style="cyan")
+            yield words(f"  {diagnostic.message}")
+        yield words(f"  {diagnostic.code} {diagnostic.name}: {diagnostic.hint}", style="cyan")
 
 
 def _said(engine: str, said: Sequence[str], found: Ledger) -> Iterable[RenderableType]:
     if found.healthy or found.refused:
         return
     if not said:
-        yield Text(f"{engine} said nothing: no log line at INFO or above while it loaded the adapter")
+        yield words(f"{engine} said nothing: no log line at INFO or above while it loaded the adapter")
     for line in said[:SHOWN]:
-        yield Text(f"{engine} said: {line}")
+        yield words(f"{engine} said: {line}")
 
 
 def _contribution_cells(trace: Trace) -> dict[Key, tuple[float | None, str]]:
@@ -295,22 +250,24 @@ def _contribution_cells(trace: Trace) -> dict[Key, tuple[float | None, str]]:
 
 
 def _not_recorded(trace: Trace) -> Iterable[RenderableType]:
+    if trace.sharded:
+        yield words(f"{len(trace.workers)} workers hold shards of the layers: their rows are not joined yet")
     for process in trace.workers:
         if process.process.not_recorded:
-            yield Text(f"contributions not recorded: {process.process.not_recorded}", style="bold yellow")
+            yield words(f"contributions not recorded: {process.process.not_recorded}", style="bold yellow")
 
 
 def answers(trace: Trace) -> RenderableType:
     """Each prompt with the base's answer and the adapter's."""
     texts = [prompt.text for prompt in trace.run.spec.prompts] if trace.run else []
-    table = _table("prompt", "base", "with the adapter")
+    table = columns_of("prompt", "base", "with the adapter")
     numbers = {request.id: request.prompt for request in trace.requests}
-    for entry in requests_json(trace.requests):
+    for entry in requests_json(trace):
         number = numbers[entry["id"]]
         prompt = texts[number] if number < len(texts) else f"{len(entry['prompt_ids'])} tokens"
         with_adapter = entry["text"] if entry["adapter"] else "-"
         base = entry["base_text"] if entry["base_text"] is not None else "-"
-        table.add_row(*(escape(" ".join(text.split())) for text in (prompt, base, with_adapter)))
+        add_row(table, *(" ".join(text.split()) for text in (prompt, base, with_adapter)))
     return table
 
 
@@ -321,9 +278,9 @@ def comparison(found: Comparison) -> RenderableType:
         ("reference", "candidate"), (found.reference, found.candidate), found.ledgers, strict=True
     ):
         style = "green" if one.healthy else "bold red"
-        parts.append(Text.assemble((f"{side} ", "bold"), f"{trace.path} ({trace.engine}): ", (headline(one), style)))
-    parts += [Text(f"note: {note}", style="bold yellow") for note in found.notes]
-    parts.append(Text())
+        parts.append(assemble((f"{side} ", "bold"), f"{trace.path} ({trace.engine}): ", (headline(one), style)))
+    parts += [words(f"note: {note}", style="bold yellow") for note in found.notes]
+    parts.append(words(""))
     if found.modules:
         cells = {
             diff.key: (diff.error, f"{diff.error:.1e}" + ("" if diff.status == "ok" else "!"))
@@ -335,43 +292,36 @@ def comparison(found: Comparison) -> RenderableType:
             f"relative error of s·x·A·B, {found.candidate.engine} against {found.reference.engine}, "
             f"{found.rows} rows; tolerance {found.tolerance:.1e} ({found.dtype})"
         )
-        parts += [grid(title, cells), *_measure_notes(found), Text()]
+        parts += [grid(title, cells), *_measure_notes(found), words("")]
     parts += [_tokens(found), _first(found), _sentence(found)]
     return Group(*parts)
 
 
 def _measure_notes(found: Comparison) -> Iterable[RenderableType]:
     if any(not diff.exact for diff in found.modules if diff.error is not None):
-        yield Text("the two engines hold differently rounded B: errors are bounded from below by norms", style="dim")
+        yield words("the two engines hold differently rounded B: errors are bounded from below by norms", style="dim")
 
 
 def _tokens(found: Comparison) -> RenderableType:
     lines = []
     for request in found.requests:
-        one, two = request.output_tokens
-        if not request.same_prompt:
-            lines.append(f"prompt {request.prompt + 1}: not the same prompt tokens")
-        elif request.equal:
-            error = (
-                f", largest difference of a logprob {request.logprob_error:.1e}"
-                if request.logprob_error is not None
-                else ""
-            )
-            lines.append(f"prompt {request.prompt + 1}: all {one} answer tokens the same{error}")
-        else:
-            lines.append(
-                f"prompt {request.prompt + 1}: the answers part at token {request.same_tokens + 1} of {one} and {two}"
-            )
-    return Text("\n".join(lines))
+        one, two = len(request.reference.output_ids), len(request.candidate.output_ids)
+        said = f"all {one} answer tokens the same"
+        if not request.equal:
+            said = f"the answers part at token {request.same_tokens + 1} of {one} and {two}"
+        elif request.logprob_error is not None:
+            said += f", largest difference of a logprob {request.logprob_error:.1e}"
+        lines.append(f"prompt {request.prompt + 1}: {said}")
+    return words("\n".join(lines))
 
 
 def _first(found: Comparison) -> RenderableType:
     if found.first is None:
-        return Text("no row of any module lies beyond the tolerance" if found.rows else "no rows were compared")
+        return words("no row of any module lies beyond the tolerance" if found.rows else "no rows were compared")
     first = found.first
     token = f"answer token {first.token + 1}" if first.token >= 0 else f"prompt token {first.position + 1}"
     where = f"{name_modules([first.key[0]])}, prompt {first.prompt + 1}, {token}"
-    return Text(f"first divergence: {where}: error {first.error:.1e}", style="bold red")
+    return words(f"first divergence: {where}: error {first.error:.1e}", style="bold red")
 
 
 def _sentence(found: Comparison) -> RenderableType:
@@ -383,31 +333,24 @@ def _sentence(found: Comparison) -> RenderableType:
     text = {
         "agree": f"the traces agree on {len(found.modules)} modules{about}",
         "differ": f"the traces differ: {len(bad)} of {len(found.modules)} modules{about}",
-        "undecided": f"undecided: a trace is not complete{about}",
+        "undecided": f"undecided: not everything could be compared{about}",
     }[found.verdict]
-    return Text(text, style="bold green" if found.verdict == "agree" else "bold red")
+    return words(text, style="bold green" if found.verdict == "agree" else "bold red")
 
 
 def rule(found: Rule) -> RenderableType:
     """The page of a rule."""
-    head = Text.assemble((f"{found.code} {found.name}", "bold"), f"  {found.severity}, station {found.station}")
-    return Group(head, Text(), Text(found.page), Text(), Text(f"hint: {found.hint}", style="cyan"))
+    head = assemble((f"{found.code} {found.name}", "bold"), f"  {found.severity}, station {found.station}")
+    return Group(head, words(""), words(found.page), words(""), words(f"hint: {found.hint}", style="cyan"))
 
 
 def rules(found: Sequence[Rule]) -> RenderableType:
     """All rules, a line each."""
-    table = _table("code", "name", "station", "severity", "says")
+    table = columns_of("code", "name", "station", "severity", "says")
     for one in found:
-        table.add_row(one.code, one.name, one.station, one.severity, one.page.partition("\n")[0])
+        add_row(table, one.code, one.name, one.station, one.severity, one.page.partition("\n")[0])
     return table
 
 
 def versions(found: Mapping[str, str]) -> RenderableType:
-    return Text("\n".join(f"{name} {number}" for name, number in found.items()))
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    return table
+    return words("\n".join(f"{name} {number}" for name, number in found.items()))

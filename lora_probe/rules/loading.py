@@ -82,15 +82,17 @@ def no_lora_layer(engine: str, why: str) -> str:
     "not-taken",
     "read",
     "absent",
-    hint="the engine's loader skipped the tensor: report it with this trace",
+    hint="the loader skipped the tensor: compare its name with those that PEFT's save_pretrained writes",
 )
-def not_taken(engine: str) -> str:
+def not_taken(engine: str, why: str) -> str:
     """The module exists, and still the engine's loader did not take the pair.
 
-    Why it matters: model classes may skip names (`lora_skip_prefixes` in vLLM), and loaders drop what they do not
-    know. Nothing is logged.
+    Why it matters: model classes may skip names (`lora_skip_prefixes` in vLLM), PEFT 0.21 drops names that do not
+    begin with `base_model.model.` (vLLM takes them), and neither logs anything.
+
+    Mend: save the adapter with PEFT's `save_pretrained`, or rename its keys.
     """
-    return f"{engine}'s loader did not take it, though the module exists"
+    return f"{engine}'s loader did not take it: {why}"
 
 
 @rule(

@@ -28,6 +28,9 @@ def rank_differs(pair: AdapterModule, config: AdapterConfig) -> str | None:
     Mend: put the rank of the tensors into the config. References: huggingface/peft#1746.
     """
     rank = pair.rank
+    if pair.parameter != "weight":
+        # Fused experts keep the ranks of all experts in one matrix.
+        return None
     if pair.a is None or pair.b is None or rank is None or rank == pair.config_rank:
         return None
     alpha = pair.scaling * (pair.config_rank**0.5 if config.rslora else pair.config_rank)

@@ -24,15 +24,15 @@ def register() -> None:
     folder = os.environ.get(TRACE)
     if not folder:
         return
-    from lora_probe.errors import ProbeError
-
     try:
         from lora_probe_vllm.patching import arm
 
         arm()
-    except (ProbeError, OSError) as error:
-        logging.getLogger("vllm.lora_probe").error("lora-probe is not armed: %s", error)
-        _write_down(folder, str(error))
+    # Whatever it is: a server must not fail to start because somebody wanted to look at it.
+    except Exception as error:
+        why = str(error) or repr(error)
+        logging.getLogger("vllm.lora_probe").error("lora-probe is not armed: %s", why)
+        _write_down(folder, why)
 
 
 def _write_down(folder: str, why: str) -> None:

@@ -8,6 +8,7 @@ the contribution is added, and the shrink of every slice. It calls vLLM's own sh
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 
 from lora_probe.adapter import Key
-from lora_probe.tracefile import DECODE, PREFILL, Floats, Level, Rows
+from lora_probe.tracefile import Floats, Level, Rows
 from lora_probe_vllm.seams import Patches, StepRows, token_slots
 
 
@@ -32,6 +33,7 @@ class Step:
     """One forward pass while it runs. Tensors are `[rows, ...]` and cut off the padding."""
 
     rows: StepRows
+    phases: list[int]
     sampled: list[int]
     mixed: bool
     slots: Any = None
@@ -64,21 +66,24 @@ class StandIn:
         **kwargs: Any,
     ) -> Any:
         """`y += s·(x·Aᵀ)·Bᵀ` by vLLM's kernels. `y: [tokens, out of all slices]`, `x: [tokens, in]`."""
-        step = self._capture.step
+        capture = self._capture
+        step = capture.step
         if step is None or kwargs.get("buffer") is not None:
             return self._real.add_lora_linear(y, x, lora_a_stacked, lora_b_stacked, scale, output_slices, **kwargs)
         count = len(step.rows)
         rank = lora_b_stacked[0].size(-1)
         # What the kernels themselves would make: one float32 buffer, contiguous, a slice after the other.
         shrink = torch.zeros((len(output_slices), x.size(0), rank), dtype=torch.float32, device=x.device)
-        self._before(step, y, x, output_slices, count)
+        with capture.guard("a layer's input"):
+            self._before(step, y, x, output_slices, count)
         self._real.add_shrink(shrink, x, lora_a_stacked, scale)
         add_inputs = kwargs.get("add_inputs", True)
-        if self._capture.wants_delta(step):
+        if capture.wants_delta(step):
             delta = torch.zeros_like(y)
             self._real.add_expand(delta, shrink, lora_b_stacked, output_slices, add_inputs=True)
             y.add_(delta) if add_inputs else y.copy_(delta)
-            self._with_delta(step, delta, x, output_slices, count)
+            with capture.guard("a layer's contribution"):
+                self._with_delta(step, delta, x, output_slices, count)
         else:
             self._real.add_expand(y, shrink, lora_b_stacked, output_slices, add_inputs=add_inputs)
         for column in self._columns:
@@ -120,9 +125,11 @@ def _norm(rows: torch.Tensor) -> torch.Tensor:
 class Capture:
     """Stand-ins and hooks on the touched layers, from `watch` until `close`; at most one step is open."""
 
-    def __init__(self, keep: Level) -> None:
-        self.keep = keep
+    def __init__(self, keep: Level, guard: Callable[[str], AbstractContextManager[None]]) -> None:
+        self.keep, self.guard = keep, guard
         self.step: Step | None = None
+        self.bypassed: set[Key] = set()
+        """Columns whose layer ran without calling the stand-in: it applies LoRA by a path that is not seen here."""
         self.columns: dict[Key, Column] = {}
         self._patches = Patches()
         self._watched: dict[int, list[Column]] = {}
@@ -145,7 +152,7 @@ class Capture:
     def close(self) -> None:
         """Take out every stand-in and hook."""
         self._patches.close()
-        self.columns, self._watched, self.step = {}, {}, None
+        self.columns, self._watched, self.step, self.bypassed = {}, {}, None, set()
 
     def wants_delta(self, step: Step) -> bool:
         """Whether this step's contribution is captured in a buffer of its own before it is added."""
@@ -155,34 +162,29 @@ class Capture:
         def hook(layer: Any, args: Any, output: Any) -> None:
             if self.step is None:
                 return
-            fused = output[0] if isinstance(output, tuple) else output
-            count = len(self.step.rows)
-            parts = fused.flatten(0, -2)[:count].split(list(layer.output_slices), dim=-1)
-            if len(parts) == 1 or sum(layer.output_slices) == fused.shape[-1]:
-                for column in columns:
-                    self.step.output_norm[column.key] = _norm(parts[column.slice])
+            with self.guard("a layer's output"):
+                self.bypassed.update(column.key for column in columns if column.key not in self.step.shrink)
+                fused = output[0] if isinstance(output, tuple) else output
+                slices = list(layer.output_slices)
+                if sum(slices) == fused.shape[-1]:
+                    parts = fused.flatten(0, -2)[: len(self.step.rows)].split(slices, dim=-1)
+                    for column in columns:
+                        self.step.output_norm[column.key] = _norm(parts[column.slice])
 
         return hook
 
-    def rows(
-        self, step: Step, loads: list[int], grams: dict[int, Any], placed: tuple[str, ...], stacked: Stacked
-    ) -> Rows:
-        """The step's rows for the trace. `loads: [rows]`; `grams` by slot, `[modules, r, r]`."""
+    def rows(self, step: Step, loads: list[int], gram: Any, placed: tuple[str, ...], stacked: Stacked) -> Rows:
+        """The step's rows for the trace. `loads: [rows]`; `gram: [modules, r, r]`, None where it is not one load's."""
         keys = tuple(self.columns)
-        phases = [
-            PREFILL if at < end else DECODE
-            for at, end in zip(step.rows.positions, step.rows.prompt_lengths, strict=True)
-        ]
         requests = tuple(dict.fromkeys(step.rows.requests))
         numbers = {request: number for number, request in enumerate(requests)}
         wanted = self.keep in ("shrink", "tensors")
-        gram = next(iter(grams.values())) if grams else None
         return Rows(
             modules=keys,
             requests=requests,
             request=np.array([numbers[request] for request in step.rows.requests], np.int32),
             position=np.array(step.rows.positions, np.int32),
-            phase=np.array(phases, np.int8),
+            phase=np.array(step.phases, np.int8),
             load=np.array(loads, np.int32),
             x_norm=self._column(step.x_norm, len(loads)),
             base_norm=self._column(step.base_norm, len(loads)),

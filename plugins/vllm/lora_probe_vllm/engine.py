@@ -31,9 +31,6 @@ MAX_MODEL_LEN = 4096
 class VllmEngine:
     """Entry point `vllm` of the group `lora_probe.engines`."""
 
-    def __init__(self) -> None:
-        import vllm  # noqa: F401  a missing vLLM must be said before a run is prepared
-
     def record(self, spec: RunSpec, folder: Path) -> None:
         """See `lora_probe.engines.Engine.record`."""
         for name, value in ENVIRONMENT.items():
@@ -49,8 +46,7 @@ class VllmEngine:
             versions={"vllm": vllm_version()},
             keep=spec.keep,
             settings={key: value for key, value in arguments.items() if _is_plain(value)},
-            changed=["enforce_eager", "enable_prefix_caching=False", "one request at a time"]
-            + [f"{name}={os.environ[name]}" for name in ENVIRONMENT],
+            changed=_changed(arguments),
         )
         with TraceWriter(folder / "client", process) as writer:
             writer.event("engine", f"starting vLLM {vllm_version()}")
@@ -59,6 +55,12 @@ class VllmEngine:
             writer.event("engine", "the engine is up", seconds=round(time.perf_counter() - started, 3))
             require_probe(folder)
             ask(llm, spec, writer)
+
+
+def _changed(arguments: dict[str, Any]) -> list[str]:
+    """What a person should know of the engine that `trace` starts: it is not quite their server's."""
+    settings = [f"{name}={arguments.get(name)}" for name in ("enforce_eager", "enable_prefix_caching", "max_model_len")]
+    return [*settings, "one request at a time", *(f"{name}={os.environ[name]}" for name in ENVIRONMENT)]
 
 
 def engine_arguments(spec: RunSpec) -> dict[str, Any]:
@@ -110,7 +112,8 @@ def parse_flags(flags: list[str]) -> dict[str, Any]:
     plain = vars(parser.parse_args([]))
     parsed = vars(parser.parse_args(flags))
     fields = EngineArgs.__dataclass_fields__
-    named = {flag.partition("=")[0].lstrip("-").replace("-", "_") for flag in flags if flag.startswith("--")}
+    words = [flag.partition("=")[0].lstrip("-").replace("-", "_") for flag in flags if flag.startswith("--")]
+    named = {word.removeprefix("no_") for word in words} | set(words)
     return {key: value for key, value in parsed.items() if key in fields and (key in named or value != plain[key])}
 
 
@@ -131,10 +134,13 @@ def _start(arguments: dict[str, Any]) -> Any:
 
 
 def _root_cause(error: BaseException) -> str:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 400 else text[:397] + "..."
+    """The engine's own words: the outermost exception's, and the innermost's where that says something else."""
+    inner = error
+    while inner.__cause__ is not None:
+        inner = inner.__cause__
+    texts = [" ".join(str(one).split()) or type(one).__name__ for one in (error, inner)]
+    text = texts[0] if texts[1] in texts[0] else f"{texts[0][:300]} ({texts[1]})"
+    return text if len(text) <= 500 else text[:497] + "..."
 
 
 def require_probe(folder: Path) -> None:

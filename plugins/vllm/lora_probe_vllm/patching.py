@@ -79,8 +79,9 @@ def install(folder: Path, keep: Level) -> Patches:
             original(self, *args, **kwargs)
             try:
                 probes[id(self)] = Probe(self, folder, keep)
-            except OSError as error:
-                logging.getLogger("vllm.lora_probe").error("lora-probe cannot record into %s: %s", folder, error)
+            # Whatever it is, the engine must not pay for it; `trace` will say that no worker carries the probe.
+            except Exception as error:
+                logging.getLogger("vllm.lora_probe").error("lora-probe cannot record into %s: %r", folder, error)
 
         return __init__
 
@@ -97,7 +98,6 @@ def _begin(probes: dict[int, Probe]) -> Callable[..., str]:
     def lora_probe_begin(self: Any, folder: str, keep: Level) -> str:
         """RPC: close the recording that is open and begin another one in `folder`."""
         probe = probes[id(self)]
-        probe.broken = False
         probe.open(Path(folder), keep)
         return f"vllm-rank-{probe.rank}"
 
@@ -180,9 +180,9 @@ def _patch_loading(patches: Patches, probe_of_manager: Find) -> None:
                         probe.refused(active, error, "reading the adapter")
                 raise
             if active is not None:
-                probe.loads[int(lora_request.lora_int_id)] = active
+                seconds = round(time.perf_counter() - started, 6)
                 with probe.guard("what the loader took"):
-                    probe.was_read(active, lora, round(time.perf_counter() - started, 6))
+                    probe.was_read(int(lora_request.lora_int_id), active, lora, seconds)
             return lora
 
         return wrapper

@@ -29,6 +29,7 @@ NAMES = {
     "layer_weights": ("vllm.lora.lora_weights", "LoRALayerWeights"),
     "linear_layer": ("vllm.lora.layers.base_linear", "BaseLinearLayerWithLoRA"),
     "parse_name": ("vllm.lora.utils", "parse_fine_tuned_lora_name"),
+    "adapter_path": ("vllm.lora.utils", "get_adapter_absolute_path"),
 }
 
 METHODS = {
@@ -166,9 +167,11 @@ def why_not_recordable(vllm_config: Any, runner: Any) -> str | None:
     if not isinstance(runner, seams.runner):
         return f"nobody has verified the probe on the model runner {type(runner).__module__} yet"
     compilation = vllm_config.compilation_config
-    mode = getattr(compilation.mode, "name", str(compilation.mode))
-    if not vllm_config.model_config.enforce_eager and mode not in ("NONE", "None", "0"):
-        return f"the engine compiles its model (mode {mode}); start it with --enforce-eager"
+    for name, what in (("mode", "compiles its model"), ("cudagraph_mode", "replays captured graphs")):
+        value = getattr(compilation, name, None)
+        mode = getattr(value, "name", str(value))
+        if not vllm_config.model_config.enforce_eager and mode not in ("NONE", "None", "0"):
+            return f"the engine {what} ({name} {mode}); start it with --enforce-eager"
     return None
 
 
@@ -203,6 +206,11 @@ def rename_mapper(model: Any) -> Any:
     if mapper is not None and hasattr(mapper, "get_rename_mapper"):
         mapper = mapper.get_rename_mapper()
     return mapper
+
+
+def is_missing(module: Any) -> bool:
+    """Whether a module stands for one that another pipeline rank holds."""
+    return type(module).__name__ == "PPMissingLayer"
 
 
 def token_slots(punica: Any, rows: int) -> Any:

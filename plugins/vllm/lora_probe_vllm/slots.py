@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from lora_probe.adapter import Adapter, AdapterModule, Key
+from lora_probe.adapter import Adapter, AdapterModule
+from lora_probe.expected import Shapes
 from lora_probe.ledger import OK, Finding
 from lora_probe.rules.loading import not_measured, placed_differs, placed_empty
 from lora_probe.tracefile import Floats
-from lora_probe_vllm.seams import rename_mapper, seams
+from lora_probe_vllm.seams import is_missing, rename_mapper, seams
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Home:
 
     @property
     def recordable(self) -> bool:
-        """Whether the stand-in understands the layer: LoRA linears do, embeddings, heads and experts not yet."""
+        """Whether the stand-in understands the layer: linears yes, embeddings, heads and experts not yet."""
         return isinstance(self.layer, seams.linear_layer)
 
 
@@ -50,11 +51,42 @@ class Homes:
             for index, part in enumerate(parts):
                 self.wrapped[part] = Home(name, layer, index, len(parts))
         self.known = set(self.wrapped)
-        for name, _ in manager.model.named_modules():
+        self.elsewhere: list[str] = []
+        for name, module in manager.model.named_modules():
+            if is_missing(module):
+                self.elsewhere.append(name)
+                continue
             parent, _, last = name.rpartition(".")
             self.known.add(name)
             for part in manager.packed_modules_mapping.get(last, ()):
                 self.known.add(f"{parent}.{part}" if parent else part)
+
+    def on_another_rank(self, name: str) -> bool:
+        """Whether a module belongs to a layer that another pipeline rank holds."""
+        return any(name == missing or name.startswith(f"{missing}.") for missing in self.elsewhere)
+
+    def of_base(self, shapes: Shapes) -> dict[str, str]:
+        """For each module of the base's files that this engine has: its name there, and in the engine.
+
+        Files may lack a prefix that the model's class adds (`h.0.attn` for `transformer.h.0.attn`); a unique end is
+        as good as the name.
+        """
+        ends: dict[str, list[str]] = {}
+        for name in self.known:
+            parts = name.split(".")
+            for begin in range(1, len(parts)):
+                ends.setdefault(".".join(parts[begin:]), []).append(name)
+        found = {}
+        for name in shapes:
+            mapped = self.mapper._map_name(name) if self.mapper is not None else name
+            if mapped is None:
+                continue
+            candidates = ends.get(mapped, [])
+            if mapped in self.known or self.on_another_rank(mapped):
+                found[name] = mapped
+            elif len(candidates) == 1:
+                found[name] = candidates[0]
+        return found
 
     def engine_name(self, pair: AdapterModule) -> str | None:
         """The pair's name after vLLM's own renaming; None where vLLM cannot parse it."""
@@ -112,17 +144,16 @@ def slot_values(home: Home, slot: int) -> tuple[torch.Tensor, torch.Tensor] | No
     return stacked_a[home.slice][slot, 0].cpu(), stacked_b[home.slice][slot, 0].cpu()  # type: ignore[index]
 
 
-def judge(adapter: Adapter, pair: AdapterModule, home: Home, slot: int, moment: str) -> Finding:
-    """`placed`: the slot against a replay of the file, padding included."""
+def judge(wanted: Placement | None, home: Home, slot: int, moment: str) -> Finding:
+    """`placed`: the slot against a replay of the file (None: half a pair), padding included."""
     held = slot_values(home, slot)
     if held is None:
         return not_measured(f"the slots of {type(home.layer).__name__} are not read yet")
-    if not held[0].any() or not held[1].any():
+    a, b = wanted.replayed(held[0].dtype) if wanted is not None else (None, None)
+    if not (held[0].any() and held[1].any()) and (a is None or b is None or (a.any() and b.any())):
         return placed_empty(moment)
-    wanted = placement(adapter, pair, home)
-    if wanted is None:
+    if a is None or b is None:
         return placed_differs("its slot", float("inf"), moment)
-    a, b = wanted.replayed(held[0].dtype)
     for half, tensor, slot_tensor in (("lora_A", a, held[0]), ("s·lora_B", b, held[1])):
         if tensor.shape[0] > slot_tensor.shape[0] or tensor.shape[1] > slot_tensor.shape[1]:
             return placed_differs(half, float("inf"), moment)
@@ -132,13 +163,3 @@ def judge(adapter: Adapter, pair: AdapterModule, home: Home, slot: int, moment: 
             error = (padded.float() - slot_tensor.float()).norm() / padded.float().norm().clamp(min=1e-30)
             return placed_differs(half, float(error), moment)
     return OK
-
-
-def engine_names(pairs: dict[Key, AdapterModule], homes: Homes) -> dict[Key, str]:
-    """`engine_as` for every pair that has a layer."""
-    found = {}
-    for key, pair in pairs.items():
-        name = homes.engine_name(pair)
-        if name in homes.wrapped:
-            found[key] = homes.wrapped[name].engine_as
-    return found

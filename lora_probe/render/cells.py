@@ -1,0 +1,87 @@
+"""The pieces that the terminal's pages are made of: words, rows, and the table of layers by projections.
+
+In: strings out of files that nobody vouches for, and numbers. Out: rich renderables without markup or control
+characters of the files' own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text as RichText
+
+from lora_probe.adapter import Key, layer_of, natural, projection_of
+
+HEAT = ("", "rgb(120,170,255)", "rgb(120,220,170)", "rgb(240,210,90)", "rgb(255,140,90)", "bold rgb(255,90,90)")
+CONTROL = dict.fromkeys((*range(9), *range(11, 32), *range(127, 160)), "�")
+"""Control characters of names in files that nobody vouches for: shown as what they are not."""
+
+
+def words(content: object, style: str = "") -> RichText:
+    """Words as they are: no markup, no control characters."""
+    return RichText(str(content).translate(CONTROL), style=style)
+
+
+def assemble(*parts: str | tuple[str, str]) -> RichText:
+    """Words of several styles in one line."""
+    whole = RichText()
+    for part in parts:
+        whole.append_text(words(part) if isinstance(part, str) else words(*part))
+    return whole
+
+
+def columns_of(*columns: str) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for column in columns:
+        table.add_column(words(column), overflow="fold")
+    return table
+
+
+def add_row(table: Table, *cells: object) -> None:
+    """A row of words; what is styled already stays so."""
+    table.add_row(*(cell if isinstance(cell, RichText) else words(cell) for cell in cells))
+
+
+def grid(title: str, cells: Mapping[Key, tuple[float | None, str]]) -> RenderableType:
+    """A table of layers by projections. A cell is a number for the colour and the text that is read."""
+    columns = sorted({_column(key) for key in cells}, key=natural)
+    table = columns_of("layer", *columns)
+    rows: dict[tuple[str, str], dict[str, tuple[float | None, str]]] = {}
+    for key, cell in cells.items():
+        layer = layer_of(key[0])
+        home = (str(layer), "") if layer is not None else ("-", key[0])
+        rows.setdefault(home, {})[_column(key)] = cell
+    numbers = [value for value, _ in cells.values() if value is not None and np.isfinite(value)]
+    shade = _shader(numbers)
+    for home in sorted(rows, key=lambda home: natural(home[0])):
+        row = rows[home]
+        add_row(table, home[1] or home[0], *(_cell(row.get(column), shade) for column in columns))
+    return Group(words(title, style="bold"), table)
+
+
+def _column(key: Key) -> str:
+    module, parameter, expert = key
+    name = projection_of(module) if parameter == "weight" else f"{projection_of(module)}.{parameter}"
+    return name if expert is None else f"{name}[{expert}]"
+
+
+def _cell(cell: tuple[float | None, str] | None, shade: Callable[[float], str]) -> RichText:
+    if cell is None:
+        return words("-", style="dim")
+    value, text = cell
+    return words(text, style="bold red" if value is None else shade(value))
+
+
+def _shader(numbers: Sequence[float]) -> Callable[[float], str]:
+    """A colour by where a value lies between the smallest and the largest."""
+    low, high = (min(numbers), max(numbers)) if numbers else (0.0, 0.0)
+
+    def shade(value: float) -> str:
+        if not high > low:
+            return ""
+        return HEAT[1 + min(4, int(5 * (value - low) / (high - low)))]
+
+    return shade
