@@ -6,14 +6,14 @@ characters of the files' own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text as RichText
 
-from lora_probe.adapter import Key, layer_of, natural, projection_of
+from lora_probe.adapter import LAYER, Key, layer_of, natural
 
 HEAT = ("", "rgb(120,170,255)", "rgb(120,220,170)", "rgb(240,210,90)", "rgb(255,140,90)", "bold rgb(255,90,90)")
 CONTROL = dict.fromkeys((*range(9), *range(11, 32), *range(127, 160)), "�")
@@ -47,25 +47,47 @@ def add_row(table: Table, *cells: object) -> None:
 
 def grid(title: str, cells: Mapping[Key, tuple[float | None, str]]) -> RenderableType:
     """A table of layers by projections. A cell is a number for the colour and the text that is read."""
-    columns = sorted({_column(key) for key in cells}, key=natural)
+    labels = _labels(cells)
+    columns = sorted(set(labels.values()), key=natural)
     table = columns_of("layer", *columns)
-    rows: dict[tuple[str, str], dict[str, tuple[float | None, str]]] = {}
+    rows: dict[str, dict[str, tuple[float | None, str]]] = {}
     for key, cell in cells.items():
         layer = layer_of(key[0])
-        home = (str(layer), "") if layer is not None else ("-", key[0])
-        rows.setdefault(home, {})[_column(key)] = cell
+        rows.setdefault("-" if layer is None else str(layer), {})[labels[key]] = cell
     numbers = [value for value, _ in cells.values() if value is not None and np.isfinite(value)]
     shade = _shader(numbers)
-    for home in sorted(rows, key=lambda home: natural(home[0])):
-        row = rows[home]
-        add_row(table, home[1] or home[0], *(_cell(row.get(column), shade) for column in columns))
+    for name in sorted(rows, key=natural):
+        add_row(table, name, *(_cell(rows[name].get(column), shade) for column in columns))
     return Group(words(title, style="bold"), table)
 
 
-def _column(key: Key) -> str:
+def _labels(keys: Iterable[Key]) -> dict[Key, str]:
+    """The column of each module: its projection, or as much of its path as tells it from others of its layer."""
+    stems = {key: _stem(key) for key in keys}
+    labels: dict[str, str] = {}
+    for shorten in (_projection, _in_layer, str):
+        taken: dict[str, set[str]] = {}
+        for stem in set(stems.values()) - labels.keys():
+            taken.setdefault(shorten(stem), set()).add(stem)
+        labels |= {min(stems_of): label for label, stems_of in taken.items() if len(stems_of) == 1}
+    return {key: labels[stem] for key, stem in stems.items()}
+
+
+def _stem(key: Key) -> str:
+    """The path with `*` for the layer's number, and what tells parameters and experts of a module apart."""
     module, parameter, expert = key
-    name = projection_of(module) if parameter == "weight" else f"{projection_of(module)}.{parameter}"
-    return name if expert is None else f"{name}[{expert}]"
+    match = LAYER.search(module)
+    path = f"{module[: match.start(1)]}*{module[match.end(1) :]}" if match else module
+    path += "" if parameter == "weight" else f".{parameter}"
+    return path if expert is None else f"{path}[{expert}]"
+
+
+def _projection(stem: str) -> str:
+    return stem.rpartition(".")[2]
+
+
+def _in_layer(stem: str) -> str:
+    return stem.rpartition("*.")[2]
 
 
 def _cell(cell: tuple[float | None, str] | None, shade: Callable[[float], str]) -> RichText:

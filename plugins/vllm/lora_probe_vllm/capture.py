@@ -225,14 +225,13 @@ def stack(step: Step, keys: tuple[Key, ...], grams: dict[int, Any]) -> Stacked:
 
     Rows without an adapter take what the kernel wrote (`step.delta`): for them it must be zero.
     """
-    missing = [key for key in keys if key not in step.shrink]
-    present = [key for key in keys if key in step.shrink]
+    present = [(number, key) for number, key in enumerate(keys) if key in step.shrink]
     count = len(step.rows)
     norms = np.full((count, len(keys)), np.nan, np.float32)
     if not present:
         return Stacked(np.zeros((count, len(keys), 0), np.float32), norms)
-    shrink = torch.stack([step.shrink[key] for key in present])
-    where = [keys.index(key) for key in present]
+    shrink = torch.stack([step.shrink[key] for _, key in present])
+    where = [number for number, _ in present]
     slots = step.slots
     total = torch.zeros(shrink.shape[:2], dtype=torch.float32, device=shrink.device)
     for slot, gram in grams.items():
@@ -242,11 +241,9 @@ def stack(step: Step, keys: tuple[Key, ...], grams: dict[int, Any]) -> Stacked:
     found = total.sqrt_()
     if step.mixed:
         plain = torch.tensor([number == 0 for number in step.rows.lora], device=found.device)
-        written = torch.stack([step.delta[key] for key in present])
+        written = torch.stack([step.delta[key] for _, key in present])
         found = torch.where(plain, written, found)
     norms[:, where] = found.T.cpu().numpy()
-    wide = np.zeros((count, len(keys), shrink.shape[-1]), np.float32)
+    wide = np.full((count, len(keys), shrink.shape[-1]), np.nan, np.float32)
     wide[:, where] = shrink.transpose(0, 1).cpu().numpy()
-    if missing:
-        wide[:, [keys.index(key) for key in missing]] = np.nan
     return Stacked(wide, norms)

@@ -66,13 +66,17 @@ def install(folder: Path, keep: Level) -> Patches:
     patches = Patches()
     probes: dict[int, Probe] = {}
 
+    def recording() -> Probe | None:
+        """The probe that records; a process has one worker, unless a script starts one engine after the other."""
+        return next((p for p in probes.values() if p.recording), None)
+
     def probe_of(runner: Any) -> Probe | None:
         return next((p for p in probes.values() if getattr(p.worker, "model_runner", None) is runner), None)
 
     def probe_of_manager(manager: Any) -> Probe | None:
         owner = [p for p in probes.values() if p.homes is not None and p.homes.manager is manager]
-        # While the manager is being made nobody knows it yet; a process has one worker.
-        return owner[0] if owner else next(iter(probes.values()), None)
+        # While the manager is being made nobody knows it yet.
+        return owner[0] if owner else recording()
 
     def worker_init(original: Callable[..., None]) -> Callable[..., None]:
         def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -90,7 +94,7 @@ def install(folder: Path, keep: Level) -> Patches:
     patches.add(seams.worker, "lora_probe_finish", _finish(probes))
     _patch_model(patches, probe_of, probe_of_manager)
     _patch_loading(patches, probe_of_manager)
-    _patch_packing(patches, lambda: next(iter(probes.values()), None))
+    _patch_packing(patches, recording)
     return patches
 
 
@@ -249,7 +253,7 @@ def _patch_packing(patches: Patches, current: Callable[[], Probe | None]) -> Non
             started = time.perf_counter()
             packed = original(cls, loras, *args, **kwargs)
             probe = current()
-            if probe is not None and probe.recording and probe.loads:
+            if probe is not None and probe.loads:
                 names = [lora.module_name.rpartition(".")[2] for lora in loras if lora is not None]
                 with probe.guard("packing"):
                     probe.writer.event(
@@ -269,7 +273,7 @@ def _patch_packing(patches: Patches, current: Callable[[], Probe | None]) -> Non
             result = original(self, *args, **kwargs)
             probe = current()
             folded = scaling != self.scaling
-            if folded and probe is not None and probe.recording and probe.loads:
+            if folded and probe is not None and probe.loads:
                 with probe.guard("folding"):
                     probe.writer.event(
                         "fold",
