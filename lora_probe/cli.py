@@ -162,6 +162,7 @@ def _trace(options: argparse.Namespace) -> int:
             prompts=prompts,
             chat=options.chat,
             max_tokens=options.max_tokens,
+            follow=options.follow,
             keep=options.keep,
             out=options.output,
             force=options.force,

@@ -100,6 +100,9 @@ def _add_trace(commands: Any) -> None:
     parser.add_argument("--chat", action="store_true", help="put each prompt through the tokenizer's chat template")
     parser.add_argument("--max-tokens", type=int, default=32, metavar="N", help="length of an answer; default: 32")
     parser.add_argument(
+        "--follow", metavar="REF.lptrace", help="see the tokens of another trace: its prompts and its answers"
+    )
+    parser.add_argument(
         "--keep",
         choices=("events", "norms", "shrink", "tensors"),
         default="shrink",

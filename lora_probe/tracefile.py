@@ -41,7 +41,8 @@ class Prompt(msgspec.Struct, frozen=True):
 
 
 class RunSpec(msgspec.Struct, frozen=True):
-    """What to run. `options` are engine options by vLLM's names; `continuation` forces the ids after each prompt."""
+    """What to run. `options` are engine options by vLLM's names. `continuation` forces the first ids of each answer;
+    `max_tokens` counts those after them."""
 
     engine: str
     adapter: str

@@ -138,7 +138,8 @@ class SharedEngine:
         number = next(self.numbers)
         keep = spec.pop("keep", "shrink")
         asked = [Prompt(text) for text in spec.pop("prompts", PROMPTS)]
-        run = RunSpec("vllm", str(adapter), adapter.name, str(self.model), asked, spec.pop("max_tokens", 6), keep)
+        settings = {"max_tokens": 6, "keep": keep} | spec
+        run = RunSpec("vllm", str(adapter), adapter.name, str(self.model), asked, **settings)
         folder.mkdir(parents=True)
         write_json(folder / "run.json", Run(SCHEMA, "2026-01-01T00:00:00+00:00", run, versions()))
         process = Process(SCHEMA, "client", "vllm", 0, os.getpid(), {})

@@ -164,6 +164,8 @@ def bad_inputs(adapter: Path, llama: Path, tmp_path: Path) -> dict[str, tuple[li
         "no tokens": ([*trace, adapter, "--max-tokens", "0"], "--max-tokens"),
         "flags for peft": ([*trace, adapter, "--", "--seed", "1"], "flags after `--` are vLLM's"),
         "flags for show": (["show", tmp_path, "--", "--seed"], "only `trace` takes engine flags"),
+        "two sources of prompts": ([*trace, adapter, "--follow", tmp_path, "--prompt", "x"], "takes its prompts from"),
+        "nothing to follow": ([*trace, adapter, "--follow", tmp_path / "lost"], "lost"),
         "unknown level": ([*trace, adapter, "--keep", "all"], "shrink"),
         "no trace": (["show", tmp_path / "none"], "none"),
         "not a trace": (["show", tmp_path / "not-a-trace"], "is not a trace"),

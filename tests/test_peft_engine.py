@@ -125,9 +125,16 @@ def test_chat_prompts_go_through_the_template(adapter: Path, llama: Path, tmp_pa
     assert len(trace.requests[0].prompt_ids) == len("<user>hi<reply>")
 
 
-def test_a_forced_continuation_is_part_of_the_prompt(adapter: Path, llama: Path, tmp_path: Path) -> None:
-    trace = record_peft(adapter, llama, tmp_path / "run", prompts=("hi",), continuation=[[70, 71, 72]])
-    assert trace.requests[0].prompt_ids[-3:] == [70, 71, 72]
+def test_a_forced_continuation_begins_the_answer(adapter: Path, llama: Path, tmp_path: Path) -> None:
+    free = record_peft(adapter, llama, tmp_path / "free", prompts=("hi",))
+    answer = free.requests[1].output_ids
+    same = record_peft(adapter, llama, tmp_path / "same", prompts=("hi",), continuation=[answer[:-1]], max_tokens=1)
+    assert same.requests[1].output_ids == answer
+    np.testing.assert_allclose(same.requests[1].logprobs, free.requests[1].logprobs, atol=1e-5)
+    assert compare(free, same).verdict == "agree"
+    other = record_peft(adapter, llama, tmp_path / "other", prompts=("hi",), continuation=[[70, 71, 72]])
+    assert other.requests[1].output_ids[:3] == [70, 71, 72]
+    assert len(other.requests[1].output_ids) == len(other.requests[1].logprobs) == 3 + 6
 
 
 def test_what_it_cannot_run(adapter: Path, llama: Path, tmp_path: Path) -> None:

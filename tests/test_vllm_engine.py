@@ -45,6 +45,17 @@ def test_a_healthy_adapter_takes_effect_and_agrees_with_peft(
     assert with_adapter != base
 
 
+def test_a_run_that_follows_another_sees_its_tokens(
+    engine: SharedEngine, adapter: Path, llama: Path, tmp_path: Path
+) -> None:
+    mine = record_peft(adapter, llama, tmp_path / "peft")
+    given = [request.output_ids[:-1] for request in mine.requests if request.adapter]
+    theirs = engine.record(adapter, tmp_path / "vllm", max_tokens=1, continuation=given)
+    found = compare(mine, theirs)
+    assert found.verdict == "agree"
+    assert found.rows == len(mine.rows)
+
+
 def test_rows_are_those_of_the_requests(engine: SharedEngine, adapter: Path, tmp_path: Path) -> None:
     trace = engine.record(adapter, tmp_path / "run", max_tokens=4)
     rows = trace.rows

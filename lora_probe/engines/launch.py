@@ -64,6 +64,7 @@ def trace(
     prompts: Sequence[str] = (),
     chat: bool = False,
     max_tokens: int = 32,
+    follow: str | Path | None = None,
     keep: str = "shrink",
     out: str | Path | None = None,
     force: bool = False,
@@ -72,6 +73,9 @@ def trace(
     progress: Callable[[Progress], None] = lambda _: None,
 ) -> Trace:
     """Run `adapter` in `engine` and record it.
+
+    With `follow` the run sees the tokens of another trace: its prompts, and its answers token by token, so that two
+    runs can be compared to the end although their own answers would part (bfloat16).
 
     Raises:
         ProbeError: bad input, or an existing `out` without `force`.
@@ -84,6 +88,9 @@ def trace(
         raise ProbeError(f"there is no level `{keep}`", f"levels: {', '.join(LEVELS)}")
     if max_tokens < 1:
         raise ProbeError(f"--max-tokens is {max_tokens}; an answer has at least one token")
+    if follow is not None and (prompts or chat):
+        raise ProbeError("a run that follows a trace takes its prompts from there", "leave out the prompts and --chat")
+    asked, continuation = _tokens_of(follow) if follow is not None else ([Prompt(p) for p in prompts or BUILT_IN], None)
     require(engine)
     folder = _folder(checkpoint, engine, out, force)
     spec = RunSpec(
@@ -91,12 +98,13 @@ def trace(
         adapter=str(checkpoint.path.resolve()),
         name=_name(checkpoint),
         model=base,
-        prompts=[Prompt(text) for text in prompts or BUILT_IN],
-        max_tokens=max_tokens,
+        prompts=asked,
+        max_tokens=max_tokens if follow is None else 1,
         keep=keep,  # type: ignore[arg-type]
         options={key: value for key, value in (options or {}).items() if value is not None},
         engine_args=list(engine_args),
         chat=chat,
+        continuation=continuation,
     )
     created = datetime.now(UTC).isoformat(timespec="seconds")
     write_json(folder / "run.json", Run(SCHEMA, created, spec, versions()))
@@ -109,6 +117,17 @@ def trace(
         raise
     shutil.rmtree(before, ignore_errors=True)
     return open_trace(folder)
+
+
+def _tokens_of(path: str | Path) -> tuple[list[Prompt], list[list[int]]]:
+    """The prompts of a trace, and all but the last token of each of the adapter's answers."""
+    trace = open_trace(path)
+    texts = [prompt.text for prompt in trace.run.spec.prompts] if trace.run else []
+    requests = [request for request in trace.requests if request.adapter is not None]
+    if not requests:
+        raise ProbeError(f"`{path}` holds no answer of an adapter to follow")
+    prompts = [Prompt(texts[r.prompt] if r.prompt < len(texts) else "", r.prompt_ids) for r in requests]
+    return prompts, [request.output_ids[:-1] for request in requests]
 
 
 def versions() -> dict[str, str]:

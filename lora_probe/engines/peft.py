@@ -19,7 +19,7 @@ import numpy as np
 from lora_probe.adapter import PREFIX, Key, open_adapter
 from lora_probe.engines.hooks import Capture
 from lora_probe.engines.measure import Account, Sampler, placed_digest
-from lora_probe.engines.prompts import encode
+from lora_probe.engines.prompts import encode, forced
 from lora_probe.errors import EngineFailed
 from lora_probe.expected import Expected, Shapes, expect
 from lora_probe.ledger import OK, Finding
@@ -320,19 +320,22 @@ class _Runner:
         import torch
 
         started = time.perf_counter()
-        output: list[int] = []
+        output = list(forced(self.spec, prompt))
+        longest = len(output) + self.spec.max_tokens
         logprobs: list[float | None] = []
-        cache, feed = None, ids
+        cache, feed = None, ids + output
         with torch.inference_mode():
             while True:
                 position = len(ids) + len(output) - len(feed)
                 result = self._forward(request, feed, position, len(ids), cache)
                 cache = result.past_key_values
-                scores = torch.log_softmax(result.logits[0, -1].float(), dim=-1)
-                token = int(scores.argmax())
+                # One more row than there are forced tokens after it: the last row gives the next token.
+                scores = torch.log_softmax(result.logits[0, len(logprobs) - len(output) - 1 :].float(), dim=-1)
+                token = int(scores[-1].argmax())
                 output.append(token)
-                logprobs.append(round(float(scores[token]), 6))
-                if token in self.eos or len(output) >= self.spec.max_tokens:
+                given = zip(scores, output[len(logprobs) :], strict=True)
+                logprobs += [round(float(row[one]), 6) for row, one in given]
+                if token in self.eos or len(output) >= longest:
                     break
                 feed = [token]
         text = self.tokenizer.decode(output, skip_special_tokens=True)

@@ -1,7 +1,7 @@
 """Prompts as token ids, the same for every engine.
 
-In: the spec's prompts and the base model's tokenizer (a transformers tokenizer). Out: ids, with any forced
-continuation appended.
+In: the spec's prompts and the base model's tokenizer (a transformers tokenizer). Out: their ids, and the ids that a run
+which follows another is made to see after them.
 """
 
 from __future__ import annotations
@@ -32,8 +32,13 @@ def encode(spec: RunSpec, tokenizer: Any) -> list[list[int]]:
             raise ProbeError(
                 f"prompt {number + 1} ({prompt.text!r}) has no tokens", "give a prompt that says something"
             )
-        encoded.append(ids + (spec.continuation[number] if spec.continuation else []))
+        encoded.append(ids)
     return encoded
+
+
+def forced(spec: RunSpec, number: int) -> list[int]:
+    """The ids that follow prompt `number` whatever the model would say; the answer begins with them."""
+    return spec.continuation[number] if spec.continuation else []
 
 
 def _encode(text: str, chat: bool, tokenizer: Any) -> list[int]:

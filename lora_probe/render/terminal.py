@@ -158,11 +158,11 @@ def _story(events: Sequence[LoadEvent], whole: bool) -> Iterable[RenderableType]
         table.add_column(justify=justify, overflow="fold")
     groups: list[list[LoadEvent]] = []
     for event in events:
-        together = not whole and event.module and groups and groups[-1][0].module and _kind(groups, event)
-        if together:
-            _kind(groups, event).append(event)  # type: ignore[union-attr]
-        else:
+        group = None if whole or not event.module else _kind(groups, event)
+        if group is None:
             groups.append([event])
+        else:
+            group.append(event)
     for group in groups:
         first, count = group[0], len(group)
         times = [event.seconds for event in group if event.seconds is not None]
@@ -299,7 +299,9 @@ def comparison(found: Comparison) -> RenderableType:
 
 def _measure_notes(found: Comparison) -> Iterable[RenderableType]:
     if any(not diff.exact for diff in found.modules if diff.error is not None):
-        yield words("the two engines hold differently rounded B: errors are bounded from below by norms", style="dim")
+        yield words(
+            "some errors are bounded from below by norms: the runs hold another B, or kept no shrink", style="dim"
+        )
 
 
 def _tokens(found: Comparison) -> RenderableType:

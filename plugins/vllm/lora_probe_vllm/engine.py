@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_probe.base import open_base
-from lora_probe.engines.prompts import encode
+from lora_probe.engines.prompts import encode, forced
 from lora_probe.errors import EngineFailed, ProbeError, UnreadableFile
 from lora_probe.tracefile import SCHEMA, Process, RequestRecord, RunSpec, TraceWriter
 from lora_probe_vllm import KEEP, NOT_ARMED, TRACE
@@ -196,8 +196,9 @@ def _generate(llm: Any, spec: RunSpec, number: int, ids: list[int], request: Any
 
     started = time.perf_counter()
     parameters = SamplingParams(temperature=0, max_tokens=spec.max_tokens, logprobs=0)
+    given = forced(spec, number)
     try:
-        (output,) = llm.generate([{"prompt_token_ids": ids}], parameters, use_tqdm=False, lora_request=request)
+        (output,) = llm.generate([{"prompt_token_ids": ids + given}], parameters, use_tqdm=False, lora_request=request)
     except ValueError as error:
         raise ProbeError(f"vLLM does not take prompt {number + 1}: {_root_cause(error)}") from error
     answer = output.outputs[0]
@@ -208,8 +209,9 @@ def _generate(llm: Any, spec: RunSpec, number: int, ids: list[int], request: Any
         prompt=number,
         adapter=request.lora_name if request is not None else None,
         prompt_ids=ids,
-        output_ids=tokens,
-        text=answer.text,
-        logprobs=[round(float(found[token].logprob), 6) for token, found in scores],
+        output_ids=given + tokens,
+        text=llm.get_tokenizer().decode(given + tokens, skip_special_tokens=True) if given else answer.text,
+        # vLLM saw forced tokens as part of the prompt, and gives no number for those.
+        logprobs=[None] * len(given) + [round(float(found[token].logprob), 6) for token, found in scores],
         seconds=round(time.perf_counter() - started, 3),
     )
