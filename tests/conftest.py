@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,6 +103,11 @@ def edited(source: Path, target: Path, tensors: Edit | None = None, config: Edit
         path = target / "adapter_config.json"
         path.write_text(json.dumps(config(json.loads(path.read_text()))))
     return target
+
+
+def heed_interrupts() -> None:
+    """For a child process (`preexec_fn`): a shell's background jobs, and what they start, ignore SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")

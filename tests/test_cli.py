@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import LAYERS, edited
+from conftest import LAYERS, edited, heed_interrupts
 
 from lora_probe.cli import main
 
@@ -237,7 +237,8 @@ def test_interrupting_a_trace_leaves_nothing_running(adapter: Path, tmp_path: Pa
 
     command = [sys.executable, "-m", "lora_probe.cli", "trace", str(adapter), "--engine", "peft"]
     command += ["--max-tokens", "400", "-o", str(tmp_path / "run.lptrace")]
-    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    run = subprocess.Popen(command, **pipes, preexec_fn=heed_interrupts)
     process = tmp_path / "run.lptrace" / "peft" / "process.json"
     deadline = time.monotonic() + 60
     while not process.exists() and time.monotonic() < deadline:

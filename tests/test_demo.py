@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from conftest import heed_interrupts
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "examples" / "identity" / "demo.py"
@@ -51,12 +54,20 @@ def test_training_keeps_what_is_there_and_what_is_unfinished_apart(llama: Path, 
     assert run.returncode == 1
     assert "--force" in run.stderr
     out = tmp_path / "out"
-    endless = subprocess.Popen([*script, "--output", str(out), "--epochs", "1000"], stderr=subprocess.PIPE, text=True)
+    command = [*script, "--output", str(out), "--epochs", "1000"]
+    log = (tmp_path / "log").open("w+")
+    endless = subprocess.Popen(command, stdout=log, stderr=log, preexec_fn=heed_interrupts)
     partial = tmp_path / "out.partial"
-    while not list(partial.glob("checkpoint-*")):
-        assert endless.poll() is None
-    endless.send_signal(2)
-    _, err = endless.communicate(timeout=60)
+    try:
+        while not list(partial.glob("checkpoint-*")):
+            assert endless.poll() is None
+            time.sleep(0.1)
+        endless.send_signal(signal.SIGINT)
+        endless.wait(timeout=60)
+    finally:
+        endless.kill()
+    log.seek(0)
+    err = log.read()
     assert endless.returncode == 1
     assert "interrupted" in err
     assert "Traceback" not in err
