@@ -9,7 +9,7 @@ from __future__ import annotations
 ROUND_OFF = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 
 AGREES_SLACK = {"float32": 168.0, "float16": 8.0, "bfloat16": 4.0}
-DRIFT_SLACK = {"float32": 1024.0, "float16": 64.0, "bfloat16": 16.0}
+DRIFT_SLACK = {"float32": 1024.0, "float16": 64.0, "bfloat16": 32.0}
 
 
 def agrees(dtype: str) -> float:
@@ -24,14 +24,16 @@ def agrees(dtype: str) -> float:
 def drift(dtype: str) -> float:
     """For one module in two engines and the same tokens: what the layers before it make of their round-off as well.
 
-    PEFT against vLLM, SmolLM2-135M (30 layers, q, k and v adapted), worst of 90 modules over all rows: 2.8e-6 in
-    float32 (47 units) and 2.1e-2 in bfloat16 (5.4 units). float16 has not been measured.
+    PEFT against vLLM, SmolLM2-135M (30 layers, q, k and v adapted), worst of 90 modules: over prompt rows alone 3.9e-6
+    in float32 (66 units) and 3.6e-2 in bfloat16 (9.3 units), over all rows 2.8e-6 and 2.1e-2. float16 has not been
+    measured.
     """
     return _units(dtype, DRIFT_SLACK)
 
 
-ROW_SLACK = 8.0
-"""A single row may lie this many times further off than its module over all rows: 8 times was seen in clean runs."""
+ROW_SLACK = 5.0
+"""A single row may lie this many times further off than `drift`: 2.4e-5 in float32 and 0.19 in bfloat16 were seen, of
+3.1e-4 and 0.63 allowed."""
 
 
 def coarser(*dtypes: str) -> str:
