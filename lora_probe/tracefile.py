@@ -8,6 +8,7 @@ segments that are written under another name and renamed, so a process that dies
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -240,6 +241,8 @@ class TraceWriter:
         self._started = time.perf_counter()
         self._pending: list[Rows] = []
         self._flushed = time.monotonic()
+        self._lock = threading.RLock()
+        self._closing = threading.Event()
         self._segment = 0
         self._events = (folder / "events.jsonl").open("ab", buffering=0)
         self._requests = (folder / "requests.jsonl").open("ab", buffering=0) if process.role == "client" else None
@@ -273,14 +276,26 @@ class TraceWriter:
 
     def rows(self, rows: Rows) -> None:
         """Take the rows of a step. A segment holds one table of modules and one G for each of them."""
-        last = self._pending[-1] if self._pending else rows
-        if (last.modules, last.placed) != (rows.modules, rows.placed):
-            self.flush()
-        self._pending.append(rows)
-        count = sum(map(len, self._pending))
-        size = sum(values.nbytes for part in self._pending for values in (part.tensors or {}).values())
-        if count >= MAX_ROWS or size >= MAX_BYTES or time.monotonic() - self._flushed >= MAX_SECONDS:
-            self.flush()
+        with self._lock:
+            last = self._pending[-1] if self._pending else rows
+            if (last.modules, last.placed) != (rows.modules, rows.placed):
+                self.flush()
+            self._pending.append(rows)
+            count = sum(map(len, self._pending))
+            size = sum(values.nbytes for part in self._pending for values in (part.tensors or {}).values())
+            if count >= MAX_ROWS or size >= MAX_BYTES or time.monotonic() - self._flushed >= MAX_SECONDS:
+                self.flush()
+
+    def flush_by_time(self) -> None:
+        """From now on close a segment that has waited too long although no more rows come: a server may be idle for
+        hours, and its workers are ended without a word."""
+
+        def watch() -> None:
+            while not self._closing.wait(MAX_SECONDS):
+                if self._pending and time.monotonic() - self._flushed >= MAX_SECONDS:
+                    self.flush()
+
+        threading.Thread(target=watch, daemon=True, name="lora-probe-segments").start()
 
     def describe(self, **changes: Any) -> None:
         """Correct what process.json says (a dtype that is only known later)."""
@@ -289,11 +304,14 @@ class TraceWriter:
 
     def flush(self) -> None:
         """Close the current segment."""
-        self._flushed = time.monotonic()
-        if not self._pending:
-            return
-        rows, self._pending = concatenate(self._pending), []
-        self._segment += 1
+        with self._lock:
+            self._flushed = time.monotonic()
+            rows, self._pending = self._pending, []
+            if rows:
+                self._segment += 1
+                self._write_segment(concatenate(rows))
+
+    def _write_segment(self, rows: Rows) -> None:
         columns = {name: getattr(rows, name) for name in (*ROW_COLUMNS, "gram")}
         tensors = {name: np.ascontiguousarray(column) for name, column in columns.items() if column is not None}
         tensors |= rows.tensors or {}
@@ -306,6 +324,7 @@ class TraceWriter:
     def close(self, complete: bool = True) -> None:
         if self._events.closed:
             return
+        self._closing.set()
         self.flush()
         self._events.close()
         if self._requests is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,24 @@ def test_a_segment_closes_by_its_number_of_rows(tmp_path: Path) -> None:
     writer.rows(rows(5000))
     assert (tmp_path / "peft" / "000001.safetensors").exists()
     assert not list((tmp_path / "peft").glob("*.partial"))
+
+
+def test_a_segment_closes_by_time_though_no_row_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lora_probe import tracefile
+
+    monkeypatch.setattr(tracefile, "MAX_SECONDS", 0.05)
+    writer = TraceWriter(tmp_path / "vllm-rank-0", process(role="worker"))
+    writer.rows(rows())
+    writer.flush_by_time()
+    segment = tmp_path / "vllm-rank-0" / "000001.safetensors"
+    for _ in range(200):
+        if segment.exists():
+            break
+        time.sleep(0.05)
+    found = open_trace(tmp_path).rows
+    assert found is not None
+    assert len(found) == 4
+    writer.close()
 
 
 def test_the_gravest_finding_of_all_ranks_counts(tmp_path: Path) -> None:

@@ -53,6 +53,7 @@ class Account:
     asked: int = 0
     tallies: dict[Key, _Tally] = field(default_factory=dict)
     gone: set[Key] = field(default_factory=set)
+    _told: dict[tuple[str, Key], Finding] = field(default_factory=dict)
 
     def announce(self, engine_as: Mapping[Key, str]) -> None:
         """Write the load, its rows, and `stored`. A row without a pair in the file is absent at every station."""
@@ -115,6 +116,25 @@ class Account:
         rows = sizes > 0
         if rows.any():
             tally.worst_row = max(tally.worst_row, float((errors[rows] / sizes[rows]).max()))
+
+    def so_far(self, unjudged: Callable[[Key], str | None] = lambda _: None) -> None:
+        """Write what `applied` and `agrees` show until now, where that is new.
+
+        A server's worker is ended without a word, so the last stations cannot wait for the end. Of several records
+        the gravest counts, so only what may stand is written: never that nothing has happened yet.
+        """
+        applied: dict[Key, Finding] = {}
+        agrees: dict[Key, Finding] = {}
+        for key, tally in self.tallies.items():
+            if key in self.gone or not (tally.right or tally.contaminated):
+                continue
+            applied[key] = self._applied(tally)
+            if tally.sampled >= ENOUGH_ROWS and unjudged(key) is None:
+                agrees[key] = self._agrees(tally)
+        for station, findings in (("applied", applied), ("agrees", agrees)):
+            new = {key: finding for key, finding in findings.items() if self._told.get((station, key)) != finding}
+            self._told |= {(station, key): finding for key, finding in new.items()}
+            self._station_of(station, new)
 
     def finish(
         self, unmeasured: Callable[[Key], str | None], unjudged: Callable[[Key], str | None] = lambda _: None

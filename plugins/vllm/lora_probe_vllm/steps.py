@@ -93,6 +93,8 @@ class Steps:
         for adapter, load in self.loads.items():
             self._tally(adapter, load, step, stacked.delta_norm)
             self._sample(adapter, load, step)
+            if step.sampled:
+                load.account.so_far()
         if used:
             # G and digests describe rows of one load; where a step mixes loads they say nothing.
             self._last = used[0] if len(used) == 1 else None

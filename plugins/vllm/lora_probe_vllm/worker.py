@@ -83,6 +83,7 @@ class Probe:
             not_recorded=self.not_recorded,
         )
         self._writer = TraceWriter(folder / f"vllm-rank-{self.rank}", process)
+        self._writer.flush_by_time()
         if self.homes is not None:
             for name, layer in self.homes.manager.modules.items():
                 self.wrapped(name, layer)
