@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.parse_args(own, options)
         if flags and options.command != "trace":
             parser.error("only `trace` takes engine flags after `--`")
-        options.engine_args = flags
+        options.engine_args, options.given = flags, own
         return COMMANDS[options.command](options)
     except ProbeError as error:
         _complain(error.message, error.hint)
@@ -48,10 +49,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _complain("interrupted", getattr(options, "interrupted", ""))
         return INTERRUPTED
-    except BrokenPipeError:
-        # The reader has gone (`| head`): not an error of ours, and nothing more can be said to it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return CLEAN
 
 
 def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
@@ -82,10 +79,14 @@ def _hint(text: str) -> None:
 
 
 class _Output(Console):
-    """Standard output. That its reader has gone is for `main` to judge; rich by itself would exit with status 1."""
+    """Standard output. That its reader has gone (`| head`) changes no exit status; rich by itself would exit with 1."""
 
     def on_broken_pipe(self) -> None:
-        raise BrokenPipeError
+        _reader_gone()
+
+
+def _reader_gone() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _show(renderable: Any) -> None:
@@ -103,7 +104,10 @@ def _show(renderable: Any) -> None:
 
 
 def _dump(data: dict[str, Any]) -> None:
-    print(json.dumps(data, ensure_ascii=False, indent=2, allow_nan=False))
+    try:
+        print(json.dumps(data, ensure_ascii=False, indent=2, allow_nan=False), flush=True)
+    except BrokenPipeError:
+        _reader_gone()
 
 
 def _inspect(options: argparse.Namespace) -> int:
@@ -173,9 +177,22 @@ def _trace(options: argparse.Namespace) -> int:
     status = _present(found, options)
     console = Console(stderr=True)
     console.print(f"wrote {found.path}, the engine's log is {found.path / LOG}", soft_wrap=True, highlight=False)
-    other = {"peft": "vllm", "vllm": "peft"}.get(options.engine, "peft")
-    _hint(f"lora-probe trace {options.checkpoint} --engine {other}, then lora-probe compare {found.path} OTHER.lptrace")
+    _hint(_same_with_another_engine(options))
+    _hint(shlex.join(["lora-probe", "compare", str(found.path), "OTHER.lptrace"]))
     return status
+
+
+def _same_with_another_engine(options: argparse.Namespace) -> str:
+    """The command that was given, for the engine to compare with."""
+    other = {"peft": "vllm", "vllm": "peft"}.get(options.engine, "peft")
+    words: list[str] = []
+    skip = False
+    for word, before in zip(options.given, ["", *options.given], strict=False):
+        if skip or word in ("-o", "--output", "--force"):
+            skip = word in ("-o", "--output")
+            continue
+        words.append(other if before == "--engine" else word.replace(f"--engine={options.engine}", f"--engine={other}"))
+    return shlex.join(["lora-probe", *words, "-o", "OTHER.lptrace"])
 
 
 def _prompts_in(path: str) -> list[str]:

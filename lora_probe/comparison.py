@@ -141,6 +141,9 @@ def _notes(reference: Trace, candidate: Trace, compared: bool) -> Iterator[str]:
             yield f"{trace.path} holds shards of {len(trace.workers)} workers, whose rows are not joined yet"
         elif trace.rows is None:
             yield f"{trace.path} holds no rows"
+    one, two = reference.loads[0][0], candidate.loads[0][0]
+    if one.digest != two.digest:
+        yield f"the runs loaded different adapters: {one.path} and {two.path}"
     if not compared:
         yield "no rows were compared: only the ledgers and the answers"
 
@@ -217,7 +220,8 @@ def _modules(
     joined: _Joined, ledgers: tuple[Ledger, Ledger], limit: float
 ) -> tuple[tuple[ModuleDiff, ...], Divergence | None]:
     columns = [{key: n for n, key in enumerate(rows.modules)} for rows in (joined.reference, joined.candidate)]
-    expected = {row.key for ledger in ledgers for row in ledger.rows}
+    fates = [{row.key: row.fate for row in ledger.rows} for ledger in ledgers]
+    expected = fates[0].keys() | fates[1].keys()
     diffs: list[ModuleDiff] = []
     errors: dict[Key, Floats] = {}
     for key in sorted(expected, key=lambda k: natural(k[0])):
@@ -225,6 +229,9 @@ def _modules(
         if here is None and there is None:
             continue
         if here is None or there is None:
+            if any(fates[side].get(key) == "unknown" for side in (0, 1)):
+                # The other engine has it and did not record it: its ledger says so.
+                continue
             status: Status = "only in candidate" if here is None else "only in reference"
             diffs.append(ModuleDiff(key, status))
             continue

@@ -95,7 +95,9 @@ def _add_trace(commands: Any) -> None:
     _add_checkpoint(parser)
     parser.add_argument("--engine", required=True, metavar="ENGINE", help="peft or vllm (needs lora-probe-vllm)")
     parser.add_argument("--model", metavar="BASE", help="base model, a folder or an id; default: the adapter's own")
-    parser.add_argument("--prompt", action="append", metavar="TEXT", help="may be given more than once")
+    parser.add_argument(
+        "--prompt", action="append", metavar="TEXT", help="may be given more than once; default: three built-in ones"
+    )
     parser.add_argument("--prompt-file", metavar="FILE", help="one prompt a line; - for standard input")
     parser.add_argument("--chat", action="store_true", help="put each prompt through the tokenizer's chat template")
     parser.add_argument("--max-tokens", type=int, default=32, metavar="N", help="length of an answer; default: 32")
@@ -142,7 +144,16 @@ def _add_compare(commands: Any) -> None:
     )
     parser.add_argument("reference", metavar="REFERENCE")
     parser.add_argument("candidate", metavar="CANDIDATE")
-    parser.add_argument("--rtol", type=float, metavar="X", help="relative tolerance; default: from the coarser dtype")
+    parser.add_argument(
+        "--rtol", type=_tolerance, metavar="X", help="relative tolerance; default: from the coarser dtype"
+    )
+
+
+def _tolerance(word: str) -> float:
+    value = float(word)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{word} is no relative tolerance: a number from 0 is")
+    return value
 
 
 def _add_rule(commands: Any) -> None:

@@ -51,6 +51,11 @@ class ProcessTrace:
     def of(self, kind: type[T]) -> list[T]:
         return [record for record in self.records if isinstance(record, kind)]
 
+    @property
+    def missing(self) -> int:
+        """How many of the segments that it closed are gone."""
+        return max(0, self.process.segments - len(list(self.folder.glob("[0-9]*.safetensors"))))
+
     def segments(self) -> Iterator[Rows]:
         for path in sorted(self.folder.glob("[0-9]*.safetensors")):
             yield _segment(path)
@@ -70,8 +75,8 @@ class Trace:
 
     @property
     def unclosed(self) -> tuple[str, ...]:
-        """The processes that did not close their recording."""
-        return tuple(p.folder.name for p in self.processes if not p.process.closed)
+        """The processes that did not close their recording, or whose segments are not all here."""
+        return tuple(p.folder.name for p in self.processes if not p.process.closed or p.missing)
 
     @property
     def complete(self) -> bool:

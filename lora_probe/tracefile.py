@@ -83,6 +83,7 @@ class Process(msgspec.Struct, frozen=True):
     settings: dict[str, Any] = {}
     changed: list[str] = []
     not_recorded: str | None = None
+    segments: int = 0
     closed: bool = False
 
 
@@ -330,7 +331,7 @@ class TraceWriter:
         if self._requests is not None:
             self._requests.close()
         if complete:
-            self.describe(closed=True)
+            self.describe(closed=True, segments=self._segment)
 
     def _write_process(self) -> None:
         write_json(self.folder / "process.json", self.process)

@@ -166,6 +166,9 @@ def bad_inputs(adapter: Path, llama: Path, tmp_path: Path) -> dict[str, tuple[li
         "flags for show": (["show", tmp_path, "--", "--seed"], "only `trace` takes engine flags"),
         "two sources of prompts": ([*trace, adapter, "--follow", tmp_path, "--prompt", "x"], "takes its prompts from"),
         "nothing to follow": ([*trace, adapter, "--follow", tmp_path / "lost"], "lost"),
+        "a tolerance that is none": (["compare", tmp_path, tmp_path, "--rtol", "nan"], "no relative tolerance"),
+        "a prompt that is no text": ([*trace, adapter, "--prompt", "\udcff"], "not valid UTF-8"),
+        "a prompt beyond the context": ([*trace, adapter, "--prompt", "x" * 600], "context is 512"),
         "unknown level": ([*trace, adapter, "--keep", "all"], "shrink"),
         "no trace": (["show", tmp_path / "none"], "none"),
         "not a trace": (["show", tmp_path / "not-a-trace"], "is not a trace"),
@@ -286,3 +289,32 @@ def test_modules_of_one_layer_have_columns_of_their_own() -> None:
         key("lm_head"): "lm_head",
     }
     assert _labels(keys) == keys
+
+
+def test_the_last_hint_is_the_same_command_for_the_other_engine() -> None:
+    import argparse
+    import shlex
+
+    from lora_probe.cli import _same_with_another_engine
+
+    given = shlex.split("trace 'a b' --engine peft --dtype float32 --prompt 'x y' -o run.lptrace --force")
+    hint = _same_with_another_engine(argparse.Namespace(engine="peft", given=given))
+    assert hint == "lora-probe trace 'a b' --engine vllm --dtype float32 --prompt 'x y' -o OTHER.lptrace"
+
+
+def test_a_closed_pipe_hides_no_finding(peft_trace: Any) -> None:
+    """Status 1 stays 1 when the reader has seen enough."""
+    process = peft_trace.path / "peft" / "process.json"
+    process.write_text(process.read_text().replace('"closed": true', '"closed": false'))
+    for more in ("", "--format json"):
+        command = f"{sys.executable} -m lora_probe.cli show {peft_trace.path} {more} | head -1"
+        run = subprocess.run(["bash", "-c", f"{command}; exit ${{PIPESTATUS[0]}}"], capture_output=True, check=False)
+        assert run.returncode == 1
+        assert run.stderr == b""
+
+
+def test_a_missing_segment_is_said(peft_trace: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    (peft_trace.path / "peft" / "000001.safetensors").unlink()
+    status, out, _ = call("show", peft_trace.path, capsys=capsys)
+    assert status == 1
+    assert "1 segments of peft are missing" in out

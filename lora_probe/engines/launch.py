@@ -91,6 +91,9 @@ def trace(
     if follow is not None and (prompts or chat):
         raise ProbeError("a run that follows a trace takes its prompts from there", "leave out the prompts and --chat")
     asked, continuation = _tokens_of(follow) if follow is not None else ([Prompt(p) for p in prompts or BUILT_IN], None)
+    for prompt in asked:
+        if not prompt.text.isprintable() and any("\ud800" <= sign <= "\udfff" for sign in prompt.text):
+            raise ProbeError(f"the prompt {prompt.text!r} is not valid UTF-8")
     require(engine)
     folder = _folder(checkpoint, engine, out, force)
     spec = RunSpec(
@@ -167,7 +170,10 @@ def _name(checkpoint: Adapter) -> str:
 def _folder(checkpoint: Adapter, engine: str, out: str | Path | None, force: bool) -> Path:
     if out is not None:
         folder = Path(out)
-        if folder.exists():
+        if (folder / ERROR).exists():
+            # A run that failed before anything could be judged: there is nothing to lose.
+            shutil.rmtree(folder)
+        elif folder.exists():
             if not force:
                 raise ProbeError(f"`{folder}` exists", "give another name with -o, or overwrite it with --force")
             if not (folder / "run.json").exists():

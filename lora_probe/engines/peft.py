@@ -20,7 +20,7 @@ from lora_probe.adapter import PREFIX, Key, open_adapter
 from lora_probe.engines.hooks import Capture
 from lora_probe.engines.measure import Account, Sampler, placed_digest
 from lora_probe.engines.prompts import encode, forced
-from lora_probe.errors import EngineFailed
+from lora_probe.errors import EngineFailed, ProbeError
 from lora_probe.expected import Expected, Shapes, expect
 from lora_probe.ledger import OK, Finding
 from lora_probe.precision import coarser
@@ -52,8 +52,16 @@ class PeftEngine:
             raise EngineFailed(
                 f"peft takes no engine flags ({' '.join(spec.engine_args)})", "flags after `--` are vLLM's"
             )
+        ignored = sorted(set(spec.options) - {"dtype", "lora_dtype"})
         process = Process(
-            schema=SCHEMA, role="engine", engine="peft", rank=0, pid=os.getpid(), versions=self.versions, keep=spec.keep
+            schema=SCHEMA,
+            role="engine",
+            engine="peft",
+            rank=0,
+            pid=os.getpid(),
+            versions=self.versions,
+            keep=spec.keep,
+            changed=[f"--{name.replace('_', '-')} is vLLM's and changes nothing here" for name in ignored],
         )
         with TraceWriter(folder / "peft", process) as writer:
             _record(spec, writer)
@@ -322,6 +330,11 @@ class _Runner:
         started = time.perf_counter()
         output = list(forced(self.spec, prompt))
         longest = len(output) + self.spec.max_tokens
+        if context := getattr(self.model.config.get_text_config(), "max_position_embeddings", None):
+            if len(ids) + len(output) >= context:
+                raise ProbeError(f"prompt {prompt + 1} has {len(ids)} tokens, the model's context is {context}")
+            # As vLLM does: an answer ends with the context.
+            longest = min(longest, context - len(ids))
         logprobs: list[float | None] = []
         cache, feed = None, ids + output
         with torch.inference_mode():

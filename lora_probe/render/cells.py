@@ -15,8 +15,10 @@ from rich.text import Text as RichText
 
 from lora_probe.adapter import LAYER, Key, layer_of, natural
 
-HEAT = ("", "rgb(120,170,255)", "rgb(120,220,170)", "rgb(240,210,90)", "rgb(255,140,90)", "bold rgb(255,90,90)")
-CONTROL = dict.fromkeys((*range(9), *range(11, 32), *range(127, 160)), "�")
+HEAT = ("", "rgb(95,115,150)", "rgb(95,150,190)", "rgb(90,190,190)", "rgb(110,220,160)", "bold rgb(190,240,120)")
+"""From little to much. Red is for what is wrong."""
+DIRECTION = (0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+CONTROL = dict.fromkeys((*range(9), *range(11, 32), *range(127, 160), *DIRECTION), "�")
 """Control characters of names in files that nobody vouches for: shown as what they are not."""
 
 
@@ -56,7 +58,7 @@ def grid(title: str, cells: Mapping[Key, tuple[float | None, str]]) -> Renderabl
         rows.setdefault("-" if layer is None else str(layer), {})[labels[key]] = cell
     numbers = [value for value, _ in cells.values() if value is not None and np.isfinite(value)]
     shade = _shader(numbers)
-    for name in sorted(rows, key=natural):
+    for name in sorted(rows, key=lambda name: (name == "-", natural(name))):
         add_row(table, name, *(_cell(rows[name].get(column), shade) for column in columns))
     return Group(words(title, style="bold"), table)
 

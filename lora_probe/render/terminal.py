@@ -14,7 +14,7 @@ from rich.text import Text as RichText
 
 from lora_probe.adapter import Adapter, Key, layer_of, natural, projection_of, ranges
 from lora_probe.comparison import Comparison
-from lora_probe.ledger import STATIONS, Ledger, headline, name_modules
+from lora_probe.ledger import STATIONS, Ledger, Station, headline, name_modules
 from lora_probe.reading import Trace
 from lora_probe.render.cells import add_row, assemble, columns_of, grid, words
 from lora_probe.render.machine import contributions_json, requests_json
@@ -147,6 +147,8 @@ def _heading(trace: Trace) -> RenderableType:
         lines.append(words(f"for the recording: {', '.join(changed)}", style="dim"))
     if not trace.complete:
         what = f"{', '.join(trace.unclosed)} did not close" if trace.unclosed else "no process began"
+        if missing := sum(process.missing for process in trace.processes):
+            what = f"{missing} segments of {', '.join(trace.unclosed)} are missing"
         lines.append(words(f"incomplete: {what}; what follows ends where the recording ended", style="bold red"))
     return Group(*lines, words(""))
 
@@ -202,7 +204,7 @@ def ledger(found: Ledger, prefix: str = "") -> RenderableType:
     good = found.healthy
     parts: list[RenderableType] = [words(prefix + headline(found), style="bold green" if good else "bold red")]
     if good or found.refused:
-        return Group(*parts, *_hints(found, with_message=True))
+        return Group(*parts, *_hints(found, with_message=True), *_unjudged(found))
     table = columns_of("modules", *STATIONS, "fate")
     groups: dict[tuple[str, ...], list[str]] = {}
     for row in found.rows:
@@ -211,6 +213,18 @@ def ledger(found: Ledger, prefix: str = "") -> RenderableType:
         label = f"{len(modules)}: {name_modules(modules)}"
         add_row(table, label, *(_verdict(value) for value in values))
     return Group(*parts, table, *_hints(found))
+
+
+def _unjudged(found: Ledger) -> Iterable[RenderableType]:
+    """Stations of healthy modules that were not measured: nothing was seen to be wrong, as nobody looked."""
+    reasons: dict[tuple[Station, str], int] = {}
+    for row in found.rows if found.healthy else ():
+        for station in STATIONS:
+            if row.stations[station].value == "unknown":
+                reason = station, row.stations[station].message
+                reasons[reason] = reasons.get(reason, 0) + 1
+    for (station, message), count in reasons.items():
+        yield words(f"  {station} was not measured for {count} of them: {message}", style="yellow")
 
 
 def _verdict(value: str) -> RichText:
@@ -293,7 +307,9 @@ def comparison(found: Comparison) -> RenderableType:
             f"{found.rows} rows; tolerance {found.tolerance:.1e} ({found.dtype})"
         )
         parts += [grid(title, cells), *_measure_notes(found), words("")]
-    parts += [_tokens(found), _first(found), _sentence(found)]
+    if found.requests:
+        parts.append(_tokens(found))
+    parts += [_first(found), _sentence(found)]
     return Group(*parts)
 
 
@@ -331,13 +347,21 @@ def _sentence(found: Comparison) -> RenderableType:
     about = (
         f"; worst module {name_modules([worst.module])}: {worst.error:.1e}" if worst and worst.error is not None else ""
     )
-    bad = [diff for diff in found.modules if diff.status != "ok"]
     text = {
         "agree": f"the traces agree on {len(found.modules)} modules{about}",
-        "differ": f"the traces differ: {len(bad)} of {len(found.modules)} modules{about}",
+        "differ": f"the traces differ: {_what_differs(found)}{about}",
         "undecided": f"undecided: not everything could be compared{about}",
     }[found.verdict]
     return words(text, style="bold green" if found.verdict == "agree" else "bold red")
+
+
+def _what_differs(found: Comparison) -> str:
+    bad = sum(diff.status != "ok" for diff in found.modules)
+    if bad:
+        return f"{bad} of {len(found.modules)} modules"
+    if any(not ledger.healthy for ledger in found.ledgers):
+        return "in their ledgers"
+    return "in their answers"
 
 
 def rule(found: Rule) -> RenderableType:

@@ -5,7 +5,13 @@ from __future__ import annotations
 from lora_probe.rules import rule
 
 
-@rule("LP401", "refused-by-engine", "load", "absent", hint="the engine's own message says what it does not accept")
+@rule(
+    "LP401",
+    "refused-by-engine",
+    "load",
+    "absent",
+    hint="the engine's own message says what it does not accept; a limit is an option of it (--max-lora-rank R)",
+)
 def refused(message: str) -> str:
     """The engine refused the adapter as a whole, and says why.
 

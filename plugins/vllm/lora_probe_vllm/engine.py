@@ -199,8 +199,9 @@ def _generate(llm: Any, spec: RunSpec, number: int, ids: list[int], request: Any
     given = forced(spec, number)
     try:
         (output,) = llm.generate([{"prompt_token_ids": ids + given}], parameters, use_tqdm=False, lora_request=request)
-    except ValueError as error:
-        raise ProbeError(f"vLLM does not take prompt {number + 1}: {_root_cause(error)}") from error
+    # A prompt that is too long, an engine that died: vLLM's words are the message, and the run ends.
+    except Exception as error:
+        raise EngineFailed(f"vLLM did not answer prompt {number + 1}: {_root_cause(error)}") from error
     answer = output.outputs[0]
     tokens = [int(token) for token in answer.token_ids]
     scores = zip(tokens, answer.logprobs or [], strict=False)

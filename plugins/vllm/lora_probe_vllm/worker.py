@@ -64,6 +64,8 @@ class Probe:
         while (folder / f"vllm-rank-{self.rank}").exists():
             number += 1
             folder = first.with_name(f"{first.stem}-{number}{first.suffix}")
+        if number > 1:
+            logging.getLogger("vllm.lora_probe").warning("%s exists; this recording goes to %s", first, folder)
         self.keep, self.broken, self._numbers = keep, False, 0
         self.steps = Steps(keep, self.guard)
         config = self.worker.vllm_config
