@@ -26,11 +26,6 @@ class Base:
     config: Mapping[str, Any]
     shapes: Mapping[str, tuple[int, int] | None]
 
-    @property
-    def architecture(self) -> str:
-        names = self.config.get("architectures") or ["?"]
-        return str(names[0])
-
 
 def open_base(name: str) -> Base:
     """Open a base by folder or by id.

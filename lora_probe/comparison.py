@@ -17,6 +17,7 @@ from lora_probe.errors import ProbeError
 from lora_probe.ledger import Ledger
 from lora_probe.precision import ROW_SLACK, coarser, drift
 from lora_probe.reading import Trace
+from lora_probe.spectrum import delta_norms
 from lora_probe.tracefile import Floats, RequestRecord, Rows
 
 Verdict = Literal["agree", "differ", "undecided"]
@@ -287,10 +288,10 @@ def _distance(joined: _Joined, here: int, there: int) -> tuple[Floats, bool]:
     mine, theirs = one.shrink[joined.mine, here, :rank], two.shrink[joined.theirs, there, :rank]
     g_one, g_two = one.gram[here, :rank, :rank], two.gram[there, :rank, :rank]
     difference = theirs - mine
-    from_shrink = np.sqrt(((difference @ g_one) * difference).sum(-1).clip(0))
+    from_shrink = delta_norms(difference, g_one)
     if one.placed and two.placed and one.placed[here] == two.placed[there] != "":
         return from_shrink, True
-    norm_by = [np.sqrt(((theirs @ g) * theirs).sum(-1).clip(0)) for g in (g_one, g_two)]
+    norm_by = [delta_norms(theirs, g) for g in (g_one, g_two)]
     result: Floats = from_shrink + np.abs(norm_by[1] - norm_by[0])
     return result, False
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from lora_probe.adapter import Key
+from lora_probe.spectrum import gram
 from lora_probe.tracefile import Floats, Level, Rows
 
 
@@ -30,8 +31,8 @@ class Capture:
         self._columns: dict[str, dict[Key, Floats]] = {}
         self._x: dict[Key, Any] = {}
         self._stack = ExitStack()
-        gram = [self._gram(layer) for layer in self.layers.values()]
-        self.gram = np.stack(gram) if gram else np.zeros((0, 0, 0), np.float32)
+        grams = [self._gram(layer) for layer in self.layers.values()]
+        self.gram = np.stack(grams) if grams else np.zeros((0, 0, 0), np.float32)
 
     def __enter__(self) -> Capture:
         for key, layer in self.layers.items():
@@ -83,10 +84,10 @@ class Capture:
         )
 
     def _gram(self, layer: Any) -> Floats:
-        scaled = layer.lora_B[self.adapter_name].weight.detach().float() * layer.scaling[self.adapter_name]
-        rank = scaled.shape[1]
+        weight = layer.lora_B[self.adapter_name].weight.detach().float().cpu().numpy()
+        rank = weight.shape[1]
         wide = np.zeros((self.rank, self.rank), np.float32)
-        wide[:rank, :rank] = (scaled.T @ scaled).cpu().numpy()
+        wide[:rank, :rank] = gram(weight, layer.scaling[self.adapter_name])
         return wide
 
     def _stacked(self, name: str, count: int) -> Floats:
