@@ -142,7 +142,6 @@ class StationRecord(msgspec.Struct, frozen=True, tag="station", tag_field="kind"
     keys: list[Key]
     code: str = ""
     message: str = ""
-    facts: dict[str, Any] = {}
 
 
 Record = LoadEvent | Load | ModuleRecord | StationRecord
@@ -267,8 +266,8 @@ class TraceWriter:
     def event(self, stage: str, text: str, *, module: str = "", seconds: float | None = None, **facts: Any) -> None:
         self.record(LoadEvent(self.now, stage, text, module, seconds, facts))
 
-    def station(self, load: int, station: Station, finding: Finding, keys: Sequence[Key], **facts: Any) -> None:
-        self.record(StationRecord(load, station, finding.value, list(keys), finding.code, finding.message, facts))
+    def station(self, load: int, station: Station, finding: Finding, keys: Sequence[Key]) -> None:
+        self.record(StationRecord(load, station, finding.value, list(keys), finding.code, finding.message))
 
     def request(self, request: RequestRecord) -> None:
         if self._requests is None:

@@ -92,7 +92,7 @@ def trace(
         raise ProbeError("a run that follows a trace takes its prompts from there", "leave out the prompts and --chat")
     asked, continuation = _tokens_of(follow) if follow is not None else ([Prompt(p) for p in prompts or BUILT_IN], None)
     for prompt in asked:
-        if not prompt.text.isprintable() and any("\ud800" <= sign <= "\udfff" for sign in prompt.text):
+        if any("\ud800" <= sign <= "\udfff" for sign in prompt.text):
             raise ProbeError(f"the prompt {prompt.text!r} is not valid UTF-8")
     require(engine)
     folder = _folder(checkpoint, engine, out, force)

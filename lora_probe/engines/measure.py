@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -117,7 +118,7 @@ class Account:
         if rows.any():
             tally.worst_row = max(tally.worst_row, float((errors[rows] / sizes[rows]).max()))
 
-    def so_far(self, unjudged: Callable[[Key], str | None] = lambda _: None) -> None:
+    def so_far(self) -> None:
         """Write what `applied` and `agrees` show until now, where that is new.
 
         A server's worker is ended without a word, so the last stations cannot wait for the end. Of several records
@@ -129,7 +130,7 @@ class Account:
             if key in self.gone or not (tally.right or tally.contaminated):
                 continue
             applied[key] = self._applied(tally)
-            if tally.sampled >= ENOUGH_ROWS and unjudged(key) is None:
+            if tally.sampled >= ENOUGH_ROWS:
                 agrees[key] = self._agrees(tally)
         for station, findings in (("applied", applied), ("agrees", agrees)):
             new = {key: finding for key, finding in findings.items() if self._told.get((station, key)) != finding}
@@ -209,6 +210,16 @@ def _relative(tally: _Tally) -> float:
     if tally.reference == 0:
         return 0.0 if tally.error == 0 else float("inf")
     return float(np.sqrt(tally.error / tally.reference))
+
+
+def relative_difference(held: Any, wanted: Any) -> float | None:
+    """How far what an engine holds lies from a replay of the file, two torch tensors of one dtype; None where they are
+    the same bit for bit (NaN for NaN), infinity where even their shapes differ."""
+    if held.shape != wanted.shape:
+        return float("inf")
+    if not (held.nan_to_num() != wanted.nan_to_num()).any():
+        return None
+    return float((wanted.float() - held.float()).norm() / wanted.float().norm().clamp(min=1e-30))
 
 
 def _number(value: float) -> float | None:

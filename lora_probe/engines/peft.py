@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from msgspec.structs import replace
 
 from lora_probe.adapter import PREFIX, Key, open_adapter
 from lora_probe.engines.hooks import Capture
-from lora_probe.engines.measure import Account, Sampler, placed_digest
+from lora_probe.engines.measure import Account, Sampler, placed_digest, relative_difference
 from lora_probe.engines.prompts import encode, forced
 from lora_probe.errors import EngineFailed, ProbeError
 from lora_probe.expected import Expected, Shapes, expect
@@ -147,7 +148,7 @@ def _attach(model: Any, spec: RunSpec, load: Load, writer: TraceWriter) -> tuple
         except Exception as error:
             message = _first_lines(error)
             writer.event("refused", message, seconds=round(time.perf_counter() - started, 3))
-            return {}, Load(**_fields(load) | {"refused": True, "message": message})
+            return {}, replace(load, refused=True, message=message)
     if wanted != "auto":
         import torch
 
@@ -166,11 +167,7 @@ def _attach(model: Any, spec: RunSpec, load: Load, writer: TraceWriter) -> tuple
         f"{len(live)} layers replaced, adapter `{spec.name}` active as `{ADAPTER}`",
         seconds=round(time.perf_counter() - started, 3),
     )
-    return live, Load(**_fields(load) | {"said": said})
-
-
-def _fields(load: Load) -> dict[str, Any]:
-    return {name: getattr(load, name) for name in load.__struct_fields__}
+    return live, replace(load, said=said)
 
 
 def _first_lines(error: BaseException) -> str:
@@ -246,12 +243,8 @@ def _placed(account: Account, row: Expected, layer: Any, moment: str) -> Finding
     for half, tensor, home in (("lora_A", pair.a, homes[0]), ("lora_B", pair.b, homes[1])):
         weight = home[ADAPTER].detach() if pair.embedding else home[ADAPTER].weight.detach()
         wanted = torch.from_numpy(account.adapter.values(tensor)).to(weight.dtype)
-        got = weight.cpu()
-        if got.shape != wanted.shape or not torch.equal(got.nan_to_num(), wanted.nan_to_num()):
-            error = float("inf")
-            if got.shape == wanted.shape:
-                error = float((got.float() - wanted.float()).norm() / wanted.float().norm().clamp(min=1e-30))
-            return placed_differs(half, error, moment)
+        if (difference := relative_difference(weight.cpu(), wanted)) is not None:
+            return placed_differs(half, difference, moment)
     if layer.scaling[ADAPTER] != pair.scaling:
         error = abs(layer.scaling[ADAPTER] / pair.scaling - 1) if pair.scaling else float("inf")
         return placed_differs("the scaling", error, moment)

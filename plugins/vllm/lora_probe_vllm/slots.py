@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from lora_probe.adapter import Adapter, AdapterModule
+from lora_probe.engines.measure import relative_difference
 from lora_probe.expected import Shapes
 from lora_probe.ledger import OK, Finding
 from lora_probe.rules.loading import not_measured, placed_differs, placed_empty
@@ -159,7 +160,6 @@ def judge(wanted: Placement | None, home: Home, slot: int, moment: str) -> Findi
             return placed_differs(half, float("inf"), moment)
         padded = torch.zeros_like(slot_tensor)
         padded[: tensor.shape[0], : tensor.shape[1]] = tensor
-        if not torch.equal(padded.nan_to_num(), slot_tensor.nan_to_num()):
-            error = (padded.float() - slot_tensor.float()).norm() / padded.float().norm().clamp(min=1e-30)
-            return placed_differs(half, float(error), moment)
+        if (difference := relative_difference(slot_tensor, padded)) is not None:
+            return placed_differs(half, difference, moment)
     return OK

@@ -45,7 +45,10 @@ class Steps:
 
     def deactivated(self, adapter_id: int) -> None:
         self.loads.pop(adapter_id, None)
-        self._take_grams()
+        used = {load.slot for load in self.loads.values()}
+        self._grams = {slot: gram for slot, gram in self._grams.items() if slot in used}
+        if self._last not in self.loads.values():
+            self._last = None
 
     def close(self) -> None:
         """Take out every hook and stand-in."""
@@ -59,8 +62,6 @@ class Steps:
         active = [load for load in self.loads.values() if load.slot is not None]
         found = {load.slot: load.grams(keys) for load in active}
         self._grams = {slot: gram for slot, gram in found.items() if slot is not None and gram is not None}
-        if self._last not in active:
-            self._last = None
 
     @contextmanager
     def stepping(self, runner: Any, scheduler_output: Any, writer: TraceWriter) -> Iterator[None]:
