@@ -17,8 +17,9 @@ from lora_probe.errors import ProbeError
 from lora_probe.ledger import Ledger
 from lora_probe.precision import ROW_SLACK, coarser, drift
 from lora_probe.reading import Trace
+from lora_probe.rows import Floats, Rows, places
 from lora_probe.spectrum import delta_norms
-from lora_probe.tracefile import Floats, RequestRecord, Rows
+from lora_probe.tracefile import RequestRecord
 
 Verdict = Literal["agree", "differ", "undecided"]
 Status = Literal["ok", "differs", "only in reference", "only in candidate"]
@@ -197,24 +198,18 @@ def _join(reference: Trace, candidate: Trace, requests: Sequence[RequestDiff]) -
     one, two = reference.rows, candidate.rows
     if one is None or two is None:
         return None
-    places = _places(one), _places(two)
+    here, there = places(one), places(two)
     mine, theirs, where = [], [], []
     for request in requests:
         begin = len(request.reference.prompt_ids)
         for position in range(request.span):
-            a = places[0].get((request.reference.id, position))
-            b = places[1].get((request.candidate.id, position))
+            a = here.get((request.reference.id, position))
+            b = there.get((request.candidate.id, position))
             if a is not None and b is not None:
                 mine.append(a)
                 theirs.append(b)
                 where.append((request.prompt, position, position - begin))
     return _Joined(one, two, mine, theirs, where) if mine else None
-
-
-def _places(rows: Rows) -> dict[tuple[str, int], int]:
-    """Row numbers by request and position; of a row that was computed twice the last wins."""
-    names = [rows.requests[number] for number in rows.request]
-    return {at: number for number, at in enumerate(zip(names, rows.position.tolist(), strict=True))}
 
 
 def _modules(

@@ -9,20 +9,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
-import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from lora_probe.errors import UnreadableFile
 from lora_probe.ledger import STATIONS, Finding, Ledger, Row, Station, graver
+from lora_probe.rows import ROW_COLUMNS, Floats, Rows, concatenate, widened
 from lora_probe.rules.loading import not_measured
 from lora_probe.tracefile import (
-    ROW_COLUMNS,
     SCHEMA,
     Load,
     LoadEvent,
@@ -30,13 +29,32 @@ from lora_probe.tracefile import (
     Process,
     Record,
     RequestRecord,
-    Rows,
     Run,
+    Score,
     StationRecord,
-    concatenate,
 )
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One scored pass, its distributions still on disk: a vocabulary for every token is too much to hold for all."""
+
+    path: Path
+    score: Score
+
+    def logprobs(self) -> Floats | None:
+        """`[answer tokens, vocabulary]`, read from disk; None where they were not measured.
+
+        Raises:
+            UnreadableFile: the file was damaged since the trace was opened.
+        """
+        try:
+            with safe_open(self.path, framework="numpy") as file:
+                return file.get_tensor("logprobs") if "logprobs" in file.keys() else None  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise UnreadableFile(f"cannot read `{self.path}`: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -53,12 +71,17 @@ class ProcessTrace:
 
     @property
     def missing(self) -> int:
-        """How many of the segments that it closed are gone."""
-        return max(0, self.process.segments - len(list(self.folder.glob("[0-9]*.safetensors"))))
+        """How many of the segments and scores that it closed are gone."""
+        files = len(list(self.folder.glob("[0-9]*.safetensors"))), len(list(self.folder.glob("next-*.safetensors")))
+        return max(0, self.process.segments - files[0]) + max(0, self.process.scores - files[1])
 
     def segments(self) -> Iterator[Rows]:
         for path in sorted(self.folder.glob("[0-9]*.safetensors")):
             yield _segment(path)
+
+    def scores(self) -> Iterator[Scored]:
+        for path in sorted(self.folder.glob("next-*.safetensors")):
+            yield _scored(path)
 
 
 @dataclass(frozen=True)
@@ -97,6 +120,11 @@ class Trace:
         return tuple(request for process in self.processes for request in process.requests)
 
     @cached_property
+    def scores(self) -> tuple[Scored, ...]:
+        """The scored passes, in the order in which they ran."""
+        return tuple(scored for process in self.processes for scored in process.scores())
+
+    @cached_property
     def events(self) -> tuple[LoadEvent, ...]:
         """The loading story of rank 0, in order."""
         found = [event for process in self.workers[:1] for event in process.of(LoadEvent)]
@@ -131,7 +159,7 @@ class Trace:
         if not parts or self.sharded:
             return None
         keys = tuple(dict.fromkeys(key for part in parts for key in part.modules))
-        return concatenate([_widened(part, keys) for part in parts])
+        return concatenate([widened(part, keys) for part in parts])
 
     def _ledger(self, load: Load) -> Ledger:
         stations: dict[tuple[Any, ...], dict[Station, Finding]] = {}
@@ -222,6 +250,14 @@ def _lines(path: Path, decoder: msgspec.json.Decoder[T]) -> list[T]:
     return found
 
 
+def _scored(path: Path) -> Scored:
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return Scored(path, msgspec.json.decode(file.metadata()["score"], type=Score))
+    except (OSError, SafetensorError, KeyError, TypeError, msgspec.DecodeError) as error:
+        raise UnreadableFile(f"cannot read `{path}`: {error}") from error
+
+
 def _segment(path: Path) -> Rows:
     try:
         with safe_open(path, framework="numpy") as file:
@@ -236,36 +272,4 @@ def _segment(path: Path) -> Rows:
         placed=tuple(table.get("placed", ())),
         tensors=columns or None,
         **named,
-    )
-
-
-def _widened(rows: Rows, keys: tuple[Any, ...]) -> Rows:
-    """The same rows with columns for `keys`; modules that did not run are NaN."""
-    if rows.modules == keys:
-        return rows
-    where = np.array([keys.index(key) for key in rows.modules])
-
-    def spread(column: Any, axis: int) -> Any:
-        if column is None:
-            return None
-        shape = list(column.shape)
-        shape[axis] = len(keys)
-        wide = np.full(shape, np.nan, dtype=np.float32)
-        wide[(slice(None),) * axis + (where,)] = column
-        return wide
-
-    placed = [""] * len(keys)
-    for index, digest in zip(where, rows.placed, strict=False):
-        placed[index] = digest
-    tensors = None
-    if rows.tensors is not None:
-        parts = [(*name.partition("/"), values) for name, values in rows.tensors.items()]
-        tensors = {f"{what}/{where[int(number)]}": values for what, _, number, values in parts}
-    return replace(
-        rows,
-        modules=keys,
-        gram=spread(rows.gram, 0),
-        placed=tuple(placed),
-        tensors=tensors,
-        **{name: spread(getattr(rows, name), 1) for name in ROW_COLUMNS[4:]},
     )

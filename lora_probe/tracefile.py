@@ -11,18 +11,17 @@ import json
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 from safetensors.numpy import save_file
 
 from lora_probe.adapter import Key
 from lora_probe.ledger import Finding, Station, Value
+from lora_probe.rows import ROW_COLUMNS, Floats, Rows, concatenate
 
 SCHEMA = 1
 LEVELS = ("events", "norms", "shrink", "tensors")
@@ -31,7 +30,7 @@ MAX_ROWS, MAX_BYTES, MAX_SECONDS = 4096, 64_000_000, 5.0
 """A segment closes at this many rows, at this many bytes of x, base and delta, or after this time."""
 
 Level = Literal["events", "norms", "shrink", "tensors"]
-Floats = npt.NDArray[np.float32]
+Kind = Literal["adapter", "base", "plain"]
 
 
 class Prompt(msgspec.Struct, frozen=True):
@@ -43,10 +42,15 @@ class Prompt(msgspec.Struct, frozen=True):
 
 class RunSpec(msgspec.Struct, frozen=True):
     """What to run. `options` are engine options by vLLM's names. `continuation` forces the first ids of each answer;
-    `max_tokens` counts those after them."""
+    `max_tokens` counts those after them.
+
+    With `score` every answer is run once more in one pass, with and without the adapter, and the next-token
+    distributions of its tokens are kept. A plain run (`adapter` None) only scores `model`: `continuation` holds whole
+    answers, and `watch` the paths of the modules whose outputs are recorded.
+    """
 
     engine: str
-    adapter: str
+    adapter: str | None
     name: str
     model: str
     prompts: list[Prompt]
@@ -56,6 +60,8 @@ class RunSpec(msgspec.Struct, frozen=True):
     engine_args: list[str] = []
     chat: bool = False
     continuation: list[list[int]] | None = None
+    score: bool = False
+    watch: list[str] = []
 
 
 class Run(msgspec.Struct, frozen=True):
@@ -84,6 +90,7 @@ class Process(msgspec.Struct, frozen=True):
     changed: list[str] = []
     not_recorded: str | None = None
     segments: int = 0
+    scores: int = 0
     closed: bool = False
 
 
@@ -161,75 +168,16 @@ class RequestRecord(msgspec.Struct, frozen=True):
     seconds: float = 0.0
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Rows of one step or of many, in columns. Every array has the row first and the module second.
+class Score(msgspec.Struct, frozen=True):
+    """One scored pass: `prompt_ids` and all but the last of `answer_ids` in one forward pass, with the adapter, without
+    it, or through a model that has none. `unmeasured` says why its distributions were not kept, if they were not."""
 
-    `request`, `position`, `phase` and `load` (-1: none) describe a row: `[rows]`. The norms are `[rows, modules]`,
-    `shrink` is `[rows, modules, r]` (None below its level). NaN means that the row did not run there.
-    `gram` (G of the placed s·B) is `[modules, r, r]`. `tensors` holds x, base and delta at level `tensors`,
-    each `[rows, width]` under `x/3`, `base/3`, `delta/3` for module 3.
-    """
-
-    modules: tuple[Key, ...]
-    requests: tuple[str, ...]
-    request: npt.NDArray[np.int32]
-    position: npt.NDArray[np.int32]
-    phase: npt.NDArray[np.int8]
-    load: npt.NDArray[np.int32]
-    x_norm: Floats
-    base_norm: Floats
-    delta_norm: Floats
-    output_norm: Floats
-    shrink: Floats | None = None
-    gram: Floats | None = None
-    placed: tuple[str, ...] = ()
-    tensors: dict[str, Floats] | None = None
-
-    def __len__(self) -> int:
-        return len(self.request)
-
-
-ROW_COLUMNS = ("request", "position", "phase", "load", "x_norm", "base_norm", "delta_norm", "output_norm", "shrink")
-
-
-def concatenate(parts: Sequence[Rows]) -> Rows:
-    """Rows of the same modules as one. The table of requests is joined, later `gram` wins."""
-    requests: dict[str, int] = {}
-    numbers = []
-    for part in parts:
-        for request in part.requests:
-            requests.setdefault(request, len(requests))
-        table = np.array([requests[name] for name in part.requests], dtype=np.int32)
-        numbers.append(table[part.request] if len(part.requests) else part.request)
-    columns: dict[str, Any] = {
-        name: np.concatenate([getattr(part, name) for part in parts])
-        for name in ROW_COLUMNS[1:]
-        if getattr(parts[0], name) is not None
-    }
-    last = parts[-1]
-    return Rows(
-        last.modules,
-        tuple(requests),
-        np.concatenate(numbers),
-        gram=last.gram,
-        placed=last.placed,
-        tensors=_joined_tensors(parts),
-        **columns,
-    )
-
-
-def _joined_tensors(parts: Sequence[Rows]) -> dict[str, Floats] | None:
-    """x, base and delta of all parts; NaN in the rows of a part in which the module did not run."""
-    widths = {name: values.shape[1] for part in parts for name, values in (part.tensors or {}).items()}
-    if not widths:
-        return None
-    return {
-        name: np.concatenate(
-            [(part.tensors or {}).get(name, np.full((len(part), width), np.nan, np.float32)) for part in parts]
-        )
-        for name, width in widths.items()
-    }
+    request: str
+    prompt: int
+    kind: Kind
+    prompt_ids: list[int]
+    answer_ids: list[int]
+    unmeasured: str = ""
 
 
 class TraceWriter:
@@ -243,7 +191,7 @@ class TraceWriter:
         self._flushed = time.monotonic()
         self._lock = threading.RLock()
         self._closing = threading.Event()
-        self._segment = 0
+        self._segment = self._scores = 0
         self._events = (folder / "events.jsonl").open("ab", buffering=0)
         self._requests = (folder / "requests.jsonl").open("ab", buffering=0) if process.role == "client" else None
         self._write_process()
@@ -316,10 +264,16 @@ class TraceWriter:
         tensors = {name: np.ascontiguousarray(column) for name, column in columns.items() if column is not None}
         tensors |= rows.tensors or {}
         table = {"modules": rows.modules, "requests": rows.requests, "placed": rows.placed}
-        path = self.folder / f"{self._segment:06d}.safetensors"
-        partial = path.with_suffix(".partial")
-        save_file(tensors, partial, {"schema": str(SCHEMA), "table": json.dumps(table)})
-        partial.replace(path)
+        meta = {"schema": str(SCHEMA), "table": json.dumps(table)}
+        _save(tensors, self.folder / f"{self._segment:06d}.safetensors", meta)
+
+    def score(self, score: Score, logprobs: Floats | None) -> None:
+        """Write the next-token distributions of one pass. `logprobs: [answer tokens, vocabulary]`, row i predicting
+        token i of the answer; None where `score.unmeasured` says why there are none."""
+        self._scores += 1
+        tensors = {} if logprobs is None else {"logprobs": np.ascontiguousarray(logprobs, dtype=np.float32)}
+        meta = {"schema": str(SCHEMA), "score": msgspec.json.encode(score).decode()}
+        _save(tensors, self.folder / f"next-{self._scores:06d}.safetensors", meta)
 
     def close(self, complete: bool = True) -> None:
         if self._events.closed:
@@ -330,10 +284,16 @@ class TraceWriter:
         if self._requests is not None:
             self._requests.close()
         if complete:
-            self.describe(closed=True, segments=self._segment)
+            self.describe(closed=True, segments=self._segment, scores=self._scores)
 
     def _write_process(self) -> None:
         write_json(self.folder / "process.json", self.process)
+
+
+def _save(tensors: dict[str, Any], path: Path, meta: dict[str, str]) -> None:
+    partial = path.with_suffix(".partial")
+    save_file(tensors, partial, meta)
+    partial.replace(path)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -14,15 +14,25 @@ from typing import Any
 import numpy as np
 
 from lora_probe.adapter import Key
+from lora_probe.rows import Floats, Rows
+from lora_probe.sketch import SKETCH, projection
 from lora_probe.spectrum import gram
-from lora_probe.tracefile import Floats, Level, Rows
+from lora_probe.tracefile import Level
+
+
+def sketched(rows: Any) -> Floats:
+    """The sketch of every row of a live tensor `[rows, width]`."""
+    values: Floats = rows.detach().float().cpu().numpy()
+    return values @ projection(values.shape[-1])
 
 
 class Capture:
-    """Hooks on `layers`, one adapter. Leaving the block removes every hook."""
+    """Hooks on `layers`, one adapter. With `sketching` their whole outputs are sketched as well. Leaving the block
+    removes every hook."""
 
-    def __init__(self, layers: Mapping[Key, Any], adapter_name: str, keep: Level) -> None:
+    def __init__(self, layers: Mapping[Key, Any], adapter_name: str, keep: Level, sketching: bool = False) -> None:
         self.layers, self.adapter_name, self.keep = dict(layers), adapter_name, keep
+        self.sketching = sketching
         self.keys = tuple(self.layers)
         self.rank = max((layer.r[adapter_name] for layer in self.layers.values()), default=0)
         self.sampled: list[int] = []
@@ -78,6 +88,7 @@ class Capture:
             delta_norm=self._stacked("delta_norm", count),
             output_norm=self._stacked("output_norm", count),
             shrink=self._shrink(count) if wanted_shrink else None,
+            sketch=self._sketches(count) if self.sketching else None,
             gram=self.gram if wanted_shrink else None,
             placed=placed,
             tensors=tensors,
@@ -102,6 +113,11 @@ class Capture:
                 wide[:, number, :] = 0
                 wide[:, number, : shrink.shape[1]] = shrink
         return wide
+
+    def _sketches(self, count: int) -> Floats:
+        column = self._columns.get("sketch", {})
+        missing = np.full((count, SKETCH), np.nan, np.float32)
+        return np.stack([column.get(key, missing) for key in self.keys], axis=1)
 
     def _keep(self, name: str, key: Key, value: Any) -> None:
         self._columns.setdefault(name, {})[key] = value.detach().float().cpu().numpy()
@@ -138,5 +154,7 @@ class Capture:
             self._keep(f"{what}_norm", key, rows.detach().float().norm(dim=-1))
             if what == "base" and self.keep == "tensors":
                 self._keep("base", key, rows)
+            if what == "output" and self.sketching:
+                self._columns.setdefault("sketch", {})[key] = sketched(rows)
 
         return hook

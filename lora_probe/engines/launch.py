@@ -1,19 +1,15 @@
-"""Record a run in a process of its own: `trace`.
+"""What needs an engine, in a process of its own: `trace`, `trace_plain`, `merge`.
 
-In: an adapter, an engine's name, prompts and options. Out: a `Trace`. The child process writes the trace folder, its
-standard output and error go to `engine.log` in it, and the parent follows the folder to show progress. The child and
-all that it started die with the parent.
+In: an adapter or a model, an engine's name, prompts and options. Out: a `Trace`, or a merged model. The child process
+writes its folder, its standard output and error go to `engine.log` in it, and the parent follows the folder to show
+progress (`child.py`).
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-import signal
-import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -25,35 +21,20 @@ import msgspec
 
 from lora_probe.adapter import Adapter, open_adapter
 from lora_probe.base import open_base
-from lora_probe.engines import make, require
+from lora_probe.engines import require
+from lora_probe.engines.child import ERROR, LOG, Progress, run_child
+from lora_probe.engines.merge import ASKED, MERGED, MergeSpec
 from lora_probe.engines.prompts import BUILT_IN
-from lora_probe.errors import EngineFailed, ProbeError
+from lora_probe.errors import ProbeError
 from lora_probe.reading import Trace, open_trace
-from lora_probe.tracefile import LEVELS, SCHEMA, Prompt, Run, RunSpec, write_json
+from lora_probe.tracefile import LEVELS, SCHEMA, LoadEvent, Prompt, Record, Run, RunSpec, write_json
 
-LOG = "engine.log"
-ERROR = "error.json"
 BEFORE = ".before"
 """What --force adds to the name of the trace that is overwritten, until the new one has been recorded."""
-POLL_SECONDS = 0.1
-GRACE_SECONDS = 5.0
+PARTIAL = ".partial"
+"""What is added to the name of a merged model that is not finished."""
 
-
-class Failure(msgspec.Struct, frozen=True):
-    """error.json: what the child process could not do."""
-
-    message: str
-    hint: str = ""
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a run is: the last line of the loading story, and the answers so far."""
-
-    stage: str
-    text: str
-    answers: int
-    wanted: int
+__all__ = ["LOG", "Merged", "Progress", "merge", "trace", "trace_plain", "versions"]
 
 
 def trace(
@@ -70,12 +51,14 @@ def trace(
     force: bool = False,
     options: dict[str, Any] | None = None,
     engine_args: Sequence[str] = (),
+    score: bool = False,
     progress: Callable[[Progress], None] = lambda _: None,
 ) -> Trace:
     """Run `adapter` in `engine` and record it.
 
     With `follow` the run sees the tokens of another trace: its prompts, and its answers token by token, so that two
-    runs can be compared to the end although their own answers would part (bfloat16).
+    runs can be compared to the end although their own answers would part (bfloat16). With `score` it also keeps the
+    next-token distributions of the answers, with and without the adapter, and sketches of the adapted modules' outputs.
 
     Raises:
         ProbeError: bad input, or an existing `out` without `force`.
@@ -95,7 +78,7 @@ def trace(
         if any("\ud800" <= sign <= "\udfff" for sign in prompt.text):
             raise ProbeError(f"the prompt {prompt.text!r} is not valid UTF-8")
     require(engine)
-    folder = _folder(checkpoint, engine, out, force)
+    folder = _folder(_name(checkpoint), engine, out, force)
     spec = RunSpec(
         engine=engine,
         adapter=str(checkpoint.path.resolve()),
@@ -104,16 +87,118 @@ def trace(
         prompts=asked,
         max_tokens=max_tokens if follow is None else 1,
         keep=keep,  # type: ignore[arg-type]
-        options={key: value for key, value in (options or {}).items() if value is not None},
+        options=_given(options),
         engine_args=list(engine_args),
         chat=chat,
         continuation=continuation,
+        score=score,
     )
+    return _record(folder, spec, len(asked) * (4 if score else 2), progress)
+
+
+def trace_plain(
+    model: str | Path,
+    *,
+    engine: str,
+    follow: Trace,
+    watch: Sequence[str] | None = None,
+    out: str | Path | None = None,
+    force: bool = False,
+    options: dict[str, Any] | None = None,
+    engine_args: Sequence[str] = (),
+    progress: Callable[[Progress], None] = lambda _: None,
+) -> Trace:
+    """Run a model without an adapter on the tokens of a scored trace, and record what it gives there.
+
+    Kept are the next-token distribution of every answer token, and the outputs of the modules in `watch` (default:
+    those whose rows the followed trace holds). `model` is a folder, or an id that the engine resolves.
+
+    Raises:
+        ProbeError: bad input, or an existing `out` without `force`.
+        EngineFailed: the engine did not start, lacked the plugin, or died.
+    """
+    followed = [scored.score for scored in follow.scores if scored.score.kind == "adapter"]
+    if not followed:
+        raise ProbeError(f"`{follow.path}` holds no scored answer of an adapter to follow")
+    require(engine)
+    path = Path(model)
+    name = str(open_base(str(path)).path.resolve()) if path.is_dir() else str(model)
+    if watch is None:
+        watch = [module for module, parameter, _ in follow.rows.modules if parameter == "weight"] if follow.rows else []
+    texts = [prompt.text for prompt in follow.run.spec.prompts] if follow.run else []
+    spec = RunSpec(
+        engine=engine,
+        adapter=None,
+        name=path.name,
+        model=name,
+        prompts=[Prompt(texts[s.prompt] if s.prompt < len(texts) else "", s.prompt_ids) for s in followed],
+        max_tokens=1,
+        keep="norms",
+        options=_given(options),
+        engine_args=list(engine_args),
+        continuation=[score.answer_ids for score in followed],
+        score=True,
+        watch=list(watch),
+    )
+    return _record(_folder(path.name, engine, out, force), spec, len(followed), progress)
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A merged model, and what PEFT warned of while it was made."""
+
+    path: Path
+    said: tuple[str, ...]
+
+
+def merge(
+    adapter: str | Path,
+    *,
+    out: str | Path,
+    model: str | None = None,
+    dtype: str = "auto",
+    progress: Callable[[Progress], None] = lambda _: None,
+) -> Merged:
+    """Merge `adapter` into its base as PEFT does, and save the model with its tokenizer in `out`.
+
+    `dtype` is what the base is loaded in (`auto`: as stored). What is not finished lies in `OUT.partial`, with the log
+    of a merge that failed.
+
+    Raises:
+        ProbeError: bad input, or `out` exists.
+        EngineFailed: transformers or PEFT raised; its own words.
+    """
+    checkpoint = open_adapter(adapter)
+    base = _base_of(checkpoint, model)
+    require("peft")
+    target = Path(out)
+    if target.exists():
+        raise ProbeError(f"`{target}` exists", "give another name, or delete it")
+    folder = target.with_name(target.name + PARTIAL)
+    if (folder / ASKED).exists():
+        shutil.rmtree(folder)
+    _make(folder)
+    write_json(folder / ASKED, MergeSpec(str(checkpoint.path.resolve()), base, dtype))
+    run_child(folder, 1, progress)
+    records = msgspec.json.Decoder(Record)
+    lines = [records.decode(line) for line in (folder / "merge" / "events.jsonl").read_bytes().splitlines()]
+    said = tuple(line.text for line in lines if isinstance(line, LoadEvent) and line.stage == "said")
+    (folder / MERGED).rename(target)
+    shutil.rmtree(folder)
+    return Merged(target, said)
+
+
+def _given(options: dict[str, Any] | None) -> dict[str, Any]:
+    return {key: value for key, value in (options or {}).items() if value is not None}
+
+
+def _record(folder: Path, spec: RunSpec, wanted: int, progress: Callable[[Progress], None]) -> Trace:
+    """Run `spec` in a child process, and open what it wrote. An overwritten trace is kept where this fails."""
     created = datetime.now(UTC).isoformat(timespec="seconds")
     write_json(folder / "run.json", Run(SCHEMA, created, spec, versions()))
     before = folder.with_name(folder.name + BEFORE)
     try:
-        _run_child(folder, len(spec.prompts) * 2, progress)
+        run_child(folder, wanted, progress)
     except ProbeError as error:
         if before.exists():
             error.hint += f"\nthe earlier trace is kept as {before}"
@@ -167,7 +252,7 @@ def _name(checkpoint: Adapter) -> str:
     return (name or "adapter").replace(".", "-")
 
 
-def _folder(checkpoint: Adapter, engine: str, out: str | Path | None, force: bool) -> Path:
+def _folder(name: str, engine: str, out: str | Path | None, force: bool) -> Path:
     if out is not None:
         folder = Path(out)
         if (folder / ERROR).exists():
@@ -183,99 +268,17 @@ def _folder(checkpoint: Adapter, engine: str, out: str | Path | None, force: boo
             shutil.rmtree(before, ignore_errors=True)
             folder.rename(before)
     else:
-        stem, number = f"{_name(checkpoint)}-{engine}", 1
+        stem, number = f"{name}-{engine}", 1
         folder = Path(f"{stem}.lptrace")
         while folder.exists():
             number += 1
             folder = Path(f"{stem}-{number}.lptrace")
+    return _make(folder)
+
+
+def _make(folder: Path) -> Path:
     try:
         folder.mkdir(parents=True)
     except OSError as error:
         raise ProbeError(f"cannot make the folder `{folder}`: {error.strerror or error}") from error
     return folder
-
-
-def _run_child(folder: Path, wanted: int, progress: Callable[[Progress], None]) -> None:
-    log = (folder / LOG).open("ab")
-    command = [sys.executable, "-m", "lora_probe.engines", str(folder)]
-    child = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-    )
-    log.close()
-    try:
-        while child.poll() is None:
-            progress(_progress(folder, wanted))
-            time.sleep(POLL_SECONDS)
-        progress(_progress(folder, wanted))
-    finally:
-        _end(child)
-    if (folder / ERROR).exists():
-        failure = msgspec.json.decode((folder / ERROR).read_bytes(), type=Failure)
-        raise EngineFailed(failure.message, "\n".join(filter(None, [failure.hint, f"log: {folder / LOG}"])))
-    if child.returncode != 0:
-        raise EngineFailed(
-            f"the engine's process ended with {_status(child.returncode)} while {_last_stage(folder)}",
-            f"log: {folder / LOG}\nwhat was recorded until then: lora-probe show {folder}",
-        )
-
-
-def _end(child: subprocess.Popen[bytes]) -> None:
-    """End the child and everything in its session: first politely, then not."""
-    for number, patience in ((signal.SIGTERM, GRACE_SECONDS), (signal.SIGKILL, GRACE_SECONDS)):
-        try:
-            os.killpg(child.pid, number)
-        except ProcessLookupError:
-            break
-        try:
-            child.wait(patience)
-        except subprocess.TimeoutExpired:
-            continue
-    if child.stdin is not None:
-        child.stdin.close()
-
-
-def _status(code: int) -> str:
-    return f"signal {signal.Signals(-code).name}" if code < 0 else f"status {code}"
-
-
-def _progress(folder: Path, wanted: int) -> Progress:
-    last, answers = ("start", "starting the process"), 0
-    for path in folder.glob("*/events.jsonl"):
-        for line in reversed(path.read_bytes().split(b"\n")):
-            if b'"kind":"event"' in line:
-                event = msgspec.json.decode(line) if line.endswith(b"}") else {}
-                last = event.get("stage", last[0]), event.get("text", last[1])
-                break
-    for path in folder.glob("*/requests.jsonl"):
-        answers += path.read_bytes().count(b"\n")
-    return Progress(*last, answers, wanted)
-
-
-def _last_stage(folder: Path) -> str:
-    progress = _progress(folder, 0)
-    if progress.answers:
-        return f"it was answering ({progress.answers} answers so far)"
-    return f"it was at `{progress.stage}`: {progress.text}"
-
-
-def run_in_child(folder: Path) -> int:
-    """What the child process does: run the spec in `folder`, and leave error.json if it cannot."""
-    _die_with_parent()
-    spec = msgspec.json.decode((folder / "run.json").read_bytes(), type=Run).spec
-    try:
-        make(spec.engine).record(spec, folder)
-    except ProbeError as error:
-        write_json(folder / ERROR, Failure(error.message, error.hint))
-        return error.exit_code
-    return 0
-
-
-def _die_with_parent() -> None:
-    """The parent holds the other end of standard input; when it goes, so does this process's whole session."""
-
-    def watch() -> None:
-        while os.read(0, 1):
-            pass
-        os.killpg(os.getpgrp(), signal.SIGKILL)
-
-    threading.Thread(target=watch, daemon=True, name="lora-probe-parent").start()

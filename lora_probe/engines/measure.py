@@ -17,9 +17,10 @@ from lora_probe.adapter import Adapter, Key
 from lora_probe.expected import Expected
 from lora_probe.ledger import OK, Finding
 from lora_probe.precision import agrees as agrees_tolerance
+from lora_probe.rows import Floats
 from lora_probe.rules.applying import contamination, kernel_differs, never_applied, not_finite_output, rows_missed
 from lora_probe.rules.loading import not_measured
-from lora_probe.tracefile import DECODE, PREFILL, Floats, Load, ModuleRecord, TraceWriter
+from lora_probe.tracefile import DECODE, PREFILL, Load, ModuleRecord, TraceWriter
 
 SAMPLED = {PREFILL: 4, DECODE: 2}
 """Rows of each request on which `agrees` is measured, by phase."""

@@ -10,23 +10,31 @@ import os
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from msgspec.structs import replace
 
 from lora_probe.adapter import PREFIX, Key, open_adapter
 from lora_probe.engines.hooks import Capture
-from lora_probe.engines.measure import Account, Sampler, placed_digest, relative_difference
-from lora_probe.engines.prompts import encode, forced
-from lora_probe.errors import EngineFailed, ProbeError
+from lora_probe.engines.measure import Account, relative_difference
+from lora_probe.engines.models import first_lines, load_model, load_tokenizer, short
+from lora_probe.engines.plain import describe_model, record_plain
+from lora_probe.engines.prompts import encode
+from lora_probe.engines.runner import Runner, end_ids
+from lora_probe.errors import EngineFailed
 from lora_probe.expected import Expected, Shapes, expect
 from lora_probe.ledger import OK, Finding
 from lora_probe.precision import coarser
 from lora_probe.rules.loading import name_without_home, no_lora_layer, not_measured, not_taken, placed_differs
-from lora_probe.tracefile import DECODE, PREFILL, SCHEMA, Load, Process, RequestRecord, RunSpec, TraceWriter
+from lora_probe.tracefile import (
+    SCHEMA,
+    Load,
+    Process,
+    RunSpec,
+    TraceWriter,
+)
 from lora_probe.weights import TensorHeader
 
 ADAPTER = "default"
@@ -65,40 +73,46 @@ class PeftEngine:
             changed=[f"--{name.replace('_', '-')} is vLLM's and changes nothing here" for name in ignored],
         )
         with TraceWriter(folder / "peft", process) as writer:
-            _record(spec, writer)
+            if spec.adapter is None:
+                record_plain(spec, writer)
+            else:
+                _record(spec, spec.adapter, writer)
 
 
-def _record(spec: RunSpec, writer: TraceWriter) -> None:
+def _record(spec: RunSpec, path: str, writer: TraceWriter) -> None:
     started = time.perf_counter()
-    model, tokenizer = _load_base(spec)
-    generation = getattr(model, "generation_config", None)
-    runner = _Runner(model, tokenizer, spec, _eos(generation, tokenizer))
-    dtype = str(model.dtype).removeprefix("torch.")
-    writer.describe(device=str(model.device), dtype=dtype, settings=dict(spec.options))
-    writer.event(
-        "model",
-        f"{type(model).__name__} loaded, {dtype} on {model.device}",
-        seconds=round(time.perf_counter() - started, 3),
-    )
+    tokenizer, model = load_tokenizer(spec.model), load_model(spec.model, spec.options.get("dtype", "auto"))
+    runner = Runner(model, tokenizer, spec, end_ids(getattr(model, "generation_config", None), tokenizer), writer)
+    describe_model(writer, model, spec, started)
+    dtype = writer.process.dtype
     prompts = encode(spec, tokenizer)
     for number, ids in enumerate(prompts):
         writer.request(runner.run(f"base-{number}", number, ids, None))
     shapes = _shapes(model)
-    adapter = open_adapter(spec.adapter)
+    adapter = open_adapter(path)
     expected = expect(adapter, shapes)
     load = Load(0, spec.name, str(adapter.path), adapter.digest(), engine_id=None, slot=None)
-    live, load = _attach(model, spec, load, writer)
+    peft_model, live, load = _attach(model, spec, load, writer)
     writer.describe(lora_dtype=_lora_dtype(live, dtype))
     account = Account(writer, load, adapter, expected, coarser(dtype, writer.process.lora_dtype))
     account.announce({row.key: row.module for row in expected if row.module in live})
-    if load.refused:
+    if peft_model is None:
         return
     _judge_loading(account, live, shapes)
     recorded = {key: live[key[0]] for key in _recordable(expected, live)} if spec.keep != "events" else {}
-    with Capture(recorded, ADAPTER, spec.keep) as capture:
-        runner.capture, runner.account, runner.writer = capture, account, writer
+    answers = []
+    with Capture(recorded, ADAPTER, spec.keep, spec.score) as capture:
+        runner.capture, runner.account = capture, account
         for number, ids in enumerate(prompts):
-            writer.request(runner.run(f"lora-{number}", number, ids, spec.name))
+            answers.append(runner.run(f"lora-{number}", number, ids, spec.name))
+            writer.request(answers[-1])
+        for answer in answers if spec.score else ():
+            runner.score(f"score-lora-{answer.prompt}", "adapter", answer)
+    runner.capture = None
+    if spec.score:
+        with _without_adapter(peft_model) as changed:
+            for answer in answers:
+                runner.score(f"score-base-{answer.prompt}", "base", answer, changed)
     _judge_placed(account, live, "when the run ended")
     extras = {row.key: row.entry.extras for row in expected if row.entry is not None}
     account.finish(
@@ -107,33 +121,18 @@ def _record(spec: RunSpec, writer: TraceWriter) -> None:
     )
 
 
-def _load_base(spec: RunSpec) -> tuple[Any, Any]:
-    """The base model and its tokenizer, on the accelerator if there is one.
-
-    Raises:
-        EngineFailed: with what transformers says.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    dtype = spec.options.get("dtype", "auto")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(spec.model)
-        model = AutoModelForCausalLM.from_pretrained(
-            spec.model, dtype=dtype if dtype == "auto" else getattr(torch, dtype)
-        )
-    # transformers raises whatever its parts raise; the reason is passed on, whole, and the run ends.
-    except Exception as error:
-        raise EngineFailed(
-            f"transformers cannot load the base model `{spec.model}`: {_first_lines(error)}",
-            "give a folder or a cached model with --model",
-        ) from error
-    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    return model, tokenizer
+@contextmanager
+def _without_adapter(peft_model: Any) -> Iterator[str]:
+    """The base for the length of a block. Gives PEFT's own words where this is not quite the base (trained biases)."""
+    with ExitStack() as stack:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            stack.enter_context(peft_model.disable_adapter())
+        yield " ".join(short(str(warning.message)) for warning in caught)
 
 
-def _attach(model: Any, spec: RunSpec, load: Load, writer: TraceWriter) -> tuple[dict[str, Any], Load]:
-    """Let PEFT load the adapter: the live LoRA layers by module, or the load marked as refused."""
+def _attach(model: Any, spec: RunSpec, load: Load, writer: TraceWriter) -> tuple[Any, dict[str, Any], Load]:
+    """Let PEFT load the adapter: its model and the live LoRA layers by module, or None and the load as refused."""
     from peft import PeftModel
     from peft.tuners.lora import LoraLayer
 
@@ -146,9 +145,9 @@ def _attach(model: Any, spec: RunSpec, load: Load, writer: TraceWriter) -> tuple
             peft_model = PeftModel.from_pretrained(model, spec.adapter, adapter_name=ADAPTER)
         # A refusal is an answer: whatever PEFT raises here is recorded as its word on the adapter.
         except Exception as error:
-            message = _first_lines(error)
+            message = first_lines(error)
             writer.event("refused", message, seconds=round(time.perf_counter() - started, 3))
-            return {}, replace(load, refused=True, message=message)
+            return None, {}, replace(load, refused=True, message=message)
     if wanted != "auto":
         import torch
 
@@ -157,7 +156,7 @@ def _attach(model: Any, spec: RunSpec, load: Load, writer: TraceWriter) -> tuple
             if "lora_" in name:
                 parameter.data = parameter.data.to(getattr(torch, wanted))
     peft_model.eval()
-    said = [_short(str(warning.message)) for warning in caught if issubclass(warning.category, UserWarning)]
+    said = [short(str(warning.message)) for warning in caught if issubclass(warning.category, UserWarning)]
     root = peft_model.get_base_model()
     live = {name: layer for name, layer in root.named_modules() if isinstance(layer, LoraLayer)}
     for name, layer in live.items():
@@ -167,17 +166,7 @@ def _attach(model: Any, spec: RunSpec, load: Load, writer: TraceWriter) -> tuple
         f"{len(live)} layers replaced, adapter `{spec.name}` active as `{ADAPTER}`",
         seconds=round(time.perf_counter() - started, 3),
     )
-    return live, replace(load, said=said)
-
-
-def _first_lines(error: BaseException) -> str:
-    """The head of an exception in one line. Size mismatches name their tensor in the second line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return _short(" ".join(lines[:2]) if lines else type(error).__name__)
-
-
-def _short(text: str, limit: int = 300) -> str:
-    return text if len(text) <= limit else text[: limit - 3] + "..."
+    return peft_model, live, replace(load, said=said)
 
 
 def _shapes(model: Any) -> Shapes:
@@ -291,94 +280,3 @@ def _lora_dtype(live: Mapping[str, Any], default: str) -> str:
         for part in getattr(layer, "lora_B", {}).values():
             return str(part.weight.dtype).removeprefix("torch.")
     return default
-
-
-def _eos(generation: Any, tokenizer: Any) -> set[int]:
-    """The ids that end an answer, from the generation config (as vLLM takes them) and the tokenizer."""
-    found = getattr(generation, "eos_token_id", None)
-    ids = found if isinstance(found, list) else [found]
-    return {token for token in (*ids, tokenizer.eos_token_id) if token is not None}
-
-
-@dataclass
-class _Runner:
-    """Runs one prompt after the other through the model, with or without a capture."""
-
-    model: Any
-    tokenizer: Any
-    spec: RunSpec
-    eos: set[int]
-    capture: Capture | None = None
-    account: Account | None = None
-    writer: TraceWriter | None = None
-
-    def __post_init__(self) -> None:
-        self.sampler = Sampler()
-        self._placed: tuple[str, ...] | None = None
-
-    def run(self, request: str, prompt: int, ids: list[int], adapter: str | None) -> RequestRecord:
-        """Greedy generation: the prompt in one forward pass, then a token at a time."""
-        import torch
-
-        started = time.perf_counter()
-        output = list(forced(self.spec, prompt))
-        longest = len(output) + self.spec.max_tokens
-        if context := getattr(self.model.config.get_text_config(), "max_position_embeddings", None):
-            if len(ids) + len(output) >= context:
-                raise ProbeError(f"prompt {prompt + 1} has {len(ids)} tokens, the model's context is {context}")
-            # As vLLM does: an answer ends with the context.
-            longest = min(longest, context - len(ids))
-        logprobs: list[float | None] = []
-        cache, feed = None, ids + output
-        with torch.inference_mode():
-            while True:
-                position = len(ids) + len(output) - len(feed)
-                result = self._forward(request, feed, position, len(ids), cache)
-                cache = result.past_key_values
-                # One more row than there are forced tokens after it: the last row gives the next token.
-                scores = torch.log_softmax(result.logits[0, len(logprobs) - len(output) - 1 :].float(), dim=-1)
-                token = int(scores[-1].argmax())
-                output.append(token)
-                given = zip(scores, output[len(logprobs) :], strict=True)
-                logprobs += [round(float(row[one]), 6) for row, one in given]
-                if token in self.eos or len(output) >= longest:
-                    break
-                feed = [token]
-        text = self.tokenizer.decode(output, skip_special_tokens=True)
-        seconds = round(time.perf_counter() - started, 3)
-        return RequestRecord(request, prompt, adapter, ids, output, text, logprobs, seconds)
-
-    def _forward(self, request: str, feed: list[int], position: int, prompt: int, cache: Any) -> Any:
-        import torch
-
-        positions = list(range(position, position + len(feed)))
-        phases = [PREFILL if at < prompt else DECODE for at in positions]
-        tensor = torch.tensor([feed], device=self.model.device)
-        capture, account = self.capture, self.account
-        if capture is not None:
-            capture.begin(self.sampler.pick([request] * len(feed), phases))
-        result = self.model(input_ids=tensor, past_key_values=cache, use_cache=True)
-        if capture is None or account is None:
-            return result
-        account.asked += len(feed)
-        account.ran(capture.ran, len(feed), {})
-        for row in account.expected:
-            pair = row.entry
-            if row.key in capture.samples and pair and pair.a and pair.b and row.spectrum:
-                a, b = account.adapter.values(pair.a), account.adapter.values(pair.b)
-                account.sample(row.key, *capture.samples[row.key], a, b, pair.scaling)
-        if self.writer is not None and capture.keys:
-            self.writer.rows(capture.rows(request, positions, phases, self._digests(capture)))
-        return result
-
-    def _digests(self, capture: Capture) -> tuple[str, ...]:
-        if self._placed is None:
-            name = capture.adapter_name
-            self._placed = tuple(
-                placed_digest(
-                    layer.lora_A[name].weight.detach().float().cpu().numpy(),
-                    layer.lora_B[name].weight.detach().float().cpu().numpy() * np.float32(layer.scaling[name]),
-                )
-                for layer in capture.layers.values()
-            )
-        return self._placed

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from lora_probe.adapter import Key
-from lora_probe.tracefile import Floats, Level, Rows
+from lora_probe.rows import Floats, Rows
+from lora_probe.tracefile import Level
 from lora_probe_vllm.seams import Patches, StepRows, token_slots
 
 

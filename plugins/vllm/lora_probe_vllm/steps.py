@@ -15,7 +15,8 @@ import numpy as np
 from lora_probe.adapter import Key
 from lora_probe.engines.measure import Sampler
 from lora_probe.errors import ProbeError
-from lora_probe.tracefile import DECODE, PREFILL, Floats, Level, TraceWriter
+from lora_probe.rows import Floats
+from lora_probe.tracefile import DECODE, PREFILL, Level, TraceWriter
 from lora_probe_vllm.capture import Capture, Step, stack
 from lora_probe_vllm.loads import ActiveLoad
 from lora_probe_vllm.seams import v1_rows

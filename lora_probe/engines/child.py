@@ -1,0 +1,143 @@
+"""The child process of a run or a merge: started, followed, ended; and what it does itself.
+
+In: a folder that says what is asked (`run.json` or `merge.json`). Out: the folder filled, or the child's own words as
+an error. The child and all that it started die with the parent.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from lora_probe.engines import make
+from lora_probe.engines.merge import ASKED, merge_into
+from lora_probe.errors import EngineFailed, ProbeError
+from lora_probe.tracefile import Run, write_json
+
+LOG = "engine.log"
+ERROR = "error.json"
+POLL_SECONDS = 0.1
+GRACE_SECONDS = 5.0
+
+
+class Failure(msgspec.Struct, frozen=True):
+    """error.json: what the child process could not do."""
+
+    message: str
+    hint: str = ""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run is: the last line of the loading story, and the answers and scored passes so far."""
+
+    stage: str
+    text: str
+    answers: int
+    wanted: int
+
+
+def run_child(folder: Path, wanted: int, progress: Callable[[Progress], None]) -> None:
+    """Start the child on `folder` and wait for its end; `wanted` answers and scored passes are expected.
+
+    Raises:
+        EngineFailed: the child could not do it, or died.
+        KeyboardInterrupt: after the child and its children were ended.
+    """
+    log = (folder / LOG).open("ab")
+    command = [sys.executable, "-m", "lora_probe.engines", str(folder)]
+    child = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+    )
+    log.close()
+    try:
+        while child.poll() is None:
+            progress(_progress(folder, wanted))
+            time.sleep(POLL_SECONDS)
+        progress(_progress(folder, wanted))
+    finally:
+        _end(child)
+    if (folder / ERROR).exists():
+        failure = msgspec.json.decode((folder / ERROR).read_bytes(), type=Failure)
+        raise EngineFailed(failure.message, "\n".join(filter(None, [failure.hint, f"log: {folder / LOG}"])))
+    if child.returncode != 0:
+        recorded = f"\nwhat was recorded until then: lora-probe show {folder}" if not (folder / ASKED).exists() else ""
+        raise EngineFailed(
+            f"the engine's process ended with {_status(child.returncode)} while {_last_stage(folder)}",
+            f"log: {folder / LOG}{recorded}",
+        )
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    """End the child and everything in its session: first politely, then not."""
+    for number, patience in ((signal.SIGTERM, GRACE_SECONDS), (signal.SIGKILL, GRACE_SECONDS)):
+        try:
+            os.killpg(child.pid, number)
+        except ProcessLookupError:
+            break
+        try:
+            child.wait(patience)
+        except subprocess.TimeoutExpired:
+            continue
+    if child.stdin is not None:
+        child.stdin.close()
+
+
+def _status(code: int) -> str:
+    return f"signal {signal.Signals(-code).name}" if code < 0 else f"status {code}"
+
+
+def _progress(folder: Path, wanted: int) -> Progress:
+    last, answers = ("start", "starting the process"), 0
+    for path in folder.glob("*/events.jsonl"):
+        for line in reversed(path.read_bytes().split(b"\n")):
+            if b'"kind":"event"' in line:
+                event = msgspec.json.decode(line) if line.endswith(b"}") else {}
+                last = event.get("stage", last[0]), event.get("text", last[1])
+                break
+    for path in folder.glob("*/requests.jsonl"):
+        answers += path.read_bytes().count(b"\n")
+    answers += len(list(folder.glob("*/next-*.safetensors")))
+    return Progress(*last, answers, wanted)
+
+
+def _last_stage(folder: Path) -> str:
+    progress = _progress(folder, 0)
+    if progress.answers:
+        return f"it was answering ({progress.answers} answers so far)"
+    return f"it was at `{progress.stage}`: {progress.text}"
+
+
+def run_in_child(folder: Path) -> int:
+    """What the child process does: what `folder` asks for, a merge or a run; error.json if it cannot."""
+    _die_with_parent()
+    try:
+        if (folder / ASKED).exists():
+            merge_into(folder)
+        else:
+            spec = msgspec.json.decode((folder / "run.json").read_bytes(), type=Run).spec
+            make(spec.engine).record(spec, folder)
+    except ProbeError as error:
+        write_json(folder / ERROR, Failure(error.message, error.hint))
+        return error.exit_code
+    return 0
+
+
+def _die_with_parent() -> None:
+    """The parent holds the other end of standard input; when it goes, so does this process's whole session."""
+
+    def watch() -> None:
+        while os.read(0, 1):
+            pass
+        os.killpg(os.getpgrp(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True, name="lora-probe-parent").start()
