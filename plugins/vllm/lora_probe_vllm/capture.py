@@ -17,6 +17,7 @@ import torch
 
 from lora_probe.adapter import Key
 from lora_probe.rows import Floats, Rows
+from lora_probe.sketch import SKETCH, projection
 from lora_probe.tracefile import Level
 from lora_probe_vllm.seams import Patches, StepRows, token_slots
 
@@ -42,6 +43,7 @@ class Step:
     x_norm: dict[Key, Any] = field(default_factory=dict)
     base_norm: dict[Key, Any] = field(default_factory=dict)
     output_norm: dict[Key, Any] = field(default_factory=dict)
+    sketch: dict[Key, Any] = field(default_factory=dict)
     delta: dict[Key, Any] = field(default_factory=dict)
     samples: dict[Key, tuple[Any, Any]] = field(default_factory=dict)
     tensors: dict[tuple[str, Key], Any] = field(default_factory=dict)
@@ -126,14 +128,17 @@ def _norm(rows: torch.Tensor) -> torch.Tensor:
 class Capture:
     """Stand-ins and hooks on the touched layers, from `watch` until `close`; at most one step is open."""
 
-    def __init__(self, keep: Level, guard: Callable[[str], AbstractContextManager[None]]) -> None:
-        self.keep, self.guard = keep, guard
+    def __init__(
+        self, keep: Level, guard: Callable[[str], AbstractContextManager[None]], sketching: bool = False
+    ) -> None:
+        self.keep, self.guard, self.sketching = keep, guard, sketching
         self.step: Step | None = None
         self.bypassed: set[Key] = set()
         """Columns whose layer ran without calling the stand-in: it applies LoRA by a path that is not seen here."""
         self.columns: dict[Key, Column] = {}
         self._patches = Patches()
         self._watched: dict[int, list[Column]] = {}
+        self._signs: dict[int, torch.Tensor] = {}
 
     def watch(self, key: Key, layer: Any, index: int) -> None:
         """Record slice `index` of `layer` as `key` from now on."""
@@ -150,6 +155,11 @@ class Capture:
         self._patches.callback(setattr, layer, "punica_wrapper", real)
         self._patches.callback(layer.register_forward_hook(self._after(columns)).remove)
 
+    def watch_output(self, key: Key, layer: Any, index: int, widths: list[int]) -> None:
+        """Record what slice `index` of a layer without LoRA gives, `widths` being those of all its slices."""
+        self.columns[key] = Column(key, index)
+        self._patches.callback(layer.register_forward_hook(self._after([self.columns[key]], widths)).remove)
+
     def close(self) -> None:
         """Take out every stand-in and hook."""
         self._patches.close()
@@ -159,20 +169,32 @@ class Capture:
         """Whether this step's contribution is captured in a buffer of its own before it is added."""
         return bool(step.sampled) or step.mixed or self.keep == "tensors"
 
-    def _after(self, columns: list[Column]) -> Callable[..., None]:
+    def _after(self, columns: list[Column], widths: list[int] | None = None) -> Callable[..., None]:
+        """A hook that takes the output of each slice. Without `widths` the layer is a LoRA layer, and knows them."""
+
         def hook(layer: Any, args: Any, output: Any) -> None:
             if self.step is None:
                 return
             with self.guard("a layer's output"):
-                self.bypassed.update(column.key for column in columns if column.key not in self.step.shrink)
+                if widths is None:
+                    self.bypassed.update(column.key for column in columns if column.key not in self.step.shrink)
                 fused = output[0] if isinstance(output, tuple) else output
-                slices = list(layer.output_slices)
+                slices = widths or list(layer.output_slices)
                 if sum(slices) == fused.shape[-1]:
                     parts = fused.flatten(0, -2)[: len(self.step.rows)].split(slices, dim=-1)
                     for column in columns:
-                        self.step.output_norm[column.key] = _norm(parts[column.slice])
+                        mine = parts[column.slice]
+                        self.step.output_norm[column.key] = _norm(mine)
+                        if self.sketching:
+                            self.step.sketch[column.key] = self._sketch(mine)
 
         return hook
+
+    def _sketch(self, rows: torch.Tensor) -> torch.Tensor:
+        width = rows.shape[-1]
+        if width not in self._signs:
+            self._signs[width] = torch.tensor(projection(width), device=rows.device)
+        return rows.float() @ self._signs[width]
 
     def rows(self, step: Step, loads: list[int], gram: Any, placed: tuple[str, ...], stacked: Stacked) -> Rows:
         """The step's rows for the trace. `loads: [rows]`; `gram: [modules, r, r]`, None where it is not one load's."""
@@ -192,6 +214,7 @@ class Capture:
             delta_norm=stacked.delta_norm,
             output_norm=self._column(step.output_norm, len(loads)),
             shrink=stacked.shrink if wanted else None,
+            sketch=self._column(step.sketch, len(loads), SKETCH) if self.sketching else None,
             gram=gram.cpu().numpy() if wanted and gram is not None else None,
             placed=placed,
             tensors=self._tensors(step) if self.keep == "tensors" else None,
@@ -201,12 +224,13 @@ class Capture:
         number = {key: index for index, key in enumerate(self.columns)}
         return {f"{what}/{number[key]}": value.float().cpu().numpy() for (what, key), value in step.tensors.items()}
 
-    def _column(self, values: dict[Key, Any], count: int) -> Floats:
+    def _column(self, values: dict[Key, Any], count: int, *shape: int) -> Floats:
+        """`[rows, modules, *shape]` of what some modules gave; NaN for the others."""
         if len(values) == len(self.columns):
             # One copy to the host for all modules.
             result: Floats = torch.stack([values[key] for key in self.columns], dim=1).cpu().numpy()
             return result
-        wide = np.full((count, len(self.columns)), np.nan, np.float32)
+        wide = np.full((count, len(self.columns), *shape), np.nan, np.float32)
         for number, key in enumerate(self.columns):
             if key in values:
                 wide[:, number] = values[key].cpu().numpy()

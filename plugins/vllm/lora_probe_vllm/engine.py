@@ -11,12 +11,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from msgspec.structs import replace
+
+from lora_probe.adapter import open_adapter
 from lora_probe.base import open_base
 from lora_probe.engines.prompts import encode, forced
 from lora_probe.errors import EngineFailed, ProbeError, UnreadableFile
-from lora_probe.tracefile import SCHEMA, Process, RequestRecord, RunSpec, TraceWriter
+from lora_probe.tracefile import SCHEMA, Process, RequestRecord, RunSpec, Score, TraceWriter
 from lora_probe_vllm import KEEP, NOT_ARMED, TRACE
-from lora_probe_vllm.seams import vllm_version
+from lora_probe_vllm.seams import dense_logprobs, vllm_version
 
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -26,6 +30,11 @@ ENVIRONMENT = {
 """Set for engines that `trace` starts, where the user has not set them."""
 
 MAX_MODEL_LEN = 4096
+
+HEAD_ADAPTED = (
+    "where lm_head is adapted, vLLM leaves it out of the log-probabilities of a prompt, or takes a wrong row's"
+)
+"""vLLM 0.32, `prompt_logprobs`: its logits processor knows one row for each request, that of the sampled token."""
 
 
 class VllmEngine:
@@ -54,7 +63,10 @@ class VllmEngine:
             llm = _start(arguments)
             writer.event("engine", "the engine is up", seconds=round(time.perf_counter() - started, 3))
             require_probe(folder)
-            ask(llm, spec, writer)
+            if spec.adapter is None:
+                ask_plain(llm, spec, writer)
+            else:
+                ask(llm, spec, writer)
 
 
 def _changed(arguments: dict[str, Any]) -> list[str]:
@@ -71,12 +83,17 @@ def engine_arguments(spec: RunSpec) -> dict[str, Any]:
     """
     arguments: dict[str, Any] = {
         "model": spec.model,
-        "enable_lora": True,
+        "enable_lora": spec.adapter is not None,
         "enforce_eager": True,
         "enable_prefix_caching": False,
         "max_num_seqs": 4,
         "max_model_len": _max_model_len(spec.model),
     }
+    if spec.score:
+        arguments["max_logprobs"] = -1
+    if spec.adapter is None:
+        # All prompts are token ids, and a merged model may lie there without a tokenizer.
+        arguments["skip_tokenizer_init"] = True
     command = [part for key, value in spec.options.items() for part in _flag(key, value)]
     given = parse_flags([*command, *spec.engine_args])
     return {key: value for key, value in (arguments | given).items() if value is not None}
@@ -165,19 +182,44 @@ def require_probe(folder: Path) -> None:
 def ask(llm: Any, spec: RunSpec, writer: TraceWriter, adapter_id: int = 1) -> None:
     """Every prompt without the adapter, then with it. A refusal of the adapter leaves the base's answers, no error.
 
-    The adapter is loaded first, so that the rows of the base run beside a filled slot, as they do in a server.
+    The adapter is loaded first, so that the rows of the base run beside a filled slot, as they do in a server. A
+    scored run then scores the adapter's answers, with and without it.
     """
     from vllm.lora.request import LoRARequest
 
+    assert spec.adapter is not None
     prompts = encode(spec, llm.get_tokenizer())
     try:
         request = LoRARequest(spec.name, adapter_id, spec.adapter)
         loaded = _load(llm, request, writer)
+        answers = []
         for asked in (None, request) if loaded else (None,):
             for number, ids in enumerate(prompts):
-                writer.request(_generate(llm, spec, number, ids, asked))
+                answer = _generate(llm, spec, number, ids, asked)
+                writer.request(answer)
+                if asked is not None:
+                    answers.append(answer)
+        if spec.score:
+            unmeasured = HEAD_ADAPTED if _adapts_head(spec.adapter) else ""
+            for answer in answers:
+                score = Score("", answer.prompt, "adapter", answer.prompt_ids, answer.output_ids, unmeasured)
+                _score(llm, score, writer, request)
+                _score(llm, replace(score, kind="base"), writer)
     finally:
         llm.collective_rpc("lora_probe_finish")
+
+
+def ask_plain(llm: Any, spec: RunSpec, writer: TraceWriter) -> None:
+    """Score the spec's answers with a model that has no adapter."""
+    try:
+        for number, prompt in enumerate(spec.prompts):
+            _score(llm, Score("", number, "plain", prompt.ids, forced(spec, number)), writer)
+    finally:
+        llm.collective_rpc("lora_probe_finish")
+
+
+def _adapts_head(adapter: str) -> bool:
+    return any(module.module.rpartition(".")[2] == "lm_head" for module in open_adapter(adapter).modules)
 
 
 def _load(llm: Any, request: Any, writer: TraceWriter) -> bool:
@@ -195,13 +237,10 @@ def _generate(llm: Any, spec: RunSpec, number: int, ids: list[int], request: Any
     from vllm import SamplingParams
 
     started = time.perf_counter()
-    parameters = SamplingParams(temperature=0, max_tokens=spec.max_tokens, logprobs=0)
     given = forced(spec, number)
-    try:
-        (output,) = llm.generate([{"prompt_token_ids": ids + given}], parameters, use_tqdm=False, lora_request=request)
-    # A prompt that is too long, an engine that died: vLLM's words are the message, and the run ends.
-    except Exception as error:
-        raise EngineFailed(f"vLLM did not answer prompt {number + 1}: {_root_cause(error)}") from error
+    output = _run(
+        llm, number, ids + given, SamplingParams(temperature=0, max_tokens=spec.max_tokens, logprobs=0), request
+    )
     answer = output.outputs[0]
     tokens = [int(token) for token in answer.token_ids]
     scores = zip(tokens, answer.logprobs or [], strict=False)
@@ -216,3 +255,37 @@ def _generate(llm: Any, spec: RunSpec, number: int, ids: list[int], request: Any
         logprobs=[None] * len(given) + [round(float(found[token].logprob), 6) for token, found in scores],
         seconds=round(time.perf_counter() - started, 3),
     )
+
+
+def _score(llm: Any, score: Score, writer: TraceWriter, request: Any = None) -> None:
+    """The prompt and all but the last token of its answer as one prompt.
+
+    The distributions of the answer's tokens are those of the prompt's tokens, and of the one that is sampled after it.
+    """
+    from vllm import SamplingParams
+
+    wanted = None if score.unmeasured else -1
+    parameters = SamplingParams(
+        temperature=0, max_tokens=1, logprobs=wanted, prompt_logprobs=wanted, flat_logprobs=True, detokenize=False
+    )
+    output = _run(llm, score.prompt, score.prompt_ids + score.answer_ids[:-1], parameters, request)
+    logprobs = None
+    if wanted is not None:
+        begin, count = len(score.prompt_ids), len(score.answer_ids)
+        rows = [dense_logprobs(output.prompt_logprobs, begin + token) for token in range(count - 1)]
+        logprobs = np.stack([*rows, dense_logprobs(output.outputs[0].logprobs, 0)])
+    writer.score(replace(score, request=str(output.request_id)), logprobs)
+
+
+def _run(llm: Any, number: int, ids: list[int], parameters: Any, request: Any) -> Any:
+    """vLLM's output for one request.
+
+    Raises:
+        EngineFailed: a prompt that is too long, an engine that died: vLLM's words are the message, and the run ends.
+    """
+    try:
+        (output,) = llm.generate([{"prompt_token_ids": ids}], parameters, use_tqdm=False, lora_request=request)
+    # vLLM raises whatever its parts raise.
+    except Exception as error:
+        raise EngineFailed(f"vLLM did not answer prompt {number + 1}: {_root_cause(error)}") from error
+    return output

@@ -15,7 +15,10 @@ from importlib import import_module
 from types import TracebackType
 from typing import Any
 
+import numpy as np
+
 from lora_probe.errors import EngineFailed
+from lora_probe.rows import Floats
 
 SUPPORTED = ("0.30", "0.31", "0.32", "0.33")
 
@@ -206,6 +209,33 @@ def rename_mapper(model: Any) -> Any:
     if mapper is not None and hasattr(mapper, "get_rename_mapper"):
         mapper = mapper.get_rename_mapper()
     return mapper
+
+
+def model_of(runner: Any) -> Any:
+    """The model itself, out of whatever the runner has wrapped it in."""
+    return runner.get_model()
+
+
+def packed_modules(model: Any) -> dict[str, list[str]]:
+    """Which projections of the files a fused layer of vLLM stands for: `qkv_proj` -> q, k, v."""
+    return dict(getattr(model, "packed_modules_mapping", None) or {})
+
+
+def output_widths(layer: Any) -> list[int] | None:
+    """The widths of a linear layer's outputs on this rank, one for each projection; None for another kind of layer."""
+    widths = getattr(layer, "output_partition_sizes", None)
+    return list(widths) if widths else None
+
+
+def dense_logprobs(flat: Any, position: int) -> Floats:
+    """One position of vLLM's `FlatLogprobs` over the whole vocabulary, by token id: `[vocabulary]`.
+
+    The first entry is the token that was there or was sampled, then come all tokens by rank.
+    """
+    begin, end = flat.start_indices[position] + 1, flat.end_indices[position]
+    found = np.full(end - begin, np.nan, np.float32)
+    found[flat.token_ids[begin:end]] = flat.logprobs[begin:end]
+    return found
 
 
 def is_missing(module: Any) -> bool:

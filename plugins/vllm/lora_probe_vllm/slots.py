@@ -6,6 +6,7 @@ In: the LoRA manager's layers, and pairs of the file. Out: `Home` (layer and sli
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,27 +68,8 @@ class Homes:
         return any(name == missing or name.startswith(f"{missing}.") for missing in self.elsewhere)
 
     def of_base(self, shapes: Shapes) -> dict[str, str]:
-        """For each module of the base's files that this engine has: its name there, and in the engine.
-
-        Files may lack a prefix that the model's class adds (`h.0.attn` for `transformer.h.0.attn`); a unique end is
-        as good as the name.
-        """
-        ends: dict[str, list[str]] = {}
-        for name in self.known:
-            parts = name.split(".")
-            for begin in range(1, len(parts)):
-                ends.setdefault(".".join(parts[begin:]), []).append(name)
-        found = {}
-        for name in shapes:
-            mapped = self.mapper._map_name(name) if self.mapper is not None else name
-            if mapped is None:
-                continue
-            candidates = ends.get(mapped, [])
-            if mapped in self.known or self.on_another_rank(mapped):
-                found[name] = mapped
-            elif len(candidates) == 1:
-                found[name] = candidates[0]
-        return found
+        """For each module of the base's files that this engine has: its name there, and in the engine."""
+        return renamed(shapes, self.known, self.mapper, self.on_another_rank)
 
     def engine_name(self, pair: AdapterModule) -> str | None:
         """The pair's name after vLLM's own renaming; None where vLLM cannot parse it."""
@@ -99,6 +81,32 @@ class Homes:
         except ValueError:
             return None
         return name
+
+
+def renamed(
+    names: Iterable[str], known: set[str], mapper: Any, elsewhere: Callable[[str], bool] = lambda _: False
+) -> dict[str, str]:
+    """For each of `names` that is in `known` after the engine's own renaming (or lives `elsewhere`): its name there.
+
+    Names may lack a prefix that the model's class adds (`h.0.attn` for `transformer.h.0.attn`); a unique end is as
+    good as the name.
+    """
+    ends: dict[str, list[str]] = {}
+    for name in known:
+        parts = name.split(".")
+        for begin in range(1, len(parts)):
+            ends.setdefault(".".join(parts[begin:]), []).append(name)
+    found = {}
+    for name in names:
+        mapped = mapper._map_name(name) if mapper is not None else name
+        if mapped is None:
+            continue
+        candidates = ends.get(mapped, [])
+        if mapped in known or elsewhere(mapped):
+            found[name] = mapped
+        elif len(candidates) == 1:
+            found[name] = candidates[0]
+    return found
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """The rows of every step of the model runner, while adapters are loaded.
 
-In: the runner's `execute_model`, the active loads. Out: rows for the trace, tallies for `applied`, samples for
-`agrees`. A step is open from the call of the model to the end of `execute_model`; warm-up and dummy runs open none.
+In: the runner's `execute_model`, and the active loads, or the watched modules of a model that has no LoRA layers. Out:
+rows for the trace, tallies for `applied`, samples for `agrees`. A step is open from the call of the model to the end of
+`execute_model`; warm-up and dummy runs open none.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from lora_probe.rows import Floats
 from lora_probe.tracefile import DECODE, PREFILL, Level, TraceWriter
 from lora_probe_vllm.capture import Capture, Step, stack
 from lora_probe_vllm.loads import ActiveLoad
+from lora_probe_vllm.plain import locate
 from lora_probe_vllm.seams import v1_rows
 
 SAME = 0.05
@@ -28,9 +30,11 @@ SAME = 0.05
 class Steps:
     """Records steps for the loads that it is told of, until `close`."""
 
-    def __init__(self, keep: Level, guard: Callable[[str], AbstractContextManager[None]]) -> None:
+    def __init__(
+        self, keep: Level, guard: Callable[[str], AbstractContextManager[None]], sketching: bool = False
+    ) -> None:
         self.guard = guard
-        self.capture = Capture(keep, guard)
+        self.capture = Capture(keep, guard, sketching)
         self.sampler = Sampler()
         self.loads: dict[int, ActiveLoad] = {}
         self._grams: dict[int, Any] = {}
@@ -43,6 +47,13 @@ class Steps:
             if key not in load.account.gone and home.recordable:
                 self.capture.watch(key, home.layer, home.slice)
         self._take_grams()
+
+    def watch(self, model: Any, names: list[str]) -> int:
+        """Record what modules of a model without LoRA layers give, from now on. How many of them it has."""
+        found = locate(model, names)
+        for name, part in found.items():
+            self.capture.watch_output((name, "weight", None), part.layer, part.slice, part.widths)
+        return len(found)
 
     def deactivated(self, adapter_id: int) -> None:
         self.loads.pop(adapter_id, None)

@@ -22,9 +22,9 @@ from lora_probe.engines.measure import Account
 from lora_probe.errors import ProbeError
 from lora_probe.expected import expect
 from lora_probe.precision import coarser
-from lora_probe.tracefile import SCHEMA, Level, Load, Process, TraceWriter
+from lora_probe.tracefile import SCHEMA, Level, Load, Process, Run, RunSpec, TraceWriter
 from lora_probe_vllm.loads import ActiveLoad
-from lora_probe_vllm.seams import engine_settings, manager_of, seams, vllm_version, why_not_recordable
+from lora_probe_vllm.seams import engine_settings, manager_of, model_of, seams, vllm_version, why_not_recordable
 from lora_probe_vllm.slots import Homes
 from lora_probe_vllm.steps import Steps
 
@@ -44,6 +44,7 @@ class Probe:
         self._generations: dict[int, int] = {}
         self._writer: TraceWriter | None = None
         self._numbers = 0
+        self._watch: list[str] = []
         self.open(folder, keep)
         # A script of the user's own ends without asking for the last stations.
         atexit.register(self.finish)
@@ -60,6 +61,7 @@ class Probe:
     def open(self, folder: Path, keep: Level) -> None:
         """Begin to write into `folder`, or beside it under a number if this rank has written there before."""
         self.finish()
+        asked = _asked(folder)
         first, number = folder, 1
         while (folder / f"vllm-rank-{self.rank}").exists():
             number += 1
@@ -67,7 +69,8 @@ class Probe:
         if number > 1:
             logging.getLogger("vllm.lora_probe").warning("%s exists; this recording goes to %s", first, folder)
         self.keep, self.broken, self._numbers = keep, False, 0
-        self.steps = Steps(keep, self.guard)
+        self._watch = list(asked.watch) if asked is not None else []
+        self.steps = Steps(keep, self.guard, sketching=asked is not None and asked.score)
         config = self.worker.vllm_config
         settings = engine_settings(config)
         process = Process(
@@ -207,9 +210,21 @@ class Probe:
 
     def stepping(self, runner: Any, scheduler_output: Any) -> Any:
         """Around one `execute_model`."""
+        if self._watch:
+            with self.guard("the watched modules"):
+                self._begin_watching(runner)
         if self.broken or self.not_recorded or self.keep == "events":
             return nullcontext()
         return self.steps.stepping(runner, scheduler_output, self.writer)
+
+    def _begin_watching(self, runner: Any) -> None:
+        """The first step of a model without LoRA layers: nothing else has told of it before."""
+        names, self._watch = self._watch, []
+        self.not_recorded = why_not_recordable(self.worker.vllm_config, runner)
+        self.writer.describe(not_recorded=self.not_recorded)
+        if self.not_recorded is None:
+            count = self.steps.watch(model_of(runner), names)
+            self.writer.event("watch", f"{count} of {len(names)} modules watched")
 
     def finish(self) -> None:
         """Judge the slots again, write `applied` and `agrees`, and close the recording. May be called again."""
@@ -249,3 +264,9 @@ class Probe:
         if key not in self.steps.capture.columns:
             return "the adapter never got a slot"
         return None
+
+
+def _asked(folder: Path) -> RunSpec | None:
+    """What the run that this trace belongs to was asked for; None for a server's."""
+    path = folder / "run.json"
+    return msgspec.json.decode(path.read_bytes(), type=Run).spec if path.exists() else None
