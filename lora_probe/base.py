@@ -33,7 +33,7 @@ def open_base(name: str) -> Base:
     Raises:
         UnreadableFile: neither a model folder nor a model in the local cache, or a damaged file in it.
     """
-    folder = _folder(name)
+    folder = find_model(name)
     config = read_json(folder / "config.json")
     shapes: dict[str, tuple[int, int] | None] = {}
     for file in sorted(folder.glob("*.safetensors")):
@@ -47,7 +47,8 @@ def open_base(name: str) -> Base:
     return Base(folder, config, shapes)
 
 
-def _folder(name: str) -> Path:
+def find_model(name: str) -> Path:
+    """The folder of a model that is given by folder or by id. Raises as `open_base` does."""
     local = Path(name)
     if local.is_dir():
         if not (local / "config.json").exists():

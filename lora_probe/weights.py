@@ -179,21 +179,28 @@ def read(path: Path, tensor: TensorHeader) -> npt.NDArray[np.float32]:
     if tensor.dtype not in FLOATS:
         raise UnreadableFile(f"tensor `{tensor.name}` in `{path}` is {tensor.dtype}, not a float")
     raw = read_bytes(path, tensor)
-    values = np.frombuffer(raw, dtype=DTYPES[tensor.dtype][0]).reshape(tensor.shape)
-    if tensor.dtype == "BF16":
+    return widen(np.frombuffer(raw, dtype=DTYPES[tensor.dtype][0]).reshape(tensor.shape), tensor.dtype)
+
+
+def widen(raw: npt.NDArray[Any], dtype: str) -> npt.NDArray[np.float32]:
+    """Values as they lie in a file, as float32."""
+    if dtype == "BF16":
         # A bfloat16 is the upper half of a float32.
-        return (values.astype(np.uint32) << 16).view(np.float32)
-    return values.astype(np.float32, copy=False)
+        wide = raw.astype(np.uint32)
+        wide <<= 16
+        return wide.view(np.float32)
+    return raw.astype(np.float32, copy=False)
 
 
-def read_bytes(path: Path, tensor: TensorHeader) -> bytearray:
-    """The raw bytes of `tensor`, by positioned reads (no mapping of the file, no shared file position)."""
-    buffer = bytearray(tensor.end - tensor.start)
+def read_bytes(path: Path, tensor: TensorHeader, start: int = 0, stop: int | None = None) -> bytearray:
+    """The raw bytes of `tensor`, or some of them, by positioned reads (no mapping of the file, no shared position)."""
+    size = tensor.end - tensor.start
+    buffer = bytearray((size if stop is None else stop) - start)
     view, done = memoryview(buffer), 0
     try:
-        with path.open("rb") as file:
+        with path.open("rb", buffering=0) as file:
             # One call stops at 2 GiB.
-            while got := os.preadv(file.fileno(), [view[done:]], tensor.start + done):
+            while got := os.preadv(file.fileno(), [view[done:]], tensor.start + start + done):
                 done += got
     except OSError as error:
         raise UnreadableFile(f"cannot read `{path}`: {error.strerror or error}") from error

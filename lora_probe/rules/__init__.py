@@ -18,8 +18,8 @@ from lora_probe.ledger import Finding, Ledger, Station, Value, clauses
 Severity = Literal["error", "warning", "info"]
 P = ParamSpec("P")
 
-FAMILIES = ("weights", "shapes", "serving", "loading", "applying")
-"""One file each: LP2xx, LP3xx, LP4xx, LP5xx, LP6xx."""
+FAMILIES = ("weights", "shapes", "serving", "loading", "applying", "merging")
+"""One file each: LP2xx, LP3xx, LP4xx, LP5xx, LP6xx, LP7xx."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Rule:
 
     code: str
     name: str
-    station: Station | Literal["load"]
+    station: Station | Literal["load", "merge"]
     value: Value
     severity: Severity
     hint: str
@@ -82,7 +82,7 @@ class _Register:
 def rule(
     code: str,
     name: str,
-    station: Station | Literal["load"],
+    station: Station | Literal["load", "merge"],
     value: Value,
     *,
     hint: str,

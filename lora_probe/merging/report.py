@@ -1,0 +1,140 @@
+"""What a check of a merge found: `MergeReport`, with one `ModuleMerge` for each site of the adapter.
+
+In: the modules, the other tensors that differ, what could not be judged. Out: the verdict and the diagnostics. A merge
+is `verified` if it was executed rightly and keeps the effect; rounding is judged over all modules by energy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from lora_probe.adapter import Key
+from lora_probe.ledger import Finding, name_modules
+from lora_probe.rules import Diagnostic, all_rules
+from lora_probe.rules.merging import lost_to_rounding
+
+Verdict = Literal["verified", "differs", "undecided"]
+
+KEPT = 0.9
+"""The share of the change that all modules together must keep."""
+KEPT_BY_EACH = 0.5
+"""The share that a module must keep by itself."""
+
+
+@dataclass(frozen=True)
+class ModuleMerge:
+    """One site. Ratios are relative to ΔW: `residual` ‖observed − ΔW‖ / ‖ΔW‖, `share` ⟨observed, ΔW⟩ / ⟨ΔW, ΔW⟩,
+    `effect_kept` ⟨replay − W, ΔW⟩ / ⟨ΔW, ΔW⟩; None where ΔW is zero. `implied_scaling` explains the change best, None
+    where no factor does. `bit_exact`: every value is what `arithmetic` gives, up to the order of the sums in B·A, on
+    which `by_order_of_sums` values depend. `energy` is ‖ΔW‖²."""
+
+    key: Key
+    label: str
+    tensor: str
+    status: Verdict
+    findings: tuple[Finding, ...]
+    scaling: float | None
+    residual: float | None
+    share: float | None
+    effect_kept: float | None
+    implied_scaling: float | None
+    bit_exact: bool
+    arithmetic: str
+    by_order_of_sums: int = 0
+    energy: float = 0.0
+
+
+@dataclass(frozen=True)
+class TensorFinding:
+    """What is wrong with one tensor that no module of the adapter explains, or with a part of the adapter."""
+
+    name: str
+    finding: Finding
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """All of it. `compared` tensors and `read` bytes of both checkpoints were looked at."""
+
+    adapter: Path
+    base: Path
+    merged: Path
+    base_dtype: str
+    merged_dtype: str
+    modules: tuple[ModuleMerge, ...]
+    tensors: tuple[TensorFinding, ...]
+    compared: int
+    read: int
+    seconds: float
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def effect_kept(self) -> float | None:
+        """The share of the change that PEFT's arithmetic keeps, modules weighted by ‖ΔW‖²."""
+        measured = [(m.effect_kept * m.energy, m.energy) for m in self.modules if m.effect_kept is not None]
+        total = sum(energy for _, energy in measured)
+        return sum(kept for kept, _ in measured) / total if total > 0 else None
+
+    @property
+    def rounding(self) -> tuple[TensorFinding, ...]:
+        """What rounding lost: modules under KEPT_BY_EACH, and the adapter as a whole under KEPT."""
+        found = [
+            TensorFinding(m.label, lost_to_rounding(m.effect_kept, self.merged_dtype))
+            for m in self.modules
+            if m.effect_kept is not None and m.status == "verified" and m.effect_kept < KEPT_BY_EACH
+        ]
+        kept = self.effect_kept
+        if not found and kept is not None and kept < KEPT:
+            found = [TensorFinding("", lost_to_rounding(kept, self.merged_dtype))]
+        return tuple(found)
+
+    @property
+    def verdict(self) -> Verdict:
+        values = {finding.value for _, finding in self.findings()}
+        if values & {"wrong", "absent"}:
+            return "differs"
+        return "undecided" if "unknown" in values or not self.modules else "verified"
+
+    def findings(self) -> Iterator[tuple[str, Finding]]:
+        """Everything that was found, with the module or tensor that it is about, modules first."""
+        for module in self.modules:
+            for finding in module.findings:
+                yield module.label, finding
+        for tensor in (*self.tensors, *self.rounding):
+            yield tensor.name, tensor.finding
+
+    @property
+    def diagnostics(self) -> tuple[Diagnostic, ...]:
+        """Equal findings as one: `12 of 12 modules: merged twice`."""
+        groups: dict[tuple[str, str], list[str]] = {}
+        for name, finding in self.findings():
+            same = finding.message if finding.code in _BY_MESSAGE else ""
+            groups.setdefault((finding.code, same), []).append(name)
+        messages = {(finding.code, name): finding.message for name, finding in self.findings()}
+        return tuple(self._diagnostic(code, names, messages[code, names[0]]) for (code, _), names in groups.items())
+
+    def _diagnostic(self, code: str, names: list[str], message: str) -> Diagnostic:
+        rule = all_rules()[code]
+        modules = {module.label for module in self.modules}
+        named = [name for name in dict.fromkeys(names) if name]
+        if not named:
+            about = "all modules together"
+        elif set(named) <= modules:
+            about = f"{len(named)} of {len(modules)} modules"
+            about += "" if len(named) == len(modules) else f" ({name_modules(named)})"
+        else:
+            about = f"{len(named)} tensors ({_few(named)})" if len(named) > 1 else named[0]
+        more = "" if len(named) < 2 or code in _BY_MESSAGE else ", and the like"
+        return Diagnostic(code, rule.name, rule.severity, f"{about}: {message}{more}", rule.hint, tuple(named))
+
+
+_BY_MESSAGE = ("LP701", "LP702", "LP703", "LP704", "LP712", "LP713", "LP714", "LP715", "LP718")
+"""Rules whose message holds no numbers of its own module: equal messages are one finding."""
+
+
+def _few(names: Iterable[str], shown: int = 3) -> str:
+    listed = list(names)
+    return ", ".join(listed[:shown]) + (f" and {len(listed) - shown} more" if len(listed) > shown else "")

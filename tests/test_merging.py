@@ -1,0 +1,193 @@
+"""Merged models against base plus adapter: what PEFT merges is verified, in every kind and dtype, and bit for bit."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import LAYERS, TARGETS
+from merges import damaged, merge_by_peft, save_adapter_of, save_model
+
+from lora_probe.merging import check_merge
+
+QKV = list(TARGETS)
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "linear": ("llama", {"target_modules": QKV}),
+    "rslora and patterns": (
+        "llama",
+        {
+            "target_modules": QKV,
+            "use_rslora": True,
+            "rank_pattern": {"layers.1.self_attn.q_proj": 4},
+            "alpha_pattern": {"v_proj": 64},
+        },
+    ),
+    "conv1d": ("gpt2", {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
+    "embeddings": ("llama", {"target_modules": ["embed_tokens", "lm_head", "q_proj"]}),
+    "tied embedding": ("tied", {"target_modules": ["embed_tokens", "q_proj"]}),
+    "tied head": ("tied", {"target_modules": ["lm_head", "q_proj"]}),
+    "dora": ("llama", {"target_modules": QKV, "use_dora": True}),
+    "dora conv1d": ("gpt2", {"target_modules": ["c_attn"], "use_dora": True, "fan_in_fan_out": True}),
+    "dora embedding": ("llama", {"target_modules": ["embed_tokens"], "use_dora": True}),
+    "lora_bias": ("qwen2", {"target_modules": QKV, "lora_bias": True}),
+    "biases": ("qwen2", {"target_modules": QKV, "bias": "lora_only"}),
+    "modules_to_save": ("llama", {"target_modules": QKV, "modules_to_save": ["lm_head", "embed_tokens"]}),
+    "saved tied embedding": ("tied", {"target_modules": QKV, "modules_to_save": ["embed_tokens"]}),
+    "trained tokens": ("llama", {"target_modules": QKV, "trainable_token_indices": [3, 5, 287]}),
+    "tied trained tokens": ("tied", {"target_modules": QKV, "trainable_token_indices": [3, 5, 287]}),
+    "experts": ("moe", {"target_modules": ["q_proj"], "target_parameters": EXPERTS}),
+    "pissa": ("llama", {"target_modules": QKV, "init_lora_weights": "pissa"}),
+    "olora": ("llama", {"target_modules": QKV, "init_lora_weights": "olora"}),
+}
+GRID = [
+    # dtype of the base's files, of the merge, of the adapter's file
+    ("float32", "float32", "float32"),
+    ("float16", "float16", "float32"),
+    ("bfloat16", "bfloat16", "float32"),
+    ("float32", "bfloat16", "float16"),
+    ("bfloat16", "float32", "bfloat16"),
+]
+ON_ANOTHER_BASE = ("pissa", "olora")
+
+
+class Bases:
+    """Bases by kind and dtype, made when they are asked for."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def __call__(self, kind: str, dtype: str = "float32") -> Path:
+        folder = self.root / f"{kind}-{dtype}"
+        return folder if folder.exists() else save_model(folder, kind, dtype)
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Bases:
+    return Bases(tmp_path_factory.mktemp("bases"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_peft_merges_is_verified(kind: str, bases: Bases, tmp_path: Path) -> None:
+    architecture, config = KINDS[kind]
+    for number, (stored, dtype, adapter_dtype) in enumerate(GRID):
+        base = bases(architecture, stored)
+        adapter = save_adapter_of(tmp_path / f"adapter-{number}", base, adapter_dtype, **config)
+        merged = merge_by_peft(tmp_path / f"merged-{number}", adapter, base, dtype)
+        report = check_merge(adapter, merged, model=str(base))
+        about = f"{kind} {stored} {dtype} {adapter_dtype}: {report.diagnostics}"
+        assert report.verdict == "verified", about
+        if kind not in ON_ANOTHER_BASE:
+            assert all(module.bit_exact for module in report.modules), about
+        assert report.effect_kept is not None
+        assert report.effect_kept > 0.99, about
+        for module in report.modules:
+            assert module.scaling is None or module.implied_scaling == pytest.approx(module.scaling), about
+
+
+def test_every_tensor_of_both_is_looked_at(bases: Bases, tmp_path: Path) -> None:
+    base = bases("llama")
+    adapter = save_adapter_of(tmp_path / "adapter", base, target_modules=QKV)
+    report = check_merge(adapter, merge_by_peft(tmp_path / "merged", adapter, base, "float32"), model=str(base))
+    assert len(report.modules) == 3 * LAYERS
+    assert report.compared == 3 + 9 * LAYERS
+    assert {module.label for module in report.modules} == {
+        f"model.layers.{layer}.self_attn.{name}" for layer, name in itertools.product(range(LAYERS), QKV)
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "arithmetic"),
+    [
+        ({"safe": True}, "PEFT's merge with safe_merge"),
+        ({"autocast": False}, "an adapter cast to BF16"),
+    ],
+)
+def test_other_orders_of_rounding_are_named(
+    options: dict[str, bool], arithmetic: str, bases: Bases, tmp_path: Path
+) -> None:
+    base = bases("llama", "bfloat16")
+    adapter = save_adapter_of(tmp_path / "adapter", base, target_modules=QKV)
+    merged = merge_by_peft(tmp_path / "merged", adapter, base, "bfloat16", **options)
+    report = check_merge(adapter, merged, model=str(base))
+    assert report.verdict == "verified"
+    assert {(module.bit_exact, module.arithmetic) for module in report.modules} == {(True, arithmetic)}
+
+
+def test_merged_in_float32_and_saved_in_bfloat16(bases: Bases, tmp_path: Path) -> None:
+    import torch
+
+    base = bases("llama")
+    adapter = save_adapter_of(tmp_path / "adapter", base, target_modules=QKV)
+    merged = merge_by_peft(tmp_path / "merged", adapter, base, "float32")
+    cast = damaged(merged, tmp_path / "cast", lambda tensors: {k: v.to(torch.bfloat16) for k, v in tensors.items()})
+    report = check_merge(adapter, cast, model=str(base))
+    assert report.verdict == "verified"
+    assert all(module.bit_exact for module in report.modules)
+    assert {module.arithmetic for module in report.modules} == {"PEFT's merge in F32, saved in BF16"}
+
+
+def test_another_arithmetic_to_the_same_effect(bases: Bases, tmp_path: Path) -> None:
+    """Products of bfloat16 factors, summed in bfloat16: no bits in common, the effect is there."""
+    import torch
+    from safetensors.torch import load_file
+
+    base = bases("llama")
+    adapter = save_adapter_of(tmp_path / "adapter", base, target_modules=QKV)
+    pairs = load_file(adapter / "adapter_model.safetensors")
+
+    def coarse(tensors: dict[str, Any]) -> dict[str, Any]:
+        for name in tensors:
+            stem = f"base_model.model.{name.removesuffix('.weight')}"
+            if f"{stem}.lora_A.weight" in pairs:
+                a, b = (pairs[f"{stem}.lora_{half}.weight"].to(torch.bfloat16) for half in "AB")
+                tensors[name] = tensors[name] + (b @ a).float() * 2
+        return tensors
+
+    merged = damaged(base, tmp_path / "merged", coarse)
+    report = check_merge(adapter, merged, model=str(base))
+    assert report.verdict == "verified", report.diagnostics
+    assert {(module.bit_exact, module.arithmetic) for module in report.modules} == {
+        (False, "unknown, to the same effect")
+    }
+
+
+def test_sharded_and_pickled(bases: Bases, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    base = bases("llama", "bfloat16")
+    adapter = save_adapter_of(tmp_path / "adapter", base, target_modules=QKV)
+    merged = merge_by_peft(tmp_path / "merged", adapter, base, "bfloat16", max_shard_size="200KB")
+    assert len(list(merged.glob("*.safetensors"))) > 2
+    assert check_merge(adapter, merged, model=str(base)).verdict == "verified"
+    pickled = tmp_path / "pickled"
+    pickled.mkdir()
+    tensors = {k: v for file in merged.glob("*.safetensors") for k, v in load_file(file).items()}
+    torch.save(tensors, pickled / "pytorch_model.bin")
+    (pickled / "config.json").write_bytes((merged / "config.json").read_bytes())
+    report = check_merge(adapter, pickled, model=str(base))
+    assert report.verdict == "verified"
+    assert all(module.bit_exact for module in report.modules)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "kept", "code"), [(5.1e-2, (0.99, 1.01), None), (5e-4, (0.2, 0.4), "LP707"), (2e-3, (0.7, 0.9), "LP707")]
+)
+def test_rounding_is_called_rounding(
+    ratio: float, kept: tuple[float, float], code: str | None, bases: Bases, tmp_path: Path
+) -> None:
+    """‖ΔW‖/‖W‖ of 5e-4 keeps about 0.3 of its effect in bfloat16: no other scaling, and no fault of the exporter."""
+    base = bases("llama", "bfloat16")
+    # W is N(0, 0.02²); A is uniform with a deviation of 1/sqrt(3·128).
+    strength = ratio * 0.02 * (3 * 128) ** 0.5 / (2 * 8**0.5)
+    adapter = save_adapter_of(tmp_path / "adapter", base, strength=strength, target_modules=QKV)
+    report = check_merge(adapter, merge_by_peft(tmp_path / "merged", adapter, base, "bfloat16"), model=str(base))
+    assert all(module.bit_exact and module.status == "verified" for module in report.modules)
+    assert all(module.implied_scaling == module.scaling for module in report.modules)
+    assert report.effect_kept is not None
+    assert kept[0] < report.effect_kept < kept[1]
+    assert [d.code for d in report.diagnostics] == ([code] if code else [])
+    assert report.verdict == ("differs" if code else "verified")
