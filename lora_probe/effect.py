@@ -24,16 +24,18 @@ from lora_probe.tracefile import Score
 
 Doubles = npt.NDArray[np.float64]
 
-FLOOR_SLACK = 16.0
-"""See `floor`."""
+FLOOR_SLACK = {"float32": 128.0, "float16": 32.0, "bfloat16": 32.0}
 
 
 def floor(dtype: str) -> float:
-    """Below this KL of unmerged against base there is no effect to keep: what round-off alone makes of two right runs.
+    """Below this KL of base and unmerged, in nats per token, there is no effect to keep that round-off does not blur.
 
-    In nats per token: the square of FLOOR_SLACK units of round-off, as KL is quadratic in a small change.
+    KL is quadratic in a small change, so this is the square of FLOOR_SLACK units of round-off: 5.8e-11 in float32 and
+    1.6e-2 in bfloat16. Right merges of SmolLM2-135M lie 8e-13 and 3.6e-4 from the unmerged adapter in PEFT, 4.3e-12 and
+    9.4e-4 in vLLM. float16 has not been measured.
     """
-    return (ROUND_OFF.get(dtype, ROUND_OFF["bfloat16"]) * FLOOR_SLACK) ** 2
+    known = dtype if dtype in FLOOR_SLACK else "bfloat16"
+    return (ROUND_OFF[known] * FLOOR_SLACK[known]) ** 2
 
 
 @dataclass(frozen=True)
@@ -225,11 +227,17 @@ def divergence(p: Floats, q: Floats) -> Doubles:
     found = np.empty(len(p))
     # Row by row: a float64 copy of a whole table would be as large as everything else together.
     for row, pair in enumerate(zip(p, q, strict=True)):
-        log_p, log_q = (values - np.logaddexp.reduce(values) for values in (v.astype(np.float64) for v in pair))
+        log_p, log_q = (_normalised(values.astype(np.float64)) for values in pair)
         possible = log_p != -np.inf
         total = float(np.sum(np.exp(log_p[possible]) * (log_p[possible] - log_q[possible])))
         found[row] = np.inf if np.isnan(total) else max(total, 0.0)
     return found
+
+
+def _normalised(values: Doubles) -> Doubles:
+    most = values.max()
+    result: Doubles = values - (most + np.log(np.exp(values - most).sum()))
+    return result
 
 
 def _measures(tables: Sequence[_Table], dtype: str) -> dict[str, Any]:

@@ -175,6 +175,7 @@ def engine(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sh
         enforce_eager=True,
         enable_prefix_caching=False,
         max_num_seqs=4,
+        max_logprobs=-1,
     )
     del os.environ["LORA_PROBE_TRACE"]
     llm.collective_rpc("lora_probe_finish")

@@ -20,7 +20,7 @@ from lora_probe.engines.prompts import encode, forced
 from lora_probe.errors import EngineFailed, ProbeError, UnreadableFile
 from lora_probe.tracefile import SCHEMA, Process, RequestRecord, RunSpec, Score, TraceWriter
 from lora_probe_vllm import KEEP, NOT_ARMED, TRACE
-from lora_probe_vllm.seams import dense_logprobs, vllm_version
+from lora_probe_vllm.seams import dense_logprobs, vllm_version, vocabulary
 
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -35,6 +35,9 @@ HEAD_ADAPTED = (
     "where lm_head is adapted, vLLM leaves it out of the log-probabilities of a prompt, or takes a wrong row's"
 )
 """vLLM 0.32, `prompt_logprobs`: its logits processor knows one row for each request, that of the sampled token."""
+
+MOST_NUMBERS = 30_000_000
+"""vLLM gives every log-probability of a prompt as Python objects, about 100 bytes for each: 3 GB."""
 
 
 class VllmEngine:
@@ -264,11 +267,15 @@ def _score(llm: Any, score: Score, writer: TraceWriter, request: Any = None) -> 
     """
     from vllm import SamplingParams
 
+    ids = score.prompt_ids + score.answer_ids[:-1]
+    if len(ids) * vocabulary(llm) > MOST_NUMBERS:
+        too_long = f"a vocabulary of {vocabulary(llm)} for each of {len(ids)} tokens is more than vLLM can hand over"
+        score = replace(score, unmeasured=score.unmeasured or too_long)
     wanted = None if score.unmeasured else -1
     parameters = SamplingParams(
         temperature=0, max_tokens=1, logprobs=wanted, prompt_logprobs=wanted, flat_logprobs=True, detokenize=False
     )
-    output = _run(llm, score.prompt, score.prompt_ids + score.answer_ids[:-1], parameters, request)
+    output = _run(llm, score.prompt, ids, parameters, request)
     logprobs = None
     if wanted is not None:
         begin, count = len(score.prompt_ids), len(score.answer_ids)

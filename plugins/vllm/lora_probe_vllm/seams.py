@@ -227,6 +227,11 @@ def output_widths(layer: Any) -> list[int] | None:
     return list(widths) if widths else None
 
 
+def vocabulary(llm: Any) -> int:
+    """How many tokens the engine's model knows."""
+    return int(llm.llm_engine.model_config.get_vocab_size())
+
+
 def dense_logprobs(flat: Any, position: int) -> Floats:
     """One position of vLLM's `FlatLogprobs` over the whole vocabulary, by token id: `[vocabulary]`.
 
