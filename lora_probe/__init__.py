@@ -16,17 +16,19 @@ if TYPE_CHECKING:
     from lora_probe.adapter import open_adapter as inspect
     from lora_probe.comparison import compare
     from lora_probe.engines.launch import trace
+    from lora_probe.preserved import parity
     from lora_probe.reading import open_trace
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "compare", "inspect", "open_trace", "trace"]
+__all__ = ["__version__", "compare", "inspect", "open_trace", "parity", "trace"]
 
 _HOMES = {
     "inspect": ("lora_probe.adapter", "open_adapter"),
     "trace": ("lora_probe.engines.launch", "trace"),
     "open_trace": ("lora_probe.reading", "open_trace"),
     "compare": ("lora_probe.comparison", "compare"),
+    "parity": ("lora_probe.preserved", "parity"),
 }
 
 

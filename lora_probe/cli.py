@@ -11,6 +11,7 @@ import json
 import os
 import shlex
 import sys
+import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from lora_probe.engines.launch import Progress
+    from lora_probe.merging import Progress as WeightsProgress
     from lora_probe.reading import Trace
 
 CLEAN, FOUND, UNJUDGED, INTERRUPTED = 0, 1, 2, 130
@@ -39,8 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         parser = parser_of_all()
         parser.parse_args(own, options)
-        if flags and options.command != "trace":
-            parser.error("only `trace` takes engine flags after `--`")
+        if flags and options.command not in ("trace", "parity"):
+            parser.error("only `trace` and `parity` take engine flags after `--`")
         options.engine_args, options.given = flags, own
         return COMMANDS[options.command](options)
     except ProbeError as error:
@@ -145,34 +147,22 @@ def spectra_of(adapter: Any, tick: Callable[[], None]) -> dict[str, Any]:
 def _trace(options: argparse.Namespace) -> int:
     from lora_probe.engines.launch import LOG, trace
 
-    prompts = list(options.prompt or [])
-    if options.prompt_file:
-        prompts += _prompts_in(options.prompt_file)
-    engine_options = {
-        "dtype": options.dtype,
-        "lora_dtype": options.lora_dtype,
-        "max_lora_rank": options.max_lora_rank,
-        "max_loras": options.max_loras,
-        "max_model_len": options.max_model_len,
-        "tensor_parallel_size": options.tensor_parallel_size,
-        "lora_target_modules": options.lora_target_modules,
-    }
     options.interrupted = "the recording is incomplete; nothing is left running"
-    with _following(options.engine) as progress:
+    with _telling(f"{options.engine}: starting") as tell:
         found = trace(
             options.checkpoint,
             engine=options.engine,
             model=options.model,
-            prompts=prompts,
+            prompts=_prompts(options),
             chat=options.chat,
             max_tokens=options.max_tokens,
             follow=options.follow,
             keep=options.keep,
             out=options.output,
             force=options.force,
-            options=engine_options,
+            options=_engine_options(options),
             engine_args=options.engine_args,
-            progress=progress,
+            progress=_following(options.engine, tell),
         )
     status = _present(found, options)
     console = Console(stderr=True)
@@ -193,6 +183,25 @@ def _same_with_another_engine(options: argparse.Namespace) -> str:
             continue
         words.append(other if before == "--engine" else word.replace(f"--engine={options.engine}", f"--engine={other}"))
     return shlex.join(["lora-probe", *words, "-o", "OTHER.lptrace"])
+
+
+ENGINE_OPTIONS = (
+    "dtype",
+    "lora_dtype",
+    "max_lora_rank",
+    "max_loras",
+    "max_model_len",
+    "tensor_parallel_size",
+    "lora_target_modules",
+)
+
+
+def _engine_options(options: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(options, name) for name in ENGINE_OPTIONS}
+
+
+def _prompts(options: argparse.Namespace) -> list[str]:
+    return [*(options.prompt or []), *(_prompts_in(options.prompt_file) if options.prompt_file else [])]
 
 
 def _prompts_in(path: str) -> list[str]:
@@ -239,6 +248,43 @@ def _compare(options: argparse.Namespace) -> int:
     return CLEAN if found.verdict == "agree" else FOUND
 
 
+def _parity(options: argparse.Namespace) -> int:
+    # One thread for each product: the tensors themselves are spread over the processors.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    from lora_probe.preserved import REPORT, parity
+    from lora_probe.render import machine, merged
+
+    options.interrupted = "nothing is left running"
+    with _telling("looking at the files") as tell:
+        found = parity(
+            options.checkpoint,
+            model=options.model,
+            merged=options.merged,
+            engine=options.engine,
+            weights_only=options.weights_only,
+            prompts=_prompts(options),
+            chat=options.chat,
+            max_tokens=options.max_tokens,
+            out=options.output,
+            force=options.force,
+            options=_engine_options(options),
+            engine_args=options.engine_args,
+            weights_progress=_comparing(tell),
+            engine_progress=_following(options.engine, tell),
+        )
+    data = machine.parity_json(found)
+    if options.format == "json":
+        _dump(data)
+    else:
+        _show(merged.parity(found))
+    if options.output:
+        (Path(options.output) / REPORT).write_text(json.dumps(data, ensure_ascii=False, indent=2, allow_nan=False))
+        Console(stderr=True).print(f"kept in {options.output}", soft_wrap=True, highlight=False)
+    elif options.weights_only:
+        _hint(shlex.join(["lora-probe", *(word for word in options.given if word != "--weights-only")]))
+    return CLEAN if found.verdict == "verified" else FOUND
+
+
 def _rule(options: argparse.Namespace) -> int:
     from lora_probe.render import machine, terminal
     from lora_probe.rules import all_rules
@@ -270,23 +316,45 @@ def _env(options: argparse.Namespace) -> int:
 
 
 @contextmanager
-def _following(engine: str) -> Iterator[Callable[[Progress], None]]:
-    """A line that follows a run: a live one in a terminal, a line for each new stage elsewhere."""
+def _telling(first: str) -> Iterator[Callable[..., None]]:
+    """What goes on, on standard error: a live line in a terminal, elsewhere a line for each lasting text."""
     console = Console(stderr=True)
     seen: list[str] = []
-    with console.status(f"{engine}: starting") as status:
+    with console.status(_escaped(first)) as status:
 
-        def progress(now: Progress) -> None:
-            text = f"{engine}: {now.stage}: {now.text}"
-            if now.answers:
-                text = f"{engine}: {now.answers} of {now.wanted} answers"
+        def tell(text: str, passing: bool = False) -> None:
             if console.is_terminal:
                 status.update(_escaped(text))
-            elif [text] != seen[-1:]:
+            elif not passing and [text] != seen[-1:]:
                 seen.append(text)
                 console.print(_escaped(text), soft_wrap=True, highlight=False)
 
-        yield progress
+        yield tell
+
+
+def _following(engine: str, tell: Callable[..., None]) -> Callable[[Progress], None]:
+    """Tells of a run: each new stage, then the answers so far."""
+
+    def progress(now: Progress) -> None:
+        if now.answers:
+            tell(f"{engine}: {now.answers} of {now.wanted} answers")
+        else:
+            tell(f"{engine}: {now.stage}: {now.text}")
+
+    return progress
+
+
+def _comparing(tell: Callable[..., None]) -> Callable[[WeightsProgress], None]:
+    """Tells how much of both checkpoints has been compared, and how fast."""
+    started: list[float] = []
+
+    def progress(now: WeightsProgress) -> None:
+        started.extend([] if started else [time.monotonic()])
+        speed = now.done / max(time.monotonic() - started[0], 0.1) / 2**20
+        share, whole = 100 * now.done / max(now.total, 1), now.total / 2**20
+        tell(f"weights: {share:.0f} % of {whole:,.0f} MiB compared, {speed:,.0f} MiB/s", passing=now.done < now.total)
+
+    return progress
 
 
 @contextmanager
@@ -305,6 +373,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "trace": _trace,
     "show": _show_trace,
     "compare": _compare,
+    "parity": _parity,
     "rule": _rule,
     "env": _env,
 }

@@ -41,6 +41,7 @@ def parser_of_all() -> argparse.ArgumentParser:
     _add_trace(commands)
     _add_show(commands)
     _add_compare(commands)
+    _add_parity(commands)
     _add_rule(commands)
     _add_env(commands)
     return parser
@@ -94,13 +95,7 @@ def _add_trace(commands: Any) -> None:
     )
     _add_checkpoint(parser)
     parser.add_argument("--engine", required=True, metavar="ENGINE", help="peft or vllm (needs lora-probe-vllm)")
-    parser.add_argument("--model", metavar="BASE", help="base model, a folder or an id; default: the adapter's own")
-    parser.add_argument(
-        "--prompt", action="append", metavar="TEXT", help="may be given more than once; default: three built-in ones"
-    )
-    parser.add_argument("--prompt-file", metavar="FILE", help="one prompt a line; - for standard input")
-    parser.add_argument("--chat", action="store_true", help="put each prompt through the tokenizer's chat template")
-    parser.add_argument("--max-tokens", type=int, default=32, metavar="N", help="length of an answer; default: 32")
+    _add_asking(parser)
     parser.add_argument(
         "--follow", metavar="REF.lptrace", help="see the tokens of another trace: its prompts and its answers"
     )
@@ -113,14 +108,48 @@ def _add_trace(commands: Any) -> None:
     parser.add_argument("-o", "--output", metavar="RUN.lptrace", help="default: CKPT-ENGINE.lptrace here")
     parser.add_argument("--force", action="store_true", help="overwrite an existing trace")
     parser.add_argument("--events", action="store_true", help="print every step of the loading story")
+    _add_engine(parser, "auto in vLLM makes bfloat16 of float32")
+
+
+def _add_asking(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", metavar="BASE", help="base model, a folder or an id; default: the adapter's own")
+    parser.add_argument(
+        "--prompt", action="append", metavar="TEXT", help="may be given more than once; default: three built-in ones"
+    )
+    parser.add_argument("--prompt-file", metavar="FILE", help="one prompt a line; - for standard input")
+    parser.add_argument("--chat", action="store_true", help="put each prompt through the tokenizer's chat template")
+    parser.add_argument("--max-tokens", type=int, default=32, metavar="N", help="length of an answer; default: 32")
+
+
+def _add_engine(parser: argparse.ArgumentParser, dtype: str) -> None:
     engine = parser.add_argument_group("engine", "spelled as vLLM spells them; any other vLLM flag goes after --")
-    engine.add_argument("--dtype", choices=DTYPES, help="auto in vLLM makes bfloat16 of float32")
+    engine.add_argument("--dtype", choices=DTYPES, help=dtype)
     engine.add_argument("--lora-dtype", choices=DTYPES)
     engine.add_argument("--max-lora-rank", type=int, metavar="R", help="default: vLLM's own, 16")
     engine.add_argument("--max-loras", type=int, metavar="N")
     engine.add_argument("--max-model-len", type=int, metavar="N", help="default: 4096, or less if the base has less")
     engine.add_argument("--tensor-parallel-size", type=int, metavar="N")
     engine.add_argument("--lora-target-modules", nargs="+", metavar="NAME")
+
+
+def _add_parity(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "parity",
+        "check a merge: are the weights base plus adapter, and does the effect survive",
+        "  lora-probe parity ckpt/ --dtype bfloat16\n"
+        "  lora-probe parity ckpt/ --merged merged/ --weights-only\n"
+        "  lora-probe parity ckpt/ --merged merged/ --engine vllm --prompt 'Who are you?'\n"
+        "  lora-probe parity ckpt/ --merged merged/ --weights-only --format json | jq -r .verdict",
+    )
+    _add_checkpoint(parser)
+    parser.add_argument("--merged", metavar="DIR", help="the merged model; default: PEFT makes the merge, in --dtype")
+    parser.add_argument("--weights-only", action="store_true", help="compare the files, run no engine (needs no torch)")
+    parser.add_argument("--engine", default="peft", metavar="ENGINE", help="what runs both models; default: peft")
+    _add_asking(parser)
+    parser.add_argument("-o", "--output", metavar="DIR", help="keep the merge and both traces here; default: nothing")
+    parser.add_argument("--force", action="store_true", help="overwrite what an earlier parity kept")
+    _add_engine(parser, "of the merge that PEFT makes, and of the runs; default: as the base or the merge is stored")
 
 
 def _add_show(commands: Any) -> None:

@@ -1,6 +1,6 @@
 """JSON for programs: the same things in the same shape from every command, with `schema_version`.
 
-In: an adapter, a trace, a comparison, rules. Out: plain dictionaries. Fields may be added, none is taken away.
+In: an adapter, a trace, a comparison, a merge, rules. Out: plain dictionaries. Fields may be added, none is taken away.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ import numpy as np
 
 from lora_probe.adapter import Adapter, AdapterModule, layer_of, projection_of
 from lora_probe.comparison import Comparison
+from lora_probe.effect import as_json as effect_json
 from lora_probe.ledger import as_json as ledger_json
 from lora_probe.ledger import headline
+from lora_probe.preserved import Parity
 from lora_probe.reading import Trace
 from lora_probe.rules import Rule, diagnose
 from lora_probe.rules import as_json as diagnostic_json
@@ -199,6 +201,43 @@ def comparison_json(comparison: Comparison) -> dict[str, Any]:
             for diff in comparison.modules
         ],
         "notes": list(comparison.notes),
+    }
+
+
+def parity_json(found: Parity) -> dict[str, Any]:
+    """What `parity` found. The parts of a fused expert that lie apart are told apart by `tensor`."""
+    weights = found.weights
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "verdict": found.verdict,
+        "adapter": str(weights.adapter),
+        "model": str(weights.base),
+        "merged": None if found.made else str(weights.merged),
+        "dtypes": {"base": weights.base_dtype, "merged": weights.merged_dtype},
+        "effect_kept": _number(weights.effect_kept),
+        "compared": weights.compared,
+        "diagnostics": [diagnostic_json(diagnostic) for diagnostic in found.diagnostics],
+        "modules": [
+            {
+                "module": module.key[0],
+                "parameter": module.key[1],
+                "expert": module.key[2],
+                "tensor": module.tensor,
+                "status": module.status,
+                "reason": module.findings[0].code if module.findings else None,
+                "residual": _number(module.residual),
+                "share": _number(module.share),
+                "effect_kept": _number(module.effect_kept),
+                "scaling": _number(module.scaling),
+                "implied_scaling": _number(module.implied_scaling),
+                "bit_exact": module.bit_exact,
+                "arithmetic": module.arithmetic,
+                "by_order_of_sums": module.by_order_of_sums,
+            }
+            for module in weights.modules
+        ],
+        "outputs": None if found.outputs is None else {"engine": found.engine, **effect_json(found.outputs)},
+        "said": list(found.said),
     }
 
 

@@ -138,7 +138,7 @@ def _heading(trace: Trace) -> RenderableType:
     )
     lines = [
         assemble(("trace ", "bold"), f"{trace.path}   engine {trace.engine}   {numbers}"),
-        assemble(("adapter ", "bold"), adapter_name),
+        assemble(("adapter ", "bold"), adapter_name or "none: a model by itself"),
     ]
     if process is not None:
         lines.append(assemble(("runs in ", "bold"), f"{process.dtype} on {process.device}, kept: {process.keep}"))

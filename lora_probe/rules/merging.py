@@ -231,7 +231,7 @@ def tied_places_differ(head: str, embedding: str) -> str:
     "merge",
     "ok",
     severity="warning",
-    hint="untie the base first (tie_word_embeddings=False), or train with ensure_weight_tying; see the outputs",
+    hint="untie the base first (tie_word_embeddings=False) and merge into that; the outputs show what it costs",
 )
 def tied_changed_too(adapted: str) -> str:
     """The adapter changes one of two tied embeddings, and in the merged model both have changed.
