@@ -71,7 +71,33 @@ def speeds() -> Speeds:
     return SPEEDS
 
 
+@dataclass
+class Costs:
+    """Lines of a table: seconds, MiB a second, what else is known."""
+
+    lines: list[str] = field(default_factory=list)
+
+    def add(
+        self, what: str, seconds: float, size: float, ratio: float | None = None, peak: float | None = None
+    ) -> None:
+        line = f"{what:<38}{seconds:7.2f} s{size / seconds:9.0f} MiB/s"
+        line += f"   {ratio:.2f} times the reading" if ratio is not None else ""
+        self.lines.append(line + (f", peak {peak:.0f} MiB" if peak is not None else ""))
+
+
+COSTS = Costs()
+
+
+@pytest.fixture(scope="session")
+def costs() -> Costs:
+    return COSTS
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if COSTS.lines:
+        terminalreporter.section("checking a merge (median round)")
+        for line in COSTS.lines:
+            terminalreporter.write_line(line)
     if not SPEEDS.found:
         return
     terminalreporter.section("throughput, tokens generated per second (median round)")
