@@ -20,7 +20,7 @@ from lora_probe.adapter import layer_of, ranges
 from lora_probe.base import find_model
 from lora_probe.config import read_json
 from lora_probe.errors import UnreadableFile
-from lora_probe.weights import DTYPES, TensorHeader, open_weights, read_bytes
+from lora_probe.weights import DTYPES, Bytes, TensorHeader, open_weights, read_bytes
 
 Raw = npt.NDArray[Any]
 SAFETENSORS, PICKLES = ("model", ".safetensors"), ("pytorch_model", ".bin")
@@ -29,13 +29,13 @@ _SHARD = re.compile(r"-(\d+)-of-(\d+)\.")
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of a checkpoint. `read(start, stop)` gives the values of that stretch as they lie in the file."""
+    """One tensor of a checkpoint. `read(start, stop, into)` gives the values of that stretch as they lie in the file."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     file: Path
-    read: Callable[[int, int], Raw]
+    read: Callable[[int, int, Bytes | None], Raw]
 
     @property
     def matrix(self) -> tuple[int, int]:
@@ -43,10 +43,10 @@ class StoredTensor:
         columns = self.shape[-1] if self.shape else 1
         return int(np.prod(self.shape[:-1], dtype=np.int64)), columns
 
-    def rows(self, start: int, stop: int) -> Raw:
-        """Rows of the matrix as they lie in the file: `[stop - start, columns]`."""
+    def rows(self, start: int, stop: int, into: Bytes | None = None) -> Raw:
+        """Rows of the matrix as they lie in the file: `[stop - start, columns]`; in `into` if that is large enough."""
         columns = self.matrix[1]
-        return self.read(start * columns, stop * columns).reshape(stop - start, columns)
+        return self.read(start * columns, stop * columns, into).reshape(stop - start, columns)
 
     @property
     def size(self) -> int:
@@ -191,11 +191,11 @@ def _of_safetensors(file: Path) -> list[StoredTensor]:
     ]
 
 
-def _reader(file: Path, header: TensorHeader) -> Callable[[int, int], Raw]:
+def _reader(file: Path, header: TensorHeader) -> Callable[[int, int, Bytes | None], Raw]:
     storage, width = DTYPES[header.dtype]
 
-    def read(start: int, stop: int) -> Raw:
-        return np.frombuffer(read_bytes(file, header, start * width, stop * width), dtype=storage)
+    def read(start: int, stop: int, into: Bytes | None) -> Raw:
+        return read_bytes(file, header, start * width, stop * width, into).view(storage)
 
     return read
 
@@ -243,13 +243,13 @@ _TORCH = {
 }
 
 
-def _tensor_reader(tensor: Any, dtype: str) -> Callable[[int, int], Raw]:
+def _tensor_reader(tensor: Any, dtype: str) -> Callable[[int, int, Bytes | None], Raw]:
     import torch
 
     storage = np.dtype(DTYPES[dtype][0])
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[storage.itemsize]
 
-    def read(start: int, stop: int) -> Raw:
+    def read(start: int, stop: int, into: Bytes | None) -> Raw:
         stretch: Raw = tensor.reshape(-1)[start:stop].view(bits).numpy().view(storage)
         return stretch
 

@@ -45,6 +45,7 @@ DTYPES: dict[str, tuple[str, int]] = {
 }
 """Name in the file: numpy storage type, bytes a value. BF16 and F8 are raw bits to numpy."""
 
+Bytes = npt.NDArray[np.uint8]
 FLOATS = ("F64", "F32", "F16", "BF16")
 """The dtypes whose values `read` gives."""
 
@@ -178,8 +179,8 @@ def read(path: Path, tensor: TensorHeader) -> npt.NDArray[np.float32]:
     """
     if tensor.dtype not in FLOATS:
         raise UnreadableFile(f"tensor `{tensor.name}` in `{path}` is {tensor.dtype}, not a float")
-    raw = read_bytes(path, tensor)
-    return widen(np.frombuffer(raw, dtype=DTYPES[tensor.dtype][0]).reshape(tensor.shape), tensor.dtype)
+    raw = read_bytes(path, tensor).view(DTYPES[tensor.dtype][0])
+    return widen(raw.reshape(tensor.shape), tensor.dtype)
 
 
 def widen(raw: npt.NDArray[Any], dtype: str) -> npt.NDArray[np.float32]:
@@ -192,11 +193,16 @@ def widen(raw: npt.NDArray[Any], dtype: str) -> npt.NDArray[np.float32]:
     return raw.astype(np.float32, copy=False)
 
 
-def read_bytes(path: Path, tensor: TensorHeader, start: int = 0, stop: int | None = None) -> bytearray:
-    """The raw bytes of `tensor`, or some of them, by positioned reads (no mapping of the file, no shared position)."""
-    size = tensor.end - tensor.start
-    buffer = bytearray((size if stop is None else stop) - start)
-    view, done = memoryview(buffer), 0
+def read_bytes(
+    path: Path, tensor: TensorHeader, start: int = 0, stop: int | None = None, into: Bytes | None = None
+) -> Bytes:
+    """The raw bytes of `tensor`, or some of them, by positioned reads (no mapping of the file, no shared position).
+
+    `into` is a buffer to use again: memory that is fresh costs as much as the reading.
+    """
+    size = (tensor.end - tensor.start if stop is None else stop) - start
+    buffer = np.empty(size, np.uint8) if into is None or len(into) < size else into[:size]
+    view, done = buffer.data, 0
     try:
         with path.open("rb", buffering=0) as file:
             # One call stops at 2 GiB.

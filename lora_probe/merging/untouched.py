@@ -46,7 +46,8 @@ def untouched(base: StoredTensor, merged: StoredTensor, own: TensorHeader | None
         values = adapter.values(own).reshape(base.matrix)
         return _differs(merged, lambda start, stop: narrow(values[start:stop], merged.dtype))
     if base.dtype == merged.dtype:
-        return _differs(merged, base.rows)
+        buffer = np.empty(CHUNK, np.uint8)
+        return _differs(merged, lambda start, stop: base.rows(start, stop, buffer))
     if base.dtype not in UNIT or merged.dtype not in UNIT:
         return tensor_missing(f"it is {merged.dtype}, the base's is {base.dtype}")
     return _differs(merged, lambda start, stop: narrow(widen(base.rows(start, stop), base.dtype), merged.dtype))
@@ -54,8 +55,9 @@ def untouched(base: StoredTensor, merged: StoredTensor, own: TensorHeader | None
 
 def _differs(merged: StoredTensor, wanted: Callable[[int, int], Raw]) -> Finding | None:
     values, distance, norm = 0, 0.0, 0.0
+    buffer = np.empty(CHUNK, np.uint8)
     for start, stop in chunks(merged):
-        there: Raw = merged.rows(start, stop)
+        there: Raw = merged.rows(start, stop, buffer)
         here: Raw = wanted(start, stop)
         if np.array_equal(there.view(np.uint8), here.view(np.uint8)):
             continue
