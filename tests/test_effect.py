@@ -166,6 +166,9 @@ def test_what_cannot_be_compared(unmerged: Any, plain: Any, adapter: Path, llama
         effect(unmerged, unmerged)
     with pytest.raises(ProbeError, match="to follow"):
         trace_plain(llama, engine="peft", follow=unscored, out=tmp_path / "none")
+    with pytest.raises(ProbeError, match="nowhere"):
+        trace_plain(tmp_path / "nowhere", engine="peft", follow=unmerged, out=tmp_path / "none")
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_refused_adapter_is_said(plain: Any, adapter: Path, llama: Path, tmp_path: Path) -> None:

@@ -121,16 +121,15 @@ def trace_plain(
     if not followed:
         raise ProbeError(f"`{follow.path}` holds no scored answer of an adapter to follow")
     require(engine)
-    path = Path(model)
-    name = str(open_base(str(path)).path.resolve()) if path.is_dir() else str(model)
+    source = _resolved(str(model))
     if watch is None:
         watch = [module for module, parameter, _ in follow.rows.modules if parameter == "weight"] if follow.rows else []
     texts = [prompt.text for prompt in follow.run.spec.prompts] if follow.run else []
     spec = RunSpec(
         engine=engine,
         adapter=None,
-        name=path.name,
-        model=name,
+        name=Path(source).name,
+        model=source,
         prompts=[Prompt(texts[s.prompt] if s.prompt < len(texts) else "", s.prompt_ids) for s in followed],
         max_tokens=1,
         keep="norms",
@@ -140,7 +139,7 @@ def trace_plain(
         score=True,
         watch=list(watch),
     )
-    return _record(_folder(path.name, engine, out, force), spec, len(followed), progress)
+    return _record(_folder(Path(source).name, engine, out, force), spec, len(followed), progress)
 
 
 @dataclass(frozen=True)
@@ -230,10 +229,15 @@ def versions() -> dict[str, str]:
 
 
 def _base_of(checkpoint: Adapter, model: str | None) -> str:
-    """The base to run: a folder as an absolute path, or an id that the engine resolves."""
+    """The base to run: the one that was given, or the one that the adapter names."""
     name = model or checkpoint.config.base_model
     if name is None:
         raise ProbeError(f"`{checkpoint.config.path}` names no base model", "give its folder or id with --model")
+    return _resolved(name)
+
+
+def _resolved(name: str) -> str:
+    """A model's folder as an absolute path, or its id."""
     if Path(name).is_dir():
         return str(open_base(name).path.resolve())
     offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes")
