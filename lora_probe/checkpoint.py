@@ -29,7 +29,7 @@ _SHARD = re.compile(r"-(\d+)-of-(\d+)\.")
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of a checkpoint. `read(start, stop, into)` gives the values of that stretch as they lie in the file."""
+    """One tensor of a checkpoint. `read(start, stop, into)` gives values of that stretch as they lie in the file."""
 
     name: str
     dtype: str
@@ -214,16 +214,24 @@ def _of_pickle(file: Path) -> list[StoredTensor]:
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
         raise UnreadableFile(f"torch's weights-only loader refuses `{file}`: {reason}") from error
+    tensors = of_torch(found if isinstance(found, dict) else {}, file)
+    if not tensors:
+        raise UnreadableFile(f"`{file}` holds no tensors")
+    return tensors
+
+
+def of_torch(found: Mapping[str, Any], file: Path) -> list[StoredTensor]:
+    """The torch tensors of a dictionary, read where they are."""
+    import torch
+
     names = {str(getattr(torch, long)): short for short, long in _TORCH.items() if hasattr(torch, long)}
     tensors = []
-    for name, tensor in found.items() if isinstance(found, dict) else ():
+    for name, tensor in found.items():
         if isinstance(tensor, torch.Tensor):
             dtype = names.get(str(tensor.dtype))
             if dtype is None:
                 raise UnreadableFile(f"`{file}`: tensor `{name}` is {tensor.dtype}, which is not understood")
             tensors.append(StoredTensor(str(name), dtype, tuple(tensor.shape), file, _tensor_reader(tensor, dtype)))
-    if not tensors:
-        raise UnreadableFile(f"`{file}` holds no tensors")
     return tensors
 
 

@@ -10,6 +10,7 @@ import pytest
 from conftest import LAYERS, TARGETS
 from merges import damaged, merge_by_peft, save_adapter_of, save_model
 
+from lora_probe.errors import ProbeError
 from lora_probe.merging import check_merge
 
 QKV = list(TARGETS)
@@ -191,3 +192,58 @@ def test_rounding_is_called_rounding(
     assert kept[0] < report.effect_kept < kept[1]
     assert [d.code for d in report.diagnostics] == ([code] if code else [])
     assert report.verdict == ("differs" if code else "verified")
+
+
+def test_a_quantised_base_is_what_transformers_makes_of_it(bases: Bases, tmp_path: Path) -> None:
+    """Blockwise FP8: merged into what `dequantize=True` gives, and checked against that."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, FineGrainedFP8Config
+
+    plain = bases("llama", "bfloat16")
+    base = damaged(plain, tmp_path / "fp8", quantised_to_fp8, quantization_config=FP8)
+    adapter = save_adapter_of(tmp_path / "adapter", plain, target_modules=QKV)
+    model = AutoModelForCausalLM.from_pretrained(
+        base, quantization_config=FineGrainedFP8Config(dequantize=True), dtype=torch.bfloat16
+    )
+    tensors = PeftModel.from_pretrained(model, adapter).merge_and_unload().state_dict()
+    merged = damaged(plain, tmp_path / "merged", lambda _: dict(tensors))
+    report = check_merge(adapter, merged, model=str(base))
+    assert report.verdict == "verified", report.diagnostics
+    assert all(module.bit_exact for module in report.modules)
+    assert check_merge(adapter, merged, model=str(plain)).verdict == "differs"
+
+
+def test_a_quantisation_that_cannot_be_undone_is_refused_by_name(bases: Bases, tmp_path: Path) -> None:
+    base = damaged(
+        bases("llama"), tmp_path / "base", lambda t: t, quantization_config={"quant_method": "gptq", "bits": 4}
+    )
+    adapter = save_adapter_of(tmp_path / "adapter", bases("llama"), target_modules=QKV)
+    with pytest.raises(ProbeError, match=r"quantised \(gptq\), and transformers cannot dequantise them here"):
+        check_merge(adapter, bases("llama"), model=str(base))
+
+
+FP8 = {
+    "quant_method": "fp8",
+    "weight_block_size": [128, 128],
+    "activation_scheme": "dynamic",
+    "modules_to_not_convert": ["lm_head"],
+}
+
+
+def quantised_to_fp8(tensors: dict[str, Any]) -> dict[str, Any]:
+    """Projections in blocks of 128 × 128, each with its own scale."""
+    import torch
+
+    found = {}
+    for name, tensor in tensors.items():
+        if not name.endswith("proj.weight"):
+            found[name] = tensor
+            continue
+        padded = torch.nn.functional.pad(tensor.float(), (0, -tensor.shape[1] % 128, 0, -tensor.shape[0] % 128))
+        blocks = padded.unfold(0, 128, 128).unfold(1, 128, 128)
+        scale = blocks.abs().amax((-1, -2)) / 448
+        wide = scale.repeat_interleave(128, 0).repeat_interleave(128, 1)[: tensor.shape[0], : tensor.shape[1]]
+        found[name] = (tensor.float() / wide).to(torch.float8_e4m3fn)
+        found[f"{name}_scale_inv"] = scale
+    return found

@@ -18,6 +18,7 @@ import numpy as np
 
 from lora_probe.adapter import Adapter, open_adapter
 from lora_probe.checkpoint import Checkpoint, StoredTensor, open_checkpoint
+from lora_probe.dequantised import dequantised
 from lora_probe.errors import ProbeError, UnreadableFile
 from lora_probe.ledger import Finding
 from lora_probe.merging.diagnosis import Neighbours, judge, judge_replaced
@@ -52,20 +53,14 @@ def check_merge(
 
     Raises:
         UnreadableFile: a folder that is missing, damaged, cut short, or of another architecture.
-        ProbeError: no base is named; the base or the merged model is quantised.
+        ProbeError: no base is named; the base or the merged model is quantised in a way that cannot be undone here.
     """
     started = time.perf_counter()
     checkpoint = open_adapter(adapter)
     name = model or checkpoint.config.base_model
     if name is None:
         raise ProbeError(f"`{checkpoint.config.path}` names no base model", "give its folder or id with --model")
-    base, target = open_checkpoint(name), open_checkpoint(merged)
-    for one in (base, target):
-        if one.quantisation:
-            raise ProbeError(
-                f"the weights in `{one.path}` are quantised ({one.quantisation}): a merge into them is not read yet",
-                "dequantise the model with transformers and save it, or compare outputs only",
-            )
+    base, target = (dequantised(one) for one in (open_checkpoint(name), open_checkpoint(merged)))
     names = _aligned(base, target)
     base, torn = _with_head(base, target, names)
     work = _Work(checkpoint, base, target, names, plan(checkpoint, base), progress)
