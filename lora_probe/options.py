@@ -144,7 +144,9 @@ def _add_parity(commands: Any) -> None:
     )
     _add_checkpoint(parser)
     parser.add_argument("--merged", metavar="DIR", help="the merged model; default: PEFT makes the merge, in --dtype")
-    parser.add_argument("--weights-only", action="store_true", help="compare files, run no engine (with --merged: no torch)")
+    parser.add_argument(
+        "--weights-only", action="store_true", help="compare files, run no engine (with --merged: no torch)"
+    )
     parser.add_argument("--engine", default="peft", metavar="ENGINE", help="what runs both models; default: peft")
     _add_asking(parser)
     parser.add_argument("-o", "--output", metavar="DIR", help="keep the merge and both traces here; default: nothing")

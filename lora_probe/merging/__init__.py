@@ -229,8 +229,7 @@ class _Work:
             return judge_replaced(site, replaced(site, self.base, merged, self.adapter), merged.dtype)
         found = measure(site, self.base, merged, self.adapter)
         alike = [other for other in self.plan.sites if other.kind == site.kind and other.cut == site.cut]
-        rank = found.change.left.shape[1]
-        module = judge(found, Neighbours(alike, self.base, self.adapter), rank, tuple(self.factors))
+        module = judge(found, Neighbours(alike, self.base, self.adapter), tuple(self.factors))
         factor = (module.implied_scaling or 0.0) / site.scaling if site.scaling else 0.0
         if module.status == "differs" and math.isfinite(factor) and factor not in (0.0, 1.0, *self.factors):
             self.factors.append(factor)

@@ -21,7 +21,10 @@ from lora_probe.weights import widen
 Origin = Callable[[int, int], Floats]
 """W of a stretch of the site's rows, in float32, not yet rounded to the dtype that is merged in."""
 
+Indices = npt.NDArray[np.intp]
 UNIT = 2.0**-24
+DENSE = 8
+"""From one value in this many on, a whole product is cheaper than picking rows and columns."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +41,16 @@ class Change:
         product *= np.float32(self.scaling)
         return product
 
-    def slack(self, rows: npt.NDArray[np.intp], columns: npt.NDArray[np.intp]) -> Floats:
-        """How far two orders of summing in float32, and of multiplying by the scaling, may lie apart at elements.
+    def slack(self, rows: Indices, at: Indices, columns: Indices) -> Floats:
+        """How far two orders of summing in float32, and of multiplying by the scaling, may lie apart.
 
-        |fl(s·Σ) − s·Σ| ≤ γ·|s|·Σ|left|·|right| with γ = (r + 2)·u (Higham, Accuracy and Stability, 3.1), for each.
+        Given are row numbers, and the places (index in `rows`, column) of some values. |fl(s·Σ) − s·Σ| ≤ γ·|s|·Σ|left|·
+        |right| with γ = (r + 2)·u (Higham, Accuracy and Stability, 3.1), for each of the two.
         """
-        sums = np.einsum("nr,nr->n", np.abs(self.left[rows]), np.abs(self.right[:, columns].T))
+        if len(at) * DENSE > len(rows) * self.right.shape[1]:
+            sums = (np.abs(self.left[rows]) @ np.abs(self.right))[at, columns]
+        else:
+            sums = np.einsum("nr,nr->n", np.abs(self.left[rows[at]]), np.abs(self.right[:, columns].T))
         gamma = 2 * (self.left.shape[1] + 2) * UNIT
         bound: Floats = (gamma * abs(self.scaling) * sums).astype(np.float32)
         return bound

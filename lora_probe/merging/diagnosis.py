@@ -1,15 +1,13 @@
 """What a measured site means: executed rightly, by which arithmetic, or what went wrong.
 
-In: `Measured` sites. Out: `ModuleMerge`s. Rounding to the grid that W lies on is not linear in the scaling, so a wrong
-scaling is never read from a least-squares fit: a factor f counts only if the replay with f explains the merged values
-(the named factors bit for bit, others by a search on ‖merged − replay(f)‖).
+In: `Measured` sites, and the others of the adapter that a site may have been mixed up with. Out: `ModuleMerge`s.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -17,35 +15,26 @@ from lora_probe.adapter import Adapter
 from lora_probe.checkpoint import Checkpoint
 from lora_probe.ledger import Finding
 from lora_probe.merging.change import change_of
-from lora_probe.merging.replay import Order
+from lora_probe.merging.factor import SAME_FACTOR, cosine, named_factor, searched_factor
 from lora_probe.merging.report import ModuleMerge, Verdict
-from lora_probe.merging.scan import Measured, Sums, sampled, unexplained
+from lora_probe.merging.scan import FEW, Measured, Sums, observed_change, thinned
 from lora_probe.merging.sites import Site
-from lora_probe.rounding import Floats, through
 from lora_probe.rules.merging import (
     another_module,
-    merged_twice,
     not_finite_merge,
     not_merged,
     rebased_base,
     replacement_differs,
-    subtracted,
     transposed_change,
     unexplained_change,
     wrong_scaling,
 )
 from lora_probe.weights import widen
 
-SAME_FACTOR = 3e-4
-"""A factor this close to 1 is 1: TF32 products on a GPU have an error of 5e-4 that averages out over a matrix."""
 UNKNOWN_ARITHMETIC = 4e-3
 """‖merged − replay‖ / ‖ΔW‖ that another arithmetic may leave: a product of bfloat16 factors leaves 3e-3."""
-EXPLAINS = 0.1
-"""A factor explains the change if it leaves less than this share of what the factors 0 and 1 leave (in squares)."""
 ALIKE = 0.7
 """Cosine from which a change is called another module's: unrelated changes of 10^5 values stay below 0.02."""
-_START = (-2.0, -1.0, -0.5, 0.0, 0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 3.0, 4.0)
-_GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 @dataclass(frozen=True)
@@ -57,8 +46,8 @@ class Neighbours:
     adapter: Adapter
 
 
-def judge(found: Measured, neighbours: Neighbours, rank: int, known: Sequence[float] = ()) -> ModuleMerge:
-    """The verdict on a site that is changed by s·B·A. `known` are factors seen at other sites: they are tried first."""
+def judge(found: Measured, neighbours: Neighbours, known: Sequence[float] = ()) -> ModuleMerge:
+    """The verdict on a site that is changed by s·B·A. `known` are factors seen at other sites."""
     sums, notes = found.sums, []
     if found.on_rebased:
         notes.append(rebased_base(str(found.site.rebased)))
@@ -70,12 +59,14 @@ def judge(found: Measured, neighbours: Neighbours, rank: int, known: Sequence[fl
     if sums.changed == 0 and sums.energy > 0:
         return _module(found, "differs", [not_merged(found.stored), *notes], 0.0)
     if sums.energy > 0:
-        exact = _named(found, rank, known)
+        exact = named_factor(found, neighbours.adapter.config, known)
         if exact is not None:
             return _module(found, "differs", [exact[1], *notes], exact[0])
-        factor = _search(found)
+        factor = searched_factor(found)
         if factor is not None and abs(factor - 1) > SAME_FACTOR:
-            return _module(found, "differs", [_scaled(found, factor, ""), *notes], factor)
+            return _module(
+                found, "differs", [wrong_scaling(factor * found.site.scaling, found.site.scaling, ""), *notes], factor
+            )
         if _rightly(found):
             return _module(found, "verified", notes, 1.0)
         if (other := _another(found, neighbours)) is not None:
@@ -156,126 +147,28 @@ def _rightly(found: Measured) -> bool:
     return (not found.explained or found.on_rebased) and sums.error <= UNKNOWN_ARITHMETIC**2 * sums.energy
 
 
-def _named(found: Measured, rank: int, known: Sequence[float]) -> tuple[float, Finding] | None:
-    """The first of the named factors whose replay explains every value of the sample."""
-    for factor, times, finding in _candidates(found.site, rank, known):
-        for order in found.orders:
-            tried = _under(found, order)
-            if not unexplained(tried, factor, times).any():
-                return factor * times, finding
-    return None
-
-
-def _under(found: Measured, order: Order) -> Measured:
-    """The same site with another order of rounding."""
-    return replace(found, order=order, change=found.raw.rounded(order.factors))
-
-
-def _candidates(site: Site, rank: int, known: Sequence[float]) -> Iterator[tuple[float, int, Finding]]:
-    """Factor, how many times it goes in, and what that is called. `rank` is that of the tensors."""
-    s = site.scaling
-    alpha = s * rank
-    yield 1.0, 2, merged_twice()
-    for factor, name in (
-        (2.0, "twice"),
-        (0.5, "half"),
-        (-1.0, "subtracted"),
-        (alpha / s, "alpha instead of alpha / r"),
-        (1 / s, "1: no scaling at all"),
-        (math.sqrt(rank), "alpha / sqrt(r) instead of alpha / r"),
-        (1 / math.sqrt(rank), "alpha / r instead of alpha / sqrt(r)"),
-        (s, "the scaling two times over"),
-        *((one, "") for one in known),
-    ):
-        if name == "twice":
-            yield factor, 1, merged_twice()
-        elif name == "subtracted":
-            yield factor, 1, subtracted()
-        elif abs(factor - 1) > SAME_FACTOR:
-            yield factor, 1, wrong_scaling(factor * s, s, name)
-
-
-def _scaled(found: Measured, factor: float, name: str) -> Finding:
-    return wrong_scaling(factor * found.site.scaling, found.site.scaling, name)
-
-
-def _search(found: Measured) -> float | None:
-    """The factor with the smallest ‖merged − replay(f)‖ over all known orders, or None if it explains too little."""
-    best: tuple[float, float, float] | None = None
-    for order in found.orders:
-        tried = _under(found, order)
-        merged = widen(found.sample.raw, found.stored)
-
-        def distance(f: float, tried: Measured = tried, merged: Floats = merged) -> float:
-            difference = merged - widen(sampled(tried, f), found.stored)
-            return float(np.dot(difference.reshape(-1), difference.reshape(-1)))
-
-        factor, error = _minimum(distance)
-        if best is None or error < best[1]:
-            best = factor, error, min(distance(0.0), distance(1.0))
-    if best is None or not best[1] <= EXPLAINS * best[2]:
-        return None
-    return _short(best[0] * found.site.scaling) / found.site.scaling
-
-
-def _minimum(distance: Callable[[float], float]) -> tuple[float, float]:
-    """The minimum of a function that falls towards it from both sides: a grid, then the golden section."""
-    values = [distance(f) for f in _START]
-    at = int(np.argmin(values))
-    low = _START[max(at - 1, 0)] if at else _START[0] * 4
-    high = _START[min(at + 1, len(_START) - 1)] if at + 1 < len(_START) else _START[-1] * 64
-    left, right = high - _GOLDEN * (high - low), low + _GOLDEN * (high - low)
-    at_left, at_right = distance(left), distance(right)
-    while high - low > 1e-7 * max(1.0, abs(high)):
-        if at_left <= at_right:
-            high, right, at_right = right, left, at_left
-            left = high - _GOLDEN * (high - low)
-            at_left = distance(left)
-        else:
-            low, left, at_left = left, right, at_right
-            right = low + _GOLDEN * (high - low)
-            at_right = distance(right)
-    factor = (low + high) / 2
-    error = distance(factor)
-    return (factor, error) if error <= values[at] else (_START[at], values[at])
-
-
-def _short(value: float) -> float:
-    """To the digits that the search can tell."""
-    return float(f"{value:.6g}")
-
-
 def _another(found: Measured, neighbours: Neighbours) -> Finding | None:
-    """Whose change or whose weight it is, if it is another module's of the same shape."""
-    sample, compute = found.sample, found.order.compute
-    merged = widen(sample.raw, found.stored)
-    observed = merged - through(sample.w, compute)
-    own_change = found.change
-    if own_change.left.shape[0] == own_change.right.shape[1]:
-        turned = own_change.right[:, sample.rows].T @ own_change.left.T
-        if abs(_cosine(observed, turned)) > ALIKE:
-            return transposed_change()
+    """Whose change or whose weight it is, if it is another module's of the same shape, or its own transposed."""
+    few = thinned(found, FEW)
+    rows, own = few.sample.rows, few.change
+    merged, observed = widen(few.sample.raw, found.stored), observed_change(few)
+    shape = own.left.shape[0], own.right.shape[1]
+    if shape[0] == shape[1] and abs(cosine(observed, own.right[:, rows].T @ own.left.T)) > ALIKE:
+        return transposed_change()
+    weight_is_own = cosine(merged, few.sample.w) > ALIKE
     for site in neighbours.sites:
-        if site.label == found.site.label or (site.stop - site.start) != (found.site.stop - found.site.start):
+        if site.label == found.site.label or site.stop - site.start != shape[0]:
             continue
         change = change_of(site, neighbours.adapter)
-        if (change.left.shape[0], change.right.shape[1]) != (found.change.left.shape[0], found.change.right.shape[1]):
+        if (change.left.shape[0], change.right.shape[1]) != shape:
             continue
-        delta = change.left[sample.rows] @ change.right
-        if _cosine(observed, delta * np.float32(change.scaling)) > ALIKE:
+        if cosine(observed, change.left[rows] @ change.right) > ALIKE:
             return another_module("change", site.label)
+        if weight_is_own:
+            continue
         tensor = neighbours.base.tensors[site.tensor]
-        rows = site.start + sample.rows
-        weight = np.concatenate(
-            [widen(tensor.rows(row, row + 1), tensor.dtype) for row in rows[:: max(1, len(rows) // 16)]]
-        )
-        mine = merged[:: max(1, len(rows) // 16)]
-        own = sample.w[:: max(1, len(rows) // 16)]
-        if _cosine(mine, weight) > ALIKE > _cosine(mine, own):
+        places = [site.start + int(row) for row in rows]
+        weight = np.concatenate([widen(tensor.rows(row, row + 1), tensor.dtype) for row in places])
+        if cosine(merged, weight) > ALIKE:
             return another_module("weight", site.label)
     return None
-
-
-def _cosine(one: Floats, other: Floats) -> float:
-    norms = float(np.linalg.norm(one)) * float(np.linalg.norm(other))
-    return float(np.vdot(one, other)) / norms if norms > 0 else 0.0
