@@ -270,7 +270,7 @@ def _parity(options: argparse.Namespace) -> int:
             options=_engine_options(options),
             engine_args=options.engine_args,
             weights_progress=_comparing(tell),
-            engine_progress=_following(options.engine, tell),
+            engine_progress=lambda name, now: _following(name, tell)(now),
         )
     data = machine.parity_json(found)
     if options.format == "json":

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ def parity(
     options: dict[str, Any] | None = None,
     engine_args: Sequence[str] = (),
     weights_progress: Callable[[Progress], None] = lambda _: None,
-    engine_progress: Callable[[launch.Progress], None] = lambda _: None,
+    engine_progress: Callable[[str, launch.Progress], None] = lambda _, __: None,
 ) -> Parity:
     """Does the merged model do what the adapter does?
 
@@ -102,7 +103,12 @@ def parity(
     made = None
     with _workplace(out, force, 0 if merged is not None else open_checkpoint(find_model(name)).size) as folder:
         if merged is None:
-            done = launch.merge(adapter, out=folder / "merged", model=model, dtype=dtype, progress=engine_progress)
+            merging = partial(engine_progress, "merge")
+            try:
+                done = launch.merge(adapter, out=folder / "merged", model=model, dtype=dtype, progress=merging)
+            except EngineFailed as error:
+                error.hint = error.hint if out is not None else "its log is kept where -o names a folder"
+                raise
             merged, said, made = done.path, done.said, dtype
         weights = check_merge(adapter, merged, model=name, progress=weights_progress)
         if made is not None:
@@ -123,8 +129,11 @@ def parity(
                 out=folder / "unmerged.lptrace",
                 options=wanted,
                 engine_args=engine_args,
-                progress=engine_progress,
+                progress=partial(engine_progress, f"{engine}, unmerged"),
             )
+            refused = [load.message for load, _ in unmerged.loads if load.refused]
+            if refused:
+                raise EngineFailed(f"it refuses the adapter: {refused[0]}")
             plain = launch.trace_plain(
                 merged,
                 engine=engine,
@@ -132,11 +141,12 @@ def parity(
                 out=folder / "merged.lptrace",
                 options={key: value for key, value in wanted.items() if "lora" not in key},
                 engine_args=engine_args,
-                progress=engine_progress,
+                progress=partial(engine_progress, f"{engine}, merged"),
             )
             found = effect(unmerged, plain)
         except EngineFailed as error:
-            why = effect_not_measured(f"{engine} could not run: {error.message}")
+            log = "" if out is not None else " (its log is kept where -o names a folder)"
+            why = effect_not_measured(f"{engine} could not run both models: {error.message}{log}")
             return Parity(weights, None, engine, made, said, (why,))
         return Parity(weights, found, engine, made, said, tuple(_judged(found)))
 
@@ -153,8 +163,8 @@ def _judged(found: Effect) -> Iterator[Finding]:
             )
         else:
             yield effect_lost(found.survives, found.tokens, _where(found))
-    elif found.notes:
-        yield effect_not_measured(found.notes[0])
+    elif not (found.unmerged.complete and found.merged.complete):
+        yield effect_not_measured("a recording is not complete")
 
 
 def _where(found: Effect) -> str:

@@ -140,7 +140,7 @@ def test_an_engine_that_cannot_run_the_merged_model_leaves_the_weights_judged(wo
     found = json.loads(done.stdout)
     assert found["verdict"] == "undecided"
     assert [d["code"] for d in found["diagnostics"]] == ["LP717"]
-    assert "peft could not run" in found["diagnostics"][0]["message"]
+    assert "peft could not run both models" in found["diagnostics"][0]["message"]
     assert all(module["status"] == "verified" for module in found["modules"])
 
 

@@ -56,8 +56,13 @@ def merge_into(folder: Path) -> None:
                 raise EngineFailed(f"PEFT cannot merge `{spec.adapter}`: {first_lines(error)}") from error
         for text in dict.fromkeys(str(warning.message) for warning in caught if _is_said(warning)):
             writer.event("said", short(text))
-        load_tokenizer(spec.model).save_pretrained(folder / MERGED)
-        writer.event("save", "saved with the base's tokenizer", seconds=_since(started))
+        try:
+            load_tokenizer(spec.model).save_pretrained(folder / MERGED)
+            beside = "with the base's tokenizer"
+        except EngineFailed:
+            # Weights can be compared, and run on token ids, without one.
+            beside = "without a tokenizer, which the base lacks"
+        writer.event("save", f"saved {beside}", seconds=_since(started))
 
 
 def _since(started: float) -> float:

@@ -293,7 +293,7 @@ def effect_lost(survives: float, tokens: int, first: str) -> str:
     "effect-not-measured",
     "merge",
     "unknown",
-    hint="give prompts with --prompt on which the adapter makes a difference",
+    hint="mend what the message names, or give prompts with --prompt on which the adapter makes a difference",
 )
 def effect_not_measured(why: str) -> str:
     """What survives of the effect could not be measured.
