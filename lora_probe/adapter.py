@@ -234,7 +234,9 @@ def _expert_parameter(path: str, config: AdapterConfig) -> tuple[str, str]:
     """
     module = path.removesuffix(".base_layer")
     split = [target.rpartition(".") for target in config.raw.get("target_parameters") or ()]
-    mine = [name for home, _, name in split if module == home or module.endswith(f".{home}")]
+    # PEFT takes a bare `down_proj` as well (it writes them itself for `all-linear`): parameters of `experts`.
+    bare = module.rpartition(".")[2] == "experts"
+    mine = [name for home, _, name in split if (bare if not home else module == home or module.endswith(f".{home}"))]
     if not mine:
         return path, "weight"
     if len(mine) == 1:

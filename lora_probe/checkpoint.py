@@ -17,13 +17,17 @@ import numpy as np
 import numpy.typing as npt
 
 from lora_probe.adapter import layer_of, ranges
-from lora_probe.base import find_model
+from lora_probe.base import OPTIONS, find_model
 from lora_probe.config import read_json
 from lora_probe.errors import UnreadableFile
-from lora_probe.weights import DTYPES, Bytes, TensorHeader, open_weights, read_bytes
+from lora_probe.weights import DTYPES, LFS_MARK, Bytes, TensorHeader, open_weights, read_bytes
 
 Raw = npt.NDArray[Any]
 SAFETENSORS, PICKLES = ("model", ".safetensors"), ("pytorch_model", ".bin")
+EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "shared")
+"""What transformers' models call the module of the input embeddings."""
+
+_HEAD = re.compile(r"(?:^|\.)(?:(?:lm_head|embed_out|output|score)\.(?:weight|qweight|weight_packed)|classifier\..+)$")
 _SHARD = re.compile(r"-(\d+)-of-(\d+)\.")
 
 
@@ -68,8 +72,17 @@ class Checkpoint:
 
     @property
     def tied(self) -> bool:
-        """Whether the config says that output and input embeddings are one. Transformers' default is False."""
-        return bool(self.config.get("tie_word_embeddings", self._text.get("tie_word_embeddings", False)))
+        """Whether output and input embeddings are one tensor.
+
+        A config need not say it, and the default depends on the kind of model (GPT-2 and Gemma: yes, Llama: no). Where
+        it does not, they are one if the files hold input embeddings and no output head.
+        """
+        for settings in (self.config, self._text):
+            if "tie_word_embeddings" in settings:
+                return bool(settings["tie_word_embeddings"])
+        outer = [name for name in self.tensors if layer_of(name) is None]
+        embedded = any(name.removesuffix(".weight").rpartition(".")[2] in EMBEDDINGS for name in outer)
+        return embedded and not any(_HEAD.search(name) for name in outer)
 
     @property
     def _text(self) -> Mapping[str, Any]:
@@ -77,20 +90,28 @@ class Checkpoint:
         return inner if isinstance(inner, dict) else {}
 
     @property
+    def quantization_config(self) -> Mapping[str, Any] | None:
+        """What the config says of the quantisation: of the whole model, or of the language model in it."""
+        for settings in (self.config, self._text):
+            if isinstance(found := settings.get("quantization_config"), dict) and found:
+                return found
+        return None
+
+    @property
     def quantisation(self) -> str | None:
         """How the weights are quantised, if they are."""
-        found = self.config.get("quantization_config") or self._text.get("quantization_config")
-        return str(found.get("quant_method", "an unnamed method")) if isinstance(found, dict) else None
+        found = self.quantization_config
+        return None if found is None else str(found.get("quant_method", "an unnamed method"))
 
 
-def open_checkpoint(name: str | Path) -> Checkpoint:
-    """Open the weights of a model by folder, or by id where the local cache holds it.
+def open_checkpoint(name: str | Path, *, role: str = "base model") -> Checkpoint:
+    """Open the weights of a model by folder, or by id where the local cache holds it. `role`: as `find_model` has it.
 
     Raises:
         UnreadableFile: no model, no weights in it, a shard that is missing or damaged, with the layers it holds.
     """
-    folder = find_model(str(name))
-    files, placed = _files(folder)
+    folder = find_model(str(name), role=role)
+    files, placed = _files(folder, role)
     tensors: dict[str, StoredTensor] = {}
     for file in files:
         expected = [tensor for tensor, home in placed.items() if home == file.name]
@@ -107,10 +128,12 @@ def open_checkpoint(name: str | Path) -> Checkpoint:
             + (f", and {len(absent) - 1} more" if len(absent) > 1 else ""),
             "copy or download the whole folder again",
         )
+    if not tensors:
+        raise UnreadableFile(f"`{folder}` holds no tensors", "was the save cut short? save or download the model again")
     return Checkpoint(folder, read_json(folder / "config.json"), tensors)
 
 
-def _files(folder: Path) -> tuple[list[Path], dict[str, str]]:
+def _files(folder: Path, role: str) -> tuple[list[Path], dict[str, str]]:
     """The files that hold the weights, and where the index says that each tensor is (empty without one)."""
     for stem, suffix in (SAFETENSORS, PICKLES):
         whole, index = folder / f"{stem}{suffix}", folder / f"{stem}{suffix}.index.json"
@@ -127,7 +150,7 @@ def _files(folder: Path) -> tuple[list[Path], dict[str, str]]:
             return shards, {}
     if (folder / "adapter_config.json").exists():
         raise UnreadableFile(
-            f"`{folder}` is an adapter, not a model", "give the folder that the merged model was saved to"
+            f"`{folder}` is an adapter, not a model", f"give the folder of the {role} with {OPTIONS[role]}"
         )
     raise UnreadableFile(
         f"`{folder}` holds no weights: neither model.safetensors nor pytorch_model.bin, whole or in shards",
@@ -139,10 +162,36 @@ def _index(path: Path) -> dict[str, str]:
     placed = read_json(path).get("weight_map")
     if not isinstance(placed, dict) or not all(isinstance(name, str) for name in placed.values()) or not placed:
         raise UnreadableFile(f"`{path}` has no `weight_map` from tensors to files", "save the model again")
-    outside = [name for name in placed.values() if Path(name).name != name]
-    if outside:
-        raise UnreadableFile(f"`{path}` names a file outside of its folder: `{outside[0]}`")
+    wrong = {name: _no_file(path.parent, name) for name in set(placed.values())}
+    for tensor, name in placed.items():
+        if why := _no_name(tensor) or wrong[name]:
+            raise UnreadableFile(
+                f"`{path}` places the tensor {_shown(tensor)} in the file {_shown(name)}: {why}",
+                "save or download the model again",
+            )
     return placed
+
+
+def _no_name(tensor: str) -> str:
+    return "" if tensor and tensor.isprintable() else "that is no name of a tensor"
+
+
+def _no_file(folder: Path, name: str) -> str:
+    """Why an index cannot mean `name`, if so. That it is missing is told elsewhere, with all that are."""
+    if name in ("", ".", "..") or not name.isprintable():
+        return "that is no name of a file"
+    if Path(name).name != name:
+        return "that is outside of the folder"
+    try:
+        return "that is a folder" if (folder / name).is_dir() else ""
+    except OSError as error:
+        return str(error.strerror or error)
+
+
+def _shown(name: str) -> str:
+    """A name that nobody vouches for: control characters escaped, not too long."""
+    text = repr(name)
+    return text if len(text) <= 120 else f"{text[:117]}..."
 
 
 def _absent_shards(shards: Sequence[Path]) -> list[Path]:
@@ -185,10 +234,12 @@ def _tensors(file: Path, expected: Sequence[str]) -> list[StoredTensor]:
 
 
 def _of_safetensors(file: Path) -> list[StoredTensor]:
-    return [
-        StoredTensor(header.name, header.dtype, header.shape, file, _reader(file, header))
-        for header in open_weights(file).tensors.values()
-    ]
+    return [of_header(file, header, header.name) for header in open_weights(file).tensors.values()]
+
+
+def of_header(file: Path, header: TensorHeader, name: str) -> StoredTensor:
+    """A tensor of a safetensors file, as `name`."""
+    return StoredTensor(name, header.dtype, header.shape, file, _reader(file, header))
 
 
 def _reader(file: Path, header: TensorHeader) -> Callable[[int, int, Bytes | None], Raw]:
@@ -201,27 +252,64 @@ def _reader(file: Path, header: TensorHeader) -> Callable[[int, int, Bytes | Non
 
 
 def _of_pickle(file: Path) -> list[StoredTensor]:
-    """A `.bin` through torch's weights-only loader, mapped: nothing of it is executed, little of it is in memory."""
+    """A `.bin` through torch's weights-only loader: nothing of it is executed. It is mapped, and little of it is in
+    memory, unless it is in the format of before torch 1.6, which cannot be."""
     try:
         import torch
     except ImportError as error:
         raise UnreadableFile(
             f"`{file}` is a pickle, and torch is not installed", "pip install 'lora-probe[peft]'"
         ) from error
+    mapped = _start(file).startswith(b"PK\x03\x04")
     try:
-        found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        found = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     # torch raises what its unpickler meets: UnpicklingError, RuntimeError, EOFError, KeyError ...
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise UnreadableFile(f"torch's weights-only loader refuses `{file}`: {reason}") from error
+        raise UnreadableFile(f"torch's weights-only loader refuses `{file}`: {_reason(error)}") from error
     tensors = of_torch(found if isinstance(found, dict) else {}, file)
     if not tensors:
         raise UnreadableFile(f"`{file}` holds no tensors")
     return tensors
 
 
+def _start(file: Path) -> bytes:
+    """The first bytes of a `.bin` that may be one."""
+    try:
+        with file.open("rb") as opened:
+            start = opened.read(len(LFS_MARK))
+    except OSError as error:
+        raise UnreadableFile(f"cannot read `{file}`: {error.strerror or error}") from error
+    if not start:
+        raise UnreadableFile(f"`{file}` is empty (0 bytes)", "the save was cut short; save the model again")
+    if start == LFS_MARK:
+        raise UnreadableFile(
+            f"`{file}` is a Git LFS pointer, not the weights", "run `git lfs pull` in the repository it was cloned from"
+        )
+    return start
+
+
+_CAUSE = re.compile(r"WeightsUnpickler error:|(?=Trying to load )")
+_PARAGRAPH = re.compile(r"\n\s*\n|\nframe #")
+_SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
+
+
+def _reason(error: Exception) -> str:
+    """The first sentence of what torch says, or, where it explains itself at length, the first that names a cause."""
+    text = str(error)
+    if cause := _CAUSE.search(text):
+        text = text[cause.end() :]
+    words = " ".join(_PARAGRAPH.split(text.strip())[0].split())
+    sentence = _SENTENCE.split(words)[0].rstrip(".")
+    # A KeyError says the key alone, an EOFError nothing.
+    return sentence if " " in sentence else ": ".join(filter(None, (type(error).__name__, sentence)))
+
+
 def of_torch(found: Mapping[str, Any], file: Path) -> list[StoredTensor]:
-    """The torch tensors of a dictionary, read where they are."""
+    """The torch tensors of a dictionary, read where they are.
+
+    Raises:
+        UnreadableFile: one is not a plain array of values: sparse, nested, quantised, on the meta device.
+    """
     import torch
 
     names = {str(getattr(torch, long)): short for short, long in _TORCH.items() if hasattr(torch, long)}
@@ -229,10 +317,26 @@ def of_torch(found: Mapping[str, Any], file: Path) -> list[StoredTensor]:
     for name, tensor in found.items():
         if isinstance(tensor, torch.Tensor):
             dtype = names.get(str(tensor.dtype))
-            if dtype is None:
-                raise UnreadableFile(f"`{file}`: tensor `{name}` is {tensor.dtype}, which is not understood")
+            why = _not_plain(tensor) or (f"is {tensor.dtype}, which is not understood" if dtype is None else "")
+            if dtype is None or why:
+                raise UnreadableFile(
+                    f"`{file}`: tensor {_shown(str(name))} {why}", "save the model with plain dense tensors"
+                )
             tensors.append(StoredTensor(str(name), dtype, tuple(tensor.shape), file, _tensor_reader(tensor, dtype)))
     return tensors
+
+
+def _not_plain(tensor: Any) -> str:
+    """Why the values of a torch tensor are not one array in memory, if so."""
+    import torch
+
+    if tensor.is_meta:
+        return "is on the meta device: it has no values"
+    if tensor.is_nested:
+        return "is a nested tensor, which is not understood"
+    if tensor.is_quantized:
+        return f"is quantised ({tensor.dtype}), which is not understood"
+    return "" if tensor.layout == torch.strided else f"is sparse ({tensor.layout}), which is not understood"
 
 
 _TORCH = {
@@ -258,7 +362,7 @@ def _tensor_reader(tensor: Any, dtype: str) -> Callable[[int, int, Bytes | None]
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[storage.itemsize]
 
     def read(start: int, stop: int, into: Bytes | None) -> Raw:
-        stretch: Raw = tensor.reshape(-1)[start:stop].view(bits).numpy().view(storage)
+        stretch: Raw = tensor.reshape(-1)[start:stop].resolve_neg().view(bits).numpy().view(storage)
         return stretch
 
     return read

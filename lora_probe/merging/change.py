@@ -1,6 +1,6 @@
 """What an adapter does to the rows of one site, in numbers: `Change` (ΔW = s·left·right) and `Origin` (W before it).
 
-In: a site, the adapter, the base's checkpoint. Out: stretches of ΔW in float32 with a bound on what the order of its
+In: a site, the adapter, the base's checkpoint. Out: stretches of B·A in float32 with a bound on what the order of its
 sums can change, and stretches of W. The products are never formed whole.
 """
 
@@ -35,34 +35,39 @@ class Change:
     right: Floats
     scaling: float
 
-    def delta(self, start: int, stop: int) -> Floats:
-        """ΔW of rows `start` to `stop`, in float32: product first, then the scaling, as PEFT does."""
-        product: Floats = self.left[start:stop] @ self.right
-        product *= np.float32(self.scaling)
-        return product
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.left.shape[0], self.right.shape[1]
 
-    def slack(self, rows: Indices, at: Indices, columns: Indices) -> Floats:
-        """How far two orders of summing in float32, and of multiplying by the scaling, may lie apart.
+    @property
+    def rank(self) -> int:
+        return int(self.left.shape[1])
 
-        Given are row numbers, and the places (index in `rows`, column) of some values. |fl(s·Σ) − s·Σ| ≤ γ·|s|·Σ|left|·
-        |right| with γ = (r + 2)·u (Higham, Accuracy and Stability, 3.1), for each of the two.
-        """
-        if len(at) * DENSE > len(rows) * self.right.shape[1]:
-            sums = (np.abs(self.left[rows]) @ np.abs(self.right))[at, columns]
-        else:
-            sums = np.einsum("nr,nr->n", np.abs(self.left[rows[at]]), np.abs(self.right[:, columns].T))
-        gamma = 2 * (self.left.shape[1] + 2) * UNIT
-        bound: Floats = (gamma * abs(self.scaling) * sums).astype(np.float32)
-        return bound
+    def product(self, rows: slice | Indices) -> Floats:
+        """left @ right for some rows, in float32, without the scaling: PEFT multiplies by it afterwards."""
+        found: Floats = self.left[rows] @ self.right
+        return found
+
+    def magnitudes(self, rows: slice | Indices, at: Indices, columns: Indices) -> Floats:
+        """Σ|left|·|right| at the places (index in `rows`, column) of some values."""
+        left = self.left[rows]
+        if len(at) * DENSE > len(left) * self.right.shape[1]:
+            dense: Floats = (np.abs(left) @ np.abs(self.right))[at, columns]
+            return dense
+        picked: Floats = np.einsum("nr,nr->n", np.abs(left[at]), np.abs(self.right[:, columns].T))
+        return picked
+
+    @property
+    def gamma(self) -> float:
+        """|fl(Σ) − Σ| ≤ γ·Σ|left|·|right| for any order of summing r products in float32, a rounding of the scaling
+        included: γ = (r + 2)·u (Higham, Accuracy and Stability, 3.1); twice that for two orders."""
+        return 2 * (self.rank + 2) * UNIT
 
     def rounded(self, dtype: str | None) -> Change:
         """The same with both factors rounded to `dtype` first."""
         if dtype is None:
             return self
         return replace(self, left=through(self.left, dtype), right=through(self.right, dtype))
-
-    def scaled(self, factor: float) -> Change:
-        return replace(self, scaling=self.scaling * factor)
 
 
 def change_of(site: Site, adapter: Adapter) -> Change:
@@ -93,12 +98,8 @@ def values_of(site: Site, adapter: Adapter) -> Floats:
     return values.reshape(-1, values.shape[-1] if values.ndim else 1)
 
 
-def origin_of(site: Site, base: Checkpoint, adapter: Adapter) -> Origin:
-    """W of the site as it is stored: in the base, or in the adapter where that carries it."""
-    if site.original is not None:
-        own = adapter.values(site.original)
-        own = own.reshape(-1, own.shape[-1])
-        return lambda start, stop: own[site.start + start : site.start + stop]
+def origin_of(site: Site, base: Checkpoint) -> Origin:
+    """W of the site as it is stored."""
     tensor = base.tensors[site.tensor]
     return lambda start, stop: widen(tensor.rows(site.start + start, site.start + stop), tensor.dtype)
 
@@ -111,7 +112,7 @@ def rebased(site: Site, origin: Origin, change: Change, dtype: str) -> Origin:
     """
     weight = through(origin(0, site.stop - site.start), dtype)
     turned = weight.T if site.kind == "conv1d" else weight
-    rank = min(change.left.shape[1], *turned.shape)
+    rank = min(change.rank, *turned.shape)
     if site.rebased == "pissa":
         u, sigma, v = np.linalg.svd(turned, full_matrices=False)
         taken = (u[:, :rank] * sigma[:rank]) @ v[:rank]

@@ -15,17 +15,21 @@ import numpy as np
 
 from lora_probe.config import AdapterConfig
 from lora_probe.ledger import Finding
-from lora_probe.merging.replay import Order
-from lora_probe.merging.scan import FEW, Measured, observed_change, sampled, thinned, unexplained
+from lora_probe.merging.scan import FEW, Measured, observed_change, sampled, thinned, under, unexplained
 from lora_probe.merging.sites import Site
 from lora_probe.rounding import Floats
-from lora_probe.rules.merging import merged_twice, subtracted, wrong_scaling
+from lora_probe.rules.merging import magnitude_ignored, merged_twice, not_merged, subtracted, wrong_scaling
 from lora_probe.weights import widen
 
 SAME_FACTOR = 3e-4
 """A factor this close to 1 is 1: TF32 products on a GPU have an error of 5e-4 that averages out over a matrix."""
+NEAR = 1e-2
+"""A factor this close to 1 is only believed where it leaves next to nothing of ENOUGH values unexplained."""
+ENOUGH, NEXT_TO_NOTHING = 30, 0.02
 EXPLAINS = 0.1
 """A factor explains the change if it leaves less than this share of what the factors 0 and 1 leave (in squares)."""
+AS_GOOD = 1.05
+"""A shorter number is taken for a factor if it leaves no more than this many times as much."""
 UNRELATED = 0.05
 """Below this cosine of the change and ΔW no factor can explain it: chance gives 0.01 on a sample."""
 SOME = 1 << 15
@@ -36,19 +40,18 @@ _GOLDEN = (math.sqrt(5) - 1) / 2
 
 def named_factor(found: Measured, config: AdapterConfig, known: Sequence[float]) -> tuple[float, Finding] | None:
     """The first of the named factors whose replay explains every value of the sample. `known`: seen at other sites."""
+    if found.magnitude is not None and _explains(replace(found, magnitude=None), 1.0, 1):
+        return 1.0, magnitude_ignored()
     few = thinned(found, FEW)
-    for factor, times, finding in _candidates(found.site, found.raw.left.shape[1], config, known):
+    for factor, times, finding in _candidates(found.site, found.raw.rank, config, known):
         for order in found.orders:
-            if unexplained(_under(few, order), factor, times).any():
-                continue
-            if not unexplained(_under(found, order), factor, times).any():
+            if _explains(under(few, order), factor, times) and _explains(under(found, order), factor, times):
                 return factor * times, finding
     return None
 
 
-def _under(found: Measured, order: Order) -> Measured:
-    """The same site with another order of rounding."""
-    return replace(found, order=order, change=found.raw.rounded(order.factors))
+def _explains(tried: Measured, factor: float, times: int) -> bool:
+    return not unexplained(tried, factor, times).any()
 
 
 def _candidates(
@@ -61,13 +64,11 @@ def _candidates(
     yield -1.0, 1, subtracted()
     root = math.sqrt(rank)
     right, alpha = ("alpha / sqrt(r)", s * root) if config.rslora else ("alpha / r", s * rank)
+    other = "alpha / r" if config.rslora else "alpha / sqrt(r)"
     for scaling, name in (
         (s / 2, "half of it"),
         (alpha, f"alpha instead of {right}"),
-        (
-            alpha / (rank if config.rslora else root),
-            f"alpha / {'r' if config.rslora else 'sqrt(r)'} instead of {right}",
-        ),
+        (alpha / (rank if config.rslora else root), f"{other} instead of {right}"),
         (1.0, "no scaling at all"),
         (config.scaling, "the config's without rank_pattern and alpha_pattern"),
         (s * s, "the scaling two times over"),
@@ -77,36 +78,61 @@ def _candidates(
             yield scaling / s, 1, wrong_scaling(scaling, s, name)
 
 
-def searched_factor(found: Measured) -> float | None:
+def searched_factor(found: Measured, known: Sequence[float]) -> tuple[float, Finding] | None:
     """The factor with the smallest ‖merged − replay(f)‖ over all known orders, or None if it explains too little.
 
-    To six digits of the scaling, which is what the search can tell.
+    To as many digits as the search can tell; one of `known` is preferred.
     """
-    if abs(_cosine_with_own(found)) < UNRELATED:
+    own = found.change.product(found.sample.rows)
+    if abs(cosine(observed_change(found), own * np.sign(found.change.scaling))) < UNRELATED:
         return None
     some = thinned(found, SOME)
-    best: tuple[float, Order] | None = None
-    least = math.inf
+    tried, factor, least = found, 1.0, math.inf
     for order in found.orders:
-        factor, error = _minimum(_distance(_under(some, order)))
+        candidate = under(some, order)
+        at, error = _minimum(_distance(candidate))
         if error < least:
-            best, least = (factor, order), error
-    if best is None:
+            tried, factor, least = under(found, order), at, error
+    distance = _distance(tried)
+    if not distance(factor) <= EXPLAINS * min(distance(0.0), distance(1.0)):
         return None
-    whole = _distance(_under(found, best[1]))
-    if not whole(best[0]) <= EXPLAINS * min(whole(0.0), whole(1.0)):
+    factor = _shortened(factor, found.site.scaling, distance, known)
+    if abs(factor - 1) <= SAME_FACTOR or not _believable(tried, factor):
         return None
-    return float(f"{best[0] * found.site.scaling:.6g}") / found.site.scaling
+    return factor, _finding(factor, found)
 
 
-def _cosine_with_own(found: Measured) -> float:
-    own = found.change.left[found.sample.rows] @ found.change.right
-    return cosine(observed_change(found), own)
+def _believable(tried: Measured, factor: float) -> bool:
+    if abs(factor - 1) > NEAR:
+        return True
+    left, before = (int(unexplained(tried, f).sum()) for f in (factor, 1.0))
+    return before >= ENOUGH and left <= NEXT_TO_NOTHING * before
+
+
+def _finding(factor: float, found: Measured) -> Finding:
+    """What a factor is called that was found by searching, where several roundings hide the exact one."""
+    if abs(factor - 2) < NEAR:
+        return merged_twice()
+    if abs(factor + 1) < NEAR:
+        return subtracted()
+    if abs(factor) < NEAR:
+        return not_merged(found.stored)
+    return wrong_scaling(factor * found.site.scaling, found.site.scaling, "")
+
+
+def _shortened(factor: float, scaling: float, distance: Callable[[float], float], known: Sequence[float]) -> float:
+    """A factor seen at another site, or the fewest digits of the scaling, that explain the values as well."""
+    limit = AS_GOOD * distance(factor)
+    short = [float(f"{factor * scaling:.{digits}g}") / scaling for digits in range(2, 7)]
+    near = [one for one in known if abs(one - factor) <= NEAR * abs(factor)]
+    return next((one for one in (*near, *short) if distance(one) <= limit), factor)
 
 
 def cosine(one: Floats, other: Floats) -> float:
-    norms = float(np.linalg.norm(one)) * float(np.linalg.norm(other))
-    return float(np.vdot(one, other)) / norms if norms > 0 else 0.0
+    """Of two arrays as vectors; 0 where one of them is zero or not finite."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        norms = float(np.linalg.norm(one)) * float(np.linalg.norm(other))
+        return float(np.vdot(one, other)) / norms if 0 < norms < math.inf else 0.0
 
 
 def _distance(tried: Measured) -> Callable[[float], float]:
@@ -114,8 +140,9 @@ def _distance(tried: Measured) -> Callable[[float], float]:
     merged = widen(tried.sample.raw, tried.stored)
 
     def distance(f: float) -> float:
-        difference = (merged - widen(sampled(tried, f), tried.stored)).reshape(-1)
-        return float(np.dot(difference, difference))
+        with np.errstate(invalid="ignore", over="ignore"):
+            difference = (merged - widen(sampled(tried, f), tried.stored)).reshape(-1)
+            return float(np.dot(difference, difference))
 
     return distance
 

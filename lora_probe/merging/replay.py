@@ -1,11 +1,12 @@
 """How a merge rounds: `Order`s of casting, adding and rounding, and the bits that each of them gives.
 
-In: W, ΔW and an order. Out: the merged values as they would lie in the file, and the interval in which they may lie
-whatever the order of the sums in B·A. Rounding is monotone, so that rounding both ends of an interval bounds it.
+In: W, B·A, the scaling and an order. Out: the merged values as they would lie in the file, and the interval in which
+they may lie whatever the order of the sums in B·A. Rounding is monotone: rounding both ends of an interval bounds it.
 
 PEFT 0.21 (`Linear.merge`, `Embedding.merge`, `ParamWrapper.merge` and `DoraLinearVariant` in `tuners/lora`) keeps A
 and B in float32 unless told otherwise (`autocast_adapter_dtype`), adds a Linear's ΔW in float32 and rounds the sum. An
 embedding's and an expert's ΔW is rounded to the weight's dtype before it is added; with `safe_merge` a Linear's too.
+Factors of 16 bits are multiplied in float32 on a CPU, on a GPU the product is rounded before and after the scaling.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from lora_probe.merging.change import Change, Origin
+from lora_probe.merging.change import Change, Indices, Origin
 from lora_probe.merging.sites import Kind
 from lora_probe.rounding import Floats, Raw, narrow, through
 from lora_probe.weights import widen
@@ -26,34 +27,36 @@ NORM_SLACK = 2.0**-19
 
 @dataclass(frozen=True)
 class Order:
-    """One way to merge. W is cast to `compute`, A and B to `factors`, ΔW to `delta` (None: float32), the sum to
-    `compute`; at last it is stored in the file's dtype."""
+    """One way to merge. W is cast to `compute`, A and B to `factors`, B·A to `product`, ΔW to `delta` (None: float32),
+    the sum to `compute`; at last it is stored in the file's dtype."""
 
     name: str
     compute: str
     factors: str | None = None
+    product: str | None = None
     delta: str | None = None
 
 
 def orders(kind: Kind, base: str, merged: str, adapter: str, dora: bool) -> list[Order]:
     """The orders that are known for these dtypes, PEFT's own first; of orders that do the same only the first."""
-    known: dict[tuple[str, str | None, str | None], Order] = {}
+    known: dict[tuple[str | None, ...], Order] = {}
     early = kind in ("embedding", "expert", "transposed expert") and not dora
-    for compute in dict.fromkeys((merged, base, "F32")):
+    for compute in dict.fromkeys((merged, base, "F32", "BF16", "F16")):
         where = "" if compute == merged else f" in {compute}, saved in {merged}"
         ways = [
-            ("PEFT's merge", None, compute if early else None),
-            ("PEFT's merge with safe_merge", None, compute),
-            (f"an adapter kept in {adapter}", None, adapter),
-            (f"an adapter cast to {compute}", compute, compute),
-            ("one rounding of the float32 sum", None, None),
+            ("PEFT's merge", None, None, compute if early else None),
+            ("PEFT's merge with safe_merge", None, None, compute),
+            (f"an adapter kept in {adapter}", None, None, adapter),
+            (f"an adapter cast to {compute}", compute, None, compute),
+            ("one rounding of the float32 sum", None, None, None),
+            *((f"a product in {grid}", grid, grid, grid) for grid in (adapter, compute, "BF16")),
         ]
-        for name, factors, delta in ways[:1] if dora else ways:
-            order = Order(name + where, compute, _grid(factors), _grid(delta))
-            if factors == adapter or (factors and adapter not in ("F32", "F64")):
-                # A and B lie on a grid of 16 bits already.
+        for name, factors, product, delta in ways[:1] if dora else ways:
+            if factors in (adapter, "F32") and product is None:
+                # A and B lie on this grid already: another line says the same.
                 continue
-            known.setdefault((compute, order.factors, order.delta), order)
+            order = Order(name + where, compute, _grid(factors), _grid(product), _grid(delta))
+            known.setdefault((compute, order.factors, order.product, order.delta), order)
     return list(known.values())
 
 
@@ -72,7 +75,7 @@ class Magnitude:
     delta: npt.NDArray[np.float64]
     columns: bool
 
-    def factor(self, rows: npt.NDArray[np.intp], f: float = 1.0) -> Floats:
+    def factor(self, rows: Indices, f: float = 1.0) -> Floats:
         """`[rows, 1]` or `[1, columns]`."""
         with np.errstate(divide="ignore", invalid="ignore"):
             whole = self.m / np.sqrt(self.base + 2 * f * self.cross + f * f * self.delta)
@@ -80,14 +83,13 @@ class Magnitude:
         return found
 
 
-def magnitude(
-    m: Floats, origin: Origin, change: Change, rows: int, columns: bool, compute: str, step: int
-) -> Magnitude:
-    """One pass over W for the norms of a DoRA site. `m: [rows]` or `[columns]`."""
-    sums = np.zeros((3, change.right.shape[1] if columns else rows))
-    for start in range(0, rows, step):
-        stop = min(start + step, rows)
-        w, d = through(origin(start, stop), compute), change.delta(start, stop)
+def magnitude(m: Floats, origin: Origin, change: Change, columns: bool, compute: str, step: int) -> Magnitude:
+    """One pass over W for the norms of a DoRA site, `step` rows at a time. `m: [rows]` or `[columns]`."""
+    height, width = change.shape
+    sums = np.zeros((3, width if columns else height))
+    for start in range(0, height, step):
+        stop = min(start + step, height)
+        w, d = through(origin(start, stop), compute), change.product(slice(start, stop)) * np.float32(change.scaling)
         for number, (one, two) in enumerate(((w, w), (w, d), (d, d))):
             found = np.einsum("ij,ij->j" if columns else "ij,ij->i", one, two, dtype=np.float64)
             if columns:
@@ -97,9 +99,18 @@ def magnitude(
     return Magnitude(m.reshape(-1).astype(np.float64), sums[0], sums[1], sums[2], columns)
 
 
-def replay(w: Floats, delta: Floats, order: Order, stored: str, factor: Floats | None = None, times: int = 1) -> Raw:
-    """The merged values as they lie in a file of dtype `stored`. `w` lies on the grid of `order.compute`."""
-    delta = through(delta, order.delta)
+def replay(
+    w: Floats,
+    product: Floats,
+    scaling: float,
+    order: Order,
+    stored: str,
+    factor: Floats | None = None,
+    times: int = 1,
+) -> Raw:
+    """The merged values as they lie in a file of dtype `stored`. `w` lies on the grid of `order.compute`; the change
+    goes in `times` times."""
+    delta = through(through(product, order.product) * np.float32(scaling), order.delta)
     merged: Floats = w + delta
     if factor is not None:
         merged = factor * merged
@@ -109,12 +120,19 @@ def replay(w: Floats, delta: Floats, order: Order, stored: str, factor: Floats |
 
 
 def possible(
-    w: Floats, delta: Floats, slack: Floats, order: Order, stored: str, factor: Floats | None, times: int = 1
+    w: Floats,
+    product: Floats,
+    slack: Floats,
+    scaling: float,
+    order: Order,
+    stored: str,
+    factor: Floats | None,
+    times: int = 1,
 ) -> tuple[Floats, Floats]:
-    """The smallest and the largest value that ΔW ± `slack` can give; for DoRA the norm is as uncertain as its sum."""
+    """The smallest and the largest value that B·A ± `slack` can give; for DoRA the norm is as uncertain as its sum."""
     ends = []
-    for moved in (delta - slack, delta + slack):
+    for moved in (product - slack, product + slack):
         for turn in (1.0,) if factor is None else (1 - NORM_SLACK, 1 + NORM_SLACK):
             turned = None if factor is None else factor * np.float32(turn)
-            ends.append(widen(replay(w, moved, order, stored, turned, times), stored))
+            ends.append(widen(replay(w, moved, scaling, order, stored, turned, times), stored))
     return np.minimum.reduce(ends), np.maximum.reduce(ends)

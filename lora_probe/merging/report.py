@@ -118,15 +118,14 @@ class MergeReport:
 
     def _diagnostic(self, code: str, names: list[str], message: str) -> Diagnostic:
         rule = all_rules()[code]
-        modules = {module.label for module in self.modules}
+        labels = {module.label for module in self.modules}
         named = [name for name in dict.fromkeys(names) if name]
-        if not named:
-            about = "all modules together"
-        elif set(named) <= modules:
-            about = f"{len(named)} of {len(modules)} modules"
-            about += "" if len(named) == len(modules) else f" ({name_modules(named)})"
-        else:
-            about = f"{len(named)} tensors ({_few(named)})" if len(named) > 1 else named[0]
+        about = "the adapter as a whole"
+        if named and set(named) <= labels:
+            about = f"{len(named)} of {len(labels)} modules"
+            about += "" if len(named) == len(labels) else f" ({_few_modules(named)})"
+        elif named:
+            about = named[0] if len(named) == 1 else f"{len(named)} of them ({_few(named)})"
         more = "" if len(named) < 2 or code in _BY_MESSAGE else ", and the like"
         return Diagnostic(code, rule.name, rule.severity, f"{about}: {message}{more}", rule.hint, tuple(named))
 
@@ -138,3 +137,9 @@ _BY_MESSAGE = ("LP701", "LP702", "LP703", "LP704", "LP712", "LP713", "LP714", "L
 def _few(names: Iterable[str], shown: int = 3) -> str:
     listed = list(names)
     return ", ".join(listed[:shown]) + (f" and {len(listed) - shown} more" if len(listed) > shown else "")
+
+
+def _few_modules(labels: list[str], longest: int = 160) -> str:
+    """By layers and projections; of a hundred experts only the first."""
+    text = name_modules(labels)
+    return text if len(text) <= longest else _few(labels)

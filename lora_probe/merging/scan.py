@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from lora_probe.adapter import Adapter
 from lora_probe.checkpoint import Checkpoint, StoredTensor
-from lora_probe.merging.change import Change, Origin, change_of, origin_of, rebased, values_of
+from lora_probe.merging.change import Change, Indices, Origin, change_of, origin_of, rebased, values_of
 from lora_probe.merging.replay import Magnitude, Order, magnitude, orders, possible, replay
 from lora_probe.merging.sites import Site
 from lora_probe.rounding import Floats, Raw, narrow, spacing, through
@@ -28,6 +28,13 @@ FEW = 1 << 12
 """Values of the sample that reject what explains too little of them."""
 FOREIGN = 1e-2
 """The share of values that may be foreign to an order of rounding that the others follow."""
+STEPS = 2.01
+"""Steps of the grid that another arithmetic may be off: its sum is rounded, and so is what it adds."""
+COARSE = 2.0**-9
+"""The error of a product whose factors have 10 bits (TF32 on a GPU), relative to the sum of its magnitudes: twice that
+of one factor."""
+REBASED = 2.0**-15
+"""What two ways to compute a singular value decomposition in float32 leave, relative to a usual value of ΔW."""
 
 
 @dataclass
@@ -36,7 +43,7 @@ class Sums:
 
     `energy` ‖ΔW‖², `applied` ⟨merged − W, ΔW⟩, `kept` ⟨replay − W, ΔW⟩, `residual` ‖merged − W − ΔW‖², `error`
     ‖merged − replay‖²; `changed` values differ from W, `other` from the replay, `unexplained` from all that the order
-    of the sums can give; `far` lie more than a step of the grid from W + ΔW.
+    of the sums can give; `far` lie further from W + ΔW than another arithmetic would put them.
     """
 
     count: int = 0
@@ -56,28 +63,29 @@ class Sums:
 class Sample:
     """Values of a site spread over its rows. `w` is not rounded yet; `raw` is the merged model's, as in the file."""
 
-    rows: npt.NDArray[np.intp]
+    rows: Indices
     w: Floats
     raw: Raw
 
 
-@dataclass
+@dataclass(frozen=True)
 class Measured:
     """A site after its pass. `raw` are the factors as stored, `change` as `order` rounds them. `explained`: hardly a
-    value of the sample lies outside of what `order` gives."""
+    value of the sample lies outside of what `order` gives. `on_rebased`: W is without the part that the initialisation
+    takes out."""
 
     site: Site
     stored: str
     order: Order
-    explained: bool
+    orders: tuple[Order, ...]
     raw: Change
     change: Change
     origin: Origin
-    sums: Sums
     sample: Sample
-    magnitude: Magnitude | None = None
+    magnitude: Magnitude | None
+    explained: bool = False
     on_rebased: bool = False
-    orders: list[Order] = field(default_factory=list)
+    sums: Sums = field(default_factory=Sums)
 
 
 @dataclass(frozen=True)
@@ -92,62 +100,60 @@ class Target:
 
 
 def measure(site: Site, base: Checkpoint, merged: StoredTensor, adapter: Adapter) -> Measured:
-    """Choose the order of rounding on a sample, then pass over all values of the site once."""
+    """Choose the order of rounding on a sample, then pass over all values of the site once.
+
+    An initialisation that takes a part out of the base is undone first, as PEFT does; where that explains nothing and
+    the whole base does, `on_rebased` is False.
+    """
     target = Target(merged, site.start)
-    height = site.stop - site.start
-    change, origin = change_of(site, adapter), origin_of(site, base, adapter)
-    stored = base.tensors[site.tensor].dtype
+    change, origin = change_of(site, adapter), origin_of(site, base)
     header = site.source or (site.pair.a if site.pair is not None else None)
     assert header is not None
-    known = orders(site.kind, stored, merged.dtype, header.dtype, site.magnitude is not None)
-    found = _choose(site, change, origin, target, known, height, adapter)
-    if site.rebased is not None and not found.explained:
-        # The base at hand may be the one before the initialisation took its part, or the one after.
-        other = rebased(site, origin, change, merged.dtype)
-        second = _choose(site, change, other, target, known, height, adapter)
-        if _distance(second) < _distance(found):
-            found = second
-            found.on_rebased = True
+    known = orders(site.kind, base.tensors[site.tensor].dtype, merged.dtype, header.dtype, site.magnitude is not None)
+
+    def choose(origin: Origin) -> Measured:
+        sample = take(origin, target, change.shape[0])
+        blank = Measured(site, merged.dtype, known[0], tuple(known), change, change, origin, sample, None)
+        return _choose(blank, adapter)
+
+    found = choose(origin)
+    if site.rebased is not None:
+        other = replace(choose(rebased(site, origin, change, merged.dtype)), on_rebased=True)
+        found = other if _distance(other) <= _distance(found) else found
+    sums = Sums()
     step = max(1, BLOCK // merged.matrix[1])
-    for start in range(0, height, step):
-        _add(found, target, start, min(start + step, height))
-    return found
+    for start in range(0, change.shape[0], step):
+        _add(sums, found, target, start, min(start + step, change.shape[0]))
+    return replace(found, sums=sums)
 
 
-def _choose(
-    site: Site,
-    change: Change,
-    origin: Origin,
-    target: Target,
-    known: list[Order],
-    height: int,
-    adapter: Adapter,
-) -> Measured:
-    sample = take(origin, target, height)
-    best: Measured | None = None
-    fewest = 0
-    for order in known:
-        rounded = change.rounded(order.factors)
-        norms = None
-        if site.magnitude is not None:
-            columns = site.kind in ("conv1d", "embedding")
-            step = max(1, BLOCK // change.right.shape[1])
-            m = adapter.values(site.magnitude)
-            norms = magnitude(m, origin, rounded, height, columns, order.compute, step)
-        found = Measured(
-            site, target.tensor.dtype, order, False, change, rounded, origin, Sums(), sample, norms, orders=known
-        )
+def _choose(blank: Measured, adapter: Adapter) -> Measured:
+    """The first order that explains the sample; else the one that explains nearly all; else PEFT's."""
+    best, fewest = None, 0
+    for order in blank.orders:
+        found = under(blank, order, adapter)
         few = thinned(found, FEW)
         count = int(unexplained(few).sum())
         if count <= 2 * FOREIGN * few.sample.w.size:
             count = int(unexplained(found).sum())
-            found.explained = count <= FOREIGN * sample.w.size
-        if best is None or (found.explained and count < fewest):
+            found = replace(found, explained=count <= FOREIGN * found.sample.w.size)
+        if best is None or (found.explained and (count < fewest or not best.explained)):
             best, fewest = found, count
-        if count == 0:
+        if found.explained and count == 0:
             break
     assert best is not None
     return best
+
+
+def under(found: Measured, order: Order, adapter: Adapter | None = None) -> Measured:
+    """The same site with another order of rounding; the norms of DoRA are computed anew if `adapter` is given."""
+    change = found.raw.rounded(order.factors)
+    norms = found.magnitude
+    if found.site.magnitude is not None and adapter is not None:
+        columns = found.site.kind in ("conv1d", "embedding")
+        m, step = adapter.values(found.site.magnitude), max(1, BLOCK // change.shape[1])
+        norms = magnitude(m, found.origin, change, columns, order.compute, step)
+    return replace(found, order=order, change=change, magnitude=norms)
 
 
 def take(origin: Origin, target: Target, height: int) -> Sample:
@@ -175,89 +181,93 @@ def observed_change(found: Measured) -> Floats:
     return widen(found.sample.raw, found.stored) - through(found.sample.w, found.order.compute)
 
 
-def sampled(found: Measured, f: float = 1.0, times: int = 1) -> Raw:
+def sampled(found: Measured, f: float = 1.0) -> Raw:
     """What the merge with `f` times the scaling gives on the sample."""
-    w, delta, factor = _parts(found, f)
-    return replay(w, delta, found.order, found.stored, factor, times)
+    w, product, factor = _parts(found, f)
+    return replay(w, product, found.change.scaling * f, found.order, found.stored, factor)
 
 
 def _parts(found: Measured, f: float) -> tuple[Floats, Floats, Floats | None]:
     sample = found.sample
-    w = through(sample.w, found.order.compute)
-    delta = found.change.left[sample.rows] @ found.change.right
-    delta *= np.float32(found.change.scaling * f)
     factor = found.magnitude.factor(sample.rows, f) if found.magnitude is not None else None
-    return w, delta, factor
+    return through(sample.w, found.order.compute), found.change.product(sample.rows), factor
 
 
 def unexplained(found: Measured, f: float = 1.0, times: int = 1) -> npt.NDArray[np.bool_]:
     """Which values of the sample no order of the sums explains: `[values that differ from the replay]`."""
-    w, delta, factor = _parts(found, f)
-    raw = replay(w, delta, found.order, found.stored, factor, times)
-    scaled = found.change.scaled(f)
-    return _outside(found, scaled, found.sample.rows, w, delta, factor, found.sample.raw, raw, times)
+    w, product, factor = _parts(found, f)
+    scaling = found.change.scaling * f
+    raw = replay(w, product, scaling, found.order, found.stored, factor, times)
+    at = np.nonzero(found.sample.raw != raw)
+    magnitudes = found.change.magnitudes(found.sample.rows, *at)
+    return _outside(found, scaling, w, product, factor, found.sample.raw, at, magnitudes, times)
 
 
 def _outside(
     found: Measured,
-    change: Change,
-    rows: npt.NDArray[np.intp],
+    scaling: float,
     w: Floats,
-    delta: Floats,
+    product: Floats,
     factor: Floats | None,
     merged: Raw,
-    raw: Raw,
+    at: tuple[Indices, ...],
+    magnitudes: Floats,
     times: int = 1,
 ) -> npt.NDArray[np.bool_]:
-    at, columns = np.nonzero(merged != raw)
-    if not at.size:
+    """Whether the merged values at `at` lie outside of what any order of the sums gives."""
+    if not at[0].size:
         return np.zeros(0, np.bool_)
-    turned = None if factor is None else np.broadcast_to(factor, w.shape)[at, columns]
-    slack = change.slack(rows, at, columns)
-    low, high = possible(w[at, columns], delta[at, columns], slack, found.order, found.stored, turned, times)
-    value = widen(merged[at, columns], found.stored)
+    turned = None if factor is None else np.broadcast_to(factor, w.shape)[at]
+    slack = (found.change.gamma * magnitudes).astype(np.float32)
+    low, high = possible(w[at], product[at], slack, scaling, found.order, found.stored, turned, times)
+    value = widen(merged[at], found.stored)
     return ~((low <= value) & (value <= high))
 
 
 def _distance(found: Measured) -> float:
     """‖merged − replay‖ on the sample."""
-    difference = widen(sampled(found), found.stored) - widen(found.sample.raw, found.stored)
-    return float(np.linalg.norm(np.nan_to_num(difference, nan=np.inf, posinf=np.inf)))
+    with np.errstate(invalid="ignore", over="ignore"):
+        difference = widen(sampled(found), found.stored) - widen(found.sample.raw, found.stored)
+        return float(np.linalg.norm(np.nan_to_num(difference, nan=np.inf, posinf=np.inf)))
 
 
-def _add(found: Measured, target: Target, start: int, stop: int) -> None:
+def _add(sums: Sums, found: Measured, target: Target, start: int, stop: int) -> None:
     """Take one block of rows into the sums."""
-    sums, order, stored = found.sums, found.order, found.stored
+    order, stored, change = found.order, found.stored, found.change
     w = through(found.origin(start, stop), order.compute)
-    delta = found.change.delta(start, stop)
-    rows = np.arange(start, stop)
-    factor = found.magnitude.factor(rows) if found.magnitude is not None else None
+    rows = slice(start, stop)
+    product = change.product(rows)
+    factor = found.magnitude.factor(np.arange(start, stop)) if found.magnitude is not None else None
     merged = target.rows(start, stop)
-    wanted = replay(w, delta, order, stored, factor)
+    wanted = replay(w, product, change.scaling, order, stored, factor)
     value = widen(merged, stored)
+    delta = product * np.float32(change.scaling)
     delta_w = factor * (w + delta) - w if factor is not None else delta
     observed = value - w
-    same = merged == wanted
-    differs = same.size - int(np.count_nonzero(same))
-    sums.count += same.size
+    at = np.nonzero(merged != wanted)
+    sums.count += merged.size
     sums.changed += int(np.count_nonzero(observed))
-    energy, applied = _dot(delta_w, delta_w), _dot(observed, delta_w)
-    sums.energy += energy
+    applied = _dot(observed, delta_w)
+    sums.energy += _dot(delta_w, delta_w)
     sums.applied += applied
     observed -= delta_w
     sums.residual += _dot(observed, observed)
-    if not differs:
+    if not at[0].size:
         sums.kept += applied
         return
     replayed = widen(wanted, stored)
     sums.kept += _dot(replayed - w, delta_w)
     sums.error += _dot(value - replayed, value - replayed)
-    sums.other += differs
+    sums.other += len(at[0])
     sums.not_finite += int(np.count_nonzero(~np.isfinite(value)))
-    outside = _outside(found, found.change, rows, w, delta, factor, merged, wanted)
+    magnitudes = change.magnitudes(rows, *at)
+    outside = _outside(found, change.scaling, w, product, factor, merged, at, magnitudes)
     sums.unexplained += int(np.count_nonzero(outside))
-    steps = spacing(np.maximum(np.abs(value[~same]), np.abs(w[~same])), _coarser(stored, order.compute))
-    sums.far += int(np.count_nonzero(np.abs(observed[~same][outside]) > 1.01 * steps[outside]))
+    steps = spacing(np.maximum(np.abs(value[at]), np.abs(w[at])), _coarser(stored, order.compute))
+    allowed = STEPS * steps + COARSE * abs(change.scaling) * magnitudes
+    if found.on_rebased:
+        allowed += REBASED * np.sqrt(np.mean(np.square(delta)))
+    sums.far += int(np.count_nonzero(outside & ~(np.abs(observed[at]) <= allowed)))
 
 
 def _coarser(one: str, other: str) -> str:
@@ -292,12 +302,9 @@ def _add_replaced(sums: Sums, w: Floats, values: Floats, raw: Raw, stored: str) 
     delta, observed = values - w, merged - w
     sums.count += raw.size
     sums.changed += int(np.count_nonzero(observed))
-    differs = int(np.count_nonzero(raw != wanted))
-    sums.other += differs
-    sums.unexplained += differs
+    sums.other += int(np.count_nonzero(raw != wanted))
     sums.not_finite += int(np.count_nonzero(~np.isfinite(merged)))
     sums.energy += _dot(delta, delta)
     sums.applied += _dot(observed, delta)
     sums.kept += _dot(replayed - w, delta)
     sums.residual += _dot(observed - delta, observed - delta)
-    sums.error += _dot(merged - replayed, merged - replayed)

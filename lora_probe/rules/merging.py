@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from lora_probe.rules import rule
 
 
@@ -161,7 +163,8 @@ def untouched_changed(values: int, count: int, relative: float) -> str:
 
     Why it matters: the merged model is not this base plus this adapter.
     """
-    return f"not the base's, though the adapter does not touch it: {values} of {count} values, {relative:.2g} relative"
+    found = f"not the base's, though the adapter does not touch it: {values} of {count} values"
+    return found if math.isnan(relative) else f"{found}, {relative:.2g} relative"
 
 
 @rule(
@@ -320,6 +323,37 @@ def rebased_base(init: str) -> str:
     here as PEFT computes it, which fixes the last bits only on the same machine.
     """
     return f"init_lora_weights is {init}: checked against the base without the part that the initialisation took out"
+
+
+@rule(
+    "LP721",
+    "part-not-taken-out",
+    "merge",
+    "wrong",
+    hint="merge with PEFT, or convert the adapter first (path_initial_model_for_weight_conversion)",
+)
+def part_not_taken_out(init: str) -> str:
+    """The adapter was added to the whole base, and belongs to the base without what its initialisation took out.
+
+    Why it matters: PiSSA and OLoRA begin with a part of W in A and B, and take it out of W. PEFT does so again on
+    every load; a tool that adds s·B·A to the stored W counts that part twice.
+    """
+    return f"merged into the whole base, without taking out what init_lora_weights={init} put into A and B"
+
+
+@rule(
+    "LP722",
+    "magnitude-ignored",
+    "merge",
+    "wrong",
+    hint="the exporter knows plain LoRA only; merge with PEFT, which rescales every row to its magnitude",
+)
+def magnitude_ignored() -> str:
+    """A DoRA adapter was merged as plain LoRA: s·B·A was added, and the magnitudes were ignored.
+
+    Why it matters: DoRA's rows are rescaled to trained lengths; without that the model is another one.
+    """
+    return "merged as plain LoRA, DoRA's magnitudes were ignored"
 
 
 @rule(
