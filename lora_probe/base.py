@@ -16,6 +16,9 @@ from lora_probe.config import read_json
 from lora_probe.errors import UnreadableFile
 from lora_probe.weights import FLOATS, open_weights
 
+OPTIONS = {"base model": "--model", "merged model": "--merged"}
+"""What a model is asked for as, and the option that names it."""
+
 
 @dataclass(frozen=True)
 class Base:
@@ -47,20 +50,34 @@ def open_base(name: str) -> Base:
     return Base(folder, config, shapes)
 
 
-def find_model(name: str) -> Path:
-    """The folder of a model that is given by folder or by id. Raises as `open_base` does."""
+def find_model(name: str, *, role: str = "base model") -> Path:
+    """The folder of a model that is given by folder or by id. Raises as `open_base` does.
+
+    `role` is what the model is asked for as, "base model" or "merged model": the words of an error, and its option.
+    """
+    option = OPTIONS[role]
     local = Path(name)
-    if local.is_dir():
-        if not (local / "config.json").exists():
+    try:
+        exists, folder, configured = local.exists(), local.is_dir(), (local / "config.json").exists()
+    except OSError as error:
+        raise UnreadableFile(
+            f"cannot read `{name}`: {error.strerror or error}", f"give the {role} with {option}"
+        ) from error
+    if folder:
+        if not configured:
             raise UnreadableFile(
-                f"`{name}` holds no config.json: it is not a model folder", "give the base model with --model"
+                f"`{name}` holds no config.json: it is not a model folder", f"give the {role} with {option}"
             )
         return local
+    if exists:
+        raise UnreadableFile(
+            f"`{name}` is a file, and a {role} is a folder", f"give its folder with {option}: `{local.parent}`"
+        )
     cached = _cached(name)
     if cached is None:
         raise UnreadableFile(
-            f"there is no base model `{name}`: neither a folder here nor a model in {_cache()}",
-            "give a folder or a cached model with --model",
+            f"there is no {role} `{name}`: neither a folder here nor a model in {_cache()}",
+            f"give a folder or a cached model with {option}",
         )
     return cached
 
@@ -75,7 +92,7 @@ def _cached(name: str) -> Path | None:
     repository = _cache() / f"models--{name.replace('/', '--')}"
     try:
         commit = (repository / "refs" / "main").read_text().strip()
-    except OSError:
+    except (OSError, ValueError):
         return None
     snapshot = repository / "snapshots" / commit
     return snapshot if (snapshot / "config.json").exists() else None

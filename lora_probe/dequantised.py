@@ -34,7 +34,9 @@ def dequantised(found: Checkpoint) -> Checkpoint:
             "install what the method needs, or give --model (or --merged) a copy that is not quantised",
         ) from error
     tensors = of_torch(model.state_dict(), found.path)
-    return replace(found, tensors={tensor.name: tensor for tensor in tensors})
+    # A live model has a tensor for the output head where the files of a tied one have none.
+    config = {**found.config, "tie_word_embeddings": found.tied}
+    return replace(found, config=config, tensors={tensor.name: tensor for tensor in tensors})
 
 
 def _load(found: Checkpoint) -> Any:
@@ -42,7 +44,7 @@ def _load(found: Checkpoint) -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.quantizers.auto import AutoQuantizationConfig
 
-    settings = AutoQuantizationConfig.from_dict(dict(found.config["quantization_config"]))
+    settings = AutoQuantizationConfig.from_dict(dict(found.quantization_config or {}))
     if hasattr(settings, "dequantize"):
         settings.dequantize = True
         return AutoModelForCausalLM.from_pretrained(found.path, quantization_config=settings, dtype="auto")
