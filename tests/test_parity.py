@@ -148,7 +148,7 @@ def test_an_engine_that_cannot_run_the_merged_model_leaves_the_weights_judged(wo
     ("arguments", "words"),
     [
         (["nowhere"], "there is no folder `nowhere`"),
-        (["{adapter}", "--merged", "nowhere"], "there is no base model `nowhere`"),
+        (["{adapter}", "--merged", "nowhere"], "there is no merged model `nowhere`"),
         (["{adapter}", "--merged", "{adapter}"], "holds no config.json"),
         (["{adapter}", "--merged", "{merged}", "--model", "{adapter}"], "holds no config.json"),
         (["{adapter}", "--engine", "sglang"], "there is no engine `sglang`"),

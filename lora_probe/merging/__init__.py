@@ -33,8 +33,8 @@ from lora_probe.rules.merging import another_base, not_judged, tied_changed_too
 
 ANOTHER_BASE = 0.5
 """The share of untouched tensors that must differ to speak of another base."""
-_HEADLESS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
-"""Tasks whose models have no language head."""
+_WITH_HEAD = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+"""How architectures with a language head end, in config.json."""
 
 
 @dataclass(frozen=True)
@@ -144,9 +144,10 @@ class _Work:
             yield f"the base was rounded to {dtype} before it was saved in {_dtype(self.merged)}"
 
     def _expected(self, name: str) -> bool:
-        """A language head that a model of this task does not have."""
-        task = str(self.adapter.config.raw.get("task_type"))
-        return task in _HEADLESS and name in self.base.tensors and name.rpartition(".")[0].endswith("lm_head")
+        """A language head that a merged model of another architecture does not have."""
+        kinds = self.merged.config.get("architectures")
+        headless = isinstance(kinds, list) and not any(str(kind).endswith(_WITH_HEAD) for kind in kinds)
+        return headless and name in self.base.tensors and name.rpartition(".")[0].endswith("lm_head")
 
     def _tensor(self, name: str) -> tuple[str, list[ModuleMerge], Finding | None]:
         tensor, merged = self.base.tensors[name], self.merged.tensors[self.names[name]]

@@ -29,6 +29,10 @@ UNBIASED = 0.02
 """Another arithmetic applies as much of ΔW as PEFT's, within this share."""
 
 
+LONGER = 2e-3
+"""Another arithmetic leaves DoRA's rows as long as they were: its roundings differ from row to row."""
+
+
 def judge(found: Measured, neighbours: Neighbours, known: Sequence[float] = ()) -> ModuleMerge:
     """The verdict on a site that is changed by s·B·A. `known` are factors seen at other sites."""
     sums, rebased = found.sums, found.site.rebased
@@ -119,5 +123,7 @@ def _rightly(found: Measured) -> bool:
     as rounding keeps; in float32, where rounding hides nothing, all of it nearly."""
     sums = found.sums
     if sums.far or abs(sums.applied - sums.kept) > UNBIASED * sums.energy:
+        return False
+    if found.magnitude is not None and abs(sums.longer) > LONGER * sums.weight:
         return False
     return found.stored != "F32" or found.order.compute != "F32" or sums.error <= UNKNOWN_ARITHMETIC**2 * sums.energy

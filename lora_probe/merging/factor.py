@@ -32,8 +32,9 @@ AS_GOOD = 1.05
 """A shorter number is taken for a factor if it leaves no more than this many times as much."""
 UNRELATED = 0.05
 """Below this cosine of the change and ΔW no factor can explain it: chance gives 0.01 on a sample."""
-SOME = 1 << 15
-"""Values of the sample that the search runs on."""
+SOME, FIRST = 1 << 14, 3
+"""Values of the sample that the search runs on, and the orders of rounding that it tries: the others differ by less
+than a step of the grid."""
 _START = (-2.0, -1.0, -0.5, 0.0, 0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 3.0, 4.0)
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
@@ -79,7 +80,8 @@ def _candidates(
 
 
 def searched_factor(found: Measured, known: Sequence[float]) -> tuple[float, Finding] | None:
-    """The factor with the smallest ‖merged − replay(f)‖ over all known orders, or None if it explains too little.
+    """The factor with the smallest ‖merged − replay(f)‖ over the first known orders, or None if it explains too
+    little.
 
     To as many digits as the search can tell; one of `known` is preferred.
     """
@@ -88,7 +90,7 @@ def searched_factor(found: Measured, known: Sequence[float]) -> tuple[float, Fin
         return None
     some = thinned(found, SOME)
     tried, factor, least = found, 1.0, math.inf
-    for order in found.orders:
+    for order in found.orders[:FIRST]:
         candidate = under(some, order)
         at, error = _minimum(_distance(candidate))
         if error < least:

@@ -27,9 +27,9 @@ class Names:
         self._in_layer: dict[str, list[str]] = {}
         for name in self.names:
             self._after_first.setdefault(name.partition(".")[2], []).append(name)
-            if (tails := _tails(name)) is not None:
-                self._from_layer.setdefault(tails[0], []).append(name)
-                self._in_layer.setdefault(tails[1], []).append(name)
+            whole, end = _tails(name)
+            self._from_layer.setdefault(whole, []).append(name)
+            self._in_layer.setdefault(end, []).append(name)
 
     def find(self, name: str) -> str | None:
         """The tensor that `name` means, if there is exactly one."""
@@ -38,18 +38,17 @@ class Names:
         shorter = name.partition(".")[2]
         if shorter in self.names:
             return shorter
-        tails = _tails(name)
-        groups = [self._after_first.get(name, [])]
-        if tails is not None:
-            groups += [self._from_layer.get(tails[0], []), self._in_layer.get(tails[1], [])]
+        whole, end = _tails(name)
+        groups = (self._after_first.get(name, []), self._from_layer.get(whole, []), self._in_layer.get(end, []))
         return next((found for group in groups if (found := _closest(name, group)) is not None), None)
 
 
-def _tails(name: str) -> tuple[str, str] | None:
-    """`3.mlp.gate.weight` and `3.gate.weight`: the path from the layer's number on, whole and its ends."""
+def _tails(name: str) -> tuple[str, str]:
+    """`3.mlp.gate.weight` and `3.gate.weight`: the path from the layer's number on, and its ends. Without a number:
+    the path, and `.embed_tokens.weight`."""
     match = LAYER.search(name)
     if match is None:
-        return None
+        return name, f".{'.'.join(name.split('.')[-2:])}"
     rest = name[match.end(1) + 1 :].split(".")
     return f"{match[1]}.{'.'.join(rest)}", f"{match[1]}.{'.'.join(rest[-2:])}"
 

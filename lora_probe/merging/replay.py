@@ -48,6 +48,7 @@ def orders(kind: Kind, base: str, merged: str, adapter: str, dora: bool) -> list
             ("PEFT's merge with safe_merge", None, None, compute),
             (f"an adapter kept in {adapter}", None, None, adapter),
             (f"an adapter cast to {compute}", compute, None, compute),
+            (f"factors in {compute}", compute, None, None),
             ("one rounding of the float32 sum", None, None, None),
             *((f"a product in {grid}", grid, grid, grid) for grid in (adapter, compute, "BF16")),
         ]

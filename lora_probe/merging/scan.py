@@ -28,8 +28,9 @@ FEW = 1 << 12
 """Values of the sample that reject what explains too little of them."""
 FOREIGN = 1e-2
 """The share of values that may be foreign to an order of rounding that the others follow."""
-STEPS = 2.01
-"""Steps of the grid that another arithmetic may be off: its sum is rounded, and so is what it adds."""
+STEPS, DORA_STEPS = 2.01, 8.01
+"""Steps of the grid that another arithmetic may be off: its sum is rounded, and so is what it adds; for DoRA the
+magnitude, the norm, their quotient and its product as well."""
 COARSE = 2.0**-9
 """The error of a product whose factors have 10 bits (TF32 on a GPU), relative to the sum of its magnitudes: twice that
 of one factor."""
@@ -43,7 +44,8 @@ class Sums:
 
     `energy` ‖ΔW‖², `applied` ⟨merged − W, ΔW⟩, `kept` ⟨replay − W, ΔW⟩, `residual` ‖merged − W − ΔW‖², `error`
     ‖merged − replay‖²; `changed` values differ from W, `other` from the replay, `unexplained` from all that the order
-    of the sums can give; `far` lie further from W + ΔW than another arithmetic would put them.
+    of the sums can give; `far` lie further from W + ΔW than another arithmetic would put them. `longer` is ⟨merged −
+    replay, replay⟩, of a `weight` of ‖replay‖².
     """
 
     count: int = 0
@@ -57,6 +59,8 @@ class Sums:
     kept: float = 0.0
     residual: float = 0.0
     error: float = 0.0
+    weight: float = 0.0
+    longer: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -258,13 +262,15 @@ def _add(sums: Sums, found: Measured, target: Target, start: int, stop: int) -> 
     replayed = widen(wanted, stored)
     sums.kept += _dot(replayed - w, delta_w)
     sums.error += _dot(value - replayed, value - replayed)
+    sums.weight += _dot(replayed, replayed)
+    sums.longer += _dot(value - replayed, replayed)
     sums.other += len(at[0])
     sums.not_finite += int(np.count_nonzero(~np.isfinite(value)))
     magnitudes = change.magnitudes(rows, *at)
     outside = _outside(found, change.scaling, w, product, factor, merged, at, magnitudes)
     sums.unexplained += int(np.count_nonzero(outside))
     steps = spacing(np.maximum(np.abs(value[at]), np.abs(w[at])), _coarser(stored, order.compute))
-    allowed = STEPS * steps + COARSE * abs(change.scaling) * magnitudes
+    allowed = (STEPS if factor is None else DORA_STEPS) * steps + COARSE * abs(change.scaling) * magnitudes
     if found.on_rebased:
         allowed += REBASED * np.sqrt(np.mean(np.square(delta)))
     sums.far += int(np.count_nonzero(outside & ~(np.abs(observed[at]) <= allowed)))

@@ -285,6 +285,8 @@ def not_judged(why: str) -> str:
 def effect_lost(survives: float, tokens: int, first: str) -> str:
     """On the same tokens the merged model answers less like the unmerged adapter than it should.
 
+    Why it matters: this is what the user of the merged model gets, whatever its weights look like.
+
     How it is seen: the share of the effect that survives is 1 − sqrt(KL(unmerged‖merged) / KL(unmerged‖base)), over the
     whole vocabulary and all answer tokens; under 90 % is an error.
     """
