@@ -27,7 +27,8 @@ SMALL_GPT2 = {"vocab_size": 288, "n_embd": 128, "n_layer": LAYERS, "n_head": 4, 
 
 def save_model(folder: Path, kind: str, dtype: str = "float32", **changes: Any) -> Path:
     """A tiny random base: llama, tied (a llama whose output head is its embedding), wide (as many key heads as query
-    heads), qwen2 (with biases), gpt2 (Conv1D) or moe (fused experts that lie in the file one by one)."""
+    heads), qwen2 (with biases), gpt2 (Conv1D), moe and mixtral (fused experts that lie in the file one by one, in
+    mixtral's under other names)."""
     import torch
     import transformers as t
 
@@ -37,6 +38,7 @@ def save_model(folder: Path, kind: str, dtype: str = "float32", **changes: Any) 
         "wide": lambda: t.LlamaForCausalLM(t.LlamaConfig(**SIZES | {"num_key_value_heads": 4})),
         "qwen2": lambda: t.Qwen2ForCausalLM(t.Qwen2Config(**SIZES)),
         "gpt2": lambda: t.GPT2LMHeadModel(t.GPT2Config(**SMALL_GPT2, bos_token_id=0, eos_token_id=256)),
+        "mixtral": lambda: t.MixtralForCausalLM(t.MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2)),
         "moe": lambda: t.Qwen3MoeForCausalLM(t.Qwen3MoeConfig(**SIZES, **EXPERTS)),
     }
     torch.manual_seed(0)

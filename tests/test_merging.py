@@ -40,6 +40,9 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "saved tied embedding": ("tied", {"target_modules": QKV, "modules_to_save": ["embed_tokens"]}),
     "trained tokens": ("llama", {"target_modules": QKV, "trainable_token_indices": [3, 5, 287]}),
     "tied trained tokens": ("tied", {"target_modules": QKV, "trainable_token_indices": [3, 5, 287]}),
+    "conv1d and linear, square": ("gpt2", {"target_modules": ["c_attn", "c_proj", "lm_head"]}),
+    "all linear, experts too": ("moe", {"target_modules": "all-linear"}),
+    "all linear under other names": ("mixtral", {"target_modules": "all-linear"}),
     "experts": ("moe", {"target_modules": ["q_proj"], "target_parameters": EXPERTS}),
     "pissa": ("llama", {"target_modules": QKV, "init_lora_weights": "pissa"}),
     "olora": ("llama", {"target_modules": QKV, "init_lora_weights": "olora"}),
@@ -277,3 +280,90 @@ def quantised_to_fp8(tensors: dict[str, Any]) -> dict[str, Any]:
         found[name] = (tensor.float() / wide).to(torch.float8_e4m3fn)
         found[f"{name}_scale_inv"] = scale
     return found
+
+
+@pytest.mark.parametrize("saved", [(), ("embed_tokens", "lm_head")])
+def test_a_vocabulary_that_grew(saved: tuple[str, ...], bases: Bases, tmp_path: Path) -> None:
+    """Tokens were added before the training: the adapter carries the embeddings of its own size."""
+    import torch
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    def grown() -> Any:
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_pretrained(bases("llama"))
+        model.resize_token_embeddings(300)
+        return model
+
+    model = get_peft_model(grown(), LoraConfig(target_modules=QKV, modules_to_save=list(saved) or None))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    model.save_pretrained(tmp_path / "adapter")
+    merged = PeftModel.from_pretrained(grown(), tmp_path / "adapter").merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    report = check_merge(tmp_path / "adapter", tmp_path / "merged", model=str(bases("llama")))
+    assert report.verdict == "verified", report.diagnostics
+
+
+def test_a_classifier_s_head(bases: Bases, tmp_path: Path) -> None:
+    """The base has a language head, the merged model the adapter's own classifier."""
+    import torch
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import AutoModelForSequenceClassification
+
+    def classifier() -> Any:
+        torch.manual_seed(0)
+        return AutoModelForSequenceClassification.from_pretrained(bases("llama"), num_labels=3)
+
+    model = get_peft_model(classifier(), LoraConfig(task_type="SEQ_CLS", target_modules=QKV))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    model.save_pretrained(tmp_path / "adapter")
+    merged = PeftModel.from_pretrained(classifier(), tmp_path / "adapter").merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    report = check_merge(tmp_path / "adapter", tmp_path / "merged", model=str(bases("llama")))
+    assert report.verdict == "verified", report.diagnostics
+    assert "score" in {module.label for module in report.modules}
+
+
+def test_tied_weights_written_twice(bases: Bases, tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    base = bases("tied")
+    adapter = save_adapter_of(tmp_path / "adapter", base, target_modules=QKV)
+    merged = merge_by_peft(tmp_path / "merged", adapter, base, "float32")
+    twice = tmp_path / "twice"
+    twice.mkdir()
+    state = AutoModelForCausalLM.from_pretrained(merged).state_dict()
+    assert "lm_head.weight" in state
+    torch.save(state, twice / "pytorch_model.bin")
+    (twice / "config.json").write_bytes((merged / "config.json").read_bytes())
+    report = check_merge(adapter, twice, model=str(base))
+    assert report.verdict == "verified", report.diagnostics
+
+
+def test_a_base_that_was_rounded_on_the_way(bases: Bases, tmp_path: Path) -> None:
+    """Stored in float32, loaded and merged in bfloat16, saved in float32."""
+    base = bases("llama")
+    adapter = save_adapter_of(tmp_path / "adapter", base, target_modules=QKV)
+    merged = merge_by_peft(tmp_path / "merged", adapter, base, "bfloat16")
+    wide = damaged(
+        merged, tmp_path / "wide", lambda tensors: {name: tensor.float() for name, tensor in tensors.items()}
+    )
+    report = check_merge(adapter, wide, model=str(base))
+    assert report.verdict == "verified", report.diagnostics
+    assert {module.arithmetic for module in report.modules} == {"PEFT's merge in BF16, saved in F32"}
+    assert report.notes == ("the base was rounded to BF16 before it was saved in F32",)
+
+
+def test_dora_all_in_16_bits(bases: Bases, tmp_path: Path) -> None:
+    """Without autocast the magnitude, the norm and their quotient are rounded as well: the effect is there."""
+    base = bases("llama", "bfloat16")
+    adapter = save_adapter_of(tmp_path / "adapter", base, target_modules=QKV, use_dora=True)
+    report = check_merge(
+        adapter, merge_by_peft(tmp_path / "merged", adapter, base, "bfloat16", autocast=False), model=str(base)
+    )
+    assert report.verdict == "verified", report.diagnostics

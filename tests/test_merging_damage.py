@@ -264,6 +264,108 @@ def test_saved_modules_left_out(tmp_path: Path) -> None:
     assert "the base's are there instead" in report.diagnostics[0].message
 
 
+@pytest.mark.parametrize(("value", "code"), [(None, "LP701"), (float("nan"), "LP711")])
+def test_a_part_of_one_expert(value: float | None, code: str, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    base = save_model(tmp_path / "base", "moe")
+    config = {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj"]}
+    adapter = save_adapter_of(tmp_path / "adapter", base, **config)
+    merged = merge_by_peft(tmp_path / "merged", adapter, base, "float32")
+    name = "model.layers.1.mlp.experts.2.gate_proj.weight"
+    pristine = load_file(base / "model.safetensors")[name]
+    wrong = pristine if value is None else pristine * value
+    report = check_merge(adapter, damaged(merged, tmp_path / "bad", lambda t: t | {name: wrong}), model=str(base))
+    assert found(report) == {code: ("model.layers.1.mlp.experts.gate_proj[2]",)}
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_the_part_that_an_initialisation_takes_out(init: str, tmp_path: Path) -> None:
+    """Added to the whole base, as by a tool that knows plain LoRA only."""
+    from safetensors.torch import load_file
+
+    base = save_model(tmp_path / "base", "llama")
+    adapter = save_adapter_of(tmp_path / "adapter", base, target_modules=["q_proj"], init_lora_weights=init)
+    pairs = load_file(adapter / "adapter_model.safetensors")
+
+    def naive(tensors: dict[str, Any]) -> dict[str, Any]:
+        for name in [name for name in tensors if "q_proj" in name]:
+            stem = f"base_model.model.{name.removesuffix('.weight')}"
+            tensors[name] = tensors[name] + 2 * pairs[f"{stem}.lora_B.weight"] @ pairs[f"{stem}.lora_A.weight"]
+        return tensors
+
+    report = check_merge(adapter, damaged(base, tmp_path / "naive", naive), model=str(base))
+    assert found(report) == {"LP721": tuple(Q.format(layer) for layer in range(LAYERS))}
+
+
+def test_dora_merged_as_plain_lora(tmp_path: Path) -> None:
+    base = save_model(tmp_path / "base", "llama", "bfloat16")
+    adapter = save_adapter_of(tmp_path / "adapter", base, target_modules=["q_proj"], use_dora=True)
+    config = adapter / "adapter_config.json"
+    written = config.read_text()
+    tensors = (adapter / "adapter_model.safetensors").read_bytes()
+    from safetensors.torch import load_file, save_file
+
+    plain = {n: t for n, t in load_file(adapter / "adapter_model.safetensors").items() if "magnitude" not in n}
+    save_file(plain, adapter / "adapter_model.safetensors")
+    config.write_text(json.dumps(json.loads(written) | {"use_dora": False}))
+    merged = merge_by_peft(tmp_path / "merged", adapter, base, "bfloat16")
+    (adapter / "adapter_model.safetensors").write_bytes(tensors)
+    config.write_text(written)
+    report = check_merge(adapter, merged, model=str(base))
+    assert found(report) == {"LP722": tuple(Q.format(layer) for layer in range(LAYERS))}
+
+
+def test_biases_that_were_dropped(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    base = save_model(tmp_path / "base", "qwen2")
+    adapter = save_adapter_of(tmp_path / "adapter", base, target_modules=["q_proj"], bias="lora_only")
+    merged = merge_by_peft(tmp_path / "merged", adapter, base, "float32")
+    pristine = {n: t for n, t in load_file(base / "model.safetensors").items() if n.endswith("q_proj.bias")}
+    report = check_merge(adapter, damaged(merged, tmp_path / "bad", lambda t: t | pristine), model=str(base))
+    assert found(report) == {"LP719": tuple(f"{Q.format(layer)}.bias" for layer in range(LAYERS))}
+
+
+def test_what_has_no_place_puts_nothing_else_in_the_wrong(tmp_path: Path) -> None:
+    """A module that nobody can name in the files: the tensor that it changed is not called foreign."""
+    from conftest import edited
+
+    base = save_model(tmp_path / "base", "llama")
+    adapter = save_adapter_of(tmp_path / "adapter", base, target_modules=["q_proj"])
+    merged = merge_by_peft(tmp_path / "merged", adapter, base, "float32")
+    renamed = edited(
+        adapter,
+        tmp_path / "renamed",
+        lambda t: {n.replace("layers.1.self_attn.q_proj", "odd.7.thing"): v for n, v in t.items()},
+    )
+    report = check_merge(renamed, merged, model=str(base))
+    assert report.verdict == "undecided"
+    assert {diagnostic.code for diagnostic in report.diagnostics} == {"LP715"}
+
+
+def test_many_damaged_modules_take_time_in_proportion(tmp_path: Path) -> None:
+    """Every other site is read once, however many modules are wrong."""
+    from lora_probe.merging import neighbours
+
+    world = World(tmp_path, "float32")
+    calls: list[str] = []
+    original = neighbours.change_of
+
+    def counted(site: Any, adapter: Any) -> Any:
+        calls.append(site.label)
+        return original(site, adapter)
+
+    neighbours.change_of = counted
+    try:
+        other = save_adapter_of(tmp_path / "other", world.base, seed=7, target_modules=list(TARGETS))
+        merged = merge_by_peft(tmp_path / "other-merged", other, world.base, "float32")
+        assert check_merge(world.adapter, merged, model=str(world.base)).verdict == "differs"
+    finally:
+        neighbours.change_of = original
+    assert sorted(calls) == sorted(ALL)
+
+
 def test_what_is_not_supported_is_never_passed(tmp_path: Path) -> None:
     base = save_model(tmp_path / "base", "llama")
     adapter = save_adapter_of(tmp_path / "adapter", base, target_modules=["q_proj"])
