@@ -334,17 +334,17 @@ def test_what_has_no_place_puts_nothing_else_in_the_wrong(tmp_path: Path) -> Non
     base = save_model(tmp_path / "base", "llama")
     adapter = save_adapter_of(tmp_path / "adapter", base, target_modules=["q_proj"])
     merged = merge_by_peft(tmp_path / "merged", adapter, base, "float32")
-    renamed = edited(
-        adapter,
-        tmp_path / "renamed",
-        lambda t: {n.replace("layers.1.self_attn.q_proj", "odd.7.thing"): v for n, v in t.items()},
-    )
+    renamed = edited(adapter, tmp_path / "renamed", lambda t: {_oddly(name): tensor for name, tensor in t.items()})
     report = check_merge(renamed, merged, model=str(base))
     assert report.verdict == "undecided"
     assert {diagnostic.code for diagnostic in report.diagnostics} == {"LP715"}
 
 
-def test_many_damaged_modules_take_time_in_proportion(tmp_path: Path) -> None:
+def _oddly(name: str) -> str:
+    return name.replace("layers.1.self_attn.q_proj", "odd.7.thing")
+
+
+def test_many_damaged_modules_take_time_in_proportion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every other site is read once, however many modules are wrong."""
     from lora_probe.merging import neighbours
 
@@ -356,13 +356,10 @@ def test_many_damaged_modules_take_time_in_proportion(tmp_path: Path) -> None:
         calls.append(site.label)
         return original(site, adapter)
 
-    neighbours.change_of = counted
-    try:
-        other = save_adapter_of(tmp_path / "other", world.base, seed=7, target_modules=list(TARGETS))
-        merged = merge_by_peft(tmp_path / "other-merged", other, world.base, "float32")
-        assert check_merge(world.adapter, merged, model=str(world.base)).verdict == "differs"
-    finally:
-        neighbours.change_of = original
+    monkeypatch.setattr(neighbours, "change_of", counted)
+    other = save_adapter_of(tmp_path / "other", world.base, seed=7, target_modules=list(TARGETS))
+    merged = merge_by_peft(tmp_path / "other-merged", other, world.base, "float32")
+    assert check_merge(world.adapter, merged, model=str(world.base)).verdict == "differs"
     assert sorted(calls) == sorted(ALL)
 
 
