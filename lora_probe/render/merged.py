@@ -5,7 +5,7 @@ In: a `Parity`. Out: tables and sentences, as in `terminal.py`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -27,6 +27,8 @@ WORDS = {
     "LP711": "not finite",
     "LP719": "not replaced",
     "LP720": "transposed",
+    "LP721": "on the whole base",
+    "LP722": "no magnitude",
 }
 """What a cell says of a module that is wrong."""
 SEVERE = {"error": "bold red", "warning": "bold yellow", "info": "cyan"}
@@ -61,12 +63,21 @@ def _facts(found: Parity) -> RenderableType:
 
 
 def _modules(found: MergeReport) -> RenderableType:
-    cells: dict[Key, tuple[float | None, str]] = {}
+    groups: dict[Key, list[ModuleMerge]] = {}
     for module in found.modules:
-        # Parts of one expert are told apart by the tensor that they lie in.
-        key = module.key if module.key not in cells else (module.tensor, *module.key[1:])
-        cells[key] = _cell(module)
+        # The experts of a layer share a cell.
+        groups.setdefault((module.label.partition("[")[0], "weight", None), []).append(module)
+    cells = {key: _cells(modules) for key, modules in groups.items()}
     return grid("share of ΔW = s·B·A that is in the merged weights (1: all of it)", cells)
+
+
+def _cells(modules: Sequence[ModuleMerge]) -> tuple[float | None, str]:
+    """One module's cell, or of several the worst."""
+    cells = [_cell(module) for module in modules]
+    wrong = [text for (_, text), module in zip(cells, modules, strict=True) if module.status != "verified"]
+    if not wrong:
+        return min(cells, key=lambda cell: 1.0 if cell[0] is None else cell[0])
+    return None, wrong[0] if len(cells) == 1 else f"{len(wrong)} of {len(cells)} {wrong[0]}"
 
 
 def _cell(module: ModuleMerge) -> tuple[float | None, str]:
@@ -76,6 +87,8 @@ def _cell(module: ModuleMerge) -> tuple[float | None, str]:
         return (share, "ΔW is 0") if share is None else (share, f"{share:.3f}")
     if wrong and wrong[0].code == "LP703" and module.scaling and module.implied_scaling is not None:
         return None, f"× {module.implied_scaling / module.scaling:.4g}"
+    if module.status == "undecided":
+        return None, "not judged"
     return None, WORDS.get(wrong[0].code, wrong[0].code) if wrong else "another base"
 
 
@@ -157,8 +170,9 @@ def _diagnostic(found: Diagnostic) -> Iterable[RenderableType]:
 def _verdict(found: Parity) -> RenderableType:
     weights, outputs = found.weights, found.outputs
     if found.verdict != "verified":
-        worst = next((d for d in found.diagnostics if d.severity == "error"), None)
-        return words(f"{found.verdict}: {worst.message if worst else 'nothing was compared'}", style="bold red")
+        gravest = sorted(found.diagnostics, key=lambda diagnostic: diagnostic.severity != "error")
+        about = gravest[0].message if gravest else "the adapter has no module that could be compared"
+        return words(f"{found.verdict}: {about}", style="bold red")
     text = f"verified: {len(weights.modules)} of {len(weights.modules)} modules merged rightly"
     if weights.effect_kept is not None:
         text += f", {100 * weights.effect_kept:.1f} % of the change kept"

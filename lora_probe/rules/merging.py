@@ -265,6 +265,7 @@ def another_base(differing: int, total: int) -> str:
     "merge-not-judged",
     "merge",
     "unknown",
+    severity="warning",
     hint="this part of the adapter is not checked; the outputs (without --weights-only) still are",
 )
 def not_judged(why: str) -> str:
@@ -298,6 +299,7 @@ def effect_lost(survives: float, tokens: int, first: str) -> str:
     "effect-not-measured",
     "merge",
     "unknown",
+    severity="warning",
     hint="mend what the message names, or give prompts with --prompt on which the adapter makes a difference",
 )
 def effect_not_measured(why: str) -> str:
