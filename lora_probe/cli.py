@@ -10,8 +10,9 @@ import argparse
 import json
 import os
 import shlex
+import signal
 import sys
-import time
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,15 +23,18 @@ from rich.text import Text
 
 from lora_probe.errors import ProbeError
 from lora_probe.options import parser_of_all
+from lora_probe.render.progress import comparing, escaped, following, telling, working
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from lora_probe.engines.launch import Progress
-    from lora_probe.merging import Progress as WeightsProgress
     from lora_probe.reading import Trace
 
-CLEAN, FOUND, UNJUDGED, INTERRUPTED = 0, 1, 2, 130
+CLEAN, FOUND, UNJUDGED, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, as systemd and `timeout` send it: what is running and what is half written goes, as after Ctrl-C."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,6 +42,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     own, flags = _split(arguments)
     options = argparse.Namespace()
+    with _terminable():
+        return _run(own, flags, options)
+
+
+def _run(own: list[str], flags: list[str], options: argparse.Namespace) -> int:
     try:
         parser = parser_of_all()
         parser.parse_args(own, options)
@@ -48,9 +57,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ProbeError as error:
         _complain(error.message, error.hint)
         return error.exit_code
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         _complain("interrupted", getattr(options, "interrupted", ""))
-        return INTERRUPTED
+        return TERMINATED if isinstance(stop, _Terminated) else INTERRUPTED
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    def stop(number: int, frame: object) -> None:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
@@ -63,21 +87,13 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 def _complain(message: str, hint: str = "") -> None:
     console = Console(stderr=True)
-    console.print(f"[bold red]error:[/] {_escaped(message)}", soft_wrap=True, highlight=False)
+    console.print(f"[bold red]error:[/] {escaped(message)}", soft_wrap=True, highlight=False)
     for line in filter(None, hint.split("\n")):
-        console.print(f"[cyan]hint:[/] {_escaped(line)}", soft_wrap=True, highlight=False)
-
-
-def _escaped(text: str) -> str:
-    from rich.markup import escape
-
-    from lora_probe.render.cells import CONTROL
-
-    return escape(text.translate(CONTROL))
+        console.print(f"[cyan]hint:[/] {escaped(line)}", soft_wrap=True, highlight=False)
 
 
 def _hint(text: str) -> None:
-    Console(stderr=True).print(f"[cyan]hint:[/] {_escaped(text)}", soft_wrap=True, highlight=False)
+    Console(stderr=True).print(f"[cyan]hint:[/] {escaped(text)}", soft_wrap=True, highlight=False)
 
 
 class _Output(Console):
@@ -119,7 +135,7 @@ def _inspect(options: argparse.Namespace) -> int:
     adapter = open_adapter(options.checkpoint)
     spectra = None
     if options.norms:
-        with _working(f"reading {terminal.size(adapter.weights.size)} of values", len(adapter.modules)) as tick:
+        with working(f"reading {terminal.size(adapter.weights.size)} of values", len(adapter.modules)) as tick:
             spectra = spectra_of(adapter, tick)
     if options.format == "json":
         _dump(machine.inspect_json(adapter, spectra))
@@ -148,7 +164,7 @@ def _trace(options: argparse.Namespace) -> int:
     from lora_probe.engines.launch import LOG, trace
 
     options.interrupted = "the recording is incomplete; nothing is left running"
-    with _telling(f"{options.engine}: starting") as tell:
+    with telling(f"{options.engine}: starting") as tell:
         found = trace(
             options.checkpoint,
             engine=options.engine,
@@ -162,7 +178,7 @@ def _trace(options: argparse.Namespace) -> int:
             force=options.force,
             options=_engine_options(options),
             engine_args=options.engine_args,
-            progress=_following(options.engine, tell),
+            progress=following(options.engine, tell),
         )
     status = _present(found, options)
     console = Console(stderr=True)
@@ -254,13 +270,17 @@ def _parity(options: argparse.Namespace) -> int:
     from lora_probe.preserved import REPORT, parity
     from lora_probe.render import machine, merged
 
-    options.interrupted = "nothing is left running"
-    with _telling("looking at the files") as tell:
+    _refuse_ignored(options)
+    kept = options.output
+    options.interrupted = "nothing is left running" + (
+        f"; `{kept}` is half filled, --force overwrites it" if kept else ""
+    )
+    with telling("looking at the files") as tell:
         found = parity(
             options.checkpoint,
             model=options.model,
             merged=options.merged,
-            engine=options.engine,
+            engine=options.engine or "peft",
             weights_only=options.weights_only,
             prompts=_prompts(options),
             chat=options.chat,
@@ -269,20 +289,35 @@ def _parity(options: argparse.Namespace) -> int:
             force=options.force,
             options=_engine_options(options),
             engine_args=options.engine_args,
-            weights_progress=_comparing(tell),
-            engine_progress=lambda name, now: _following(name, tell)(now),
+            weights_progress=comparing(tell),
+            engine_progress=lambda name, now: following(name, tell)(now),
         )
     data = machine.parity_json(found)
     if options.format == "json":
         _dump(data)
     else:
         _show(merged.parity(found))
-    if options.output:
-        (Path(options.output) / REPORT).write_text(json.dumps(data, ensure_ascii=False, indent=2, allow_nan=False))
-        Console(stderr=True).print(f"kept in {options.output}", soft_wrap=True, highlight=False)
-    elif options.weights_only:
-        _hint(shlex.join(["lora-probe", *(word for word in options.given if word != "--weights-only")]))
+    if kept:
+        (Path(kept) / REPORT).write_text(json.dumps(data, ensure_ascii=False, indent=2, allow_nan=False))
+        names = ", ".join(sorted(path.name for path in Path(kept).iterdir()))
+        Console(stderr=True).print(f"kept in {kept}: {names}", soft_wrap=True, highlight=False)
+    if options.weights_only and found.verdict != "differs":
+        again = shlex.join(["lora-probe", *(word for word in options.given if word != "--weights-only")])
+        _hint(f"to compare the outputs as well: {again}")
     return CLEAN if found.verdict == "verified" else FOUND
+
+
+def _refuse_ignored(options: argparse.Namespace) -> None:
+    """Options of runs that do not take place: whoever gave them believes something that is not so."""
+    if not options.weights_only:
+        return
+    given = ["--engine"] if options.engine is not None else []
+    given += [f"--{name.replace('_', '-')}" for name in ("prompt", "prompt_file", "chat") if getattr(options, name)]
+    given += ["--dtype"] if options.dtype and options.merged else []
+    given += ["flags after --"] if options.engine_args else []
+    if given:
+        hint = "leave them out, or leave out --weights-only"
+        raise ProbeError(f"{', '.join(given)}: nothing is run with --weights-only", hint)
 
 
 def _rule(options: argparse.Namespace) -> int:
@@ -292,14 +327,18 @@ def _rule(options: argparse.Namespace) -> int:
     known = all_rules()
     if options.code is None:
         chosen = list(known.values())
-    elif options.code.upper() in known:
-        chosen = [known[options.code.upper()]]
     else:
-        raise ProbeError(f"there is no rule `{options.code}`", f"rules: {', '.join(known)}")
+        # `LP7` or `LP7xx` is the family.
+        wanted = options.code.upper().rstrip("X")
+        chosen = [
+            rule for code, rule in known.items() if code == wanted or (len(wanted) > 2 and code.startswith(wanted))
+        ]
+        if not chosen:
+            raise ProbeError(f"there is no rule `{options.code}`", f"rules: {', '.join(known)}")
     if options.format == "json":
         _dump(machine.rules_json(chosen))
     else:
-        _show(terminal.rules(chosen) if options.code is None else terminal.rule(chosen[0]))
+        _show(terminal.rule(chosen[0]) if len(chosen) == 1 else terminal.rules(chosen))
     return CLEAN
 
 
@@ -313,59 +352,6 @@ def _env(options: argparse.Namespace) -> int:
     else:
         _show(terminal.versions(found))
     return CLEAN
-
-
-@contextmanager
-def _telling(first: str) -> Iterator[Callable[..., None]]:
-    """What goes on, on standard error: a live line in a terminal, elsewhere a line for each lasting text."""
-    console = Console(stderr=True)
-    seen: list[str] = []
-    with console.status(_escaped(first)) as status:
-
-        def tell(text: str, passing: bool = False) -> None:
-            if console.is_terminal:
-                status.update(_escaped(text))
-            elif not passing and [text] != seen[-1:]:
-                seen.append(text)
-                console.print(_escaped(text), soft_wrap=True, highlight=False)
-
-        yield tell
-
-
-def _following(engine: str, tell: Callable[..., None]) -> Callable[[Progress], None]:
-    """Tells of a run: each new stage, then the answers so far."""
-
-    def progress(now: Progress) -> None:
-        if now.answers:
-            tell(f"{engine}: {now.answers} of {now.wanted} answers")
-        else:
-            tell(f"{engine}: {now.stage}: {now.text}")
-
-    return progress
-
-
-def _comparing(tell: Callable[..., None]) -> Callable[[WeightsProgress], None]:
-    """Tells how much of both checkpoints has been compared, and how fast."""
-    started: list[float] = []
-
-    def progress(now: WeightsProgress) -> None:
-        started.extend([] if started else [time.monotonic()])
-        speed = now.done / max(time.monotonic() - started[0], 0.1) / 2**20
-        share, whole = 100 * now.done / max(now.total, 1), now.total / 2**20
-        tell(f"weights: {share:.0f} % of {whole:,.0f} MiB compared, {speed:,.0f} MiB/s", passing=now.done < now.total)
-
-    return progress
-
-
-@contextmanager
-def _working(what: str, steps: int) -> Iterator[Callable[[], None]]:
-    """A progress bar on standard error, gone when the work is done."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=steps)
-        yield lambda: bar.advance(task)
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {

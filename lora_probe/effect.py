@@ -196,12 +196,12 @@ def _table(one: Scored, two: Scored, base: Scored | None, notes: list[str]) -> _
         if np.isnan(values).any():
             notes.append(f"a next-token distribution of {_WHOSE[scored.score.kind]} holds NaN")
     best = [np.where(np.isnan(values).any(-1), -1, values.argmax(-1)) for values in (p, q)]
-    parted = np.flatnonzero(best[1] != answer)
+    parted = np.flatnonzero(best[1] != best[0])
     first = None
     if len(parted):
         at = int(parted[0])
         said = int(best[1][at])
-        first = FirstToken(at, answer[at], said if said >= 0 else None)
+        first = FirstToken(at, int(best[0][at]), said if said >= 0 else None)
     base_best = b.argmax(-1) if b is not None else None
     rows = np.arange(len(answer))
     errors = np.abs(q[rows, answer].astype(np.float64) - p[rows, answer])

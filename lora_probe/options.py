@@ -147,9 +147,11 @@ def _add_parity(commands: Any) -> None:
     parser.add_argument(
         "--weights-only", action="store_true", help="compare files, run no engine (with --merged: no torch)"
     )
-    parser.add_argument("--engine", default="peft", metavar="ENGINE", help="what runs both models; default: peft")
+    parser.add_argument("--engine", metavar="ENGINE", help="what runs both models; default: peft")
     _add_asking(parser)
-    parser.add_argument("-o", "--output", metavar="DIR", help="keep the merge and both traces here; default: nothing")
+    parser.add_argument(
+        "-o", "--output", metavar="DIR", help="keep the merge, both traces (see `show`) and parity.json here"
+    )
     parser.add_argument("--force", action="store_true", help="overwrite what an earlier parity kept")
     _add_engine(parser, "of the merge that PEFT makes, and of the runs; default: as the base or the merge is stored")
 
@@ -189,7 +191,9 @@ def _tolerance(word: str) -> float:
 
 def _add_rule(commands: Any) -> None:
     parser = _command(commands, "rule", "explain a rule", "  lora-probe rule\n  lora-probe rule LP201")
-    parser.add_argument("code", nargs="?", metavar="CODE", help="default: a line for every rule")
+    parser.add_argument(
+        "code", nargs="?", metavar="CODE", help="a rule, or a family as LP7xx; default: a line for every rule"
+    )
 
 
 def _add_env(commands: Any) -> None:

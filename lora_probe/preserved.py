@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,8 @@ class Parity:
         found = []
         for finding in self.findings:
             rule = all_rules()[finding.code]
+            if finding.code == "LP716" and self.weights.verdict == "differs":
+                rule = replace(rule, hint="the weights above say why")
             found.append(Diagnostic(rule.code, rule.name, rule.severity, finding.message, rule.hint, engines=engines))
         return (*self.weights.diagnostics, *found)
 
@@ -78,14 +80,16 @@ def parity(
     force: bool = False,
     options: dict[str, Any] | None = None,
     engine_args: Sequence[str] = (),
-    weights_progress: Callable[[Progress], None] = lambda _: None,
-    engine_progress: Callable[[str, launch.Progress], None] = lambda _, __: None,
+    weights_progress: Callable[[Progress], None] | None = None,
+    engine_progress: Callable[[str, launch.Progress], None] | None = None,
 ) -> Parity:
     """Does the merged model do what the adapter does?
 
-    Without `merged` PEFT merges the adapter into its base, in `options["dtype"]` (default: as the base is stored). The
-    outputs are measured in `engine` in the dtype of the merged model, on the unmerged adapter's own answers. With `out`
-    the merged model and both traces are kept there.
+    `model` is the base (default: the adapter's own). Without `merged` PEFT merges the adapter into it, in
+    `options["dtype"]` (default: as the base is stored). The outputs are measured in `engine` in the dtype of the merged
+    model, on the unmerged adapter's own answers of up to `max_tokens` tokens to `prompts` (default: three built-in
+    ones; `chat`: through the chat template). `options` and `engine_args` are those of `trace`. With `out` the merged
+    model and both traces are kept there. `weights_progress` is told of bytes, `engine_progress` of stages by name.
 
     Raises:
         ProbeError: bad input, or an existing `out` without `force`.
@@ -96,21 +100,21 @@ def parity(
     if name is None:
         raise ProbeError(f"`{checkpoint.config.path}` names no base model", "give its folder or id with --model")
     if not weights_only:
-        require(engine)
+        _check_asked(engine, prompts, max_tokens, engine_args)
     wanted = dict(options or {})
     dtype = str(wanted.get("dtype") or "auto")
     said: tuple[str, ...] = ()
     made = None
     with _workplace(out, force, 0 if merged is not None else open_checkpoint(find_model(name)).size) as folder:
         if merged is None:
-            merging = partial(engine_progress, "merge")
+            merging = _named(engine_progress, "merge")
             try:
                 done = launch.merge(adapter, out=folder / "merged", model=model, dtype=dtype, progress=merging)
             except EngineFailed as error:
-                error.hint = error.hint if out is not None else "its log is kept where -o names a folder"
+                error.hint = error.hint if out is not None else "add -o DIR to keep its log"
                 raise
             merged, said, made = done.path, done.said, dtype
-        weights = check_merge(adapter, merged, model=name, progress=weights_progress)
+        weights = check_merge(adapter, merged, model=name, progress=weights_progress or (lambda _: None))
         if made is not None:
             made = weights.merged_dtype
         if weights_only:
@@ -129,7 +133,7 @@ def parity(
                 out=folder / "unmerged.lptrace",
                 options=wanted,
                 engine_args=engine_args,
-                progress=partial(engine_progress, f"{engine}, unmerged"),
+                progress=_named(engine_progress, f"{engine}, unmerged"),
             )
             refused = [load.message for load, _ in unmerged.loads if load.refused]
             if refused:
@@ -141,14 +145,29 @@ def parity(
                 out=folder / "merged.lptrace",
                 options={key: value for key, value in wanted.items() if "lora" not in key},
                 engine_args=engine_args,
-                progress=partial(engine_progress, f"{engine}, merged"),
+                progress=_named(engine_progress, f"{engine}, merged"),
             )
             found = effect(unmerged, plain)
         except EngineFailed as error:
-            log = "" if out is not None else " (its log is kept where -o names a folder)"
+            log = "" if out is not None else " (add -o DIR to keep its log)"
             why = effect_not_measured(f"{engine} could not run both models: {error.message}{log}")
             return Parity(weights, None, engine, made, said, (why,))
         return Parity(weights, found, engine, made, said, tuple(_judged(found)))
+
+
+def _named(progress: Callable[[str, launch.Progress], None] | None, name: str) -> Callable[[launch.Progress], None]:
+    return partial(progress, name) if progress is not None else lambda _: None
+
+
+def _check_asked(engine: str, prompts: Sequence[str], max_tokens: int, engine_args: Sequence[str]) -> None:
+    """What can be known to be wrong before gigabytes are read."""
+    require(engine)
+    if max_tokens < 1:
+        raise ProbeError(f"--max-tokens is {max_tokens}; an answer has at least one token")
+    if engine == "peft" and engine_args:
+        raise ProbeError(f"peft takes no engine flags ({' '.join(engine_args)})", "flags after `--` are vLLM's")
+    if not all(prompts):
+        raise ProbeError("a prompt is empty", "give a prompt that says something")
 
 
 def _judged(found: Effect) -> Iterator[Finding]:
@@ -191,12 +210,10 @@ def _workplace(out: str | Path | None, force: bool, size: int) -> Iterator[Path]
         return
     folder = Path(out)
     if folder.exists():
+        if not (folder / REPORT).exists():
+            raise ProbeError(f"`{folder}` was not written by parity; it stays as it is", "give another name with -o")
         if not force:
             raise ProbeError(f"`{folder}` exists", "give another name with -o, or overwrite it with --force")
-        if not (folder / REPORT).exists():
-            raise ProbeError(
-                f"`{folder}` was not written by parity; it is not overwritten", "give another name with -o"
-            )
         shutil.rmtree(folder)
     try:
         folder.mkdir(parents=True)

@@ -106,7 +106,7 @@ def open_weights(path: Path) -> WeightsFile:
 
 def _refuse_impostors(path: Path, prefix: bytes, rest: bytes, size: int) -> None:
     if size == 0:
-        raise UnreadableFile(f"`{path}` is empty (0 bytes)", "the save was cut short; save the adapter again")
+        raise UnreadableFile(f"`{path}` is empty (0 bytes)", "the save or the download was cut short; repeat it")
     if prefix + rest == LFS_MARK:
         raise UnreadableFile(
             f"`{path}` is a Git LFS pointer, not the weights",

@@ -25,7 +25,7 @@ EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 
 SMALL_GPT2 = {"vocab_size": 288, "n_embd": 128, "n_layer": LAYERS, "n_head": 4, "n_positions": 512}
 
 
-def save_model(folder: Path, kind: str, dtype: str = "float32", **changes: Any) -> Path:
+def save_model(folder: Path, kind: str, dtype: str = "float32", seed: int = 0) -> Path:
     """A tiny random base: llama, tied (a llama whose output head is its embedding), wide (as many key heads as query
     heads), qwen2 (with biases), gpt2 (Conv1D), moe and mixtral (fused experts that lie in the file one by one, in
     mixtral's under other names)."""
@@ -33,7 +33,7 @@ def save_model(folder: Path, kind: str, dtype: str = "float32", **changes: Any) 
     import transformers as t
 
     makers: dict[str, Callable[[], Any]] = {
-        "llama": lambda: t.LlamaForCausalLM(t.LlamaConfig(**SIZES, **changes)),
+        "llama": lambda: t.LlamaForCausalLM(t.LlamaConfig(**SIZES)),
         "tied": lambda: t.LlamaForCausalLM(t.LlamaConfig(**SIZES, tie_word_embeddings=True)),
         "wide": lambda: t.LlamaForCausalLM(t.LlamaConfig(**SIZES | {"num_key_value_heads": 4})),
         "qwen2": lambda: t.Qwen2ForCausalLM(t.Qwen2Config(**SIZES)),
@@ -41,7 +41,7 @@ def save_model(folder: Path, kind: str, dtype: str = "float32", **changes: Any) 
         "mixtral": lambda: t.MixtralForCausalLM(t.MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2)),
         "moe": lambda: t.Qwen3MoeForCausalLM(t.Qwen3MoeConfig(**SIZES, **EXPERTS)),
     }
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = makers[kind]()
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):

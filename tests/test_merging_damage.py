@@ -420,7 +420,7 @@ def test_folders_that_are_no_merged_model(shards: Shards, tmp_path: Path) -> Non
     for folder, words in (
         (other, "of another architecture"),
         (empty, "holds no weights"),
-        (shards.adapter, "not a model folder"),
+        (shards.adapter, "is an adapter, not a merged model"),
         (tmp_path / "nowhere", "neither a folder here"),
     ):
         with pytest.raises(UnreadableFile, match=words):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +151,15 @@ def test_an_engine_that_cannot_run_the_merged_model_leaves_the_weights_judged(wo
     [
         (["nowhere"], "there is no folder `nowhere`"),
         (["{adapter}", "--merged", "nowhere"], "there is no merged model `nowhere`"),
-        (["{adapter}", "--merged", "{adapter}"], "holds no config.json"),
+        (["{adapter}", "--merged", "{adapter}"], "is an adapter, not a merged model"),
+        (["{adapter}", "--merged", "{base}", "--weights-only"], "are the same folder"),
+        (["{adapter}", "--merged", "{merged}", "--weights-only", "--dtype", "bfloat16"], "--dtype: nothing is run"),
+        (
+            ["{adapter}", "--merged", "{merged}", "--weights-only", "--prompt", "a", "--engine", "vllm"],
+            "nothing is run",
+        ),
+        (["{adapter}", "--merged", "{merged}", "--", "--seed", "1"], "peft takes no engine flags (--seed 1)"),
+        (["{adapter}", "--merged", "{merged}", "--prompt", ""], "a prompt is empty"),
         (["{adapter}", "--merged", "{merged}", "--model", "{adapter}"], "holds no config.json"),
         (["{adapter}", "--engine", "sglang"], "there is no engine `sglang`"),
         (["{adapter}", "--max-tokens", "0"], "an answer has at least one token"),
@@ -171,3 +181,37 @@ def test_an_unreadable_merged_folder(world: World, tmp_path: Path) -> None:
     assert "is truncated" in run(world.adapter, "--merged", broken, "--weights-only", status=2).stderr
     weights.unlink()
     assert "holds no weights" in run(world.adapter, "--merged", broken, "--weights-only", status=2).stderr
+
+
+def test_ended_from_outside_nothing_is_left(world: World, tmp_path: Path) -> None:
+    """SIGTERM, as `timeout` and systemd send it, in the middle of PEFT's merge."""
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    process = subprocess.Popen(
+        [COMMAND, "parity", str(world.adapter)], env=environment, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("lora-probe-*/merged.partial/merge")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.terminate()
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 143
+    assert "interrupted" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_module_that_is_not_there_counts(world: World, tmp_path: Path) -> None:
+    name = "model.layers.1.self_attn.q_proj.weight"
+    hole = damaged(world.merged, tmp_path / "hole", lambda t: {n: tensor for n, tensor in t.items() if n != name})
+    done = run(world.adapter, "--merged", hole, "--weights-only", status=1)
+    assert f"{MODULES - 1} of {MODULES} modules: bit for bit" in done.stdout
+    assert "missing" in done.stdout
+    assert f"differs: {name}: it is not in the merged model" in done.stdout
+
+
+def test_the_wrong_base_is_called_that(world: World, tmp_path: Path) -> None:
+    other = save_model(tmp_path / "other", "wide", seed=3)
+    done = run(world.adapter, "--merged", world.merged, "--model", other, "--weights-only", status=1)
+    assert "LP714" in done.stdout
+    assert "all as in the base" not in done.stdout

@@ -36,13 +36,13 @@ def load_tokenizer(name: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(name)
     except Exception as error:
-        raise _cannot_load("base model", name, error) from error
+        raise _cannot_load("tokenizer of the base model", name, error) from error
 
 
 def _cannot_load(what: str, name: str, error: Exception) -> EngineFailed:
     return EngineFailed(
         f"transformers cannot load the {what} `{name}`: {first_lines(error)}",
-        "give a folder or a cached model with --model" if what == "base model" else "",
+        "give a folder or a cached model with --model" if "base model" in what else "",
     )
 
 

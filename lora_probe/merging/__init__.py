@@ -14,16 +14,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lora_probe.adapter import Adapter, open_adapter
+from lora_probe.adapter import CONFIG, Adapter, open_adapter
 from lora_probe.checkpoint import Checkpoint, StoredTensor, open_checkpoint
 from lora_probe.dequantised import dequantised
-from lora_probe.errors import ProbeError
+from lora_probe.errors import ProbeError, UnreadableFile
 from lora_probe.ledger import Finding
 from lora_probe.merging.diagnosis import judge, judge_replaced
 from lora_probe.merging.names import HEAD, embeddings_of
 from lora_probe.merging.neighbours import Neighbours
 from lora_probe.merging.plan import Plan, plan
-from lora_probe.merging.report import MergeReport, ModuleMerge, TensorFinding
+from lora_probe.merging.report import MergeReport, ModuleMerge, TensorFinding, unmeasured
 from lora_probe.merging.scan import measure, replaced
 from lora_probe.merging.sites import Site
 from lora_probe.merging.untouched import absent_and_added, rounded_on_the_way, untouched
@@ -65,7 +65,11 @@ def check_merge(
     if name is None:
         raise ProbeError(f"`{checkpoint.config.path}` names no base model", "give its folder or id with --model")
     base = dequantised(open_checkpoint(name))
-    target = dequantised(open_checkpoint(merged, role="merged model"))
+    target = dequantised(_open_merged(merged))
+    if base.path.resolve() == target.path.resolve():
+        raise ProbeError(
+            f"base and merged model are the same folder, `{base.path}`", "give two with --model and --merged"
+        )
     seen = view(checkpoint, base, target)
     work = _Work(checkpoint, seen, target, plan(checkpoint, seen), progress)
     modules, tensors = work.run()
@@ -78,10 +82,21 @@ def check_merge(
         modules=modules,
         tensors=tensors,
         compared=work.compared,
+        untouched=work.untouched,
+        foreign=work.foreign,
         read=work.done,
         seconds=time.perf_counter() - started,
         notes=(*checkpoint.notes, *work.notes()),
     )
+
+
+def _open_merged(path: str | Path) -> Checkpoint:
+    folder = Path(path)
+    if (folder / CONFIG).exists() and not (folder / "config.json").exists():
+        raise UnreadableFile(
+            f"`{folder}` is an adapter, not a merged model", "is it swapped with CKPT, or with --model?"
+        )
+    return open_checkpoint(path, role="merged model")
 
 
 def _dtype(checkpoint: Checkpoint) -> str:
@@ -106,6 +121,7 @@ class _Work:
         self.adapter, self.base, self.names, self.merged, self.plan = adapter, seen.base, seen.names, merged, found
         self.torn = seen.torn
         self.progress, self.done, self.compared = progress, 0, 0
+        self.untouched, self.foreign = 0, 0
         self.total = self.base.size + merged.size
         self.sites = found.by_tensor()
         self.neighbours = Neighbours(found.sites, self.base, adapter)
@@ -118,26 +134,32 @@ class _Work:
         bad = {one.name for one in tensors}
         jobs = [name for name in self.base.tensors if self.names[name] in self.merged.tensors and name not in bad]
         modules: dict[tuple[str, str], ModuleMerge] = {}
-        untouched_count = 0
         with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
             for name, judged, finding in pool.map(self._tensor, jobs):
                 modules |= {(module.label, module.tensor): module for module in judged}
-                untouched_count += not judged
+                self.untouched += not judged
                 if finding is not None:
                     tensors.append(TensorFinding(name, finding))
         self.compared = len(jobs)
-        unplaced = [TensorFinding(one.label, not_judged(one.why)) for one in self.plan.unplaced]
+        self.foreign = sum(one.finding.code == "LP708" for one in tensors)
         if self.torn is not None:
             tensors.insert(0, TensorFinding(HEAD, self.torn))
-        ordered = [modules[key] for site in self.plan.sites if (key := (site.label, site.tensor)) in modules]
-        ordered, tensors = _of_another_base(ordered, tensors, untouched_count)
+        ordered = [
+            modules.get((site.label, site.tensor)) or unmeasured(site.key, site.label, site.tensor, "differs")
+            for site in self.plan.sites
+            if site.tensor in bad or (site.label, site.tensor) in modules
+        ]
+        ordered, tensors = _of_another_base(ordered, tensors, self.untouched)
         if self.plan.refusals:
-            ordered, tensors = [_undecided(module) for module in ordered], []
-            unplaced += [TensorFinding("", not_judged(why)) for why in self.plan.refusals]
-        elif unplaced:
+            whole = [TensorFinding("", not_judged(why)) for why in self.plan.refusals]
+            return tuple(_undecided(module) for module in ordered), tuple(whole)
+        if self.plan.unplaced and not any(one.misfit for one in self.plan.unplaced):
             # What nobody could place may be what changed the tensors that nobody claims.
             tensors = [_doubtful(one) for one in tensors]
-        return tuple(ordered), (*unplaced, *tensors)
+        for one in self.plan.unplaced:
+            key = (one.label, "weight", None)
+            ordered.append(unmeasured(key, one.label, "", "undecided", not_judged(one.why)))
+        return tuple(ordered), tuple(tensors)
 
     def notes(self) -> Iterator[str]:
         for dtype in sorted(self.on_the_way):

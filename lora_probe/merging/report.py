@@ -49,7 +49,7 @@ class ModuleMerge:
 
 @dataclass(frozen=True)
 class TensorFinding:
-    """What is wrong with one tensor that no module of the adapter explains, or with a part of the adapter."""
+    """What is wrong with one tensor that no module of the adapter explains, or with the adapter as a whole."""
 
     name: str
     finding: Finding
@@ -57,7 +57,8 @@ class TensorFinding:
 
 @dataclass(frozen=True)
 class MergeReport:
-    """All of it. `compared` tensors and `read` bytes of both checkpoints were looked at."""
+    """All of it. `compared` tensors and `read` bytes of both checkpoints were looked at; of the `untouched` ones, which
+    the adapter does not change, `foreign` are not the base's."""
 
     adapter: Path
     base: Path
@@ -67,6 +68,8 @@ class MergeReport:
     modules: tuple[ModuleMerge, ...]
     tensors: tuple[TensorFinding, ...]
     compared: int
+    untouched: int
+    foreign: int
     read: int
     seconds: float
     notes: tuple[str, ...] = field(default=())
@@ -126,7 +129,7 @@ class MergeReport:
             about += "" if len(named) == len(labels) else f" ({_few_modules(named)})"
         elif named:
             about = named[0] if len(named) == 1 else f"{len(named)} of them ({_few(named)})"
-        more = "" if len(named) < 2 or code in _BY_MESSAGE else ", and the like"
+        more = "" if len(named) < 2 or code in _BY_MESSAGE else " (the first of them)"
         return Diagnostic(code, rule.name, rule.severity, f"{about}: {message}{more}", rule.hint, tuple(named))
 
 
@@ -143,3 +146,8 @@ def _few_modules(labels: list[str], longest: int = 160) -> str:
     """By layers and projections; of a hundred experts only the first."""
     text = name_modules(labels)
     return text if len(text) <= longest else _few(labels)
+
+
+def unmeasured(key: Key, label: str, tensor: str, status: Verdict, *findings: Finding) -> ModuleMerge:
+    """A module of which there is nothing to measure: it has no place in the base, or its tensor is not there."""
+    return ModuleMerge(key, label, tensor, status, findings, None, None, None, None, None, False, "unknown")

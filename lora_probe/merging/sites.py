@@ -60,10 +60,11 @@ class Site:
 
 @dataclass(frozen=True)
 class Unplaced:
-    """A module or a tensor of the adapter that cannot be checked, and why."""
+    """A module or a tensor of the adapter that cannot be checked, and why. `misfit`: the base's has another shape."""
 
     label: str
     why: str
+    misfit: bool = False
 
 
 Placed = Iterator[Site | Unplaced]
@@ -81,7 +82,7 @@ def of_pair(adapter: Adapter, module: AdapterModule, base: Checkpoint, names: Na
         assert module.a is not None
         assert module.b is not None
         shape = [module.b.shape[0], module.a.shape[1]]
-        yield Unplaced(module.module, f"s·B·A is {shape}, the base's {name} {list(tensor.shape)}")
+        yield Unplaced(module.module, f"s·B·A is {shape}, the base's weight {list(tensor.shape)}", misfit=True)
         return
     extras = {extra.name.removeprefix(PREFIX).removeprefix(f"{module.stored_as}."): extra for extra in module.extras}
     magnitude = next((extra for what, extra in extras.items() if what.startswith("lora_magnitude_vector")), None)

@@ -31,6 +31,8 @@ WORDS = {
     "LP722": "no magnitude",
 }
 """What a cell says of a module that is wrong."""
+THIN = 16
+"""Fewer answer tokens than this are said to be few."""
 SEVERE = {"error": "bold red", "warning": "bold yellow", "info": "cyan"}
 
 
@@ -89,7 +91,9 @@ def _cell(module: ModuleMerge) -> tuple[float | None, str]:
         return None, f"× {module.implied_scaling / module.scaling:.4g}"
     if module.status == "undecided":
         return None, "not judged"
-    return None, WORDS.get(wrong[0].code, wrong[0].code) if wrong else "another base"
+    if not wrong:
+        return None, "missing" if module.share is None else "another base"
+    return None, WORDS.get(wrong[0].code, wrong[0].code)
 
 
 def _counts(found: MergeReport) -> Iterable[RenderableType]:
@@ -100,12 +104,11 @@ def _counts(found: MergeReport) -> Iterable[RenderableType]:
             by_arithmetic[exact] = by_arithmetic.get(exact, 0) + 1
     for text, count in by_arithmetic.items():
         yield words(f"{count} of {len(found.modules)} modules: {text}")
-    others = found.compared - len({module.tensor for module in found.modules})
-    differing = sum(one.finding.code in ("LP708", "LP714") for one in found.tensors)
-    state = "all as in the base" if not differing else "not all as in the base"
-    yield words(f"{others} other tensors: {state}")
+    state = "all as in the base" if not found.foreign else f"{found.foreign} of them not as in the base"
+    yield words(f"{found.untouched} other tensors: {state}")
     if found.effect_kept is not None:
-        yield words(f"rounding to {found.merged_dtype} keeps {100 * found.effect_kept:.2f} % of the change, by energy")
+        kept = f"{100 * found.effect_kept:.2f} %"
+        yield words(f"a right merge in {found.merged_dtype} keeps {kept} of the change, by energy")
     speed = found.read / max(found.seconds, 1e-9) / 2**20
     yield words(f"{found.read / 2**20:,.0f} MiB compared in {found.seconds:.1f} s ({speed:,.0f} MiB/s)", style="dim")
 
@@ -124,6 +127,9 @@ def _outputs(found: Effect) -> Iterable[RenderableType]:
         add_row(table, name, *_measures(prompt, other))
     add_row(table, "all", *_measures(found, ""))
     yield table
+    if found.tokens < THIN:
+        text = f"note: {found.tokens} answer tokens are few: prompts like those of the training say more (--prompt, --chat)"
+        yield words(text, style="bold yellow")
     if found.first_module is not None:
         first_module = found.first_module
         yield words(

@@ -6,6 +6,9 @@ import math
 
 from lora_probe.rules import rule
 
+UNRELATED = 0.2
+"""Less of ΔW than this in a change, and it is called another adapter's."""
+
 
 @rule(
     "LP701",
@@ -126,9 +129,11 @@ def unexplained_change(share: float | None, residual: float | None, values: int,
     adapter's ΔW is in the change, `residual` what else there is, relative to ΔW.
     """
     found = f"{values} of {count} values are not what the merge gives"
-    if share is not None and residual is not None:
-        found += f" ({100 * share:.1f} % of ΔW is there, the rest is {residual:.2g} times ΔW)"
-    return found
+    if share is None or residual is None:
+        return found
+    if abs(share) < UNRELATED:
+        found = f"this looks like another adapter: {found}"
+    return f"{found}; {100 * share:.1f} % of ΔW is there, and {residual:.2g} times as much of something else"
 
 
 @rule(
@@ -266,7 +271,7 @@ def another_base(differing: int, total: int) -> str:
     "merge",
     "unknown",
     severity="warning",
-    hint="this part of the adapter is not checked; the outputs (without --weights-only) still are",
+    hint="the weights do not decide here; the outputs of both models may (leave --weights-only out)",
 )
 def not_judged(why: str) -> str:
     """A part of the adapter whose merge cannot be checked: PEFT cannot merge it, or how it does is not known here.
