@@ -128,8 +128,8 @@ def _outputs(found: Effect) -> Iterable[RenderableType]:
     add_row(table, "all", *_measures(found, ""))
     yield table
     if found.tokens < THIN:
-        text = f"note: {found.tokens} answer tokens are few: prompts like those of the training say more (--prompt, --chat)"
-        yield words(text, style="bold yellow")
+        more = "prompts like those of the training say more (--prompt, --chat)"
+        yield words(f"note: {found.tokens} answer tokens are few: {more}", style="bold yellow")
     if found.first_module is not None:
         first_module = found.first_module
         yield words(
