@@ -93,7 +93,7 @@ def trace(
         continuation=continuation,
         score=score,
     )
-    return _record(folder, spec, len(asked) * (4 if score else 2), progress)
+    return _record(folder, spec, len(asked) * (3 if score else 2), progress)
 
 
 def trace_plain(

@@ -86,7 +86,8 @@ def _record(spec: RunSpec, path: str, writer: TraceWriter) -> None:
     describe_model(writer, model, spec, started)
     dtype = writer.process.dtype
     prompts = encode(spec, tokenizer)
-    for number, ids in enumerate(prompts):
+    for number, ids in enumerate(() if spec.score else prompts):
+        # A scored run sees the base on the adapter's own answers instead.
         writer.request(runner.run(f"base-{number}", number, ids, None))
     shapes = _shapes(model)
     adapter = open_adapter(path)

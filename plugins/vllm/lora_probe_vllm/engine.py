@@ -196,7 +196,9 @@ def ask(llm: Any, spec: RunSpec, writer: TraceWriter, adapter_id: int = 1) -> No
         request = LoRARequest(spec.name, adapter_id, spec.adapter)
         loaded = _load(llm, request, writer)
         answers = []
-        for asked in (None, request) if loaded else (None,):
+        # A scored run sees the base on the adapter's own answers instead.
+        turns = (*(() if spec.score else (None,)), *((request,) if loaded else ()))
+        for asked in turns:
             for number, ids in enumerate(prompts):
                 answer = _generate(llm, spec, number, ids, asked)
                 writer.request(answer)
