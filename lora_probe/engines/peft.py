@@ -81,7 +81,9 @@ class PeftEngine:
 
 def _record(spec: RunSpec, path: str, writer: TraceWriter) -> None:
     started = time.perf_counter()
-    tokenizer, model = load_tokenizer(spec.model), load_model(spec.model, spec.options.get("dtype", "auto"))
+    # The model first: of a folder that is none, that is what is to be said.
+    model = load_model(spec.model, spec.options.get("dtype", "auto"))
+    tokenizer = load_tokenizer(spec.model)
     runner = Runner(model, tokenizer, spec, end_ids(getattr(model, "generation_config", None), tokenizer), writer)
     describe_model(writer, model, spec, started)
     dtype = writer.process.dtype
