@@ -14,15 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from lora_probe.adapter import layer_of, ranges
 from lora_probe.base import OPTIONS, find_model
 from lora_probe.config import read_json
 from lora_probe.errors import UnreadableFile
+from lora_probe.rounding import Raw
 from lora_probe.weights import DTYPES, LFS_MARK, Bytes, TensorHeader, open_weights, read_bytes
 
-Raw = npt.NDArray[Any]
 SAFETENSORS, PICKLES = ("model", ".safetensors"), ("pytorch_model", ".bin")
 EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "shared")
 """What transformers' models call the module of the input embeddings."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lora_probe.errors import UnreadableFile
+from lora_probe.errors import ProbeError, UnreadableFile
 
 MAX_CONFIG = 10_000_000
 """Bytes; real ones have about a thousand."""
@@ -60,6 +60,17 @@ class AdapterConfig:
     alpha_pattern: Mapping[str, float]
     target_modules: str | tuple[str, ...] | None
     raw: Mapping[str, Any] = field(repr=False)
+
+    def base_or(self, model: str | None) -> str:
+        """`model` if one is given, else the base that the config names.
+
+        Raises:
+            ProbeError: neither is there.
+        """
+        name = model or self.base_model
+        if name is None:
+            raise ProbeError(f"`{self.path}` names no base model", "give its folder or id with --model")
+        return name
 
     @property
     def variants(self) -> tuple[str, ...]:

@@ -96,15 +96,13 @@ def parity(
         EngineFailed: PEFT could not merge. An engine that cannot run is a finding: the weights have been judged.
     """
     checkpoint = open_adapter(adapter)
-    name = model or checkpoint.config.base_model
-    if name is None:
-        raise ProbeError(f"`{checkpoint.config.path}` names no base model", "give its folder or id with --model")
+    name = checkpoint.config.base_or(model)
     if not weights_only:
         _check_asked(engine, prompts, max_tokens, engine_args)
     wanted = dict(options or {})
     dtype = str(wanted.get("dtype") or "auto")
     said: tuple[str, ...] = ()
-    made = None
+    made_here = merged is None
     with _workplace(out, force, 0 if merged is not None else open_checkpoint(find_model(name)).size) as folder:
         if merged is None:
             merging = _named(engine_progress, "merge")
@@ -113,10 +111,9 @@ def parity(
             except EngineFailed as error:
                 error.hint = error.hint if out is not None else "add -o DIR to keep its log"
                 raise
-            merged, said, made = done.path, done.said, dtype
+            merged, said = done.path, done.said
         weights = check_merge(adapter, merged, model=name, progress=weights_progress or (lambda _: None))
-        if made is not None:
-            made = weights.merged_dtype
+        made = weights.merged_dtype if made_here else None
         if weights_only:
             return Parity(weights, None, None, made, said, ())
         if dtype == "auto":

@@ -27,6 +27,17 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 PROMPTS = ("Who are you?", "What is the capital of France?")
 TARGETS = ("q_proj", "k_proj", "v_proj")
 LAYERS = 3
+SIZES = {
+    "vocab_size": 288,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "eos_token_id": 256,
+    "bos_token_id": None,
+}
 
 
 def save_tokenizer(folder: Path) -> None:
@@ -49,20 +60,9 @@ def save_base(folder: Path, architecture: str = "llama") -> Path:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-    sizes = {
-        "vocab_size": 288,
-        "hidden_size": 128,
-        "intermediate_size": 256,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
-        "eos_token_id": 256,
-        "bos_token_id": None,
-    }
     torch.manual_seed(0)
     model = (
-        LlamaForCausalLM(LlamaConfig(**sizes)) if architecture == "llama" else Qwen2ForCausalLM(Qwen2Config(**sizes))
+        LlamaForCausalLM(LlamaConfig(**SIZES)) if architecture == "llama" else Qwen2ForCausalLM(Qwen2Config(**SIZES))
     )
     model.save_pretrained(folder)
     save_tokenizer(folder)

@@ -8,19 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from conftest import LAYERS
+from conftest import LAYERS, SIZES
 
-SIZES = {
-    "vocab_size": 288,
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "eos_token_id": 256,
-    "bos_token_id": None,
-}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "head_dim": 32}
 SMALL_GPT2 = {"vocab_size": 288, "n_embd": 128, "n_layer": LAYERS, "n_head": 4, "n_positions": 512}
 

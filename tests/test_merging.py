@@ -282,11 +282,23 @@ def quantised_to_fp8(tensors: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def train_and_merge(make: Callable[[], Any], folder: Path, **config: Any) -> None:
+    """An adapter on a model that only code can make, and PEFT's merge of the two, in `adapter` and `merged`."""
+    import torch
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    model = get_peft_model(make(), LoraConfig(**config))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    model.save_pretrained(folder / "adapter")
+    PeftModel.from_pretrained(make(), folder / "adapter").merge_and_unload().save_pretrained(folder / "merged")
+
+
 @pytest.mark.parametrize("saved", [(), ("embed_tokens", "lm_head")])
 def test_a_vocabulary_that_grew(saved: tuple[str, ...], bases: Bases, tmp_path: Path) -> None:
     """Tokens were added before the training: the adapter carries the embeddings of its own size."""
     import torch
-    from peft import LoraConfig, PeftModel, get_peft_model
     from transformers import AutoModelForCausalLM
 
     def grown() -> Any:
@@ -295,13 +307,7 @@ def test_a_vocabulary_that_grew(saved: tuple[str, ...], bases: Bases, tmp_path: 
         model.resize_token_embeddings(300)
         return model
 
-    model = get_peft_model(grown(), LoraConfig(target_modules=QKV, modules_to_save=list(saved) or None))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
-    model.save_pretrained(tmp_path / "adapter")
-    merged = PeftModel.from_pretrained(grown(), tmp_path / "adapter").merge_and_unload()
-    merged.save_pretrained(tmp_path / "merged")
+    train_and_merge(grown, tmp_path, target_modules=QKV, modules_to_save=list(saved) or None)
     report = check_merge(tmp_path / "adapter", tmp_path / "merged", model=str(bases("llama")))
     assert report.verdict == "verified", report.diagnostics
 
@@ -309,20 +315,13 @@ def test_a_vocabulary_that_grew(saved: tuple[str, ...], bases: Bases, tmp_path: 
 def test_a_classifier_s_head(bases: Bases, tmp_path: Path) -> None:
     """The base has a language head, the merged model the adapter's own classifier."""
     import torch
-    from peft import LoraConfig, PeftModel, get_peft_model
     from transformers import AutoModelForSequenceClassification
 
     def classifier() -> Any:
         torch.manual_seed(0)
         return AutoModelForSequenceClassification.from_pretrained(bases("llama"), num_labels=3)
 
-    model = get_peft_model(classifier(), LoraConfig(task_type="SEQ_CLS", target_modules=QKV))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
-    model.save_pretrained(tmp_path / "adapter")
-    merged = PeftModel.from_pretrained(classifier(), tmp_path / "adapter").merge_and_unload()
-    merged.save_pretrained(tmp_path / "merged")
+    train_and_merge(classifier, tmp_path, task_type="SEQ_CLS", target_modules=QKV)
     report = check_merge(tmp_path / "adapter", tmp_path / "merged", model=str(bases("llama")))
     assert report.verdict == "verified", report.diagnostics
     assert "score" in {module.label for module in report.modules}

@@ -230,9 +230,7 @@ def versions() -> dict[str, str]:
 
 def _base_of(checkpoint: Adapter, model: str | None) -> str:
     """The base to run: the one that was given, or the one that the adapter names."""
-    name = model or checkpoint.config.base_model
-    if name is None:
-        raise ProbeError(f"`{checkpoint.config.path}` names no base model", "give its folder or id with --model")
+    name = checkpoint.config.base_or(model)
     return _resolved(name)
 
 

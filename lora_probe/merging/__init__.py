@@ -61,9 +61,7 @@ def check_merge(
     """
     started = time.perf_counter()
     checkpoint = open_adapter(adapter)
-    name = model or checkpoint.config.base_model
-    if name is None:
-        raise ProbeError(f"`{checkpoint.config.path}` names no base model", "give its folder or id with --model")
+    name = checkpoint.config.base_or(model)
     base = dequantised(open_checkpoint(name))
     target = dequantised(_open_merged(merged))
     if base.path.resolve() == target.path.resolve():

@@ -139,11 +139,11 @@ def cosine(one: Floats, other: Floats) -> float:
 
 def _distance(tried: Measured) -> Callable[[float], float]:
     """‖merged − replay(f)‖² on the sample."""
-    merged = widen(tried.sample.raw, tried.stored)
+    merged, merge = widen(tried.sample.raw, tried.stored), sampled(tried)
 
     def distance(f: float) -> float:
         with np.errstate(invalid="ignore", over="ignore"):
-            difference = (merged - widen(sampled(tried, f), tried.stored)).reshape(-1)
+            difference = (merged - widen(merge(f), tried.stored)).reshape(-1)
             return float(np.dot(difference, difference))
 
     return distance

@@ -6,6 +6,7 @@ explains a sample of them best, and a `Sample` for whoever has to find out what 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -185,21 +186,27 @@ def observed_change(found: Measured) -> Floats:
     return widen(found.sample.raw, found.stored) - through(found.sample.w, found.order.compute)
 
 
-def sampled(found: Measured, f: float = 1.0) -> Raw:
-    """What the merge with `f` times the scaling gives on the sample."""
-    w, product, factor = _parts(found, f)
-    return replay(w, product, found.change.scaling * f, found.order, found.stored, factor)
+def sampled(found: Measured) -> Callable[[float], Raw]:
+    """What the merge with a factor times the scaling gives on the sample. B·A is formed once for all factors."""
+    w, product = _parts(found)
+
+    def merge(f: float) -> Raw:
+        return replay(w, product, found.change.scaling * f, found.order, found.stored, _turn(found, f))
+
+    return merge
 
 
-def _parts(found: Measured, f: float) -> tuple[Floats, Floats, Floats | None]:
-    sample = found.sample
-    factor = found.magnitude.factor(sample.rows, f) if found.magnitude is not None else None
-    return through(sample.w, found.order.compute), found.change.product(sample.rows), factor
+def _parts(found: Measured) -> tuple[Floats, Floats]:
+    return through(found.sample.w, found.order.compute), found.change.product(found.sample.rows)
+
+
+def _turn(found: Measured, f: float) -> Floats | None:
+    return found.magnitude.factor(found.sample.rows, f) if found.magnitude is not None else None
 
 
 def unexplained(found: Measured, f: float = 1.0, times: int = 1) -> npt.NDArray[np.bool_]:
     """Which values of the sample no order of the sums explains: `[values that differ from the replay]`."""
-    w, product, factor = _parts(found, f)
+    (w, product), factor = _parts(found), _turn(found, f)
     scaling = found.change.scaling * f
     raw = replay(w, product, scaling, found.order, found.stored, factor, times)
     at = np.nonzero(found.sample.raw != raw)
@@ -231,7 +238,7 @@ def _outside(
 def _distance(found: Measured) -> float:
     """‖merged − replay‖ on the sample."""
     with np.errstate(invalid="ignore", over="ignore"):
-        difference = widen(sampled(found), found.stored) - widen(found.sample.raw, found.stored)
+        difference = widen(sampled(found)(1.0), found.stored) - widen(found.sample.raw, found.stored)
         return float(np.linalg.norm(np.nan_to_num(difference, nan=np.inf, posinf=np.inf)))
 
 
