@@ -6,17 +6,32 @@ to, every finding with its rule, and the rules that could not be run.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from lora_probe.ledger import Ledger
-from lora_probe.rules import Diagnostic, Severity
+from lora_probe.adapter import CONFIG, WEIGHTS, Adapter, find_checkpoint, open_adapter
+from lora_probe.base import Base, open_base
+from lora_probe.case import Case, Serving
+from lora_probe.config import open_config
+from lora_probe.engines.views import views_of
+from lora_probe.errors import MissingWeights, NotLora, ProbeError, UnreadableFile
+from lora_probe.ledger import Ledger, Row, clauses, name_modules
+from lora_probe.prediction import Prediction, predict
+from lora_probe.rules import ENGINES, Diagnostic, Rule, Severity, all_rules, diagnostic
+from lora_probe.rules.config import config_unreadable, not_lora
+from lora_probe.rules.files import weights_not_found, weights_unreadable
+from lora_probe.rules.serving import engines_differ
+from lora_probe.versions import behaviour
+from lora_probe.view import EngineView, of_headers
+
+_RANKS: dict[Severity, int] = {"error": 0, "warning": 1, "info": 2}
 
 
 @dataclass(frozen=True)
 class NotRun:
-    """A rule, or several, that had nothing to look at."""
+    """Rules that had nothing to look at, and why."""
 
     codes: tuple[str, ...]
     why: str
@@ -40,3 +55,219 @@ class Report:
     def clean(self) -> bool:
         """No error was found."""
         return self.count("error") == 0
+
+
+def check(adapter: str | Path, **asked: Any) -> Report:
+    """What is wrong with one adapter. Takes the options of `check_all`, and raises as it does."""
+    (report,) = check_all([adapter], **asked)
+    return report
+
+
+def check_all(
+    adapters: Sequence[str | Path],
+    *,
+    model: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    vllm_version: str | None = None,
+    select: Sequence[str] = (),
+    ignore: Sequence[str] = (),
+    progress: Callable[[str], None] = lambda _: None,
+) -> Iterator[Report]:
+    """A report for each folder, as they are done; what the engines have for a base is asked once for each base.
+
+    `model` is the base, by default the one that each adapter names, where that is here. `options` are vLLM's flags by
+    their names (`max_lora_rank`, `dtype`, `lora_dtype`, `lora_target_modules`, `tensor_parallel_size`). `select` and
+    `ignore` hold rules' codes, beginnings of codes (`LP2`, `LP2xx`), or names.
+
+    Raises:
+        ProbeError: no such folder, base, rule or version of vLLM.
+    """
+    chosen = selection(select, ignore)
+    serving = _serving(options or {}, vllm_version)
+    bases = _Bases(model, progress)
+    for adapter in adapters:
+        folder, notes = find_checkpoint(Path(adapter))
+        progress(f"reading {folder}")
+        yield _report(folder, notes, serving, bases, chosen)
+
+
+def selection(select: Sequence[str], ignore: Sequence[str]) -> frozenset[str]:
+    """The codes of the rules that are asked for.
+
+    Raises:
+        ProbeError: one means no rule.
+    """
+    known = all_rules()
+    wanted = set(known) if not select else {code for word in select for code in _meant(word, known)}
+    return frozenset(wanted - {code for word in ignore for code in _meant(word, known)})
+
+
+def _meant(word: str, known: Mapping[str, Rule]) -> set[str]:
+    start = word.upper().rstrip("X")
+    found = {code for code, rule in known.items() if rule.name == word.lower()}
+    if len(start) > 2:
+        found |= {code for code in known if code.startswith(start)}
+    if not found:
+        raise ProbeError(f"there is no rule `{word}`", f"rules: {', '.join(known)}")
+    return found
+
+
+def _serving(options: Mapping[str, Any], vllm_version: str | None) -> Serving:
+    targets = options.get("lora_target_modules")
+    given = {name: options.get(name) for name in ("max_lora_rank", "dtype", "lora_dtype", "tensor_parallel_size")}
+    return Serving(behaviour(vllm_version), lora_target_modules=tuple(targets) if targets else None, **given)
+
+
+class _Bases:
+    """The bases that were met, and what the engines have for them: each is asked once."""
+
+    def __init__(self, model: str | None, progress: Callable[[str], None]) -> None:
+        self.model = model
+        self.progress = progress
+        self._bases: dict[str, Base | ProbeError] = {}
+        self._views: dict[tuple[Path, str | None], tuple[dict[str, EngineView], tuple[str, ...]]] = {}
+        if model is not None:
+            # A base that was asked for by name must be there.
+            self._bases[model] = open_base(model)
+
+    def base(self, adapter: Adapter) -> tuple[Base | None, str | None, tuple[str, ...]]:
+        """The base, its name, and what to say about either."""
+        name = self.model or adapter.config.base_model
+        if name is None:
+            return None, None, ("the config names no base model: give it with --model",)
+        if name not in self._bases:
+            try:
+                self._bases[name] = open_base(name)
+            except ProbeError as error:
+                self._bases[name] = error
+        found = self._bases[name]
+        if isinstance(found, ProbeError):
+            return None, name, (f"the base `{name}`, which the config names, is not here: give it with --model",)
+        return found, name, (() if self.model else (f"the base is the one that the config names, `{name}`",))
+
+    def views(self, base: Base, task: str | None) -> tuple[dict[str, EngineView], tuple[str, ...]]:
+        """What each engine has for the base; of the files' headers where an engine is not there to be asked."""
+        asked = base.path, task
+        if asked not in self._views:
+            found = views_of(base, ENGINES, task, self.progress)
+            views, notes = dict(found.found), []
+            for engine, why in found.missing.items():
+                view = of_headers(base, engine)
+                if view is not None:
+                    views[engine] = view
+                source = "names and shapes are from the headers of the base's files" if view else "nothing is known"
+                notes.append(f"{engine} was not asked what it has ({why}): {source}")
+            self._views[asked] = views, tuple(notes)
+        return self._views[asked]
+
+
+def _report(folder: Path, notes: tuple[str, ...], serving: Serving, bases: _Bases, chosen: frozenset[str]) -> Report:
+    try:
+        adapter = open_adapter(folder)
+    except UnreadableFile as error:
+        return _unreadable(folder, notes, bases.model, error, chosen)
+    base, name, said = bases.base(adapter)
+    task = adapter.config.raw.get("task_type")
+    views, more = bases.views(base, task if isinstance(task, str) else None) if base is not None else ({}, ())
+    found = predict(Case(adapter, serving, base, views))
+    diagnostics = [one for one in _diagnostics(adapter, found) if one.code in chosen]
+    return Report(
+        folder,
+        name,
+        found.ledgers,
+        tuple(sorted(diagnostics, key=lambda one: (_RANKS[one.severity], one.code))),
+        _not_run(found, chosen),
+        (*notes, *said, *more),
+    )
+
+
+def _unreadable(
+    folder: Path, notes: tuple[str, ...], model: str | None, error: UnreadableFile, chosen: frozenset[str]
+) -> Report:
+    """Files that no engine loads: the error is the finding."""
+    path = folder / CONFIG
+    if isinstance(error, NotLora):
+        judged = not_lora(error.message)
+    elif isinstance(error, MissingWeights):
+        judged = weights_not_found(error.message)
+    else:
+        try:
+            open_config(path)
+        except UnreadableFile:
+            judged = config_unreadable(error.message)
+        else:
+            path, judged = folder / WEIGHTS, weights_unreadable(error.message)
+    rule = all_rules()[judged.code]
+    hint = error.hint or rule.hint
+    found = Diagnostic(rule.code, rule.name, rule.severity, error.message, hint, (), ENGINES, str(path))
+    # PEFT has other methods than LoRA, and what it makes of their configs is not judged here.
+    engines = () if isinstance(error, NotLora) else ENGINES
+    ledgers = {name: Ledger(name, (), True, error.message, judged.code, predicted=True) for name in engines}
+    return Report(folder, model, ledgers, (found,) if found.code in chosen else (), notes=notes)
+
+
+def _diagnostics(adapter: Adapter, prediction: Prediction) -> Iterator[Diagnostic]:
+    lines = adapter.config.lines
+    spoken = set()
+    for rule, found in prediction.found:
+        spoken.add(rule.code)
+        path = adapter.config.path if found.field else adapter.weights.path
+        yield diagnostic(rule, found, path, lines.get(found.field) if found.field else None)
+    merged: dict[tuple[str, str], Diagnostic] = {}
+    known = all_rules()
+    for engine, ledger in prediction.ledgers.items():
+        for sentence, finding, rows in clauses(ledger):
+            if finding.value == "unknown" or finding.code in spoken or not finding.code:
+                continue
+            rule, before = known[finding.code], merged.get((finding.code, sentence))
+            merged[(finding.code, sentence)] = Diagnostic(
+                rule.code,
+                rule.name,
+                rule.severity,
+                sentence,
+                rule.hint,
+                tuple(row.module for row in rows),
+                (*(before.engines if before else ()), engine),
+                str(adapter.weights.path),
+            )
+    yield from merged.values()
+    yield from _differing(adapter, prediction.ledgers)
+
+
+def _differing(adapter: Adapter, ledgers: Mapping[str, Ledger]) -> Iterator[Diagnostic]:
+    """LP410: the modules that take effect in one engine and are lost in the other."""
+    one, two = (ledgers[engine] for engine in ENGINES)
+    if one.refused or two.refused:
+        return
+    sides: dict[str, list[Row]] = {engine: [] for engine in ENGINES}
+    others = {row.key: row for row in two.rows}
+    for row in one.rows:
+        other = others.get(row.key)
+        if other is not None and {row.fate, other.fate} == {"took effect", "lost"}:
+            sides["peft" if row.fate == "took effect" else "vllm"].append(row)
+    total = len({row.key for row in (*one.rows, *two.rows)})
+    rule = all_rules()["LP410"]
+    for engine, rows in sides.items():
+        if rows:
+            modules = tuple(row.module for row in rows)
+            name = {"peft": "PEFT", "vllm": "vLLM"}[engine]
+            message = engines_differ(len(rows), total, f"take effect in {name} alone ({name_modules(modules)})").message
+            path = str(adapter.path)
+            yield Diagnostic(rule.code, rule.name, rule.severity, message, rule.hint, modules, ENGINES, path)
+
+
+def _not_run(prediction: Prediction, chosen: frozenset[str]) -> tuple[NotRun, ...]:
+    """The rules that were asked for and had nothing to look at, and the stations that were not decided, by reason."""
+    reasons: dict[str, list[str]] = {}
+    for rule, why in prediction.not_run:
+        if rule.code in chosen:
+            reasons.setdefault(why, []).append(rule.code)
+    unknown = {
+        rule.code for rule in all_rules().values() if rule.needs == "base" and rule.station in ("read", "placed")
+    }
+    for ledger in prediction.ledgers.values():
+        for row in ledger.rows:
+            if row.decisive is not None and row.fate == "unknown" and not ledger.refused:
+                why = row.decisive[1].message
+                reasons.setdefault(why, []).extend(sorted(unknown & chosen))
+    return tuple(NotRun(tuple(dict.fromkeys(sorted(codes))), why) for why, codes in reasons.items())

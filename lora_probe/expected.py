@@ -10,15 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lora_probe.adapter import LAYER, Adapter, AdapterModule, Key, natural
+from lora_probe.adapter import LAYER, PREFIX, Adapter, AdapterModule, Key, natural
 from lora_probe.errors import UnreadableFile
 from lora_probe.ledger import OK, Finding, graver
+from lora_probe.rules.names import unwrapped
 from lora_probe.rules.shapes import shape_differs
 from lora_probe.rules.weights import half_missing, not_a_matrix, not_finite, not_in_file, rank_differs, zero_delta
 from lora_probe.spectrum import Spectrum, spectrum
-
-Shapes = Mapping[str, tuple[int, int] | None]
-"""Module path in the base: (out, in) of its weight, None where it is not known."""
+from lora_probe.view import Shapes
 
 
 @dataclass(frozen=True)
@@ -37,10 +36,16 @@ class Expected:
         return self.key[0]
 
 
-def expect(adapter: Adapter, shapes: Shapes | None, aliases: Mapping[str, str] | None = None) -> tuple[Expected, ...]:
+def expect(
+    adapter: Adapter,
+    shapes: Shapes | None,
+    aliases: Mapping[str, str] | None = None,
+    spectra: Mapping[Key, Spectrum | None] | None = None,
+) -> tuple[Expected, ...]:
     """The rows of the ledger for `adapter` on a base with `shapes` (None: the base is not known here).
 
     `aliases` maps a module's name in the file to its name in `shapes`, where an engine knows that both are one.
+    `spectra` are those of the adapter's pairs, where they have been computed already.
     """
     entries = adapter.by_key()
     known = dict(shapes or {})
@@ -55,7 +60,7 @@ def expect(adapter: Adapter, shapes: Shapes | None, aliases: Mapping[str, str] |
         home = homes.get(key, key[0])
         wanted = home in targeted if known else bool(adapter.config.targeted([home]))
         plain = entry.parameter == "weight"
-        found = pair_spectrum(adapter, entry)
+        found = pair_spectrum(adapter, entry) if spectra is None else spectra[key]
         stored = judge_stored(adapter, entry, found, known.get(home) if plain else None, transposed)
         by = ("config", "file") if wanted else ("file",)
         homeless = bool(known) and plain and key[0] not in known
@@ -103,20 +108,20 @@ def _homes(entries: Mapping[Key, AdapterModule], shapes: Shapes) -> dict[Key, st
     """For each key whose module the base does not have, the base module that it must have meant."""
     ends: dict[str, list[str]] = {}
     for name in shapes:
-        if (end := _from_layer_on(name)) is not None:
-            ends.setdefault(end, []).append(name)
+        ends.setdefault(_from_layer_on(name), []).append(name)
     own = {key[0] for key in entries}
     found: dict[Key, str] = {}
     claims: dict[str, int] = {}
     for key in entries:
-        end = _from_layer_on(key[0])
-        candidates = ends.get(end, []) if end is not None and key[0] not in shapes else []
+        end = _from_layer_on(unwrapped(key[0].replace(PREFIX, "")))
+        candidates = ends.get(end, []) if key[0] not in shapes else []
         if len(candidates) == 1 and candidates[0] not in own:
             found[key] = candidates[0]
             claims[candidates[0]] = claims.get(candidates[0], 0) + 1
     return {key: home for key, home in found.items() if claims[home] == 1}
 
 
-def _from_layer_on(module: str) -> str | None:
+def _from_layer_on(module: str) -> str:
+    """What tells a module apart whatever stands before the layers; outside of them its last word."""
     match = LAYER.search(module)
-    return module[match.start(1) :] if match else None
+    return module[match.start(1) :] if match else module.rpartition(".")[2]

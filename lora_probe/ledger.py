@@ -1,8 +1,8 @@
 """The ledger: what became of every pair of an adapter in one engine.
 
-In: for each module a `Finding` at each of the five stations. Out: its fate, the headline sentence, and the shape
-that every command prints and writes. Stations are not an order of merit: a module may be wrong at `stored` and
-still ok at `placed` and `applied`.
+In: for each module a `Finding` at each of the five stations, or, predicted from files, at the first three. Out: its
+fate, the headline sentence, and the shape that every command prints and writes. Stations are not an order of merit: a
+module may be wrong at `stored` and still ok at `placed` and `applied`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ def graver(one: Finding, other: Finding) -> Finding:
 
 @dataclass(frozen=True)
 class Row:
-    """One module of the ledger. `expected_by` says who wants it there: the config, the file, or both."""
+    """One module of the ledger. `expected_by` says who wants it there: the config, the file, or both. The `stations` of
+    a row that was predicted end with `placed`."""
 
     key: Key
     stations: Mapping[Station, Finding]
@@ -56,30 +57,35 @@ class Row:
 
     @property
     def fate(self) -> Fate:
-        values = [self.stations[station].value for station in STATIONS]
+        values = [finding.value for finding in self.stations.values()]
         if "absent" in values:
             return "lost"
         if "wrong" in values:
             return "wrong"
-        return "took effect" if self.stations["applied"].value == "ok" else "unknown"
+        last: Station = "applied" if "applied" in self.stations else "placed"
+        return "took effect" if self.stations[last].value == "ok" else "unknown"
 
     @property
     def decisive(self) -> tuple[Station, Finding] | None:
         """The station that decided the fate, and what it showed; None for a module that took effect."""
-        for station in STATIONS:
-            if self.fate != "took effect" and self.stations[station].value == _VALUES[self.fate]:
-                return station, self.stations[station]
+        fate = self.fate
+        for station, finding in self.stations.items():
+            if fate != "took effect" and finding.value == _VALUES[fate]:
+                return station, finding
         return None
 
 
 @dataclass(frozen=True)
 class Ledger:
-    """All modules of one load of an adapter in one engine, or the engine's refusal of the whole."""
+    """All modules of one load of an adapter in one engine, or the engine's refusal of the whole (`message`, and the
+    `code` of the rule that it falls under)."""
 
     engine: str
     rows: tuple[Row, ...]
     refused: bool = False
     message: str = ""
+    code: str = "LP401"
+    predicted: bool = False
 
     def count(self, fate: Fate) -> int:
         return sum(row.fate == fate for row in self.rows)
@@ -93,10 +99,11 @@ class Ledger:
 def headline(ledger: Ledger) -> str:
     """The one sentence that a run is about."""
     if ledger.refused:
-        return f"refused by {ledger.engine}: {ledger.message} (LP401)"
+        return f"refused by {ledger.engine}: {ledger.message} ({ledger.code})"
     total = len(ledger.rows)
     trained = " as trained" if ledger.count("wrong") else ""
-    start = f"{ledger.count('took effect')} of {total} modules took effect{trained}"
+    verb = "take" if ledger.predicted else "took"
+    start = f"{ledger.count('took effect')} of {total} modules {verb} effect{trained}"
     return ", ".join([start, *(clause for clause, _, _ in clauses(ledger))])
 
 
@@ -171,7 +178,7 @@ def _row_as_json(row: Row) -> dict[str, Any]:
         "engine_as": row.engine_as,
         "expected_by": list(row.expected_by),
         "fate": row.fate,
-        "stations": {station: row.stations[station].value for station in STATIONS},
+        "stations": {station: finding.value for station, finding in row.stations.items()},
         "reason": row.decisive[1].code or None if row.decisive else None,
         "message": row.decisive[1].message if row.decisive else None,
     }

@@ -1,25 +1,44 @@
 """Rules: each one way in which an adapter goes wrong, with a stable code and a page.
 
-In: a rule is a function from facts to a sentence (or None where it has nothing to say); its docstring is its page.
-Out: the decorated function gives a `Finding` for a station; `diagnose` turns a ledger into `Diagnostic`s.
+In: a rule is a function, and its docstring is its page. Most go from facts about one module to a sentence, or None
+where they have nothing to say, and become a `Finding` at a station. Others look at a whole adapter and give `Found`s.
+Out: `diagnose` turns a ledger into `Diagnostic`s, `diagnostic` a `Found` into one.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import wraps
 from importlib import import_module
-from typing import Any, Literal, ParamSpec, overload
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, overload
 
+from lora_probe.adapter import Key
 from lora_probe.ledger import Finding, Ledger, Station, Value, clauses
 
+if TYPE_CHECKING:
+    from lora_probe.case import Case
+
 Severity = Literal["error", "warning", "info"]
+Needs = Literal["files", "base", "weights of the base", "vllm"]
 P = ParamSpec("P")
 
-FAMILIES = ("weights", "shapes", "serving", "loading", "applying", "merging")
-"""One file each: LP2xx, LP3xx, LP4xx, LP5xx, LP6xx, LP7xx."""
+ENGINES = ("peft", "vllm")
+FAMILIES = {
+    "config": "LP1xx: adapter_config.json",
+    "files": "LP2xx: the weights file",
+    "weights": "LP2xx: the weights file",
+    "names": "LP2xx and LP3xx: names",
+    "shapes": "LP3xx: the base",
+    "base": "LP3xx: the base",
+    "serving": "LP4xx: serving",
+    "loading": "LP5xx: loading, in a running engine",
+    "applying": "LP6xx: applying, in a running engine",
+    "merging": "LP7xx: merging",
+}
+"""The files that hold the rules, and what their codes begin with."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +47,32 @@ class Rule:
 
     code: str
     name: str
-    station: Station | Literal["load", "merge"]
+    station: Station | Literal["adapter", "load", "merge"]
     value: Value
     severity: Severity
     hint: str
     page: str
+    engines: tuple[str, ...] = ENGINES
+    needs: Needs = "files"
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a rule on a whole adapter has to say.
+
+    With `refuses` the engines do not load the adapter, and `message` is why. With `value` and `keys` the modules get
+    that finding at `station` in the ledgers of the engines. `field` is the key of adapter_config.json that is to
+    blame, `path` another file. `engines` are those of the rule unless given.
+    """
+
+    message: str
+    keys: tuple[Key, ...] = ()
+    station: Station = "placed"
+    value: Value = "ok"
+    engines: tuple[str, ...] = ()
+    refuses: bool = False
+    field: str | None = None
+    path: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -51,6 +91,7 @@ class Diagnostic:
 
 
 _registry: dict[str, Rule] = {}
+_surveys: dict[str, Callable[[Case], Iterable[Found]]] = {}
 
 
 class _Register:
@@ -82,14 +123,48 @@ class _Register:
 def rule(
     code: str,
     name: str,
-    station: Station | Literal["load", "merge"],
+    station: Station | Literal["adapter", "load", "merge"],
     value: Value,
     *,
     hint: str,
     severity: Severity = "error",
+    engines: tuple[str, ...] = ENGINES,
+    needs: Needs = "files",
 ) -> _Register:
     """Register a function from facts to a sentence as the rule `code`; calling it then gives a Finding."""
-    return _Register(code=code, name=name, station=station, value=value, severity=severity, hint=hint)
+    return _Register(
+        code=code, name=name, station=station, value=value, severity=severity, hint=hint, engines=engines, needs=needs
+    )
+
+
+def survey(
+    code: str,
+    name: str,
+    *,
+    hint: str,
+    severity: Severity = "error",
+    engines: tuple[str, ...] = ENGINES,
+    needs: Needs = "files",
+) -> Callable[[Callable[[Case], Iterable[Found]]], Callable[[Case], Iterable[Found]]]:
+    """Register a function from a case (an adapter, and what is known of its base and of the engines) to what it finds
+    as the rule `code`. It is asked only where what it `needs` is there."""
+
+    def register(judge: Callable[[Case], Iterable[Found]]) -> Callable[[Case], Iterable[Found]]:
+        if code in _registry:
+            raise ValueError(f"two rules are called {code}")
+        page = inspect.getdoc(judge) or ""
+        _registry[code] = Rule(code, name, "adapter", "wrong", severity, hint, page, engines, needs)
+        _surveys[code] = judge
+        return judge
+
+    return register
+
+
+def surveys() -> Iterator[tuple[Rule, Callable[[Case], Iterable[Found]]]]:
+    """The rules on whole adapters, in the order of their codes."""
+    for code, known in all_rules().items():
+        if code in _surveys:
+            yield known, _surveys[code]
 
 
 def all_rules() -> dict[str, Rule]:
@@ -112,6 +187,15 @@ def diagnose(ledger: Ledger) -> list[Diagnostic]:
         modules = tuple(row.module for row in rows)
         found.append(_diagnostic(known[finding.code or "LP500"], sentence, modules, ledger.engine))
     return found
+
+
+def diagnostic(rule: Rule, found: Found, path: Path, line: int | None) -> Diagnostic:
+    """What a rule on a whole adapter found, in the file and line that it is about."""
+    modules = tuple(dict.fromkeys(module for module, _, _ in found.keys))
+    engines = found.engines or rule.engines
+    return Diagnostic(
+        rule.code, rule.name, rule.severity, found.message, rule.hint, modules, engines, str(found.path or path), line
+    )
 
 
 def _diagnostic(rule: Rule, message: str, modules: tuple[str, ...], engine: str) -> Diagnostic:

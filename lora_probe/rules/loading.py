@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lora_probe.rules import rule
+from lora_probe.rules.names import starts
 
 
 @rule(
@@ -43,20 +44,8 @@ def name_without_home(stored_as: str, meant: str | None, engine: str) -> str:
     """
     if meant is None:
         return f"{engine} has no module of that name"
-    file_start, base_start = _difference(stored_as, meant)
+    file_start, base_start = starts(stored_as, meant)
     return f"the names in the file begin with `{file_start}`, the model's with `{base_start}`"
-
-
-def _difference(stored_as: str, meant: str) -> tuple[str, str]:
-    """What stands before the common end of two paths, and the first common word with it."""
-    mine, theirs = stored_as.split("."), meant.split(".")
-    common = 0
-    while common < min(len(mine), len(theirs)) and mine[-1 - common] == theirs[-1 - common]:
-        common += 1
-    numbers = [i for i, word in enumerate(mine) if word.isdigit()]
-    keep = len(mine) - numbers[0] if numbers else common
-    keep = min(keep, common)
-    return ".".join(mine[: len(mine) - keep]), ".".join(theirs[: len(theirs) - keep])
 
 
 @rule(

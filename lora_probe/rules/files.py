@@ -1,0 +1,326 @@
+"""LP2xx: the files of an adapter as a whole, and the config against the tensors. In: a `Case`. Out: `Found`s."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from lora_probe.adapter import PREFIX, layer_of, ranges
+from lora_probe.config import read_json
+from lora_probe.errors import ProbeError
+from lora_probe.rules import Found, rule, survey
+
+if TYPE_CHECKING:
+    from lora_probe.case import Case
+
+HEADS = ("score", "classifier")
+
+
+@rule(
+    "LP207",
+    "weights-not-found",
+    "adapter",
+    "absent",
+    hint="put adapter_model.safetensors beside adapter_config.json: no loader looks anywhere else",
+)
+def weights_not_found(message: str) -> str:
+    """There is a config, and the weights are not where the loaders look.
+
+    What it does: looks for adapter_model.safetensors and adapter_model.bin, and, where they are not, for what may be
+    meant: a sub-folder, shards, the names that browsers give to downloads.
+
+    Why it matters: vLLM 0.32 says `doesn't contain tensors`; PEFT 0.21 goes on to ask the hub for a repository of
+    that name. PEFT itself saves an adapter that is not called `default` into a sub-folder.
+
+    Example: `adapter_model (5).bin`, `default/adapter_model.safetensors`. References: unslothai/unsloth#1191.
+
+    Mend: move or rename the file.
+    """
+    return message
+
+
+@rule(
+    "LP208",
+    "weights-unreadable",
+    "adapter",
+    "absent",
+    hint="copy or download the file again",
+)
+def weights_unreadable(message: str) -> str:
+    """The weights file is damaged, or not what its name promises.
+
+    What it does: reads the header bounded, and checks every shape, dtype and offset against the file before a value is
+    read. Pickles go through torch's weights-only loader, which executes nothing.
+
+    Why it matters: vLLM 0.32 and PEFT 0.21 both fail, with words that name no cause: a Git LFS pointer of 130 bytes
+    is `header too large`, a file cut short is `incomplete metadata`.
+
+    Mend: `git lfs pull`, or copy it again. References: codefuse-ai/MFTCoder#20, microsoft/OmniParser#34.
+    """
+    return message
+
+
+@survey(
+    "LP209",
+    "no-pairs",
+    hint="save the adapter again; with ZeRO-3 or FSDP gather the weights first",
+)
+def no_pairs(case: Case) -> Iterator[Found]:
+    """The file holds no LoRA pair at all.
+
+    Why it matters: training went well and nothing of it was saved: a state dict that was filtered twice, a rank without
+    the weights. vLLM 0.32 dies with a StopIteration that has no text; PEFT 0.21 warns of missing keys and serves the
+    base.
+
+    References: huggingface/peft#286, huggingface/trl#4416.
+    """
+    if case.adapter.modules:
+        return
+    path = case.adapter.weights.path
+    tensors = len(case.adapter.weights.tensors)
+    what = "no tensor" if not tensors else f"{tensors} tensors, none of them half of a LoRA pair"
+    yield Found(f"the file holds {what}", engines=("vllm",), refuses=True, path=path)
+    yield Found(f"the file holds {what}: PEFT serves the base", engines=("peft",), path=path)
+
+
+@survey(
+    "LP210",
+    "tensor-that-vllm-refuses",
+    engines=("vllm",),
+    hint="vLLM applies A and B of linear layers, and embeddings where its class says so: merge to serve the rest",
+)
+def refused_tensor(case: Case) -> Iterator[Found]:
+    """The file holds a tensor that is not half of a pair, and vLLM's loader refuses the file for it.
+
+    What it does: mirrors `parse_fine_tuned_lora_name`: names must end in lora_A.weight, lora_B.weight,
+    lora_embedding_A or lora_embedding_B; a classification head and copies of embeddings are let through.
+
+    Why it matters: vLLM 0.32 refuses (`... is unsupported LoRA weight`), loudly. People then delete the tensors to get
+    past it, and lose that part of the training in silence. Up to 0.31 a bias of lora_B was taken for lora_B itself.
+
+    Example: magnitude vectors of DoRA, trained embeddings and heads (modules_to_save), trained tokens, biases.
+    References: vllm-project/vllm#10849, #9280, #36501.
+    """
+    refused = [name for name in case.adapter.weights.tensors if not _vllm_parses(name, case)]
+    if refused:
+        more = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
+        yield Found(f"`{refused[0]}`{more} is unsupported LoRA weight", refuses=True, path=case.adapter.weights.path)
+
+
+def _vllm_parses(name: str, case: Case) -> bool:
+    if name.endswith((".embed_tokens.base_layer.weight", ".lm_head.base_layer.weight")):
+        return True
+    view = case.views.get("vllm")
+    if view is not None and any(name.startswith(skip) or f".{skip}" in name for skip in view.skip_prefixes):
+        return True
+    parts = name.split(".")
+    if parts[-1] in ("lora_embedding_A", "lora_embedding_B"):
+        return True
+    if len(parts) < 2 or parts[-1] not in ("weight", "bias"):
+        return False
+    if parts[-2] in ("lora_A", "lora_B"):
+        return parts[-1] == "weight" or not case.serving.vllm.refuses_variants
+    return parts[-2] in HEADS and case.serving.vllm.classification_heads
+
+
+@survey(
+    "LP211",
+    "tensors-without-flag",
+    hint="write the flag back into adapter_config.json: it was taken out, or the config is another run's",
+)
+def tensors_without_flag(case: Case) -> Iterator[Found]:
+    """The file holds tensors of a variant that the config does not ask for.
+
+    What it does: magnitude vectors without `use_dora`, biases of lora_B without `lora_bias`, biases of the base with
+    `bias: none`, trained tokens without `trainable_token_indices`, whole modules without `modules_to_save`.
+
+    Why it matters: someone took the flag out to get past an error. PEFT 0.21 drops such tensors without a word and runs
+    plain LoRA (biases of the base it loads all the same, and changes the base); vLLM refuses the tensors (LP210).
+
+    Mend: write the flag back, or train without the variant.
+    """
+    raw = case.adapter.config.raw
+    held = _variants(case)
+    for field, (what, names) in held.items():
+        asked = raw.get(field)
+        if names and (not asked or asked == "none"):
+            effect = "changes the base with them" if field == "bias" else "drops them"
+            yield Found(
+                f"the file holds {what} (`{names[0]}`), and `{field}` is {_shown(asked)}: PEFT {effect} without a word",
+                engines=("peft",),
+                path=case.adapter.weights.path,
+            )
+
+
+@survey(
+    "LP212",
+    "flag-without-tensors",
+    hint="save the adapter again: the tensors that the flag speaks of were trained and are not in the file",
+)
+def flag_without_tensors(case: Case) -> Iterator[Found]:
+    """The config asks for a variant whose tensors are not in the file.
+
+    What it does: the mirror of LP211: `use_dora`, `lora_bias`, `trainable_token_indices` and `modules_to_save`.
+
+    Why it matters: that part of the training is gone. PEFT 0.21 warns of missing keys and computes magnitudes anew
+    (DoRA), or dies with a KeyError that has no other text (modules_to_save, trained tokens).
+
+    Example: tensors deleted so that vLLM takes the file.
+
+    References: vllm-project/vllm#4186, PrimeIntellect-ai/prime-rl#3358.
+    """
+    raw, held = case.adapter.config.raw, _variants(case)
+    for field in ("use_dora", "lora_bias"):
+        if raw.get(field) and not held[field][1] and case.adapter.modules:
+            yield Found(f"`{field}` is set, and the file holds no {held[field][0]}", engines=("peft",), field=field)
+    if raw.get("trainable_token_indices") and not held["trainable_token_indices"][1]:
+        yield Found(
+            "`trainable_token_indices` is set, and the file holds no trained tokens",
+            engines=("peft",),
+            refuses=True,
+            field="trainable_token_indices",
+        )
+    for module in _unsaved(case):
+        yield Found(
+            f"modules_to_save names `{module}`, and the file does not hold it",
+            engines=("peft",),
+            refuses=True,
+            field="modules_to_save",
+        )
+
+
+def _unsaved(case: Case) -> list[str]:
+    """Modules of the base that modules_to_save names and the file lacks: a name that the base does not have is none."""
+    view = case.views.get("peft")
+    wanted = _list(case.adapter.config.raw.get("modules_to_save"))
+    names = [name.removeprefix(PREFIX) for name in case.adapter.weights.tensors]
+    modules = [
+        module
+        for module in (view.modules if view is not None else ())
+        if any(module == end or module.endswith(f".{end}") for end in wanted)
+    ]
+    return [module for module in modules if not any(name.startswith(f"{module}.") for name in names)]
+
+
+def _list(value: Any) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or ())
+
+
+def _variants(case: Case) -> dict[str, tuple[str, list[str]]]:
+    """Field of the config -> what it makes PEFT save, and the tensors of the file that are such."""
+    found: dict[str, tuple[str, list[str]]] = {
+        "use_dora": ("magnitude vectors of DoRA", []),
+        "lora_bias": ("biases of lora_B", []),
+        "bias": ("biases of the base", []),
+        "trainable_token_indices": ("trained tokens", []),
+        "modules_to_save": ("whole modules", []),
+        "kasa_config": ("diagonals of KaSA", []),
+    }
+    resized = _resized_embeddings(case)
+    for name in case.adapter.weights.tensors:
+        if ".lora_magnitude_vector" in name:
+            found["use_dora"][1].append(name)
+        elif name.endswith("lora_B.bias"):
+            found["lora_bias"][1].append(name)
+        elif "trainable_tokens" in name:
+            found["trainable_token_indices"][1].append(name)
+        elif name.rpartition(".")[2] == "lora_diag" or ".lora_diag." in name:
+            found["kasa_config"][1].append(name)
+        elif ".lora_" in name:
+            continue
+        elif name.endswith(".bias") and not any(f".{head}." in name for head in HEADS):
+            found["bias"][1].append(name)
+        elif name.endswith(".weight") and name not in resized:
+            found["modules_to_save"][1].append(name)
+    return found
+
+
+def _resized_embeddings(case: Case) -> set[str]:
+    """Embeddings and heads that PEFT saves on its own, as it does after a resize or beside an adapter of theirs."""
+    return {
+        name
+        for name in case.adapter.weights.tensors
+        if name.removesuffix(".weight").removesuffix(".base_layer").rpartition(".")[2] in EMBEDDINGS
+    }
+
+
+EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "shared", "lm_head", "embed_out")
+
+
+def _shown(value: Any) -> str:
+    return "not in the config" if value is None else f"`{value!r}`"
+
+
+@survey(
+    "LP216",
+    "module-twice",
+    hint="keep one of the two: the engines do not agree on which one counts",
+)
+def module_twice(case: Case) -> Iterator[Found]:
+    """Two tensors of the file are the same half of the same module.
+
+    Why it matters: vLLM (0.30 to 0.33) takes the last one that it reads, PEFT 0.21 the one with `base_model.model.`.
+
+    Example: a script that saved the adapter with and without the prefix into one file.
+    """
+    twice = [other.tensor.name for other in case.adapter.others if "of the same module" in other.what]
+    if twice:
+        more = f" and {len(twice) - 1} more" if len(twice) > 1 else ""
+        yield Found(f"`{twice[0]}`{more}: another tensor of the file is the same half", path=case.adapter.weights.path)
+
+
+@survey(
+    "LP217",
+    "gap-in-layers",
+    severity="warning",
+    hint="give the base with --model to be sure; save the adapter again if the layer was trained",
+)
+def gap_in_layers(case: Case) -> Iterator[Found]:
+    """Layers between others have no pair in the file. Asked only where the base is not known; else LP204 is sure.
+
+    What it does: looks for gaps in the layer numbers that no layers_to_transform, no expression and no regular step
+    (hybrid models adapt every fourth layer) explains.
+
+    Why it matters: a shard or a pipeline stage was not saved. vLLM (0.30 to 0.33) serves the base there and says
+    nothing.
+    """
+    config = case.adapter.config
+    plain = isinstance(config.target_modules, tuple) and not any("." in name for name in config.target_modules)
+    if case.shapes is not None or not plain or config.raw.get("layers_to_transform") is not None:
+        return
+    layers = sorted({layer for pair in case.adapter.modules if (layer := layer_of(pair.module)) is not None})
+    steps = {after - before for before, after in pairwise(layers)}
+    if len(layers) < 3 or len(steps) <= 1:
+        return
+    gaps = sorted(set(range(layers[0], layers[-1])) - set(layers))
+    if len(gaps) <= len(layers) // 2:
+        yield Found(f"layers {ranges(layers)} have pairs, {ranges(gaps)} between them have none")
+
+
+@survey(
+    "LP218",
+    "not-the-best-step",
+    severity="info",
+    hint="nothing to mend if this is the one you mean to serve",
+)
+def not_the_best(case: Case) -> Iterator[Found]:
+    """trainer_state.json beside the adapter says that another checkpoint was the best, or that training went on.
+
+    Why it matters: neither engine reads a step number, so a checkpoint of the middle of a run is served in silence.
+
+    References: huggingface/sentence-transformers#3470.
+    """
+    path = case.adapter.path / "trainer_state.json"
+    try:
+        state = read_json(path) if path.is_file() and not path.is_symlink() else {}
+    except ProbeError:
+        return
+    best, step, last = state.get("best_model_checkpoint"), state.get("global_step"), state.get("max_steps")
+    here = case.adapter.path.resolve().name
+    if isinstance(best, str) and best and here.startswith("checkpoint-") and best.rstrip("/").split("/")[-1] != here:
+        yield Found(
+            f"the trainer's best checkpoint is `{best.rstrip('/').split('/')[-1]}`, this is `{here}`", path=path
+        )
+    elif isinstance(step, int) and isinstance(last, int) and 0 < step < last:
+        yield Found(f"this is step {step} of a training of {last}", path=path)

