@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lora_probe.adapter import open_adapter as inspect
+    from lora_probe.checking import check
     from lora_probe.comparison import compare
     from lora_probe.engines.launch import trace
     from lora_probe.preserved import parity
@@ -21,10 +22,11 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "compare", "inspect", "open_trace", "parity", "trace"]
+__all__ = ["__version__", "check", "compare", "inspect", "open_trace", "parity", "trace"]
 
 _HOMES = {
     "inspect": ("lora_probe.adapter", "open_adapter"),
+    "check": ("lora_probe.checking", "check"),
     "trace": ("lora_probe.engines.launch", "trace"),
     "open_trace": ("lora_probe.reading", "open_trace"),
     "compare": ("lora_probe.comparison", "compare"),
