@@ -1,0 +1,213 @@
+"""Adapters that go wrong, as people have met them: each made from a healthy one by the damage that did it.
+
+`FAILURES` maps a name to a maker, the codes of the rules that must speak, and what is known of it in the catalogue of
+real failures. `HEALTHY` maps a name to the settings of adapters of which no rule may speak.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from conftest import LAYERS, edited, save_adapter
+
+Tensors = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """`make(healthy, base, folder)` writes the adapter. `codes` are the error-level rules that must speak, no other."""
+
+    make: Callable[[Path, Path, Path], Path]
+    codes: tuple[str, ...]
+
+
+FAILURES: dict[str, Failure] = {}
+
+
+def failure(name: str, *codes: str) -> Callable[[Callable[[Path, Path, Path], Path]], None]:
+    def register(make: Callable[[Path, Path, Path], Path]) -> None:
+        assert name not in FAILURES
+        FAILURES[name] = Failure(make, codes)
+
+    return register
+
+
+def _by_tensors(name: str, edit: Callable[[Tensors], Tensors], *codes: str) -> None:
+    failure(name, *codes)(lambda healthy, base, folder: edited(healthy, folder, edit))
+
+
+def _by_config(name: str, *codes: str, **changes: Any) -> None:
+    failure(name, *codes)(lambda healthy, base, folder: edited(healthy, folder, config=lambda raw: raw | changes))
+
+
+def _by_training(name: str, *codes: str, **settings: Any) -> None:
+    failure(name, *codes)(lambda healthy, base, folder: save_adapter(folder, base, **settings))
+
+
+def _renamed(old: str, new: str, count: int = 1) -> Callable[[Tensors], Tensors]:
+    return lambda tensors: {name.replace(old, new, count): tensor for name, tensor in tensors.items()}
+
+
+def _only(keep: Callable[[str], bool]) -> Callable[[Tensors], Tensors]:
+    return lambda tensors: {name: tensor for name, tensor in tensors.items() if keep(name)}
+
+
+def _each(change: Callable[[str, Any], Any]) -> Callable[[Tensors], Tensors]:
+    return lambda tensors: {name: change(name, tensor) for name, tensor in tensors.items()}
+
+
+Q0 = "model.layers.0.self_attn.q_proj"
+
+# A. the file
+_by_tensors("A01-empty", _only(lambda name: False), "LP209", "LP204")
+_by_tensors("A02-flat", _each(lambda name, t: t.flatten()[:100]), "LP206")
+_by_tensors("A02-size-0", _each(lambda name, t: t.new_empty(0) if Q0 in name else t), "LP206")
+_by_tensors("A05-nan", _each(lambda name, t: t * float("nan") if f"{Q0}.lora_B" in name else t), "LP205")
+_by_tensors("A05-infinite", _each(lambda name, t: t + float("inf") if f"{Q0}.lora_A" in name else t), "LP205")
+_by_tensors("A06-zero", _each(lambda name, t: t * 0 if "lora_B" in name else t), "LP203")
+_by_tensors("A06-zero-in-part", _each(lambda name, t: t * 0 if "layers.1" in name and "lora_B" in name else t), "LP203")
+_by_tensors("A07-no-A", _only(lambda name: f"{Q0}.lora_A" not in name), "LP202")
+_by_tensors("A07-no-B", _only(lambda name: f"{Q0}.lora_B" not in name), "LP202")
+_by_tensors("A08-layer-missing", _only(lambda name: "layers.1" not in name), "LP204")
+_by_tensors("A08-module-missing", _only(lambda name: "layers.2.self_attn.v_proj" not in name), "LP204")
+
+# B. the config against the tensors
+_by_config("B01-r-larger", "LP201", r=16)
+_by_config("B01-r-smaller", "LP201", r=4)
+_by_config("B03-alpha-0", "LP203", lora_alpha=0)
+failure("B03-alpha-missing", "LP103")(
+    lambda healthy, base, folder: edited(
+        healthy, folder, config=lambda raw: {key: value for key, value in raw.items() if key != "lora_alpha"}
+    )
+)
+_by_config("B06-narrower", "LP106", "LP410", target_modules=["q_proj"])
+_by_config("B06-layers", "LP106", "LP410", layers_to_transform=[0, 1])
+_by_config("B06-excluded", "LP106", "LP410", exclude_modules=["v_proj"])
+_by_config("B06-nothing", "LP106", "LP107", target_modules=["query_key_value"])
+_by_config("B06-wider", "LP204", target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
+_by_training("B08-dora", "LP210", "LP406", use_dora=True)
+failure("B08-dora-flag-off", "LP210", "LP211")(
+    lambda healthy, base, folder: edited(
+        save_adapter(folder.with_name(folder.name + "-whole"), base, use_dora=True),
+        folder,
+        config=lambda raw: raw | {"use_dora": False},
+    )
+)
+_by_config("B08-dora-without-vectors", "LP212", "LP406", use_dora=True)
+_by_training("B10-lora-bias", "LP210", "LP406", lora_bias=True)
+failure("B10-lora-bias-flag-off", "LP210", "LP211")(
+    lambda healthy, base, folder: edited(
+        save_adapter(folder.with_name(folder.name + "-whole"), base, lora_bias=True),
+        folder,
+        config=lambda raw: raw | {"lora_bias": False},
+    )
+)
+_by_config("B09-bias-flag", "LP406", bias="lora_only")
+_by_training("B11-saved-head", "LP210", "LP406", modules_to_save=["lm_head"])
+_by_config("B11-head-not-saved", "LP212", "LP406", modules_to_save=["lm_head"])
+_by_training("B11-saved-norms", "LP210", "LP406", modules_to_save=["norm"])
+failure("B11-head-unsaid", "LP210")(
+    lambda healthy, base, folder: edited(
+        healthy,
+        folder,
+        lambda tensors: tensors | {"base_model.model.lm_head.weight": tensors[f"base_model.model.{Q0}.lora_B.weight"]},
+    )
+)
+_by_training("B13-pissa", "LP406", init_lora_weights="pissa")
+_by_training("B13-olora", "LP406", init_lora_weights="olora")
+_by_training("B15-pissa-niter", "LP109", "LP406", init_lora_weights="pissa_niter_4")
+_by_config("B16-lora-ga", "LP109", init_lora_weights="lora_ga")
+_by_config("B13-unknown-init", "LP406", init_lora_weights="gausian")
+_by_config("B18-arrow", "LP110", arrow_config={"top_k": 2})
+_by_config("B20-alora", "LP406", alora_invocation_tokens=[99, 100])
+_by_config("B21-layer-replication", "LP406", layer_replication=[[0, 2], [1, 3]])
+_by_training("B22-trained-tokens", "LP210", trainable_token_indices={"embed_tokens": [5, 7]})
+
+# C. names and the base
+_by_tensors("C01-text-names", _renamed("model.model.", "model.model.language_model."), "LP302")
+_by_tensors("C01-no-model", _renamed("model.model.", "model."), "LP302")
+_by_tensors("C02-other-prefix", _renamed("model.model.", "model.language_model.model."), "LP302")
+_by_tensors("C03-orig-mod-outside", _renamed("model.model.", "model._orig_mod.model."), "LP213")
+_by_tensors("C03-orig-mod-inside", _renamed("self_attn", "_orig_mod.self_attn"), "LP213")
+_by_tensors("C03-ddp", _renamed("model.model.", "model.module.model."), "LP213")
+_by_tensors("C03-fsdp", _renamed("layers.", "_fsdp_wrapped_module.layers."), "LP213")
+_by_tensors(
+    "C03-checkpointing-in-part",
+    lambda tensors: {
+        name.replace("self_attn", "_checkpoint_wrapped_module.self_attn") if "layers.1" in name else name: tensor
+        for name, tensor in tensors.items()
+    },
+    "LP213",
+)
+_by_tensors("C04-twice-wrapped", _renamed("base_model.model.", "base_model.model.base_model.model."), "LP214", "LP410")
+_by_tensors("C06-no-prefix", _renamed("base_model.model.", ""), "LP215", "LP410")
+_by_tensors("C08-smaller-base", _each(lambda name, t: t[:, :96] if "lora_A" in name else t), "LP301")
+_by_tensors("C08-larger-base", _each(lambda name, t: t.repeat(1, 2) if "lora_A" in name else t.repeat(2, 1)), "LP301")
+_by_tensors("C14-fused", _renamed("q_proj", "qkv_proj"), "LP106", "LP204", "LP303", "LP306")
+_by_tensors("C14-unknown-word", _renamed("v_proj", "foo_proj"), "LP204", "LP303", "LP306")
+_by_tensors(
+    "C17-layer-too-many",
+    lambda tensors: (
+        tensors
+        | {name.replace("layers.0", f"layers.{LAYERS}"): t.clone() for name, t in tensors.items() if "layers.0" in name}
+    ),
+    "LP303",
+)
+_by_tensors("C21-transposed", _each(lambda name, t: t.T.contiguous() if "lora_A" in name else t), "LP206")
+_by_tensors("adapter-name-in-keys", _renamed("lora_A.weight", "lora_A.default.weight"), "LP202", "LP210")
+_by_config("D01-rank-above-limit", "LP402", "LP201", r=64)
+
+
+def _twice(tensors: Tensors) -> Tensors:
+    return tensors | {name.removeprefix("base_model.model."): tensor * 2 for name, tensor in tensors.items()}
+
+
+_by_tensors("twice-with-and-without-prefix", _twice, "LP216")
+
+HEALTHY: dict[str, dict[str, Any]] = {
+    "q-k-v": {},
+    "q-alone": {"target_modules": ["q_proj"]},
+    "all-linear": {"target_modules": "all-linear"},
+    "expression": {"target_modules": r".*\.(0|2)\.self_attn\.[qv]_proj"},
+    "rslora": {"use_rslora": True},
+    "patterns": {"rank_pattern": {"q_proj": 4}, "alpha_pattern": {"v_proj": 32}},
+    "full-path-patterns": {"rank_pattern": {"model.layers.0.self_attn.q_proj": 4}},
+    "layers-to-transform": {"layers_to_transform": [0, 2], "layers_pattern": "layers"},
+    "excluded": {"target_modules": ["q_proj", "v_proj"], "exclude_modules": r".*\.1\..*"},
+    "head": {"target_modules": ["q_proj", "lm_head"]},
+    "rank-1": {"r": 1, "lora_alpha": 1},
+    "rank-7": {"r": 7, "lora_alpha": 16.0},
+    "gaussian": {"init_lora_weights": "gaussian"},
+    "orthogonal": {"init_lora_weights": "orthogonal"},
+    "mlp": {"target_modules": ["gate_proj", "up_proj", "down_proj"], "r": 16},
+}
+
+
+def as_bin(source: Path, target: Path) -> Path:
+    """The same adapter with a pickle in place of its safetensors file."""
+    import torch
+    from safetensors.torch import load_file
+
+    shutil.copytree(source, target)
+    path = target / "adapter_model.safetensors"
+    torch.save(load_file(path), target / "adapter_model.bin")
+    path.unlink()
+    return target
+
+
+def in_dtype(source: Path, target: Path, dtype: str) -> Path:
+    """The same adapter in another float dtype."""
+    import torch
+
+    return edited(source, target, _each(lambda name, t: t.to(getattr(torch, dtype))))
+
+
+def write_config(folder: Path, raw: dict[str, Any]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "adapter_config.json").write_text(json.dumps(raw))
+    return folder
