@@ -8,9 +8,30 @@ No weights and no running engine are needed.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Literal
 
 import msgspec
+
+from lora_probe.base import Base
+from lora_probe.checkpoint import EMBEDDINGS
+
+SCHEMA = 1
+"""Raised when a view is built or written in another way, so that none of before is taken for one of today."""
+
+HEADS = ("lm_head", "embed_out")
+"""What transformers' models call the output head over the vocabulary."""
+
+PACKED = frozenset({"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"})
+"""Projections that vLLM fuses in nearly all of its classes."""
+
+Shapes = Mapping[str, tuple[int, int] | None]
+"""Module path in the base: (out, in) of its weight, None where it is not known."""
+
+TRANSPOSED = ("gpt2", "openai-gpt")
+"""Kinds of models whose projections are transformers' `Conv1D`: (in, out) in the file."""
+
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 Kind = Literal["linear", "embedding", "head", "experts", "other"]
 
@@ -92,3 +113,59 @@ def _apply(step: Rename, name: str) -> str | None:
     if step.new is None:
         return None
     return step.new.join(name.rsplit(step.old, 1)) if step.kind == "suffix" else name.replace(step.old, step.new, 1)
+
+
+def of_headers(base: Base, engine: str) -> EngineView | None:
+    """What can be said of `base` where `engine` is not there to be asked: the matrices in the headers of its files.
+
+    None for a base without safetensors files. Names are the files', which are the engine's for most text models.
+    """
+    if not base.shapes:
+        return None
+    vllm = engine == "vllm"
+    modules = {name: _of_header(name, shape, base, vllm) for name, shape in base.shapes.items()}
+    embedding = next((view.shape for view in modules.values() if view.kind == "embedding"), None)
+    if embedding is not None and not any(view.kind == "head" for view in modules.values()) and _is_causal(base):
+        # A tied head is not in the files.
+        modules["lm_head"] = ModuleView("head", embedding, "lm_head")
+    words = {_from_experts_on(name) for name in modules}
+    if vllm and any(view.kind == "experts" for view in modules.values()):
+        words.add("experts")
+    notes = [f"{engine} is not installed: names and shapes are from the headers of the base's files"]
+    if vllm:
+        notes[0] = notes[0].replace("vllm", "vLLM", 1)
+        notes.append("whether vLLM adapts the embeddings and the head of this class is not known")
+    return EngineView(
+        engine=engine,
+        version="",
+        model=str(next(iter(base.config.get("architectures") or ()), "")),
+        modules=modules,
+        source="headers",
+        suffixes=tuple(sorted(words)) if vllm else (),
+        vocabulary=embedding[0] if embedding else None,
+        notes=tuple(notes),
+    )
+
+
+def _of_header(name: str, shape: tuple[int, int] | None, base: Base, vllm: bool) -> ModuleView:
+    last = name.rpartition(".")[2]
+    if last in EMBEDDINGS:
+        return ModuleView("embedding", shape, name)
+    if last in HEADS:
+        return ModuleView("head", shape, name)
+    if _EXPERT.search(name):
+        return ModuleView("experts", shape, name, packed=vllm)
+    if shape is not None and base.config.get("model_type") in TRANSPOSED and last.startswith("c_"):
+        shape = shape[::-1]
+    return ModuleView("linear", shape, name, packed=vllm and last in PACKED)
+
+
+def _from_experts_on(name: str) -> str:
+    """What vLLM compares with its list: the last word, of experts all from `experts` on."""
+    match = _EXPERT.search(name)
+    return name[match.start() + 1 :] if match else name.rpartition(".")[2]
+
+
+def _is_causal(base: Base) -> bool:
+    architecture = str(next(iter(base.config.get("architectures") or ()), ""))
+    return architecture.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))

@@ -1,7 +1,7 @@
 """Engines: what can run an adapter and record it.
 
-In: a `RunSpec`. Out: a process's folder of a trace. Engines are found by the entry-point group
-`lora_probe.engines`; the core brings `peft`, the distribution lora-probe-vllm brings `vllm`.
+In: a `RunSpec`, or a base. Out: a process's folder of a trace, or what the engine has for that base. Engines are found
+by the entry-point group `lora_probe.engines`; the core brings `peft`, the distribution lora-probe-vllm brings `vllm`.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
 
+from lora_probe.base import Base
 from lora_probe.errors import EngineFailed, ProbeError
 from lora_probe.tracefile import RunSpec
+from lora_probe.view import EngineView
 
 GROUP = "lora_probe.engines"
 KNOWN = {
@@ -26,6 +28,17 @@ NEEDED = {"peft": ("torch", "transformers", "peft"), "vllm": ("vllm",)}
 
 class Engine(Protocol):
     """Something that runs an adapter. It is made without arguments, in a process of its own."""
+
+    def describe(self, base: Base, task: str | None) -> EngineView:
+        """Which modules the engine has for `base`, under which names, and which of them it adapts.
+
+        No weights are read and no engine is started: `config.json` is enough. `task` is PEFT's `task_type`
+        (`CAUSAL_LM`, `SEQ_CLS`, ...), None where the adapter names none.
+
+        Raises:
+            EngineFailed: the engine cannot build this model, or adapts nothing of it; its own words.
+        """
+        ...
 
     def record(self, spec: RunSpec, folder: Path) -> None:
         """Run `spec` and write the trace into `folder`.

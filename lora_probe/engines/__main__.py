@@ -1,4 +1,4 @@
-"""`python -m lora_probe.engines FOLDER`: the child process. In: run.json or merge.json. Out: the rest of the folder."""
+"""`python -m lora_probe.engines FOLDER`: the child process. In: what is asked. Out: the rest of the folder."""
 
 from __future__ import annotations
 

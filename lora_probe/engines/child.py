@@ -1,7 +1,7 @@
-"""The child process of a run or a merge: started, followed, ended; and what it does itself.
+"""The child process of a run, a merge or a description: started, followed, ended; and what it does itself.
 
-In: a folder that says what is asked (`run.json` or `merge.json`). Out: the folder filled, or the child's own words as
-an error. The child and all that it started die with the parent.
+In: a folder that says what is asked (`run.json`, `merge.json` or `describe.json`). Out: the folder filled, or the
+child's own words as an error. The child and all that it started die with the parent.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 
 import msgspec
 
+from lora_probe.base import open_base
 from lora_probe.engines import make
 from lora_probe.engines.merge import ASKED, merge_into
 from lora_probe.errors import EngineFailed, ProbeError
@@ -25,6 +26,8 @@ from lora_probe.tracefile import Run, write_json
 
 LOG = "engine.log"
 ERROR = "error.json"
+DESCRIBE, VIEW = "describe.json", "view.json"
+"""What an engine has for a base: what is asked, and the answer."""
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 5.0
 
@@ -34,6 +37,14 @@ class Failure(msgspec.Struct, frozen=True):
 
     message: str
     hint: str = ""
+
+
+class DescribeSpec(msgspec.Struct, frozen=True):
+    """describe.json. `task` is PEFT's task_type."""
+
+    engine: str
+    model: str
+    task: str | None = None
 
 
 @dataclass(frozen=True)
@@ -118,11 +129,13 @@ def _last_stage(folder: Path) -> str:
 
 
 def run_in_child(folder: Path) -> int:
-    """What the child process does: what `folder` asks for, a merge or a run; error.json if it cannot."""
+    """What the child process does: what `folder` asks for, a merge, a description or a run; error.json if it cannot."""
     _die_with_parent()
     try:
         if (folder / ASKED).exists():
             merge_into(folder)
+        elif (folder / DESCRIBE).exists():
+            _describe_into(folder)
         else:
             spec = msgspec.json.decode((folder / "run.json").read_bytes(), type=Run).spec
             make(spec.engine).record(spec, folder)
@@ -130,6 +143,13 @@ def run_in_child(folder: Path) -> int:
         write_json(folder / ERROR, Failure(error.message, error.hint))
         return error.exit_code
     return 0
+
+
+def _describe_into(folder: Path) -> None:
+    """`Engine.describe`, from files alone: what an engine would fetch from a hub changes no name."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    asked = msgspec.json.decode((folder / DESCRIBE).read_bytes(), type=DescribeSpec)
+    write_json(folder / VIEW, make(asked.engine).describe(open_base(asked.model), asked.task))
 
 
 def _die_with_parent() -> None:

@@ -17,6 +17,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from lora_probe.adapter import PREFIX, Key, open_adapter
+from lora_probe.base import Base
 from lora_probe.engines.hooks import Capture
 from lora_probe.engines.measure import Account, relative_difference
 from lora_probe.engines.models import first_lines, load_model, load_tokenizer, short
@@ -24,7 +25,7 @@ from lora_probe.engines.plain import describe_model, record_plain
 from lora_probe.engines.prompts import encode
 from lora_probe.engines.runner import Runner, end_ids
 from lora_probe.errors import EngineFailed
-from lora_probe.expected import Expected, Shapes, expect
+from lora_probe.expected import Expected, expect
 from lora_probe.ledger import OK, Finding
 from lora_probe.precision import coarser
 from lora_probe.rules.loading import name_without_home, no_lora_layer, not_measured, not_taken, placed_differs
@@ -35,6 +36,7 @@ from lora_probe.tracefile import (
     RunSpec,
     TraceWriter,
 )
+from lora_probe.view import EngineView, Shapes
 from lora_probe.weights import TensorHeader
 
 ADAPTER = "default"
@@ -54,6 +56,12 @@ class PeftEngine:
             "transformers": transformers.__version__,
             "peft": peft.__version__,
         }
+
+    def describe(self, base: Base, task: str | None) -> EngineView:
+        """See `lora_probe.engines.Engine.describe`."""
+        from lora_probe.engines.peft_view import describe
+
+        return describe(base, task, self.versions["peft"])
 
     def record(self, spec: RunSpec, folder: Path) -> None:
         """See `lora_probe.engines.Engine.record`."""

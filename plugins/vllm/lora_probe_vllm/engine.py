@@ -15,10 +15,11 @@ import numpy as np
 from msgspec.structs import replace
 
 from lora_probe.adapter import open_adapter
-from lora_probe.base import open_base
+from lora_probe.base import Base, open_base
 from lora_probe.engines.prompts import encode, forced
 from lora_probe.errors import EngineFailed, ProbeError, UnreadableFile
 from lora_probe.tracefile import SCHEMA, Process, RequestRecord, RunSpec, Score, TraceWriter
+from lora_probe.view import EngineView
 from lora_probe_vllm import KEEP, NOT_ARMED, TRACE
 from lora_probe_vllm.seams import dense_logprobs, vllm_version, vocabulary
 
@@ -42,6 +43,15 @@ MOST_NUMBERS = 30_000_000
 
 class VllmEngine:
     """Entry point `vllm` of the group `lora_probe.engines`."""
+
+    def describe(self, base: Base, task: str | None) -> EngineView:
+        """See `lora_probe.engines.Engine.describe`. vLLM takes the model's class from its config, whatever the task."""
+        for name, value in ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        os.environ.pop(TRACE, None)
+        from lora_probe_vllm.view import describe
+
+        return describe(base)
 
     def record(self, spec: RunSpec, folder: Path) -> None:
         """See `lora_probe.engines.Engine.record`."""
@@ -150,10 +160,10 @@ def _start(arguments: dict[str, Any]) -> Any:
     except Exception as error:
         if isinstance(error, ProbeError):
             raise
-        raise EngineFailed(f"vLLM did not start: {_root_cause(error)}", "the log has the whole story") from error
+        raise EngineFailed(f"vLLM did not start: {root_cause(error)}", "the log has the whole story") from error
 
 
-def _root_cause(error: BaseException) -> str:
+def root_cause(error: BaseException) -> str:
     """The engine's own words: the outermost exception's, and the innermost's where that says something else."""
     inner = error
     while inner.__cause__ is not None:
@@ -233,7 +243,7 @@ def _load(llm: Any, request: Any, writer: TraceWriter) -> bool:
         llm.llm_engine.add_lora(request)
     # The worker has recorded the refusal with vLLM's own words; here it only ends the run.
     except Exception as error:
-        writer.event("refused", _root_cause(error))
+        writer.event("refused", root_cause(error))
         return False
     return True
 
@@ -296,5 +306,5 @@ def _run(llm: Any, number: int, ids: list[int], parameters: Any, request: Any) -
         (output,) = llm.generate([{"prompt_token_ids": ids}], parameters, use_tqdm=False, lora_request=request)
     # vLLM raises whatever its parts raise.
     except Exception as error:
-        raise EngineFailed(f"vLLM did not answer prompt {number + 1}: {_root_cause(error)}") from error
+        raise EngineFailed(f"vLLM did not answer prompt {number + 1}: {root_cause(error)}") from error
     return output

@@ -7,6 +7,7 @@ to 0.33; 0.32 is what the tests run.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -33,6 +34,23 @@ NAMES = {
     "linear_layer": ("vllm.lora.layers.base_linear", "BaseLinearLayerWithLoRA"),
     "parse_name": ("vllm.lora.utils", "parse_fine_tuned_lora_name"),
     "adapter_path": ("vllm.lora.utils", "get_adapter_absolute_path"),
+    "engine_args": ("vllm.engine.arg_utils", "EngineArgs"),
+    "current_config": ("vllm.config", "set_current_vllm_config"),
+    "init_distributed": ("vllm.distributed", "init_distributed_environment"),
+    "init_parallel": ("vllm.distributed", "initialize_model_parallel"),
+    "build_model": ("vllm.model_executor.model_loader.utils", "initialize_model"),
+    "supports_lora": ("vllm.model_executor.models", "supports_lora"),
+    "lru_worker_manager": ("vllm.lora.worker_manager", "LRUCacheWorkerLoRAManager"),
+    "punica": ("vllm.lora.model_manager", "get_punica_wrapper"),
+    "wrapped": ("vllm.lora.layers", "BaseLayerWithLoRA"),
+    "fused_moe": ("vllm.lora.layers", "FusedMoEWithLoRA"),
+    "fused_moe_3d": ("vllm.lora.layers", "FusedMoE3DWithLoRA"),
+    "linear": ("vllm.model_executor.layers.linear", "LinearBase"),
+    "embedding": ("vllm.model_executor.layers.vocab_parallel_embedding", "VocabParallelEmbedding"),
+    "head": ("vllm.model_executor.layers.vocab_parallel_embedding", "ParallelLMHead"),
+    "logits": ("vllm.model_executor.layers.logits_processor", "LogitsProcessor"),
+    "experts": ("vllm.model_executor.layers.fused_moe", "MoERunner"),
+    "expert_mapping": ("vllm.model_executor.utils", "get_moe_expert_mapping"),
 }
 
 METHODS = {
@@ -44,6 +62,8 @@ METHODS = {
     "packed_weights": ("pack", "optimize"),
     "layer_weights": ("optimize",),
     "linear_layer": ("set_lora", "reset_lora", "set_mapping"),
+    "fused_moe": ("__init__", "create_lora_weights", "set_mapping"),
+    "fused_moe_3d": ("__init__", "create_lora_weights"),
 }
 """The methods that are wrapped or replaced, by the name of their class above."""
 
@@ -251,6 +271,47 @@ def is_missing(module: Any) -> bool:
 def token_slots(punica: Any, rows: int) -> Any:
     """vLLM's table from tokens to slots for the current step: `[rows]`, -1 for no adapter."""
     return punica.token_lora_indices[:rows]
+
+
+def module_names(manager: Any) -> list[str]:
+    """The last words of names that the loader takes: `expected_lora_modules` of `WorkerLoRAManager._load_adapter`."""
+    packed = manager.packed_modules_mapping
+    found: list[str] = []
+    for name in manager.supported_lora_modules:
+        found += packed.get(name, [name])
+        if name == "experts":
+            found.append(name)
+    return sorted(set(found))
+
+
+def expert_sizes(experts: Any) -> tuple[int, int]:
+    """The hidden and the intermediate size of an experts' layer, unsharded and as the config has them."""
+    config = experts.moe_config
+    hidden = getattr(config, "hidden_dim_unpadded", None) or config.hidden_dim
+    inner = getattr(config, "intermediate_size_per_partition_unpadded", None) or config.intermediate_size_per_partition
+    return int(hidden), int(inner)
+
+
+def expert_shards(model: Any) -> dict[str, str]:
+    """Which of w1, w2, w3 each expert's projections are: `experts.0.down_proj` -> w2."""
+    return {name.rstrip("."): str(shard) for _, name, _, shard in seams.expert_mapping(model)}
+
+
+def mapper_parts(mapper: Any) -> tuple[list[Any], list[tuple[str, list[tuple[str, str | None]]]]]:
+    """What a `WeightsMapper` does, in the order of its `map_name`: transformers' renamings, then (kind, pairs)."""
+    names = ("renaming", "regex", "substr", "prefix", "suffix")
+    parts = {name: getattr(mapper, f"orig_to_new_{name}", None) or {} for name in names}
+    regex = [(_inline(pattern), new) for pattern, new in parts["regex"].items()]
+    rest = [(name, list(parts[name].items())) for name in ("substr", "prefix", "suffix")]
+    return list(parts["renaming"]), [("regex", regex), *rest]
+
+
+def _inline(pattern: Any) -> str:
+    """A compiled pattern as text, its flags in it."""
+    flags = "".join(
+        letter for letter, flag in (("i", re.I), ("m", re.M), ("s", re.S), ("x", re.X)) if pattern.flags & flag
+    )
+    return f"(?{flags}:{pattern.pattern})" if flags else str(pattern.pattern)
 
 
 seams = Seams()

@@ -1,0 +1,229 @@
+"""What vLLM has for a base: its own model and its own LoRA manager, built on torch's meta device.
+
+In: a base's `config.json`. Out: an `EngineView`. What is wrapped, under which name and why not, is vLLM's own doing:
+this reads the manager that vLLM makes, as a worker makes it after it has loaded a model. No weight is read or made.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from lora_probe.base import Base
+from lora_probe.engines.peft_view import renaming
+from lora_probe.errors import EngineFailed
+from lora_probe.view import EngineView, Kind, ModuleView, Rename
+from lora_probe_vllm.engine import root_cause
+from lora_probe_vllm.seams import (
+    NAMES,
+    Patches,
+    expert_shards,
+    expert_sizes,
+    mapper_parts,
+    module_names,
+    output_widths,
+    rename_mapper,
+    seams,
+    vllm_version,
+)
+
+META = torch.device("meta")
+
+SETTINGS: dict[str, Any] = {
+    "enable_lora": True,
+    "enforce_eager": True,
+    "skip_tokenizer_init": True,
+    "load_format": "dummy",
+    "trust_remote_code": False,
+}
+"""The engine whose model is described: one process, and vLLM's defaults for everything that is not said here."""
+
+
+def describe(base: Base) -> EngineView:
+    """What vLLM makes of `base`. To be called in a process that runs no engine.
+
+    Raises:
+        EngineFailed: vLLM cannot build the model, or its class takes no adapter; vLLM's words.
+        SeamMoved: this vLLM lacks a name that is needed.
+    """
+    try:
+        manager, vocabulary = _manager(base)
+    except EngineFailed:
+        raise
+    # A model fails to be built in as many ways as it has parts; vLLM's own words are the message.
+    except Exception as error:
+        raise EngineFailed(f"vLLM cannot build the model of `{base.path}`: {root_cause(error)}") from error
+    model = manager.model
+    modules = dict(_wrapped(manager))
+    modules |= {name: view for name, view in _bare(manager) if name not in modules}
+    if manager.is_pooling_model:
+        # `_get_lora_layer_weights`: a pooling model's names are also taken without their first word.
+        short = {name.removeprefix("model."): view for name, view in modules.items() if not view.why_not}
+        modules |= {name: view for name, view in short.items() if name not in modules}
+    return EngineView(
+        engine="vllm",
+        version=vllm_version(),
+        model=type(model).__name__,
+        modules=modules,
+        renames=tuple(_renames(rename_mapper(model))),
+        suffixes=tuple(module_names(manager)),
+        skip_prefixes=tuple(getattr(model, "lora_skip_prefixes", None) or ()),
+        vocabulary=vocabulary,
+        experts=_experts(manager),
+    )
+
+
+def _manager(base: Base) -> tuple[Any, int]:
+    """vLLM's LoRA manager for `base` on the meta device, and the size of the vocabulary.
+
+    Mirrors `Worker.init_device`, `BaseModelLoader.load_model` without its weights, and `load_lora_model`.
+    """
+    config = seams.engine_args(model=str(base.path), **SETTINGS).create_engine_config()
+    with tempfile.TemporaryDirectory() as folder, seams.current_config(config), Patches() as patches:
+        seams.init_distributed(1, 0, f"file://{Path(folder) / 'store'}", 0, "gloo")
+        seams.init_parallel(1, 1)
+        with META:
+            model = seams.build_model(vllm_config=config)
+        if not seams.supports_lora(model):
+            raise EngineFailed(f"{type(model).__name__} does not support LoRA yet. (vLLM {vllm_version()})")
+        _without_kernels(patches)
+        worker = seams.lru_worker_manager(config, META, model.embedding_modules)
+        with META:
+            worker.create_lora_manager(model, config)
+    return worker._adapter_manager, int(config.model_config.get_vocab_size())
+
+
+def _without_kernels(patches: Patches) -> None:
+    """Leave out of the manager what needs a device: Punica's tables, and the kernels of experts.
+
+    Which layers are wrapped and by which class does not depend on either.
+    """
+
+    def bare(original: Any) -> Any:
+        def __init__(self: Any, base_layer: Any) -> None:
+            torch.nn.Module.__init__(self)
+            self.base_layer = base_layer
+
+        return __init__
+
+    module, name = NAMES["punica"]
+    patches.wrap(import_module(module), name, lambda _: lambda *args, **named: object())
+    for cls in (seams.fused_moe, seams.fused_moe_3d):
+        patches.wrap(cls, "__init__", bare)
+        for method in ("create_lora_weights", "set_mapping"):
+            patches.wrap(cls, method, lambda _: lambda self, *args, **named: None)
+
+
+def _wrapped(manager: Any) -> Iterator[tuple[str, ModuleView]]:
+    """The layers that the manager wrapped, those that fuse several taken apart."""
+    for name, layer in manager.modules.items():
+        kind, parts = _kind(layer), manager.packed_modules.get(name)
+        if kind == "experts":
+            yield from _experts_of(manager, name, layer, parts)
+        elif parts is None:
+            yield name, ModuleView(kind, _shape(manager, name, layer), name)
+        else:
+            yield from _parts(name, layer, parts, "")
+
+
+def _parts(name: str, layer: Any, parts: list[str], why_not: str) -> Iterator[tuple[str, ModuleView]]:
+    widths = output_widths(layer) or []
+    for index, part in enumerate(parts):
+        shape = (int(widths[index]), int(layer.input_size)) if len(widths) == len(parts) else None
+        yield part, ModuleView("linear", shape, f"{name}[{index}]", packed=True, why_not=why_not)
+
+
+def _experts_of(manager: Any, name: str, layer: Any, parts: list[str] | None) -> Iterator[tuple[str, ModuleView]]:
+    """Experts by the names of PEFT's two nested wrappers (3-D), or each expert's projections (2-D)."""
+    if parts is None:
+        for part in (name, f"{name}.base_layer"):
+            yield part, ModuleView("experts", None, part)
+        return
+    hidden, inner = expert_sizes(layer)
+    shards = expert_shards(manager.model)
+    for index, part in enumerate(parts):
+        shard = next((shard for end, shard in shards.items() if part.endswith(f".{end}")), None)
+        shape = (hidden, inner) if shard == "w2" else (inner, hidden) if shard in ("w1", "w3") else None
+        yield part, ModuleView("experts", shape, f"{name}[{index}]", packed=True)
+
+
+def _bare(manager: Any) -> Iterator[tuple[str, ModuleView]]:
+    """All that is in the model and is not wrapped, with why not."""
+    inside = ""
+    for name, module in manager.model.named_modules():
+        if not name or (inside and name.startswith(inside)):
+            continue
+        if isinstance(module, seams.wrapped):
+            inside = f"{name}."
+            continue
+        kind = _kind(module)
+        why_not = _why_not(manager, name, module, kind)
+        parent, _, last = name.rpartition(".")
+        packed = manager.packed_modules_mapping.get(last, ())
+        if kind == "linear" and len(packed) > 1:
+            yield from _parts(name, module, [f"{parent}.{part}" if parent else part for part in packed], why_not)
+        else:
+            yield name, ModuleView(kind, _shape(manager, name, module), name, why_not=why_not)
+
+
+def _why_not(manager: Any, name: str, module: Any, kind: Kind) -> str:
+    """Why `_create_lora_modules` passes a module by."""
+    cls = type(manager.model).__name__
+    if manager.supports_mm and manager._get_punica_wrapper(name) is None:
+        flag = getattr(manager.model, "supports_tower_connector_lora", False)
+        return f"vLLM adapts the language model of {cls} only" + (" (no --enable-tower-connector-lora)" if flag else "")
+    if kind in ("embedding", "head"):
+        return f"vLLM's {cls} does not adapt {'embeddings' if kind == 'embedding' else 'the output head'}"
+    if kind == "other":
+        return f"vLLM does not adapt {type(module).__name__}"
+    return f"vLLM has no LoRA layer for this {type(module).__name__}"
+
+
+def _kind(module: Any) -> Kind:
+    base = getattr(module, "base_layer", module)
+    if isinstance(base, seams.experts):
+        return "experts"
+    if isinstance(base, seams.head) or (isinstance(base, seams.logits) and base is not module):
+        return "head"
+    if isinstance(base, seams.embedding | torch.nn.Embedding):
+        return "embedding"
+    return "linear" if isinstance(base, seams.linear | torch.nn.Linear) else "other"
+
+
+def _shape(manager: Any, name: str, module: Any) -> tuple[int, int] | None:
+    """(out, in), of embeddings and heads without what vLLM pads."""
+    base = getattr(module, "base_layer", module)
+    if isinstance(base, seams.logits):
+        # A head's LoRA layer sits at the logits; what it adapts is still the module of this name.
+        found = manager.model.get_submodule(name)
+        base = getattr(found, "base_layer", found)
+    if isinstance(base, seams.embedding):
+        return int(base.org_vocab_size), int(base.embedding_dim)
+    if isinstance(base, torch.nn.Embedding):
+        return base.num_embeddings, base.embedding_dim
+    if isinstance(base, torch.nn.Linear):
+        return base.out_features, base.in_features
+    return (int(base.output_size), int(base.input_size)) if isinstance(base, seams.linear) else None
+
+
+def _renames(mapper: Any) -> Iterator[Rename]:
+    """vLLM's mapping of names as steps; mirrors `WeightsMapper.map_name`."""
+    if mapper is None:
+        return
+    transformers_own, others = mapper_parts(mapper)
+    for entry in transformers_own:
+        yield from renaming(entry)
+    for kind, pairs in others:
+        for old, new in pairs:
+            yield Rename(kind, old, new)  # type: ignore[arg-type]
+
+
+def _experts(manager: Any) -> Literal["", "2d", "3d"]:
+    if not manager._is_moe:
+        return ""
+    return "3d" if manager._is_3d_moe_model else "2d"
