@@ -1,8 +1,8 @@
 """An adapter checkpoint on disk: `Adapter` and its `AdapterModule`s.
 
-In: a folder with `adapter_config.json` and `adapter_model.safetensors`, or a training output folder. Out: the
-config, and every tensor of the file in exactly one place: half of a module's pair, an extra of a module, or
-`others` with the reason why it is not LoRA. Values are read lazily; torch is not needed.
+In: a folder with `adapter_config.json` and `adapter_model.safetensors` (or `.bin`, or vLLM's `.pt`), or a training
+output folder. Out: the config, and every tensor of the file in exactly one place: half of a module's pair, an extra of
+a module, or `others` with the reason why it is not LoRA. Values are read lazily; only a `.bin` needs torch.
 """
 
 from __future__ import annotations
@@ -15,16 +15,20 @@ import numpy as np
 import numpy.typing as npt
 
 from lora_probe.config import AdapterConfig, open_config
-from lora_probe.errors import UnreadableFile
-from lora_probe.weights import TensorHeader, WeightsFile, open_weights, read, sha256
+from lora_probe.files import is_text, sha256
+from lora_probe.locating import CONFIG as CONFIG
+from lora_probe.locating import WEIGHTS as WEIGHTS
+from lora_probe.locating import find_checkpoint as find_checkpoint
+from lora_probe.locating import inside, listed, weights_path
+from lora_probe.pickled import open_pickle
+from lora_probe.weights import TensorHeader, WeightsFile, open_weights, read
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj")
 """Projections in the order in which a layer has them."""
 
-LAYER = re.compile(r"(?:^|\.)(\d+)\.")
+LAYER = re.compile(r"(?:^|\.)([0-9]{1,9})\.")
 _PAIR = re.compile(r"^(?P<path>.+)\.(?P<half>lora_A|lora_B|lora_embedding_A|lora_embedding_B)(?:\.weight)?$")
 _EXTRA = re.compile(r"^(?P<path>.+)\.(?P<what>lora_magnitude_vector|lora_B\.bias|lora_diag)(?:\.weight)?$")
 
@@ -100,7 +104,7 @@ class Adapter:
         return sha256(self.config.path)[:32] + sha256(self.weights.path)[:32]
 
     def values(self, tensor: TensorHeader) -> npt.NDArray[np.float32]:
-        return read(self.weights.path, tensor)
+        return read(self.weights, tensor)
 
     def by_key(self) -> dict[Key, AdapterModule]:
         return {module.key: module for module in self.modules}
@@ -110,77 +114,23 @@ def open_adapter(path: str | Path) -> Adapter:
     """Open an adapter folder, or the last checkpoint of a training output folder.
 
     Raises:
+        NotLora: the config is that of something else.
+        MissingWeights: there is a config, and no weights where loaders look.
         UnreadableFile: the folder, the config or the weights are missing or damaged, with what to do.
     """
     folder, notes = find_checkpoint(Path(path))
-    config = open_config(_inside(folder, CONFIG))
-    weights = open_weights(_weights_path(folder))
+    config = open_config(inside(folder, CONFIG))
+    file, said = weights_path(folder)
+    weights = open_weights(file) if file.name == WEIGHTS else open_pickle(file)
     modules, others = _sort(weights.tensors, config)
-    known = {CONFIG, WEIGHTS}
-    files = tuple(entry.name for entry in _listed(folder) if entry.name not in known)
-    return Adapter(folder, config, weights, modules, others, files, notes)
+    known = {CONFIG, file.name}
+    files = tuple(_text(entry.name) for entry in listed(folder) if entry.name not in known)
+    return Adapter(folder, config, weights, modules, others, files, notes + said)
 
 
-def find_checkpoint(path: Path) -> tuple[Path, tuple[str, ...]]:
-    """The adapter folder that `path` stands for, and a note where a choice was made."""
-    try:
-        exists = path.exists()
-    except OSError as error:
-        raise UnreadableFile(f"cannot look at `{path}`: {error.strerror or error}") from error
-    if not exists:
-        raise UnreadableFile(f"there is no folder `{path}`", "give the folder that holds adapter_config.json")
-    if not path.is_dir():
-        raise UnreadableFile(f"`{path}` is a file, not an adapter folder", f"give its folder: `{path.parent}`")
-    if (path / CONFIG).exists():
-        return path, ()
-    folders = [entry for entry in _listed(path) if (entry / CONFIG).is_file()]
-    checkpoints = sorted(
-        (entry for entry in folders if re.fullmatch(r"checkpoint-\d+", entry.name)),
-        key=lambda entry: int(entry.name.rpartition("-")[2]),
-    )
-    if checkpoints:
-        names = ", ".join(entry.name for entry in checkpoints)
-        return checkpoints[-1], (f"`{path}` holds {names}; this is the last, {checkpoints[-1].name}",)
-    hint = f"try `{folders[0]}`" if folders else "give the folder that PEFT's save_pretrained wrote"
-    raise UnreadableFile(f"`{path}` holds no {CONFIG}: it is not an adapter folder", hint)
-
-
-def _listed(folder: Path) -> list[Path]:
-    try:
-        return sorted(folder.iterdir())
-    except OSError as error:
-        raise UnreadableFile(f"cannot list `{folder}`: {error.strerror or error}") from error
-
-
-def _inside(folder: Path, name: str) -> Path:
-    """`folder/name`, refused when a symbolic link leads out of the folder's own storage.
-
-    A Hugging Face cache links `snapshots/<commit>/<file>` to `blobs/` of the same repository: that is inside.
-    """
-    path = folder / name
-    if path.is_symlink():
-        target, home = path.resolve(), folder.resolve()
-        repository = home.parent.parent if home.parent.name == "snapshots" else home
-        if not target.is_relative_to(repository):
-            raise UnreadableFile(
-                f"`{path}` is a symbolic link that leads out of its folder, to `{target}`",
-                "copy the file into the folder if you trust it",
-            )
-    return path
-
-
-def _weights_path(folder: Path) -> Path:
-    path = _inside(folder, WEIGHTS)
-    if path.exists():
-        return path
-    if (folder / "adapter_model.bin").exists():
-        raise UnreadableFile(
-            f"`{folder}` holds adapter_model.bin, a pickle, and no {WEIGHTS}",
-            "load it with PEFT and save it again with save_pretrained(..., safe_serialization=True)",
-        )
-    others = sorted(entry.name for entry in folder.glob("*.safetensors"))
-    hint = f"it holds {', '.join(others)}: no loader looks there; rename it" if others else "save the adapter again"
-    raise UnreadableFile(f"`{folder}` has a config but no {WEIGHTS}", hint)
+def _text(name: str) -> str:
+    """A file's name as text; the bytes of some are none."""
+    return name if is_text(name) else name.encode(errors="surrogateescape").decode(errors="replace")
 
 
 def _sort(
@@ -266,7 +216,8 @@ _EARLY = ("embed_tokens", "self_attn", "self_attention", "attention", "attn", *P
 
 
 def _place(part: str) -> tuple[int, int, str]:
-    if part.isdigit():
+    # Other alphabets have digits that are no numbers to Python, and it converts none of thousands of digits.
+    if part.isdecimal() and len(part) < 20:
         return 1, int(part), ""
     return 0, _EARLY.index(part) if part in _EARLY else len(_EARLY) + (part == "lm_head"), part
 

@@ -19,9 +19,11 @@ from lora_probe.adapter import layer_of, ranges
 from lora_probe.base import OPTIONS, find_model
 from lora_probe.config import read_json
 from lora_probe.errors import UnreadableFile
-from lora_probe.rounding import Raw
-from lora_probe.weights import DTYPES, LFS_MARK, Bytes, TensorHeader, open_weights, read_bytes
+from lora_probe.pickled import load, plain, values_of
+from lora_probe.weights import DTYPES, Bytes, Raw, TensorHeader, WeightsFile, open_weights, stretch
 
+MAX_INDEX = 100_000_000
+"""Bytes of an index; a model of hundreds of experts has one of ten millions."""
 SAFETENSORS, PICKLES = ("model", ".safetensors"), ("pytorch_model", ".bin")
 EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "shared")
 """What transformers' models call the module of the input embeddings."""
@@ -158,7 +160,7 @@ def _files(folder: Path, role: str) -> tuple[list[Path], dict[str, str]]:
 
 
 def _index(path: Path) -> dict[str, str]:
-    placed = read_json(path).get("weight_map")
+    placed = read_json(path, MAX_INDEX).get("weight_map")
     if not isinstance(placed, dict) or not all(isinstance(name, str) for name in placed.values()) or not placed:
         raise UnreadableFile(f"`{path}` has no `weight_map` from tensors to files", "save the model again")
     wrong = {name: _no_file(path.parent, name) for name in set(placed.values())}
@@ -233,74 +235,25 @@ def _tensors(file: Path, expected: Sequence[str]) -> list[StoredTensor]:
 
 
 def _of_safetensors(file: Path) -> list[StoredTensor]:
-    return [of_header(file, header, header.name) for header in open_weights(file).tensors.values()]
+    found = open_weights(file)
+    return [of_header(found, header, header.name) for header in found.tensors.values()]
 
 
-def of_header(file: Path, header: TensorHeader, name: str) -> StoredTensor:
-    """A tensor of a safetensors file, as `name`."""
-    return StoredTensor(name, header.dtype, header.shape, file, _reader(file, header))
-
-
-def _reader(file: Path, header: TensorHeader) -> Callable[[int, int, Bytes | None], Raw]:
-    storage, width = DTYPES[header.dtype]
+def of_header(file: WeightsFile, header: TensorHeader, name: str) -> StoredTensor:
+    """A tensor of a file of weights, as `name`."""
 
     def read(start: int, stop: int, into: Bytes | None) -> Raw:
-        return read_bytes(file, header, start * width, stop * width, into).view(storage)
+        return stretch(file, header, start, stop, into)
 
-    return read
+    return StoredTensor(name, header.dtype, header.shape, file.path, read)
 
 
 def _of_pickle(file: Path) -> list[StoredTensor]:
-    """A `.bin` through torch's weights-only loader: nothing of it is executed. It is mapped, and little of it is in
-    memory, unless it is in the format of before torch 1.6, which cannot be."""
-    try:
-        import torch
-    except ImportError as error:
-        raise UnreadableFile(
-            f"`{file}` is a pickle, and torch is not installed", "pip install 'lora-probe[peft]'"
-        ) from error
-    mapped = _start(file).startswith(b"PK\x03\x04")
-    try:
-        found = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
-    # torch raises what its unpickler meets: UnpicklingError, RuntimeError, EOFError, KeyError ...
-    except Exception as error:
-        raise UnreadableFile(f"torch's weights-only loader refuses `{file}`: {_reason(error)}") from error
+    found = load(file)
     tensors = of_torch(found if isinstance(found, dict) else {}, file)
     if not tensors:
         raise UnreadableFile(f"`{file}` holds no tensors")
     return tensors
-
-
-def _start(file: Path) -> bytes:
-    """The first bytes of a `.bin` that may be one."""
-    try:
-        with file.open("rb") as opened:
-            start = opened.read(len(LFS_MARK))
-    except OSError as error:
-        raise UnreadableFile(f"cannot read `{file}`: {error.strerror or error}") from error
-    if not start:
-        raise UnreadableFile(f"`{file}` is empty (0 bytes)", "the save was cut short; save the model again")
-    if start == LFS_MARK:
-        raise UnreadableFile(
-            f"`{file}` is a Git LFS pointer, not the weights", "run `git lfs pull` in the repository it was cloned from"
-        )
-    return start
-
-
-_CAUSE = re.compile(r"WeightsUnpickler error:|(?=Trying to load )")
-_PARAGRAPH = re.compile(r"\n\s*\n|\nframe #")
-_SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
-
-
-def _reason(error: Exception) -> str:
-    """The first sentence of what torch says, or, where it explains itself at length, the first that names a cause."""
-    text = str(error)
-    if cause := _CAUSE.search(text):
-        text = text[cause.end() :]
-    words = " ".join(_PARAGRAPH.split(text.strip())[0].split())
-    sentence = _SENTENCE.split(words)[0].rstrip(".")
-    # A KeyError says the key alone, an EOFError nothing.
-    return sentence if " " in sentence else ": ".join(filter(None, (type(error).__name__, sentence)))
 
 
 def of_torch(found: Mapping[str, Any], file: Path) -> list[StoredTensor]:
@@ -309,59 +262,13 @@ def of_torch(found: Mapping[str, Any], file: Path) -> list[StoredTensor]:
     Raises:
         UnreadableFile: one is not a plain array of values: sparse, nested, quantised, on the meta device.
     """
-    import torch
-
-    names = {str(getattr(torch, long)): short for short, long in _TORCH.items() if hasattr(torch, long)}
-    tensors = []
-    for name, tensor in found.items():
-        if isinstance(tensor, torch.Tensor):
-            dtype = names.get(str(tensor.dtype))
-            why = _not_plain(tensor) or (f"is {tensor.dtype}, which is not understood" if dtype is None else "")
-            if dtype is None or why:
-                raise UnreadableFile(
-                    f"`{file}`: tensor {_shown(str(name))} {why}", "save the model with plain dense tensors"
-                )
-            tensors.append(StoredTensor(str(name), dtype, tuple(tensor.shape), file, _tensor_reader(tensor, dtype)))
-    return tensors
+    return [
+        _held(header, tensor, file) for header, tensor in plain(found, file, "save the model with plain dense tensors")
+    ]
 
 
-def _not_plain(tensor: Any) -> str:
-    """Why the values of a torch tensor are not one array in memory, if so."""
-    import torch
-
-    if tensor.is_meta:
-        return "is on the meta device: it has no values"
-    if tensor.is_nested:
-        return "is a nested tensor, which is not understood"
-    if tensor.is_quantized:
-        return f"is quantised ({tensor.dtype}), which is not understood"
-    return "" if tensor.layout == torch.strided else f"is sparse ({tensor.layout}), which is not understood"
-
-
-_TORCH = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-    "I8": "int8",
-    "U8": "uint8",
-    "BOOL": "bool",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-}
-
-
-def _tensor_reader(tensor: Any, dtype: str) -> Callable[[int, int, Bytes | None], Raw]:
-    import torch
-
-    storage = np.dtype(DTYPES[dtype][0])
-    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[storage.itemsize]
-
+def _held(header: TensorHeader, tensor: Any, file: Path) -> StoredTensor:
     def read(start: int, stop: int, into: Bytes | None) -> Raw:
-        stretch: Raw = tensor.reshape(-1)[start:stop].resolve_neg().view(bits).numpy().view(storage)
-        return stretch
+        return values_of(tensor, header.dtype, start, stop)
 
-    return read
+    return StoredTensor(header.name, header.dtype, header.shape, file, read)

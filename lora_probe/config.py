@@ -1,8 +1,8 @@
 """What `adapter_config.json` says: `AdapterConfig`.
 
-In: the file of an adapter folder. Out: its fields, checked for kind; the rank and the scaling of a module
-(patterns, rsLoRA); which modules of a base it targets. The rules mirror PEFT 0.21: `check_target_module_exists`
-in `peft/tuners/tuners_utils.py` and `get_pattern_key` in `peft/utils/other.py`.
+In: the file of an adapter folder. Out: its fields, checked for kind, and the lines they stand on; the rank and the
+scaling of a module (patterns, rsLoRA); which modules of a base it targets. The rules mirror PEFT 0.21:
+`check_target_module_exists` in `peft/tuners/tuners_utils.py` and `get_pattern_key` in `peft/utils/other.py`.
 """
 
 from __future__ import annotations
@@ -10,15 +10,21 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lora_probe.errors import ProbeError, UnreadableFile
+from lora_probe.errors import NotLora, ProbeError, UnreadableFile
+from lora_probe.files import brief, impostor, is_text, opened, shown
+from lora_probe.foreign import foreign
+from lora_probe.keys import top_level
 
 MAX_CONFIG = 10_000_000
 """Bytes; real ones have about a thousand."""
+MAX_PATTERN = 100_000
+"""Characters of one regular expression: compiling takes time and memory."""
 
 PEFT_DEFAULT_RANK = 8
 PEFT_DEFAULT_ALPHA = 8
@@ -60,6 +66,10 @@ class AdapterConfig:
     alpha_pattern: Mapping[str, float]
     target_modules: str | tuple[str, ...] | None
     raw: Mapping[str, Any] = field(repr=False)
+    lines: Mapping[str, int] = field(default_factory=dict, repr=False)
+    """Top-level key: the line, from 1, on which it stands last. That one counts, for Python's json as well."""
+    repeated: tuple[str, ...] = ()
+    """Top-level keys that stand in the file more than once."""
 
     def base_or(self, model: str | None) -> str:
         """`model` if one is given, else the base that the config names.
@@ -80,7 +90,7 @@ class AdapterConfig:
         if isinstance(init, str) and init != "gaussian":
             found.append(f"init {init}")
         if self.raw.get("bias", "none") != "none":
-            found.append(f"bias {self.raw['bias']}")
+            found.append(f"bias {_plain(self.raw['bias'])}")
         return tuple(found)
 
     @property
@@ -127,7 +137,8 @@ class AdapterConfig:
             patterns = [patterns] if patterns else None
         expressions = [rf"(?:^|.*?\.){p}\.(?P<idx>\d+)\." for p in patterns or ()]
         for expression in expressions or [r".*?\.[^.]*\.(?P<idx>\d+)\."]:
-            if match := re.match(expression, name):
+            # Python converts no number of thousands of digits.
+            if (match := re.match(expression, name)) and len(match["idx"]) < 20:
                 layer = int(match["idx"])
                 return layer == wanted if isinstance(wanted, int) else layer in wanted
         return False
@@ -151,26 +162,31 @@ def open_config(path: Path) -> AdapterConfig:
     """Read `adapter_config.json`.
 
     Raises:
-        UnreadableFile: it is missing, not JSON, not a LoRA config, or a field is of the wrong kind.
+        NotLora: it is the config of something else.
+        UnreadableFile: it is missing, not JSON, or a field is of the wrong kind.
     """
-    raw = read_json(path)
-    kind = raw.get("peft_type")
-    if kind is None and not {"r", "lora_alpha", "target_modules"} & raw.keys():
-        known = ", ".join(list(raw)[:5])
+    text = read_text(path)
+    raw = parsed(path, text)
+    if found := foreign(raw):
+        raise NotLora(f"`{path}` {found[0]}", found[1])
+    if _HALF.search(text) and not is_text(json.dumps(raw, ensure_ascii=False)):
         raise UnreadableFile(
-            f"`{path}` is not a PEFT config: it has no `peft_type`, `r` or `target_modules` (it has {known})",
-            "is this an adapter of another library (MLX, AdapterHub)? lora-probe reads PEFT LoRA adapters",
+            f"`{path}` holds half of a surrogate pair (\\ud800 to \\udfff), which is no text",
+            "write the characters out",
         )
-    if kind not in (None, "LORA"):
-        raise UnreadableFile(
-            f"`{path}` describes a {kind} adapter, not LoRA", "lora-probe reads PEFT LoRA adapters only"
-        )
+    standing = top_level(text)
     rank = _number(path, raw, "r", PEFT_DEFAULT_RANK)
     if rank != int(rank) or rank < 1:
-        raise UnreadableFile(f"`{path}`: `r` is {_short(raw['r'])}, a rank is a whole number from 1")
+        raise UnreadableFile(
+            f"`{path}`: `r` is {brief(raw['r'])}, a rank is a whole number from 1",
+            "write the rank that the adapter was trained with: the first axis of its lora_A",
+        )
     ranks = _table(path, raw, "rank_pattern")
     if any(value != int(value) or value < 1 for value in ranks.values()):
-        raise UnreadableFile(f"`{path}`: `rank_pattern` holds a value that is no rank: {ranks!r}")
+        raise UnreadableFile(
+            f"`{path}`: `rank_pattern` holds a value that is no rank: {brief(ranks)}",
+            "a rank is a whole number from 1",
+        )
     return AdapterConfig(
         path=path,
         base_model=_text(raw.get("base_model_name_or_path")),
@@ -182,6 +198,8 @@ def open_config(path: Path) -> AdapterConfig:
         alpha_pattern=_table(path, raw, "alpha_pattern"),
         target_modules=_targets(path, raw),
         raw=_checked(path, raw),
+        lines=dict(standing),
+        repeated=tuple(key for key, count in Counter(key for key, _ in standing).items() if count > 1),
     )
 
 
@@ -191,14 +209,15 @@ def _checked(path: Path, raw: dict[str, Any]) -> dict[str, Any]:
         value = raw.get(key)
         items = value if isinstance(value, list) else []
         if value is not None and (not isinstance(value, kinds) or not all(isinstance(i, kinds) for i in items)):
-            raise UnreadableFile(f"`{path}`: `{key}` is {_short(value)}, not {what}")
+            raise UnreadableFile(f"`{path}`: `{key}` is {brief(value)}, not {what}", "see PEFT's LoraConfig")
     excluded = raw.get("exclude_modules")
-    patterns = [excluded] if isinstance(excluded, str) else []
-    for pattern in (*patterns, *(raw.get("modules_to_save") or ())):
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise UnreadableFile(f"`{path}`: {_short(pattern)} is a broken regular expression: {error}") from error
+    if isinstance(excluded, str):
+        _compile(path, "exclude_modules", excluded)
+    for part in raw.get("modules_to_save") or ():
+        _compile(path, "modules_to_save", part, rf"(^|.*\.){part}($|\..*)")
+    layers = raw.get("layers_pattern") or ()
+    for part in [layers] if isinstance(layers, str) else layers:
+        _compile(path, "layers_pattern", part, rf"(?:^|.*?\.){part}\.(?P<idx>\d+)\.")
     return raw
 
 
@@ -211,35 +230,78 @@ _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
 }
 
 
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+def _compile(path: Path, key: str, pattern: str, *forms: str) -> None:
+    """Compile an expression as it stands and in the forms in which it will be used (PEFT wraps it)."""
+    try:
+        if len(pattern) > MAX_PATTERN:
+            raise ValueError(f"it has {len(pattern)} characters")
+        for form in (pattern, *forms):
+            re.compile(form)
+    # A repetition too large for re is an OverflowError, one nested too deep a RecursionError.
+    except (re.error, ValueError, OverflowError, RecursionError) as error:
+        why = "it is nested too deep" if isinstance(error, RecursionError) else error
+        raise UnreadableFile(
+            f"`{path}`: {brief(pattern)} in `{key}` is a broken regular expression: {why}",
+            "PEFT matches module names with Python's re; write an expression that it compiles",
+        ) from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def _plain(value: object) -> str:
+    return value if isinstance(value, str) else brief(value)
+
+
+def read_json(path: Path, limit: int = MAX_CONFIG) -> dict[str, Any]:
     """A JSON object from a file that nobody vouches for.
 
     Raises:
         UnreadableFile: missing, too large, not JSON (with line and column), or not an object.
     """
+    return parsed(path, read_text(path, limit))
+
+
+def read_text(path: Path, limit: int = MAX_CONFIG) -> str:
+    """The text of a JSON file, at most `limit` bytes of it. Raises as `read_json` does."""
+    with opened(path) as (file, size):
+        data = file.read(limit + 1) if size <= limit else b""
+    if size > limit or len(data) > limit:
+        raise UnreadableFile(
+            f"`{path}` has {size} bytes, more than {limit}; no config is so large", "is it another file under its name?"
+        )
+    if wrong := impostor(data[:64], "JSON"):
+        raise UnreadableFile(f"`{path}` {wrong[0]}", wrong[1])
+    if data.startswith(b"\xef\xbb\xbf"):
+        raise UnreadableFile(
+            f"`{path}` begins with a byte order mark (UTF-8 with BOM), and PEFT's and vLLM's json refuses it",
+            f"save it as UTF-8 without BOM: sed -i '1s/^\\xEF\\xBB\\xBF//' {path.name}",
+        )
     try:
-        with path.open("rb") as file:
-            text = file.read(MAX_CONFIG + 1)
-    except OSError as error:
-        raise UnreadableFile(f"cannot read `{path}`: {error.strerror or error}") from error
-    if len(text) > MAX_CONFIG:
-        raise UnreadableFile(f"`{path}` is larger than {MAX_CONFIG} bytes; no config is")
+        return data.decode()
+    except UnicodeDecodeError as error:
+        kind = "UTF-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else f"not UTF-8 (byte {error.start})"
+        raise UnreadableFile(
+            f"`{path}` is not valid JSON: it is {kind}, and JSON is UTF-8", "save it as UTF-8"
+        ) from error
+
+
+def parsed(path: Path, text: str) -> dict[str, Any]:
+    """The JSON object that `text` is. Raises as `read_json` does; `path` is for the words."""
+    again = "copy it again from where it was saved, or mend it in an editor"
     try:
         raw = json.loads(text)
     except json.JSONDecodeError as error:
-        raise UnreadableFile(
-            f"`{path}` is not valid JSON: {error.msg} in line {error.lineno}, column {error.colno}"
-        ) from error
-    except (UnicodeDecodeError, RecursionError, ValueError) as error:
-        raise UnreadableFile(f"`{path}` is not valid JSON: {error}") from error
+        where = f"in line {error.lineno}, column {error.colno}"
+        raise UnreadableFile(f"`{path}` is not valid JSON: {error.msg} {where}", again) from error
+    except (RecursionError, ValueError) as error:
+        why = "it is nested too deep" if isinstance(error, RecursionError) else error
+        raise UnreadableFile(f"`{path}` is not valid JSON: {why}", again) from error
+    except MemoryError as error:
+        raise UnreadableFile(f"`{path}` is too large for the memory here", again) from error
     if not isinstance(raw, dict):
-        raise UnreadableFile(f"`{path}` holds a JSON {type(raw).__name__}, not an object")
+        raise UnreadableFile(f"`{path}` holds a JSON {type(raw).__name__}, not an object", again)
     return raw
+
+
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def _text(value: object) -> str | None:
@@ -251,7 +313,7 @@ def _number(path: Path, raw: Mapping[str, Any], key: str, default: float) -> flo
     # JSON has integers of any length; beyond this no rank and no alpha was ever meant.
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e12:
         raise UnreadableFile(
-            f"`{path}`: `{key}` is {_short(value)}, not a number", f"write the number that `{key}` had"
+            f"`{path}`: `{shown(key)}` is {brief(value)}, not a number", f"write the number that `{shown(key)}` had"
         )
     return value
 
@@ -259,12 +321,11 @@ def _number(path: Path, raw: Mapping[str, Any], key: str, default: float) -> flo
 def _table(path: Path, raw: Mapping[str, Any], key: str) -> dict[str, float]:
     value = raw.get(key) or {}
     if not isinstance(value, dict):
-        raise UnreadableFile(f"`{path}`: `{key}` is {value!r}, not an object of patterns and numbers")
+        raise UnreadableFile(
+            f"`{path}`: `{key}` is {brief(value)}, not an object of patterns and numbers", "see PEFT's LoraConfig"
+        )
     for pattern in value:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise UnreadableFile(f"`{path}`: `{key}` has the broken pattern {pattern!r}: {error}") from error
+        _compile(path, key, pattern, rf"(.*\.)?({pattern})$")
     return {pattern: _number(path, value, pattern, 0) for pattern in value}
 
 
@@ -273,11 +334,11 @@ def _targets(path: Path, raw: Mapping[str, Any]) -> str | tuple[str, ...] | None
     if value is None:
         return None
     if isinstance(value, str):
-        try:
-            re.compile(value)
-        except re.error as error:
-            raise UnreadableFile(f"`{path}`: `target_modules` is a broken regular expression: {error}") from error
+        _compile(path, "target_modules", value)
         return value
     if isinstance(value, list) and all(isinstance(item, str) for item in value):
         return tuple(sorted(set(value)))
-    raise UnreadableFile(f"`{path}`: `target_modules` is {value!r}, neither a list of names nor an expression")
+    raise UnreadableFile(
+        f"`{path}`: `target_modules` is {brief(value)}, neither a list of names nor an expression",
+        "write the list of names that the adapter was trained with",
+    )

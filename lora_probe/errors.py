@@ -22,5 +22,13 @@ class UnreadableFile(ProbeError):
     """A file that is missing, damaged, or not what its name promises."""
 
 
+class NotLora(UnreadableFile):
+    """An `adapter_config.json` of something that is no PEFT LoRA adapter: another method, another library, a model."""
+
+
+class MissingWeights(UnreadableFile):
+    """An adapter's config without weights where loaders look for them."""
+
+
 class EngineFailed(ProbeError):
     """An engine that did not start, lacks its plugin, or died before anything could be judged."""

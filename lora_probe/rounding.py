@@ -6,15 +6,12 @@ widened again. numpy has no bfloat16: it is the upper half of a float32, rounded
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 
-from lora_probe.weights import DTYPES, widen
+from lora_probe.weights import DTYPES, Raw, widen
 
 Floats = npt.NDArray[np.float32]
-Raw = npt.NDArray[Any]
 
 UNIT = {"F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-8}
 """Unit round-off of the dtypes that weights are merged in."""

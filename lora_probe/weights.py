@@ -3,24 +3,25 @@
 In: a path. Out: `TensorHeader`s (name, dtype, shape, byte range), and on request one tensor's values as a numpy
 array, bfloat16 widened by hand to float32. Nothing is executed and nothing is believed before it is checked:
 the size of the header, every shape, dtype and offset. The format: https://github.com/huggingface/safetensors.
+A `.bin` is such a `WeightsFile` as well (`pickled.py`), with values that torch holds.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
-import stat
 import struct
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from lora_probe.errors import UnreadableFile
+from lora_probe.files import brief, impostor, is_text, opened, shown
 
 MAX_HEADER = 100_000_000
 """Bytes; the limit of the reference implementation."""
@@ -46,13 +47,17 @@ DTYPES: dict[str, tuple[str, int]] = {
 """Name in the file: numpy storage type, bytes a value. BF16 and F8 are raw bits to numpy."""
 
 Bytes = npt.NDArray[np.uint8]
+Raw = npt.NDArray[Any]
 FLOATS = ("F64", "F32", "F16", "BF16")
 """The dtypes whose values `read` gives."""
 
-LFS_MARK = b"version https://git-lfs"
+MAX_VALUES = 2**30
+"""Values of one tensor that `read` gives at once: 4 GiB as float32, and far more than any half of a pair has."""
+_PLAIN_HEADER = 10_000_000
+"""Bytes of a header below which its brackets need not be counted."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorHeader:
     """One tensor of a file: everything but its values. `start` and `end` are byte offsets in the file."""
 
@@ -69,12 +74,14 @@ class TensorHeader:
 
 @dataclass(frozen=True)
 class WeightsFile:
-    """The header of one safetensors file."""
+    """The header of one file of weights. `held(name, start, stop)` gives values of a tensor that are not read by
+    position: those of a pickle."""
 
     path: Path
     size: int
     metadata: dict[str, str]
     tensors: dict[str, TensorHeader]
+    held: Callable[[str, int, int], Raw] | None = field(default=None, repr=False, compare=False)
 
 
 def open_weights(path: Path) -> WeightsFile:
@@ -83,34 +90,29 @@ def open_weights(path: Path) -> WeightsFile:
     Raises:
         UnreadableFile: with what is wrong: missing, empty, a Git LFS pointer, text, truncated, overlapping ...
     """
-    try:
-        with path.open("rb") as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise UnreadableFile(f"`{path}` is not a regular file")
-            prefix = file.read(8)
-            size = status.st_size
-            _refuse_impostors(path, prefix, file.read(len(LFS_MARK) - 8), size)
-            (length,) = struct.unpack("<Q", prefix)
-            if length > MAX_HEADER or length > size - 8:
-                raise UnreadableFile(
-                    f"`{path}` is not a whole safetensors file: its header claims {length} bytes, the file has {size}",
-                    "it may be truncated or of another format; copy or download it again",
-                )
-            file.seek(8)
-            raw = file.read(length)
-    except OSError as error:
-        raise UnreadableFile(f"cannot read `{path}`: {error.strerror or error}") from error
-    return _checked(path, size, 8 + length, raw)
+    with opened(path) as (file, size):
+        prefix = file.read(8)
+        _refuse_impostors(path, prefix, prefix + file.read(64))
+        (length,) = struct.unpack("<Q", prefix)
+        if length > MAX_HEADER or length > size - 8:
+            raise UnreadableFile(
+                f"`{path}` is not a whole safetensors file: its header claims {length} bytes, the file has {size}",
+                "it may be truncated or of another format; copy or download it again",
+            )
+        file.seek(8)
+        raw = file.read(length)
+    tensors, metadata = _parsed(path, raw, size - 8 - length)
+    _require_whole(path, size, 8 + length, tensors)
+    return WeightsFile(path, size, metadata, tensors)
 
 
-def _refuse_impostors(path: Path, prefix: bytes, rest: bytes, size: int) -> None:
-    if size == 0:
-        raise UnreadableFile(f"`{path}` is empty (0 bytes)", "the save or the download was cut short; repeat it")
-    if prefix + rest == LFS_MARK:
+def _refuse_impostors(path: Path, prefix: bytes, start: bytes) -> None:
+    if wrong := impostor(start, "the weights"):
+        raise UnreadableFile(f"`{path}` {wrong[0]}", wrong[1])
+    if start.startswith((b"PK\x03\x04", b"\x80\x02")):
         raise UnreadableFile(
-            f"`{path}` is a Git LFS pointer, not the weights",
-            "run `git lfs pull` in the repository it was cloned from",
+            f"`{path}` is a pickle of torch, not a safetensors file",
+            f"rename it to {path.with_suffix('.bin').name}, or save it again with safetensors",
         )
     if len(prefix) < 8 or (prefix.isascii() and all(32 <= byte < 127 or byte in (9, 10, 13) for byte in prefix)):
         raise UnreadableFile(
@@ -119,32 +121,62 @@ def _refuse_impostors(path: Path, prefix: bytes, rest: bytes, size: int) -> None
         )
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"the key {key!r} stands twice")
-        found[key] = value
+class _Entry(NamedTuple):
+    """An entry of the header as it stands there: a header may hold a million, and a dict takes twice the memory."""
+
+    dtype: object
+    shape: object
+    offsets: object
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any] | _Entry:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key `{shown(next(n for n in names if names.count(n) > 1))}` stands twice")
+    if found.keys() == {"dtype", "shape", "data_offsets"}:
+        return _Entry(found["dtype"], found["shape"], found["data_offsets"])
     return found
 
 
-def _checked(path: Path, size: int, data: int, raw: bytes) -> WeightsFile:
-    """The header as JSON, with every entry checked against the file (`data`: where the values begin)."""
+def _parsed(path: Path, raw: bytes, room: int) -> tuple[dict[str, TensorHeader], dict[str, str]]:
+    """The tensors of the header, each checked by itself, and the metadata. `room`: bytes behind the header."""
     try:
-        header = json.loads(raw, object_pairs_hook=_unique)
+        if not raw.startswith(b"{"):
+            raise ValueError("it does not begin with `{`")
+        if (
+            len(raw) > _PLAIN_HEADER
+            and max(raw.count(b"{"), raw.count(b"[") // 2, raw.count(b",") // 8) > len(raw) / 40
+        ):
+            raise ValueError(f"its {len(raw)} bytes are brackets rather than tensors")
+        # As text: json.loads takes bytes of other encodings too, and no safetensors library does.
+        header = json.loads(raw.decode(), object_pairs_hook=_unique)
         if not isinstance(header, dict):
-            raise ValueError("it is not an object")
+            raise ValueError("it is not an object of tensors")
         metadata = header.pop("__metadata__", {})
-        if not isinstance(metadata, dict):
-            raise ValueError("`__metadata__` is not an object")
-        tensors = {name: _entry(name, entry, data) for name, entry in header.items()}
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("`__metadata__` is not an object of texts")
+        data = 8 + len(raw)
+        return {name: _entry(name, entry, data, room) for name, entry in header.items()}, metadata
     except (ValueError, RecursionError) as error:
-        raise UnreadableFile(f"`{path}` has a damaged safetensors header: {error}") from error
+        why = "it is nested too deep" if isinstance(error, RecursionError) else error
+        raise UnreadableFile(
+            f"`{path}` has a damaged safetensors header: {why}", "copy or download it again, or save it again"
+        ) from error
+    except MemoryError as error:
+        raise UnreadableFile(f"`{path}` has a safetensors header too large for the memory here") from error
+
+
+def _require_whole(path: Path, size: int, data: int, tensors: dict[str, TensorHeader]) -> None:
+    """Every byte belongs to one tensor (`data`: where the values begin)."""
     reached = data
     for tensor in sorted(tensors.values(), key=lambda t: (t.start, t.end)):
         if tensor.start != reached:
             word = "overlaps its neighbour" if tensor.start < reached else "leaves a hole before it"
-            raise UnreadableFile(f"`{path}` has a damaged safetensors header: tensor `{tensor.name}` {word}")
+            raise UnreadableFile(
+                f"`{path}` has a damaged safetensors header: tensor `{shown(tensor.name)}` {word}",
+                "copy or download it again, or save it again",
+            )
         reached = tensor.end
     if reached != size:
         word = "is truncated" if reached > size else "has bytes that belong to no tensor"
@@ -152,45 +184,73 @@ def _checked(path: Path, size: int, data: int, raw: bytes) -> WeightsFile:
             f"`{path}` {word}: its tensors need {reached} bytes, the file has {size}",
             "copy or download it again",
         )
-    return WeightsFile(path, size, {str(k): str(v) for k, v in metadata.items()}, tensors)
 
 
-def _entry(name: str, entry: object, data: int) -> TensorHeader:
-    if not isinstance(entry, dict):
-        raise ValueError(f"the entry of `{name}` is not an object")
-    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-    if dtype not in DTYPES:
-        raise ValueError(f"`{name}` has the unknown dtype {dtype!r}")
-    if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
-        raise ValueError(f"`{name}` has the impossible shape {shape!r}")
+def _entry(name: str, entry: object, data: int, room: int) -> TensorHeader:
+    if isinstance(entry, dict):
+        entry = _Entry(entry.get("dtype"), entry.get("shape"), entry.get("data_offsets"))
+    label = f"`{shown(name)}`"
+    if not is_text(name):
+        raise ValueError(f"{label} is no name that can be written in UTF-8")
+    if not isinstance(entry, _Entry):
+        raise ValueError(f"the entry of {label} is not an object")
+    dtype, shape, offsets = entry
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise ValueError(f"{label} has the unknown dtype {brief(dtype)}")
+    if not isinstance(shape, list) or len(shape) > 64 or not all(type(n) is int and 0 <= n < 2**63 for n in shape):
+        raise ValueError(f"{label} has the impossible shape {brief(shape)}")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(n) is int for n in offsets):
-        raise ValueError(f"`{name}` has the impossible offsets {offsets!r}")
+        raise ValueError(f"{label} has the impossible offsets {brief(offsets)}")
     start, end = offsets
-    if start < 0 or end - start != math.prod(shape) * DTYPES[dtype][1]:
-        raise ValueError(f"`{name}` has {end - start} bytes where {dtype} {shape} needs another number")
+    width = DTYPES[dtype][1]
+    # An axis of length 0 must not hide that the others are impossible: numpy multiplies them all.
+    if math.prod(n or 1 for n in shape) * width >= 2**63:
+        raise ValueError(f"{label} has the impossible shape {brief(shape)}")
+    if start < 0 or end - start != math.prod(shape) * width:
+        raise ValueError(f"{label} has {brief(end - start)} bytes where {dtype} {brief(shape)} needs another number")
     return TensorHeader(name, dtype, tuple(shape), data + start, data + end)
 
 
-def read(path: Path, tensor: TensorHeader) -> npt.NDArray[np.float32]:
+def read(file: WeightsFile, tensor: TensorHeader) -> npt.NDArray[np.float32]:
     """The values of `tensor`, as float32 (float64 is narrowed, bfloat16 and float16 widened exactly).
 
     Raises:
-        UnreadableFile: the dtype is not a float, or the file is shorter than its header said.
+        UnreadableFile: the dtype is not a float, the tensor is absurdly large, or the file is shorter than it was.
     """
+    where = f"tensor `{shown(tensor.name)}` in `{file.path}`"
     if tensor.dtype not in FLOATS:
-        raise UnreadableFile(f"tensor `{tensor.name}` in `{path}` is {tensor.dtype}, not a float")
-    raw = read_bytes(path, tensor).view(DTYPES[tensor.dtype][0])
-    return widen(raw.reshape(tensor.shape), tensor.dtype)
+        raise UnreadableFile(f"{where} is {tensor.dtype}, not a float")
+    if tensor.parameters > MAX_VALUES:
+        raise UnreadableFile(
+            f"{where} has {tensor.parameters:,} values, more than any half of a LoRA pair",
+            "is the file damaged, or a whole model?",
+        )
+    try:
+        raw = stretch(file, tensor, 0, tensor.parameters).reshape(tensor.shape)
+        # What is held must stay as it is, whatever is done to the values.
+        return widen(raw if file.held is None else raw.copy(), tensor.dtype)
+    except MemoryError as error:
+        raise UnreadableFile(f"{where} has {tensor.parameters:,} values, too many for the memory here") from error
+
+
+def stretch(file: WeightsFile, tensor: TensorHeader, start: int, stop: int, into: Bytes | None = None) -> Raw:
+    """Values of `tensor` as they lie in the file, as one row; in `into` if that is large enough and of use."""
+    if file.held is not None:
+        return file.held(tensor.name, start, stop)
+    storage, width = DTYPES[tensor.dtype]
+    return read_bytes(file.path, tensor, start * width, stop * width, into).view(storage)
 
 
 def widen(raw: npt.NDArray[Any], dtype: str) -> npt.NDArray[np.float32]:
-    """Values as they lie in a file, as float32."""
+    """Values as they lie in a file, as float32. A float64 beyond its range becomes infinite."""
     if dtype == "BF16":
         # A bfloat16 is the upper half of a float32.
         wide = raw.astype(np.uint32)
         wide <<= 16
         return wide.view(np.float32)
-    return raw.astype(np.float32, copy=False)
+    with np.errstate(over="ignore"):
+        narrowed: npt.NDArray[np.float32] = raw.astype(np.float32, copy=False)
+    return narrowed
 
 
 def read_bytes(
@@ -203,19 +263,10 @@ def read_bytes(
     size = (tensor.end - tensor.start if stop is None else stop) - start
     buffer = np.empty(size, np.uint8) if into is None or len(into) < size else into[:size]
     view, done = buffer.data, 0
-    try:
-        with path.open("rb", buffering=0) as file:
-            # One call stops at 2 GiB.
-            while got := os.preadv(file.fileno(), [view[done:]], tensor.start + start + done):
-                done += got
-    except OSError as error:
-        raise UnreadableFile(f"cannot read `{path}`: {error.strerror or error}") from error
+    with opened(path) as (file, _):
+        # One call stops at 2 GiB.
+        while got := os.preadv(file.fileno(), [view[done:]], tensor.start + start + done):
+            done += got
     if done != len(buffer):
-        raise UnreadableFile(f"`{path}` ends inside tensor `{tensor.name}`; was it changed while it was read?")
+        raise UnreadableFile(f"`{path}` ends inside tensor `{shown(tensor.name)}`; was it changed while it was read?")
     return buffer
-
-
-def sha256(path: Path) -> str:
-    """The digest of a whole file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -17,8 +17,8 @@ from lora_probe.checkpoint import Checkpoint, StoredTensor
 from lora_probe.merging.change import Change, Indices, Origin, change_of, origin_of, rebased, values_of
 from lora_probe.merging.replay import Magnitude, Order, magnitude, orders, possible, replay
 from lora_probe.merging.sites import Site
-from lora_probe.rounding import Floats, Raw, narrow, spacing, through
-from lora_probe.weights import widen
+from lora_probe.rounding import Floats, narrow, spacing, through
+from lora_probe.weights import Raw, widen
 
 BLOCK = 1 << 18
 """Values in a block of rows: 1 MB in float32, which stays in the processor's cache."""

@@ -15,9 +15,9 @@ import numpy as np
 from lora_probe.checkpoint import EMBEDDINGS, Checkpoint, StoredTensor
 from lora_probe.ledger import Finding
 from lora_probe.merging.report import TensorFinding
-from lora_probe.rounding import Raw, narrow, through
+from lora_probe.rounding import narrow, through
 from lora_probe.rules.merging import not_judged, tensor_added, tensor_missing, untouched_changed
-from lora_probe.weights import FLOATS, widen
+from lora_probe.weights import FLOATS, Raw, widen
 
 CHUNK = 1 << 22
 """Bytes that are compared at a time."""

@@ -73,7 +73,7 @@ def _is_whole(other: OtherTensor) -> bool:
 
 
 def _of(adapter: Adapter, name: str, header: TensorHeader) -> StoredTensor:
-    return of_header(adapter.weights.path, header, name)
+    return of_header(adapter.weights, header, name)
 
 
 def _with_head(base: Checkpoint, merged: Checkpoint, names: dict[str, str]) -> tuple[Checkpoint, Finding | None]:

@@ -1,0 +1,115 @@
+"""A file that nobody vouches for, opened: a regular file or an error, and never a wait.
+
+In: a path. Out: the open file and its size, or one `UnreadableFile`; names out of files, fit to be shown; and what a
+file is that has the right name and the wrong content (a Git LFS pointer, a web page, nothing at all).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import reprlib
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BufferedReader
+from pathlib import Path
+
+from lora_probe.errors import UnreadableFile
+
+LFS_MARK = b"version https://git-lfs"
+_PAGE = (b"<!doctype html", b"<html", b"<?xml", b"<head")
+_LONGEST = 120
+"""Characters of a name or a value in a message."""
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[tuple[BufferedReader, int]]:
+    """The file and its size. Pipes and devices are refused before they are opened: reading them may never end.
+
+    Raises:
+        UnreadableFile: it is missing, no regular file, or the system will not read it, here or later in the block.
+    """
+    try:
+        _require_regular(path, path.stat().st_mode)
+        # A pipe that takes the file's place between the two looks must not be waited for either.
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            status = os.fstat(file.fileno())
+            _require_regular(path, status.st_mode)
+            yield file, status.st_size
+    except OSError as error:
+        raise UnreadableFile(f"cannot read `{path}`: {error.strerror or error}") from error
+    except ValueError as error:
+        # A NUL in a path, of which the system has no opinion.
+        if "null byte" not in str(error):
+            raise
+        raise UnreadableFile(f"`{shown(str(path))}` is no path: {error}") from error
+
+
+def _require_regular(path: Path, mode: int) -> None:
+    if stat.S_ISDIR(mode):
+        raise UnreadableFile(f"cannot read `{path}`: Is a directory", "a file of this name was expected")
+    if not stat.S_ISREG(mode):
+        raise UnreadableFile(
+            f"`{path}` is {_KINDS.get(stat.S_IFMT(mode), 'not a regular file')}, not a regular file",
+            "put a copy of the file in its place",
+        )
+
+
+_KINDS = {
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+}
+
+
+def impostor(start: bytes, what: str) -> tuple[str, str] | None:
+    """What a file is instead of `what`, by its first bytes, and what to do about it."""
+    if not start:
+        return "is empty (0 bytes)", "the save or the download was cut short; repeat it"
+    if start.startswith(LFS_MARK):
+        return (
+            f"is a Git LFS pointer, not {what}",
+            "run `git lfs pull` in the repository it was cloned from",
+        )
+    if start.removeprefix(b"\xef\xbb\xbf").lstrip()[:16].lower().startswith(_PAGE):
+        return (
+            f"is a web page, not {what}",
+            "the download saved the page of the file (or of a login) in its place; download the raw file",
+        )
+    return None
+
+
+def shown(name: str, longest: int = _LONGEST) -> str:
+    """A name that nobody vouches for: control characters escaped, not too long."""
+    text = name[: 4 * longest]
+    if not text.isprintable():
+        text = repr(text)[1:-1]
+    return text if len(text) <= longest and len(name) <= 4 * longest else f"{text[: longest - 3]}..."
+
+
+_brief = reprlib.Repr()
+_brief.maxstring = _brief.maxother = _brief.maxlong = 80
+_brief.maxlist = _brief.maxdict = _brief.maxtuple = 6
+
+
+def brief(value: object) -> str:
+    """A value that nobody vouches for, as Python writes it, however long or deep it is."""
+    text = _brief.repr(value)
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
+
+
+def is_text(name: str) -> bool:
+    """Whether it can be written down at all: JSON and pickles can name halves of surrogate pairs, UTF-8 cannot."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def sha256(path: Path) -> str:
+    """The digest of a whole file, in hexadecimal."""
+    with opened(path) as (file, _):
+        return hashlib.file_digest(file, "sha256").hexdigest()
