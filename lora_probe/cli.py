@@ -15,19 +15,20 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console, Group
-from rich.text import Text
-
 from lora_probe.errors import ProbeError
-from lora_probe.options import parser_of_all
-from lora_probe.render.progress import comparing, escaped, following, telling, working
+from lora_probe.options import engine_options, parser_of_all, prompts, same_with_another_engine
+from lora_probe.render.output import complain, dump, hint, say, show, write
+from lora_probe.render.progress import comparing, following, telling, working
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from lora_probe.checking import Report
+    from lora_probe.folders import Asked
     from lora_probe.reading import Trace
 
 CLEAN, FOUND, UNJUDGED, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
@@ -55,10 +56,10 @@ def _run(own: list[str], flags: list[str], options: argparse.Namespace) -> int:
         options.engine_args, options.given = flags, own
         return COMMANDS[options.command](options)
     except ProbeError as error:
-        _complain(error.message, error.hint)
+        complain(error.message, error.hint)
         return error.exit_code
     except KeyboardInterrupt as stop:
-        _complain("interrupted", getattr(options, "interrupted", ""))
+        complain("interrupted", getattr(options, "interrupted", ""))
         return TERMINATED if isinstance(stop, _Terminated) else INTERRUPTED
 
 
@@ -85,67 +86,38 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
     return arguments[:at], arguments[at + 1 :]
 
 
-def _complain(message: str, hint: str = "") -> None:
-    console = Console(stderr=True)
-    console.print(f"[bold red]error:[/] {escaped(message)}", soft_wrap=True, highlight=False)
-    for line in filter(None, hint.split("\n")):
-        console.print(f"[cyan]hint:[/] {escaped(line)}", soft_wrap=True, highlight=False)
-
-
-def _hint(text: str) -> None:
-    Console(stderr=True).print(f"[cyan]hint:[/] {escaped(text)}", soft_wrap=True, highlight=False)
-
-
-class _Output(Console):
-    """Standard output. That its reader has gone (`| head`) changes no exit status; rich by itself would exit with 1."""
-
-    def on_broken_pipe(self) -> None:
-        _reader_gone()
-
-
-def _reader_gone() -> None:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _show(renderable: Any) -> None:
-    """Print for a person. Sentences are never broken (a terminal wraps them itself), tables fit their width."""
-    console = _Output(highlight=False)
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console.width = 160
-    waiting = [renderable]
-    while waiting:
-        part = waiting.pop(0)
-        if isinstance(part, Group):
-            waiting[:0] = part.renderables
-        else:
-            console.print(part, soft_wrap=isinstance(part, Text))
-
-
-def _dump(data: dict[str, Any]) -> None:
-    try:
-        print(json.dumps(data, ensure_ascii=False, indent=2, allow_nan=False), flush=True)
-    except BrokenPipeError:
-        _reader_gone()
-
-
 def _inspect(options: argparse.Namespace) -> int:
     from lora_probe.adapter import open_adapter
     from lora_probe.render import machine, terminal
 
     adapter = open_adapter(options.checkpoint)
+    if options.module is not None:
+        return _inspect_module(adapter, options)
     spectra = None
     if options.norms:
         with working(f"reading {terminal.size(adapter.weights.size)} of values", len(adapter.modules)) as tick:
             spectra = spectra_of(adapter, tick)
     if options.format == "json":
-        _dump(machine.inspect_json(adapter, spectra))
+        dump(machine.inspect_json(adapter, spectra))
         return CLEAN
-    _show(terminal.adapter(adapter))
+    show(terminal.adapter(adapter))
     if spectra is not None:
-        _show("")
-        _show(terminal.norms(adapter, spectra))
+        show("")
+        show(terminal.norms(adapter, spectra))
     else:
-        _hint(f"lora-probe inspect {adapter.path} --norms")
+        hint(f"lora-probe inspect {adapter.path} --norms")
+    return CLEAN
+
+
+def _inspect_module(adapter: Any, options: argparse.Namespace) -> int:
+    from lora_probe.render import module
+    from lora_probe.selected import select
+
+    found = select(adapter, options.module)
+    if options.format == "json":
+        dump(module.module_json(found))
+    else:
+        show(module.module(found))
     return CLEAN
 
 
@@ -160,6 +132,64 @@ def spectra_of(adapter: Any, tick: Callable[[], None]) -> dict[str, Any]:
     return found
 
 
+def _check(options: argparse.Namespace) -> int:
+    from lora_probe.checking import check_all
+    from lora_probe.folders import asked
+    from lora_probe.render import checked, report
+
+    wanted = asked(options.checkpoints or ["."], options.recursive)
+    if options.recursive and wanted.folders:
+        say(f"{len(wanted.folders)} adapters below {', '.join(options.checkpoints) or '.'}")
+    full = len(wanted.folders) <= checked.FULL
+    shown = {"text": checked.report if full else checked.details, "json": report.report_json}.get(options.format)
+    found: list[Report] = []
+    pages: list[Any] = []
+    with telling("reading") as tell:
+        for one in check_all(
+            wanted.folders,
+            model=options.model,
+            options=engine_options(options),
+            vllm_version=options.vllm_version,
+            select=options.select or [],
+            ignore=options.ignore or [],
+            progress=lambda text: tell(text, passing=True),
+        ):
+            pages += [shown(one)] if shown else []
+            # Of thousands of adapters the ledgers, a row for every module, are not kept.
+            found.append(one if full else replace(one, ledgers={}))
+    _report(found, pages, wanted, options.format)
+    for missing in wanted.lost:
+        complain(missing.error.message, missing.error.hint)
+    return _status(found, wanted, options)
+
+
+def _report(found: list[Report], pages: list[Any], wanted: Asked, form: str) -> None:
+    """Print what was found. `pages` is what the format makes of each adapter by itself, if anything."""
+    from lora_probe.render import checked, github, report, sarif
+
+    if not wanted.folders:
+        return
+    if form == "json":
+        dump(pages[0] if wanted.single else report.reports_json(pages, found, wanted.lost))
+    elif form == "sarif":
+        dump(sarif.sarif(found, wanted.lost))
+    elif form == "github":
+        write(github.commands(found, wanted.lost))
+    else:
+        show(checked.together(found, pages, len(wanted.lost)))
+        codes = [finding.code for one in found for finding in one.diagnostics if finding.severity == "error"]
+        if codes:
+            hint(f"lora-probe rule {codes[0]}")
+
+
+def _status(found: list[Report], wanted: Asked, options: argparse.Namespace) -> int:
+    """What `check` returns: 2 if a folder could not be judged, else 1 for errors; with --strict for less, too."""
+    if wanted.lost:
+        return UNJUDGED
+    bad = any(not one.clean or (options.strict and (one.count("warning") or one.not_run)) for one in found)
+    return FOUND if bad and not options.exit_zero else CLEAN
+
+
 def _trace(options: argparse.Namespace) -> int:
     from lora_probe.engines.launch import LOG, trace
 
@@ -169,67 +199,22 @@ def _trace(options: argparse.Namespace) -> int:
             options.checkpoint,
             engine=options.engine,
             model=options.model,
-            prompts=_prompts(options),
+            prompts=prompts(options),
             chat=options.chat,
             max_tokens=options.max_tokens,
             follow=options.follow,
             keep=options.keep,
             out=options.output,
             force=options.force,
-            options=_engine_options(options),
+            options=engine_options(options),
             engine_args=options.engine_args,
             progress=following(options.engine, tell),
         )
     status = _present(found, options)
-    console = Console(stderr=True)
-    console.print(f"wrote {found.path}, the engine's log is {found.path / LOG}", soft_wrap=True, highlight=False)
-    _hint(_same_with_another_engine(options))
-    _hint(shlex.join(["lora-probe", "compare", str(found.path), "OTHER.lptrace"]))
+    say(f"wrote {found.path}, the engine's log is {found.path / LOG}")
+    hint(same_with_another_engine(options))
+    hint(shlex.join(["lora-probe", "compare", str(found.path), "OTHER.lptrace"]))
     return status
-
-
-def _same_with_another_engine(options: argparse.Namespace) -> str:
-    """The command that was given, for the engine to compare with."""
-    other = {"peft": "vllm", "vllm": "peft"}.get(options.engine, "peft")
-    words: list[str] = []
-    skip = False
-    for word, before in zip(options.given, ["", *options.given], strict=False):
-        if skip or word in ("-o", "--output", "--force"):
-            skip = word in ("-o", "--output")
-            continue
-        words.append(other if before == "--engine" else word.replace(f"--engine={options.engine}", f"--engine={other}"))
-    return shlex.join(["lora-probe", *words, "-o", "OTHER.lptrace"])
-
-
-ENGINE_OPTIONS = (
-    "dtype",
-    "lora_dtype",
-    "max_lora_rank",
-    "max_loras",
-    "max_model_len",
-    "tensor_parallel_size",
-    "lora_target_modules",
-)
-
-
-def _engine_options(options: argparse.Namespace) -> dict[str, Any]:
-    return {name: getattr(options, name) for name in ENGINE_OPTIONS}
-
-
-def _prompts(options: argparse.Namespace) -> list[str]:
-    return [*(options.prompt or []), *(_prompts_in(options.prompt_file) if options.prompt_file else [])]
-
-
-def _prompts_in(path: str) -> list[str]:
-    """The prompts of a file, one a line; `-` is standard input."""
-    try:
-        text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ProbeError(f"cannot read the prompts in `{path}`: {error}") from error
-    prompts = [line for line in text.splitlines() if line.strip()]
-    if not prompts:
-        raise ProbeError(f"`{path}` holds no prompt", "write one prompt on each line")
-    return prompts
 
 
 def _present(trace: Trace, options: argparse.Namespace) -> int:
@@ -237,9 +222,9 @@ def _present(trace: Trace, options: argparse.Namespace) -> int:
     from lora_probe.render import machine, terminal
 
     if options.format == "json":
-        _dump(machine.trace_json(trace))
+        dump(machine.trace_json(trace))
     else:
-        _show(terminal.run(trace, story=options.events))
+        show(terminal.run(trace, story=options.events))
     if not trace.loads:
         return UNJUDGED
     return CLEAN if trace.complete and all(ledger.healthy for _, ledger in trace.loads) else FOUND
@@ -258,9 +243,9 @@ def _compare(options: argparse.Namespace) -> int:
 
     found = compare(open_trace(options.reference), open_trace(options.candidate), options.rtol)
     if options.format == "json":
-        _dump(machine.comparison_json(found))
+        dump(machine.comparison_json(found))
     else:
-        _show(terminal.comparison(found))
+        show(terminal.comparison(found))
     return CLEAN if found.verdict == "agree" else FOUND
 
 
@@ -282,28 +267,28 @@ def _parity(options: argparse.Namespace) -> int:
             merged=options.merged,
             engine=options.engine or "peft",
             weights_only=options.weights_only,
-            prompts=_prompts(options),
+            prompts=prompts(options),
             chat=options.chat,
             max_tokens=options.max_tokens,
             out=options.output,
             force=options.force,
-            options=_engine_options(options),
+            options=engine_options(options),
             engine_args=options.engine_args,
             weights_progress=comparing(tell),
             engine_progress=lambda name, now: following(name, tell)(now),
         )
     data = machine.parity_json(found)
     if options.format == "json":
-        _dump(data)
+        dump(data)
     else:
-        _show(merged.parity(found))
+        show(merged.parity(found))
     if kept:
         (Path(kept) / REPORT).write_text(json.dumps(data, ensure_ascii=False, indent=2, allow_nan=False))
         names = ", ".join(sorted(path.name for path in Path(kept).iterdir()))
-        Console(stderr=True).print(f"kept in {kept}: {names}", soft_wrap=True, highlight=False)
+        say(f"kept in {kept}: {names}")
     if options.weights_only and found.verdict != "differs":
         again = shlex.join(["lora-probe", *(word for word in options.given if word != "--weights-only")])
-        _hint(f"to compare the outputs as well: {again}")
+        hint(f"to compare the outputs as well: {again}")
     return CLEAN if found.verdict == "verified" else FOUND
 
 
@@ -321,7 +306,7 @@ def _refuse_ignored(options: argparse.Namespace) -> None:
 
 
 def _rule(options: argparse.Namespace) -> int:
-    from lora_probe.render import machine, terminal
+    from lora_probe.render import machine, pages, terminal
     from lora_probe.rules import all_rules
 
     known = all_rules()
@@ -332,13 +317,15 @@ def _rule(options: argparse.Namespace) -> int:
         wanted = options.code.upper().rstrip("X")
         chosen = [
             rule for code, rule in known.items() if code == wanted or (len(wanted) > 2 and code.startswith(wanted))
-        ]
+        ] or [rule for rule in known.values() if rule.name == options.code.lower()]
         if not chosen:
             raise ProbeError(f"there is no rule `{options.code}`", f"rules: {', '.join(known)}")
     if options.format == "json":
-        _dump(machine.rules_json(chosen))
+        dump(machine.rules_json(chosen))
+    elif options.format == "markdown":
+        write([pages.markdown(chosen)])
     else:
-        _show(terminal.rule(chosen[0]) if len(chosen) == 1 else terminal.rules(chosen))
+        show(terminal.pages(chosen) if options.all or len(chosen) == 1 else terminal.rules(chosen))
     return CLEAN
 
 
@@ -348,14 +335,15 @@ def _env(options: argparse.Namespace) -> int:
 
     found = versions()
     if options.format == "json":
-        _dump({"schema_version": machine.SCHEMA_VERSION, "versions": found})
+        dump({"schema_version": machine.SCHEMA_VERSION, "versions": found})
     else:
-        _show(terminal.versions(found))
+        show(terminal.versions(found))
     return CLEAN
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "inspect": _inspect,
+    "check": _check,
     "trace": _trace,
     "show": _show_trace,
     "compare": _compare,

@@ -1,11 +1,16 @@
-"""The options of every command. In: nothing. Out: a parser; what the commands do with the options is in `cli.py`.
+"""The options of every command. In: nothing. Out: a parser, and what its options come to (prompts, engine options).
 
-Each command's help ends with examples that work as they stand, given a checkpoint.
+What the commands do with them is in `cli.py`. Each command's help ends with examples that work as they stand, given a
+checkpoint.
 """
 
 from __future__ import annotations
 
 import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from rich_argparse import RawDescriptionRichHelpFormatter
@@ -14,6 +19,15 @@ from lora_probe import __version__
 from lora_probe.errors import ProbeError
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
+ENGINE_OPTIONS = (
+    "dtype",
+    "lora_dtype",
+    "max_lora_rank",
+    "max_loras",
+    "max_model_len",
+    "tensor_parallel_size",
+    "lora_target_modules",
+)
 
 
 class UsageError(ProbeError):
@@ -27,17 +41,34 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(message, f"{self.prog} --help")
 
 
+class _Interspersed(_Parser):
+    """Takes options between positional arguments of any number as well: `check a/ --strict b/`."""
+
+    _within = False
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if self._within:
+            return super().parse_known_args(args, namespace)
+        self._within = True
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._within = False
+
+
 def parser_of_all() -> argparse.ArgumentParser:
     """The whole parser; `command` of what it parses is the command's name, `interrupted` its last word."""
     parser = _Parser(
         prog="lora-probe",
         description="See what a LoRA adapter does between its checkpoint and the tokens of an engine.",
         formatter_class=RawDescriptionRichHelpFormatter,
-        epilog="examples:\n  lora-probe inspect ckpt/ --norms\n  lora-probe trace ckpt/ --engine vllm --dtype float32",
+        epilog="examples:\n  lora-probe inspect ckpt/ --norms\n  lora-probe check ckpt/\n"
+        "  lora-probe trace ckpt/ --engine vllm --dtype float32",
     )
     parser.add_argument("--version", action="version", version=f"lora-probe {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Interspersed)
     _add_inspect(commands)
+    _add_check(commands)
     _add_trace(commands)
     _add_show(commands)
     _add_compare(commands)
@@ -47,7 +78,9 @@ def parser_of_all() -> argparse.ArgumentParser:
     return parser
 
 
-def _command(commands: Any, name: str, about: str, examples: str) -> argparse.ArgumentParser:
+def _command(
+    commands: Any, name: str, about: str, examples: str, formats: Sequence[str] = ("text", "json")
+) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
         help=about,
@@ -56,7 +89,7 @@ def _command(commands: Any, name: str, about: str, examples: str) -> argparse.Ar
         formatter_class=RawDescriptionRichHelpFormatter,
     )
     parser.set_defaults(command=name)
-    parser.add_argument("--format", choices=("text", "json"), default="text", help="default: text")
+    parser.add_argument("--format", choices=formats, default="text", help="default: text")
     return parser
 
 
@@ -66,11 +99,15 @@ def _add_inspect(commands: Any) -> None:
         "inspect",
         "show what an adapter checkpoint holds",
         "  lora-probe inspect ckpt/\n  lora-probe inspect ckpt/ --norms\n"
+        "  lora-probe inspect ckpt/ --module layers.5.self_attn.q_proj\n"
         "  lora-probe inspect ckpt/ --format json | jq '.modules | length'",
     )
     _add_checkpoint(parser)
     parser.add_argument(
         "--norms", action="store_true", help="read the values: ‖s·B·A‖ and effective rank of each module"
+    )
+    parser.add_argument(
+        "--module", metavar="NAME", help="one module with its values; NAME is its path or an unambiguous end of it"
     )
 
 
@@ -82,6 +119,42 @@ def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
         metavar="CKPT",
         help="an adapter folder, or a training output folder (its last checkpoint is taken); default: .",
     )
+
+
+def _add_check(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "check",
+        "say what is wrong with adapters, before any engine runs",
+        "  lora-probe check ckpt/\n"
+        "  lora-probe check ckpt/ --model base/ --max-lora-rank 64 --vllm-version 0.32\n"
+        "  lora-probe check runs/ --recursive --select LP2,LP301 --strict\n"
+        "  lora-probe check ckpt/ --format json | jq '.ledger.vllm.took_effect'\n"
+        "  lora-probe check adapters/ --recursive --format sarif > lora-probe.sarif",
+        ("text", "json", "sarif", "github"),
+    )
+    parser.add_argument(
+        "checkpoints",
+        nargs="*",
+        metavar="CKPT",
+        help="adapter folders, training output folders, or files in adapter folders; default: .",
+    )
+    parser.add_argument("--recursive", action="store_true", help="every adapter in the trees below the folders")
+    parser.add_argument("--model", metavar="BASE", help="base model, a folder or an id; default: each adapter's own")
+    rules = parser.add_argument_group("rules", "by code, prefix (LP2, LP2xx) or name; `lora-probe rule` lists them")
+    rules.add_argument("--select", action="extend", type=_codes, metavar="CODES", help="only these, as LP2,LP301")
+    rules.add_argument("--ignore", action="extend", type=_codes, metavar="CODES", help="all but these")
+    rules.add_argument("--strict", action="store_true", help="fail on warnings and on rules that could not be run, too")
+    rules.add_argument("--exit-zero", action="store_true", help="status 0 whatever is found (2 stays 2)")
+    parser.add_argument("--vllm-version", metavar="X", help="predict for this vLLM; default: the one installed")
+    _add_engine(parser, "as the engine is started", running=False)
+
+
+def _codes(word: str) -> list[str]:
+    codes = [code.strip() for code in word.split(",") if code.strip()]
+    if not codes:
+        raise argparse.ArgumentTypeError("names no rule: a code, a prefix as LP2, or a name is")
+    return codes
 
 
 def _add_trace(commands: Any) -> None:
@@ -121,13 +194,17 @@ def _add_asking(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-tokens", type=int, default=32, metavar="N", help="length of an answer; default: 32")
 
 
-def _add_engine(parser: argparse.ArgumentParser, dtype: str) -> None:
-    engine = parser.add_argument_group("engine", "spelled as vLLM spells them; any other vLLM flag goes after --")
+def _add_engine(parser: argparse.ArgumentParser, dtype: str, *, running: bool = True) -> None:
+    more = "; any other vLLM flag goes after --" if running else ""
+    engine = parser.add_argument_group("engine", f"spelled as vLLM spells them{more}")
     engine.add_argument("--dtype", choices=DTYPES, help=dtype)
     engine.add_argument("--lora-dtype", choices=DTYPES)
     engine.add_argument("--max-lora-rank", type=int, metavar="R", help="default: vLLM's own, 16")
     engine.add_argument("--max-loras", type=int, metavar="N")
-    engine.add_argument("--max-model-len", type=int, metavar="N", help="default: 4096, or less if the base has less")
+    if running:
+        engine.add_argument(
+            "--max-model-len", type=int, metavar="N", help="default: 4096, or less if the base has less"
+        )
     engine.add_argument("--tensor-parallel-size", type=int, metavar="N")
     engine.add_argument("--lora-target-modules", nargs="+", metavar="NAME")
 
@@ -190,11 +267,54 @@ def _tolerance(word: str) -> float:
 
 
 def _add_rule(commands: Any) -> None:
-    parser = _command(commands, "rule", "explain a rule", "  lora-probe rule\n  lora-probe rule LP201")
-    parser.add_argument(
-        "code", nargs="?", metavar="CODE", help="a rule, or a family as LP7xx; default: a line for every rule"
+    parser = _command(
+        commands,
+        "rule",
+        "explain a rule",
+        "  lora-probe rule\n  lora-probe rule LP201\n  lora-probe rule LP2xx --all\n"
+        "  lora-probe rule --all --format markdown > RULES.md",
+        ("text", "json", "markdown"),
     )
+    parser.add_argument(
+        "code", nargs="?", metavar="CODE", help="a rule by code or name, or a family as LP7xx; default: every rule"
+    )
+    parser.add_argument("--all", action="store_true", help="the page of every rule, not a line each")
 
 
 def _add_env(commands: Any) -> None:
     _command(commands, "env", "the versions block for a bug report", "  lora-probe env")
+
+
+def engine_options(options: argparse.Namespace) -> dict[str, Any]:
+    """What is said about the engine, by the names that vLLM's Python interface has for it."""
+    return {name: getattr(options, name) for name in ENGINE_OPTIONS if hasattr(options, name)}
+
+
+def prompts(options: argparse.Namespace) -> list[str]:
+    """What is to be asked: the prompts that were given, then those of the file."""
+    return [*(options.prompt or []), *(_prompts_in(options.prompt_file) if options.prompt_file else [])]
+
+
+def _prompts_in(path: str) -> list[str]:
+    """The prompts of a file, one a line; `-` is standard input."""
+    try:
+        text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ProbeError(f"cannot read the prompts in `{path}`: {error}") from error
+    found = [line for line in text.splitlines() if line.strip()]
+    if not found:
+        raise ProbeError(f"`{path}` holds no prompt", "write one prompt on each line")
+    return found
+
+
+def same_with_another_engine(options: argparse.Namespace) -> str:
+    """The command that was given, for the engine to compare with."""
+    other = {"peft": "vllm", "vllm": "peft"}.get(options.engine, "peft")
+    words: list[str] = []
+    skip = False
+    for word, before in zip(options.given, ["", *options.given], strict=False):
+        if skip or word in ("-o", "--output", "--force"):
+            skip = word in ("-o", "--output")
+            continue
+        words.append(other if before == "--engine" else word.replace(f"--engine={options.engine}", f"--engine={other}"))
+    return shlex.join(["lora-probe", *words, "-o", "OTHER.lptrace"])

@@ -18,8 +18,9 @@ from lora_probe.adapter import LAYER, Key, layer_of, natural
 HEAT = ("", "rgb(95,115,150)", "rgb(95,150,190)", "rgb(90,190,190)", "rgb(110,220,160)", "bold rgb(190,240,120)")
 """From little to much. Red is for what is wrong."""
 DIRECTION = (0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
-CONTROL = dict.fromkeys((*range(9), *range(11, 32), *range(127, 160), *DIRECTION), "�")
-"""Control characters of names in files that nobody vouches for: shown as what they are not."""
+SURROGATES = range(0xD800, 0xE000)
+CONTROL = dict.fromkeys((*range(9), *range(11, 32), *range(127, 160), *DIRECTION, *SURROGATES), "�")
+"""Control characters of names in files that nobody vouches for, and bytes that are no text."""
 
 
 def words(content: object, style: str = "") -> RichText:

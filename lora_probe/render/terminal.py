@@ -205,14 +205,21 @@ def ledger(found: Ledger, prefix: str = "") -> RenderableType:
     parts: list[RenderableType] = [words(prefix + headline(found), style="bold green" if good else "bold red")]
     if good or found.refused:
         return Group(*parts, *_hints(found, with_message=True), *_unjudged(found))
-    table = columns_of("modules", *STATIONS, "fate")
+    return Group(*parts, stations(found), *_hints(found))
+
+
+def stations(found: Ledger) -> RenderableType:
+    """Modules that fare alike in a row, under the stations that the ledger knows of."""
+    known = [station for station in STATIONS if any(station in row.stations for row in found.rows)]
+    table = columns_of("modules", *known, "fate")
     groups: dict[tuple[str, ...], list[str]] = {}
     for row in found.rows:
-        groups.setdefault((*(row.stations[s].value for s in STATIONS), row.fate), []).append(row.module)
+        fate = "takes effect" if found.predicted and row.fate == "took effect" else row.fate
+        groups.setdefault((*(row.stations[s].value for s in known), fate), []).append(row.module)
     for values, modules in groups.items():
         label = f"{len(modules)}: {name_modules(modules)}"
         add_row(table, label, *(_verdict(value) for value in values))
-    return Group(*parts, table, *_hints(found))
+    return table
 
 
 def _unjudged(found: Ledger) -> Iterable[RenderableType]:
@@ -228,7 +235,8 @@ def _unjudged(found: Ledger) -> Iterable[RenderableType]:
 
 
 def _verdict(value: str) -> RichText:
-    styles = {"ok": "green", "took effect": "green", "wrong": "bold red", "absent": "bold red", "lost": "bold red"}
+    bad = dict.fromkeys(("wrong", "absent", "lost"), "bold red")
+    styles = bad | dict.fromkeys(("ok", "took effect", "takes effect"), "green")
     return words(value, style=styles.get(value, "yellow"))
 
 
@@ -368,6 +376,12 @@ def rule(found: Rule) -> RenderableType:
     """The page of a rule."""
     head = assemble((f"{found.code} {found.name}", "bold"), f"  {found.severity}, station {found.station}")
     return Group(head, words(""), words(found.page), words(""), words(f"hint: {found.hint}", style="cyan"))
+
+
+def pages(found: Sequence[Rule]) -> RenderableType:
+    """The pages of several rules, one after another."""
+    parts = [part for one in found for part in (words(""), words(""), rule(one))]
+    return Group(*parts[2:])
 
 
 def rules(found: Sequence[Rule]) -> RenderableType:

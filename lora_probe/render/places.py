@@ -1,0 +1,37 @@
+"""Where a finding is, as the reader's tools want it: relative to where the command runs.
+
+In: the path of a file or folder. Out: the same path below the current folder, or absolute where it lies elsewhere.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from urllib.parse import quote
+
+from lora_probe.adapter import CONFIG
+from lora_probe.checking import Report
+from lora_probe.rules import Diagnostic
+
+
+def relative(path: str | Path) -> str:
+    """The path from the current folder on; as it is where it was not given from there and lies elsewhere."""
+    near = os.path.relpath(path)
+    return str(Path(path)) if _outside(near) or not Path(path).is_absolute() else near
+
+
+def uri(path: str | Path) -> str:
+    """The path as a URI reference: relative below the current folder, else `file:`."""
+    near = os.path.relpath(path)
+    if _outside(near):
+        return "file://" + quote(os.fsencode(Path.cwd() / path))
+    return quote(os.fsencode(near))
+
+
+def file_of(report: Report, diagnostic: Diagnostic) -> str:
+    """The file to blame; where the finding names none, the config."""
+    return diagnostic.path or str(report.adapter / CONFIG)
+
+
+def _outside(near: str) -> bool:
+    return Path(near).parts[:1] == (os.pardir,)

@@ -1,0 +1,65 @@
+"""JSON of `check`: one adapter as one object, several as a list of the same objects with a summary.
+
+In: reports. Out: plain dictionaries. Fields may be added, none is taken away.
+
+One adapter:
+
+    {"schema_version": 1, "adapter": path, "model": base or null, "notes": [...],
+     "ledger": {"peft": {"refused", "message", "total", "took_effect", "wrong", "lost", "unknown", "modules"}, ...},
+     "diagnostics": [{"code", "name", "severity", "message", "hint", "modules", "engines", "path", "line"}],
+     "not_run": [{"codes": [...], "why": ...}]}
+
+Several, or with `--recursive`:
+
+    {"schema_version": 1, "reports": [...], "not_judged": [{"path", "message"}],
+     "summary": {"adapters", "clean", "with_errors", "with_warnings", "not_judged",
+                 "errors", "warnings", "infos", "codes": {"LP201": number of adapters}}}
+
+`clean` adapters have no finding; those `with_warnings` have warnings and no error.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from lora_probe.checking import Report
+from lora_probe.folders import Lost
+from lora_probe.ledger import as_json as ledger_json
+from lora_probe.render.machine import SCHEMA_VERSION
+from lora_probe.rules import as_json as diagnostic_json
+
+
+def report_json(found: Report) -> dict[str, Any]:
+    """One adapter."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "adapter": str(found.adapter),
+        "model": found.model,
+        "notes": list(found.notes),
+        "ledger": {engine: ledger_json(ledger) for engine, ledger in found.ledgers.items()},
+        "diagnostics": [diagnostic_json(diagnostic) for diagnostic in found.diagnostics],
+        "not_run": [{"codes": list(one.codes), "why": one.why} for one in found.not_run],
+    }
+
+
+def reports_json(each: Sequence[dict[str, Any]], found: Sequence[Report], lost: Sequence[Lost]) -> dict[str, Any]:
+    """Several adapters. `each` holds `report_json` of every one of `found`."""
+    codes = Counter(code for report in found for code in {diagnostic.code for diagnostic in report.diagnostics})
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "reports": list(each),
+        "not_judged": [{"path": str(one.path), "message": one.error.message} for one in lost],
+        "summary": {
+            "adapters": len(found),
+            "clean": sum(not report.diagnostics for report in found),
+            "with_errors": sum(not report.clean for report in found),
+            "with_warnings": sum(report.clean and report.count("warning") > 0 for report in found),
+            "not_judged": len(lost),
+            "errors": sum(report.count("error") for report in found),
+            "warnings": sum(report.count("warning") for report in found),
+            "infos": sum(report.count("info") for report in found),
+            "codes": dict(sorted(codes.items())),
+        },
+    }
