@@ -72,11 +72,13 @@ class AdapterModule:
 
 @dataclass(frozen=True)
 class OtherTensor:
-    """A tensor of the file that is not half of a LoRA pair, and what it is instead."""
+    """A tensor of the file that is not half of a LoRA pair, and what it is instead. `of_pair`: it would be half of one,
+    and another tensor of the file is that already."""
 
     tensor: TensorHeader
     what: str
     understood: bool
+    of_pair: bool = False
 
 
 @dataclass(frozen=True)
@@ -139,13 +141,15 @@ def _sort(
     halves: dict[str, dict[str, TensorHeader]] = {}
     extras: dict[str, list[TensorHeader]] = {}
     others: list[OtherTensor] = []
-    for name, tensor in tensors.items():
+    # Of two tensors that are the same half PEFT takes the one with its prefix.
+    for name, tensor in sorted(tensors.items(), key=lambda item: not item[0].startswith(PREFIX)):
         path = name.removeprefix(PREFIX)
         if match := _PAIR.match(path):
             pair = halves.setdefault(match["path"], {})
             half = match["half"]
             if half[-1] in (taken[-1] for taken in pair):
-                others.append(OtherTensor(tensor, f"another tensor of the file is {half} of the same module", False))
+                what = f"another tensor of the file is {half} of the same module"
+                others.append(OtherTensor(tensor, what, False, of_pair=True))
             else:
                 pair[half] = tensor
         elif match := _EXTRA.match(path):

@@ -48,12 +48,11 @@ def expect(
     `spectra` are those of the adapter's pairs, where they have been computed already.
     """
     entries = adapter.by_key()
-    known = dict(shapes or {})
-    for name, other in (aliases or {}).items():
-        if name not in known and other in known:
-            known[name] = known.pop(other)
+    known = shapes or {}
     targeted = set(adapter.config.targeted(known))
-    homes = _homes(entries, known)
+    same = {key: (aliases or {}).get(key[0], key[0]) for key in entries if key[0] not in known}
+    same = {key: home for key, home in same.items() if home in known}
+    homes = _homes(entries, known, set(same.values())) | same
     transposed = bool(adapter.config.raw.get("fan_in_fan_out"))
     rows: dict[Key, Expected] = {}
     for key, entry in entries.items():
@@ -63,7 +62,7 @@ def expect(
         found = pair_spectrum(adapter, entry) if spectra is None else spectra[key]
         stored = judge_stored(adapter, entry, found, known.get(home) if plain else None, transposed)
         by = ("config", "file") if wanted else ("file",)
-        homeless = bool(known) and plain and key[0] not in known
+        homeless = bool(known) and plain and key[0] not in known and key not in same
         rows[(home, *key[1:])] = Expected((home, *key[1:]), entry, homeless, by, stored, found)
     filled = {home for home, _, _ in rows}
     for module in targeted - filled:
@@ -104,12 +103,13 @@ def pair_spectrum(adapter: Adapter, pair: AdapterModule) -> Spectrum | None:
         return None
 
 
-def _homes(entries: Mapping[Key, AdapterModule], shapes: Shapes) -> dict[Key, str]:
-    """For each key whose module the base does not have, the base module that it must have meant."""
+def _homes(entries: Mapping[Key, AdapterModule], shapes: Shapes, taken: set[str]) -> dict[Key, str]:
+    """For each key whose module the base does not have, the base module that it must have meant, if that is not
+    `taken`."""
     ends: dict[str, list[str]] = {}
     for name in shapes:
         ends.setdefault(_from_layer_on(name), []).append(name)
-    own = {key[0] for key in entries}
+    own = {key[0] for key in entries} | taken
     found: dict[Key, str] = {}
     claims: dict[str, int] = {}
     for key in entries:

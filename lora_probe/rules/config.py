@@ -256,6 +256,30 @@ def init_lost(case: Case) -> Iterator[Found]:
 
 
 @survey(
+    "LP111",
+    "unknown-init",
+    engines=("peft",),
+    hint="write `true`: an initialisation says how training began, and a saved adapter needs none",
+)
+def unknown_init(case: Case) -> Iterator[Found]:
+    """init_lora_weights is a word that PEFT does not know.
+
+    Why it matters: PEFT 0.21 refuses (`Unknown initialization`), although the word means nothing for a trained adapter;
+    vLLM 0.32 refuses every word that it does not know (LP406).
+
+    Example: `"gausian"`; a word that a newer PEFT knows.
+    """
+    init = case.adapter.config.raw.get("init_lora_weights")
+    if not isinstance(init, str) or init.lower().startswith("pissa_niter_") or init.lower() in INITS:
+        return
+    yield Found(f"PEFT does not know init_lora_weights {init!r}", refuses=True, field="init_lora_weights")
+
+
+INITS = ("gaussian", "eva", "olora", "pissa", "corda", "loftq", "orthogonal", "lora_ga", "mica")
+"""What `LoraConfig` of PEFT 0.21 takes."""
+
+
+@survey(
     "LP110",
     "variant-not-read",
     hint="serve it with PEFT, or merge it first where PEFT can",

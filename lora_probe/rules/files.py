@@ -6,10 +6,13 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from lora_probe.adapter import PREFIX, layer_of, ranges
 from lora_probe.config import read_json
-from lora_probe.errors import ProbeError
+from lora_probe.errors import ProbeError, UnreadableFile
 from lora_probe.rules import Found, rule, survey
+from lora_probe.weights import TensorHeader
 
 if TYPE_CHECKING:
     from lora_probe.case import Case
@@ -260,14 +263,40 @@ def _shown(value: Any) -> str:
 def module_twice(case: Case) -> Iterator[Found]:
     """Two tensors of the file are the same half of the same module.
 
+    What it does: where their values differ, vLLM's modules are called wrong.
+
     Why it matters: vLLM (0.30 to 0.33) takes the last one that it reads, PEFT 0.21 the one with `base_model.model.`.
 
     Example: a script that saved the adapter with and without the prefix into one file.
     """
-    twice = [other.tensor.name for other in case.adapter.others if "of the same module" in other.what]
-    if twice:
-        more = f" and {len(twice) - 1} more" if len(twice) > 1 else ""
-        yield Found(f"`{twice[0]}`{more}: another tensor of the file is the same half", path=case.adapter.weights.path)
+    twice = [other for other in case.adapter.others if other.of_pair]
+    if not twice:
+        return
+    halves = {name_of(t): (pair.key, t) for pair in case.adapter.modules for t in (pair.a, pair.b) if t is not None}
+    wrong = []
+    for other in twice:
+        key, kept = halves.get(name_of(other.tensor), (None, other.tensor))
+        if key is not None and not _equal(case, kept, other.tensor):
+            wrong.append(key)
+    more = f" and {len(twice) - 1} more" if len(twice) > 1 else ""
+    yield Found(
+        f"`{twice[0].tensor.name}`{more}: another tensor of the file is the same half",
+        keys=tuple(dict.fromkeys(wrong)),
+        value="wrong" if wrong else "ok",
+        engines=("vllm",) if wrong else (),
+        path=case.adapter.weights.path,
+    )
+
+
+def name_of(tensor: TensorHeader) -> str:
+    return tensor.name.removeprefix(PREFIX)
+
+
+def _equal(case: Case, one: TensorHeader, other: TensorHeader) -> bool:
+    try:
+        return np.array_equal(case.adapter.values(one), case.adapter.values(other), equal_nan=True)
+    except UnreadableFile:
+        return False
 
 
 @survey(

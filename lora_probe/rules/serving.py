@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from lora_probe.adapter import Key
+from lora_probe.adapter import AdapterModule, Key
 from lora_probe.rules import Found, rule, survey
 
 if TYPE_CHECKING:
@@ -54,11 +54,19 @@ def rank_above_limit(case: Case) -> Iterator[Found]:
     """
     limit = case.serving.max_lora_rank or MAX_RANKS[-1]
     config = _config_rank(case)
-    held = max((pair.rank or 0 for pair in case.adapter.modules if pair.parameter == "weight"), default=0)
+    held = max((_held_rank(pair) for pair in case.adapter.modules), default=0)
     if config > limit:
         yield Found(f"LoRA rank {config} is greater than max_lora_rank {limit}", refuses=True, field="r")
     elif held > limit:
         yield Found(f"the tensors have rank {held}, more than max_lora_rank {limit}", refuses=True)
+
+
+def _held_rank(pair: AdapterModule) -> int:
+    """The rank of two matrices that go together; 0 for anything else."""
+    if pair.a is None or pair.b is None or pair.parameter != "weight":
+        return 0
+    fits = len(pair.a.shape) == 2 and len(pair.b.shape) == 2 and pair.a.shape[0] == pair.b.shape[1]
+    return pair.a.shape[0] if fits else 0
 
 
 def _config_rank(case: Case) -> int:
