@@ -48,11 +48,25 @@ def spectrum(a: Array, b: Array, scaling: float) -> Spectrum:
 
 
 def _singular(a: npt.NDArray[np.floating], b: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
-    gram_a = (a @ a.T).astype(np.float64)
-    values, vectors = np.linalg.eigh(gram_a)
-    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
-    squares = np.linalg.eigvalsh(root @ (b.T @ b).astype(np.float64) @ root)
-    result: npt.NDArray[np.float64] = np.sqrt(squares.clip(0))[::-1]
+    rank, least = a.shape[0], min(a.shape[1], b.shape[0])
+    with np.errstate(over="ignore", invalid="ignore"):
+        if rank > least:
+            # An r×r matrix would be larger than A and B; their product is smaller than the larger of them.
+            product = b.astype(np.float64) @ a
+            found = np.zeros(rank)
+            found[:least] = _roots(product @ product.T if b.shape[0] == least else product.T @ product)
+            return found
+        gram_a, gram_b = (a @ a.T).astype(np.float64), (b.T @ b).astype(np.float64)
+        if not (np.isfinite(gram_a).all() and np.isfinite(gram_b).all()):
+            return np.full(rank, np.nan)
+        values, vectors = np.linalg.eigh(gram_a)
+        root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
+        return _roots(root @ gram_b @ root)
+
+
+def _roots(squares: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """The roots of the eigenvalues of a Gram matrix, largest first."""
+    result: npt.NDArray[np.float64] = np.sqrt(np.linalg.eigvalsh(squares).clip(0))[::-1]
     return result
 
 

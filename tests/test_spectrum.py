@@ -10,7 +10,7 @@ from lora_probe.spectrum import delta_norms, effective_rank, gram, spectrum
 rng = np.random.default_rng(3)
 
 
-@pytest.mark.parametrize(("rank", "inputs", "outputs"), [(1, 5, 7), (8, 64, 32), (16, 20, 100), (9, 4, 6)])
+@pytest.mark.parametrize(("rank", "inputs", "outputs"), [(1, 5, 7), (8, 64, 32), (16, 20, 100), (9, 4, 6), (9, 6, 4)])
 def test_singular_values_are_those_of_the_product(rank: int, inputs: int, outputs: int) -> None:
     a = rng.standard_normal((rank, inputs)).astype(np.float32)
     b = rng.standard_normal((outputs, rank)).astype(np.float32)
@@ -25,6 +25,17 @@ def test_small_singular_values_take_double_precision() -> None:
     a = np.diag([1.0, 1e-5]).astype(np.float32)
     found = spectrum(a, np.eye(2, dtype=np.float32), 1.0)
     np.testing.assert_allclose(found.singular, [1.0, 1e-5], rtol=1e-3)
+
+
+def test_a_rank_beyond_both_sides_costs_no_matrix_of_its_own() -> None:
+    found = spectrum(np.ones((100_000, 2), np.float32), np.ones((3, 100_000), np.float32), 1.0)
+    assert found.norm == pytest.approx(100_000 * 6**0.5)
+    assert len(found.singular) == 100_000
+
+
+def test_values_whose_squares_leave_float32() -> None:
+    found = spectrum(np.full((2, 3), 1e30, np.float32), np.full((4, 2), 1e30, np.float32), 1.0)
+    assert found.norm == pytest.approx(2e60 * 12**0.5, rel=1e-6)
 
 
 def test_effective_rank() -> None:
