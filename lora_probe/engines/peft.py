@@ -252,11 +252,17 @@ def _placed(account: Account, row: Expected, layer: Any, moment: str) -> Finding
 
 
 def _recordable(expected: tuple[Expected, ...], live: Mapping[str, Any]) -> Iterator[Key]:
-    """The rows whose layer is one of PEFT's LoRA `Linear`s: the ones that the hooks understand."""
+    """The rows whose layer is one of PEFT's LoRA `Linear`s: the ones that the hooks understand.
+
+    Activated LoRA hands its layers some of the rows alone, and no hook sees which.
+    """
     from peft.tuners.lora import Linear
 
     for row in expected:
-        if row.entry is not None and row.key[1] == "weight" and isinstance(live.get(row.module), Linear):
+        layer = live.get(row.module)
+        if row.entry is None or row.key[1] != "weight" or not isinstance(layer, Linear):
+            continue
+        if not (_variant(layer) or "").startswith("ALora"):
             yield row.key
 
 
@@ -267,7 +273,8 @@ def _why_unmeasured(
     if spec.keep == "events":
         return "contributions were not recorded (--keep events)"
     if key not in recorded:
-        return f"PEFT's {type(layer).__name__} layers are not recorded yet"
+        kind = _variant(layer) if key[1] == "weight" and hasattr(layer, "lora_variant") else None
+        return f"PEFT's {kind or type(layer).__name__} layers are not recorded yet"
     if _variant(layer) is not None and not account.has_run(key):
         return f"PEFT runs it as {_variant(layer)}, which the hooks do not see"
     return None
