@@ -38,9 +38,8 @@ def report(found: Report) -> RenderableType:
     parts: list[RenderableType] = [facts, *(_text(f"note: {note}", "cyan") for note in found.notes), words("")]
     for engine, ledger in found.ledgers.items():
         parts.append(assemble((f"{engine}  ", "bold"), (_line(headline(ledger)), _style(ledger))))
-        if not ledger.healthy and not ledger.refused and ledger.rows:
-            parts.append(terminal.stations(ledger))
-    return Group(*parts, *([words("")] if found.ledgers else []), *_findings(found), _verdict(found))
+    parts += [*_tables(found), *([words("")] if found.ledgers else [])]
+    return Group(*parts, *_findings(found), _verdict(found))
 
 
 def together(found: Sequence[Report], each: Sequence[RenderableType | None], lost: int) -> RenderableType:
@@ -93,6 +92,19 @@ def _summary_line(found: Report, width: int) -> RichText:
 
 def _name(found: Report) -> str:
     return _line(relative(found.adapter))
+
+
+def _tables(found: Report) -> Iterable[RenderableType]:
+    """The modules that do not take effect, by engine; engines that do the same with them share a table."""
+    alike: dict[str, list[Ledger]] = {}
+    for ledger in found.ledgers.values():
+        if ledger.rows and not ledger.healthy and not ledger.refused:
+            alike.setdefault(headline(ledger), []).append(ledger)
+    for ledgers in alike.values():
+        engines = ", ".join(ledger.engine for ledger in ledgers)
+        yield terminal.stations(
+            ledgers[0], "modules" if len(ledgers) == len(found.ledgers) else f"modules in {engines}"
+        )
 
 
 def _style(ledger: Ledger) -> str:
@@ -160,8 +172,8 @@ def _verdict(found: Report) -> RenderableType:
 def _counts(found: Iterable[Diagnostic]) -> str:
     """`2 errors, 1 warning`."""
     counts = Counter(diagnostic.severity for diagnostic in found)
-    names: dict[Severity, str] = {"error": "error", "warning": "warning", "info": "remark"}
-    return ", ".join(_plural(counts[severity], names[severity]) for severity in ORDER if counts[severity])
+    said = {one: f"{counts[one]} {one}" if one == "info" else _plural(counts[one], one) for one in ORDER}
+    return ", ".join(said[severity] for severity in ORDER if counts[severity])
 
 
 def _plural(count: int, word: str) -> str:

@@ -208,10 +208,10 @@ def ledger(found: Ledger, prefix: str = "") -> RenderableType:
     return Group(*parts, stations(found), *_hints(found))
 
 
-def stations(found: Ledger) -> RenderableType:
+def stations(found: Ledger, title: str = "modules") -> RenderableType:
     """Modules that fare alike in a row, under the stations that the ledger knows of."""
     known = [station for station in STATIONS if any(station in row.stations for row in found.rows)]
-    table = columns_of("modules", *known, "fate")
+    table = columns_of(title, *known, "fate")
     groups: dict[tuple[str, ...], list[str]] = {}
     for row in found.rows:
         fate = "takes effect" if found.predicted and row.fate == "took effect" else row.fate
