@@ -101,6 +101,14 @@ def headline(ledger: Ledger) -> str:
     if ledger.refused:
         return f"refused by {ledger.engine}: {ledger.message} ({ledger.code})"
     total = len(ledger.rows)
+    if ledger.predicted and total and ledger.count("unknown") == total:
+        reasons = {row.decisive[1].message: None for row in ledger.rows if row.decisive}
+        return (
+            f"{total} modules in the files, nothing wrong with them there; whether they take effect is not known: "
+            + ("; ".join(reasons))
+        )
+    if ledger.predicted and not total:
+        return "no module in the files"
     trained = " as trained" if ledger.count("wrong") else ""
     verb = "take" if ledger.predicted else "took"
     start = f"{ledger.count('took effect')} of {total} modules {verb} effect{trained}"

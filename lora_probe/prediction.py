@@ -17,7 +17,6 @@ from lora_probe.expected import Expected, expect, pair_spectrum
 from lora_probe.ledger import OK, Finding, Ledger, Row, Station, graver
 from lora_probe.rules import ENGINES, Found, Needs, Rule, surveys
 from lora_probe.rules.config import not_targeted
-from lora_probe.rules.loading import not_measured
 from lora_probe.rules.names import (
     doubled_prefix,
     no_lora_layer_there,
@@ -33,7 +32,8 @@ from lora_probe.rules.serving import MAX_RANKS, outside_filter
 from lora_probe.rules.weights import half_missing
 from lora_probe.spectrum import Spectrum
 
-NAMES = {"peft": "PEFT", "vllm": "vLLM"}
+BASE_UNKNOWN = Finding("unknown", message="the base is not known")
+EXPERTS_CONVERTED = Finding("unknown", message="PEFT converts the names of experts on load, which is not predicted")
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ _ORDER = {"LP1": 0, "LP4": 1, "LP2": 2, "LP3": 3}
 
 def _refused(row: Row) -> Row:
     """A row of an adapter that is not loaded: what the file shows stays, the rest nobody knows."""
-    unknown = not_measured("the engine does not load the adapter")
+    unknown = Finding("unknown", message="the engine does not load the adapter")
     stations = {station: finding if station == "stored" else unknown for station, finding in row.stations.items()}
     return Row(row.key, stations, row.expected_by, row.stored_as, row.engine_as)
 
@@ -126,19 +126,14 @@ def _peft(case: Case, row: Expected, place: Place | None) -> tuple[Finding, Find
         return named, gone
     targeted = bool(case.adapter.config.targeted([row.module])) or row.entry.parameter != "weight"
     if place is None:
-        return OK, not_measured("the base is not known") if targeted else not_targeted()
+        return OK, BASE_UNKNOWN if targeted else not_targeted()
     if place.module is None and ".experts." in f"{row.entry.module}." and case.views["peft"].parameters:
-        return not_measured("PEFT converts experts on load, which is not predicted"), gone_unknown()
+        return EXPERTS_CONVERTED, EXPERTS_CONVERTED
     if place.module is None:
         return _homeless(row, place, "PEFT", case), gone
     if not targeted:
         return OK, not_targeted()
     return OK, no_lora_layer_there(place.module.why_not) if place.module.why_not else OK
-
-
-def gone_unknown() -> Finding:
-    """`placed` of a module whose `read` is unknown."""
-    return not_measured("it is not known what the loader makes of it")
 
 
 def _vllm(case: Case, row: Expected, place: Place | None) -> tuple[Finding, Finding]:
@@ -148,7 +143,7 @@ def _vllm(case: Case, row: Expected, place: Place | None) -> tuple[Finding, Find
     stored = (row.entry.a or row.entry.b).name  # type: ignore[union-attr]
     if place is None:
         named = wrapper_in_name(wrapper_words(stored))
-        return (named, gone) if named is not None else (OK, not_measured("the base is not known"))
+        return (named, gone) if named is not None else (OK, BASE_UNKNOWN)
     if place.dropped:
         return skipped(place.dropped), gone
     if place.module is None:
