@@ -63,6 +63,8 @@ def predict(case: Case) -> Prediction:
 def _why_not(case: Case, needs: Needs) -> str:
     if needs != "files" and case.base is None:
         return "the base is not known"
+    if needs == "weights of the base" and not (case.base is not None and case.base.shapes):
+        return "the base's weights are not here, or not in safetensors files"
     if needs == "vllm" and "vllm" not in case.views:
         return "what vLLM has for this base is not known"
     return ""

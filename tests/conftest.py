@@ -69,8 +69,9 @@ def save_base(folder: Path, architecture: str = "llama") -> Path:
     return folder
 
 
-def save_adapter(folder: Path, base: Path, seed: int = 1, **config: Any) -> Path:
-    """An adapter as PEFT saves it, with a lora_B that has learned something."""
+def save_adapter(folder: Path, base: Path, seed: int = 1, trained: float | None = None, **config: Any) -> Path:
+    """An adapter as PEFT saves it, with a lora_B that has learned something: `trained` is how far it moved from its
+    initialisation, by default it is all new."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -80,7 +81,9 @@ def save_adapter(folder: Path, base: Path, seed: int = 1, **config: Any) -> Path
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(**settings))
     for name, parameter in model.named_parameters():
         if "lora_B" in name or "lora_embedding_A" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
+            before = parameter.detach().clone() * (trained is not None)
+            torch.nn.init.normal_(parameter, std=0.05 if trained is None else trained)
+            parameter.data += before
     model.save_pretrained(folder)
     return folder
 

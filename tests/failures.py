@@ -225,3 +225,17 @@ def write_config(folder: Path, raw: dict[str, Any]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "adapter_config.json").write_text(json.dumps(raw))
     return folder
+
+
+def _scrubbed(init: str) -> Callable[[Path, Path, Path], Path]:
+    """Someone wrote `true` over the initialisation, so that vLLM takes the adapter."""
+
+    def make(healthy: Path, base: Path, folder: Path) -> Path:
+        whole = save_adapter(folder.with_name(f"{folder.name}-whole"), base, init_lora_weights=init, trained=0.02)
+        return edited(whole, folder, config=lambda raw: raw | {"init_lora_weights": True})
+
+    return make
+
+
+failure("B14-pissa-scrubbed", "LP317")(_scrubbed("pissa"))
+failure("B14-olora-scrubbed", "LP317")(_scrubbed("olora"))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_probe.adapter import PREFIX, layer_of, projection_of
+from lora_probe.alignment import alignments
 from lora_probe.config import read_json
 from lora_probe.errors import ProbeError
 from lora_probe.rules import Found, survey
@@ -376,3 +377,37 @@ def shared_keys(case: Case) -> Iterator[Found]:
             f"the last {shared} of {layers} layers share keys and values; the file has {len(pairs)} pairs for theirs",
             keys=tuple(pair.key for pair in pairs),
         )
+
+
+@survey(
+    "LP317",
+    "part-of-the-base",
+    needs="weights of the base",
+    hint="write `pissa` or `olora` back into init_lora_weights for PEFT, or convert the adapter",
+)
+def part_of_the_base(case: Case) -> Iterator[Found]:
+    """A and B are a part of this very base's weights, and the config does not say so.
+
+    What it does: reads the weights of up to three modules and looks whether A is what B says of the weight, as PiSSA
+    and OLoRA begin. Pairs that began at zero have a cosine near 0, such pairs one near 1.
+
+    Why it matters: someone set init_lora_weights to true to get past vLLM's refusal, which offers just that. The part
+    was taken out of the base in training and is not taken out any more: it counts twice, in both engines, without a
+    word. Measured: PiSSA 0.05 and OLoRA 0.09 away from the trained model, whose whole training signal was 0.02.
+
+    References: huggingface/transformers#34468.
+    """
+    init = case.adapter.config.raw.get("init_lora_weights")
+    if isinstance(init, str) and init.lower().startswith(("pissa", "olora", "corda", "loftq")):
+        return
+    assert case.base is not None
+    found = list(alignments(case.adapter, case.base))
+    if found and min(cosine for _, cosine in found) > ALIGNED:
+        pair, cosine = max(found, key=lambda item: item[1])
+        said = f"`{pair.module}` is a part of the base's own weight (cosine {cosine:.2f})"
+        yield Found(f"{said}, as PiSSA and OLoRA begin, and init_lora_weights is {init!r}", field="init_lora_weights")
+
+
+ALIGNED = 0.5
+"""PiSSA and OLoRA were at 0.97 and 0.99 after some training, at 0.82 and 0.93 where B had moved by its own size; pairs
+that began at zero at 0.08 or less, those of the demo at 0.03."""
