@@ -16,10 +16,12 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_probe.errors import ProbeError
+from lora_probe.folders import Lost, asked
 from lora_probe.options import engine_options, parser_of_all, prompts, same_with_another_engine
 from lora_probe.render.output import complain, dump, hint, say, show, write
 from lora_probe.render.progress import comparing, following, telling, working
@@ -28,7 +30,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from lora_probe.checking import Report
-    from lora_probe.folders import Asked
     from lora_probe.reading import Trace
 
 CLEAN, FOUND, UNJUDGED, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
@@ -134,7 +135,6 @@ def spectra_of(adapter: Any, tick: Callable[[], None]) -> dict[str, Any]:
 
 def _check(options: argparse.Namespace) -> int:
     from lora_probe.checking import check_all
-    from lora_probe.folders import asked
     from lora_probe.render import checked, report
 
     wanted = asked(options.checkpoints or ["."], options.recursive)
@@ -144,49 +144,70 @@ def _check(options: argparse.Namespace) -> int:
     shown = {"text": checked.report if full else checked.details, "json": report.report_json}.get(options.format)
     found: list[Report] = []
     pages: list[Any] = []
+    lost = list(wanted.lost)
     with telling("reading") as tell:
-        for one in check_all(
-            wanted.folders,
+        check = partial(
+            check_all,
             model=options.model,
             options=engine_options(options),
             vllm_version=options.vllm_version,
             select=options.select or [],
             ignore=options.ignore or [],
             progress=lambda text: tell(text, passing=True),
-        ):
+        )
+        for one in _reports(wanted.folders, lost, check):
             pages += [shown(one)] if shown else []
             # Of thousands of adapters the ledgers, a row for every module, are not kept.
             found.append(one if full else replace(one, ledgers={}))
-    _report(found, pages, wanted, options.format)
-    for missing in wanted.lost:
+    if found:
+        _report(found, pages, lost, options.format, single=wanted.single, full=full)
+    for missing in lost:
         complain(missing.error.message, missing.error.hint)
-    return _status(found, wanted, options)
+    return _status(found, lost, options)
 
 
-def _report(found: list[Report], pages: list[Any], wanted: Asked, form: str) -> None:
+def _reports(
+    folders: Sequence[Path], lost: list[Lost], check: Callable[[Sequence[Path]], Iterator[Report]]
+) -> Iterator[Report]:
+    """The reports that can be had. A folder that cannot be judged is added to `lost`, and the others are judged."""
+    rest = list(folders)
+    # What is wrong with the options is wrong for all, and raised here.
+    list(check(()))
+    while rest:
+        try:
+            for one in check(tuple(rest)):
+                yield one
+                rest.pop(0)
+            return
+        except ProbeError as error:
+            lost.append(Lost(rest.pop(0), error))
+
+
+def _report(found: list[Report], pages: list[Any], lost: list[Lost], form: str, *, single: bool, full: bool) -> None:
     """Print what was found. `pages` is what the format makes of each adapter by itself, if anything."""
     from lora_probe.render import checked, github, report, sarif
 
-    if not wanted.folders:
-        return
     if form == "json":
-        dump(pages[0] if wanted.single else report.reports_json(pages, found, wanted.lost))
+        dump(pages[0] if single else report.reports_json(pages, found, lost))
     elif form == "sarif":
-        dump(sarif.sarif(found, wanted.lost))
+        dump(sarif.sarif(found, lost))
     elif form == "github":
-        write(github.commands(found, wanted.lost))
+        write(github.commands(found, lost))
     else:
-        show(checked.together(found, pages, len(wanted.lost)))
+        show(checked.full(pages, found, len(lost)) if full else checked.compact(pages, found, len(lost)))
         codes = [finding.code for one in found for finding in one.diagnostics if finding.severity == "error"]
         if codes:
             hint(f"lora-probe rule {codes[0]}")
 
 
-def _status(found: list[Report], wanted: Asked, options: argparse.Namespace) -> int:
+def _status(found: list[Report], lost: list[Lost], options: argparse.Namespace) -> int:
     """What `check` returns: 2 if a folder could not be judged, else 1 for errors; with --strict for less, too."""
-    if wanted.lost:
+    if lost:
         return UNJUDGED
-    bad = any(not one.clean or (options.strict and (one.count("warning") or one.not_run)) for one in found)
+    bad = any(
+        not one.clean or (options.strict and (one.count("warning") or any(r.codes for r in one.not_run)))
+        for one in found
+    )
     return FOUND if bad and not options.exit_zero else CLEAN
 
 

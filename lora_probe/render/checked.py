@@ -42,12 +42,16 @@ def report(found: Report) -> RenderableType:
     return Group(*parts, *_findings(found), _verdict(found))
 
 
-def together(found: Sequence[Report], each: Sequence[RenderableType | None], lost: int) -> RenderableType:
-    """All of it. `each` is every `report` where they are few, else every one's `details`."""
-    shown = [part for part in each if part is not None]
-    parts = [part for one in shown for part in (one, words(""))]
-    if len(found) <= FULL:
-        return Group(*(parts[:-1] if len(found) == 1 else [*parts, summary(found, lost)]))
+def full(reports: Sequence[RenderableType], found: Sequence[Report], lost: int) -> RenderableType:
+    """A few adapters, each as `report` shows it."""
+    if len(found) == 1:
+        return Group(*reports)
+    return Group(*(part for one in reports for part in (one, words(""))), summary(found, lost))
+
+
+def compact(details: Sequence[RenderableType | None], found: Sequence[Report], lost: int) -> RenderableType:
+    """Many adapters: a line each, then the `details` of those that have any."""
+    parts = [part for one in details if one is not None for part in (one, words(""))]
     return Group(lines(found), words(""), *parts, summary(found, lost))
 
 
@@ -146,7 +150,8 @@ def _by_gravity(found: Sequence[Diagnostic]) -> list[Diagnostic]:
     return sorted(found, key=lambda diagnostic: ORDER.index(diagnostic.severity))
 
 
-def _not_run(found: Sequence[NotRun]) -> Iterable[RenderableType]:
+def _not_run(every: Iterable[NotRun]) -> Iterable[RenderableType]:
+    found = [one for one in every if one.codes]
     for one in found[: terminal.SHOWN]:
         yield _text(f"not run: {', '.join(one.codes)}: {one.why}", "yellow")
     if len(found) > terminal.SHOWN:
