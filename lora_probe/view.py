@@ -13,6 +13,7 @@ from typing import Literal
 
 import msgspec
 
+from lora_probe.adapter import PREFIX
 from lora_probe.base import Base
 from lora_probe.checkpoint import EMBEDDINGS
 
@@ -71,8 +72,9 @@ class EngineView(msgspec.Struct, frozen=True):
     the loader takes (vLLM's check of unexpected modules), empty for an engine without such a check. `skip_prefixes`
     are names that the model's class skips in silence. `experts` is how fused experts are adapted: "2d" each expert by
     itself, "3d" as the two fused parameters. `parameters` maps a module to its fused parameters (PEFT:
-    `{"model.layers.0.mlp.experts": ["gate_up_proj", "down_proj"]}`). `source` is "engine", or "headers" where the
-    engine was not there to be asked.
+    `{"model.layers.0.mlp.experts": ["gate_up_proj", "down_proj"]}`). `takes_back`: a name stays as it is where
+    `renames` would only shorten it at its beginning, PEFT's prefix included (PEFT). `source` is "engine", or "headers"
+    where the engine was not there to be asked.
     """
 
     engine: str
@@ -81,6 +83,7 @@ class EngineView(msgspec.Struct, frozen=True):
     modules: dict[str, ModuleView]
     source: Literal["engine", "headers"] = "engine"
     renames: tuple[Rename, ...] = ()
+    takes_back: bool = False
     suffixes: tuple[str, ...] = ()
     skip_prefixes: tuple[str, ...] = ()
     vocabulary: int | None = None
@@ -90,12 +93,13 @@ class EngineView(msgspec.Struct, frozen=True):
 
     def renamed(self, name: str) -> str | None:
         """The engine's name for a tensor's, both without PEFT's prefix; None where the engine drops it."""
+        found = name
         for step in self.renames:
-            found = _apply(step, name)
-            if found is None:
+            after = _apply(step, found)
+            if after is None:
                 return None
-            name = found
-        return name
+            found = after
+        return name if self.takes_back and f"{PREFIX}{name}".endswith(found) else found
 
 
 def _apply(step: Rename, name: str) -> str | None:

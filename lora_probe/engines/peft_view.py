@@ -47,6 +47,7 @@ def describe(base: Base, task: str | None, version: str) -> EngineView:
         model=type(model).__name__,
         modules=modules,
         renames=renames,
+        takes_back=True,
         vocabulary=getattr(model.config.get_text_config(), "vocab_size", None),
         experts="3d" if parameters else "",
         parameters=parameters,
@@ -127,19 +128,13 @@ def _conversions(model: Any) -> tuple[tuple[Rename, ...], tuple[str, ...]]:
     from transformers.core_model_loading import WeightRenaming
 
     registered = get_model_conversion_mapping(model)
-    plain = [entry for entry in registered if isinstance(entry, WeightRenaming) and not _strips(entry)]
-    steps = [step for entry in plain for step in renaming(entry)]
+    steps = [step for entry in registered if isinstance(entry, WeightRenaming) for step in renaming(entry)]
     converters = [
         entry for entry in build_peft_weight_mapping(registered, "default") if not isinstance(entry, WeightRenaming)
     ]
     joined = {pattern for entry in converters for pattern in entry.source_patterns}
     notes = (f"PEFT joins tensors named like {', '.join(sorted(joined))} when it loads an adapter",) if joined else ()
     return tuple(steps), notes
-
-
-def _strips(entry: Any) -> bool:
-    """Whether a renaming does no more than to take away a prefix, which PEFT takes back."""
-    return bool(getattr(entry, "prefix_to_remove", None)) and not getattr(entry, "model_prefix", "")
 
 
 def renaming(entry: Any) -> Iterator[Rename]:
@@ -160,11 +155,10 @@ def renaming(entry: Any) -> Iterator[Rename]:
     branches = []
     for number, source in enumerate(sources):
         pattern = _CARET.sub(lambda _: begin, source.replace("*.", r".*\."))
-        branches.append(f"(?P<b{number}>.*?)(?P<g{number}>{pattern})")
-    old = f"(?P<scope>{start})(?:{'|'.join(branches)})"
+        branches.append(f"(?P<g{number}>{pattern})")
+    old = f"(?P<before>{start}.*?)(?:{'|'.join(branches)})"
     compiled = re.compile(old, re.DOTALL)
-    before = "".join(f"\\g<b{number}>" for number in range(len(sources)))
     # Groups that took no part are empty, so one replacement serves all branches.
     inside = "".join(f"\\g<{compiled.groupindex[f'g{number}'] + 1}>" for number in range(len(sources)))
     literal = target.replace("\\1", "\0").replace("\\", "\\\\").replace("\0", inside)
-    yield Rename("regex", f"(?s:{old})", f"\\g<scope>{before}{literal}")
+    yield Rename("regex", f"(?s:{old})", f"\\g<before>{literal}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ import msgspec
 
 from lora_probe.base import Base
 from lora_probe.engines import require
-from lora_probe.engines.child import DESCRIBE, VIEW, DescribeSpec, Progress, run_child
+from lora_probe.engines.child import DESCRIBE, LOG, VIEW, DescribeSpec, Progress, run_child
 from lora_probe.engines.launch import versions
 from lora_probe.errors import ProbeError
 from lora_probe.tracefile import write_json
@@ -28,6 +29,8 @@ from lora_probe.view import SCHEMA, EngineView
 
 NO_CACHE = "LORA_PROBE_NO_CACHE"
 """Set to 1, nothing is read from the cache or written to it."""
+
+_NOT_THERE = re.compile(r"ModuleNotFoundError: (No module named '[\w.]+')")
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,14 @@ def _ask(base: Base, engine: str, task: str | None, stop: threading.Event) -> En
             run_child(folder, 0, heed)
             return msgspec.json.decode((folder / VIEW).read_bytes(), type=EngineView)
         except ProbeError as error:
-            return error.message
+            return error.message + _cause(folder / LOG)
+
+
+def _cause(log: Path) -> str:
+    """A library that is not there, which vLLM tells its log alone."""
+    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+    found = _NOT_THERE.findall(text)
+    return f" ({found[-1]})" if found else ""
 
 
 def _place(base: Base, engine: str, task: str | None) -> Path | None:

@@ -37,7 +37,7 @@ NAMES = {
     "engine_args": ("vllm.engine.arg_utils", "EngineArgs"),
     "current_config": ("vllm.config", "set_current_vllm_config"),
     "init_distributed": ("vllm.distributed", "init_distributed_environment"),
-    "init_parallel": ("vllm.distributed", "initialize_model_parallel"),
+    "init_parallel": ("vllm.distributed", "ensure_model_parallel_initialized"),
     "build_model": ("vllm.model_executor.model_loader.utils", "initialize_model"),
     "supports_lora": ("vllm.model_executor.models", "supports_lora"),
     "lru_worker_manager": ("vllm.lora.worker_manager", "LRUCacheWorkerLoRAManager"),

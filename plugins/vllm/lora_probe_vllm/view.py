@@ -45,7 +45,7 @@ SETTINGS: dict[str, Any] = {
 
 
 def describe(base: Base) -> EngineView:
-    """What vLLM makes of `base`. To be called in a process that runs no engine.
+    """What vLLM makes of `base`. Leaves vLLM's process groups of one behind, as every engine in a process does.
 
     Raises:
         EngineFailed: vLLM cannot build the model, or its class takes no adapter; vLLM's words.
@@ -174,13 +174,15 @@ def _bare(manager: Any) -> Iterator[tuple[str, ModuleView]]:
 def _why_not(manager: Any, name: str, module: Any, kind: Kind) -> str:
     """Why `_create_lora_modules` passes a module by."""
     cls = type(manager.model).__name__
+    if kind == "other":
+        return f"vLLM does not adapt {type(module).__name__}"
+    if kind == "head":
+        return f"vLLM's {cls} does not adapt the output head"
     if manager.supports_mm and manager._get_punica_wrapper(name) is None:
         flag = getattr(manager.model, "supports_tower_connector_lora", False)
         return f"vLLM adapts the language model of {cls} only" + (" (no --enable-tower-connector-lora)" if flag else "")
-    if kind in ("embedding", "head"):
-        return f"vLLM's {cls} does not adapt {'embeddings' if kind == 'embedding' else 'the output head'}"
-    if kind == "other":
-        return f"vLLM does not adapt {type(module).__name__}"
+    if kind == "embedding":
+        return f"vLLM's {cls} does not adapt embeddings"
     return f"vLLM has no LoRA layer for this {type(module).__name__}"
 
 
