@@ -51,6 +51,8 @@ Raw = npt.NDArray[Any]
 FLOATS = ("F64", "F32", "F16", "BF16")
 """The dtypes whose values `read` gives."""
 
+MAX_TENSORS = 500_000
+"""Tensors of one file; an adapter on every expert of a model with 61 layers of 384 experts has 140,000."""
 MAX_VALUES = 2**30
 """Values of one tensor that `read` gives at once: 4 GiB as float32, and far more than any half of a pair has."""
 _PLAIN_HEADER = 10_000_000
@@ -189,25 +191,26 @@ def _require_whole(path: Path, size: int, data: int, tensors: dict[str, TensorHe
 def _entry(name: str, entry: object, data: int, room: int) -> TensorHeader:
     if isinstance(entry, dict):
         entry = _Entry(entry.get("dtype"), entry.get("shape"), entry.get("data_offsets"))
-    label = f"`{shown(name)}`"
     if not is_text(name):
-        raise ValueError(f"{label} is no name that can be written in UTF-8")
+        raise ValueError(f"`{shown(name)}` is no name that can be written in UTF-8")
     if not isinstance(entry, _Entry):
-        raise ValueError(f"the entry of {label} is not an object")
+        raise ValueError(f"the entry of `{shown(name)}` is not an object")
     dtype, shape, offsets = entry
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise ValueError(f"{label} has the unknown dtype {brief(dtype)}")
+        raise ValueError(f"`{shown(name)}` has the unknown dtype {brief(dtype)}")
     if not isinstance(shape, list) or len(shape) > 64 or not all(type(n) is int and 0 <= n < 2**63 for n in shape):
-        raise ValueError(f"{label} has the impossible shape {brief(shape)}")
+        raise ValueError(f"`{shown(name)}` has the impossible shape {brief(shape)}")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(n) is int for n in offsets):
-        raise ValueError(f"{label} has the impossible offsets {brief(offsets)}")
+        raise ValueError(f"`{shown(name)}` has the impossible offsets {brief(offsets)}")
     start, end = offsets
     width = DTYPES[dtype][1]
     # An axis of length 0 must not hide that the others are impossible: numpy multiplies them all.
     if math.prod(n or 1 for n in shape) * width >= 2**63:
-        raise ValueError(f"{label} has the impossible shape {brief(shape)}")
+        raise ValueError(f"`{shown(name)}` has the impossible shape {brief(shape)}")
     if start < 0 or end - start != math.prod(shape) * width:
-        raise ValueError(f"{label} has {brief(end - start)} bytes where {dtype} {brief(shape)} needs another number")
+        raise ValueError(
+            f"`{shown(name)}` has {brief(end - start)} bytes where {dtype} {brief(shape)} needs another number"
+        )
     return TensorHeader(name, dtype, tuple(shape), data + start, data + end)
 
 

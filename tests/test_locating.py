@@ -5,17 +5,24 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from conftest import LAYERS, TARGETS, record_peft
+from merges import merge_by_peft, save_adapter_of, save_model
 from safetensors.torch import load_file
 
 from lora_probe import inspect
+from lora_probe.cli import main
 from lora_probe.config import open_config
 from lora_probe.errors import MissingWeights, NotLora, UnreadableFile
+from lora_probe.ledger import headline
+from lora_probe.preserved import parity
 
 WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 
@@ -54,6 +61,49 @@ def test_a_bin_as_peft_itself_writes_it(llama: Path, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "bin", safe_serialization=False)
     assert not (tmp_path / "bin" / WEIGHTS).exists()
     assert [module.rank for module in inspect(tmp_path / "bin").modules] == [4, 4, 4]
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_bin_is_traced(adapter: Path, llama: Path, tmp_path: Path, legacy: bool) -> None:
+    trace = record_peft(as_pickle(adapter, tmp_path / "bin", legacy=legacy), llama, tmp_path / "run.lptrace")
+    ((_, ledger),) = trace.loads
+    assert headline(ledger) == f"{3 * LAYERS} of {3 * LAYERS} modules took effect"
+
+
+@pytest.mark.parametrize("more", [{}, {"modules_to_save": ["lm_head"]}, {"use_dora": True}])
+def test_a_merge_is_checked_against_a_bin(tmp_path: Path, more: dict[str, Any]) -> None:
+    base = save_model(tmp_path / "base", "llama")
+    made = save_adapter_of(tmp_path / "adapter", base, target_modules=list(TARGETS), **more)
+    merged = merge_by_peft(tmp_path / "merged", made, base, "float32")
+    found = parity(as_pickle(made, tmp_path / "bin"), model=str(base), merged=str(merged), weights_only=True)
+    assert found.verdict == "verified"
+    assert (
+        found.weights.compared == parity(made, model=str(base), merged=str(merged), weights_only=True).weights.compared
+    )
+
+
+def test_a_bin_on_the_command_line(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = as_pickle(adapter, tmp_path / "bin")
+    for arguments in ([], ["--norms"], ["--module", "1.self_attn.q_proj"]):
+        outputs = []
+        for one in (adapter, folder):
+            assert main(["inspect", str(one), *arguments, "--format", "json"]) == 0
+            data = json.loads(capsys.readouterr().out)
+            outputs.append({key: data[key] for key in ("modules", "parameters", "dtypes", "others")})
+        assert outputs[0] == outputs[1]
+
+
+def test_a_bin_without_torch(adapter: Path, tmp_path: Path) -> None:
+    script = (
+        "import sys\n"
+        "sys.modules['torch'] = None\n"
+        "from lora_probe.cli import main\n"
+        f"sys.exit(main(['inspect', {str(as_pickle(adapter, tmp_path / 'bin'))!r}]))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "is a pickle, and torch is not installed" in done.stderr
+    assert "pip install 'lora-probe[peft]'" in done.stderr
 
 
 def test_which_file_is_read(adapter: Path, tmp_path: Path) -> None:
