@@ -113,7 +113,18 @@ class AdapterConfig:
         """Those of `names` (modules of a base) that PEFT would give an adapter for this config."""
         return [name for name in names if self._targets(name)]
 
+    def targets_parameter(self, parameter: str) -> bool:
+        """Whether target_parameters names `parameter`, the path of a weight (`model.layers.0.mlp.gate.weight`)."""
+        wanted = self.raw.get("target_parameters") or ()
+        return any(
+            parameter == name or parameter.endswith(f".{name}")
+            for name in ([wanted] if isinstance(wanted, str) else wanted)
+        )
+
     def _targets(self, name: str) -> bool:
+        return self.targets_parameter(f"{name}.weight") or self._targets_module(name)
+
+    def _targets_module(self, name: str) -> bool:
         excluded = self.raw.get("exclude_modules")
         if excluded and _names(excluded, name):
             return False
@@ -208,7 +219,8 @@ def _checked(path: Path, raw: dict[str, Any]) -> dict[str, Any]:
     for key, (kinds, what) in _KINDS.items():
         value = raw.get(key)
         items = value if isinstance(value, list) else []
-        if value is not None and (not isinstance(value, kinds) or not all(isinstance(i, kinds) for i in items)):
+        plain = tuple(kind for kind in kinds if kind is not list)
+        if value is not None and (not isinstance(value, kinds) or not all(isinstance(i, plain) for i in items)):
             raise UnreadableFile(f"`{path}`: `{key}` is {brief(value)}, not {what}", "see PEFT's LoraConfig")
     excluded = raw.get("exclude_modules")
     if isinstance(excluded, str):
