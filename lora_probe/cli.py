@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from lora_probe.errors import ProbeError
 from lora_probe.folders import Lost, asked
 from lora_probe.options import engine_options, parser_of_all, prompts, same_with_another_engine
+from lora_probe.render.cells import one_line
 from lora_probe.render.output import complain, dump, hint, say, show, write
 from lora_probe.render.progress import comparing, following, telling, working
 
@@ -145,6 +146,10 @@ def _check(options: argparse.Namespace) -> int:
     found: list[Report] = []
     pages: list[Any] = []
     lost = list(wanted.lost)
+
+    def counted(text: str) -> str:
+        return f"{len(found) + 1} of {len(wanted.folders)}: {text}"
+
     with telling("reading") as tell:
         check = partial(
             check_all,
@@ -153,7 +158,7 @@ def _check(options: argparse.Namespace) -> int:
             vllm_version=options.vllm_version,
             select=options.select or [],
             ignore=options.ignore or [],
-            progress=lambda text: tell(text, passing=True),
+            progress=lambda text: tell(one_line(text if wanted.single else counted(text)), passing=True),
         )
         for one in _reports(wanted.folders, lost, check):
             pages += [shown(one)] if shown else []
@@ -162,7 +167,7 @@ def _check(options: argparse.Namespace) -> int:
     if found:
         _report(found, pages, lost, options.format, single=wanted.single, full=full)
     for missing in lost:
-        complain(missing.error.message, missing.error.hint)
+        complain(one_line(missing.error.message), one_line(missing.error.hint))
     return _status(found, lost, options)
 
 

@@ -383,15 +383,21 @@ def test_names_in_files_cannot_speak_for_us(form: str, runs: Path, capsys: Any, 
             report = damaged(folder, message=f"names: {HOSTILE}")
             bad = tuple(replace(one, modules=(HOSTILE,), path=f"{folder}/{HOSTILE}") for one in report.diagnostics)
             notes = (f"note {HOSTILE}",)
-            yield replace(report, diagnostics=bad, notes=notes, model=HOSTILE, not_run=(NotRun(("LP301",), HOSTILE),))
+            odd = Row((HOSTILE, "weight", None), dict.fromkeys(STATIONS[:3], Finding("absent", "LP204", HOSTILE)))
+            ledgers = {"peft": ledger("peft"), "vllm": Ledger("vllm", (odd,), predicted=True)}
+            report = replace(report, diagnostics=bad, notes=notes, model=HOSTILE, ledgers=ledgers)
+            yield replace(report, not_run=(NotRun(("LP301",), HOSTILE),))
 
     monkeypatch.setattr(checking, "check_all", hostile)
-    for folders in (["damaged"], ["damaged", "healthy", "warned", "deep/healthy-9"]):
-        _, out, _ = call("check", *folders, "--format", form, capsys=capsys)
+    (runs / HOSTILE.replace("/", "")).mkdir()
+    for folders in (["damaged"], ["damaged", "healthy", "warned", "deep/healthy-9"], [HOSTILE.replace("/", "")]):
+        _, out, err = call("check", *folders, "nowhere" + HOSTILE, "--format", form, capsys=capsys)
         out.encode()
+        assert not [said for said in re.split(r"[\r\n]", err) if said.lstrip().startswith("::") or "##[" in said]
+        assert form in ("json", "sarif") or "##[" not in out.replace("%0D##[", "")
         assert "\x1b" not in out
         assert "\x07" not in out
-        ours = ("::error file=", "::warning file=", "::notice title=") if form == "github" else ()
+        ours = ("::error file=", "::error title=", "::warning file=", "::notice title=") if form == "github" else ()
         for line in re.split(r"[\r\n]", out):
             assert not line.lstrip().startswith("::") or line.startswith(ours), line
             assert form != "github" or line.startswith(ours) or not line

@@ -16,7 +16,7 @@ from rich.text import Text as RichText
 from lora_probe.checking import NotRun, Report
 from lora_probe.ledger import Ledger, headline, name_modules
 from lora_probe.render import terminal
-from lora_probe.render.cells import add_row, assemble, words
+from lora_probe.render.cells import add_row, assemble, one_line, words
 from lora_probe.render.places import relative
 from lora_probe.rules import Diagnostic, Severity
 
@@ -33,11 +33,11 @@ def report(found: Report) -> RenderableType:
     facts = Table.grid(padding=(0, 2))
     facts.add_column(style="bold")
     facts.add_column(overflow="fold")
-    add_row(facts, "adapter", _line(relative(found.adapter)))
-    add_row(facts, "base model", _line(found.model or "not known"))
+    add_row(facts, "adapter", one_line(relative(found.adapter)))
+    add_row(facts, "base model", one_line(found.model or "not known"))
     parts: list[RenderableType] = [facts, *(_text(f"note: {note}", "cyan") for note in found.notes), words("")]
     for engine, ledger in found.ledgers.items():
-        parts.append(assemble((f"{engine}  ", "bold"), (_line(headline(ledger)), _style(ledger))))
+        parts.append(assemble((f"{engine}  ", "bold"), (one_line(headline(ledger)), _style(ledger))))
     parts += [*_tables(found), *([words("")] if found.ledgers else [])]
     return Group(*parts, *_findings(found), _verdict(found))
 
@@ -67,7 +67,7 @@ def details(found: Report) -> RenderableType | None:
         return None
     parts: list[RenderableType] = [words(_name(found), style="bold")]
     for engine, ledger in found.ledgers.items():
-        parts.append(assemble(f"  {engine}  ", (_line(headline(ledger)), _style(ledger))))
+        parts.append(assemble(f"  {engine}  ", (one_line(headline(ledger)), _style(ledger))))
     return Group(*parts, *_diagnostics(found.diagnostics, hints=False))
 
 
@@ -95,7 +95,7 @@ def _summary_line(found: Report, width: int) -> RichText:
 
 
 def _name(found: Report) -> str:
-    return _line(relative(found.adapter))
+    return one_line(relative(found.adapter))
 
 
 def _tables(found: Report) -> Iterable[RenderableType]:
@@ -128,7 +128,7 @@ def _findings(found: Report) -> Iterable[RenderableType]:
 def _diagnostics(found: Sequence[Diagnostic], hints: bool = True) -> Iterable[RenderableType]:
     for diagnostic in _by_gravity(found):
         code = f"{diagnostic.severity} {diagnostic.code} {diagnostic.name}: "
-        yield assemble((code, STYLES[diagnostic.severity]), _line(diagnostic.message))
+        yield assemble((code, STYLES[diagnostic.severity]), one_line(diagnostic.message))
         if about := _about(diagnostic):
             yield _text(f"  {about}")
         if diagnostic.hint and hints:
@@ -186,9 +186,4 @@ def _plural(count: int, word: str) -> str:
 
 
 def _text(content: str, style: str = "") -> RichText:
-    return words(_line(content), style=style)
-
-
-def _line(content: object) -> str:
-    """In one line, whatever the names in it hold."""
-    return str(content).replace("\n", "�").replace("\t", " ")
+    return words(one_line(content), style=style)

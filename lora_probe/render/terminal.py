@@ -16,7 +16,7 @@ from lora_probe.adapter import Adapter, Key, layer_of, natural, projection_of, r
 from lora_probe.comparison import Comparison
 from lora_probe.ledger import STATIONS, Ledger, Station, headline, name_modules
 from lora_probe.reading import Trace
-from lora_probe.render.cells import add_row, assemble, columns_of, grid, words
+from lora_probe.render.cells import add_row, assemble, columns_of, grid, one_line, words
 from lora_probe.render.machine import contributions_json, requests_json
 from lora_probe.rules import Rule, diagnose
 from lora_probe.spectrum import Spectrum
@@ -217,7 +217,7 @@ def stations(found: Ledger, title: str = "modules") -> RenderableType:
         fate = "takes effect" if found.predicted and row.fate == "took effect" else row.fate
         groups.setdefault((*(row.stations[s].value for s in known), fate), []).append(row.module)
     for values, modules in groups.items():
-        label = f"{len(modules)}: {name_modules(modules)}"
+        label = one_line(f"{len(modules)}: {name_modules(modules)}")
         add_row(table, label, *(_verdict(value) for value in values))
     return table
 
