@@ -17,7 +17,7 @@ from lora_probe.adapter import PREFIX
 from lora_probe.base import Base
 from lora_probe.checkpoint import EMBEDDINGS
 
-SCHEMA = 1
+SCHEMA = 2
 """Raised when a view is built or written in another way, so that none of before is taken for one of today."""
 
 HEADS = ("lm_head", "embed_out")

@@ -197,6 +197,18 @@ def test_vllm_leaves_embeddings_of_qwen2_alone(models: dict[str, Path], engine: 
 
 
 @pytest.mark.engine
+def test_a_quantisation_that_cannot_run_here_changes_no_name(llama: Path, engine: SharedEngine, tmp_path: Path) -> None:
+    """bitsandbytes has no kernel on a CPU."""
+    quantised = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    config = json.loads((llama / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": quantised}))
+    plain, view = ask_vllm(llama), ask_vllm(tmp_path)
+    assert "bitsandbytes" in view.notes[0]
+    assert (view.modules, view.suffixes) == (plain.modules, plain.suffixes)
+    assert ask_peft(tmp_path).modules == ask_peft(llama).modules
+
+
+@pytest.mark.engine
 def test_vllm_names_every_expert(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     # In a process of its own: experts have process groups that the shared engine has not made.
     monkeypatch.setenv(views.NO_CACHE, "1")
@@ -310,7 +322,7 @@ def test_a_cache_that_cannot_be_written_is_no_error(
     found = views_of(open_base(str(base)), ["peft", "nobody"], TASK, said.append)
     assert found.found == {"peft": view}
     assert found.missing == {"nobody": "there is no engine `nobody`"}
-    assert said == [f"asking peft what it has for {base.name}"]
+    assert said == [f"asking peft which modules {base.name} has there"]
 
 
 def test_asking_imports_no_engine_here() -> None:

@@ -149,7 +149,10 @@ def _describe_into(folder: Path) -> None:
     """`Engine.describe`, from files alone: what an engine would fetch from a hub changes no name."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     asked = msgspec.json.decode((folder / DESCRIBE).read_bytes(), type=DescribeSpec)
-    write_json(folder / VIEW, make(asked.engine).describe(open_base(asked.model), asked.task))
+    engine = make(asked.engine)
+    if not hasattr(engine, "describe"):
+        raise EngineFailed(f"the engine `{asked.engine}` does not say what it has for a base")
+    write_json(folder / VIEW, engine.describe(open_base(asked.model), asked.task))
 
 
 def _die_with_parent() -> None:

@@ -69,11 +69,7 @@ def views_of(
         else:
             found[engine] = view
     if asked:
-        progress(
-            f"asking {' and '.join(asked)} what they have for {base.path.name}"
-            if len(asked) > 1
-            else f"asking {next(iter(asked))} what it has for {base.path.name}"
-        )
+        progress(f"asking {' and '.join(asked)} which modules {_called(base)} has there")
     for engine, answer in _ask_all(base, list(asked), task).items():
         if isinstance(answer, EngineView):
             found[engine] = answer
@@ -82,6 +78,14 @@ def views_of(
             missing[engine] = answer
     order = [engine for engine in dict.fromkeys(engines) if engine in found]
     return Views({engine: found[engine] for engine in order}, missing)
+
+
+def _called(base: Base) -> str:
+    """What a person calls a base: its folder's name, or the id of one in the cache."""
+    folder = base.path.resolve()
+    if folder.parent.name == "snapshots":
+        return folder.parent.parent.name.removeprefix("models--").replace("--", "/")
+    return folder.name
 
 
 def _ask_all(base: Base, engines: list[str], task: str | None) -> dict[str, EngineView | str]:

@@ -7,7 +7,7 @@ this reads the manager that vLLM makes, as a worker makes it after it has loaded
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +17,7 @@ import torch
 from lora_probe.base import Base
 from lora_probe.engines.peft_view import renaming
 from lora_probe.errors import EngineFailed
+from lora_probe.tracefile import write_json
 from lora_probe.view import EngineView, Kind, ModuleView, Rename
 from lora_probe_vllm.engine import root_cause
 from lora_probe_vllm.seams import (
@@ -51,13 +52,7 @@ def describe(base: Base) -> EngineView:
         EngineFailed: vLLM cannot build the model, or its class takes no adapter; vLLM's words.
         SeamMoved: this vLLM lacks a name that is needed.
     """
-    try:
-        manager, vocabulary = _manager(base)
-    except EngineFailed:
-        raise
-    # A model fails to be built in as many ways as it has parts; vLLM's own words are the message.
-    except Exception as error:
-        raise EngineFailed(f"vLLM cannot build the model of `{base.path}`: {root_cause(error)}") from error
+    manager, vocabulary, notes = _manager(base)
     model = manager.model
     modules = dict(_wrapped(manager))
     modules |= {name: view for name, view in _bare(manager) if name not in modules}
@@ -75,17 +70,57 @@ def describe(base: Base) -> EngineView:
         skip_prefixes=tuple(getattr(model, "lora_skip_prefixes", None) or ()),
         vocabulary=vocabulary,
         experts=_experts(manager),
+        notes=notes,
     )
 
 
-def _manager(base: Base) -> tuple[Any, int]:
-    """vLLM's LoRA manager for `base` on the meta device, and the size of the vocabulary.
+def _manager(base: Base) -> tuple[Any, int, tuple[str, ...]]:
+    """vLLM's LoRA manager, the size of the vocabulary, and what is to be said of how they were made.
+
+    How weights are quantised changes no name and no shape, so where this machine lacks a kernel for it (or a folder is
+    checked on another machine than it is served on), the model is built as if it were not quantised.
+    """
+    try:
+        return *_built(base.path), ()
+    except EngineFailed:
+        raise
+    # A model fails to be built in as many ways as it has parts; vLLM's own words are the message.
+    except Exception as error:
+        words = root_cause(error)
+        plain = _unquantised(base.config)
+        if plain is None:
+            raise EngineFailed(f"vLLM cannot build the model of `{base.path}`: {words}") from error
+    with tempfile.TemporaryDirectory() as folder:
+        write_json(Path(folder) / "config.json", plain)
+        try:
+            return *_built(Path(folder)), (
+                f"vLLM cannot build this model quantised here, so names are of it plain: {words}",
+            )
+        except EngineFailed:
+            raise
+        except Exception as error:
+            raise EngineFailed(f"vLLM cannot build the model of `{base.path}`: {root_cause(error)}") from error
+
+
+def _unquantised(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The config without its quantisation; None where it has none."""
+    marks = {"quantization_config", "compression_config"}
+    found = bool(marks & set(config))
+    plain = {key: value for key, value in config.items() if key not in marks}
+    for key, value in plain.items():
+        if isinstance(value, Mapping) and (inner := _unquantised(value)) is not None:
+            plain[key], found = inner, True
+    return plain if found else None
+
+
+def _built(folder: Path) -> tuple[Any, int]:
+    """vLLM's LoRA manager on the meta device for the model in `folder`, and the size of its vocabulary.
 
     Mirrors `Worker.init_device`, `BaseModelLoader.load_model` without its weights, and `load_lora_model`.
     """
-    config = seams.engine_args(model=str(base.path), **SETTINGS).create_engine_config()
-    with tempfile.TemporaryDirectory() as folder, seams.current_config(config), Patches() as patches:
-        seams.init_distributed(1, 0, f"file://{Path(folder) / 'store'}", 0, "gloo")
+    config = seams.engine_args(model=str(folder), **SETTINGS).create_engine_config()
+    with tempfile.TemporaryDirectory() as store, seams.current_config(config), Patches() as patches:
+        seams.init_distributed(1, 0, f"file://{Path(store) / 'store'}", 0, "gloo")
         seams.init_parallel(1, 1)
         with META:
             model = seams.build_model(vllm_config=config)
