@@ -38,7 +38,15 @@ def markdown(rules: Sequence[Rule]) -> str:
 def page(rule: Rule) -> str:
     """One rule without its heading: facts, page, hint."""
     paragraphs = [_paragraph(text.rstrip()) for text in rule.page.strip().split("\n\n")]
-    return "\n\n".join([_facts(rule), *paragraphs, f"**Hint**: {_escaped(rule.hint)}"]) + "\n"
+    return "\n\n".join([facts(rule), *paragraphs, f"**Hint**: {_escaped(rule.hint)}"]) + "\n"
+
+
+def facts(rule: Rule) -> str:
+    """How grave it is, in which engines, at which station of the ledger."""
+    if rule.station == "merge":
+        return rule.severity
+    where = "" if rule.station == "adapter" else f", station {rule.station}"
+    return f"{rule.severity}, {' and '.join(rule.engines)}{where}"
 
 
 def first_sentence(rule: Rule) -> str:
@@ -63,13 +71,6 @@ def _family(code: str) -> str:
 def _anchor(heading: str) -> str:
     """The anchor that GitHub gives a heading."""
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
-
-
-def _facts(rule: Rule) -> str:
-    if rule.station == "merge":
-        return rule.severity
-    where = "" if rule.station == "adapter" else f", station `{rule.station}`"
-    return f"{rule.severity}, {' and '.join(rule.engines)}{where}"
 
 
 def _paragraph(text: str) -> str:

@@ -18,6 +18,7 @@ from lora_probe.ledger import STATIONS, Ledger, Station, headline, name_modules
 from lora_probe.reading import Trace
 from lora_probe.render.cells import add_row, assemble, columns_of, grid, one_line, words
 from lora_probe.render.machine import contributions_json, requests_json
+from lora_probe.render.pages import facts as rule_facts
 from lora_probe.rules import Rule, diagnose
 from lora_probe.spectrum import Spectrum
 from lora_probe.tracefile import LoadEvent
@@ -374,7 +375,7 @@ def _what_differs(found: Comparison) -> str:
 
 def rule(found: Rule) -> RenderableType:
     """The page of a rule."""
-    head = assemble((f"{found.code} {found.name}", "bold"), f"  {found.severity}, station {found.station}")
+    head = assemble((f"{found.code} {found.name}", "bold"), f"  {rule_facts(found)}")
     return Group(head, words(""), words(found.page), words(""), words(f"hint: {found.hint}", style="cyan"))
 
 
