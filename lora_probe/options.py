@@ -206,7 +206,7 @@ def _add_engine(parser: argparse.ArgumentParser, dtype: str, *, running: bool = 
             "--max-model-len", type=int, metavar="N", help="default: 4096, or less if the base has less"
         )
     engine.add_argument("--tensor-parallel-size", type=int, metavar="N")
-    engine.add_argument("--lora-target-modules", nargs="+", metavar="NAME")
+    engine.add_argument("--lora-target-modules", nargs="+", metavar="NAME", help="takes all that follows: CKPT first")
 
 
 def _add_parity(commands: Any) -> None:

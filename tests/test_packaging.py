@@ -63,6 +63,10 @@ def test_the_core_alone_inspects_and_shows(adapter: Path, peft_trace: object, tm
         return subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
 
     assert "rank 8, alpha 16" in call("inspect", adapter, "--norms").stdout
+    checked = call("check", adapter)
+    assert checked.returncode == 0, checked.stdout
+    assert "vllm  9 of 9 modules take effect" in checked.stdout
+    assert "peft was not asked what it has" in checked.stdout
     assert "9 of 9 modules took effect" in call("show", trace).stdout
     assert call("compare", trace, trace).returncode == 0
     for engine, word in (("peft", "needs the module"), ("vllm", "is not installed")):
