@@ -27,10 +27,11 @@ _AGAIN = "copy or download it again, or save it again with torch.save"
 
 @dataclass(frozen=True)
 class PickleRecord:
-    """Where the pickle of the archive lies in the file."""
+    """Where the pickle of the archive lies in the file, and how many bytes the records have that hold values."""
 
     start: int
     size: int
+    storages: frozenset[int]
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,8 @@ def pickle_record(path: Path, file: BinaryIO, size: int) -> PickleRecord:
             f"`{path}` has a pickle of {pickles[0].size} bytes for {len(entries)} records, more than tensors need",
             _AGAIN,
         )
-    return PickleRecord(_data_of(path, file, pickles[0], size), pickles[0].size)
+    storages = frozenset(entry.size for entry in entries if _STORAGE.fullmatch(entry.name))
+    return PickleRecord(_data_of(path, file, pickles[0], size), pickles[0].size, storages)
 
 
 class _Damaged(Exception):

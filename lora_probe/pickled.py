@@ -107,8 +107,9 @@ def load(path: Path, largest_legacy: int | None = None) -> Any:
             raise UnreadableFile(f"`{path}` {wrong[0]}", wrong[1])
         _refuse_others(path, start)
         mapped = start.startswith(ZIP)
-        if mapped:
-            _check_archive(path, file, pickle_record(path, file, size))
+        record = pickle_record(path, file, size) if mapped else None
+        if record is not None:
+            _check_archive(path, file, record)
         else:
             _check_legacy(path, file, size, largest_legacy)
     try:
@@ -121,13 +122,30 @@ def load(path: Path, largest_legacy: int | None = None) -> Any:
         # It warns of what it will not keep for ever: typed storages, sparse tensors.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     # torch raises what its unpickler meets: UnpicklingError, RuntimeError, EOFError, KeyError ...
     except Exception as error:
         raise UnreadableFile(
             f"torch's weights-only loader refuses `{path}`: {_reason(error)}",
             "copy or download it again; a file that calls for code is to be trusted by nobody",
         ) from error
+    if record is not None and isinstance(found, dict):
+        _require_own_records(path, found, record)
+    return found
+
+
+def _require_own_records(path: Path, found: Mapping[Any, Any], record: PickleRecord) -> None:
+    """A mapped file gives whatever lies at the place of a record, as much of it as the pickle asks for."""
+    import torch
+
+    for name, tensor in found.items():
+        if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or _not_plain(tensor):
+            continue
+        if (size := tensor.untyped_storage().nbytes()) not in record.storages:
+            raise UnreadableFile(
+                f"`{path}`: tensor {brief(name)} claims a record of {size} bytes, and there is none of that size",
+                "copy or download it again, or save it again with torch.save",
+            )
 
 
 def _refuse_others(path: Path, start: bytes) -> None:

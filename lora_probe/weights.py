@@ -146,10 +146,11 @@ def _parsed(path: Path, raw: bytes, room: int) -> tuple[dict[str, TensorHeader],
     try:
         if not raw.startswith(b"{"):
             raise ValueError("it does not begin with `{`")
-        if (
-            len(raw) > _PLAIN_HEADER
-            and max(raw.count(b"{"), raw.count(b"[") // 2, raw.count(b",") // 8) > len(raw) / 40
-        ):
+        if (count := raw.count(b'"data_offsets"')) > MAX_TENSORS:
+            raise ValueError(f"it names {count:,} tensors, more than any model has")
+        marks = (raw.count(b"{"), raw.count(b"[") // 2, raw.count(b",") // 8) if len(raw) > _PLAIN_HEADER else (0,)
+        # No entry of a tensor is shorter than 40 bytes.
+        if max(marks) > len(raw) / 40:
             raise ValueError(f"its {len(raw)} bytes are brackets rather than tensors")
         # As text: json.loads takes bytes of other encodings too, and no safetensors library does.
         header = json.loads(raw.decode(), object_pairs_hook=_unique)

@@ -28,7 +28,7 @@ fuzzed = settings(
     derandomize=True,
     deadline=None,
     database=None,
-    max_examples=60,
+    max_examples=40,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
@@ -209,7 +209,7 @@ def test_any_header(world: World, edits: list[tuple[Any, Any, Any]]) -> None:
         judge(folder)
 
 
-@settings(fuzzed, max_examples=250)
+@settings(fuzzed, max_examples=150)
 @given(st.data())
 def test_any_bytes(world: World, data: st.DataObject) -> None:
     """Bytes overwritten, cut out or put in, mostly where the structure is."""

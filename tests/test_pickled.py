@@ -110,6 +110,19 @@ def test_a_pickle_that_means_harm(world: World, name: str) -> None:
     assert str(folder / PICKLE) in message
 
 
+@pytest.mark.parametrize("size", [9, 600])
+def test_a_storage_that_runs_into_its_neighbours(world: World, size: int) -> None:
+    """torch maps the file, and takes as many bytes as the pickle names: more than the record has, or than the file."""
+    one = world.pickled({"a.lora_A.weight": torch.ones(8), "b": torch.zeros(80)})
+    short, long = b"K\x08", b"K\x09" if size == 9 else b"M\x58\x02"
+    with zipfile.ZipFile(io.BytesIO(one)) as archive:
+        records = {name.partition("/")[2]: archive.read(name) for name in archive.namelist()}
+    pickled = records.pop("data.pkl").replace(short, long)
+    assert len(pickled) != 0
+    with world.folder(zipped(pickled, **records), PICKLE) as folder:
+        assert "claims a record of " in judge(folder) or "refuses" in judge(folder)
+
+
 def test_an_empty_state_dict_is_no_error(world: World) -> None:
     """What a save that filtered too much leaves; what that means is for the rules to say."""
     with world.folder(world.pickled({}), PICKLE) as folder:
