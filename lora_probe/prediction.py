@@ -135,7 +135,9 @@ def _peft(case: Case, row: Expected, place: Place | None) -> tuple[Finding, Find
         return _homeless(row, place, "PEFT", case), gone
     if not targeted:
         return OK, not_targeted()
-    return OK, no_lora_layer_there(place.module.why_not) if place.module.why_not else OK
+    # A parameter is adapted whatever kind of module it belongs to.
+    adaptable = not place.module.why_not or case.adapter.config.targets_parameter(f"{row.module}.weight")
+    return OK, OK if adaptable else no_lora_layer_there(place.module.why_not)
 
 
 def _vllm(case: Case, row: Expected, place: Place | None) -> tuple[Finding, Finding]:

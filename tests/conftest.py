@@ -55,14 +55,15 @@ def save_tokenizer(folder: Path) -> None:
     fast.save_pretrained(folder)
 
 
-def save_base(folder: Path, architecture: str = "llama") -> Path:
+def save_base(folder: Path, architecture: str = "llama", layers: int = LAYERS) -> Path:
     """A tiny random model of a real architecture, in float32."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(0)
+    sizes = SIZES | {"num_hidden_layers": layers}
     model = (
-        LlamaForCausalLM(LlamaConfig(**SIZES)) if architecture == "llama" else Qwen2ForCausalLM(Qwen2Config(**SIZES))
+        LlamaForCausalLM(LlamaConfig(**sizes)) if architecture == "llama" else Qwen2ForCausalLM(Qwen2Config(**sizes))
     )
     model.save_pretrained(folder)
     save_tokenizer(folder)
@@ -161,14 +162,13 @@ class SharedEngine:
         return open_trace(folder)
 
 
-@pytest.fixture(scope="session")
-def engine(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SharedEngine]:
-    """A real vLLM engine (CPU build, float32, one slot), started once."""
-    os.environ["LORA_PROBE_TRACE"] = str(tmp_path_factory.mktemp("engine") / "first.lptrace")
+def start_engine(model: Path, first: Path, **settings: Any) -> SharedEngine:
+    """A real vLLM engine (CPU build, float32, one slot) with the probe in it; `first` is where the probe begins."""
+    os.environ["LORA_PROBE_TRACE"] = str(first)
     from vllm import LLM
 
     llm = LLM(
-        model=str(llama),
+        model=str(model),
         dtype="float32",
         enable_lora=True,
         max_lora_rank=16,
@@ -179,10 +179,17 @@ def engine(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sh
         enable_prefix_caching=False,
         max_num_seqs=4,
         max_logprobs=-1,
+        **settings,
     )
     del os.environ["LORA_PROBE_TRACE"]
     llm.collective_rpc("lora_probe_finish")
-    yield SharedEngine(llm, llama, itertools.count(1))
+    return SharedEngine(llm, model, itertools.count(1))
+
+
+@pytest.fixture(scope="session")
+def engine(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SharedEngine]:
+    """The engine of the whole run, started once."""
+    yield start_engine(llama, tmp_path_factory.mktemp("engine") / "first.lptrace")
     from lora_probe_vllm.patching import disarm
 
     disarm()

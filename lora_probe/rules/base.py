@@ -83,7 +83,11 @@ def not_adaptable_in_peft(case: Case) -> Iterator[Found]:
     config = case.adapter.config
     if config.target_modules == "all-linear":
         return
-    bad = [name for name in config.targeted(view.modules) if view.modules[name].why_not]
+    bad = [
+        name
+        for name in config.targeted(view.modules)
+        if view.modules[name].why_not and not config.targets_parameter(f"{name}.weight")
+    ]
     if bad:
         more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
         why = view.modules[bad[0]].why_not

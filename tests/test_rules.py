@@ -1,0 +1,334 @@
+"""Rules that the tiny Llama and its engine cannot show: other bases, other flags, files that are no adapter, and what
+stands beside one. Where an engine decides, it is asked."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import LAYERS, SharedEngine, edited, record_peft, save_adapter, save_base, save_tokenizer
+from failures import write_config
+from merges import save_adapter_of, save_model
+from other_engine import record_all
+from test_predictions import LIMIT, assert_predicted, errors
+
+from lora_probe import check
+from lora_probe.errors import ProbeError
+from lora_probe.rules import all_rules
+
+
+def codes(report: Any) -> set[str]:
+    return {one.code for one in report.diagnostics}
+
+
+# experts
+
+
+@pytest.fixture(scope="session")
+def moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    base = save_model(tmp_path_factory.mktemp("models") / "moe", "moe")
+    save_tokenizer(base)
+    return base
+
+
+@pytest.fixture(scope="session")
+def on_experts(moe: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("on-experts")
+    made = {
+        "attention": save_adapter(folder / "attention", moe),
+        "all-linear": save_adapter(folder / "all-linear", moe, target_modules="all-linear"),
+    }
+    targets = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]
+    made["each"] = edited(made["attention"], folder / "each", _experts, lambda raw: raw | {"target_modules": targets})
+    made["one-missing"] = edited(
+        made["each"], folder / "one-missing", lambda ts: {n: t for n, t in ts.items() if ".experts.3." not in n}
+    )
+    return made
+
+
+def _experts(tensors: dict[str, Any]) -> dict[str, Any]:
+    """A pair for every projection of every expert, as trainers that wrap each expert save them."""
+    import torch
+
+    sizes = {"gate_proj": (64, 128), "up_proj": (64, 128), "down_proj": (128, 64)}
+    found = dict(tensors)
+    for layer in range(LAYERS):
+        for expert in range(4):
+            for name, (out, wide) in sizes.items():
+                path = f"base_model.model.model.layers.{layer}.mlp.experts.{expert}.{name}"
+                found[f"{path}.lora_A.weight"] = torch.randn(8, wide) * 0.05
+                found[f"{path}.lora_B.weight"] = torch.randn(out, 8) * 0.05
+    return found
+
+
+@pytest.mark.engine
+def test_experts_do_in_vllm_what_was_predicted(on_experts: dict[str, Path], moe: Path, tmp_path: Path) -> None:
+    # The CPU build of vLLM loads experts, and cannot run them with adapters.
+    traces = record_all(moe, on_experts, tmp_path / "out", prompts=())
+    expected = {"attention": set(), "all-linear": {"LP310"}, "each": set(), "one-missing": {"LP309"}}
+    for name, folder in on_experts.items():
+        report = check(folder, model=str(moe), options=LIMIT)
+        assert errors(report) == expected[name], name
+        assert_predicted(report.ledgers["vllm"], traces[name])
+
+
+def test_peft_adapts_experts_as_predicted(on_experts: dict[str, Path], moe: Path, tmp_path: Path) -> None:
+    for name in ("attention", "all-linear"):
+        report = check(on_experts[name], model=str(moe))
+        assert report.ledgers["peft"].healthy
+        assert_predicted(report.ledgers["peft"], record_peft(on_experts[name], moe, tmp_path / name, max_tokens=1))
+
+
+# a class without embeddings, and a filter
+
+
+@pytest.mark.engine
+def test_qwen2_refuses_a_head_that_llama_takes(qwen2: Path, tmp_path: Path) -> None:
+    adapters = {
+        "head": save_adapter(tmp_path / "head", qwen2, target_modules=["q_proj", "lm_head"]),
+        "all-linear": save_adapter(tmp_path / "all-linear", qwen2, target_modules="all-linear"),
+    }
+    traces = record_all(qwen2, adapters, tmp_path / "out")
+    for name, expected in (("head", {"LP306"}), ("all-linear", set())):
+        report = check(adapters[name], model=str(qwen2), options=LIMIT)
+        assert errors(report) == expected
+        assert_predicted(report.ledgers["vllm"], traces[name])
+        assert report.ledgers["peft"].healthy
+
+
+@pytest.mark.engine
+def test_a_filter_of_the_deployment_drops_modules(adapter: Path, llama: Path, tmp_path: Path) -> None:
+    trace = record_all(llama, {"a": adapter}, tmp_path / "out", lora_target_modules=["o_proj"])["a"]
+    report = check(adapter, model=str(llama), options=LIMIT | {"lora_target_modules": ["o_proj"]})
+    assert errors(report) == {"LP404", "LP410"}
+    assert report.ledgers["vllm"].count("lost") == 3 * LAYERS
+    assert_predicted(report.ledgers["vllm"], trace)
+    # One named part of a packed layer wraps all of it.
+    assert not errors(check(adapter, model=str(llama), options={"lora_target_modules": ["k_proj"]}))
+
+
+@pytest.mark.engine
+def test_a_trained_head_on_a_language_model(engine: SharedEngine, llama: Path, tmp_path: Path) -> None:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(llama, num_labels=3)
+    config = LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"])
+    torch.manual_seed(0)
+    peft_model = get_peft_model(model, config)
+    for name, parameter in peft_model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    peft_model.save_pretrained(tmp_path / "a")
+    report = check(tmp_path / "a", model=str(llama), options=LIMIT)
+    assert errors(report) == {"LP409"}
+    assert report.ledgers["peft"].healthy
+    assert_predicted(report.ledgers["vllm"], engine.record(tmp_path / "a", tmp_path / "t", prompts=("Hi",)))
+
+
+# files that are no adapter
+
+
+def _truncated(folder: Path) -> None:
+    path = folder / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def _moved(folder: Path) -> None:
+    (folder / "default").mkdir()
+    (folder / "adapter_model.safetensors").rename(folder / "default" / "adapter_model.safetensors")
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 2175168\n"
+
+BROKEN: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "A03-truncated": ("LP208", _truncated),
+    "A04-pointer": ("LP208", lambda f: (f / "adapter_model.safetensors").write_text(POINTER)),
+    "A04-pointer-in-place-of-config": ("LP101", lambda f: (f / "adapter_config.json").write_text(POINTER)),
+    "empty-file": ("LP208", lambda f: (f / "adapter_model.safetensors").write_bytes(b"")),
+    "A11-sub-folder": ("LP207", _moved),
+    "A11-shards": (
+        "LP207",
+        lambda f: (f / "adapter_model.safetensors").rename(f / "adapter_model-00001-of-00002.safetensors"),
+    ),
+    "A11-download": ("LP207", lambda f: (f / "adapter_model.safetensors").rename(f / "adapter_model (5).safetensors")),
+    "config-not-json": ("LP101", lambda f: (f / "adapter_config.json").write_text('{"r": 8,')),
+    "config-of-text": ("LP101", lambda f: write_config(f, json.loads(_config(f)) | {"r": "8"})),
+    "config-null-alpha": ("LP101", lambda f: write_config(f, json.loads(_config(f)) | {"lora_alpha": None})),
+    "mlx": ("LP102", lambda f: write_config(f, {"fine_tune_type": "lora", "lora_parameters": {"rank": 8}})),
+}
+
+
+def _config(folder: Path) -> str:
+    return (folder / "adapter_config.json").read_text()
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_files_are_findings_and_no_engine_loads_them(
+    name: str, adapter: Path, llama: Path, engine: SharedEngine, tmp_path: Path
+) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+    from vllm.lora.request import LoRARequest
+
+    code, damage = BROKEN[name]
+    folder = Path(shutil.copytree(adapter, tmp_path / "a"))
+    damage(folder)
+    report = check(folder, model=str(llama))
+    assert [one.code for one in report.diagnostics] == [code]
+    assert report.diagnostics[0].path is not None
+    assert all(ledger.refused for ledger in report.ledgers.values())
+    # Each damage has an exception of its own.
+    with pytest.raises(Exception):  # noqa: B017, PT011
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(llama), folder)
+    number = next(engine.numbers)
+    with pytest.raises(Exception):  # noqa: B017, PT011
+        engine.llm.llm_engine.add_lora(LoRARequest("broken", number, str(folder)))
+
+
+# what stands beside an adapter, and the base
+
+
+def test_a_quantised_base_that_is_served_otherwise_is_named(adapter: Path, llama: Path, tmp_path: Path) -> None:
+    named = edited(
+        adapter, tmp_path / "a", config=lambda raw: raw | {"base_model_name_or_path": "unsloth/tiny-Instruct-bnb-4bit"}
+    )
+    report = check(named, model=str(llama))
+    assert [(one.code, one.severity) for one in report.diagnostics] == [("LP313", "warning")]
+    assert "bnb-4bit" in report.diagnostics[0].message
+    line = report.diagnostics[0].line
+    assert line is not None
+    assert "base_model_name_or_path" in _config(named).splitlines()[line - 1] or line == 1
+    assert codes(check(named)) == {"LP314"}
+
+
+def test_a_base_of_another_name_is_named(adapter: Path, llama: Path, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(llama, tmp_path / "base"))
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"_name_or_path": "meta/tiny-base"}))
+    named = edited(adapter, tmp_path / "a", config=lambda raw: raw | {"base_model_name_or_path": "meta/tiny-chat"})
+    assert codes(check(named, model=str(base))) == {"LP312"}
+    same = edited(adapter, tmp_path / "b", config=lambda raw: raw | {"base_model_name_or_path": "me/tiny-base"})
+    assert codes(check(same, model=str(base))) == set()
+
+
+def test_another_chat_template_is_named(adapter: Path, llama: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(adapter, tmp_path / "a"))
+    template = (llama / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").write_text(template)
+    assert codes(check(folder, model=str(llama))) == set()
+    (folder / "chat_template.jinja").write_text(template + "{{ 'more' }}")
+    assert codes(check(folder, model=str(llama))) == {"LP315"}
+
+
+def test_another_step_than_the_best_is_named(adapter: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(adapter, tmp_path / "checkpoint-500"))
+    state = {"best_model_checkpoint": "out/checkpoint-200", "global_step": 500, "max_steps": 500}
+    (folder / "trainer_state.json").write_text(json.dumps(state))
+    assert codes(check(folder)) == {"LP218"}
+    (folder / "trainer_state.json").write_text(json.dumps(state | {"best_model_checkpoint": "out/checkpoint-500"}))
+    assert codes(check(folder)) == set()
+
+
+@pytest.mark.parametrize(
+    ("more", "code"), [({"attention_k_eq_v": True}, "LP311"), ({"num_kv_shared_layers": 1}, "LP316")]
+)
+def test_keys_and_values_that_are_not_their_own(
+    more: dict[str, Any], code: str, adapter: Path, llama: Path, tmp_path: Path
+) -> None:
+    base = Path(shutil.copytree(llama, tmp_path / "base"))
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | more))
+    assert codes(check(adapter, model=str(base))) == {code}
+
+
+def test_a_gap_is_named_where_no_base_is_known(llama: Path, tmp_path: Path) -> None:
+    base = save_base(tmp_path / "deep", layers=8)
+    saved = save_adapter(tmp_path / "saved", base)
+    whole = edited(saved, tmp_path / "whole", config=lambda raw: raw | {"base_model_name_or_path": None})
+    holed = edited(whole, tmp_path / "holed", lambda ts: {n: t for n, t in ts.items() if "layers.3" not in n})
+    assert codes(check(whole)) == set()
+    assert codes(check(holed)) == {"LP217"}
+    every_other = edited(whole, tmp_path / "other", lambda ts: {n: t for n, t in ts.items() if _layer(n) % 2 == 0})
+    assert codes(check(every_other)) == set()
+
+
+def _layer(name: str) -> int:
+    return int(name.split("layers.")[1].split(".")[0])
+
+
+def test_flags_that_do_not_go_together(adapter: Path, llama: Path) -> None:
+    assert codes(check(adapter, model=str(llama), options={"dtype": "float32"})) == {"LP405"}
+    assert codes(check(adapter, model=str(llama), options={"dtype": "float16", "lora_dtype": "bfloat16"})) == {"LP405"}
+    assert codes(check(adapter, model=str(llama), options={"dtype": "bfloat16"})) == set()
+
+
+def test_a_rank_above_the_default_is_a_note_and_above_the_flag_an_error(llama: Path, tmp_path: Path) -> None:
+    high = save_adapter(tmp_path / "a", llama, r=32)
+    report = check(high, model=str(llama))
+    assert [(one.code, one.severity) for one in report.diagnostics] == [("LP403", "info")]
+    assert report.ledgers["vllm"].healthy
+    assert codes(check(high, model=str(llama), options={"max_lora_rank": 32})) == set()
+    assert codes(check(high, model=str(llama), options={"max_lora_rank": 16})) == {"LP402"}
+
+
+# versions, and the choice of rules
+
+
+def test_old_versions_ignore_what_new_ones_honour_or_refuse(llama: Path, tmp_path: Path) -> None:
+    patterns = save_adapter(tmp_path / "patterns", llama, alpha_pattern={"v_proj": 32})
+    for version, expected in (("0.31", {"LP407"}), ("0.30.0", {"LP407"}), ("0.32", set()), ("0.40", set())):
+        report = check(patterns, model=str(llama), vllm_version=version)
+        assert codes(report) == expected, version
+        assert report.ledgers["vllm"].count("wrong") == (LAYERS if expected else 0)
+        assert report.ledgers["peft"].healthy
+    pissa = save_adapter(tmp_path / "pissa", llama, init_lora_weights="pissa")
+    assert codes(check(pissa, model=str(llama), vllm_version="0.31")) == {"LP407"}
+    assert codes(check(pissa, model=str(llama), vllm_version="0.33")) == {"LP406"}
+
+
+@pytest.mark.parametrize("version", ["0.29", "new", "0"])
+def test_a_version_that_nobody_knows_is_refused(version: str, adapter: Path) -> None:
+    with pytest.raises(ProbeError, match=r"known|older|version"):
+        check(adapter, vllm_version=version)
+
+
+def test_rules_are_chosen_by_code_beginning_and_name(adapter: Path, llama: Path, tmp_path: Path) -> None:
+    both = edited(
+        adapter,
+        tmp_path / "a",
+        lambda ts: {n: t for n, t in ts.items() if "layers.1" not in n},
+        lambda raw: raw | {"use_dora": True},
+    )
+    assert codes(check(both, model=str(llama))) == {"LP204", "LP212", "LP406"}
+    assert codes(check(both, model=str(llama), select=["LP2"])) == {"LP204", "LP212"}
+    assert codes(check(both, model=str(llama), select=["lp2xx", "variant-refused"], ignore=["LP212"])) == {
+        "LP204",
+        "LP406",
+    }
+    with pytest.raises(ProbeError, match="no rule"):
+        check(both, select=["LP9"])
+
+
+def test_rules_without_a_base_are_not_run_and_not_passed(adapter: Path, tmp_path: Path) -> None:
+    nameless = edited(adapter, tmp_path / "a", config=lambda raw: raw | {"base_model_name_or_path": None})
+    report = check(nameless)
+    not_run = {code for one in report.not_run for code in one.codes}
+    needing = {code for code, rule in all_rules().items() if rule.needs != "files" and code < "LP5"}
+    assert not_run == needing
+    assert all(ledger.count("unknown") == len(ledger.rows) for ledger in report.ledgers.values())
+
+
+def test_no_rule_speaks_of_what_peft_makes(tmp_path: Path) -> None:
+    for kind in ("gpt2", "tied", "qwen2"):
+        base = save_model(tmp_path / kind, kind)
+        made = save_adapter_of(tmp_path / f"{kind}-a", base, target_modules="all-linear")
+        report = check(made, model=str(base))
+        assert codes(report) == set(), [one.message for one in report.diagnostics]
+        assert report.ledgers["peft"].healthy
