@@ -18,6 +18,7 @@ from lora_probe.config import open_config
 from lora_probe.engines.views import views_of
 from lora_probe.errors import MissingWeights, NotLora, ProbeError, UnreadableFile
 from lora_probe.ledger import Ledger, Row, clauses, name_modules
+from lora_probe.mending import Mending, mend
 from lora_probe.prediction import Prediction, predict
 from lora_probe.rules import ENGINES, Diagnostic, Rule, Severity, all_rules, diagnostic
 from lora_probe.rules.config import config_unreadable, not_lora
@@ -89,6 +90,22 @@ def check_all(
         folder, notes = find_checkpoint(Path(adapter))
         progress(f"reading {folder}")
         yield _report(folder, notes, serving, bases, chosen)
+
+
+def mending_of(
+    adapter: str | Path, model: str | None = None, progress: Callable[[str], None] = lambda _: None
+) -> Mending:
+    """What mending the names in one adapter would do; `model` as `check_all` has it.
+
+    Raises:
+        ProbeError: the adapter cannot be read, or there is no such base.
+    """
+    folder, _ = find_checkpoint(Path(adapter))
+    opened = open_adapter(folder)
+    bases = _Bases(model, progress)
+    base, _, _ = bases.base(opened)
+    views = bases.views(base, _task(opened))[0] if base is not None else {}
+    return mend(opened, Case(opened, _serving({}, None), base, views).shapes)
 
 
 def selection(select: Sequence[str], ignore: Sequence[str]) -> frozenset[str]:
@@ -167,8 +184,7 @@ def _report(folder: Path, notes: tuple[str, ...], serving: Serving, bases: _Base
     except UnreadableFile as error:
         return _unreadable(folder, notes, bases.model, error, chosen)
     base, name, said = bases.base(adapter)
-    task = adapter.config.raw.get("task_type")
-    views, more = bases.views(base, task if isinstance(task, str) else None) if base is not None else ({}, ())
+    views, more = bases.views(base, _task(adapter)) if base is not None else ({}, ())
     found = predict(Case(adapter, serving, base, views))
     diagnostics = [one for one in _diagnostics(adapter, found) if one.code in chosen]
     return Report(
@@ -179,6 +195,11 @@ def _report(folder: Path, notes: tuple[str, ...], serving: Serving, bases: _Base
         _not_run(found, chosen),
         (*notes, *said, *more),
     )
+
+
+def _task(adapter: Adapter) -> str | None:
+    task = adapter.config.raw.get("task_type")
+    return task if isinstance(task, str) else None
 
 
 def _unreadable(

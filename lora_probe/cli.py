@@ -138,6 +138,8 @@ def _check(options: argparse.Namespace) -> int:
     from lora_probe.checking import check_all
     from lora_probe.render import checked, report
 
+    if options.fix or options.diff or options.output:
+        return _mend(options)
     wanted = asked(options.checkpoints or ["."], options.recursive)
     if options.recursive and wanted.folders:
         say(f"{len(wanted.folders)} adapters below {', '.join(options.checkpoints) or '.'}")
@@ -169,6 +171,34 @@ def _check(options: argparse.Namespace) -> int:
     for missing in lost:
         complain(one_line(missing.error.message), one_line(missing.error.hint))
     return _status(found, lost, options)
+
+
+def _mend(options: argparse.Namespace) -> int:
+    """`--diff`: what would be renamed. `--fix`: write it, and check what was written."""
+    from lora_probe.checking import mending_of
+    from lora_probe.mending import write as write_mended
+    from lora_probe.render import mended
+
+    if options.fix == options.diff or bool(options.output) != options.fix:
+        raise ProbeError("--fix writes to the folder after -o, --diff writes nothing", "give --fix -o FIXED, or --diff")
+    wanted = asked(options.checkpoints or ["."], options.recursive)
+    for missing in wanted.lost:
+        raise missing.error
+    if len(wanted.folders) != 1:
+        raise ProbeError(f"{len(wanted.folders)} adapters: --fix and --diff take one", "name one folder")
+    with telling("reading") as tell:
+        found = mending_of(wanted.folders[0], options.model, lambda text: tell(one_line(text), passing=True))
+    if options.diff:
+        if options.format == "json":
+            dump(mended.mending_json(found))
+        else:
+            show(mended.diff(found))
+        return CLEAN
+    skipped = write_mended(found, Path(options.output)) if found.needed else []
+    say(mended.story(found, options.output, skipped))
+    options.fix, options.output, to_check = False, None, options.output if found.needed else str(found.adapter.path)
+    options.checkpoints = [to_check]
+    return _check(options)
 
 
 def _reports(

@@ -130,7 +130,8 @@ def _add_check(commands: Any) -> None:
         "  lora-probe check ckpt/ --model base/ --max-lora-rank 64 --vllm-version 0.32\n"
         "  lora-probe check runs/ --recursive --select LP2,LP301 --strict\n"
         "  lora-probe check ckpt/ --format json | jq '.ledger.vllm.took_effect'\n"
-        "  lora-probe check adapters/ --recursive --format sarif > lora-probe.sarif",
+        "  lora-probe check adapters/ --recursive --format sarif > lora-probe.sarif\n"
+        "  lora-probe check ckpt/ --model base/ --fix -o fixed/",
         ("text", "json", "sarif", "github"),
     )
     parser.add_argument(
@@ -147,6 +148,10 @@ def _add_check(commands: Any) -> None:
     rules.add_argument("--strict", action="store_true", help="fail on warnings and on rules that could not be run, too")
     rules.add_argument("--exit-zero", action="store_true", help="status 0 whatever is found (2 stays 2)")
     parser.add_argument("--vllm-version", metavar="X", help="predict for this vLLM; default: the one installed")
+    mending = parser.add_argument_group("mending", "names of tensors, and .bin to safetensors; no value is touched")
+    mending.add_argument("--fix", action="store_true", help="write the mended adapter to -o, and check that")
+    mending.add_argument("-o", "--output", metavar="FIXED", help="a new folder")
+    mending.add_argument("--diff", action="store_true", help="show what --fix would rename, and write nothing")
     _add_engine(parser, "as the engine is started", running=False)
 
 

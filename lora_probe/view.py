@@ -17,7 +17,7 @@ from lora_probe.adapter import PREFIX
 from lora_probe.base import Base
 from lora_probe.checkpoint import EMBEDDINGS
 
-SCHEMA = 2
+SCHEMA = 3
 """Raised when a view is built or written in another way, so that none of before is taken for one of today."""
 
 HEADS = ("lm_head", "embed_out")
@@ -72,9 +72,10 @@ class EngineView(msgspec.Struct, frozen=True):
     the loader takes (vLLM's check of unexpected modules), empty for an engine without such a check. `skip_prefixes`
     are names that the model's class skips in silence. `experts` is how fused experts are adapted: "2d" each expert by
     itself, "3d" as the two fused parameters. `parameters` maps a module to its fused parameters (PEFT:
-    `{"model.layers.0.mlp.experts": ["gate_up_proj", "down_proj"]}`). `takes_back`: a name stays as it is where
-    `renames` would only shorten it at its beginning, PEFT's prefix included (PEFT). `source` is "engine", or "headers"
-    where the engine was not there to be asked.
+    `{"model.layers.0.mlp.experts": ["gate_up_proj", "down_proj"]}`). `refuses` holds the engine's words where it takes
+    no adapter for this class at all; no module is adapted then. `takes_back`: a name stays as it is where `renames`
+    would only shorten it at its beginning, PEFT's prefix included (PEFT). `source` is "engine", or "headers" where the
+    engine was not there to be asked.
     """
 
     engine: str
@@ -89,6 +90,7 @@ class EngineView(msgspec.Struct, frozen=True):
     vocabulary: int | None = None
     experts: Literal["", "2d", "3d"] = ""
     parameters: dict[str, list[str]] = {}
+    refuses: str = ""
     notes: tuple[str, ...] = ()
 
     def renamed(self, name: str) -> str | None:

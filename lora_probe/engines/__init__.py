@@ -36,7 +36,7 @@ class Engine(Protocol):
         (`CAUSAL_LM`, `SEQ_CLS`, ...), None where the adapter names none.
 
         Raises:
-            EngineFailed: the engine cannot build this model, or adapts nothing of it; its own words.
+            EngineFailed: the engine cannot build this model; its own words. A class that takes no adapter is an answer.
         """
         ...
 

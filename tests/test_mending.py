@@ -1,0 +1,114 @@
+"""What `check --fix` writes passes `check`, and both real engines apply all of it; what was read stays as it was."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import SharedEngine, record_peft
+from failures import FAILURES, as_bin
+from test_predictions import LIMIT
+
+from lora_probe import check
+from lora_probe.checking import mending_of
+from lora_probe.cli import main
+from lora_probe.mending import write
+
+MENDED = (
+    "C01-text-names",
+    "C01-no-model",
+    "C02-other-prefix",
+    "C03-orig-mod-outside",
+    "C03-orig-mod-inside",
+    "C03-ddp",
+    "C03-fsdp",
+    "C03-checkpointing-in-part",
+    "C04-twice-wrapped",
+    "C06-no-prefix",
+    "adapter-name-in-keys",
+)
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("name", [*MENDED, "bin"])
+def test_what_was_mended_takes_effect_in_both_engines(
+    name: str, adapter: Path, llama: Path, engine: SharedEngine, tmp_path: Path
+) -> None:
+    source = tmp_path / "source"
+    if name == "bin":
+        as_bin(adapter, source)
+    else:
+        FAILURES[name].make(adapter, llama, source)
+    before = {path.name: path.read_bytes() for path in source.iterdir()}
+    assert main(["check", str(source), "--model", str(llama), "--fix", "-o", str(tmp_path / "fixed")]) == 0
+    assert {path.name: path.read_bytes() for path in source.iterdir()} == before
+    report = check(tmp_path / "fixed", model=str(llama), options=LIMIT)
+    assert report.diagnostics == ()
+    peft = record_peft(tmp_path / "fixed", llama, tmp_path / "peft.lptrace", prompts=("Hi",), max_tokens=1)
+    vllm = engine.record(tmp_path / "fixed", tmp_path / "vllm.lptrace", prompts=("Hi",), max_tokens=1)
+    assert peft.loads[0][1].healthy
+    assert vllm.loads[0][1].healthy
+
+
+def test_values_and_names_are_those_that_peft_saved(adapter: Path, llama: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    FAILURES["C01-text-names"].make(adapter, llama, tmp_path / "source")
+    write(mending_of(tmp_path / "source", str(llama)), tmp_path / "fixed")
+    was, now = (load_file(folder / "adapter_model.safetensors") for folder in (adapter, tmp_path / "fixed"))
+    assert was.keys() == now.keys()
+    assert all((was[name] == now[name]).all() for name in was)
+
+
+def test_names_from_another_class_need_the_base_and_others_do_not(adapter: Path, llama: Path, tmp_path: Path) -> None:
+    def nameless(folder: Path) -> Path:
+        raw = json.loads((folder / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps(raw | {"base_model_name_or_path": None}))
+        return folder
+
+    wrapped = nameless(FAILURES["C03-ddp"].make(adapter, llama, tmp_path / "wrapped"))
+    assert len(mending_of(wrapped).renamed) == 18
+    other = nameless(FAILURES["C01-text-names"].make(adapter, llama, tmp_path / "other"))
+    assert not mending_of(other).needed
+    assert len(mending_of(other, str(llama)).renamed) == 18
+
+
+def test_two_tensors_never_get_one_name(adapter: Path, llama: Path, tmp_path: Path) -> None:
+    folder = FAILURES["twice-with-and-without-prefix"].make(adapter, llama, tmp_path / "a")
+    found = mending_of(folder, str(llama))
+    assert not found.renamed
+    assert len(found.left) == 18
+
+
+def test_nothing_is_overwritten_or_left_half_done(
+    adapter: Path, llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = FAILURES["C06-no-prefix"].make(adapter, llama, tmp_path / "source")
+    (tmp_path / "there").mkdir()
+    for target in (tmp_path / "there", source / "inside"):
+        assert main(["check", str(source), "--fix", "-o", str(target)]) == 2
+        assert "`-o`" in (said := capsys.readouterr().err) or "-o" in said
+    assert not list((tmp_path / "there").iterdir())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "there"]
+
+
+def test_the_diff_shows_renames_and_writes_nothing(
+    adapter: Path, llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = FAILURES["C06-no-prefix"].make(adapter, llama, tmp_path / "source")
+    assert main(["check", str(source), "--diff"]) == 0
+    out = capsys.readouterr().out
+    name = "model.layers.0.self_attn.q_proj.lora_A.weight"
+    assert f"-{name}\n+base_model.model.{name}\n" in out
+    assert main(["check", str(source), "--diff", "--format", "json"]) == 0
+    data: dict[str, Any] = json.loads(capsys.readouterr().out)
+    assert data["renamed"][name] == f"base_model.model.{name}"
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize("options", [["--fix"], ["-o", "x"], ["--fix", "--diff", "-o", "x"], ["--diff", "-o", "x"]])
+def test_options_that_do_not_go_together(options: list[str], adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", str(adapter), *options]) == 2
+    assert "--fix -o FIXED" in capsys.readouterr().err
