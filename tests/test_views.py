@@ -270,8 +270,19 @@ def test_names_are_renamed_as_vllm_renames_them() -> None:
 
 @pytest.mark.engine
 def test_a_class_without_lora_is_refused_in_vllms_words(models: dict[str, Path], engine: SharedEngine) -> None:
-    with pytest.raises(EngineFailed, match="GPT2LMHeadModel does not support LoRA yet"):
-        ask_vllm(models["gpt2"])
+    from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
+
+    view = ask_vllm(models["gpt2"])
+
+    class GPT2LMHeadModel:
+        pass
+
+    with pytest.raises(ValueError, match="does not support LoRA") as raised:
+        LoRAModelRunnerMixin().load_lora_model(GPT2LMHeadModel(), None, None)
+    assert view.refuses == str(raised.value)
+    attention = view.modules["transformer.h.0.attn.c_attn"]
+    assert (attention.kind, attention.shape, attention.why_not) == ("linear", (384, 128), view.refuses)
+    assert all(module.why_not for module in view.modules.values())
 
 
 @pytest.mark.engine

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
@@ -28,10 +29,14 @@ from lora_probe_vllm.seams import (
     mapper_parts,
     module_names,
     output_widths,
+    packed_modules,
     rename_mapper,
     seams,
     vllm_version,
 )
+
+NO_LORA = "{cls} does not support LoRA yet."
+"""vLLM's words in `LoRAModelRunnerMixin.load_lora_model`."""
 
 META = torch.device("meta")
 
@@ -49,7 +54,7 @@ def describe(base: Base) -> EngineView:
     """What vLLM makes of `base`. Leaves vLLM's process groups of one behind, as every engine in a process does.
 
     Raises:
-        EngineFailed: vLLM cannot build the model, or its class takes no adapter; vLLM's words.
+        EngineFailed: vLLM cannot build the model; its words.
         SeamMoved: this vLLM lacks a name that is needed.
     """
     manager, vocabulary, notes = _manager(base)
@@ -70,6 +75,7 @@ def describe(base: Base) -> EngineView:
         skip_prefixes=tuple(getattr(model, "lora_skip_prefixes", None) or ()),
         vocabulary=vocabulary,
         experts=_experts(manager),
+        refuses="" if manager.supported_lora_modules else NO_LORA.format(cls=type(model).__name__),
         notes=notes,
     )
 
@@ -125,12 +131,25 @@ def _built(folder: Path) -> tuple[Any, int]:
         with META:
             model = seams.build_model(vllm_config=config)
         if not seams.supports_lora(model):
-            raise EngineFailed(f"{type(model).__name__} does not support LoRA yet. (vLLM {vllm_version()})")
+            return _nothing(model), int(config.model_config.get_vocab_size())
         _without_kernels(patches)
         worker = seams.lru_worker_manager(config, META, model.embedding_modules)
         with META:
             worker.create_lora_manager(model, config)
     return worker._adapter_manager, int(config.model_config.get_vocab_size())
+
+
+def _nothing(model: Any) -> Any:
+    """In place of the manager of a class that takes no adapter: `load_lora_model` raises before there is one."""
+    return SimpleNamespace(
+        model=model,
+        modules={},
+        packed_modules_mapping=packed_modules(model),
+        supported_lora_modules=[],
+        supports_mm=False,
+        is_pooling_model=False,
+        _is_moe=False,
+    )
 
 
 def _without_kernels(patches: Patches) -> None:
@@ -209,6 +228,8 @@ def _bare(manager: Any) -> Iterator[tuple[str, ModuleView]]:
 def _why_not(manager: Any, name: str, module: Any, kind: Kind) -> str:
     """Why `_create_lora_modules` passes a module by."""
     cls = type(manager.model).__name__
+    if not manager.supported_lora_modules:
+        return NO_LORA.format(cls=cls)
     if kind == "other":
         return f"vLLM does not adapt {type(module).__name__}"
     if kind == "head":
