@@ -177,6 +177,32 @@ _by_tensors("adapter-name-in-keys", _renamed("lora_A.weight", "lora_A.default.we
 _by_config("D01-rank-above-limit", "LP402", "LP201", r=64)
 
 
+def _resized(tensors: Tensors) -> Tensors:
+    """Tokens were added before training, and PEFT saved both embeddings along."""
+    import torch
+
+    more = {f"base_model.model.{name}.weight": torch.randn(300, 128) for name in ("model.embed_tokens", "lm_head")}
+    return tensors | more
+
+
+_by_tensors("C11-resized", _resized, "LP210", "LP308")
+
+
+def _wider(name: str, tensor: Any) -> Any:
+    import torch
+
+    return torch.cat([tensor, tensor[:, :12]], dim=1) if name.endswith("lora_embedding_A") else tensor
+
+
+failure("C11-pair-on-resized-embeddings", "LP301", "LP308")(
+    lambda healthy, base, folder: edited(
+        save_adapter(folder.with_name(f"{folder.name}-whole"), base, target_modules=["embed_tokens"]),
+        folder,
+        _each(_wider),
+    )
+)
+
+
 def _twice(tensors: Tensors) -> Tensors:
     return tensors | {name.removeprefix("base_model.model."): tensor * 2 for name, tensor in tensors.items()}
 
@@ -194,6 +220,8 @@ HEALTHY: dict[str, dict[str, Any]] = {
     "layers-to-transform": {"layers_to_transform": [0, 2], "layers_pattern": "layers"},
     "excluded": {"target_modules": ["q_proj", "v_proj"], "exclude_modules": r".*\.1\..*"},
     "head": {"target_modules": ["q_proj", "lm_head"]},
+    "embeddings": {"target_modules": ["q_proj", "embed_tokens"]},
+    "no-dropout-no-task": {"lora_dropout": 0.1, "task_type": None},
     "rank-1": {"r": 1, "lora_alpha": 1},
     "rank-7": {"r": 7, "lora_alpha": 16.0},
     "gaussian": {"init_lora_weights": "gaussian"},
