@@ -6,7 +6,7 @@ pair of the file leads to in an engine, and which modules the config targets.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -122,9 +122,18 @@ def _place(view: EngineView, pair: AdapterModule, serving: Serving) -> Place:
     bare = stored.replace(PREFIX, "") if stored.startswith(PREFIX) else stored
     place = _at(view, pair, view.renamed(bare))
     if place.module is None and place.name is not None and serving.vllm.text_names_on_multimodal:
-        tried = _at(view, pair, view.renamed(f"language_model.{bare}"))
-        return tried if tried.module is not None else place
+        return next((Place(name, view.modules[name]) for name in _text_names(view, place.name)), place)
     return place
+
+
+def _text_names(view: EngineView, name: str) -> Iterator[str]:
+    """The modules of a multimodal model's language model that a text model's name means: vLLM 0.33 tries them
+    (`_get_text_lora_names`)."""
+    homes = {module.partition(".")[0] for module, found in view.modules.items() if not found.why_not} - {"model"}
+    for home in sorted(homes):
+        for end in (name, name.removeprefix("model.")):
+            if f"{home}.{end}" in view.modules:
+                yield f"{home}.{end}"
 
 
 def _at(view: EngineView, pair: AdapterModule, renamed: str | None) -> Place:

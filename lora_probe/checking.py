@@ -168,6 +168,7 @@ class _Bases:
         if asked not in self._views:
             found = views_of(base, ENGINES, task, self.progress)
             views, notes = dict(found.found), []
+            notes += [note for view in found.found.values() for note in view.notes]
             for engine, why in found.missing.items():
                 view = of_headers(base, engine)
                 if view is not None:

@@ -15,26 +15,28 @@ from lora_probe.errors import ProbeError
 class Behaviour:
     """What one version of vLLM does.
 
-    `patterns`: rank_pattern and alpha_pattern are honoured (otherwise ignored without a word). `refuses_variants`: it
-    refuses lora_bias, aLoRA, layer_replication, BD-LoRA, QALoRA and initialisations that change the base (otherwise it
-    runs them as plain LoRA without a word). `classification_heads`: a trained `score` or `classifier` is read (before,
-    any modules_to_save is refused). `text_names_on_multimodal`: a text model's names are tried on the language model of
-    a multimodal one.
+    `patterns`: it honours rank_pattern and alpha_pattern, where others ignore them in silence. `refuses_variants`: it
+    refuses lora_bias, aLoRA, layer_replication, BD-LoRA, QALoRA and initialisations that change the base, where others
+    run them as plain LoRA. `drops_bias_of_b`: it takes a bias of lora_B for lora_B itself, and drops it, where others
+    refuse the tensor. `classification_heads`: it reads a trained `score` or `classifier`, where others refuse any
+    modules_to_save. `text_names_on_multimodal`: it tries a text model's names on the language model of a multimodal
+    one.
     """
 
     version: str
     patterns: bool
     refuses_variants: bool
+    drops_bias_of_b: bool
     classification_heads: bool
     text_names_on_multimodal: bool
     seen: str
 
 
 TABLE = (
-    Behaviour("0.30", False, False, False, False, "read: lora/peft_helper.py, lora_model.py, utils.py of 0.30.0"),
-    Behaviour("0.31", False, False, True, False, "run: patterns 0.135 and 0.868 off, PiSSA 0.40; read: as for 0.30"),
-    Behaviour("0.32", True, True, True, False, "run: this repository's tests hold each against vLLM 0.32.0"),
-    Behaviour("0.33", True, True, True, True, "read: lora/model_manager.py of 0.33.0 (`_get_text_lora_names`)"),
+    Behaviour("0.30", False, False, False, False, False, "run: 79 adapters on 0.30.0; read: lora/peft_helper.py"),
+    Behaviour("0.31", False, False, True, True, False, "run: 79 adapters on 0.31.0; read: lora/utils.py"),
+    Behaviour("0.32", True, True, False, True, False, "run: the tests of this repository on 0.32.0"),
+    Behaviour("0.33", True, True, False, True, True, "read: lora/model_manager.py (`_get_text_lora_names`) of 0.33.0"),
 )
 """Oldest first. What is newer than the last row is taken to behave like it."""
 

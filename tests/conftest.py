@@ -125,6 +125,25 @@ def qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def paligemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A multimodal base of which there is nothing but the config."""
+    from transformers import PaliGemmaConfig
+
+    text = {key: value for key, value in SIZES.items() if value is not None} | {"model_type": "gemma", "head_dim": 32}
+    vision = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = PaliGemmaConfig(
+        text_config=text,
+        vision_config=vision | {"model_type": "siglip_vision_model", "image_size": 56, "patch_size": 14},
+        projection_dim=128,
+        image_token_index=280,
+    )
+    config.architectures = ["PaliGemmaForConditionalGeneration"]
+    folder = tmp_path_factory.mktemp("paligemma") / "base"
+    config.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def adapter(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A healthy adapter: q, k, v of every layer, r 8, scaling 2."""
     return save_adapter(tmp_path_factory.mktemp("adapters") / "healthy", llama)

@@ -326,9 +326,71 @@ def test_rules_without_a_base_are_not_run_and_not_passed(adapter: Path, tmp_path
 
 
 def test_no_rule_speaks_of_what_peft_makes(tmp_path: Path) -> None:
-    for kind in ("gpt2", "tied", "qwen2"):
+    for kind in ("tied", "qwen2"):
         base = save_model(tmp_path / kind, kind)
         made = save_adapter_of(tmp_path / f"{kind}-a", base, target_modules="all-linear")
         report = check(made, model=str(base))
         assert codes(report) == set(), [one.message for one in report.diagnostics]
         assert report.ledgers["peft"].healthy
+
+
+def test_a_class_that_takes_no_adapters(tmp_path: Path) -> None:
+    base = save_model(tmp_path / "gpt2", "gpt2")
+    report = check(save_adapter_of(tmp_path / "a", base, target_modules=["c_attn"]), model=str(base))
+    assert errors(report) == {"LP411"}
+    assert report.ledgers["vllm"].refused
+    assert report.ledgers["peft"].healthy
+
+
+# a multimodal model
+
+
+@pytest.fixture(scope="session")
+def on_multimodal(paligemma: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    folder = tmp_path_factory.mktemp("on-multimodal")
+    targets = {
+        "language": r".*language_model.*\.[qkv]_proj",
+        "towers": r".*\.([qkv]_proj|fc1)",
+        "all-linear": "all-linear",
+    }
+    made = {}
+    for name, modules in targets.items():
+        torch.manual_seed(0)
+        model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(paligemma))
+        peft_model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=modules))
+        for parameter, values in peft_model.named_parameters():
+            if "lora_B" in parameter:
+                torch.nn.init.normal_(values, std=0.05)
+        peft_model.save_pretrained(folder / name)
+        made[name] = folder / name
+    text = {"target_modules": ["q_proj", "k_proj", "v_proj"]}
+    rename = lambda ts: {n.replace("model.language_model.layers", "model.layers"): t for n, t in ts.items()}  # noqa: E731
+    made["text"] = edited(made["language"], folder / "text", rename, lambda raw: raw | text)
+    return made
+
+
+def test_names_on_a_multimodal_model(on_multimodal: dict[str, Path], paligemma: Path) -> None:
+    healthy = check(on_multimodal["language"], model=str(paligemma))
+    assert codes(healthy) == set(), [one.message for one in healthy.diagnostics]
+    assert all(ledger.healthy for ledger in healthy.ledgers.values())
+    text = check(on_multimodal["text"], model=str(paligemma))
+    assert "LP302" in errors(text)
+    assert all(ledger.count("took effect") == 0 for ledger in text.ledgers.values())
+    newer = check(on_multimodal["text"], model=str(paligemma), vllm_version="0.33")
+    assert newer.ledgers["vllm"].count("took effect") == 3 * LAYERS
+    assert {"LP302", "LP410"} <= errors(newer)
+
+
+def test_a_tower_that_vllm_does_not_adapt(on_multimodal: dict[str, Path], paligemma: Path) -> None:
+    # The projector's `linear` is a word that vLLM's class does not take at all.
+    assert errors(check(on_multimodal["all-linear"], model=str(paligemma))) == {"LP306"}
+    report = check(on_multimodal["towers"], model=str(paligemma))
+    assert errors(report) == {"LP304", "LP410"}
+    lost = [row.module for row in report.ledgers["vllm"].rows if row.fate == "lost"]
+    assert lost
+    assert all("vision" in module for module in lost)
+    assert report.ledgers["peft"].healthy

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SIZES, SharedEngine
+from conftest import SharedEngine
 from merges import save_model
 
 from lora_probe.base import open_base
@@ -31,25 +31,6 @@ def models(tmp_path_factory: pytest.TempPathFactory, llama: Path, qwen2: Path) -
     folder = tmp_path_factory.mktemp("views")
     made = {kind: save_model(folder / kind, kind) for kind in ("tied", "gpt2", "mixtral", "moe")}
     return {"llama": llama, "qwen2": qwen2} | made
-
-
-@pytest.fixture(scope="session")
-def paligemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A multimodal base of which there is nothing but the config."""
-    from transformers import PaliGemmaConfig
-
-    text = {key: value for key, value in SIZES.items() if value is not None} | {"model_type": "gemma", "head_dim": 32}
-    vision = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = PaliGemmaConfig(
-        text_config=text,
-        vision_config=vision | {"model_type": "siglip_vision_model", "image_size": 56, "patch_size": 14},
-        projection_dim=128,
-        image_token_index=280,
-    )
-    config.architectures = ["PaliGemmaForConditionalGeneration"]
-    folder = tmp_path_factory.mktemp("paligemma") / "base"
-    config.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")

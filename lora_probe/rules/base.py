@@ -13,6 +13,7 @@ from lora_probe.config import read_json
 from lora_probe.errors import ProbeError
 from lora_probe.rules import Found, survey
 from lora_probe.rules.files import EMBEDDINGS, HEADS
+from lora_probe.rules.serving import CHANGES_BASE
 
 if TYPE_CHECKING:
     from lora_probe.base import Base
@@ -402,7 +403,7 @@ def part_of_the_base(case: Case) -> Iterator[Found]:
     References: huggingface/transformers#34468.
     """
     init = case.adapter.config.raw.get("init_lora_weights")
-    if isinstance(init, str) and init.lower().startswith(("pissa", "olora", "corda", "loftq")):
+    if isinstance(init, str) and init.lower().startswith(CHANGES_BASE):
         return
     assert case.base is not None
     found = list(alignments(case.adapter, case.base))

@@ -100,7 +100,7 @@ def refused_tensor(case: Case) -> Iterator[Found]:
     lora_embedding_A or lora_embedding_B; a classification head and copies of embeddings are let through.
 
     Why it matters: vLLM 0.32 refuses (`... is unsupported LoRA weight`), loudly. People then delete the tensors to get
-    past it, and lose that part of the training in silence. Up to 0.31 a bias of lora_B was taken for lora_B itself.
+    past it, and lose that part of the training in silence. 0.31 alone takes a bias of lora_B, and drops it.
 
     Example: magnitude vectors of DoRA, trained embeddings and heads (modules_to_save), trained tokens, biases.
     References: vllm-project/vllm#10849, #9280, #36501.
@@ -123,7 +123,7 @@ def _vllm_parses(name: str, case: Case) -> bool:
     if len(parts) < 2 or parts[-1] not in ("weight", "bias"):
         return False
     if parts[-2] in ("lora_A", "lora_B"):
-        return parts[-1] == "weight" or not case.serving.vllm.refuses_variants
+        return parts[-1] == "weight" or case.serving.vllm.drops_bias_of_b
     return parts[-2] in HEADS and case.serving.vllm.classification_heads
 
 

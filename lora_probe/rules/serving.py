@@ -176,6 +176,8 @@ def _refusals(raw: Any, variants: bool, heads: bool) -> Iterator[tuple[str, str]
         yield "init_lora_weights", f"vLLM does not support init_lora_weights {init!r}"
 
 
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq")
+"""Initialisations that take a part out of the base when PEFT loads the adapter."""
 VARIANTS = (
     ("lora_bias", "a bias on lora_B (lora_bias)"),
     ("alora_invocation_tokens", "Activated LoRA (aLoRA)"),
@@ -197,8 +199,9 @@ def ignored_by_version(case: Case) -> Iterator[Found]:
     What it does: knows which fields vLLM up to 0.31 does not read: rank_pattern, alpha_pattern, initialisations that
     change the base, lora_bias, aLoRA, layer_replication, BD-LoRA, QALoRA.
 
-    Why it matters: the adapter runs as plain LoRA without a word. Measured on 0.31: alpha_pattern 0.87 off in
-    log-probabilities, PiSSA 0.40, lora_bias 1.01; 0.32 honours the patterns and refuses the others.
+    Why it matters: the adapter runs without a word, with the patterns' modules at the general scaling, and the variants
+    as plain LoRA. Measured on 0.31: alpha_pattern 0.87 off in log-probabilities, PiSSA 0.40, lora_bias 1.01. 0.32
+    honours the patterns and refuses the others.
     """
     config, version = case.adapter.config, case.serving.vllm
     if not version.patterns:
@@ -210,11 +213,12 @@ def ignored_by_version(case: Case) -> Iterator[Found]:
                 break
     if version.refuses_variants:
         return
-    for field, message in _refusals(config.raw, True, True):
-        if field not in ("modules_to_save", "use_dora", "bias"):
-            keys = tuple(pair.key for pair in case.adapter.modules)
-            said = message.replace("vLLM does not support", f"vLLM {version.version} ignores")
-            yield Found(said, keys=keys, value="wrong", field=field)
+    ignored = [(field, name) for field, name in VARIANTS if config.raw.get(field)]
+    init = config.raw.get("init_lora_weights")
+    if isinstance(init, str) and init.lower().startswith(CHANGES_BASE):
+        ignored.append(("init_lora_weights", f"init_lora_weights {init!r}, which changes the base"))
+    for field, name in ignored:
+        yield Found(f"vLLM {version.version} ignores {name}, and runs the adapter as plain LoRA", field=field)
 
 
 def _scaled_otherwise(case: Case) -> Iterator[Key]:
@@ -268,6 +272,26 @@ def head_without_home(case: Case) -> Iterator[Found]:
         if len(parts) > 1 and parts[-2] in ("score", "classifier") and parts[-2] in saved and parts[-2] not in homes:
             yield Found(f"`{name}`: vLLM's {view.model} has no classification head", refuses=True)
             return
+
+
+@survey(
+    "LP411",
+    "class-without-adapters",
+    engines=("vllm",),
+    needs="vllm",
+    hint="merge the adapter: merge_and_unload(), then `lora-probe parity`",
+)
+def class_without_adapters(case: Case) -> Iterator[Found]:
+    """vLLM's class of this base takes no adapter at all.
+
+    Why it matters: vLLM does not start with `--enable-lora` (`... does not support LoRA yet`, 0.32), whatever the
+    adapter.
+
+    Example: GPT-2.
+    """
+    view = case.views["vllm"]
+    if view.refuses:
+        yield Found(view.refuses, refuses=True)
 
 
 @rule(
