@@ -19,6 +19,7 @@ from lora_probe.engines.views import views_of
 from lora_probe.errors import MissingWeights, NotLora, ProbeError, UnreadableFile
 from lora_probe.ledger import Ledger, Row, clauses, name_modules
 from lora_probe.mending import Mending, mend
+from lora_probe.patterns import EndlessPattern
 from lora_probe.prediction import Prediction, predict
 from lora_probe.rules import ENGINES, Diagnostic, Rule, Severity, all_rules, diagnostic
 from lora_probe.rules.config import config_unreadable, not_lora
@@ -182,11 +183,11 @@ class _Bases:
 def _report(folder: Path, notes: tuple[str, ...], serving: Serving, bases: _Bases, chosen: frozenset[str]) -> Report:
     try:
         adapter = open_adapter(folder)
+        base, name, said = bases.base(adapter)
+        views, more = bases.views(base, _task(adapter)) if base is not None else ({}, ())
+        found = predict(Case(adapter, serving, base, views))
     except UnreadableFile as error:
         return _unreadable(folder, notes, bases.model, error, chosen)
-    base, name, said = bases.base(adapter)
-    views, more = bases.views(base, _task(adapter)) if base is not None else ({}, ())
-    found = predict(Case(adapter, serving, base, views))
     diagnostics = [one for one in _diagnostics(adapter, found) if one.code in chosen]
     return Report(
         folder,
@@ -212,6 +213,8 @@ def _unreadable(
         judged = not_lora(error.message)
     elif isinstance(error, MissingWeights):
         judged = weights_not_found(error.message)
+    elif isinstance(error, EndlessPattern):
+        judged = config_unreadable(error.message)
     else:
         try:
             open_config(path)

@@ -20,6 +20,7 @@ from lora_probe.errors import NotLora, ProbeError, UnreadableFile
 from lora_probe.files import brief, impostor, is_text, opened, shown
 from lora_probe.foreign import foreign
 from lora_probe.keys import top_level
+from lora_probe.patterns import compiles, fullmatch, match
 
 MAX_CONFIG = 10_000_000
 """Bytes; real ones have about a thousand."""
@@ -129,14 +130,14 @@ class AdapterConfig:
         if excluded and _names(excluded, name):
             return False
         saved = self.raw.get("modules_to_save") or ()
-        if any(re.match(rf"(^|.*\.){part}($|\..*)", name) for part in saved):
+        if any(match(rf"(^|.*\.){part}($|\..*)", name) for part in saved):
             return False
         if self.target_modules is None or self.target_modules == ():
             return False
         if self.target_modules == "all-linear":
             return name.rpartition(".")[2] not in ("lm_head", "embed_tokens", "score", "classifier")
         if isinstance(self.target_modules, str):
-            return re.fullmatch(self.target_modules, name) is not None
+            return fullmatch(self.target_modules, name) is not None
         return _names(self.target_modules, name) and self._in_layers(name)
 
     def _in_layers(self, name: str) -> bool:
@@ -149,8 +150,8 @@ class AdapterConfig:
         expressions = [rf"(?:^|.*?\.){p}\.(?P<idx>\d+)\." for p in patterns or ()]
         for expression in expressions or [r".*?\.[^.]*\.(?P<idx>\d+)\."]:
             # Python converts no number of thousands of digits.
-            if (match := re.match(expression, name)) and len(match["idx"]) < 20:
-                layer = int(match["idx"])
+            if (found := match(expression, name)) and len(found["idx"]) < 20:
+                layer = int(found["idx"])
                 return layer == wanted if isinstance(wanted, int) else layer in wanted
         return False
 
@@ -158,13 +159,13 @@ class AdapterConfig:
 def _names(targets: str | Iterable[str], name: str) -> bool:
     """PEFT's rule: a string is a regular expression for the whole name, a list holds names or their ends."""
     if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
+        return fullmatch(targets, name) is not None
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
 def _match(patterns: Mapping[str, Any], module: str, default: float) -> float:
     for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
+        if match(rf"(.*\.)?({pattern})$", module):
             return float(value)
     return default
 
@@ -249,6 +250,7 @@ def _compile(path: Path, key: str, pattern: str, *forms: str) -> None:
             raise ValueError(f"it has {len(pattern)} characters")
         for form in (pattern, *forms):
             re.compile(form)
+            compiles(form)
     # A repetition too large for re is an OverflowError, one nested too deep a RecursionError.
     except (re.error, ValueError, OverflowError, RecursionError) as error:
         why = "it is nested too deep" if isinstance(error, RecursionError) else error

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from lora_probe.patterns import match
 from lora_probe.rules import Found, rule, survey
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def pattern_without_module(case: Case) -> Iterator[Found]:
     names = {m.module if m.parameter == "weight" else f"{m.module}.{m.parameter}" for m in case.adapter.modules}
     names |= case.targeted
     for field, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
-        idle = [p for p in patterns if not any(re.match(rf"(.*\.)?({p})$", name) for name in names)]
+        idle = [p for p in patterns if not any(match(rf"(.*\.)?({p})$", name) for name in names)]
         if idle and names:
             found = ", ".join(f"`{pattern}`" for pattern in idle)
             yield Found(f"{field} has {found}, which matches no module of the adapter", field=field)
