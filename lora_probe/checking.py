@@ -169,14 +169,12 @@ class _Bases:
         if asked not in self._views:
             found = views_of(base, ENGINES, task, self.progress)
             views, notes = dict(found.found), []
-            notes += [note for view in found.found.values() for note in view.notes]
             for engine, why in found.missing.items():
-                view = of_headers(base, engine)
-                if view is not None:
+                if (view := of_headers(base, engine, why)) is not None:
                     views[engine] = view
-                source = "names and shapes are from the headers of the base's files" if view else "nothing is known"
-                notes.append(f"{engine} was not asked what it has ({why}): {source}")
-            self._views[asked] = views, tuple(notes)
+                else:
+                    notes.append(f"{engine} was not asked what it has ({why}), and the base has no safetensors files")
+            self._views[asked] = views, (*notes, *(note for view in views.values() for note in view.notes))
         return self._views[asked]
 
 
@@ -244,6 +242,7 @@ def _diagnostics(adapter: Adapter, prediction: Prediction) -> Iterator[Diagnosti
         for sentence, finding, rows in clauses(ledger):
             if finding.value == "unknown" or finding.code in spoken or not finding.code:
                 continue
+            sentence = sentence.removesuffix(f" ({finding.code})")
             rule, before = known[finding.code], merged.get((finding.code, sentence))
             merged[(finding.code, sentence)] = Diagnostic(
                 rule.code,

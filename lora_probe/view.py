@@ -121,10 +121,11 @@ def _apply(step: Rename, name: str) -> str | None:
     return step.new.join(name.rsplit(step.old, 1)) if step.kind == "suffix" else name.replace(step.old, step.new, 1)
 
 
-def of_headers(base: Base, engine: str) -> EngineView | None:
+def of_headers(base: Base, engine: str, why: str) -> EngineView | None:
     """What can be said of `base` where `engine` is not there to be asked: the matrices in the headers of its files.
 
-    None for a base without safetensors files. Names are the files', which are the engine's for most text models.
+    None for a base without safetensors files. Names are the files', which are the engine's for most text models. `why`
+    is the reason for not asking.
     """
     if not base.shapes:
         return None
@@ -137,9 +138,8 @@ def of_headers(base: Base, engine: str) -> EngineView | None:
     words = {_from_experts_on(name) for name in modules}
     if vllm and any(view.kind == "experts" for view in modules.values()):
         words.add("experts")
-    notes = [f"{engine} is not installed: names and shapes are from the headers of the base's files"]
+    notes = [f"{engine} was not asked what it has ({why}): names and shapes are from the headers of the base's files"]
     if vllm:
-        notes[0] = notes[0].replace("vllm", "vLLM", 1)
         notes.append("whether vLLM adapts the embeddings and the head of this class is not known")
     return EngineView(
         engine=engine,

@@ -326,25 +326,28 @@ def test_asking_imports_no_engine_here() -> None:
 
 
 def test_headers_stand_in_for_an_engine(models: dict[str, Path], tmp_path: Path) -> None:
-    view = of_headers(open_base(str(models["llama"])), "vllm")
+    view = of_headers(open_base(str(models["llama"])), "vllm", "because")
     assert view is not None
     assert view.source == "headers"
-    assert view.notes[0] == "vLLM is not installed: names and shapes are from the headers of the base's files"
+    assert (
+        view.notes[0]
+        == "vllm was not asked what it has (because): names and shapes are from the headers of the base's files"
+    )
     assert view.modules["model.layers.0.self_attn.k_proj"].packed
     assert view.modules["model.layers.0.self_attn.k_proj"].shape == (64, 128)
     assert {"q_proj", "down_proj", "gate_proj"} <= set(view.suffixes)
     live = ask_peft(models["llama"])
     for name, module in view.modules.items():
         assert (module.kind, module.shape) == (live.modules[name].kind, live.modules[name].shape)
-    tied = of_headers(open_base(str(models["tied"])), "peft")
+    tied = of_headers(open_base(str(models["tied"])), "peft", "because")
     assert tied is not None
     assert tied.modules["lm_head"].shape == (288, 128)
     assert tied.suffixes == ()
-    gpt2 = of_headers(open_base(str(models["gpt2"])), "peft")
+    gpt2 = of_headers(open_base(str(models["gpt2"])), "peft", "because")
     assert gpt2 is not None
     assert gpt2.modules["transformer.h.0.attn.c_attn"].shape == (384, 128)
-    moe = of_headers(open_base(str(models["moe"])), "vllm")
+    moe = of_headers(open_base(str(models["moe"])), "vllm", "because")
     assert moe is not None
     assert moe.modules["model.layers.0.mlp.experts.1.up_proj"].kind == "experts"
     assert {"experts", "experts.1.up_proj"} <= set(moe.suffixes)
-    assert of_headers(open_base(str(only_config(models["llama"], tmp_path / "bare"))), "vllm") is None
+    assert of_headers(open_base(str(only_config(models["llama"], tmp_path / "bare"))), "vllm", "because") is None
