@@ -42,12 +42,14 @@ class Place:
 
 @dataclass(frozen=True)
 class Case:
-    """One adapter, and all that is known of where it will run."""
+    """One adapter, and all that is known of where it will run. `unasked` holds why an engine did not say itself what it
+    has for the base."""
 
     adapter: Adapter
     serving: Serving
     base: Base | None = None
     views: Mapping[str, EngineView] = field(default_factory=dict)
+    unasked: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def shapes(self) -> Shapes | None:

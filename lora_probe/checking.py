@@ -105,7 +105,7 @@ def mending_of(
     opened = open_adapter(folder)
     bases = _Bases(model, progress)
     base, _, _ = bases.base(opened)
-    views = bases.views(base, _task(opened))[0] if base is not None else {}
+    views = bases.views(base, _task(opened)).views if base is not None else {}
     return mend(opened, Case(opened, _serving({}, None), base, views).shapes)
 
 
@@ -136,6 +136,15 @@ def _serving(options: Mapping[str, Any], vllm_version: str | None) -> Serving:
     return Serving(behaviour(vllm_version), lora_target_modules=tuple(targets) if targets else None, **given)
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """What the engines have for a base, why one did not say, and what to tell of that."""
+
+    views: Mapping[str, EngineView] = field(default_factory=dict)
+    missing: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
 class _Bases:
     """The bases that were met, and what the engines have for them: each is asked once."""
 
@@ -143,7 +152,7 @@ class _Bases:
         self.model = model
         self.progress = progress
         self._bases: dict[str, Base | ProbeError] = {}
-        self._views: dict[tuple[Path, str | None], tuple[dict[str, EngineView], tuple[str, ...]]] = {}
+        self._views: dict[tuple[Path, str | None], _Asked] = {}
         if model is not None:
             # A base that was asked for by name must be there.
             self._bases[model] = open_base(model)
@@ -163,7 +172,7 @@ class _Bases:
             return None, name, (f"the base `{name}`, which the config names, is not here: give it with --model",)
         return found, name, (() if self.model else (f"the base is the one that the config names, `{name}`",))
 
-    def views(self, base: Base, task: str | None) -> tuple[dict[str, EngineView], tuple[str, ...]]:
+    def views(self, base: Base, task: str | None) -> _Asked:
         """What each engine has for the base; of the files' headers where an engine is not there to be asked."""
         asked = base.path, task
         if asked not in self._views:
@@ -174,7 +183,8 @@ class _Bases:
                     views[engine] = view
                 else:
                     notes.append(f"{engine} was not asked what it has ({why}), and the base has no safetensors files")
-            self._views[asked] = views, (*notes, *(note for view in views.values() for note in view.notes))
+            notes += [note for view in views.values() for note in view.notes]
+            self._views[asked] = _Asked(views, found.missing, tuple(notes))
         return self._views[asked]
 
 
@@ -182,8 +192,8 @@ def _report(folder: Path, notes: tuple[str, ...], serving: Serving, bases: _Base
     try:
         adapter = open_adapter(folder)
         base, name, said = bases.base(adapter)
-        views, more = bases.views(base, _task(adapter)) if base is not None else ({}, ())
-        found = predict(Case(adapter, serving, base, views))
+        asked = bases.views(base, _task(adapter)) if base is not None else _Asked()
+        found = predict(Case(adapter, serving, base, asked.views, asked.missing))
     except UnreadableFile as error:
         return _unreadable(folder, notes, bases.model, error, chosen)
     diagnostics = [one for one in _diagnostics(adapter, found) if one.code in chosen]
@@ -193,7 +203,7 @@ def _report(folder: Path, notes: tuple[str, ...], serving: Serving, bases: _Base
         found.ledgers,
         tuple(sorted(diagnostics, key=lambda one: (_RANKS[one.severity], one.code))),
         _not_run(found, chosen),
-        (*notes, *said, *more),
+        (*notes, *said, *asked.notes),
     )
 
 

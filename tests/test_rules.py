@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import LAYERS, SharedEngine, edited, record_peft, save_adapter, save_base, save_tokenizer
+from conftest import LAYERS, SIZES, SharedEngine, edited, record_peft, save_adapter, save_base, save_tokenizer
 from failures import write_config
 from merges import save_adapter_of, save_model
 from other_engine import record_all
@@ -340,6 +340,104 @@ def test_a_class_that_takes_no_adapters(tmp_path: Path) -> None:
     assert errors(report) == {"LP411"}
     assert report.ledgers["vllm"].refused
     assert report.ledgers["peft"].healthy
+
+
+def _on_config(folder: Path, base: Path, **more: Any) -> Path:
+    """A base of which there is nothing but the config, changed."""
+    folder.mkdir(parents=True)
+    config = json.loads((base / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | more))
+    return folder
+
+
+def test_a_vocabulary_beyond_vllms_limit(adapter: Path, llama: Path, tmp_path: Path) -> None:
+    base = _on_config(tmp_path / "big", llama, vocab_size=300_000)
+    report = check(adapter, model=str(base))
+    assert errors(report) == {"LP408"}
+    assert report.ledgers["vllm"].refused
+    # A class that does not adapt its head has no such limit.
+    assert not errors(check(adapter, model=str(_qwen(tmp_path))))
+
+
+def _qwen(folder: Path) -> Path:
+    from transformers import Qwen2Config
+
+    Qwen2Config(**SIZES | {"vocab_size": 300_000}, architectures=["Qwen2ForCausalLM"]).save_pretrained(folder / "qwen")
+    return folder / "qwen"
+
+
+def test_names_that_vllms_class_skips(adapter: Path, tmp_path: Path) -> None:
+    from transformers import NemotronHConfig
+
+    config = NemotronHConfig(
+        vocab_size=288,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        hybrid_override_pattern="M*-",
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        mamba_num_heads=8,
+        mamba_head_dim=32,
+        ssm_state_size=16,
+        n_groups=2,
+    )
+    config.architectures = ["NemotronHForCausalLM"]
+    config.save_pretrained(tmp_path / "base")
+    mtp = edited(
+        adapter, tmp_path / "a", lambda ts: {n.replace("model.layers", "mtp.layers"): t for n, t in ts.items()}
+    )
+    report = check(mtp, model=str(tmp_path / "base"))
+    assert "LP305" in errors(report)
+    assert report.ledgers["vllm"].count("took effect") == 0
+
+
+def test_biases_of_the_base_with_and_without_the_flag(qwen2: Path, tmp_path: Path) -> None:
+    trained = save_adapter(tmp_path / "a", qwen2, bias="all")
+    assert errors(check(trained, model=str(qwen2))) == {"LP210", "LP406"}
+    unsaid = edited(trained, tmp_path / "b", config=lambda raw: raw | {"bias": "none"})
+    report = check(unsaid, model=str(qwen2))
+    assert errors(report) == {"LP210", "LP211"}
+    assert "changes the base" in next(one.message for one in report.diagnostics if one.code == "LP211")
+
+
+def test_a_variant_of_which_vllm_reads_nothing(llama: Path, tmp_path: Path) -> None:
+    from peft import KasaConfig
+
+    whole = save_adapter(tmp_path / "a", llama, kasa_config=KasaConfig())
+    assert errors(check(whole, model=str(llama))) == {"LP110", "LP210"}
+    stripped = edited(whole, tmp_path / "b", lambda ts: {n: t for n, t in ts.items() if "lora_diag" not in n})
+    assert "LP110" in errors(check(stripped, model=str(llama)))
+    assert errors(check(stripped, model=str(llama), ignore=["LP110"])) == {"LP212"}
+
+
+def test_patterns_and_targets_that_match_nothing(adapter: Path, llama: Path, tmp_path: Path) -> None:
+    typo = edited(adapter, tmp_path / "a", config=lambda raw: raw | {"alpha_pattern": {"q_porj": 32}})
+    for report in (check(typo, model=str(llama)), check(typo)):
+        assert [(one.code, one.severity) for one in report.diagnostics] == [("LP105", "warning")]
+    more = edited(
+        adapter, tmp_path / "b", config=lambda raw: raw | {"target_modules": ["q_proj", "k_proj", "v_proj", "query"]}
+    )
+    report = check(more, model=str(llama))
+    assert [(one.code, one.severity) for one in report.diagnostics] == [("LP108", "info")]
+
+
+def test_a_target_that_peft_cannot_adapt(adapter: Path, llama: Path, tmp_path: Path) -> None:
+    block = edited(adapter, tmp_path / "a", config=lambda raw: raw | {"target_modules": ["q_proj", "self_attn"]})
+    report = check(block, model=str(llama))
+    assert "LP307" in errors(report)
+    trace = record_peft(block, llama, tmp_path / "t", prompts=("Hi",), max_tokens=1)
+    assert_predicted(report.ledgers["peft"], trace)
+
+
+def test_a_key_that_stands_twice(adapter: Path, llama: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(adapter, tmp_path / "a"))
+    path = folder / "adapter_config.json"
+    path.write_text(path.read_text().replace("{", '{\n  "lora_alpha": 4,', 1))
+    report = check(folder, model=str(llama))
+    assert [(one.code, one.severity) for one in report.diagnostics] == [("LP104", "warning")]
+    assert "lora_alpha" in path.read_text().splitlines()[(report.diagnostics[0].line or 0) - 1]
 
 
 # a multimodal model

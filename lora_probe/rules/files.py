@@ -174,7 +174,7 @@ def flag_without_tensors(case: Case) -> Iterator[Found]:
     References: vllm-project/vllm#4186, PrimeIntellect-ai/prime-rl#3358.
     """
     raw, held = case.adapter.config.raw, _variants(case)
-    for field in ("use_dora", "lora_bias"):
+    for field in ("use_dora", "lora_bias", "kasa_config"):
         if raw.get(field) and not held[field][1] and case.adapter.modules:
             yield Found(f"`{field}` is set, and the file holds no {held[field][0]}", engines=("peft",), field=field)
     if raw.get("trainable_token_indices") and not held["trainable_token_indices"][1]:
