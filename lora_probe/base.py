@@ -29,6 +29,12 @@ class Base:
     config: Mapping[str, Any]
     shapes: Mapping[str, tuple[int, int] | None]
 
+    @property
+    def text(self) -> Mapping[str, Any]:
+        """The config of the language model: of a multimodal one its inner config, laid over the outer."""
+        inner = self.config.get("text_config")
+        return {**self.config, **inner} if isinstance(inner, dict) else self.config
+
 
 def open_base(name: str) -> Base:
     """Open a base by folder or by id.

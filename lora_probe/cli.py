@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_probe.errors import ProbeError
-from lora_probe.folders import Lost, asked
+from lora_probe.folders import Lost, asked, each
 from lora_probe.options import engine_options, parser_of_all, prompts, same_with_another_engine
 from lora_probe.render.cells import one_line
 from lora_probe.render.output import complain, dump, hint, say, show, write
@@ -162,7 +162,7 @@ def _check(options: argparse.Namespace) -> int:
             ignore=options.ignore or [],
             progress=lambda text: tell(one_line(text if wanted.single else counted(text)), passing=True),
         )
-        for one in _reports(wanted.folders, lost, check):
+        for one in each(wanted.folders, lost, check):
             pages += [shown(one)] if shown else []
             # Of thousands of adapters the ledgers, a row for every module, are not kept.
             found.append(one if full else replace(one, ledgers={}))
@@ -199,23 +199,6 @@ def _mend(options: argparse.Namespace) -> int:
     options.fix, options.output, to_check = False, None, options.output if found.needed else str(found.adapter.path)
     options.checkpoints = [to_check]
     return _check(options)
-
-
-def _reports(
-    folders: Sequence[Path], lost: list[Lost], check: Callable[[Sequence[Path]], Iterator[Report]]
-) -> Iterator[Report]:
-    """The reports that can be had. A folder that cannot be judged is added to `lost`, and the others are judged."""
-    rest = list(folders)
-    # What is wrong with the options is wrong for all, and raised here.
-    list(check(()))
-    while rest:
-        try:
-            for one in check(tuple(rest)):
-                yield one
-                rest.pop(0)
-            return
-        except ProbeError as error:
-            lost.append(Lost(rest.pop(0), error))
 
 
 def _report(found: list[Report], pages: list[Any], lost: list[Lost], form: str, *, single: bool, full: bool) -> None:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from lora_probe.errors import ProbeError, UnreadableFile
 
 _ADAPTER_FILE = re.compile(r"adapter_config\.json|adapter_model[-.](?:.*\.)?(?:safetensors|bin)(?:\.index\.json)?")
+Judged = TypeVar("Judged")
 _NUMBERS = re.compile(r"(\d+)")
 
 
@@ -49,6 +51,23 @@ def asked(paths: Sequence[str], recursive: bool = False) -> Asked:
         except ProbeError as error:
             lost.append(Lost(path, error))
     return Asked(tuple(found.values()), tuple(lost), not recursive and len(found) + len(lost) == 1)
+
+
+def each(
+    folders: Sequence[Path], lost: list[Lost], check: Callable[[Sequence[Path]], Iterator[Judged]]
+) -> Iterator[Judged]:
+    """The reports that can be had. A folder that cannot be judged is added to `lost`, and the others are judged."""
+    rest = list(folders)
+    # What is wrong with the options is wrong for all, and raised here.
+    list(check(()))
+    while rest:
+        try:
+            for one in check(tuple(rest)):
+                yield one
+                rest.pop(0)
+            return
+        except ProbeError as error:
+            lost.append(Lost(rest.pop(0), error))
 
 
 def is_adapter_file(name: str) -> bool:

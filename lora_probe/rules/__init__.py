@@ -33,6 +33,7 @@ FAMILIES = {
     "names": "LP2xx and LP3xx: names",
     "shapes": "LP3xx: the base",
     "base": "LP3xx: the base",
+    "origin": "LP3xx: the base",
     "serving": "LP4xx: serving",
     "loading": "LP5xx: loading, in a running engine",
     "applying": "LP6xx: applying, in a running engine",
