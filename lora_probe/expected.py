@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from lora_probe.adapter import LAYER, PREFIX, Adapter, AdapterModule, Key, natural
 from lora_probe.errors import UnreadableFile
+from lora_probe.grams import LARGE, spectrum_in_blocks
 from lora_probe.ledger import OK, Finding, graver
 from lora_probe.rules.names import unwrapped
 from lora_probe.rules.shapes import shape_differs
@@ -98,6 +99,8 @@ def pair_spectrum(adapter: Adapter, pair: AdapterModule) -> Spectrum | None:
     if pair.a is None or pair.b is None or not_a_matrix(pair) is not None:
         return None
     try:
+        if pair.a.parameters + pair.b.parameters > LARGE:
+            return spectrum_in_blocks(adapter.weights, pair.a, pair.b, pair.scaling)
         return spectrum(adapter.values(pair.a), adapter.values(pair.b), pair.scaling)
     except UnreadableFile:
         return None

@@ -47,6 +47,12 @@ def spectrum(a: Array, b: Array, scaling: float) -> Spectrum:
     return Spectrum(singular, norm, effective_rank(singular))
 
 
+def spectrum_of_grams(gram_a: npt.NDArray[np.float64], gram_b: npt.NDArray[np.float64], scaling: float) -> Spectrum:
+    """The spectrum from `A·Aᵀ` and `Bᵀ·B`, both `[r, r]`, where A and B themselves are not at hand."""
+    singular = _of_grams(gram_a, gram_b) * abs(scaling)
+    return Spectrum(singular, float(np.sqrt(np.square(singular).sum())), effective_rank(singular))
+
+
 def _singular(a: npt.NDArray[np.floating], b: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
     rank, least = a.shape[0], min(a.shape[1], b.shape[0])
     with np.errstate(over="ignore", invalid="ignore"):
@@ -56,11 +62,15 @@ def _singular(a: npt.NDArray[np.floating], b: npt.NDArray[np.floating]) -> npt.N
             found = np.zeros(rank)
             found[:least] = _roots(product @ product.T if b.shape[0] == least else product.T @ product)
             return found
-        gram_a, gram_b = (a @ a.T).astype(np.float64), (b.T @ b).astype(np.float64)
-        if not (np.isfinite(gram_a).all() and np.isfinite(gram_b).all()):
-            return np.full(rank, np.nan)
-        values, vectors = np.linalg.eigh(gram_a)
-        root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
+        return _of_grams((a @ a.T).astype(np.float64), (b.T @ b).astype(np.float64))
+
+
+def _of_grams(gram_a: npt.NDArray[np.float64], gram_b: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    if not (np.isfinite(gram_a).all() and np.isfinite(gram_b).all()):
+        return np.full(len(gram_a), np.nan)
+    values, vectors = np.linalg.eigh(gram_a)
+    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
+    with np.errstate(over="ignore", invalid="ignore"):
         return _roots(root @ gram_b @ root)
 
 
