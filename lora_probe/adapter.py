@@ -29,7 +29,10 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", 
 """Projections in the order in which a layer has them."""
 
 LAYER = re.compile(r"(?:^|\.)([0-9]{1,9})\.")
-_PAIR = re.compile(r"^(?P<path>.+)\.(?P<half>lora_A|lora_B|lora_embedding_A|lora_embedding_B)(?:\.weight)?$")
+_PAIR = re.compile(
+    r"^(?P<path>.+)\.(?P<half>lora_A|lora_B|lora_embedding_A|lora_embedding_B)"
+    r"(?:\.(?P<adapter>(?!weight$|bias$)[^.]+))?(?:\.weight)?$"
+)
 _EXTRA = re.compile(r"^(?P<path>.+)\.(?P<what>lora_magnitude_vector|lora_B\.bias|lora_diag)(?:\.weight)?$")
 
 Key = tuple[str, str, int | None]
@@ -200,8 +203,6 @@ def _expert_parameter(path: str, config: AdapterConfig) -> tuple[str, str]:
 
 def _other(path: str, tensor: TensorHeader) -> OtherTensor:
     last = path.rpartition(".")[2]
-    if ".lora_A." in path or ".lora_B." in path:
-        return OtherTensor(tensor, "an adapter's name stands inside the tensor's name; no loader expects it", False)
     if "trainable_tokens" in path:
         return OtherTensor(tensor, "trained tokens (trainable_token_indices)", True)
     if ".base_layer." in path:
@@ -209,6 +210,12 @@ def _other(path: str, tensor: TensorHeader) -> OtherTensor:
     if last in ("weight", "bias") and "lora" not in path:
         return OtherTensor(tensor, "a whole parameter (modules_to_save)", True)
     return OtherTensor(tensor, "not understood", False)
+
+
+def adapter_in(tensor: TensorHeader) -> str | None:
+    """The name of an adapter inside a tensor's name, as it stands in a live PEFT model: `lora_A.default.weight`."""
+    match = _PAIR.match(tensor.name)
+    return match["adapter"] if match else None
 
 
 def natural(name: str) -> list[tuple[int, int, str]]:

@@ -7,7 +7,7 @@ to, every finding with its rule, and the rules that could not be run.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -88,9 +88,23 @@ def check_all(
     serving = _serving(options or {}, vllm_version)
     bases = _Bases(model, progress)
     for adapter in adapters:
-        folder, notes = find_checkpoint(Path(adapter))
+        try:
+            folder, notes = find_checkpoint(Path(adapter))
+        except UnreadableFile as error:
+            if not _holds_weights(Path(adapter)):
+                raise
+            # Weights without a config are an adapter that no engine loads.
+            yield _unreadable(Path(adapter), (), model, error, chosen)
+            continue
         progress(f"reading {folder}")
         yield _report(folder, notes, serving, bases, chosen)
+
+
+def _holds_weights(folder: Path) -> bool:
+    try:
+        return any(path.name.startswith("adapter_model") for path in folder.iterdir())
+    except OSError:
+        return False
 
 
 def mending_of(
@@ -193,6 +207,7 @@ def _report(folder: Path, notes: tuple[str, ...], serving: Serving, bases: _Base
         adapter = open_adapter(folder)
         base, name, said = bases.base(adapter)
         asked = bases.views(base, _task(adapter)) if base is not None else _Asked()
+        adapter = _with_default_targets(adapter, asked.views)
         found = predict(Case(adapter, serving, base, asked.views, asked.missing))
     except UnreadableFile as error:
         return _unreadable(folder, notes, bases.model, error, chosen)
@@ -210,6 +225,15 @@ def _report(folder: Path, notes: tuple[str, ...], serving: Serving, bases: _Base
 def _task(adapter: Adapter) -> str | None:
     task = adapter.config.raw.get("task_type")
     return task if isinstance(task, str) else None
+
+
+def _with_default_targets(adapter: Adapter, views: Mapping[str, EngineView]) -> Adapter:
+    """PEFT has a table of targets by the kind of model, for a config that names none."""
+    if adapter.config.target_modules is not None or adapter.config.raw.get("target_parameters"):
+        return adapter
+    view = views.get("peft")
+    targets = view.default_targets if view is not None else ()
+    return replace(adapter, config=replace(adapter.config, target_modules=targets or None))
 
 
 def _unreadable(

@@ -16,7 +16,15 @@ from lora_probe.grams import LARGE, spectrum_in_blocks
 from lora_probe.ledger import OK, Finding, graver
 from lora_probe.rules.names import unwrapped
 from lora_probe.rules.shapes import shape_differs
-from lora_probe.rules.weights import half_missing, not_a_matrix, not_finite, not_in_file, rank_differs, zero_delta
+from lora_probe.rules.weights import (
+    half_missing,
+    not_a_matrix,
+    not_finite,
+    not_in_file,
+    rank_differs,
+    variant_missing,
+    zero_delta,
+)
 from lora_probe.spectrum import Spectrum, spectrum
 from lora_probe.view import Shapes
 
@@ -82,7 +90,7 @@ def judge_stored(
     """Run the LP2xx and LP3xx rules over one pair; the gravest finding, the first where they weigh the same."""
     findings = [not_a_matrix(pair), half_missing(pair)]
     if not any(findings):
-        findings.append(rank_differs(pair, adapter.config))
+        findings += [rank_differs(pair, adapter.config), variant_missing(pair, adapter.config)]
         if shape is not None:
             findings.append(shape_differs(pair, shape, transposed))
     if found is not None:

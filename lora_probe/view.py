@@ -17,7 +17,7 @@ from lora_probe.adapter import PREFIX
 from lora_probe.base import Base
 from lora_probe.checkpoint import EMBEDDINGS
 
-SCHEMA = 3
+SCHEMA = 4
 """Raised when a view is built or written in another way, so that none of before is taken for one of today."""
 
 HEADS = ("lm_head", "embed_out")
@@ -73,7 +73,8 @@ class EngineView(msgspec.Struct, frozen=True):
     are names that the model's class skips in silence. `experts` is how fused experts are adapted: "2d" each expert by
     itself, "3d" as the two fused parameters. `parameters` maps a module to its fused parameters (PEFT:
     `{"model.layers.0.mlp.experts": ["gate_up_proj", "down_proj"]}`). `refuses` holds the engine's words where it takes
-    no adapter for this class at all; no module is adapted then. `takes_back`: a name stays as it is where `renames`
+    no adapter for this class at all; no module is adapted then. `default_targets` are
+    PEFT's own for a config that names none. `takes_back`: a name stays as it is where `renames`
     would only shorten it at its beginning, PEFT's prefix included (PEFT). `source` is "engine", or "headers" where the
     engine was not there to be asked.
     """
@@ -91,6 +92,7 @@ class EngineView(msgspec.Struct, frozen=True):
     experts: Literal["", "2d", "3d"] = ""
     parameters: dict[str, list[str]] = {}
     refuses: str = ""
+    default_targets: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
     def renamed(self, name: str) -> str | None:

@@ -93,6 +93,16 @@ failure("B03-alpha-missing", "LP103")(
         healthy, folder, config=lambda raw: {key: value for key, value in raw.items() if key != "lora_alpha"}
     )
 )
+failure("B03-peft-type-missing", "LP103")(
+    lambda healthy, base, folder: edited(
+        healthy, folder, config=lambda raw: {key: value for key, value in raw.items() if key != "peft_type"}
+    )
+)
+failure("B06-targets-missing", "LP103", "LP106")(
+    lambda healthy, base, folder: edited(
+        healthy, folder, config=lambda raw: {key: value for key, value in raw.items() if key != "target_modules"}
+    )
+)
 _by_config("B06-narrower", "LP106", "LP410", target_modules=["q_proj"])
 _by_config("B06-layers", "LP106", "LP410", layers_to_transform=[0, 1])
 _by_config("B06-excluded", "LP106", "LP410", exclude_modules=["v_proj"])
@@ -106,7 +116,7 @@ failure("B08-dora-flag-off", "LP210", "LP211")(
         config=lambda raw: raw | {"use_dora": False},
     )
 )
-_by_config("B08-dora-without-vectors", "LP212", "LP406", use_dora=True)
+_by_config("B08-dora-without-vectors", "LP220", "LP406", use_dora=True)
 _by_training("B10-lora-bias", "LP210", "LP406", lora_bias=True)
 failure("B10-lora-bias-flag-off", "LP210", "LP211")(
     lambda healthy, base, folder: edited(
@@ -173,7 +183,15 @@ _by_tensors(
     "LP303",
 )
 _by_tensors("C21-transposed", _each(lambda name, t: t.T.contiguous() if "lora_A" in name else t), "LP206")
-_by_tensors("adapter-name-in-keys", _renamed("lora_A.weight", "lora_A.default.weight"), "LP202", "LP210")
+_by_tensors("adapter-name-in-keys", _renamed("lora_A.weight", "lora_A.default.weight"), "LP219")
+_by_tensors(
+    "another-adapter-name-in-keys",
+    lambda tensors: {
+        name.replace("lora_A.weight", "lora_A.mine.weight").replace("lora_B.weight", "lora_B.mine.weight"): tensor
+        for name, tensor in tensors.items()
+    },
+    "LP219",
+)
 _by_config("D01-rank-above-limit", "LP402", "LP201", r=64)
 
 

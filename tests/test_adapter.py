@@ -56,7 +56,7 @@ def test_every_tensor_is_in_the_account_once(adapter: Path, tmp_path: Path) -> N
         "base_model.model.lm_head.weight": "a whole parameter (modules_to_save)",
         "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta": "trained tokens",
         "base_model.model.model.layers.0.self_attn.q_proj.base_layer.bias": "a tensor of the base model",
-        "base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight": "an adapter's name",
+        "base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight": "of the same module",
         "base_model.model.model.layers.0.self_attn.o_proj.lora_magnitude_vector": "without lora_A and lora_B",
         "hello": "not understood",
     }

@@ -157,6 +157,7 @@ BROKEN: dict[str, tuple[str, Callable[[Path], object]]] = {
         lambda f: (f / "adapter_model.safetensors").rename(f / "adapter_model-00001-of-00002.safetensors"),
     ),
     "A11-download": ("LP207", lambda f: (f / "adapter_model.safetensors").rename(f / "adapter_model (5).safetensors")),
+    "A11-no-config": ("LP101", lambda f: (f / "adapter_config.json").unlink()),
     "config-not-json": ("LP101", lambda f: (f / "adapter_config.json").write_text('{"r": 8,')),
     "config-of-text": ("LP101", lambda f: write_config(f, json.loads(_config(f)) | {"r": "8"})),
     "config-null-alpha": ("LP101", lambda f: write_config(f, json.loads(_config(f)) | {"lora_alpha": None})),
@@ -300,9 +301,9 @@ def test_rules_are_chosen_by_code_beginning_and_name(adapter: Path, llama: Path,
         lambda ts: {n: t for n, t in ts.items() if "layers.1" not in n},
         lambda raw: raw | {"use_dora": True},
     )
-    assert codes(check(both, model=str(llama))) == {"LP204", "LP212", "LP406"}
-    assert codes(check(both, model=str(llama), select=["LP2"])) == {"LP204", "LP212"}
-    assert codes(check(both, model=str(llama), select=["lp2xx", "variant-refused"], ignore=["LP212"])) == {
+    assert codes(check(both, model=str(llama))) == {"LP204", "LP220", "LP406"}
+    assert codes(check(both, model=str(llama), select=["LP2"])) == {"LP204", "LP220"}
+    assert codes(check(both, model=str(llama), select=["lp2xx", "variant-refused"], ignore=["LP220"])) == {
         "LP204",
         "LP406",
     }
@@ -394,7 +395,7 @@ def test_a_variant_of_which_vllm_reads_nothing(llama: Path, tmp_path: Path) -> N
     assert errors(check(whole, model=str(llama))) == {"LP110", "LP210"}
     stripped = edited(whole, tmp_path / "b", lambda ts: {n: t for n, t in ts.items() if "lora_diag" not in n})
     assert "LP110" in errors(check(stripped, model=str(llama)))
-    assert errors(check(stripped, model=str(llama), ignore=["LP110"])) == {"LP212"}
+    assert errors(check(stripped, model=str(llama), ignore=["LP110"])) == {"LP220"}
 
 
 def test_patterns_and_targets_that_match_nothing(adapter: Path, llama: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from lora_probe.adapter import PREFIX, Key, open_adapter
+from lora_probe.adapter import PREFIX, Key, adapter_in, open_adapter
 from lora_probe.base import Base
 from lora_probe.engines.hooks import Capture
 from lora_probe.engines.measure import Account, relative_difference
@@ -211,6 +211,9 @@ def _judge_loading(account: Account, live: Mapping[str, Any], shapes: Shapes) ->
             continue
         if not all(tensor.name.startswith(PREFIX) for tensor in row.entry.tensors):
             read[row.key] = not_taken("PEFT", f"its name does not begin with `{PREFIX}`")
+            continue
+        if not {adapter_in(tensor) for tensor in row.entry.tensors} <= {None, ADAPTER}:
+            read[row.key] = not_taken("PEFT", "another adapter's name stands in its name")
             continue
         read[row.key] = OK
         if row.module not in live:

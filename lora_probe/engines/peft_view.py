@@ -51,8 +51,16 @@ def describe(base: Base, task: str | None, version: str) -> EngineView:
         vocabulary=getattr(model.config.get_text_config(), "vocab_size", None),
         experts="3d" if parameters else "",
         parameters=parameters,
+        default_targets=_default_targets(model),
         notes=notes,
     )
+
+
+def _default_targets(model: Any) -> tuple[str, ...]:
+    """What PEFT targets for this kind of model where the config names no target_modules."""
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as TABLE
+
+    return tuple(sorted(TABLE.get(getattr(model.config, "model_type", ""), ())))
 
 
 def _on_meta(base: Base, task: str | None) -> Any:

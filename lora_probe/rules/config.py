@@ -62,15 +62,18 @@ def not_lora(message: str) -> str:
 @survey(
     "LP103",
     "field-missing",
-    hint="write the field that PEFT would assume: it is the value the adapter was trained with, unless it was edited",
+    hint="write the value that the adapter was trained with; the training script or its log has it",
 )
 def field_missing(case: Case) -> Iterator[Found]:
-    """A field that vLLM requires is not in the config.
+    """A field that an engine requires is not in the config.
 
-    What it does: asks for `r`, `lora_alpha` and `target_modules`.
+    What it does: asks for `r`, `lora_alpha` and `target_modules`, which vLLM requires, and for `peft_type`, which PEFT
+    does.
 
     Why it matters: vLLM 0.32 refuses the adapter (`Missing required configuration fields`). PEFT 0.21 loads it in
-    silence with its own defaults (r 8, lora_alpha 8), which are the wrong scaling if the adapter had another.
+    silence with its own defaults (r 8, lora_alpha 8, for target_modules a table of its own by the kind of model), which
+    are the wrong scaling and the wrong modules if the adapter had others. Without `peft_type` PEFT dies with a
+    KeyError, and vLLM does not mind.
 
     Example: a converter that forgot `lora_alpha`. References: NVIDIA/TensorRT-LLM#1477, Blaizzy/mlx-vlm#845.
 
@@ -80,10 +83,10 @@ def field_missing(case: Case) -> Iterator[Found]:
     missing = [name for name in REQUIRED if name not in config.raw]
     if missing:
         names = ", ".join(f"`{name}`" for name in missing)
-        guess = (
-            f"; PEFT assumes r {config.rank} and lora_alpha {config.alpha:g}" if missing != ["target_modules"] else ""
-        )
-        yield Found(f"the config has no {names}{guess}", engines=("vllm",), refuses=True)
+        assumed = f"PEFT assumes r {config.rank} and lora_alpha {config.alpha:g}"
+        yield Found(f"the config has no {names} ({assumed})", engines=("vllm",), refuses=True, path=config.path)
+    if "peft_type" not in config.raw:
+        yield Found("the config has no `peft_type`", engines=("peft",), refuses=True, path=config.path)
 
 
 @survey(

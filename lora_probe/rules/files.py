@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lora_probe.adapter import PREFIX, layer_of, ranges
+from lora_probe.adapter import PREFIX, adapter_in, layer_of, ranges
 from lora_probe.config import read_json
 from lora_probe.errors import ProbeError
 from lora_probe.rules import Found, rule, survey
@@ -105,7 +105,8 @@ def refused_tensor(case: Case) -> Iterator[Found]:
     Example: magnitude vectors of DoRA, trained embeddings and heads (modules_to_save), trained tokens, biases.
     References: vllm-project/vllm#10849, #9280, #36501.
     """
-    refused = [name for name in case.adapter.weights.tensors if not _vllm_parses(name, case)]
+    tensors = case.adapter.weights.tensors
+    refused = [name for name in tensors if not _vllm_parses(name, case) and adapter_in(tensors[name]) is None]
     if refused:
         more = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
         yield Found(f"`{refused[0]}`{more} is unsupported LoRA weight", refuses=True, path=case.adapter.weights.path)
@@ -125,6 +126,35 @@ def _vllm_parses(name: str, case: Case) -> bool:
     if parts[-2] in ("lora_A", "lora_B"):
         return parts[-1] == "weight" or case.serving.vllm.drops_bias_of_b
     return parts[-2] in HEADS and case.serving.vllm.classification_heads
+
+
+@survey(
+    "LP219",
+    "adapter-name-in-keys",
+    hint="take the adapter's name out of the keys: `lora-probe check --fix` does it",
+)
+def adapter_name_in_keys(case: Case) -> Iterator[Found]:
+    """The keys carry the name that the adapter had in the live model: `lora_A.default.weight`.
+
+    Why it matters: the state dict of the model was saved in place of PEFT's `save_pretrained`. vLLM (0.30 to 0.33)
+    refuses it (`... is unsupported LoRA weight`). PEFT 0.21 loads `default`, which is what it calls an adapter unless
+    told otherwise, and drops any other name without a word.
+
+    Mend: save with `save_pretrained`, or rename the keys.
+    """
+    named = {tensor.name: name for tensor in case.adapter.weights.tensors.values() if (name := adapter_in(tensor))}
+    if not named:
+        return
+    first, more = next(iter(named.items())), f" (and {len(named) - 1} more)" if len(named) > 1 else ""
+    said = f"`{first[0]}`{more} holds the adapter's name `{first[1]}`"
+    yield Found(said, engines=("vllm",), refuses=True, path=case.adapter.weights.path)
+    dropped = tuple(
+        pair.key
+        for pair in case.adapter.modules
+        if any(named.get(tensor.name, "default") != "default" for tensor in (pair.a, pair.b) if tensor is not None)
+    )
+    if dropped:
+        yield Found(said, dropped, "read", "absent", engines=("peft",), path=case.adapter.weights.path)
 
 
 @survey(
@@ -162,21 +192,17 @@ def tensors_without_flag(case: Case) -> Iterator[Found]:
     hint="save the adapter again: the tensors that the flag speaks of were trained and are not in the file",
 )
 def flag_without_tensors(case: Case) -> Iterator[Found]:
-    """The config asks for a variant whose tensors are not in the file.
+    """The config says that whole modules or tokens were trained, and they are not in the file.
 
-    What it does: the mirror of LP211: `use_dora`, `lora_bias`, `trainable_token_indices` and `modules_to_save`.
+    What it does: the mirror of LP211 for `trainable_token_indices` and `modules_to_save`.
 
-    Why it matters: that part of the training is gone. PEFT 0.21 warns of missing keys and computes magnitudes anew
-    (DoRA), or dies with a KeyError that has no other text (modules_to_save, trained tokens).
+    Why it matters: that part of the training is gone. PEFT 0.21 dies with a KeyError that has no other text.
 
     Example: tensors deleted so that vLLM takes the file.
 
     References: vllm-project/vllm#4186, PrimeIntellect-ai/prime-rl#3358.
     """
     raw, held = case.adapter.config.raw, _variants(case)
-    for field in ("use_dora", "lora_bias", "kasa_config"):
-        if raw.get(field) and not held[field][1] and case.adapter.modules:
-            yield Found(f"`{field}` is set, and the file holds no {held[field][0]}", engines=("peft",), field=field)
     if raw.get("trainable_token_indices") and not held["trainable_token_indices"][1]:
         yield Found(
             "`trainable_token_indices` is set, and the file holds no trained tokens",
@@ -184,9 +210,10 @@ def flag_without_tensors(case: Case) -> Iterator[Found]:
             refuses=True,
             field="trainable_token_indices",
         )
-    for module in _unsaved(case):
+    if unsaved := _unsaved(case):
+        more = f" and {len(unsaved) - 1} more" if len(unsaved) > 1 else ""
         yield Found(
-            f"modules_to_save names `{module}`, and the file does not hold it",
+            f"modules_to_save names `{unsaved[0]}`{more}, and the file does not hold it",
             engines=("peft",),
             refuses=True,
             field="modules_to_save",

@@ -63,11 +63,45 @@ def half_missing(pair: AdapterModule) -> str | None:
 
 
 @rule(
+    "LP220",
+    "variant-tensor-missing",
+    "stored",
+    "wrong",
+    hint="save the adapter again: the tensor was trained and is not in the file, or the flag is another run's",
+)
+def variant_missing(pair: AdapterModule, config: AdapterConfig) -> str | None:
+    """The config asks for a variant of LoRA that has a third tensor for every module, and a module has none.
+
+    What it does: magnitude vectors with `use_dora`, biases of lora_B with `lora_bias`, diagonals with `kasa_config`.
+
+    Why it matters: that part of the training is gone. PEFT 0.21 warns of missing keys and computes magnitudes anew, or
+    starts a bias at zero, so the module runs as another function than the trained one. vLLM refuses the flag (LP406).
+
+    Example: tensors deleted so that vLLM takes the file; `use_dora: true` written by hand.
+    """
+    if pair.parameter != "weight" or pair.embedding:
+        return None
+    held = {extra.name.removesuffix(".weight").rpartition(".lora_")[2] for extra in pair.extras}
+    for field, tensor, what in THIRD:
+        if config.raw.get(field) and tensor not in held:
+            return f"`{field}` is set, and the file has no {what} for it"
+    return None
+
+
+THIRD = (
+    ("use_dora", "magnitude_vector", "magnitude vector"),
+    ("lora_bias", "B.bias", "bias of lora_B"),
+    ("kasa_config", "diag", "diagonal"),
+)
+"""Field of the config, the end of the tensor's name, what it is called."""
+
+
+@rule(
     "LP203",
     "zero-delta",
     "stored",
     "absent",
-    hint="the module was never trained, or a fresh adapter was saved: check that gradients reached it",
+    hint="lora_B is zero: never trained, or a fresh adapter was saved. Where lora_alpha is 0, write the trained value",
 )
 def zero_delta(pair: AdapterModule, spectrum: Spectrum) -> str | None:
     """ΔW = s·B·A is exactly zero.
