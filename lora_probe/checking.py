@@ -6,18 +6,21 @@ to, every finding with its rule, and the rules that could not be run.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from lora_probe.adapter import CONFIG, WEIGHTS, Adapter, find_checkpoint, open_adapter
+from lora_probe.adapter import CONFIG, WEIGHTS, Adapter, find_checkpoint, open_adapter, ranges
 from lora_probe.base import Base, open_base
 from lora_probe.case import Case, Serving
-from lora_probe.config import open_config
+from lora_probe.config import open_config, read_text
 from lora_probe.engines.views import views_of
 from lora_probe.errors import MissingWeights, NotLora, ProbeError, UnreadableFile
-from lora_probe.ledger import Ledger, Row, clauses, name_modules
+from lora_probe.keys import top_level
+from lora_probe.ledger import Finding, Ledger, Row, clauses, name_modules
 from lora_probe.mending import Mending, mend
 from lora_probe.patterns import EndlessPattern
 from lora_probe.prediction import Prediction, predict
@@ -29,6 +32,10 @@ from lora_probe.versions import behaviour
 from lora_probe.view import EngineView, of_headers
 
 _RANKS: dict[Severity, int] = {"error": 0, "warning": 1, "info": 2}
+CONSEQUENCES = ("LP204", "LP303", "LP410")
+"""What mostly follows from another finding is told after it."""
+_LINE = re.compile(r"in line (\d+)")
+_KEY = re.compile(r"`(\w+)`")
 
 
 @dataclass(frozen=True)
@@ -41,14 +48,17 @@ class NotRun:
 
 @dataclass(frozen=True)
 class Report:
-    """What `check` found of one adapter folder. `ledgers` is empty where the files cannot be read at all."""
+    """What `check` found of one adapter folder. `ledgers` is empty where the files cannot be read at all. `vllm` is the
+    version that was predicted for, `ignored` counts findings of rules that were not asked for."""
 
     adapter: Path
     model: str | None
-    ledgers: Mapping[str, Ledger]
+    ledgers: Mapping[str, Ledger] = field(repr=False)
     diagnostics: tuple[Diagnostic, ...]
     not_run: tuple[NotRun, ...] = ()
     notes: tuple[str, ...] = field(default=())
+    vllm: str = ""
+    ignored: int = 0
 
     def count(self, severity: Severity) -> int:
         return sum(diagnostic.severity == severity for diagnostic in self.diagnostics)
@@ -59,9 +69,18 @@ class Report:
         return self.count("error") == 0
 
 
-def check(adapter: str | Path, **asked: Any) -> Report:
-    """What is wrong with one adapter. Takes the options of `check_all`, and raises as it does."""
-    (report,) = check_all([adapter], **asked)
+def check(
+    adapter: str | Path,
+    *,
+    model: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    vllm_version: str | None = None,
+    select: Sequence[str] = (),
+    ignore: Sequence[str] = (),
+) -> Report:
+    """What is wrong with one adapter. The options are those of `check_all`, and what it raises."""
+    asked = {"model": model, "options": options, "vllm_version": vllm_version, "select": select, "ignore": ignore}
+    (report,) = check_all([adapter], **asked)  # type: ignore[arg-type]
     return report
 
 
@@ -129,7 +148,8 @@ def selection(select: Sequence[str], ignore: Sequence[str]) -> frozenset[str]:
     Raises:
         ProbeError: one means no rule.
     """
-    known = all_rules()
+    # Rules on running engines and on merges are for `trace` and `parity`.
+    known = {code: rule for code, rule in all_rules().items() if code < "LP5"}
     wanted = set(known) if not select else {code for word in select for code in _meant(word, known)}
     return frozenset(wanted - {code for word in ignore for code in _meant(word, known)})
 
@@ -140,11 +160,35 @@ def _meant(word: str, known: Mapping[str, Rule]) -> set[str]:
     if len(start) > 2:
         found |= {code for code in known if code.startswith(start)}
     if not found:
-        raise ProbeError(f"there is no rule `{word}`", f"rules: {', '.join(known)}")
+        near = get_close_matches(word, [*known, *(rule.name for rule in known.values())], 3, 0.5)
+        about = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise ProbeError(
+            f"`check` has no rule `{word}`{about}",
+            f"rules: {ranges([int(code[2:]) for code in known])} after LP, beginnings of them (LP2) and names: "
+            "`lora-probe rule` lists all",
+        )
     return found
 
 
+OPTIONS = frozenset(
+    (
+        "dtype",
+        "lora_dtype",
+        "max_lora_rank",
+        "max_loras",
+        "max_model_len",
+        "tensor_parallel_size",
+        "lora_target_modules",
+    )
+)
+"""vLLM's flags that `check` takes; not all of them decide something here."""
+
+
 def _serving(options: Mapping[str, Any], vllm_version: str | None) -> Serving:
+    if unknown := set(options) - OPTIONS:
+        raise ProbeError(
+            f"`{sorted(unknown)[0]}` is no option of vLLM that check knows", f"options: {', '.join(sorted(OPTIONS))}"
+        )
     targets = options.get("lora_target_modules")
     given = {name: options.get(name) for name in ("max_lora_rank", "dtype", "lora_dtype", "tensor_parallel_size")}
     return Serving(behaviour(vllm_version), lora_target_modules=tuple(targets) if targets else None, **given)
@@ -184,7 +228,7 @@ class _Bases:
         found = self._bases[name]
         if isinstance(found, ProbeError):
             return None, name, (f"the base `{name}`, which the config names, is not here: give it with --model",)
-        return found, name, (() if self.model else (f"the base is the one that the config names, `{name}`",))
+        return found, name, ()
 
     def views(self, base: Base, task: str | None) -> _Asked:
         """What each engine has for the base; of the files' headers where an engine is not there to be asked."""
@@ -192,7 +236,8 @@ class _Bases:
         if asked not in self._views:
             found = views_of(base, ENGINES, task, self.progress)
             views, notes = dict(found.found), []
-            for engine, why in found.missing.items():
+            for engine, said in found.missing.items():
+                why = _short(said)
                 if (view := of_headers(base, engine, why)) is not None:
                     views[engine] = view
                 else:
@@ -200,6 +245,16 @@ class _Bases:
             notes += [note for view in views.values() for note in view.notes]
             self._views[asked] = _Asked(views, found.missing, tuple(notes))
         return self._views[asked]
+
+
+def _short(why: str) -> str:
+    """The cause first: an engine's own words may be long."""
+    if match := _MODULE.search(why):
+        return f"it needs the module `{match[1]}` for this base, which is not installed"
+    return why if len(why) <= 200 else f"{why[:197]}..."
+
+
+_MODULE = re.compile(r"No module named '([\w.]+)'")
 
 
 def _report(folder: Path, notes: tuple[str, ...], serving: Serving, bases: _Bases, chosen: frozenset[str]) -> Report:
@@ -211,14 +266,17 @@ def _report(folder: Path, notes: tuple[str, ...], serving: Serving, bases: _Base
         found = predict(Case(adapter, serving, base, asked.views, asked.missing))
     except UnreadableFile as error:
         return _unreadable(folder, notes, bases.model, error, chosen)
-    diagnostics = [one for one in _diagnostics(adapter, found) if one.code in chosen]
+    every = list(_diagnostics(adapter, found))
+    diagnostics = [one for one in every if one.code in chosen]
     return Report(
         folder,
         name,
         found.ledgers,
-        tuple(sorted(diagnostics, key=lambda one: (_RANKS[one.severity], one.code))),
+        tuple(sorted(diagnostics, key=lambda one: (_RANKS[one.severity], one.code in CONSEQUENCES, one.code))),
         _not_run(found, chosen),
         (*notes, *said, *asked.notes),
+        serving.vllm.version,
+        len(every) - len(diagnostics),
     )
 
 
@@ -256,11 +314,23 @@ def _unreadable(
             path, judged = folder / WEIGHTS, weights_unreadable(error.message)
     rule = all_rules()[judged.code]
     hint = error.hint or rule.hint
-    found = Diagnostic(rule.code, rule.name, rule.severity, error.message, hint, (), ENGINES, str(path))
+    line = _line(path, error.message) if path.name == CONFIG else None
+    found = Diagnostic(rule.code, rule.name, rule.severity, error.message, hint, (), ENGINES, str(path), line)
     # PEFT has other methods than LoRA, and what it makes of their configs is not judged here.
     engines = () if isinstance(error, NotLora) else ENGINES
     ledgers = {name: Ledger(name, (), True, error.message, judged.code, predicted=True) for name in engines}
     return Report(folder, model, ledgers, (found,) if found.code in chosen else (), notes=notes)
+
+
+def _line(path: Path, message: str) -> int | None:
+    """The line that an error in a config is about: the one that it names, or that of the key that it names."""
+    if match := _LINE.search(message):
+        return int(match[1])
+    try:
+        standing = dict(top_level(read_text(path)))
+    except UnreadableFile:
+        return None
+    return next((standing[key] for key in _KEY.findall(message) if key in standing), None)
 
 
 def _diagnostics(adapter: Adapter, prediction: Prediction) -> Iterator[Diagnostic]:
@@ -270,26 +340,37 @@ def _diagnostics(adapter: Adapter, prediction: Prediction) -> Iterator[Diagnosti
         spoken.add(rule.code)
         path = adapter.config.path if found.field else adapter.weights.path
         yield diagnostic(rule, found, path, lines.get(found.field) if found.field else None)
-    merged: dict[tuple[str, str], Diagnostic] = {}
+    merged: dict[tuple[str, tuple[str, ...]], Diagnostic] = {}
     known = all_rules()
     for engine, ledger in prediction.ledgers.items():
         for sentence, finding, rows in clauses(ledger):
             if finding.value == "unknown" or finding.code in spoken or not finding.code:
                 continue
-            sentence = sentence.removesuffix(f" ({finding.code})")
-            rule, before = known[finding.code], merged.get((finding.code, sentence))
-            merged[(finding.code, sentence)] = Diagnostic(
+            modules = tuple(row.module for row in rows)
+            rule, before = known[finding.code], merged.get((finding.code, modules))
+            key = _to_blame(finding, adapter)
+            merged[(finding.code, modules)] = Diagnostic(
                 rule.code,
                 rule.name,
                 rule.severity,
-                sentence,
+                before.message if before else sentence.removesuffix(f" ({finding.code})"),
                 rule.hint,
-                tuple(row.module for row in rows),
+                modules,
                 (*(before.engines if before else ()), engine),
-                str(adapter.weights.path),
+                str(adapter.config.path if key else adapter.weights.path),
+                lines.get(key) if key else None,
             )
     yield from merged.values()
     yield from _differing(adapter, prediction.ledgers)
+
+
+def _to_blame(finding: Finding, adapter: Adapter) -> str:
+    """The key of the config that a finding on modules is about; empty where it is about the tensors."""
+    if finding.code == "LP201":
+        return "rank_pattern" if adapter.config.rank_pattern else "r"
+    if finding.code == "LP203" and "lora_alpha" in finding.message:
+        return "lora_alpha"
+    return {"LP106": "target_modules", "LP220": "use_dora"}.get(finding.code, "")
 
 
 def _differing(adapter: Adapter, ledgers: Mapping[str, Ledger]) -> Iterator[Diagnostic]:

@@ -7,6 +7,7 @@ module that ends in the same path from the layer number on, if that module has n
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -116,20 +117,43 @@ def pair_spectrum(adapter: Adapter, pair: AdapterModule) -> Spectrum | None:
 
 def _homes(entries: Mapping[Key, AdapterModule], shapes: Shapes, taken: set[str]) -> dict[Key, str]:
     """For each key whose module the base does not have, the base module that it must have meant, if that is not
-    `taken`."""
+    `taken`.
+
+    Several towers of one base may have a layer of that number: which one was meant is decided for all keys of one
+    beginning together, as the one that has homes of the right shape for most of them.
+    """
     ends: dict[str, list[str]] = {}
     for name in shapes:
         ends.setdefault(_from_layer_on(name), []).append(name)
     own = {key[0] for key in entries} | taken
+    candidates: dict[Key, list[str]] = {}
+    votes: dict[str, Counter[str]] = {}
+    for key, entry in entries.items():
+        if key[0] in shapes:
+            continue
+        bare = unwrapped(key[0].replace(PREFIX, ""))
+        candidates[key] = [name for name in ends.get(_from_layer_on(bare), []) if name not in own]
+        for name in candidates[key]:
+            votes.setdefault(_beginning(key[0]), Counter())[_beginning(name)] += 1 + 10_000 * _fits(entry, shapes[name])
     found: dict[Key, str] = {}
-    claims: dict[str, int] = {}
-    for key in entries:
-        end = _from_layer_on(unwrapped(key[0].replace(PREFIX, "")))
-        candidates = ends.get(end, []) if key[0] not in shapes else []
-        if len(candidates) == 1 and candidates[0] not in own:
-            found[key] = candidates[0]
-            claims[candidates[0]] = claims.get(candidates[0], 0) + 1
+    claims: Counter[str] = Counter()
+    for key, names in candidates.items():
+        first, *rest = votes[_beginning(key[0])].most_common(2) if names else [("", 0)]
+        meant = [name for name in names if _beginning(name) == first[0]]
+        if len(meant) == 1 and not (rest and rest[0][1] == first[1]):
+            found[key] = meant[0]
+            claims[meant[0]] += 1
     return {key: home for key, home in found.items() if claims[home] == 1}
+
+
+def _beginning(module: str) -> str:
+    """What stands before the layer's number; outside of layers the parent."""
+    match = LAYER.search(module)
+    return module[: match.start(1)] if match else module.rpartition(".")[0]
+
+
+def _fits(entry: AdapterModule, shape: tuple[int, int] | None) -> bool:
+    return shape is not None and shape_differs(entry, shape, transposed=False) is None
 
 
 def _from_layer_on(module: str) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lora_probe.adapter import Key, layer_of, projection_of, ranges
+from lora_probe.adapter import LAYER, Key, projection_of, ranges
 
 Station = Literal["stored", "read", "placed", "applied", "agrees"]
 Value = Literal["ok", "wrong", "absent", "unknown"]
@@ -143,22 +143,27 @@ def _about(modules: Sequence[str], message: str) -> str:
 
 
 def name_modules(modules: Iterable[str]) -> str:
-    """Module paths in a few words: `layer 5 q_proj, k_proj, v_proj`, `layers 0-29 q_proj`."""
-    by_projections: dict[tuple[str, ...], list[int]] = {}
-    layers: dict[int, list[str]] = {}
+    """Module paths in a few words: `layer 5 q_proj, k_proj, v_proj`, `layers 0-29 q_proj`. Layers of several parts of a
+    model are told apart: `vision_tower.layers 0-11 q_proj`."""
+    towers: dict[str, dict[int, list[str]]] = {}
     loose: list[str] = []
     for module in modules:
-        layer = layer_of(module)
-        if layer is None:
+        match = LAYER.search(module)
+        if match is None:
             loose.append(module)
         else:
-            layers.setdefault(layer, []).append(projection_of(module))
-    for layer, projections in layers.items():
-        by_projections.setdefault(tuple(projections), []).append(layer)
-    parts = [
-        f"{'layer' if len(numbers) == 1 else 'layers'} {ranges(numbers)} {', '.join(projections)}"
-        for projections, numbers in by_projections.items()
-    ]
+            numbered = towers.setdefault(module[: match.start(1)].rpartition(".")[0], {})
+            numbered.setdefault(int(match[1]), []).append(projection_of(module))
+    parts = []
+    for tower, layers in towers.items():
+        by_projections: dict[tuple[str, ...], list[int]] = {}
+        for layer, projections in layers.items():
+            by_projections.setdefault(tuple(projections), []).append(layer)
+        for names, numbers in by_projections.items():
+            where = "layer" if len(numbers) == 1 else "layers"
+            if len(towers) > 1:
+                where = tower if tower.rpartition(".")[2] in ("layers", "layer", "h", "blocks") else f"{tower} {where}"
+            parts.append(f"{where} {ranges(numbers)} {', '.join(names)}")
     return "; ".join(parts + loose)
 
 

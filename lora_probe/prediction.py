@@ -33,6 +33,7 @@ from lora_probe.rules.weights import half_missing
 from lora_probe.spectrum import Spectrum
 
 BASE_UNKNOWN = Finding("unknown", message="the base is not known")
+VIEW_UNKNOWN = Finding("unknown", message="what the engine has for this base is not known")
 EXPERTS_CONVERTED = Finding("unknown", message="PEFT converts the names of experts on load, which is not predicted")
 
 
@@ -128,16 +129,20 @@ def _peft(case: Case, row: Expected, place: Place | None) -> tuple[Finding, Find
         return named, gone
     targeted = bool(case.adapter.config.targeted([row.module])) or row.entry.parameter != "weight"
     if place is None:
-        return OK, BASE_UNKNOWN if targeted else not_targeted()
+        return OK, _unknown(case) if targeted else not_targeted()
     if place.module is None and ".experts." in f"{row.entry.module}." and case.views["peft"].parameters:
         return EXPERTS_CONVERTED, EXPERTS_CONVERTED
     if place.module is None:
-        return _homeless(row, place, "PEFT", case), gone
+        return _homeless(row, "peft", case), gone
     if not targeted:
         return OK, not_targeted()
     # A parameter is adapted whatever kind of module it belongs to.
     adaptable = not place.module.why_not or case.adapter.config.targets_parameter(f"{row.module}.weight")
     return OK, OK if adaptable else no_lora_layer_there(place.module.why_not)
+
+
+def _unknown(case: Case) -> Finding:
+    return BASE_UNKNOWN if case.base is None else VIEW_UNKNOWN
 
 
 def _vllm(case: Case, row: Expected, place: Place | None) -> tuple[Finding, Finding]:
@@ -147,11 +152,11 @@ def _vllm(case: Case, row: Expected, place: Place | None) -> tuple[Finding, Find
     stored = (row.entry.a or row.entry.b).name  # type: ignore[union-attr]
     if place is None:
         named = wrapper_in_name(wrapper_words(stored))
-        return (named, gone) if named is not None else (OK, BASE_UNKNOWN)
+        return (named, gone) if named is not None else (OK, _unknown(case))
     if place.dropped:
         return skipped(place.dropped), gone
     if place.module is None:
-        return wrapper_in_name(wrapper_words(stored)) or _homeless(row, place, "vLLM", case), gone
+        return wrapper_in_name(wrapper_words(stored)) or _homeless(row, "vllm", case), gone
     if place.module.why_not:
         return OK, no_lora_layer_there(place.module.why_not)
     targets = case.serving.lora_target_modules
@@ -163,11 +168,11 @@ def _vllm(case: Case, row: Expected, place: Place | None) -> tuple[Finding, Find
     return OK, OK
 
 
-def _homeless(row: Expected, place: Place, engine: str, case: Case) -> Finding:
+def _homeless(row: Expected, engine: str, case: Case) -> Finding:
     assert row.entry is not None
     if row.homeless and row.module != row.entry.module:
         return other_class(*starts(row.entry.stored_as, row.module))
-    return no_such_module(engine, case.views[engine.lower()].model)
+    return no_such_module(case.views[engine].model)
 
 
 def _passes(place: Place, targets: tuple[str, ...]) -> bool:
@@ -245,5 +250,6 @@ def _vllm_slot(case: Case, row: Expected, place: Place, wide: int, tall: int) ->
         if len(tensor.shape) != 2:
             return [("LP206", f"`{tensor.name}` has the shape {list(tensor.shape)}, not that of a matrix")]
         if tensor.shape[0] > most[0] or tensor.shape[1] > most[1]:
-            return [("LP301", f"`{tensor.name}` is {list(tensor.shape)}, more than the slot's {list(most)}")]
+            code = row.stored.code or "LP301"
+            return [(code, f"`{tensor.name}` is {list(tensor.shape)}, and the layer takes at most {list(most)}")]
     return []

@@ -17,6 +17,7 @@ from other_engine import record_all
 from test_predictions import LIMIT, assert_predicted, errors
 
 from lora_probe import check
+from lora_probe.checking import mending_of
 from lora_probe.errors import ProbeError
 from lora_probe.rules import all_rules
 
@@ -267,7 +268,7 @@ def test_flags_that_do_not_go_together(adapter: Path, llama: Path) -> None:
 def test_a_rank_above_the_default_is_a_note_and_above_the_flag_an_error(llama: Path, tmp_path: Path) -> None:
     high = save_adapter(tmp_path / "a", llama, r=32)
     report = check(high, model=str(llama))
-    assert [(one.code, one.severity) for one in report.diagnostics] == [("LP403", "info")]
+    assert [(one.code, one.severity) for one in report.diagnostics] == [("LP403", "warning")]
     assert report.ledgers["vllm"].healthy
     assert codes(check(high, model=str(llama), options={"max_lora_rank": 32})) == set()
     assert codes(check(high, model=str(llama), options={"max_lora_rank": 16})) == {"LP402"}
@@ -464,6 +465,12 @@ def test_names_on_a_multimodal_model(on_multimodal: dict[str, Path], paligemma: 
     text = check(on_multimodal["text"], model=str(paligemma))
     assert "LP302" in errors(text)
     assert all(ledger.count("took effect") == 0 for ledger in text.ledgers.values())
+    # The vision tower has layers of the same numbers and projections: the file's beginning is decided once for all.
+    (said,) = [one for one in text.diagnostics if one.code == "LP302"]
+    assert len(said.modules) == 3 * LAYERS
+    mended = mending_of(on_multimodal["text"], str(paligemma))
+    assert len(mended.renamed) == 6 * LAYERS
+    assert all("model.language_model.layers" in new for new in mended.renamed.values())
     newer = check(on_multimodal["text"], model=str(paligemma), vllm_version="0.33")
     assert newer.ledgers["vllm"].count("took effect") == 3 * LAYERS
     assert {"LP302", "LP410"} <= errors(newer)

@@ -132,7 +132,7 @@ def other_class(file_start: str, base_start: str) -> str:
     needs="base",
     hint="this adapter was trained on another model: give the right one with --model",
 )
-def no_such_module(engine: str, model: str) -> str:
+def no_such_module(model: str) -> str:
     """The pair's name is no module of the base, and no module of the base was meant by it.
 
     What it does: looks the name up as the engine does, after its own renaming.
@@ -143,7 +143,7 @@ def no_such_module(engine: str, model: str) -> str:
 
     Example: layer 30 on a base of 30 layers (0 to 29). References: vllm-project/vllm#21500, #54917.
     """
-    return f"{engine}'s {model} has no such module"
+    return f"{model} has no such module"
 
 
 @rule(

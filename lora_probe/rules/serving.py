@@ -77,7 +77,7 @@ def _config_rank(case: Case) -> int:
 @survey(
     "LP403",
     "needs-max-lora-rank",
-    severity="info",
+    severity="warning",
     engines=("vllm",),
     hint="start vLLM with --max-lora-rank, and give it here as well",
 )
