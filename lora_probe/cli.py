@@ -22,7 +22,14 @@ from typing import TYPE_CHECKING, Any
 
 from lora_probe.errors import ProbeError
 from lora_probe.folders import Lost, asked, each
-from lora_probe.options import engine_options, parser_of_all, prompts, same_with_another_engine
+from lora_probe.options import (
+    engine_options,
+    parser_of_all,
+    prompts,
+    refuse_ignored,
+    refuse_unmendable,
+    same_with_another_engine,
+)
 from lora_probe.render.cells import one_line
 from lora_probe.render.output import complain, dump, hint, say, show, write
 from lora_probe.render.progress import comparing, following, telling, working
@@ -135,11 +142,14 @@ def spectra_of(adapter: Any, tick: Callable[[], None]) -> dict[str, Any]:
 
 
 def _check(options: argparse.Namespace) -> int:
+    return _mend(options) if options.fix or options.diff or options.output else _judge(options)
+
+
+def _judge(options: argparse.Namespace, mended: dict[str, Any] | None = None) -> int:
+    """Check what is asked for. `mended` is what was done before, for the JSON."""
     from lora_probe.checking import check_all
     from lora_probe.render import checked, report
 
-    if options.fix or options.diff or options.output:
-        return _mend(options)
     wanted = asked(options.checkpoints or ["."], options.recursive)
     if options.recursive and wanted.folders:
         say(f"{len(wanted.folders)} adapters below {', '.join(options.checkpoints) or '.'}")
@@ -166,8 +176,14 @@ def _check(options: argparse.Namespace) -> int:
             pages += [shown(one)] if shown else []
             # Of thousands of adapters the ledgers, a row for every module, are not kept.
             found.append(one if full else replace(one, ledgers={}))
-    if found:
+    for path in wanted.passed:
+        say(one_line(f"{path} lies beside no adapter: nothing to check"))
+    if mended is not None:
+        pages = [page | {"mended": mended} for page in pages] if options.format == "json" else pages
+    if found or (wanted.passed and not lost and options.format != "text"):
         _report(found, pages, lost, options.format, single=wanted.single, full=full)
+    if options.format == "text" and (command := checked.next_command(found, options.model, mended is not None)):
+        hint(command)
     for missing in lost:
         complain(one_line(missing.error.message), one_line(missing.error.hint))
     return _status(found, lost, options)
@@ -179,8 +195,7 @@ def _mend(options: argparse.Namespace) -> int:
     from lora_probe.mending import write as write_mended
     from lora_probe.render import mended
 
-    if options.fix == options.diff or bool(options.output) != options.fix:
-        raise ProbeError("--fix writes to the folder after -o, --diff writes nothing", "give --fix -o FIXED, or --diff")
+    refuse_unmendable(options)
     wanted = asked(options.checkpoints or ["."], options.recursive)
     for missing in wanted.lost:
         raise missing.error
@@ -196,9 +211,9 @@ def _mend(options: argparse.Namespace) -> int:
         return CLEAN
     skipped = write_mended(found, Path(options.output)) if found.needed else []
     say(mended.story(found, options.output, skipped))
-    options.fix, options.output, to_check = False, None, options.output if found.needed else str(found.adapter.path)
-    options.checkpoints = [to_check]
-    return _check(options)
+    options.checkpoints = [options.output if found.needed else str(found.adapter.path)]
+    options.recursive = False
+    return _judge(options, mended.mended_json(found, options.output, skipped))
 
 
 def _report(found: list[Report], pages: list[Any], lost: list[Lost], form: str, *, single: bool, full: bool) -> None:
@@ -213,9 +228,6 @@ def _report(found: list[Report], pages: list[Any], lost: list[Lost], form: str, 
         write(github.commands(found, lost))
     else:
         show(checked.full(pages, found, len(lost)) if full else checked.compact(pages, found, len(lost)))
-        codes = [finding.code for one in found for finding in one.diagnostics if finding.severity == "error"]
-        if codes:
-            hint(f"lora-probe rule {codes[0]}")
 
 
 def _status(found: list[Report], lost: list[Lost], options: argparse.Namespace) -> int:
@@ -294,7 +306,7 @@ def _parity(options: argparse.Namespace) -> int:
     from lora_probe.preserved import REPORT, parity
     from lora_probe.render import machine, merged
 
-    _refuse_ignored(options)
+    refuse_ignored(options)
     kept = options.output
     options.interrupted = "nothing is left running" + (
         f"; `{kept}` is half filled, --force overwrites it" if kept else ""
@@ -331,21 +343,8 @@ def _parity(options: argparse.Namespace) -> int:
     return CLEAN if found.verdict == "verified" else FOUND
 
 
-def _refuse_ignored(options: argparse.Namespace) -> None:
-    """Options of runs that do not take place: whoever gave them believes something that is not so."""
-    if not options.weights_only:
-        return
-    given = ["--engine"] if options.engine is not None else []
-    given += [f"--{name.replace('_', '-')}" for name in ("prompt", "prompt_file", "chat") if getattr(options, name)]
-    given += ["--dtype"] if options.dtype and options.merged else []
-    given += ["flags after --"] if options.engine_args else []
-    if given:
-        hint = "leave them out, or leave out --weights-only"
-        raise ProbeError(f"{', '.join(given)}: nothing is run with --weights-only", hint)
-
-
 def _rule(options: argparse.Namespace) -> int:
-    from lora_probe.render import machine, pages, terminal
+    from lora_probe.render import machine, pages, ruled
     from lora_probe.rules import all_rules
 
     known = all_rules()
@@ -364,7 +363,7 @@ def _rule(options: argparse.Namespace) -> int:
     elif options.format == "markdown":
         write([pages.markdown(chosen)])
     else:
-        show(terminal.pages(chosen) if options.all or len(chosen) == 1 else terminal.rules(chosen))
+        show(ruled.pages(chosen) if options.all or len(chosen) == 1 else ruled.rules(chosen))
     return CLEAN
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from typing import TypeVar
 from lora_probe.errors import ProbeError, UnreadableFile
 
 _ADAPTER_FILE = re.compile(r"adapter_config\.json|adapter_model[-.](?:.*\.)?(?:safetensors|bin)(?:\.index\.json)?")
+_BESIDE = ("chat_template.jinja", "tokenizer_config.json", "trainer_state.json")
+"""Files that are judged where an adapter lies beside them, and that a model has as well."""
 Judged = TypeVar("Judged")
 _NUMBERS = re.compile(r"(\d+)")
 
@@ -30,33 +33,41 @@ class Lost:
 
 @dataclass(frozen=True)
 class Asked:
-    """What a command line asks for. `single`: the answer is about one folder, whether it is there or not."""
+    """What a command line asks for. `single`: the answer is about one folder, whether it is there or not. `passed` are
+    files that are judged with an adapter, and have none beside them."""
 
     folders: tuple[Path, ...]
     lost: tuple[Lost, ...]
     single: bool
+    passed: tuple[Path, ...] = ()
 
 
 def asked(paths: Sequence[str], recursive: bool = False) -> Asked:
-    """The folders of `paths`. A file in an adapter folder (as a commit hook gives it) means its folder.
+    """The folders of `paths`. A file of an adapter (as a commit hook gives it) means its folder.
 
     With `recursive` a path means every adapter folder in the tree below it. Links to folders are not followed there.
     """
     found: dict[str, Path] = {}
     lost: list[Lost] = []
+    passed: list[Path] = []
     for path in map(Path, paths):
         try:
+            if path.name in _BESIDE and path.is_file() and not _holds_adapter(path.parent):
+                passed.append(path)
+                continue
             for folder in _below(path, lost) if recursive else (_folder(path),):
                 found.setdefault(os.path.realpath(folder), folder)
         except ProbeError as error:
             lost.append(Lost(path, error))
-    return Asked(tuple(found.values()), tuple(lost), not recursive and len(found) + len(lost) == 1)
+    single = not recursive and len(found) + len(lost) == 1
+    return Asked(tuple(found.values()), tuple(lost), single, tuple(passed))
 
 
 def each(
     folders: Sequence[Path], lost: list[Lost], check: Callable[[Sequence[Path]], Iterator[Judged]]
 ) -> Iterator[Judged]:
-    """The reports that can be had. A folder that cannot be judged is added to `lost`, and the others are judged."""
+    """The reports that can be had. A folder that cannot be judged, or that something here does not get over, is added
+    to `lost`, and the others are judged."""
     rest = list(folders)
     # What is wrong with the options is wrong for all, and raised here.
     list(check(()))
@@ -66,8 +77,19 @@ def each(
                 yield one
                 rest.pop(0)
             return
-        except ProbeError as error:
-            lost.append(Lost(rest.pop(0), error))
+        except Exception as error:
+            folder = rest.pop(0)
+            lost.append(Lost(folder, error if isinstance(error, ProbeError) else _failed(folder, error)))
+
+
+def _failed(folder: Path, error: Exception) -> ProbeError:
+    """A fault of ours, with the place in the code."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    said = "".join(traceback.format_exception_only(error)).strip()
+    return ProbeError(
+        f"`{folder}`: lora-probe failed: {said} ({Path(place.filename).name}:{place.lineno})",
+        "please report it, with what `lora-probe env` prints",
+    )
 
 
 def is_adapter_file(name: str) -> bool:
@@ -80,12 +102,20 @@ def _folder(path: Path) -> Path:
         if path.is_dir():
             return path
         if path.is_file() or path.is_symlink():
-            if is_adapter_file(path.name) or any(is_adapter_file(other.name) for other in path.parent.iterdir()):
+            ours = path.name in _BESIDE or path.name.startswith("adapter_model")
+            if is_adapter_file(path.name) or (ours and _holds_adapter(path.parent)):
                 return path.parent
-            raise UnreadableFile(f"`{path}` is a file, not an adapter folder", "give the folder of adapter_config.json")
+            raise UnreadableFile(
+                f"`{path}` is a file, and none of an adapter's",
+                "give the folder of the adapter, or its adapter_config.json, or its weights",
+            )
     except (OSError, ValueError) as error:
         raise UnreadableFile(f"`{path}` cannot be read: {error}") from error
     raise UnreadableFile(f"there is no folder `{path}`", f"in `{Path.cwd()}`" if not path.is_absolute() else "")
+
+
+def _holds_adapter(folder: Path) -> bool:
+    return any(is_adapter_file(other.name) for other in folder.iterdir())
 
 
 def _below(root: Path, lost: list[Lost]) -> Iterator[Path]:

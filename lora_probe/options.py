@@ -204,7 +204,8 @@ def _add_engine(parser: argparse.ArgumentParser, dtype: str, *, running: bool = 
     engine = parser.add_argument_group("engine", f"spelled as vLLM spells them{more}")
     engine.add_argument("--dtype", choices=DTYPES, help=dtype)
     engine.add_argument("--lora-dtype", choices=DTYPES)
-    engine.add_argument("--max-lora-rank", type=int, metavar="R", help="default: vLLM's own, 16")
+    own = "vLLM's own, 16" if running else "enough for the adapter; vLLM's own is 16"
+    engine.add_argument("--max-lora-rank", type=int, metavar="R", help=f"default: {own}")
     engine.add_argument("--max-loras", type=int, metavar="N")
     if running:
         engine.add_argument(
@@ -288,6 +289,38 @@ def _add_rule(commands: Any) -> None:
 
 def _add_env(commands: Any) -> None:
     _command(commands, "env", "the versions block for a bug report", "  lora-probe env")
+
+
+def refuse_ignored(options: argparse.Namespace) -> None:
+    """Options of `parity` for runs that do not take place: whoever gave them believes something that is not so.
+
+    Raises:
+        ProbeError: there are some.
+    """
+    if not options.weights_only:
+        return
+    given = ["--engine"] if options.engine is not None else []
+    given += [f"--{name.replace('_', '-')}" for name in ("prompt", "prompt_file", "chat") if getattr(options, name)]
+    given += ["--dtype"] if options.dtype and options.merged else []
+    given += ["flags after --"] if options.engine_args else []
+    if given:
+        hint = "leave them out, or leave out --weights-only"
+        raise ProbeError(f"{', '.join(given)}: nothing is run with --weights-only", hint)
+
+
+def refuse_unmendable(options: argparse.Namespace) -> None:
+    """Options of `check` that do not go with mending.
+
+    Raises:
+        ProbeError: there are some.
+    """
+    if options.fix == options.diff or bool(options.output) != options.fix:
+        raise ProbeError("--fix writes to the folder after -o, --diff writes nothing", "give --fix -o FIXED, or --diff")
+    if options.format not in ("text", "json"):
+        raise ProbeError(
+            f"--fix and --diff have no --format {options.format}: text and json go",
+            f"to have {options.format}, check the mended folder by itself",
+        )
 
 
 def engine_options(options: argparse.Namespace) -> dict[str, Any]:

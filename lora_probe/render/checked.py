@@ -6,8 +6,11 @@ that nothing in a file's names looks like a line of ours.
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -26,6 +29,8 @@ STYLES: dict[Severity, str] = {"error": "bold red", "warning": "bold yellow", "i
 ORDER: tuple[Severity, ...] = ("error", "warning", "info")
 WIDEST = 60
 """Columns for the adapters' paths, where there are many."""
+MENDED = frozenset(("LP213", "LP214", "LP215", "LP219", "LP302"))
+"""What `--fix` mends."""
 
 
 def report(found: Report) -> RenderableType:
@@ -35,10 +40,10 @@ def report(found: Report) -> RenderableType:
     facts.add_column(overflow="fold")
     add_row(facts, "adapter", one_line(relative(found.adapter)))
     add_row(facts, "base model", one_line(found.model or "not known"))
+    if found.vllm:
+        add_row(facts, "predicted for", f"vLLM {found.vllm}")
     parts: list[RenderableType] = [facts, *(_text(f"note: {note}", "cyan") for note in found.notes), words("")]
-    for engine, ledger in found.ledgers.items():
-        parts.append(assemble((f"{engine}  ", "bold"), (one_line(headline(ledger)), _style(ledger))))
-    parts += [*_tables(found), *([words("")] if found.ledgers else [])]
+    parts += [*_headlines(found), *_tables(found), *([words("")] if found.ledgers else [])]
     return Group(*parts, *_findings(found), _verdict(found))
 
 
@@ -65,46 +70,85 @@ def details(found: Report) -> RenderableType | None:
     """One adapter of many: what was found of it, without the hints; None where that is nothing."""
     if not found.diagnostics:
         return None
-    parts: list[RenderableType] = [words(_name(found), style="bold")]
-    for engine, ledger in found.ledgers.items():
-        parts.append(assemble(f"  {engine}  ", (one_line(headline(ledger)), _style(ledger))))
-    return Group(*parts, *_diagnostics(found.diagnostics, hints=False))
+    return Group(
+        words(_name(found), style="bold"), *_headlines(found, "  "), *_diagnostics(found.diagnostics, hints=False)
+    )
 
 
 def summary(found: Sequence[Report], lost: int = 0) -> RenderableType:
-    """All adapters in one line, after the rules that could not be run."""
-    bad = sum(not report.clean for report in found)
-    good = sum(not report.diagnostics for report in found)
-    parts = [_plural(len(found), "adapter") + f": {good} without a finding, {bad} with errors"]
-    if lost:
-        parts.append(f"{lost} not judged")
+    """All adapters in one line, each counted once, after the rules that could not be run."""
+    kinds = Counter(map(_kind, found))
+    said = {"ok": "without a finding", "unknown": "not fully judged", "info": "with infos", "warning": "with warnings"}
+    said |= {"error": "with errors"}
+    parts = [f"{kinds[kind]} {what}" for kind, what in said.items() if kinds[kind]]
+    parts += [f"{lost} not judged"] if lost else []
     counts = _counts([diagnostic for report in found for diagnostic in report.diagnostics])
-    style = "bold red" if bad or lost else "bold green" if good == len(found) else "bold yellow"
-    sentence = "; ".join(filter(None, [", ".join(parts), counts]))
+    ignored = sum(report.ignored for report in found)
+    style = "bold red" if kinds["error"] or lost else "bold green" if kinds["ok"] == len(found) else "bold yellow"
+    sentence = f"{_plural(len(found), 'adapter')}: {', '.join(parts)}{counts and '; '}{counts}{_ignored(ignored)}"
     return Group(*_not_run(_together(found)), words(sentence, style))
+
+
+def next_command(found: Sequence[Report], model: str | None, mended: bool) -> str:
+    """What to do about the findings: the command that mends the first that can be, else the page of the first error.
+    `mended`: that has been done already."""
+    for report in found if not mended else ():
+        if any(one.code in MENDED for one in report.diagnostics):
+            folder = relative(report.adapter)
+            beside = folder if Path(folder).name not in ("", "..") else str(report.adapter.resolve())
+            base = ["--model", model] if model else []
+            return shlex.join(["lora-probe", "check", folder, *base, "--fix", "-o", f"{beside}-fixed"])
+    codes = [one.code for report in found for one in report.diagnostics if one.severity == "error"]
+    return f"lora-probe rule {codes[0]}" if codes else ""
+
+
+def _kind(found: Report) -> str:
+    """The one word for an adapter: its gravest finding; if that is no error, whether some rule was not run."""
+    first = next(iter(_by_gravity(found.diagnostics)), None)
+    if first is not None and first.severity == "error":
+        return "error"
+    if _rules_not_run(found):
+        return "unknown"
+    return "ok" if first is None else first.severity
+
+
+def _rules_not_run(found: Report) -> int:
+    return len({code for one in found.not_run for code in one.codes})
 
 
 def _summary_line(found: Report, width: int) -> RichText:
     first = next(iter(_by_gravity(found.diagnostics)), None)
-    word = "ok" if first is None else first.severity
-    style = "bold green" if first is None else STYLES[first.severity]
-    parts: list[str | tuple[str, str]] = [(f"{word:7}  ", style), f"{_name(found):{width}}"]
-    if first is not None:
-        parts.append(f"  {_counts(found.diagnostics)}: {first.code} {first.name}")
-    return assemble(*parts)
+    kind = _kind(found)
+    style = {"ok": "bold green", "unknown": "bold yellow"}.get(kind) or STYLES[first.severity if first else "info"]
+    said = [f"{_counts(found.diagnostics)}: {first.code} {first.name}"] if first is not None else []
+    if kind == "unknown":
+        said.append(f"({'; '.join(dict.fromkeys(one_line(one.why) for one in found.not_run if one.codes))})")
+    said += [_ignored(found.ignored).strip()] if found.ignored else []
+    return assemble((f"{kind:7}  ", style), f"{_name(found):{width}}", *(f"  {one}" for one in said))
 
 
 def _name(found: Report) -> str:
     return one_line(relative(found.adapter))
 
 
+def _headlines(found: Report, indent: str = "") -> Iterable[RenderableType]:
+    """What each engine will make of it; where they make the same of it, in one line."""
+    same: dict[str, list[Ledger]] = {}
+    for ledger in found.ledgers.values():
+        same.setdefault(headline(replace(ledger, engine="both")), []).append(ledger)
+    for sentence, ledgers in same.items():
+        engines = ", ".join(ledger.engine for ledger in ledgers)
+        said = sentence if len(ledgers) > 1 else headline(ledgers[0])
+        yield assemble(indent, (f"{engines}  ", "" if indent else "bold"), (one_line(said), _style(ledgers[0])))
+
+
 def _tables(found: Report) -> Iterable[RenderableType]:
     """The modules that do not take effect, by engine; engines that do the same with them share a table."""
-    alike: dict[str, list[Ledger]] = {}
+    same: dict[str, list[Ledger]] = {}
     for ledger in found.ledgers.values():
         if ledger.rows and not ledger.healthy and not ledger.refused:
-            alike.setdefault(headline(ledger), []).append(ledger)
-    for ledgers in alike.values():
+            same.setdefault(repr(terminal.alike(ledger)), []).append(ledger)
+    for ledgers in same.values():
         engines = ", ".join(ledger.engine for ledger in ledgers)
         yield terminal.stations(
             ledgers[0], "modules" if len(ledgers) == len(found.ledgers) else f"modules in {engines}"
@@ -168,10 +212,18 @@ def _together(found: Sequence[Report]) -> list[NotRun]:
 
 
 def _verdict(found: Report) -> RenderableType:
-    where = _name(found).rstrip("/") + "/"
+    where = f"in {_name(found).rstrip('/')}/{_ignored(found.ignored)}"
+    count = _rules_not_run(found)
+    if count:
+        where += f"; {_plural(count, 'rule')} {'was' if count == 1 else 'were'} not run"
     if not found.diagnostics:
-        return words(f"no finding in {where}", style="bold green")
-    return words(f"{_counts(found.diagnostics)} in {where}", style=STYLES[_by_gravity(found.diagnostics)[0].severity])
+        return words(f"no finding {where}", style="bold yellow" if count else "bold green")
+    return words(f"{_counts(found.diagnostics)} {where}", style=STYLES[_by_gravity(found.diagnostics)[0].severity])
+
+
+def _ignored(count: int) -> str:
+    """Findings that were there, and not to be said."""
+    return f" ({count} ignored)" if count else ""
 
 
 def _counts(found: Iterable[Diagnostic]) -> str:

@@ -1,16 +1,19 @@
 """Where everything is printed: data on standard output, all else on standard error.
 
-In: renderables, dictionaries, sentences. Out: nothing; that the reader of a pipe has gone is no error.
+In: renderables, dictionaries, sentences. Out: nothing; that the reader of a pipe has gone is no error. What was printed
+before is written out before anything is said, so that both streams in one file are in their order.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Iterable
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console, Group
 from rich.text import Text
 
@@ -20,20 +23,28 @@ from lora_probe.render.progress import escaped
 
 def complain(message: str, hint: str = "") -> None:
     """An error, and what to do about it."""
-    console = Console(stderr=True)
-    console.print(f"[bold red]error:[/] {escaped(message)}", soft_wrap=True, highlight=False)
+    _beside(f"[bold red]error:[/] {escaped(message)}")
     for line in filter(None, hint.split("\n")):
-        console.print(f"[cyan]hint:[/] {escaped(line)}", soft_wrap=True, highlight=False)
+        _beside(f"[cyan]hint:[/] {escaped(line)}")
 
 
 def say(text: str) -> None:
     """A line beside the data."""
-    Console(stderr=True).print(escaped(text), soft_wrap=True, highlight=False)
+    _beside(escaped(text))
 
 
 def hint(text: str) -> None:
     """What to do next."""
-    Console(stderr=True).print(f"[cyan]hint:[/] {escaped(text)}", soft_wrap=True, highlight=False)
+    _beside(f"[cyan]hint:[/] {escaped(text)}")
+
+
+def _beside(markup: str) -> None:
+    """A line on standard error, never broken: there are commands in it, to be copied."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _reader_gone()
+    Console(stderr=True).print(markup, soft_wrap=True, highlight=False)
 
 
 class _Output(Console):
@@ -48,7 +59,8 @@ def _reader_gone() -> None:
 
 
 def show(renderable: Any) -> None:
-    """Print for a person. Sentences are never broken (a terminal wraps them itself), tables fit their width."""
+    """Print for a person: tables fit the width. Sentences are broken at spaces in a terminal and nowhere else; a path
+    or a name is never broken. No line in a pipe ends in blanks."""
     console = _Output(highlight=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = 160
@@ -57,8 +69,38 @@ def show(renderable: Any) -> None:
         part = waiting.pop(0)
         if isinstance(part, Group):
             waiting[:0] = part.renderables
+        elif console.is_terminal:
+            console.print(wrapped(part, console.width) if isinstance(part, Text) else part, soft_wrap=_whole(part))
         else:
-            console.print(part, soft_wrap=isinstance(part, Text))
+            with console.capture() as capture:
+                console.print(part, soft_wrap=_whole(part))
+            write([_BLANKS.sub("", capture.get()).removesuffix("\n")])
+
+
+_BLANKS = re.compile(r" +$", re.MULTILINE)
+
+
+def _whole(part: Any) -> bool:
+    return isinstance(part, Text)
+
+
+def wrapped(sentences: Text, width: int) -> Text:
+    """Lines broken at spaces so that they fit; a wider word stays whole. What goes on is as far in as its line."""
+    lines = [part for line in sentences.split("\n", allow_blank=True) for part in _broken(line, width)]
+    return Text("\n").join(lines)
+
+
+def _broken(line: Text, width: int) -> Iterable[Text]:
+    indent = len(line.plain) - len(line.plain.lstrip(" "))
+    breaks, used = [], 0
+    for word in re.finditer("[^ ]+ *", line.plain):
+        if used and indent + used + cell_len(word[0].rstrip()) > width:
+            breaks.append(word.start())
+            used = 0
+        used += cell_len(word[0])
+    for number, part in enumerate(line.divide(breaks)):
+        part.rstrip()
+        yield Text(" " * indent) + part if number else part
 
 
 def dump(data: dict[str, Any]) -> None:

@@ -25,14 +25,20 @@ _REFERENCE = re.compile(r"\b([\w.-]+/[\w.-]+)#(\d+)\b")
 
 def markdown(rules: Sequence[Rule]) -> str:
     """All rules: a table of contents by families, then every page."""
-    families: dict[str, list[Rule]] = {}
-    for rule in rules:
-        families.setdefault(_family(rule.code), []).append(rule)
-    parts = [HEAD, *_contents(families)]
-    for title, members in families.items():
+    every = families(rules)
+    parts = [HEAD, *_contents(every)]
+    for title, members in every.items():
         parts.append(f"## {title}\n")
         parts += [f"### {rule.code} {rule.name}\n\n{page(rule)}" for rule in members]
     return "\n".join(parts)
+
+
+def families(rules: Sequence[Rule]) -> dict[str, list[Rule]]:
+    """The rules by the titles of their families."""
+    found: dict[str, list[Rule]] = {}
+    for rule in rules:
+        found.setdefault(_family(rule.code), []).append(rule)
+    return found
 
 
 def page(rule: Rule) -> str:

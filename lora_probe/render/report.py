@@ -4,18 +4,24 @@ In: reports. Out: plain dictionaries. Fields may be added, none is taken away.
 
 One adapter:
 
-    {"schema_version": 1, "adapter": path, "model": base or null, "notes": [...],
+    {"schema_version": 1, "adapter": path, "model": base or null, "vllm_version": "0.32" or null, "notes": [...],
      "ledger": {"peft": {"refused", "message", "total", "took_effect", "wrong", "lost", "unknown", "modules"}, ...},
      "diagnostics": [{"code", "name", "severity", "message", "hint", "modules", "engines", "path", "line"}],
-     "not_run": [{"codes": [...], "why": ...}]}
+     "not_run": [{"codes": [...], "why": ...}], "ignored": number of findings of rules that were not asked for}
+
+With `--fix` also, of the adapter that was written (or, where nothing was to mend, of the one that was read):
+
+     "mended": {"folder": path or null, "renamed": {old: new}, "left": {name: why}, "converted": true or false,
+                "not_copied": [file, ...]}
 
 Several, or with `--recursive`:
 
     {"schema_version": 1, "reports": [...], "not_judged": [{"path", "message"}],
-     "summary": {"adapters", "clean", "with_errors", "with_warnings", "not_judged",
+     "summary": {"adapters", "clean", "with_errors", "with_warnings", "with_rules_not_run", "not_judged",
                  "errors", "warnings", "infos", "codes": {"LP201": number of adapters}}}
 
-`clean` adapters have no finding; those `with_warnings` have warnings and no error.
+`clean` adapters have no finding (of the rules that were run: see `with_rules_not_run`); those `with_warnings` have
+warnings and no error.
 """
 
 from __future__ import annotations
@@ -37,10 +43,12 @@ def report_json(found: Report) -> dict[str, Any]:
         "schema_version": SCHEMA_VERSION,
         "adapter": str(found.adapter),
         "model": found.model,
+        "vllm_version": found.vllm or None,
         "notes": list(found.notes),
         "ledger": {engine: ledger_json(ledger) for engine, ledger in found.ledgers.items()},
         "diagnostics": [diagnostic_json(diagnostic) for diagnostic in found.diagnostics],
         "not_run": [{"codes": list(one.codes), "why": one.why} for one in found.not_run],
+        "ignored": found.ignored,
     }
 
 
@@ -56,6 +64,7 @@ def reports_json(each: Sequence[dict[str, Any]], found: Sequence[Report], lost: 
             "clean": sum(not report.diagnostics for report in found),
             "with_errors": sum(not report.clean for report in found),
             "with_warnings": sum(report.clean and report.count("warning") > 0 for report in found),
+            "with_rules_not_run": sum(any(one.codes for one in report.not_run) for report in found),
             "not_judged": len(lost),
             "errors": sum(report.count("error") for report in found),
             "warnings": sum(report.count("warning") for report in found),

@@ -53,10 +53,17 @@ def sarif(found: Sequence[Report], lost: Sequence[Lost] = ()) -> dict[str, Any]:
                     }
                 ],
                 "columnKind": "unicodeCodePoints",
+                **_for(found),
                 "results": list(_results(found, numbers)),
             }
         ],
     }
+
+
+def _for(found: Sequence[Report]) -> dict[str, Any]:
+    """The vLLM that the predictions are for, the same in all reports."""
+    versions = [report.vllm for report in found if report.vllm]
+    return {"properties": {"vllm_version": versions[0]}} if versions else {}
 
 
 def _rule(rule: Rule) -> dict[str, Any]:

@@ -18,8 +18,7 @@ from lora_probe.ledger import STATIONS, Ledger, Station, headline, name_modules
 from lora_probe.reading import Trace
 from lora_probe.render.cells import add_row, assemble, columns_of, grid, one_line, words
 from lora_probe.render.machine import contributions_json, requests_json
-from lora_probe.render.pages import facts as rule_facts
-from lora_probe.rules import Rule, diagnose
+from lora_probe.rules import diagnose
 from lora_probe.spectrum import Spectrum
 from lora_probe.tracefile import LoadEvent
 
@@ -213,14 +212,20 @@ def stations(found: Ledger, title: str = "modules") -> RenderableType:
     """Modules that fare alike in a row, under the stations that the ledger knows of."""
     known = [station for station in STATIONS if any(station in row.stations for row in found.rows)]
     table = columns_of(title, *known, "fate")
-    groups: dict[tuple[str, ...], list[str]] = {}
-    for row in found.rows:
-        fate = "takes effect" if found.predicted and row.fate == "took effect" else row.fate
-        groups.setdefault((*(row.stations[s].value for s in known), fate), []).append(row.module)
-    for values, modules in groups.items():
+    for values, modules in alike(found).items():
         label = one_line(f"{len(modules)}: {name_modules(modules)}")
         add_row(table, label, *(_verdict(value) for value in values))
     return table
+
+
+def alike(found: Ledger) -> dict[tuple[str, ...], list[str]]:
+    """The modules that have the same at every station, by these values and the fate."""
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for row in found.rows:
+        fate = "takes effect" if found.predicted and row.fate == "took effect" else row.fate
+        values = (row.stations[station].value for station in STATIONS if station in row.stations)
+        groups.setdefault((*values, fate), []).append(row.module)
+    return groups
 
 
 def _unjudged(found: Ledger) -> Iterable[RenderableType]:
@@ -371,26 +376,6 @@ def _what_differs(found: Comparison) -> str:
     if any(not ledger.healthy for ledger in found.ledgers):
         return "in their ledgers"
     return "in their answers"
-
-
-def rule(found: Rule) -> RenderableType:
-    """The page of a rule."""
-    head = assemble((f"{found.code} {found.name}", "bold"), f"  {rule_facts(found)}")
-    return Group(head, words(""), words(found.page), words(""), words(f"hint: {found.hint}", style="cyan"))
-
-
-def pages(found: Sequence[Rule]) -> RenderableType:
-    """The pages of several rules, one after another."""
-    parts = [part for one in found for part in (words(""), words(""), rule(one))]
-    return Group(*parts[2:])
-
-
-def rules(found: Sequence[Rule]) -> RenderableType:
-    """All rules, a line each."""
-    table = columns_of("code", "name", "station", "severity", "says")
-    for one in found:
-        add_row(table, one.code, one.name, one.station, one.severity, one.page.partition("\n")[0])
-    return table
 
 
 def versions(found: Mapping[str, str]) -> RenderableType:

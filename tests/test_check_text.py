@@ -1,0 +1,223 @@
+"""What a person sees of `check` and `rule`: headlines, tables, verdicts, hints, and what mending says."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import LAYERS, edited
+from reports import call, damaged, finding, healthy, made_up
+from rich.text import Text
+
+from lora_probe import checking
+from lora_probe.checking import NotRun, Report
+from lora_probe.render.mended import change
+from lora_probe.render.output import wrapped
+from lora_probe.rules import all_rules
+
+
+@pytest.fixture
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    return made_up(tmp_path, monkeypatch)
+
+
+def test_rules_that_were_not_run_fail_when_strict(runs: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def without_base(folders: Sequence[Path], **_: Any) -> Iterator[Report]:
+        return (replace(healthy(folder), not_run=(NotRun(("LP301",), "no base"),)) for folder in folders)
+
+    monkeypatch.setattr(checking, "check_all", without_base)
+    status, out, _ = call("check", "healthy", capsys=capsys)
+    assert status == 0
+    assert "not run: LP301: no base" in out
+    assert out.endswith("no finding in healthy/; 1 rule was not run\n")
+    assert call("check", "healthy", "--strict", capsys=capsys)[0] == 1
+
+
+def test_nothing_is_ok_where_rules_were_not_run(runs: Path, capsys: Any) -> None:
+    for name in ("baseless", "baseless-2", "baseless-3"):
+        (runs / name).mkdir()
+    status, out, _ = call("check", "baseless", capsys=capsys)
+    assert status == 0
+    assert "peft, vllm  90 modules in the files, nothing wrong with them there; whether they take" in out
+    assert out.count("takes effect") == 0
+    assert out.count("90: layers 0-29 q_proj, k_proj, v_proj") == 1
+    assert out.endswith("no finding in baseless/; 2 rules were not run\n")
+    _, out, _ = call("check", "baseless", "baseless-2", "baseless-3", "healthy", "damaged", capsys=capsys)
+    lines = out.splitlines()
+    assert lines[:2] == [f"unknown  {name}  (the base is not known)" for name in ("baseless  ", "baseless-2")]
+    assert lines[3].split() == ["ok", "healthy"]
+    assert lines[-1].startswith("5 adapters: 1 without a finding, 3 not fully judged, 1 with errors; ")
+    data = json.loads(call("check", "baseless", "healthy", "--format", "json", capsys=capsys)[1])
+    assert data["summary"]["with_rules_not_run"] == 1
+
+
+def test_what_is_ignored_is_counted(runs: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def check_all(adapters: Sequence[Path], **_: Any) -> Iterator[Report]:
+        for folder in adapters:
+            yield replace((damaged if folder.name == "damaged" else healthy)(folder), ignored=3)
+
+    monkeypatch.setattr(checking, "check_all", check_all)
+    assert call("check", "healthy", capsys=capsys)[1].endswith("no finding in healthy/ (3 ignored)\n")
+    assert (
+        "1 error, 1 warning in damaged/ (3 ignored); 1 rule was not run\n" in call("check", "damaged", capsys=capsys)[1]
+    )
+    out = call("check", "--recursive", capsys=capsys)[1]
+    assert "ok       healthy          (3 ignored)" in out
+    assert out.endswith(" (18 ignored)\n")
+    assert json.loads(call("check", "healthy", "--format", "json", capsys=capsys)[1])["ignored"] == 3
+
+
+@pytest.mark.parametrize("kind", ["damaged", "healthy"])
+def test_the_last_hint_mends_what_can_be(kind: str, runs: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def check_all(adapters: Sequence[Path], **_: Any) -> Iterator[Report]:
+        for folder in adapters:
+            report = {"damaged": damaged, "healthy": healthy}[kind](folder)
+            yield replace(report, diagnostics=(*report.diagnostics, finding("LP213", "`_orig_mod`")))
+
+    monkeypatch.setattr(checking, "check_all", check_all)
+    err = call("check", "warned/", "--model", "my base", capsys=capsys)[2]
+    assert err == "hint: lora-probe check warned --model 'my base' --fix -o warned-fixed\n"
+    monkeypatch.chdir(runs / "warned")
+    assert call("check", capsys=capsys)[2] == f"hint: lora-probe check . --fix -o {runs.resolve()}/warned-fixed\n"
+
+
+def test_text(runs: Path, capsys: Any) -> None:
+    _, out, err = call("check", "damaged", capsys=capsys)
+    lines = out.splitlines()
+    assert lines == [line.rstrip() for line in lines]
+    assert lines[:2] == ["adapter     damaged", "base model  not known"]
+    assert "peft  90 of 90 modules take effect" in lines
+    hole = "3 lost at stored: layer 5 q_proj, k_proj, v_proj are not in the file (LP204)"
+    assert f"vllm  87 of 90 modules take effect, {hole}" in lines
+    header = next(line for line in lines if line.startswith("modules in vllm "))
+    assert header.split()[3:] == ["stored", "read", "placed", "fate"]
+    at = lines.index(f"error LP204 not-in-the-file: {hole}")
+    assert lines[at + 1] == "  damaged/adapter_model.safetensors, vllm"
+    assert lines[at + 2].startswith("  hint: save the adapter again")
+    assert "  damaged/adapter_config.json:12, peft/vllm" in lines
+    assert "not run: LP301: no base" in lines
+    assert lines[-1] == "1 error, 1 warning in damaged/; 1 rule was not run"
+    assert "hint: lora-probe rule LP204" in err
+    _, out, err = call("check", "healthy", capsys=capsys)
+    assert out.startswith("adapter        healthy\nbase model     base\npredicted for  vLLM 0.32\nnote: `runs` holds")
+    assert "peft, vllm  90 of 90 modules take effect\n" in out
+    assert "placed" not in out
+    assert out.endswith("no finding in healthy/\n")
+    assert err == ""
+
+
+def test_text_of_many(runs: Path, capsys: Any) -> None:
+    status, out, err = call("check", "--recursive", capsys=capsys)
+    assert status == 1
+    assert err.startswith("6 adapters below .\n")
+    first = [line.split()[:2] for line in out.splitlines()[:6]]
+    order = ["damaged", "deep/damaged-2", "deep/healthy-9", "deep/healthy-10", "healthy", "warned"]
+    words = ["error", "error", "ok", "ok", "ok", "warning"]
+    assert first == [list(pair) for pair in zip(words, order, strict=True)]
+    assert "1 error, 1 warning: LP204 not-in-the-file" in out.splitlines()[0]
+    assert "\ndeep/damaged-2\n" in out
+    assert "\nhealthy\n" not in out
+    assert "not run: LP301: no base (2 of 6 adapters)" in out
+    assert out.endswith("6 adapters: 3 without a finding, 1 with warnings, 2 with errors; 2 errors, 3 warnings\n")
+
+
+def test_sentences_are_broken_at_spaces() -> None:
+    long = "base_model.model.model.layers.0.self_attn.q_proj"
+    made = wrapped(Text(f"  hint: one two three four {long} five six\n\nseven 八九十 eight nine"), 20).plain
+    assert made.split("\n") == [
+        "  hint: one two",
+        "  three four",
+        f"  {long}",
+        "  five six",
+        "",
+        "seven 八九十 eight",
+        "nine",
+    ]
+
+
+def test_what_was_printed_comes_before_what_is_said(tmp_path: Path) -> None:
+    script = (
+        "from lora_probe.render.output import complain, hint, say\n"
+        "for say_so in (complain, hint, say):\n    print('data'); say_so('beside')"
+    )
+    run = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert run.stdout.split() == ["data", "error:", "beside", "data", "hint:", "beside", "data", "beside"]
+
+
+def test_a_narrow_terminal_and_no_colour(runs: Path) -> None:
+    """In 60 columns no table is wider, and no sentence unless a word is."""
+    script = (
+        "import sys; sys.path.insert(0, sys.argv.pop(1)); import reports as t\n"
+        "from pathlib import Path; from lora_probe.render import checked; from lora_probe.render.output import show\n"
+        "show(checked.report(t.damaged(Path('damaged'))))"
+    )
+    environment = {"COLUMNS": "60", "FORCE_COLOR": "1", "TERM": "xterm-256color", "PATH": ""}
+    command = [sys.executable, "-c", script, str(Path(__file__).parent)]
+    coloured = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+    plain = subprocess.run(
+        command, capture_output=True, text=True, check=True, env=environment | {"NO_COLOR": "1"}
+    ).stdout
+    assert "\x1b[1;31m" in coloured
+    assert not re.search(r"\x1b\[[0-9;]*3[0-9]", plain)
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", plain)
+    assert re.sub(r"\x1b\[[0-9;]*m", "", coloured) == plain
+    table = plain[plain.index("modules in") : plain.index("error LP204")]
+    assert max(map(len, table.splitlines())) <= 60
+    assert max(map(len, plain.splitlines())) <= 60
+
+
+def test_what_mending_says(adapter: Path, tmp_path: Path, capsys: Any) -> None:
+    """Of keys with a wrapper's name in them, where the base is not needed."""
+    wrapped = edited(adapter, tmp_path / "wrapped", lambda t: {f"module.{name}": tensor for name, tensor in t.items()})
+    count = 6 * LAYERS
+    status, out, _ = call("check", wrapped, "--diff", capsys=capsys)
+    assert status == 0
+    first = "base_model.model.model.layers.0.self_attn.k_proj.lora_A.weight"
+    assert out.startswith(f"{count} keys: module. removed\n  -module.{first}\n  +{first}\n\n--- ")
+    assert out.count("\n-module.") == count
+    for form in ("sarif", "github"):
+        for what in (["--diff"], ["--fix", "-o", tmp_path / "fixed"]):
+            status, out, err = call("check", wrapped, *what, "--format", form, capsys=capsys)
+            assert (status, out) == (2, "")
+            assert "text and json go" in err
+    fixed = tmp_path / "fixed"
+    status, out, _ = call("check", wrapped, "--fix", "-o", fixed, "--format", "json", capsys=capsys)
+    data = json.loads(out)
+    assert data["adapter"] == str(fixed)
+    assert data["mended"].keys() == {"folder", "renamed", "left", "converted", "not_copied"}
+    assert data["mended"]["folder"] == str(fixed)
+    assert len(data["mended"]["renamed"]) == count
+    data = json.loads(call("check", fixed, "--fix", "-o", tmp_path / "2", "--format", "json", capsys=capsys)[1])
+    assert (data["adapter"], data["mended"]["folder"], data["mended"]["renamed"]) == (str(fixed), None, {})
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("a.x.b.x.c", "a.b.c", "x. removed"),
+        ("b.c", "a.b.c", "a. added"),
+        ("language_model.model.b", "model.b", "language_model. removed"),
+        ("a.lora_A.default.weight", "p.a.lora_A.weight", "p. added, default. removed"),
+        ("a.b.c", "a.d.c", "b. became d."),
+    ],
+)
+def test_changes_of_names_in_words(old: str, new: str, said: str) -> None:
+    assert change(old, new) == said
+
+
+def test_the_list_of_rules_is_by_families(capsys: Any) -> None:
+    lines = call("rule", capsys=capsys)[1].splitlines()
+    heads = [line for line in lines if re.match("LP.xx", line)]
+    assert [head[:5] for head in heads] == [f"LP{number}xx" for number in range(1, 8)]
+    assert heads[0] == "LP1xx: adapter_config.json  (from check)"
+    assert heads[-1] == "LP7xx: merging  (from parity)"
+    listed = [line.split()[0] for line in lines if re.match(r"LP\d\d\d", line)]
+    assert listed == list(all_rules())
+    assert len({line.index("severity") for line in lines if line.startswith("code ")}) == 1
