@@ -61,7 +61,10 @@ def _fits(pair: AdapterModule, base: Base) -> bool:
         return False
     two = len(pair.a.shape) == 2 and len(pair.b.shape) == 2
     # One row of A cannot be told from a chance.
-    return two and pair.a.shape[0] > 1 and (pair.b.shape[0], pair.a.shape[1]) == shape and pair.a.dtype in FLOATS
+    if not two or pair.a.shape[0] < 2 or pair.a.shape[0] != pair.b.shape[1]:
+        return False
+    floats = pair.a.dtype in FLOATS and pair.b.dtype in FLOATS
+    return floats and (pair.b.shape[0], pair.a.shape[1]) == shape
 
 
 def _balanced(a: Floats, b: Floats) -> bool:

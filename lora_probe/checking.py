@@ -27,7 +27,7 @@ from lora_probe.prediction import Prediction, predict
 from lora_probe.rules import ENGINES, Diagnostic, Rule, Severity, all_rules, diagnostic
 from lora_probe.rules.config import config_unreadable, not_lora
 from lora_probe.rules.files import weights_not_found, weights_unreadable
-from lora_probe.rules.serving import engines_differ
+from lora_probe.rules.serving import MAX_RANKS, engines_differ
 from lora_probe.versions import behaviour
 from lora_probe.view import EngineView, of_headers
 
@@ -189,6 +189,11 @@ def _serving(options: Mapping[str, Any], vllm_version: str | None) -> Serving:
         raise ProbeError(
             f"`{sorted(unknown)[0]}` is no option of vLLM that check knows", f"options: {', '.join(sorted(OPTIONS))}"
         )
+    rank = options.get("max_lora_rank")
+    if rank is not None and rank not in MAX_RANKS:
+        raise ProbeError(
+            f"vLLM does not take --max-lora-rank {rank}", f"it takes {', '.join(str(one) for one in MAX_RANKS)}"
+        )
     targets = options.get("lora_target_modules")
     given = {name: options.get(name) for name in ("max_lora_rank", "dtype", "lora_dtype", "tensor_parallel_size")}
     return Serving(behaviour(vllm_version), lora_target_modules=tuple(targets) if targets else None, **given)
@@ -316,10 +321,18 @@ def _unreadable(
     hint = error.hint or rule.hint
     line = _line(path, error.message) if path.name == CONFIG else None
     found = Diagnostic(rule.code, rule.name, rule.severity, error.message, hint, (), ENGINES, str(path), line)
-    # PEFT has other methods than LoRA, and what it makes of their configs is not judged here.
-    engines = () if isinstance(error, NotLora) else ENGINES
+    # PEFT has other methods than LoRA, and what it makes of their configs is not judged here; vLLM never looks at
+    # fields about which modules are meant.
+    engines: tuple[str, ...] = () if isinstance(error, NotLora) else ENGINES
+    if found.code == "LP101" and PEFTS_OWN & set(_KEY.findall(error.message)):
+        engines = ("peft",)
+        found = replace(found, engines=engines)
     ledgers = {name: Ledger(name, (), True, error.message, judged.code, predicted=True) for name in engines}
     return Report(folder, model, ledgers, (found,) if found.code in chosen else (), notes=notes)
+
+
+PEFTS_OWN = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters"}
+"""Fields of the config that PEFT alone goes by."""
 
 
 def _line(path: Path, message: str) -> int | None:

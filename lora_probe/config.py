@@ -11,8 +11,9 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +139,12 @@ class AdapterConfig:
             return name.rpartition(".")[2] not in ("lm_head", "embed_tokens", "score", "classifier")
         if isinstance(self.target_modules, str):
             return fullmatch(self.target_modules, name) is not None
-        return _names(self.target_modules, name) and self._in_layers(name)
+        # A whole path is meant whatever the layers are.
+        return name in self._wanted or (_names(self._wanted, name) and self._in_layers(name))
+
+    @cached_property
+    def _wanted(self) -> frozenset[str]:
+        return frozenset(self.target_modules or ())
 
     def _in_layers(self, name: str) -> bool:
         wanted = self.raw.get("layers_to_transform")
@@ -156,18 +162,43 @@ class AdapterConfig:
         return False
 
 
-def _names(targets: str | Iterable[str], name: str) -> bool:
+def _names(targets: str | Collection[str], name: str) -> bool:
     """PEFT's rule: a string is a regular expression for the whole name, a list holds names or their ends."""
     if isinstance(targets, str):
         return fullmatch(targets, name) is not None
-    return any(name == target or name.endswith(f".{target}") for target in targets)
+    return any(end in targets for end in ends(name))
+
+
+def ends(path: str) -> Iterator[str]:
+    """`a.b.c`, `b.c`, `c`."""
+    parts = path.split(".")
+    for begin in range(len(parts)):
+        yield ".".join(parts[begin:])
 
 
 def _match(patterns: Mapping[str, Any], module: str, default: float) -> float:
     for pattern, value in patterns.items():
-        if match(rf"(.*\.)?({pattern})$", module):
+        if at_end(pattern, module):
             return float(value)
     return default
+
+
+def at_end(pattern: str, module: str) -> bool:
+    """PEFT's rule for patterns (`get_pattern_key`): the expression matches an end of the path, from a dot on.
+
+    Configs may have a whole path for each of hundreds of modules, so plain names are compared without an expression; a
+    dot in one stands for any character, as it does in an expression.
+    """
+    if not _PLAIN.fullmatch(pattern):
+        return match(rf"(.*\.)?({pattern})$", module) is not None
+    begin = len(module) - len(pattern)
+    if begin < 0 or (begin and module[begin - 1] != "."):
+        return False
+    end = module[begin:]
+    return end == pattern or all(one in (".", other) for one, other in zip(pattern, end, strict=True))
+
+
+_PLAIN = re.compile(r"[A-Za-z0-9_.]+")
 
 
 def open_config(path: Path) -> AdapterConfig:

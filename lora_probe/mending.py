@@ -11,6 +11,7 @@ import json
 import re
 import shutil
 import struct
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,11 +100,15 @@ def write(mending: Mending, folder: Path) -> list[str]:
         raise ProbeError(f"`{folder}` exists; nothing is overwritten", "give another folder with -o")
     if folder.resolve().is_relative_to(adapter.path.resolve()):
         raise ProbeError(f"`{folder}` lies in the adapter's own folder", "give a folder outside of it with -o")
-    partial = folder.with_name(f"{folder.name}.partial")
     try:
-        partial.mkdir(parents=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        raise ProbeError(f"cannot write `{folder}`: {error.strerror or error}") from error
+    try:
         skipped = _copy(adapter, partial)
         _save(mending, partial / WEIGHTS)
+        partial.chmod(0o755)
         partial.rename(folder)
     except OSError as error:
         raise ProbeError(f"cannot write `{folder}`: {error.strerror or error}") from error

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from lora_probe.adapter import PREFIX, Key
+from lora_probe.adapter import PREFIX, Key, adapter_in
 from lora_probe.case import Case, Place, engine_names
 from lora_probe.expected import Expected, expect, pair_spectrum
 from lora_probe.ledger import OK, Finding, Ledger, Row, Station, graver
@@ -21,6 +21,7 @@ from lora_probe.rules.names import (
     doubled_prefix,
     no_lora_layer_there,
     no_such_module,
+    odd_ending,
     other_class,
     prefix_missing,
     skipped,
@@ -34,6 +35,7 @@ from lora_probe.spectrum import Spectrum
 
 BASE_UNKNOWN = Finding("unknown", message="the base is not known")
 VIEW_UNKNOWN = Finding("unknown", message="what the engine has for this base is not known")
+LAYERS_COPIED = Finding("unknown", message="PEFT copies layers (layer_replication), which is not predicted")
 EXPERTS_CONVERTED = Finding("unknown", message="PEFT converts the names of experts on load, which is not predicted")
 
 
@@ -121,7 +123,9 @@ def _peft(case: Case, row: Expected, place: Place | None) -> tuple[Finding, Find
     """`read` and `placed` in PEFT: the name as it stands, and whether the config targets the module."""
     assert row.entry is not None
     gone = Finding("absent")
-    stored = (row.entry.a or row.entry.b).name  # type: ignore[union-attr]
+    half = row.entry.a or row.entry.b
+    assert half is not None
+    stored = half.name
     named = wrapper_in_name(wrapper_words(stored)) if place is None or place.module is None else None
     named = named or (prefix_missing(stored, PREFIX) if place is None or place.dropped else None)
     named = named or doubled_prefix(stored.removeprefix(PREFIX))
@@ -132,8 +136,12 @@ def _peft(case: Case, row: Expected, place: Place | None) -> tuple[Finding, Find
         return OK, _unknown(case) if targeted else not_targeted()
     if place.module is None and ".experts." in f"{row.entry.module}." and case.views["peft"].parameters:
         return EXPERTS_CONVERTED, EXPERTS_CONVERTED
+    if place.module is None and case.adapter.config.raw.get("layer_replication"):
+        return LAYERS_COPIED, LAYERS_COPIED
     if place.module is None:
         return _homeless(row, "peft", case), gone
+    if (ending := odd_ending(half.name, place.module.kind == "embedding", adapter_in(half))) is not None:
+        return ending, gone
     if not targeted:
         return OK, not_targeted()
     # A parameter is adapted whatever kind of module it belongs to.
@@ -210,7 +218,8 @@ def _shape_refusals(case: Case, engine: str, expected: Sequence[Expected]) -> li
         shape = place.module.shape
         if shape is None:
             continue
-        wide, tall = (shape[0], shape[1]) if pair.embedding else (shape[1], shape[0])
+        turned = pair.embedding or (engine == "vllm" and place.module.kind == "embedding")
+        wide, tall = (shape[0], shape[1]) if turned else (shape[1], shape[0])
         if engine == "peft":
             if case.adapter.config.targeted([row.module]):
                 rank = case.adapter.config.rank_of(row.module)

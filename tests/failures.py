@@ -152,6 +152,17 @@ failure("B20-alora", "LP406")(
 _by_config("B21-layer-replication", "LP406", layer_replication=[[0, 2], [1, 3]])
 _by_training("B22-trained-tokens", "LP210", trainable_token_indices={"embed_tokens": [5, 7]})
 
+_by_config("B06-expression-and-layers", "LP112", target_modules=r".*\.[qkv]_proj", layers_to_transform=[0, 1, 2])
+_by_config("task-type-in-lower-case", "LP112", task_type="causal_lm")
+_by_config("rank-as-float", "LP112", r=8.0)
+_by_config("bias-null", "LP112", "LP406", bias=None)
+_by_config("init-in-upper-case", "LP111", "LP406", init_lora_weights="PiSSA")
+_by_config(
+    "whole-path-beside-layers", "LP106", "LP410", target_modules=[Q0, "k_proj", "v_proj"], layers_to_transform=[1]
+)
+_by_tensors("A-and-B-of-different-ranks", _each(lambda name, t: t[:4] if f"{Q0}.lora_A" in name else t), "LP206")
+_by_tensors("saved-without-weight-in-names", _renamed(".weight", ""), "LP210", "LP221")
+
 # C. names and the base
 _by_tensors("C01-text-names", _renamed("model.layers", "model.language_model.layers"), "LP302")
 _by_tensors("C01-no-model", _renamed("model.layers", "layers"), "LP302")
@@ -226,6 +237,13 @@ def _twice(tensors: Tensors) -> Tensors:
 
 
 _by_tensors("twice-with-and-without-prefix", _twice, "LP216")
+
+_by_tensors(
+    "twice-with-doubled-prefix",
+    lambda tensors: tensors | {f"base_model.model.{name}": tensor * 2 for name, tensor in tensors.items()},
+    "LP214",
+    "LP216",
+)
 
 HEALTHY: dict[str, dict[str, Any]] = {
     "q-k-v": {},

@@ -87,11 +87,12 @@ def test_nothing_is_overwritten_or_left_half_done(
 ) -> None:
     source = FAILURES["C06-no-prefix"].make(adapter, llama, tmp_path / "source")
     (tmp_path / "there").mkdir()
+    (tmp_path / "there.partial").mkdir()
     for target in (tmp_path / "there", source / "inside"):
         assert main(["check", str(source), "--fix", "-o", str(target)]) == 2
         assert "`-o`" in (said := capsys.readouterr().err) or "-o" in said
     assert not list((tmp_path / "there").iterdir())
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "there"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "there", "there.partial"]
 
 
 def test_the_diff_shows_renames_and_writes_nothing(

@@ -29,6 +29,7 @@ from lora_probe.expected import Expected, expect
 from lora_probe.ledger import OK, Finding
 from lora_probe.precision import coarser
 from lora_probe.rules.loading import name_without_home, no_lora_layer, not_measured, not_taken, placed_differs
+from lora_probe.rules.names import odd_ending
 from lora_probe.tracefile import (
     SCHEMA,
     Load,
@@ -214,6 +215,11 @@ def _judge_loading(account: Account, live: Mapping[str, Any], shapes: Shapes) ->
             continue
         if not {adapter_in(tensor) for tensor in row.entry.tensors} <= {None, ADAPTER}:
             read[row.key] = not_taken("PEFT", "another adapter's name stands in its name")
+            continue
+        embedded = bool(getattr(live.get(row.module), "lora_embedding_A", None))
+        half = row.entry.a or row.entry.b
+        if half is not None and (ending := odd_ending(half.name, embedded, adapter_in(half))) is not None:
+            read[row.key] = ending
             continue
         read[row.key] = OK
         if row.module not in live:

@@ -112,10 +112,13 @@ def vocabulary_differs(case: Case) -> Iterator[Found]:
         tokens = None
         if word in EMBEDDINGS and ".lora_" not in path and len(tensor.shape) == 2:
             tokens = tensor.shape[0]
-        elif path.endswith("lora_embedding_A") and len(tensor.shape) == 2:
+        elif path.endswith("lora_embedding_A") and len(tensor.shape) == 2 and word_of(path) in EMBEDDINGS:
             tokens = tensor.shape[1]
         if tokens is not None and tokens != size:
-            engines = ("peft", "vllm") if path.endswith("lora_embedding_A") else ("peft",)
+            pair = path.endswith("lora_embedding_A")
+            # PEFT drops a pair that the config does not target.
+            targeted = not pair or bool(case.adapter.config.targeted([path.removesuffix(".lora_embedding_A")]))
+            engines = (("peft",) if targeted else ()) + (("vllm",) if pair else ())
             yield Found(
                 f"`{name}` is for {tokens} tokens, the base has {size}",
                 engines=engines,
@@ -123,6 +126,11 @@ def vocabulary_differs(case: Case) -> Iterator[Found]:
                 path=case.adapter.weights.path,
             )
             return
+
+
+def word_of(path: str) -> str:
+    """The last word of the module that a half of a pair belongs to."""
+    return path[: path.rindex(".lora_")].rpartition(".")[2]
 
 
 @survey(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from lora_probe.patterns import match
+from lora_probe.config import at_end, ends
 from lora_probe.rules import Found, rule, survey
 
 if TYPE_CHECKING:
@@ -128,7 +129,7 @@ def pattern_without_module(case: Case) -> Iterator[Found]:
     names = {m.module if m.parameter == "weight" else f"{m.module}.{m.parameter}" for m in case.adapter.modules}
     names |= case.targeted
     for field, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
-        idle = [p for p in patterns if not any(match(rf"(.*\.)?({p})$", name) for name in names)]
+        idle = [p for p in patterns if not any(at_end(p, name) for name in names)]
         if idle and names:
             found = ", ".join(f"`{pattern}`" for pattern in idle)
             yield Found(f"{field} has {found}, which matches no module of the adapter", field=field)
@@ -202,21 +203,15 @@ def target_matches_nothing(case: Case) -> Iterator[Found]:
     config = case.adapter.config
     if not isinstance(config.target_modules, tuple) or not case.shapes or not case.targeted:
         return
-    ends = {name for path in case.shapes for name in _ends(path)}
+    known = {name for path in case.shapes for name in ends(path)}
     parameters = {name.rpartition(".")[2] for name in config.raw.get("target_parameters") or ()}
-    idle = [name for name in config.target_modules if name not in ends and name not in parameters]
-    held = {name for pair in case.adapter.modules for name in _ends(pair.module)}
+    idle = [name for name in config.target_modules if name not in known and name not in parameters]
+    held = {name for pair in case.adapter.modules for name in ends(pair.module)}
     idle = [name for name in idle if name not in held]
     if idle:
         yield Found(
             f"target_modules names {_named(tuple(idle))}, which is no module of the base", field="target_modules"
         )
-
-
-def _ends(path: str) -> Iterator[str]:
-    parts = path.split(".")
-    for begin in range(len(parts)):
-        yield ".".join(parts[begin:])
 
 
 def _named(targets: str | tuple[str, ...] | None) -> str:
@@ -273,13 +268,68 @@ def unknown_init(case: Case) -> Iterator[Found]:
     Example: `"gausian"`; a word that a newer PEFT knows.
     """
     init = case.adapter.config.raw.get("init_lora_weights")
-    if not isinstance(init, str) or init.lower().startswith("pissa_niter_") or init.lower() in INITS:
+    if not init or init is True:
+        return
+    if isinstance(init, str) and (init in INITS or init.lower() in ANY_CASE or _NITER.fullmatch(init)):
         return
     yield Found(f"PEFT does not know init_lora_weights {init!r}", refuses=True, field="init_lora_weights")
 
 
-INITS = ("gaussian", "eva", "olora", "pissa", "corda", "loftq", "orthogonal", "lora_ga", "mica")
-"""What `LoraConfig` of PEFT 0.21 takes."""
+INITS = ("pissa", "eva", "loftq", "orthogonal", "lora_ga")
+ANY_CASE = ("gaussian", "olora", "mica")
+"""What PEFT 0.21 takes when it loads an adapter. `corda` needs what was measured in training, and is refused."""
+_NITER = re.compile(r"pissa_niter_\d+")
+
+
+@survey(
+    "LP112",
+    "value-that-peft-refuses",
+    engines=("peft",),
+    hint="write the value that PEFT's documentation of LoraConfig gives; vLLM does not look at most of these",
+)
+def refused_value(case: Case) -> Iterator[Found]:
+    """A field of the config has a value with which PEFT cannot load the adapter.
+
+    What it does: mirrors what `LoraConfig` and the building of the layers check in PEFT 0.21: the task, the bias, the
+    dropout, a rank that is a float, layers_to_transform beside an expression, layers_pattern without
+    layers_to_transform, patterns that are null.
+
+    Why it matters: PEFT refuses, and vLLM loads the adapter, as it does not read these fields.
+
+    Example: `"task_type": "causal_lm"`; `"r": 8.0`, as some converters write it.
+    """
+    raw = case.adapter.config.raw
+    for field, wrong in (
+        ("task_type", raw.get("task_type") is not None and raw["task_type"] not in TASKS),
+        ("bias", "bias" in raw and raw["bias"] not in ("none", "all", "lora_only")),
+        ("r", isinstance(raw.get("r"), float)),
+        ("rank_pattern", "rank_pattern" in raw and not _whole_numbers(raw["rank_pattern"])),
+        ("alpha_pattern", "alpha_pattern" in raw and not isinstance(raw["alpha_pattern"], dict)),
+        ("lora_dropout", "lora_dropout" in raw and not _share(raw["lora_dropout"])),
+        ("trainable_token_indices", raw.get("trainable_token_indices") == []),
+    ):
+        if wrong:
+            yield Found(f"PEFT does not take `{field}`: {raw[field]!r}", refuses=True, field=field)
+    layers = raw.get("layers_to_transform")
+    if isinstance(case.adapter.config.target_modules, str) and layers is not None and "target_modules" in raw:
+        yield Found(
+            "layers_to_transform goes with a list of target_modules, and this is an expression",
+            refuses=True,
+            field="layers_to_transform",
+        )
+    elif raw.get("layers_pattern") and not layers and layers != 0:
+        yield Found("layers_pattern says nothing without layers_to_transform", refuses=True, field="layers_pattern")
+
+
+TASKS = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+
+
+def _whole_numbers(patterns: object) -> bool:
+    return isinstance(patterns, dict) and all(type(value) is int for value in patterns.values())
+
+
+def _share(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
 
 
 @survey(

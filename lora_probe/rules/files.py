@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lora_probe.adapter import PREFIX, adapter_in, layer_of, ranges
+from lora_probe.adapter import PREFIX, AdapterModule, adapter_in, layer_of, ranges
 from lora_probe.config import read_json
 from lora_probe.errors import ProbeError
 from lora_probe.rules import Found, rule, survey
@@ -168,8 +168,9 @@ def tensors_without_flag(case: Case) -> Iterator[Found]:
     What it does: magnitude vectors without `use_dora`, biases of lora_B without `lora_bias`, biases of the base with
     `bias: none`, trained tokens without `trainable_token_indices`, whole modules without `modules_to_save`.
 
-    Why it matters: someone took the flag out to get past an error. PEFT 0.21 drops such tensors without a word and runs
-    plain LoRA (biases of the base it loads all the same, and changes the base); vLLM refuses the tensors (LP210).
+    Why it matters: someone took the flag out to get past an error. PEFT 0.21 drops tensors of a variant and runs plain
+    LoRA; what has the name of a parameter of the base (biases, whole modules) it puts in place of the base's. Both
+    without a word. vLLM refuses the tensors (LP210).
 
     Mend: write the flag back, or train without the variant.
     """
@@ -178,7 +179,8 @@ def tensors_without_flag(case: Case) -> Iterator[Found]:
     for field, (what, names) in held.items():
         asked = raw.get(field)
         if names and (not asked or asked == "none"):
-            effect = "changes the base with them" if field == "bias" else "drops them"
+            over = field in ("bias", "modules_to_save")
+            effect = "puts them in place of the base's" if over else "drops them"
             yield Found(
                 f"the file holds {what} (`{names[0]}`), and `{field}` is {_shown(asked)}: PEFT {effect} without a word",
                 engines=("peft",),
@@ -224,11 +226,12 @@ def _unsaved(case: Case) -> list[str]:
     """Modules of the base that modules_to_save names and the file lacks: a name that the base does not have is none."""
     view = case.views.get("peft")
     wanted = _list(case.adapter.config.raw.get("modules_to_save"))
-    names = [name.removeprefix(PREFIX) for name in case.adapter.weights.tensors]
+    names = [name.removeprefix(PREFIX) for name in case.adapter.weights.tensors if ".lora_" not in name]
+    # PEFT compares the plain ends of names, so that `norm` means `input_layernorm` as well.
     modules = [
         module
-        for module in (view.modules if view is not None else ())
-        if any(module == end or module.endswith(f".{end}") for end in wanted)
+        for module, found in (view.modules.items() if view is not None else ())
+        if any(module.endswith(end) for end in wanted) and (found.kind != "other" or "norm" in found.why_not.lower())
     ]
     return [module for module in modules if not any(name.startswith(f"{module}.") for name in names)]
 
@@ -296,6 +299,7 @@ def module_twice(case: Case) -> Iterator[Found]:
 
     Example: a script that saved the adapter with and without the prefix into one file.
     """
+    yield from _merged_by_vllm(case)
     twice = [other for other in case.adapter.others if other.of_pair]
     if not twice:
         return
@@ -313,6 +317,39 @@ def module_twice(case: Case) -> Iterator[Found]:
         engines=("vllm",) if wrong else (),
         path=case.adapter.weights.path,
     )
+
+
+def _merged_by_vllm(case: Case) -> Iterator[Found]:
+    """Pairs of several names that are one module to vLLM: it takes every `base_model.model.` out of a name."""
+    groups: dict[str, list[AdapterModule]] = {}
+    for pair in case.adapter.modules:
+        place = case.places["vllm"][pair.key] if "vllm" in case.places else None
+        if place is not None and place.name is not None:
+            groups.setdefault(f"{place.name} {pair.parameter}", []).append(pair)
+    several = [pairs for pairs in groups.values() if len(pairs) > 1]
+    if several:
+        first = several[0]
+        keys = tuple(
+            pair.key for pairs in several if not _same(case, pairs) for pair in sorted(pairs, key=_place_in_file)[:-1]
+        )
+        yield Found(
+            f"`{first[0].stored_as}` and `{first[1].stored_as}` are one module to vLLM, which takes the last"
+            + (f" (and {len(several) - 1} more such)" if len(several) > 1 else ""),
+            keys=keys,
+            value="wrong" if keys else "ok",
+            engines=("vllm",),
+            path=case.adapter.weights.path,
+        )
+
+
+def _place_in_file(pair: AdapterModule) -> int:
+    return max(tensor.start for tensor in pair.tensors)
+
+
+def _same(case: Case, pairs: list[AdapterModule]) -> bool:
+    one, *others = pairs
+    halves = [(one.a, other.a) for other in others] + [(one.b, other.b) for other in others]
+    return all(mine is not None and other is not None and _equal(case, mine, other) for mine, other in halves)
 
 
 def name_of(tensor: TensorHeader) -> str:

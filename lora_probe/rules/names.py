@@ -101,6 +101,31 @@ def prefix_missing(stored_as: str, prefix: str) -> str | None:
 
 
 @rule(
+    "LP221",
+    "ending-that-peft-drops",
+    "read",
+    "absent",
+    engines=("peft",),
+    hint="save the adapter with PEFT's save_pretrained, or rename the keys",
+)
+def odd_ending(stored: str, embedding: bool, adapter: str | None) -> str | None:
+    """The keys do not end as those of PEFT's layer of that kind do.
+
+    What it does: asks for `lora_A.weight` and `lora_B.weight`, on embeddings for `lora_embedding_A` and
+    `lora_embedding_B`.
+
+    Why it matters: PEFT 0.21 drops a key that names none of its parameters, warns that its own are missing, and serves
+    the base there. vLLM (0.30 to 0.33) refuses most such endings (LP210), and takes `lora_A.weight` on an embedding.
+
+    Example: `...q_proj.lora_A`, as loralib saves it.
+    """
+    if adapter is not None:
+        stored = stored.replace(f".{adapter}.weight", ".weight").removesuffix(f".{adapter}")
+    wanted = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
+    return None if stored.endswith(wanted) else f"the names do not end in {' or '.join(f'`{end}`' for end in wanted)}"
+
+
+@rule(
     "LP302",
     "names-of-another-class",
     "read",

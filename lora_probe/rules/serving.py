@@ -163,10 +163,13 @@ def _refusals(raw: Any, variants: bool, heads: bool) -> Iterator[tuple[str, str]
         yield "modules_to_save", f"vLLM does not take modules_to_save {', '.join(unsupported)}"
     if raw.get("use_dora"):
         yield "use_dora", "vLLM does not yet support DoRA"
-    if raw.get("bias", "none") not in ("none", None):
+    if raw.get("bias", "none") != "none":
         yield "bias", f"vLLM does not support an adapter's bias (`bias` is {raw['bias']!r})"
     if not variants:
         return
+    floats = [key for key, value in (raw.get("rank_pattern") or {}).items() if not isinstance(value, int)]
+    if floats:
+        yield "rank_pattern", f"vLLM takes whole numbers as ranks, and rank_pattern has another for `{floats[0]}`"
     for field, name in VARIANTS:
         if raw.get(field):
             yield field, f"vLLM does not support {name}"
