@@ -57,7 +57,7 @@ def full(reports: Sequence[RenderableType], found: Sequence[Report], lost: int) 
 def compact(details: Sequence[RenderableType | None], found: Sequence[Report], lost: int) -> RenderableType:
     """Many adapters: a line each, then the `details` of those that have any."""
     parts = [part for one in details if one is not None for part in (one, words(""))]
-    return Group(lines(found), words(""), *parts, summary(found, lost))
+    return Group(lines(found), words(""), *parts, *_not_run(_together(found)), summary(found, lost))
 
 
 def lines(found: Sequence[Report]) -> RenderableType:
@@ -76,7 +76,7 @@ def details(found: Report) -> RenderableType | None:
 
 
 def summary(found: Sequence[Report], lost: int = 0) -> RenderableType:
-    """All adapters in one line, each counted once, after the rules that could not be run."""
+    """All adapters in one line, each counted once."""
     kinds = Counter(map(_kind, found))
     said = {"ok": "without a finding", "unknown": "not fully judged", "info": "with infos", "warning": "with warnings"}
     said |= {"error": "with errors"}
@@ -86,7 +86,7 @@ def summary(found: Sequence[Report], lost: int = 0) -> RenderableType:
     ignored = sum(report.ignored for report in found)
     style = "bold red" if kinds["error"] or lost else "bold green" if kinds["ok"] == len(found) else "bold yellow"
     sentence = f"{_plural(len(found), 'adapter')}: {', '.join(parts)}{counts and '; '}{counts}{_ignored(ignored)}"
-    return Group(*_not_run(_together(found)), words(sentence, style))
+    return words(sentence, style)
 
 
 def next_command(found: Sequence[Report], model: str | None, mended: bool) -> str:

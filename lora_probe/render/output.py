@@ -34,17 +34,19 @@ def say(text: str) -> None:
 
 
 def hint(text: str) -> None:
-    """What to do next."""
-    _beside(f"[cyan]hint:[/] {escaped(text)}")
+    """What to do next: a command, which is to be copied and never broken."""
+    _beside(f"[cyan]hint:[/] {escaped(text)}", command=True)
 
 
-def _beside(markup: str) -> None:
-    """A line on standard error, never broken: there are commands in it, to be copied."""
+def _beside(markup: str, command: bool = False) -> None:
     try:
         sys.stdout.flush()
     except BrokenPipeError:
         _reader_gone()
-    Console(stderr=True).print(markup, soft_wrap=True, highlight=False)
+    console = Console(stderr=True)
+    text = Text.from_markup(markup)
+    whole = command or not console.is_terminal
+    console.print(text if whole else wrapped(text, console.width), soft_wrap=True, highlight=False)
 
 
 class _Output(Console):
