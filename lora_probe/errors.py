@@ -30,5 +30,9 @@ class MissingWeights(UnreadableFile):
     """An adapter's config without weights where loaders look for them."""
 
 
+class NeedsLibrary(ProbeError):
+    """What is asked for needs a library that is not installed: nothing is wrong with the input."""
+
+
 class EngineFailed(ProbeError):
     """An engine that did not start, lacks its plugin, or died before anything could be judged."""

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from lora_probe.archive import PickleRecord, pickle_record
-from lora_probe.errors import UnreadableFile
+from lora_probe.errors import NeedsLibrary, UnreadableFile
 from lora_probe.files import brief, impostor, is_text, opened, shown
 from lora_probe.opcodes import require_harmless
 from lora_probe.weights import DTYPES, Raw, TensorHeader, WeightsFile
@@ -99,7 +99,8 @@ def load(path: Path, largest_legacy: int | None = None) -> Any:
     """What a `.bin` holds. `largest_legacy`: bytes of a file that cannot be mapped.
 
     Raises:
-        UnreadableFile: torch is not installed, or the file is none that its weights-only loader takes.
+        NeedsLibrary: torch is not installed.
+        UnreadableFile: the file is none that its weights-only loader takes.
     """
     with opened(path) as (file, size):
         start = file.read(64)
@@ -115,7 +116,7 @@ def load(path: Path, largest_legacy: int | None = None) -> Any:
     try:
         import torch
     except ImportError as error:
-        raise UnreadableFile(
+        raise NeedsLibrary(
             f"`{path}` is a pickle, and torch is not installed", "pip install 'lora-probe[peft]'"
         ) from error
     try:

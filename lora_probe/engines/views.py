@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib.metadata import distributions
 from pathlib import Path
 
 import msgspec
@@ -63,11 +64,12 @@ def views_of(
             missing[engine] = error.message
             continue
         place = _place(base, engine, task)
-        view = _remembered(place)
-        if view is None:
-            asked[engine] = place
-        else:
+        if (view := _remembered(place)) is not None:
             found[engine] = view
+        elif (why := _remembered_failure(place)) is not None:
+            missing[engine] = why
+        else:
+            asked[engine] = place
     if asked:
         progress(f"asking {' and '.join(asked)} which modules {_called(base)} has there")
     for engine, answer in _ask_all(base, list(asked), task).items():
@@ -76,6 +78,7 @@ def views_of(
             _remember(asked[engine], answer)
         else:
             missing[engine] = answer
+            _remember_failure(asked[engine], answer)
     order = [engine for engine in dict.fromkeys(engines) if engine in found]
     return Views({engine: found[engine] for engine in order}, missing)
 
@@ -154,14 +157,47 @@ def _remembered(place: Path | None) -> EngineView | None:
         return None
 
 
-def _remember(place: Path | None, view: EngineView) -> None:
-    """Keep an answer, whole or not at all. A cache that cannot be written is no cache, and no error."""
+class _Failure(msgspec.Struct, frozen=True):
+    """Why an engine had no answer, and the digest of all that was installed: another library may be the cure."""
+
+    why: str
+    installed: str
+
+
+def _remembered_failure(place: Path | None) -> str | None:
     if place is None:
-        return
+        return None
+    try:
+        failure = msgspec.json.decode(place.with_suffix(FAILED).read_bytes(), type=_Failure)
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
+        return None
+    return failure.why if failure.installed == _installed() else None
+
+
+def _remember_failure(place: Path | None, why: str) -> None:
+    if place is not None:
+        _write(place.with_suffix(FAILED), _Failure(why, _installed()))
+
+
+FAILED = ".failed.json"
+
+
+def _installed() -> str:
+    every = sorted(f"{one.name} {one.version}" for one in distributions())
+    return hashlib.sha256("\n".join(every).encode()).hexdigest()
+
+
+def _remember(place: Path | None, view: EngineView) -> None:
+    if place is not None:
+        _write(place, view)
+
+
+def _write(place: Path, answer: EngineView | _Failure) -> None:
+    """Keep an answer, whole or not at all. A cache that cannot be written is no cache, and no error."""
     partial = place.with_suffix(f".{os.getpid()}")
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(msgspec.json.encode(view))
+        partial.write_bytes(msgspec.json.encode(answer))
         partial.replace(place)
     except OSError:
         with suppress(OSError):
