@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-CORE = ("msgspec", "numpy", "rich", "rich-argparse", "safetensors", "markdown-it-py", "mdurl", "pygments")
+CORE = ("msgspec", "numpy", "regex", "rich", "rich-argparse", "safetensors", "markdown-it-py", "mdurl", "pygments")
 
 
 def build(source: Path, target: Path) -> Path:
@@ -65,7 +65,7 @@ def test_the_core_alone_inspects_and_shows(adapter: Path, peft_trace: object, tm
     assert "rank 8, alpha 16" in call("inspect", adapter, "--norms").stdout
     checked = call("check", adapter)
     assert checked.returncode == 0, checked.stdout
-    assert "vllm  9 of 9 modules take effect" in checked.stdout
+    assert "peft, vllm  9 of 9 modules take effect" in checked.stdout
     assert "peft was not asked what it has" in checked.stdout
     assert "9 of 9 modules took effect" in call("show", trace).stdout
     assert call("compare", trace, trace).returncode == 0
