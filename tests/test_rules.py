@@ -502,3 +502,36 @@ def test_an_expression_without_an_end_is_a_finding(field: str, adapter: Path, ll
     report = check(edited(adapter, tmp_path / "a", config=lambda raw: raw | {field: endless}), model=str(llama))
     assert codes(report) == {"LP101"}
     assert "does not come to an end" in report.diagnostics[0].message
+
+
+@pytest.mark.parametrize("options", [{"max_lora_rank": 17}, {"max_lora_rank": 0}, {"max_lora_rnk": 16}])
+def test_options_that_vllm_does_not_take(options: dict[str, Any], adapter: Path) -> None:
+    with pytest.raises(ProbeError, match="vLLM"):
+        check(adapter, options=options)
+
+
+def test_a_field_that_vllm_never_reads_is_pefts_alone(adapter: Path, llama: Path, tmp_path: Path) -> None:
+    broken = edited(adapter, tmp_path / "a", config=lambda raw: raw | {"target_modules": "(q_proj"})
+    report = check(broken, model=str(llama))
+    assert [(one.code, one.engines) for one in report.diagnostics] == [("LP101", ("peft",))]
+    assert report.ledgers.keys() == {"peft"}
+    trace = record_peft_refusal(broken, llama)
+    assert "missing" in trace or "unterminated" in trace
+
+
+def record_peft_refusal(adapter: Path, base: Path) -> str:
+    """PEFT's own words on an adapter that cannot be opened here."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
+    return str(caught.value)
+
+
+def test_a_pattern_for_every_module_is_quick_and_right(llama: Path, tmp_path: Path) -> None:
+    names = [f"model.layers.{layer}.self_attn.{name}" for layer in range(LAYERS) for name in ("q_proj", "k_proj")]
+    made = save_adapter(tmp_path / "a", llama, rank_pattern=dict.fromkeys(names, 4))
+    report = check(made, model=str(llama))
+    assert report.diagnostics == ()
+    assert all(ledger.healthy for ledger in report.ledgers.values())

@@ -266,6 +266,8 @@ def head_without_home(case: Case) -> Iterator[Found]:
     """
     saved = [str(name) for name in case.adapter.config.raw.get("modules_to_save") or ()]
     view = case.views["vllm"]
+    if view.refuses:
+        return
     homes = {name.rpartition(".")[2] for name, module in view.modules.items() if not module.why_not}
     for name in case.adapter.weights.tensors:
         parts = name.split(".")
