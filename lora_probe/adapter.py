@@ -144,8 +144,10 @@ def _sort(
     halves: dict[str, dict[str, TensorHeader]] = {}
     extras: dict[str, list[TensorHeader]] = {}
     others: list[OtherTensor] = []
-    # Of two tensors that are the same half PEFT takes the one with its prefix.
-    for name, tensor in sorted(tensors.items(), key=lambda item: not item[0].startswith(PREFIX)):
+    # Of two tensors that are the same half PEFT takes the one with its prefix; names as PEFT saves them come first.
+    for name, tensor in sorted(
+        tensors.items(), key=lambda item: (not item[0].startswith(PREFIX), bool(adapter_in(item[1])))
+    ):
         path = name.removeprefix(PREFIX)
         if match := _PAIR.match(path):
             pair = halves.setdefault(match["path"], {})
