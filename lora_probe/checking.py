@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from lora_probe.adapter import CONFIG, WEIGHTS, Adapter, find_checkpoint, open_adapter, ranges
-from lora_probe.base import Base, open_base
+from lora_probe.bases import Asked, Bases
 from lora_probe.case import Case, Serving
 from lora_probe.config import open_config, read_text
-from lora_probe.engines.views import views_of
 from lora_probe.errors import MissingWeights, NotLora, ProbeError, UnreadableFile
 from lora_probe.keys import top_level
 from lora_probe.ledger import Finding, Ledger, Row, clauses, name_modules
@@ -29,7 +28,7 @@ from lora_probe.rules.config import config_unreadable, not_lora
 from lora_probe.rules.files import weights_not_found, weights_unreadable
 from lora_probe.rules.serving import MAX_RANKS, engines_differ
 from lora_probe.versions import behaviour
-from lora_probe.view import EngineView, of_headers
+from lora_probe.view import EngineView
 
 _RANKS: dict[Severity, int] = {"error": 0, "warning": 1, "info": 2}
 CONSEQUENCES = ("LP204", "LP303", "LP410")
@@ -105,7 +104,7 @@ def check_all(
     """
     chosen = selection(select, ignore)
     serving = _serving(options or {}, vllm_version)
-    bases = _Bases(model, progress)
+    bases = Bases(model, progress)
     for adapter in adapters:
         try:
             folder, notes = find_checkpoint(Path(adapter))
@@ -136,7 +135,7 @@ def mending_of(
     """
     folder, _ = find_checkpoint(Path(adapter))
     opened = open_adapter(folder)
-    bases = _Bases(model, progress)
+    bases = Bases(model, progress)
     base, _, _ = bases.base(opened)
     views = bases.views(base, _task(opened)).views if base is not None else {}
     return mend(opened, Case(opened, _serving({}, None), base, views).shapes)
@@ -199,74 +198,11 @@ def _serving(options: Mapping[str, Any], vllm_version: str | None) -> Serving:
     return Serving(behaviour(vllm_version), lora_target_modules=tuple(targets) if targets else None, **given)
 
 
-@dataclass(frozen=True)
-class _Asked:
-    """What the engines have for a base, why one did not say, and what to tell of that."""
-
-    views: Mapping[str, EngineView] = field(default_factory=dict)
-    missing: Mapping[str, str] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-
-
-class _Bases:
-    """The bases that were met, and what the engines have for them: each is asked once."""
-
-    def __init__(self, model: str | None, progress: Callable[[str], None]) -> None:
-        self.model = model
-        self.progress = progress
-        self._bases: dict[str, Base | ProbeError] = {}
-        self._views: dict[tuple[Path, str | None], _Asked] = {}
-        if model is not None:
-            # A base that was asked for by name must be there.
-            self._bases[model] = open_base(model)
-
-    def base(self, adapter: Adapter) -> tuple[Base | None, str | None, tuple[str, ...]]:
-        """The base, its name, and what to say about either."""
-        name = self.model or adapter.config.base_model
-        if name is None:
-            return None, None, ("the config names no base model: give it with --model",)
-        if name not in self._bases:
-            try:
-                self._bases[name] = open_base(name)
-            except ProbeError as error:
-                self._bases[name] = error
-        found = self._bases[name]
-        if isinstance(found, ProbeError):
-            return None, name, (f"the base `{name}`, which the config names, is not here: give it with --model",)
-        return found, name, ()
-
-    def views(self, base: Base, task: str | None) -> _Asked:
-        """What each engine has for the base; of the files' headers where an engine is not there to be asked."""
-        asked = base.path, task
-        if asked not in self._views:
-            found = views_of(base, ENGINES, task, self.progress)
-            views, notes = dict(found.found), []
-            for engine, said in found.missing.items():
-                why = _short(said)
-                if (view := of_headers(base, engine, why)) is not None:
-                    views[engine] = view
-                else:
-                    notes.append(f"{engine} was not asked what it has ({why}), and the base has no safetensors files")
-            notes += [note for view in views.values() for note in view.notes]
-            self._views[asked] = _Asked(views, found.missing, tuple(notes))
-        return self._views[asked]
-
-
-def _short(why: str) -> str:
-    """The cause first: an engine's own words may be long."""
-    if match := _MODULE.search(why):
-        return f"it needs the module `{match[1]}` for this base, which is not installed"
-    return why if len(why) <= 200 else f"{why[:197]}..."
-
-
-_MODULE = re.compile(r"No module named '([\w.]+)'")
-
-
-def _report(folder: Path, notes: tuple[str, ...], serving: Serving, bases: _Bases, chosen: frozenset[str]) -> Report:
+def _report(folder: Path, notes: tuple[str, ...], serving: Serving, bases: Bases, chosen: frozenset[str]) -> Report:
     try:
         adapter = open_adapter(folder)
         base, name, said = bases.base(adapter)
-        asked = bases.views(base, _task(adapter)) if base is not None else _Asked()
+        asked = bases.views(base, _task(adapter)) if base is not None else Asked()
         adapter = _with_default_targets(adapter, asked.views)
         found = predict(Case(adapter, serving, base, asked.views, asked.missing))
     except UnreadableFile as error:

@@ -29,6 +29,7 @@ ENGINES = ("peft", "vllm")
 FAMILIES = {
     "config": "LP1xx: adapter_config.json",
     "files": "LP2xx: the weights file",
+    "variants": "LP2xx: the weights file",
     "weights": "LP2xx: the weights file",
     "names": "LP2xx and LP3xx: names",
     "shapes": "LP3xx: the base",
