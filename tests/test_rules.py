@@ -386,7 +386,7 @@ def test_biases_of_the_base_with_and_without_the_flag(qwen2: Path, tmp_path: Pat
     unsaid = edited(trained, tmp_path / "b", config=lambda raw: raw | {"bias": "none"})
     report = check(unsaid, model=str(qwen2))
     assert errors(report) == {"LP210", "LP211"}
-    assert "changes the base" in next(one.message for one in report.diagnostics if one.code == "LP211")
+    assert "in place of the base" in next(one.message for one in report.diagnostics if one.code == "LP211")
 
 
 def test_a_variant_of_which_vllm_reads_nothing(llama: Path, tmp_path: Path) -> None:
