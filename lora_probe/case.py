@@ -25,7 +25,6 @@ class Serving:
     dtype: str | None = None
     lora_dtype: str | None = None
     lora_target_modules: tuple[str, ...] | None = None
-    tensor_parallel_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -71,10 +70,14 @@ class Case:
         """The modules of the base that the config targets."""
         return frozenset(self.adapter.config.targeted(self.shapes or ()))
 
+    @cached_property
+    def homes(self) -> Mapping[str, Mapping[str, str]]:
+        """For each engine: its name of each module of the base that it has -> the base's name."""
+        return {engine: engine_names(view, self.shapes or {}) for engine, view in self.views.items()}
+
     def aliases(self, engine: str) -> dict[str, str]:
         """Module names in the file that the engine takes for a module of another name in the base."""
-        view, shapes = self.views[engine], self.shapes or {}
-        homes = engine_names(view, shapes)
+        shapes, homes = self.shapes or {}, self.homes[engine]
         found = {}
         for pair in self.adapter.modules:
             place = self.places[engine][pair.key]
@@ -118,7 +121,7 @@ def _place(view: EngineView, pair: AdapterModule, serving: Serving) -> Place:
         if not stored.startswith(PREFIX) and not view.renames:
             return Place(None, None, f"its name does not begin with `{PREFIX}`")
         return _at(view, pair, view.renamed(stored.removeprefix(PREFIX)))
-    if any(stored.startswith(skip) or f".{skip}" in stored for skip in view.skip_prefixes):
+    if view.skips(stored):
         return Place(None, None, f"{view.model} skips names with {', '.join(view.skip_prefixes)}")
     # vLLM takes every occurrence of the prefix out of a name that begins with it.
     bare = stored.replace(PREFIX, "") if stored.startswith(PREFIX) else stored

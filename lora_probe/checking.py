@@ -27,7 +27,7 @@ from lora_probe.rules import ENGINES, Diagnostic, Rule, Severity, all_rules, dia
 from lora_probe.rules.config import config_unreadable, not_lora
 from lora_probe.rules.files import weights_not_found, weights_unreadable
 from lora_probe.rules.serving import MAX_RANKS, engines_differ
-from lora_probe.versions import behaviour
+from lora_probe.versions import ENGINE_OPTIONS, behaviour
 from lora_probe.view import EngineView
 
 _RANKS: dict[Severity, int] = {"error": 0, "warning": 1, "info": 2}
@@ -96,8 +96,8 @@ def check_all(
     """A report for each folder, as they are done; what the engines have for a base is asked once for each base.
 
     `model` is the base, by default the one that each adapter names, where that is here. `options` are vLLM's flags by
-    their names (`max_lora_rank`, `dtype`, `lora_dtype`, `lora_target_modules`, `tensor_parallel_size`). `select` and
-    `ignore` hold rules' codes, beginnings of codes (`LP2`, `LP2xx`), or names.
+    their names (`max_lora_rank`, `dtype`, `lora_dtype`, `lora_target_modules`; others decide nothing here).
+    `select` and `ignore` hold rules' codes, beginnings of codes (`LP2`, `LP2xx`), or names.
 
     Raises:
         ProbeError: no such folder, base, rule or version of vLLM.
@@ -169,24 +169,11 @@ def _meant(word: str, known: Mapping[str, Rule]) -> set[str]:
     return found
 
 
-OPTIONS = frozenset(
-    (
-        "dtype",
-        "lora_dtype",
-        "max_lora_rank",
-        "max_loras",
-        "max_model_len",
-        "tensor_parallel_size",
-        "lora_target_modules",
-    )
-)
-"""vLLM's flags that `check` takes; not all of them decide something here."""
-
-
 def _serving(options: Mapping[str, Any], vllm_version: str | None) -> Serving:
-    if unknown := set(options) - OPTIONS:
+    if unknown := set(options) - set(ENGINE_OPTIONS):
         raise ProbeError(
-            f"`{sorted(unknown)[0]}` is no option of vLLM that check knows", f"options: {', '.join(sorted(OPTIONS))}"
+            f"`{sorted(unknown)[0]}` is no option of vLLM that check knows",
+            f"options: {', '.join(sorted(ENGINE_OPTIONS))}",
         )
     rank = options.get("max_lora_rank")
     if rank is not None and rank not in MAX_RANKS:
@@ -194,7 +181,7 @@ def _serving(options: Mapping[str, Any], vllm_version: str | None) -> Serving:
             f"vLLM does not take --max-lora-rank {rank}", f"it takes {', '.join(str(one) for one in MAX_RANKS)}"
         )
     targets = options.get("lora_target_modules")
-    given = {name: options.get(name) for name in ("max_lora_rank", "dtype", "lora_dtype", "tensor_parallel_size")}
+    given = {name: options.get(name) for name in ("max_lora_rank", "dtype", "lora_dtype")}
     return Serving(behaviour(vllm_version), lora_target_modules=tuple(targets) if targets else None, **given)
 
 

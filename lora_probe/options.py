@@ -17,17 +17,9 @@ from rich_argparse import RawDescriptionRichHelpFormatter
 
 from lora_probe import __version__
 from lora_probe.errors import ProbeError
+from lora_probe.versions import ENGINE_OPTIONS
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
-ENGINE_OPTIONS = (
-    "dtype",
-    "lora_dtype",
-    "max_lora_rank",
-    "max_loras",
-    "max_model_len",
-    "tensor_parallel_size",
-    "lora_target_modules",
-)
 
 
 class UsageError(ProbeError):

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lora_probe.adapter import PREFIX, Key, adapter_in
-from lora_probe.case import Case, Place, engine_names
+from lora_probe.case import Case, Place
 from lora_probe.expected import Expected, expect, pair_spectrum
 from lora_probe.ledger import OK, Finding, Ledger, Row, Station, graver
 from lora_probe.rules import ENGINES, Found, Needs, Rule, surveys
@@ -79,7 +79,7 @@ def _ledger(
     view = case.views.get(engine)
     shapes, aliases = case.shapes, {}
     if view is not None and shapes is not None:
-        has = set(engine_names(view, shapes).values())
+        has = set(case.homes[engine].values())
         shapes = {name: shape for name, shape in shapes.items() if name in has}
         aliases = case.aliases(engine)
     expected = expect(case.adapter, shapes, aliases, spectra)

@@ -10,6 +10,17 @@ from importlib.metadata import PackageNotFoundError, version
 
 from lora_probe.errors import ProbeError
 
+ENGINE_OPTIONS = (
+    "dtype",
+    "lora_dtype",
+    "max_lora_rank",
+    "max_loras",
+    "max_model_len",
+    "tensor_parallel_size",
+    "lora_target_modules",
+)
+"""vLLM's flags that our commands take, by their names; not all of them decide something in `check`."""
+
 
 @dataclass(frozen=True)
 class Behaviour:

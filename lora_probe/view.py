@@ -95,6 +95,10 @@ class EngineView(msgspec.Struct, frozen=True):
     default_targets: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
+    def skips(self, name: str) -> bool:
+        """Whether the model's class skips tensors of that name (vLLM's `LoRAModel._should_skip_module`)."""
+        return any(name.startswith(skip) or f".{skip}" in name for skip in self.skip_prefixes)
+
     def renamed(self, name: str) -> str | None:
         """The engine's name for a tensor's, both without PEFT's prefix; None where the engine drops it."""
         found = name

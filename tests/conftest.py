@@ -109,6 +109,18 @@ def edited(source: Path, target: Path, tensors: Edit | None = None, config: Edit
     return target
 
 
+def call(*arguments: object, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    """`lora-probe` in this process: status, standard output, standard error."""
+    from lora_probe.cli import main
+
+    try:
+        status = main([str(argument) for argument in arguments])
+    except SystemExit as stop:
+        status = int(stop.code or 0)
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
 def heed_interrupts() -> None:
     """For a child process (`preexec_fn`): a shell's background jobs, and what they start, ignore SIGINT."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)

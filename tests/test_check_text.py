@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import LAYERS, edited
-from reports import call, damaged, finding, healthy, made_up
+from conftest import LAYERS, call, edited
+from reports import damaged, finding, healthy, made_up
 from rich.text import Text
 
 from lora_probe import checking

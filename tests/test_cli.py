@@ -10,20 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import LAYERS, edited, heed_interrupts
-
-from lora_probe.cli import main
+from conftest import LAYERS, call, edited, heed_interrupts
 
 MODULES = 3 * LAYERS
-
-
-def call(*arguments: str | Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
-    try:
-        status = main([str(argument) for argument in arguments])
-    except SystemExit as stop:
-        status = int(stop.code or 0)
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
 
 
 def test_nothing_heavy_is_imported() -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lora_probe import checkpoint, view
 from lora_probe.adapter import PREFIX, AdapterModule, adapter_in, layer_of, ranges
 from lora_probe.config import read_json
 from lora_probe.errors import ProbeError
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
     from lora_probe.case import Case
 
 HEADS = ("score", "classifier")
-EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "shared", "lm_head", "embed_out")
+EMBEDDINGS = (*checkpoint.EMBEDDINGS, *view.HEADS)
+"""What modules of input embeddings and of output heads are called."""
 
 
 @rule(
@@ -116,8 +118,8 @@ def refused_tensor(case: Case) -> Iterator[Found]:
 def _vllm_parses(name: str, case: Case) -> bool:
     if name.endswith((".embed_tokens.base_layer.weight", ".lm_head.base_layer.weight")):
         return True
-    view = case.views.get("vllm")
-    if view is not None and any(name.startswith(skip) or f".{skip}" in name for skip in view.skip_prefixes):
+    vllm = case.views.get("vllm")
+    if vllm is not None and vllm.skips(name):
         return True
     parts = name.split(".")
     if parts[-1] in ("lora_embedding_A", "lora_embedding_B"):
