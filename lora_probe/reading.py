@@ -1,26 +1,31 @@
 """Reading a trace: `open_trace` and `Trace`, from the files alone.
 
-In: a folder that `TraceWriter`s have written, whole or cut off anywhere. Out: its run, processes, loads with their
-ledgers, requests, and rows. Unknown fields are ignored; a newer schema is refused by name; a cut last line is lost
-and nothing else.
+In: a folder that `TraceWriter`s have written, whole or cut off anywhere, or that somebody else sent. Out: its run,
+processes, loads with their ledgers, requests, and rows. Unknown fields are ignored; a newer schema is refused by name;
+a cut last line is lost and nothing else. Only regular files inside the folder are read, and none without a bound.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+import os
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
-from safetensors import SafetensorError, safe_open
 
+from lora_probe.adapter import Key
+from lora_probe.documents import decoded, document, lines, too_deep
 from lora_probe.errors import UnreadableFile
+from lora_probe.files import brief, shown
 from lora_probe.ledger import STATIONS, Finding, Ledger, Row, Station, graver
-from lora_probe.rows import ROW_COLUMNS, Floats, Rows, concatenate, widened
+from lora_probe.locating import inside, listed
+from lora_probe.rows import Floats, Rows
 from lora_probe.rules.loading import not_measured
+from lora_probe.segments import Segment, joined, open_recorded, open_segment, read_rows, values
 from lora_probe.tracefile import (
     SCHEMA,
     Load,
@@ -33,6 +38,10 @@ from lora_probe.tracefile import (
     Score,
     StationRecord,
 )
+from lora_probe.weights import MAX_VALUES, TensorHeader, WeightsFile
+
+_SEGMENT = re.compile(r"[0-9]{1,18}\.safetensors")
+_SCORE = re.compile(r"next-[0-9]{1,18}\.safetensors")
 
 T = TypeVar("T")
 
@@ -48,13 +57,11 @@ class Scored:
         """`[answer tokens, vocabulary]`, read from disk; None where they were not measured.
 
         Raises:
-            UnreadableFile: the file was damaged since the trace was opened.
+            UnreadableFile: the file is damaged.
         """
-        try:
-            with safe_open(self.path, framework="numpy") as file:
-                return file.get_tensor("logprobs") if "logprobs" in file.keys() else None  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise UnreadableFile(f"cannot read `{self.path}`: {error}") from error
+        weights = open_recorded(self.path, "a scored pass")
+        header = _distributions(weights, self.score)
+        return None if header is None else values(weights, header)
 
 
 @dataclass(frozen=True)
@@ -72,16 +79,26 @@ class ProcessTrace:
     @property
     def missing(self) -> int:
         """How many of the segments and scores that it closed are gone."""
-        files = len(list(self.folder.glob("[0-9]*.safetensors"))), len(list(self.folder.glob("next-*.safetensors")))
-        return max(0, self.process.segments - files[0]) + max(0, self.process.scores - files[1])
+        names = [entry.name for entry in listed(self.folder)]
+        segments, scores = (sum(map(bool, map(kind.fullmatch, names))) for kind in (_SEGMENT, _SCORE))
+        return max(0, self.process.segments - segments) + max(0, self.process.scores - scores)
+
+    def opened_segments(self) -> Iterator[Segment]:
+        """The segments in the order in which they were closed, their values still on disk."""
+        for path in self._files(_SEGMENT):
+            yield open_segment(path)
 
     def segments(self) -> Iterator[Rows]:
-        for path in sorted(self.folder.glob("[0-9]*.safetensors")):
-            yield _segment(path)
+        for segment in self.opened_segments():
+            yield read_rows(segment)
 
     def scores(self) -> Iterator[Scored]:
-        for path in sorted(self.folder.glob("next-*.safetensors")):
+        for path in self._files(_SCORE):
             yield _scored(path)
+
+    def _files(self, kind: re.Pattern[str]) -> list[Path]:
+        names = [entry.name for entry in listed(self.folder) if kind.fullmatch(entry.name)]
+        return [_file(self.folder, name) for name in names]
 
 
 @dataclass(frozen=True)
@@ -140,7 +157,11 @@ class Trace:
                 # A refusal on one rank is a refusal, whatever the others say.
                 if before is None or not before.refused:
                     numbers[load.load] = load
-        return tuple((load, self._ledger(load)) for load in numbers.values())
+        stations, rows = self._stations_of_loads(), self._modules_of_loads()
+        return tuple(
+            (load, self._ledger(load, rows.get(number, []), stations.get(number, {})))
+            for number, load in numbers.items()
+        )
 
     @cached_property
     def modules(self) -> dict[tuple[Any, ...], ModuleRecord]:
@@ -155,22 +176,30 @@ class Trace:
     def rows(self) -> Rows | None:
         """All rows, modules of several loads joined; None where no rows were kept, or where several ranks hold
         shards of them."""
-        parts = [segment for process in self.workers for segment in process.segments()]
-        if not parts or self.sharded:
+        if self.sharded:
             return None
-        keys = tuple(dict.fromkeys(key for part in parts for key in part.modules))
-        return concatenate([widened(part, keys) for part in parts])
+        segments = [segment for process in self.workers for segment in process.opened_segments()]
+        return joined(segments) if segments else None
 
-    def _ledger(self, load: Load) -> Ledger:
-        stations: dict[tuple[Any, ...], dict[Station, Finding]] = {}
+    def _stations_of_loads(self) -> dict[int, dict[Key, dict[Station, Finding]]]:
+        """What was found, by the number of the load, the module and the station."""
+        found: dict[int, dict[Key, dict[Station, Finding]]] = {}
         for process in self.workers:
             for record in process.of(StationRecord):
-                if record.load != load.load:
-                    continue
                 finding = Finding(record.value, record.code, record.message)
+                stations = found.setdefault(record.load, {})
                 for key in record.keys:
                     mine = stations.setdefault(key, {})
                     mine[record.station] = graver(mine.get(record.station, finding), finding)
+        return found
+
+    def _modules_of_loads(self) -> dict[int, list[ModuleRecord]]:
+        found: dict[int, list[ModuleRecord]] = {}
+        for (number, _), module in self.modules.items():
+            found.setdefault(number, []).append(module)
+        return found
+
+    def _ledger(self, load: Load, modules: list[ModuleRecord], stations: dict[Key, dict[Station, Finding]]) -> Ledger:
         rows = [
             Row(
                 module.key,
@@ -179,8 +208,7 @@ class Trace:
                 module.stored_as,
                 module.engine_as,
             )
-            for (number, _), module in self.modules.items()
-            if number == load.load
+            for module in modules
         ]
         return Ledger(self.engine, tuple(rows), load.refused, load.message)
 
@@ -205,28 +233,67 @@ def open_trace(path: str | Path) -> Trace:
     folder = Path(path)
     if not folder.is_dir():
         raise UnreadableFile(f"there is no trace `{folder}`", "record one with `lora-probe trace CKPT --engine ...`")
-    run = _decoded(folder / "run.json", Run) if (folder / "run.json").exists() else None
-    if run is not None:
-        _refuse_newer(folder / "run.json", run.schema)
-    processes = [_process(file.parent) for file in sorted(folder.glob("*/process.json"))]
+    run = _run(folder) if os.path.lexists(folder / "run.json") else None
+    processes = [_process(home) for home in _homes(folder)]
     if run is None and not processes:
         raise UnreadableFile(f"`{folder}` is not a trace: it has neither run.json nor a process's folder")
     return Trace(folder, run, tuple(processes))
 
 
-def _process(folder: Path) -> ProcessTrace:
-    process = _decoded(folder / "process.json", Process)
-    _refuse_newer(folder / "process.json", process.schema)
-    records = _lines(folder / "events.jsonl", msgspec.json.Decoder(Record))
-    requests = _lines(folder / "requests.jsonl", msgspec.json.Decoder(RequestRecord))
-    return ProcessTrace(folder, process, tuple(records), tuple(requests))
+def _run(folder: Path) -> Run:
+    path = inside(folder, "run.json")
+    run = document(path, Run)
+    _refuse_newer(path, run.schema)
+    _refuse_deep(path, run.spec.options)
+    return run
 
 
-def _decoded(path: Path, kind: type[T]) -> T:
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=kind)
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise UnreadableFile(f"cannot read `{path}`: {error}") from error
+def _homes(folder: Path) -> list[Path]:
+    """The folders of the processes. What a link leads to may be anything."""
+    homes = []
+    for home in listed(folder):
+        if not home.is_dir() or not os.path.lexists(home / "process.json"):
+            continue
+        if not home.name.isprintable():
+            raise UnreadableFile(f"a folder in `{folder}` has a name that no process gives: `{shown(home.name)}`")
+        if home.is_symlink():
+            raise UnreadableFile(
+                f"`{home}` is a symbolic link, and a process writes a real folder",
+                "copy the folder into the trace if you trust it",
+            )
+        homes.append(home)
+    return homes
+
+
+def _file(home: Path, name: str) -> Path:
+    """A file of a process's folder. A link may lead to another file of the whole trace."""
+    return inside(home.parent, f"{home.name}/{name}")
+
+
+def _process(home: Path) -> ProcessTrace:
+    path = _file(home, "process.json")
+    process = document(path, Process)
+    _refuse_newer(path, process.schema)
+    _refuse_deep(path, process.settings)
+    records = _lines(home, "events.jsonl", Record, _wrong_record)
+    requests = _lines(home, "requests.jsonl", RequestRecord, _wrong_request)
+    return ProcessTrace(home, process, tuple(records), tuple(requests))
+
+
+def _lines(home: Path, name: str, kind: Any, wrong: Callable[[Any], str]) -> list[Any]:
+    """What a process wrote line by line; nothing if it has not begun to."""
+    if not os.path.lexists(home / name):
+        return []
+    return lines(_file(home, name), msgspec.json.Decoder(kind), wrong)
+
+
+def _wrong_record(record: Record) -> str:
+    deep = isinstance(record, LoadEvent) and record.facts and too_deep(record.facts)
+    return "its facts are nested too deep" if deep else ""
+
+
+def _wrong_request(request: RequestRecord) -> str:
+    return f"the number of its prompt is {request.prompt}" if request.prompt < 0 else ""
 
 
 def _refuse_newer(path: Path, schema: int) -> None:
@@ -236,40 +303,41 @@ def _refuse_newer(path: Path, schema: int) -> None:
         )
 
 
-def _lines(path: Path, decoder: msgspec.json.Decoder[T]) -> list[T]:
-    """The whole lines of a file. A cut last line is what a killed process leaves; any other bad line is an error."""
-    if not path.exists():
-        return []
-    lines = path.read_bytes().split(b"\n")
-    found = []
-    for number, line in enumerate(lines[:-1], 1):
-        try:
-            found.append(decoder.decode(line))
-        except msgspec.DecodeError as error:
-            raise UnreadableFile(f"`{path}`, line {number}: {error}") from error
-    return found
+def _refuse_deep(path: Path, value: dict[str, Any]) -> None:
+    if too_deep(value):
+        raise UnreadableFile(f"cannot read `{path}`: it is nested too deep")
 
 
 def _scored(path: Path) -> Scored:
+    weights = open_recorded(path, "a scored pass")
+    text = weights.metadata.get("score")
+    if text is None:
+        raise _no_score(path, "its metadata has no `score`")
     try:
-        with safe_open(path, framework="numpy") as file:
-            return Scored(path, msgspec.json.decode(file.metadata()["score"], type=Score))
-    except (OSError, SafetensorError, KeyError, TypeError, msgspec.DecodeError) as error:
-        raise UnreadableFile(f"cannot read `{path}`: {error}") from error
+        score = decoded(text, msgspec.json.Decoder(Score))
+    except ValueError as error:
+        raise _no_score(path, f"its `score` cannot be read: {error}") from error
+    if min((score.prompt, *score.prompt_ids, *score.answer_ids)) < 0:
+        raise _no_score(path, "the number of its prompt, or of a token, is negative")
+    _distributions(weights, score)
+    return Scored(path, score)
 
 
-def _segment(path: Path) -> Rows:
-    try:
-        with safe_open(path, framework="numpy") as file:
-            columns = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            table = json.loads(file.metadata()["table"])
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise UnreadableFile(f"cannot read the segment `{path}`: {error}") from error
-    named = {name: columns.pop(name, None) for name in (*ROW_COLUMNS, "gram")}
-    return Rows(
-        tuple((module, parameter, expert) for module, parameter, expert in table["modules"]),
-        tuple(table["requests"]),
-        placed=tuple(table.get("placed", ())),
-        tensors=columns or None,
-        **named,
-    )
+def _distributions(weights: WeightsFile, score: Score) -> TensorHeader | None:
+    """The tensor of a pass's distributions; None where they were not measured."""
+    header = weights.tensors.get("logprobs")
+    if header is None:
+        return None
+    answers, last = len(score.answer_ids), max(score.answer_ids, default=-1)
+    if header.dtype != "F32" or len(header.shape) != 2 or header.shape[0] != answers:
+        is_now = f"{header.dtype} {brief(list(header.shape))}"
+        raise _no_score(weights.path, f"`logprobs` is {is_now} where F32 [{answers}, vocabulary] is meant")
+    if last >= header.shape[1]:
+        raise _no_score(weights.path, f"its answer has token {last} of a vocabulary of {header.shape[1]}")
+    if header.parameters > MAX_VALUES:
+        raise _no_score(weights.path, f"it has {header.parameters} values, more than the {MAX_VALUES} that are read")
+    return header
+
+
+def _no_score(path: Path, why: str) -> UnreadableFile:
+    return UnreadableFile(f"the scored pass `{path}` is damaged: {why}", "copy the trace again, or record it again")

@@ -121,7 +121,8 @@ def widened(rows: Rows, keys: tuple[Key, ...]) -> Rows:
     """The same rows with columns for `keys`; modules that did not run are NaN."""
     if rows.modules == keys:
         return rows
-    where = np.array([keys.index(key) for key in rows.modules])
+    numbers = {key: number for number, key in enumerate(keys)}
+    where = np.array([numbers[key] for key in rows.modules], dtype=np.intp)
 
     def spread(column: Any, axis: int) -> Any:
         if column is None:
