@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from lora_probe.config import AdapterConfig, open_config
 from lora_probe.files import is_text, sha256
+from lora_probe.limits import step
 from lora_probe.locating import CONFIG as CONFIG
 from lora_probe.locating import WEIGHTS as WEIGHTS
 from lora_probe.locating import find_checkpoint as find_checkpoint
@@ -127,6 +128,7 @@ def open_adapter(path: str | Path) -> Adapter:
     config = open_config(inside(folder, CONFIG))
     file, said = weights_path(folder)
     weights = open_weights(file) if file.name == WEIGHTS else open_pickle(file)
+    step("sorting the tensors", file)
     modules, others = _sort(weights.tensors, config)
     known = {CONFIG, file.name}
     files = tuple(_text(entry.name) for entry in listed(folder) if entry.name not in known)
@@ -192,10 +194,7 @@ def _expert_parameter(path: str, config: AdapterConfig) -> tuple[str, str]:
     down_proj as `<module>`; vLLM's `PEFTHelper.get_rank_and_scaling` reads them the same way.
     """
     module = path.removesuffix(".base_layer")
-    split = [target.rpartition(".") for target in config.raw.get("target_parameters") or ()]
-    # PEFT takes a bare `down_proj` as well (it writes them itself for `all-linear`): parameters of `experts`.
-    bare = module.rpartition(".")[2] == "experts"
-    mine = [name for home, _, name in split if (bare if not home else module == home or module.endswith(f".{home}"))]
+    mine = config.targets.parameters_of(module)
     if not mine:
         return path, "weight"
     if len(mine) == 1:

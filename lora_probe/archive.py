@@ -123,20 +123,24 @@ def _entries(data: bytes) -> list[_Entry]:
         (offset,) = struct.unpack_from("<I", data, at + 42)
         name = data[at + 46 : at + 46 + long]
         rest = data[at + 46 + long : at + 46 + long + extra]
-        size, packed, offset = _wide(rest, size, packed, offset)
+        size, packed, offset = _wide(name, rest, size, packed, offset)
         found.append(_Entry(name, method, packed, size, offset))
         at += 46 + long + extra + comment
     return found
 
 
-def _wide(extra: bytes, *short: int) -> tuple[int, int, int]:
+def _wide(name: bytes, extra: bytes, *short: int) -> tuple[int, int, int]:
     """Sizes and offset, from the zip64 field where the short ones are full."""
-    at, wide = 0, b""
+    at, fields = 0, []
     while at + 4 <= len(extra):
         kind, length = struct.unpack_from("<HH", extra, at)
         if kind == 1:
-            wide = extra[at + 4 : at + 4 + length]
+            fields.append(extra[at + 4 : at + 4 + length])
         at += 4 + length
+    # Readers do not agree on which of two counts: torch might read another pickle than the one that is judged here.
+    if len(fields) > 1:
+        raise _Damaged(f"the record `{shown(name.decode('utf-8', 'replace'))}` has {len(fields)} zip64 fields")
+    wide = b"".join(fields)
     values, used = [], 0
     for value in short:
         if value == 0xFFFFFFFF:

@@ -6,12 +6,13 @@ pair of the file leads to in an engine, and which modules the config targets.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from lora_probe.adapter import PREFIX, Adapter, AdapterModule, Key
 from lora_probe.base import Base
+from lora_probe.pattern_index import ends
 from lora_probe.versions import Behaviour
 from lora_probe.view import EngineView, ModuleView, Shapes
 
@@ -60,10 +61,11 @@ class Case:
     @cached_property
     def places(self) -> Mapping[str, Mapping[Key, Place]]:
         """For each engine and pair: where it leads."""
-        return {
-            engine: {pair.key: _place(view, pair, self.serving) for pair in self.adapter.modules}
-            for engine, view in self.views.items()
-        }
+        found = {}
+        for engine, view in self.views.items():
+            texts = _text_homes(view) if self.serving.vllm.text_names_on_multimodal else {}
+            found[engine] = {pair.key: _place(view, pair, texts) for pair in self.adapter.modules}
+        return found
 
     @cached_property
     def targeted(self) -> frozenset[str]:
@@ -94,26 +96,25 @@ def engine_names(view: EngineView, shapes: Shapes) -> dict[str, str]:
     A module's files may lack a prefix that the engine's class adds (`h.0.attn` for `transformer.h.0.attn`): an end that
     only one module has is as good as the name.
     """
-    ends: dict[str, list[str]] = {}
-    for name in view.modules:
-        parts = name.split(".")
-        for begin in range(1, len(parts)):
-            ends.setdefault(".".join(parts[begin:]), []).append(name)
+    renamed = {name: mapped for name in shapes if (mapped := view.renamed(name)) is not None}
+    candidates: dict[str, list[str]] = {mapped: [] for mapped in renamed.values()}
+    for module in view.modules:
+        for end in ends(module):
+            if end != module and end in candidates:
+                candidates[end].append(module)
     found: dict[str, str] = {}
-    for name in shapes:
-        mapped = view.renamed(name)
-        if mapped is None:
-            continue
-        candidates = ends.get(mapped, [])
+    for name, mapped in renamed.items():
         if mapped in view.modules:
             found[mapped] = name
-        elif len(candidates) == 1:
-            found.setdefault(candidates[0], name)
+        elif len(candidates[mapped]) == 1:
+            found.setdefault(candidates[mapped][0], name)
     return found
 
 
-def _place(view: EngineView, pair: AdapterModule, serving: Serving) -> Place:
-    """Mirrors vLLM's `parse_fine_tuned_lora_name`, and the prefix that PEFT's `set_peft_model_state_dict` expects."""
+def _place(view: EngineView, pair: AdapterModule, texts: Mapping[str, str]) -> Place:
+    """Mirrors vLLM's `parse_fine_tuned_lora_name`, and the prefix that PEFT's `set_peft_model_state_dict` expects.
+
+    `texts` are the `_text_homes` of a vLLM that tries them."""
     tensor = pair.a or pair.b
     assert tensor is not None, "a pair has at least one half"
     stored = tensor.name
@@ -126,19 +127,24 @@ def _place(view: EngineView, pair: AdapterModule, serving: Serving) -> Place:
     # vLLM takes every occurrence of the prefix out of a name that begins with it.
     bare = stored.replace(PREFIX, "") if stored.startswith(PREFIX) else stored
     place = _at(view, pair, view.renamed(bare))
-    if place.module is None and place.name is not None and serving.vllm.text_names_on_multimodal:
-        return next((Place(name, view.modules[name]) for name in _text_names(view, place.name)), place)
+    if place.module is None and place.name is not None:
+        tried = [f"{texts[end]}.{end}" for end in (place.name, place.name.removeprefix("model.")) if end in texts]
+        if tried:
+            name = min(tried, key=lambda module: module.partition(".")[0])
+            return Place(name, view.modules[name])
     return place
 
 
-def _text_names(view: EngineView, name: str) -> Iterator[str]:
-    """The modules of a multimodal model's language model that a text model's name means: vLLM 0.33 tries them
-    (`_get_text_lora_names`)."""
+def _text_homes(view: EngineView) -> dict[str, str]:
+    """What stands behind the first dot of a module's name -> the first of the parts of the model that hold it, in the
+    order of their names. vLLM 0.33 looks there for a text model's name (`_get_text_lora_names`)."""
     homes = {module.partition(".")[0] for module, found in view.modules.items() if not found.why_not} - {"model"}
-    for home in sorted(homes):
-        for end in (name, name.removeprefix("model.")):
-            if f"{home}.{end}" in view.modules:
-                yield f"{home}.{end}"
+    texts: dict[str, str] = {}
+    for module in view.modules:
+        home, dot, end = module.partition(".")
+        if dot and home in homes:
+            texts[end] = min(home, texts.get(end, home))
+    return texts
 
 
 def _at(view: EngineView, pair: AdapterModule, renamed: str | None) -> Place:

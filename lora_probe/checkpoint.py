@@ -18,12 +18,17 @@ import numpy as np
 from lora_probe.adapter import layer_of, ranges
 from lora_probe.base import OPTIONS, find_model
 from lora_probe.config import read_json
-from lora_probe.errors import UnreadableFile
-from lora_probe.pickled import load, plain, values_of
+from lora_probe.errors import TooLarge, UnreadableFile
+from lora_probe.files import opened, shown
+from lora_probe.pickled import load, plain, require_own_values, values_of
 from lora_probe.weights import DTYPES, Bytes, Raw, TensorHeader, WeightsFile, open_weights, stretch
 
 MAX_INDEX = 100_000_000
 """Bytes of an index; a model of hundreds of experts has one of ten millions."""
+MAX_SHARDS = 10_000
+"""Files of one model; the largest known have some hundreds."""
+MOST_NAMED = 5
+"""Files that a message names."""
 SAFETENSORS, PICKLES = ("model", ".safetensors"), ("pytorch_model", ".bin")
 EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "shared")
 """What transformers' models call the module of the input embeddings."""
@@ -110,22 +115,25 @@ def open_checkpoint(name: str | Path, *, role: str = "base model") -> Checkpoint
 
     Raises:
         UnreadableFile: no model, no weights in it, a shard that is missing or damaged, with the layers it holds.
+        TooLarge: it has more files, longer names, or more tensors of the same bytes than any model.
     """
     folder = find_model(str(name), role=role)
     files, placed = _files(folder, role)
+    expected: dict[str, list[str]] = {}
+    for stored, home in placed.items():
+        expected.setdefault(home, []).append(stored)
     tensors: dict[str, StoredTensor] = {}
     for file in files:
-        expected = [tensor for tensor, home in placed.items() if home == file.name]
-        for tensor in _tensors(file, expected):
+        for tensor in _tensors(file, expected.get(file.name, ())):
             if tensor.name in tensors:
                 raise UnreadableFile(
-                    f"`{folder}` holds the tensor `{tensor.name}` twice: {tensor.file.name} and another"
+                    f"`{folder}` holds the tensor `{shown(tensor.name)}` twice: {tensor.file.name} and another"
                 )
             tensors[tensor.name] = tensor
     absent = [tensor for tensor in placed if tensor not in tensors]
     if absent:
         raise UnreadableFile(
-            f"`{folder}`: {placed[absent[0]]} lacks the tensor `{absent[0]}` that the index places in it"
+            f"`{folder}`: {placed[absent[0]]} lacks the tensor `{shown(absent[0])}` that the index places in it"
             + (f", and {len(absent) - 1} more" if len(absent) > 1 else ""),
             "copy or download the whole folder again",
         )
@@ -196,10 +204,20 @@ def _shown(name: str) -> str:
 
 
 def _absent_shards(shards: Sequence[Path]) -> list[Path]:
-    """The shards that the names of the others count and that are not there."""
-    counts = {int(match[2]) for shard in shards if (match := _SHARD.search(shard.name))}
+    """The shards that the names of the others count and that are not there.
+
+    Raises:
+        TooLarge: a name counts more than any model has.
+    """
+    counts = {int(match[2]): shard for shard in shards if (match := _SHARD.search(shard.name))}
     names = {shard.name for shard in shards}
     pattern, total = shards[0].name, max(counts, default=0)
+    if total > MAX_SHARDS:
+        raise TooLarge(
+            f"`{counts[total]}` is one of {total:,} files by its name, more than the {MAX_SHARDS:,} of a model that "
+            "are judged",
+            "save or download the model again",
+        )
     head, _, tail = pattern.partition(match[0]) if (match := _SHARD.search(pattern)) else (pattern, "", "")
     width = len(match[1]) if match else 0
     wanted = [f"{head}-{n:0{width}d}-of-{total:0{width}d}.{tail}" for n in range(1, total + 1)]
@@ -209,10 +227,12 @@ def _absent_shards(shards: Sequence[Path]) -> list[Path]:
 def _require(folder: Path, absent: Sequence[Path], placed: Mapping[str, str]) -> None:
     if not absent:
         return
-    names = ", ".join(file.name for file in absent)
-    held = [tensor for tensor, home in placed.items() if home in {file.name for file in absent}]
+    names = ", ".join(shown(file.name) for file in absent[:MOST_NAMED])
+    more = f" and {len(absent) - MOST_NAMED:,} more files" if len(absent) > MOST_NAMED else ""
+    missing = {file.name for file in absent}
+    held = [tensor for tensor, home in placed.items() if home in missing]
     raise UnreadableFile(
-        f"`{folder}` is not whole: {names} {'is' if len(absent) == 1 else 'are'} missing{_about(held)}",
+        f"`{folder}` is not whole: {names}{more} {'is' if len(absent) == 1 else 'are'} missing{_about(held)}",
         "copy or download the missing files",
     )
 
@@ -223,8 +243,8 @@ def _about(tensors: Sequence[str]) -> str:
         return ""
     layers = sorted({layer for tensor in tensors if (layer := layer_of(tensor)) is not None})
     loose = [tensor for tensor in tensors if layer_of(tensor) is None]
-    parts = [f"{'layer' if len(layers) == 1 else 'layers'} {ranges(layers)}"] if layers else []
-    return f", which holds {' and '.join([*parts, *loose[:3]])}"
+    parts = [f"{'layer' if len(layers) == 1 else 'layers'} {shown(ranges(layers))}"] if layers else []
+    return f", which holds {' and '.join([*parts, *map(shown, loose[:3])])}"
 
 
 def _tensors(file: Path, expected: Sequence[str]) -> list[StoredTensor]:
@@ -253,10 +273,12 @@ def _of_pickle(file: Path) -> list[StoredTensor]:
     tensors = of_torch(found if isinstance(found, dict) else {}, file)
     if not tensors:
         raise UnreadableFile(f"`{file}` holds no tensors")
+    with opened(file) as (_, size):
+        require_own_values(file, sum(tensor.size for tensor in tensors), size)
     return tensors
 
 
-def of_torch(found: Mapping[str, Any], file: Path) -> list[StoredTensor]:
+def of_torch(found: dict[str, Any], file: Path) -> list[StoredTensor]:
     """The torch tensors of a dictionary, read where they are.
 
     Raises:

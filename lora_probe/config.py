@@ -1,8 +1,8 @@
 """What `adapter_config.json` says: `AdapterConfig`.
 
 In: the file of an adapter folder. Out: its fields, checked for kind, and the lines they stand on; the rank and the
-scaling of a module (patterns, rsLoRA); which modules of a base it targets. The rules mirror PEFT 0.21:
-`check_target_module_exists` in `peft/tuners/tuners_utils.py` and `get_pattern_key` in `peft/utils/other.py`.
+scaling of a module (patterns, rsLoRA); which modules of a base it targets (`targets.py`). Patterns are those of PEFT
+0.21: `get_pattern_key` in `peft/utils/other.py`.
 """
 
 from __future__ import annotations
@@ -11,22 +11,29 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lora_probe.errors import NotLora, ProbeError, UnreadableFile
+from lora_probe.errors import NotLora, ProbeError, TooLarge, UnreadableFile, out_of_memory
 from lora_probe.files import brief, impostor, is_text, opened, shown
 from lora_probe.foreign import foreign
 from lora_probe.keys import top_level
-from lora_probe.patterns import compiles, fullmatch, match
+from lora_probe.limits import step
+from lora_probe.pattern_index import PatternIndex, ending, is_word, plain_pattern
+from lora_probe.patterns import Expressions, compiled
+from lora_probe.targets import Targets, numbering, saving
 
 MAX_CONFIG = 10_000_000
 """Bytes; real ones have about a thousand."""
 MAX_PATTERN = 100_000
 """Characters of one regular expression: compiling takes time and memory."""
+MAX_EXPRESSIONS = 1_000
+"""Regular expressions in one field; plain names are no expressions."""
+MAX_CHARACTERS = 1_000_000
+"""Characters of all expressions in one field."""
 
 PEFT_DEFAULT_RANK = 8
 PEFT_DEFAULT_ALPHA = 8
@@ -90,7 +97,7 @@ class AdapterConfig:
         found = [word for key, word in VARIANTS.items() if self.raw.get(key)]
         init = self.raw.get("init_lora_weights")
         if isinstance(init, str) and init != "gaussian":
-            found.append(f"init {init}")
+            found.append(f"init {shown(init)}")
         if self.raw.get("bias", "none") != "none":
             found.append(f"bias {_plain(self.raw['bias'])}")
         return tuple(found)
@@ -102,103 +109,44 @@ class AdapterConfig:
 
     def rank_of(self, module: str) -> int:
         """The rank that the config gives to `module` (`rank_pattern` first, then `r`)."""
-        return int(_match(self.rank_pattern, module, self.rank))
+        pattern = self.ranks.first(module)
+        return self.rank if pattern is None else self.rank_pattern[pattern]
 
     def scaling_of(self, module: str) -> float:
         """The factor `s` of `s·B·A` for `module`, as PEFT and vLLM >= 0.32 compute it from the config alone."""
-        return self._scaling(self.rank_of(module), _match(self.alpha_pattern, module, self.alpha))
+        pattern = self.alphas.first(module)
+        return self._scaling(self.rank_of(module), self.alpha if pattern is None else self.alpha_pattern[pattern])
 
     def _scaling(self, rank: int, alpha: float) -> float:
         return alpha / math.sqrt(rank) if self.rslora else alpha / rank
 
     def targeted(self, names: Iterable[str]) -> list[str]:
         """Those of `names` (modules of a base) that PEFT would give an adapter for this config."""
-        return [name for name in names if self._targets(name)]
+        step("matching the names of modules", self.path)
+        return [name for name in names if self.targets.module(name)]
 
     def targets_parameter(self, parameter: str) -> bool:
         """Whether target_parameters names `parameter`, the path of a weight (`model.layers.0.mlp.gate.weight`)."""
-        wanted = self.raw.get("target_parameters") or ()
-        return any(
-            parameter == name or parameter.endswith(f".{name}")
-            for name in ([wanted] if isinstance(wanted, str) else wanted)
-        )
-
-    def _targets(self, name: str) -> bool:
-        return self.targets_parameter(f"{name}.weight") or self._targets_module(name)
-
-    def _targets_module(self, name: str) -> bool:
-        excluded = self.raw.get("exclude_modules")
-        if excluded and _names(excluded, name):
-            return False
-        saved = self.raw.get("modules_to_save") or ()
-        if any(match(rf"(^|.*\.){part}($|\..*)", name) for part in saved):
-            return False
-        if self.target_modules is None or self.target_modules == ():
-            return False
-        if self.target_modules == "all-linear":
-            return name.rpartition(".")[2] not in ("lm_head", "embed_tokens", "score", "classifier")
-        if isinstance(self.target_modules, str):
-            return fullmatch(self.target_modules, name) is not None
-        # A whole path is meant whatever the layers are.
-        return name in self._wanted or (_names(self._wanted, name) and self._in_layers(name))
+        return self.targets.parameter(parameter)
 
     @cached_property
-    def _wanted(self) -> frozenset[str]:
-        return frozenset(self.target_modules or ())
+    def targets(self) -> Targets:
+        """What the config targets."""
+        return Targets(self.raw, self.target_modules, self._expressions)
 
-    def _in_layers(self, name: str) -> bool:
-        wanted = self.raw.get("layers_to_transform")
-        if wanted is None or wanted == []:
-            return True
-        patterns = self.raw.get("layers_pattern")
-        if isinstance(patterns, str):
-            patterns = [patterns] if patterns else None
-        expressions = [rf"(?:^|.*?\.){p}\.(?P<idx>\d+)\." for p in patterns or ()]
-        for expression in expressions or [r".*?\.[^.]*\.(?P<idx>\d+)\."]:
-            # Python converts no number of thousands of digits.
-            if (found := match(expression, name)) and len(found["idx"]) < 20:
-                layer = int(found["idx"])
-                return layer == wanted if isinstance(wanted, int) else layer in wanted
-        return False
+    @cached_property
+    def ranks(self) -> PatternIndex:
+        """The keys of rank_pattern."""
+        return PatternIndex("rank_pattern", self.rank_pattern, self._expressions)
 
+    @cached_property
+    def alphas(self) -> PatternIndex:
+        """The keys of alpha_pattern."""
+        return PatternIndex("alpha_pattern", self.alpha_pattern, self._expressions)
 
-def _names(targets: str | Collection[str], name: str) -> bool:
-    """PEFT's rule: a string is a regular expression for the whole name, a list holds names or their ends."""
-    if isinstance(targets, str):
-        return fullmatch(targets, name) is not None
-    return any(end in targets for end in ends(name))
-
-
-def ends(path: str) -> Iterator[str]:
-    """`a.b.c`, `b.c`, `c`."""
-    parts = path.split(".")
-    for begin in range(len(parts)):
-        yield ".".join(parts[begin:])
-
-
-def _match(patterns: Mapping[str, Any], module: str, default: float) -> float:
-    for pattern, value in patterns.items():
-        if at_end(pattern, module):
-            return float(value)
-    return default
-
-
-def at_end(pattern: str, module: str) -> bool:
-    """PEFT's rule for patterns (`get_pattern_key`): the expression matches an end of the path, from a dot on.
-
-    Configs may have a whole path for each of hundreds of modules, so plain names are compared without an expression; a
-    dot in one stands for any character, as it does in an expression.
-    """
-    if not _PLAIN.fullmatch(pattern):
-        return match(rf"(.*\.)?({pattern})$", module) is not None
-    begin = len(module) - len(pattern)
-    if begin < 0 or (begin and module[begin - 1] != "."):
-        return False
-    end = module[begin:]
-    return end == pattern or all(one in (".", other) for one, other in zip(pattern, end, strict=True))
-
-
-_PLAIN = re.compile(r"[A-Za-z0-9_.]+")
+    @cached_property
+    def _expressions(self) -> Expressions:
+        return Expressions(self.path)
 
 
 def open_config(path: Path) -> AdapterConfig:
@@ -210,6 +158,7 @@ def open_config(path: Path) -> AdapterConfig:
     """
     text = read_text(path)
     raw = parsed(path, text)
+    step("checking the fields", path)
     if found := foreign(raw):
         raise NotLora(f"`{path}` {found[0]}", found[1])
     if _HALF.search(text) and not is_text(json.dumps(raw, ensure_ascii=False)):
@@ -257,11 +206,10 @@ def _checked(path: Path, raw: dict[str, Any]) -> dict[str, Any]:
     excluded = raw.get("exclude_modules")
     if isinstance(excluded, str):
         _compile(path, "exclude_modules", excluded)
-    for part in raw.get("modules_to_save") or ():
-        _compile(path, "modules_to_save", part, rf"(^|.*\.){part}($|\..*)")
+    saved = raw.get("modules_to_save") or ()
+    _compile_all(path, "modules_to_save", [name for name in saved if not is_word(name)], saving)
     layers = raw.get("layers_pattern") or ()
-    for part in [layers] if isinstance(layers, str) else layers:
-        _compile(path, "layers_pattern", part, rf"(?:^|.*?\.){part}\.(?P<idx>\d+)\.")
+    _compile_all(path, "layers_pattern", [layers] if isinstance(layers, str) else layers, numbering)
     return raw
 
 
@@ -276,12 +224,15 @@ _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
 
 def _compile(path: Path, key: str, pattern: str, *forms: str) -> None:
     """Compile an expression as it stands and in the forms in which it will be used (PEFT wraps it)."""
+    if len(pattern) > MAX_PATTERN:
+        raise TooLarge(
+            f"`{path}`: {brief(pattern)} in `{key}` has {len(pattern):,} characters, more than the {MAX_PATTERN:,} of "
+            "an expression that is judged",
+            "write a list of names, or a shorter expression",
+        )
     try:
-        if len(pattern) > MAX_PATTERN:
-            raise ValueError(f"it has {len(pattern)} characters")
         for form in (pattern, *forms):
-            re.compile(form)
-            compiles(form)
+            compiled(form)
     # A repetition too large for re is an OverflowError, one nested too deep a RecursionError.
     except (re.error, ValueError, OverflowError, RecursionError) as error:
         why = "it is nested too deep" if isinstance(error, RecursionError) else error
@@ -291,8 +242,23 @@ def _compile(path: Path, key: str, pattern: str, *forms: str) -> None:
         ) from error
 
 
+def _compile_all(path: Path, key: str, patterns: Sequence[str], form: Callable[[str], str]) -> None:
+    """Compile the expressions of one field."""
+    for count, most, what in (
+        (len(patterns), MAX_EXPRESSIONS, "regular expressions"),
+        (sum(map(len, patterns)), MAX_CHARACTERS, "characters of regular expressions"),
+    ):
+        if count > most:
+            raise TooLarge(
+                f"`{path}`: `{key}` holds {count:,} {what}, more than the {most:,} that are judged",
+                "write names, or one expression for many modules",
+            )
+    for pattern in patterns:
+        _compile(path, key, pattern, form(pattern))
+
+
 def _plain(value: object) -> str:
-    return value if isinstance(value, str) else brief(value)
+    return shown(value) if isinstance(value, str) else brief(value)
 
 
 def read_json(path: Path, limit: int = MAX_CONFIG) -> dict[str, Any]:
@@ -306,6 +272,7 @@ def read_json(path: Path, limit: int = MAX_CONFIG) -> dict[str, Any]:
 
 def read_text(path: Path, limit: int = MAX_CONFIG) -> str:
     """The text of a JSON file, at most `limit` bytes of it. Raises as `read_json` does."""
+    step("reading", path)
     with opened(path) as (file, size):
         data = file.read(limit + 1) if size <= limit else b""
     if size > limit or len(data) > limit:
@@ -340,7 +307,7 @@ def parsed(path: Path, text: str) -> dict[str, Any]:
         why = "it is nested too deep" if isinstance(error, RecursionError) else error
         raise UnreadableFile(f"`{path}` is not valid JSON: {why}", again) from error
     except MemoryError as error:
-        raise UnreadableFile(f"`{path}` is too large for the memory here", again) from error
+        raise out_of_memory(f"`{path}`") from error
     if not isinstance(raw, dict):
         raise UnreadableFile(f"`{path}` holds a JSON {type(raw).__name__}, not an object", again)
     return raw
@@ -369,8 +336,7 @@ def _table(path: Path, raw: Mapping[str, Any], key: str) -> dict[str, float]:
         raise UnreadableFile(
             f"`{path}`: `{key}` is {brief(value)}, not an object of patterns and numbers", "see PEFT's LoraConfig"
         )
-    for pattern in value:
-        _compile(path, key, pattern, rf"(.*\.)?({pattern})$")
+    _compile_all(path, key, [pattern for pattern in value if plain_pattern(pattern) is None], ending)
     return {pattern: _number(path, value, pattern, 0) for pattern in value}
 
 

@@ -30,9 +30,24 @@ class MissingWeights(UnreadableFile):
     """An adapter's config without weights where loaders look for them."""
 
 
+class TooLarge(ProbeError):
+    """An input larger than any real adapter has: it is not judged."""
+
+
 class NeedsLibrary(ProbeError):
     """What is asked for needs a library that is not installed: nothing is wrong with the input."""
 
 
 class EngineFailed(ProbeError):
     """An engine that did not start, lacks its plugin, or died before anything could be judged."""
+
+
+class EngineStopped(EngineFailed):
+    """An engine's process that took more time or memory than it may."""
+
+
+def out_of_memory(what: str) -> TooLarge:
+    """The error for a MemoryError; `what` is the file, or the tensor in it."""
+    return TooLarge(
+        f"{what} needs more memory than there is", "--max-memory raises the limit, as far as the machine goes"
+    )

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 
 from lora_probe.adapter import LAYER, PREFIX, Adapter, AdapterModule, Key, natural
 from lora_probe.errors import UnreadableFile
+from lora_probe.files import shown
 from lora_probe.grams import LARGE, spectrum_in_blocks
 from lora_probe.ledger import OK, Finding, graver
+from lora_probe.limits import step
 from lora_probe.rules.names import unwrapped
 from lora_probe.rules.shapes import shape_differs
 from lora_probe.rules.weights import (
@@ -28,6 +30,9 @@ from lora_probe.rules.weights import (
 )
 from lora_probe.spectrum import Spectrum, spectrum
 from lora_probe.view import Shapes
+
+MOST_CANDIDATES = 100
+"""Modules of a base that one name may mean; the towers of real models are fewer, and of many none is meant."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,7 @@ def expect(
     rows: dict[Key, Expected] = {}
     for key, entry in entries.items():
         home = homes.get(key, key[0])
-        wanted = home in targeted if known else bool(adapter.config.targeted([home]))
+        wanted = home in targeted if known else adapter.config.targets.module(home)
         plain = entry.parameter == "weight"
         found = pair_spectrum(adapter, entry) if spectra is None else spectra[key]
         stored = judge_stored(adapter, entry, found, known.get(home) if plain else None, transposed)
@@ -107,6 +112,7 @@ def pair_spectrum(adapter: Adapter, pair: AdapterModule) -> Spectrum | None:
     """None where A and B are no pair of float matrices."""
     if pair.a is None or pair.b is None or not_a_matrix(pair) is not None:
         return None
+    step(f"computing ‖ΔW‖ of {shown(pair.stored_as)}", adapter.weights.path)
     try:
         if pair.a.parameters + pair.b.parameters > LARGE:
             return spectrum_in_blocks(adapter.weights, pair.a, pair.b, pair.scaling)
@@ -122,6 +128,8 @@ def _homes(entries: Mapping[Key, AdapterModule], shapes: Shapes, taken: set[str]
     Several towers of one base may have a layer of that number: which one was meant is decided for all keys of one
     beginning together, as the one that has homes of the right shape for most of them.
     """
+    if not shapes:
+        return {}
     ends: dict[str, list[str]] = {}
     for name in shapes:
         ends.setdefault(_from_layer_on(name), []).append(name)
@@ -132,13 +140,15 @@ def _homes(entries: Mapping[Key, AdapterModule], shapes: Shapes, taken: set[str]
         if key[0] in shapes:
             continue
         bare = unwrapped(key[0].replace(PREFIX, ""))
-        candidates[key] = [name for name in ends.get(_from_layer_on(bare), []) if name not in own]
+        same = ends.get(_from_layer_on(bare), [])
+        candidates[key] = [name for name in same if name not in own] if len(same) <= MOST_CANDIDATES else []
         for name in candidates[key]:
             votes.setdefault(_beginning(key[0]), Counter())[_beginning(name)] += 1 + 10_000 * _fits(entry, shapes[name])
+    elected = {beginning: counted.most_common(2) for beginning, counted in votes.items()}
     found: dict[Key, str] = {}
     claims: Counter[str] = Counter()
     for key, names in candidates.items():
-        first, *rest = votes[_beginning(key[0])].most_common(2) if names else [("", 0)]
+        first, *rest = elected[_beginning(key[0])] if names else [("", 0)]
         meant = [name for name in names if _beginning(name) == first[0]]
         if len(meant) == 1 and not (rest and rest[0][1] == first[1]):
             found[key] = meant[0]

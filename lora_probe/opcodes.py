@@ -1,8 +1,9 @@
 """A pickle looked at before it is loaded: what torch's weights-only loader would do with it, and what it would cost.
 
 In: the bytes of a pickle. Out: nothing, or an `UnreadableFile`. The weights-only loader runs no code of the file, but
-it believes it: a `bytearray` of any size is made, and a tuple nested a hundred thousand deep, once it is hashed, takes
-the process down with it. Only depths and counts are kept here, nothing is built.
+it believes it: a `bytearray` of any size is made; a tuple nested a hundred thousand deep, once it is hashed, takes the
+process down with it; and a tuple that holds another one twice, sixty levels deep, is hashed for ever. Only depths and
+counts are kept here, nothing is built.
 """
 
 from __future__ import annotations
@@ -14,18 +15,35 @@ from lora_probe.errors import UnreadableFile
 
 MAX_DEPTH = 100
 """A state dict has 6: dict, arguments, storage."""
+MAX_SIZE = 200
+"""Values in a tuple, with those of the tuples and lists in it, each as often as it is met. The arguments of a tensor
+with 64 axes are 140."""
 MAX_STRING = 1_000_000
 
-_TUPLES = {0x85: 1, 0x86: 2, 0x87: 3}
+# What is on the stack is one number: a depth, two marks, and a size. Numbers add up fast.
+_MANY = 10 * MAX_SIZE
+"""What larger sizes count as, so that they never add up to a mark."""
+_NO_KEY, _LIST, _LEVEL = 1 << 40, 1 << 41, 1 << 42
+"""The marks of what is no key of a dictionary (tuples; long numbers, of which many can have one hash) and of lists, and
+one level of depth."""
+_PLAIN = 1
+"""A depth of 0 and a size of 1. Dictionaries and objects have that size too: nothing goes through what they hold."""
+
 _FIXED = {
-    **dict.fromkeys(b")]}\x8f", ("", 0)),
-    **dict.fromkeys(b"N\x88\x89", ("", 0)),
-    ord("K"): ("", 1),
-    ord("M"): ("", 2),
-    ord("J"): ("", 4),
-    ord("G"): ("", 8),
+    **dict.fromkeys(b")}\x8fN\x88\x89", (_PLAIN, 0)),
+    ord("]"): (_PLAIN | _LIST, 0),
+    ord("K"): (_PLAIN, 1),
+    ord("M"): (_PLAIN, 2),
+    ord("J"): (_PLAIN, 4),
+    ord("G"): (_PLAIN, 8),
 }
-"""What pushes one plain thing, and how many bytes follow: ) ] } \\x8f, N True False, integers and floats."""
+"""What pushes one thing, and how many bytes follow: ) } \\x8f, N True False, ], integers and floats."""
+_TUPLES = {0x85: 1, 0x86: 2, 0x87: 3}
+_COMBINING = {0x74, 0x65, 0x75, 0x61, 0x62, 0x73, 0x52, 0x81} | _TUPLES.keys()
+"""TUPLE, APPENDS, SETITEMS, APPEND, BUILD, SETITEM, REDUCE, NEWOBJ: what takes from the stack."""
+_BUILTINS = (b"builtins", b"__builtin__")
+_OWN = (b"torch", b"collections", b"_codecs", *_BUILTINS)
+"""Where the names come from that torch's loader knows."""
 
 
 class _Refused(Exception):
@@ -54,63 +72,50 @@ def require_harmless(data: bytes, path: Path, count: int = 1) -> None:
 
 
 def _follow(data: bytes, at: int) -> int:
-    """Where the pickle ends. On the stack is the depth of everything there, 0 for a plain value."""
+    """Where the pickle ends."""
     stack: list[int] = []
     marks: list[int] = []
     memo: dict[int, int] = {}
+    foreign = False
     while True:
         code = data[at]
         at += 1
         if code in _FIXED:
-            stack.append(0)
-            at += _FIXED[code][1]
-        elif code in _TUPLES:
-            count = _TUPLES[code]
-            if len(stack) < count:
-                raise IndexError
-            stack[-count:] = [_deeper(stack[-count:])]
-        elif code == 0x28:  # MARK
-            marks.append(len(stack))
-        elif code == 0x74:  # TUPLE
-            mark = marks.pop()
-            stack[mark:] = [_deeper(stack[mark:])]
-        elif code in (0x65, 0x75):  # APPENDS, SETITEMS
-            mark = marks.pop()
-            inner = stack[mark:]
-            del stack[mark:]
-            stack[-1] = max(stack[-1], _deeper(inner))
-        elif code in (0x61, 0x62, 0x73, 0x52, 0x81):  # APPEND, BUILD, SETITEM, REDUCE, NEWOBJ
-            count = 2 if code == 0x73 else 1
-            inner = stack[-count:]
-            del stack[-count:]
-            stack[-1] = max(stack[-1], _deeper(inner))
-        elif code == 0x51:  # BINPERSID
-            stack[-1] = 0
-        elif code == 0x58:  # BINUNICODE
-            (length,) = struct.unpack_from("<I", data, at)
-            if length > MAX_STRING:
-                raise _Refused(f"it holds a string of {length} bytes")
-            at += 4 + length
-            stack.append(0)
-        elif code in (0x55, 0x8A):  # SHORT_BINSTRING, LONG1
-            at += 1 + data[at]
-            stack.append(0)
+            value, length = _FIXED[code]
+            stack.append(value)
+            at += length
         elif code in (0x68, 0x6A, 0x71, 0x72):  # BINGET, LONG_BINGET, BINPUT, LONG_BINPUT
             short = code in (0x68, 0x71)
             index = data[at] if short else struct.unpack_from("<I", data, at)[0]
             at += 1 if short else 4
             if code in (0x71, 0x72):
-                memo[index] = stack[-1]
+                # A list may be filled after it is remembered.
+                memo[index] = stack[-1] | _MANY if stack[-1] & _LIST else stack[-1]
             elif index not in memo:
                 raise IndexError
             else:
                 stack.append(memo[index])
+        elif code == 0x58:  # BINUNICODE
+            (length,) = struct.unpack_from("<I", data, at)
+            if length > MAX_STRING:
+                raise _Refused(f"it holds a string of {length} bytes")
+            at += 4 + length
+            stack.append(_PLAIN)
+        elif code == 0x28:  # MARK
+            marks.append(len(stack))
+        elif code in _COMBINING:
+            _combine(code, stack, marks)
+        elif code == 0x51:  # BINPERSID
+            stack[-1] = _PLAIN
+        elif code in (0x55, 0x8A):  # SHORT_BINSTRING, LONG1
+            at += 1 + data[at]
+            stack.append(_PLAIN if code == 0x55 else _PLAIN | _NO_KEY)
         elif code == 0x63:  # GLOBAL
             module, at = _line(data, at)
             name, at = _line(data, at)
-            if (module, name) in ((b"builtins", b"bytearray"), (b"__builtin__", b"bytearray")):
-                raise _Refused("it makes a `bytearray`, of whatever size it likes")
-            stack.append(0)
+            _require_harmless_name(module, name, foreign)
+            foreign = foreign or _is_foreign(module)
+            stack.append(_PLAIN)
         elif code == 0x80:  # PROTO
             at += 1
         elif code == 0x2E:  # STOP
@@ -120,11 +125,47 @@ def _follow(data: bytes, at: int) -> int:
             return at - 1
 
 
-def _deeper(inner: list[int]) -> int:
-    depth = 1 + max(inner, default=0)
-    if depth > MAX_DEPTH:
+def _combine(code: int, stack: list[int], marks: list[int]) -> None:
+    """Put what is on top of the stack into a tuple, or into what lies below it."""
+    if code in _TUPLES:
+        begin = len(stack) - _TUPLES[code]
+    elif code in (0x74, 0x65, 0x75):  # TUPLE, APPENDS, SETITEMS
+        begin = marks.pop()
+    else:
+        begin = len(stack) - (2 if code == 0x73 else 1)
+    if begin < 0:
+        raise IndexError
+    inner = stack[begin:]
+    del stack[begin:]
+    depth = (max(inner, default=0) // _LEVEL + 1) * _LEVEL
+    if depth > MAX_DEPTH * _LEVEL:
         raise _Refused(f"it is nested more than {MAX_DEPTH} deep")
-    return depth
+    size = min(sum(inner) % _NO_KEY, _MANY)
+    if code in (0x74, 0x85, 0x86, 0x87, 0x52, 0x81) and size > MAX_SIZE:  # a tuple, or the arguments of a call
+        raise _Refused(f"it holds a tuple of more than {MAX_SIZE} values, each counted as often as it is met")
+    if code == 0x74 or code in _TUPLES:
+        stack.append(depth + _NO_KEY + size + 1)
+        return
+    if code in (0x73, 0x75) and any(key & _NO_KEY for key in inner[::2]):
+        raise _Refused("a key of a dictionary in it is a tuple or a number of many digits")
+    depth = max(stack[-1] // _LEVEL * _LEVEL, depth)
+    if code in (0x61, 0x65):  # APPEND, APPENDS
+        stack[-1] = depth + _LIST + min(stack[-1] % _NO_KEY + size, _MANY)
+    else:
+        stack[-1] = depth + _PLAIN
+
+
+def _require_harmless_name(module: bytes, name: bytes, foreign: bool) -> None:
+    """`foreign`: a name before this one is none that torch knows. It refuses that one, in its own words, and does not
+    come to this one."""
+    if module in _BUILTINS and name == b"bytearray":
+        raise _Refused("it makes a `bytearray`, of whatever size it likes")
+    if module in _BUILTINS and name in (b"set", b"frozenset", b"complex") and not foreign:
+        raise _Refused(f"it makes a `{name.decode()}`, which weights do not need and which may take for ever to hash")
+
+
+def _is_foreign(module: bytes) -> bool:
+    return module.partition(b".")[0] not in _OWN or module.startswith(b"torch.nn.modules")
 
 
 def _line(data: bytes, at: int) -> tuple[bytes, int]:

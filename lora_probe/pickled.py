@@ -10,23 +10,27 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from lora_probe.archive import PickleRecord, pickle_record
-from lora_probe.errors import NeedsLibrary, UnreadableFile
+from lora_probe.errors import NeedsLibrary, TooLarge, UnreadableFile, out_of_memory
 from lora_probe.files import brief, impostor, is_text, opened, shown
+from lora_probe.limits import importing, make_room, step
 from lora_probe.opcodes import require_harmless
-from lora_probe.weights import DTYPES, Raw, TensorHeader, WeightsFile
+from lora_probe.weights import DTYPES, Raw, TensorHeader, WeightsFile, require_real_name
 
 ZIP, PROTOCOL = b"PK\x03\x04", b"\x80"
 MAX_LEGACY = 2**30
 """Bytes of an adapter in the format of before torch 1.6, which is read into memory as a whole."""
 _LEGACY_HEAD = 8_000_000
 """Bytes in which the pickles of such a file must end, before its values begin."""
+MOST_SHARED = 16
+"""How often the bytes of a file may be values of its tensors: those of several tensors can be the same bytes. A model
+with tied embeddings has some of them twice."""
 
 _TORCH = {
     "F64": "float64",
@@ -49,6 +53,7 @@ def open_pickle(path: Path) -> WeightsFile:
 
     Raises:
         UnreadableFile: torch is missing or refuses the file, or it holds something other than named tensors.
+        TooLarge: its tensors share their values, and have far more together than the file.
     """
     found = load(path, MAX_LEGACY)
     if not isinstance(found, dict):
@@ -70,7 +75,8 @@ def open_pickle(path: Path) -> WeightsFile:
     return WeightsFile(path, size, {}, headers, values)
 
 
-def _named(found: Mapping[Any, Any], path: Path, size: int) -> Iterator[tuple[str, tuple[TensorHeader, Any]]]:
+def _named(found: dict[Any, Any], path: Path, size: int) -> Iterator[tuple[str, tuple[TensorHeader, Any]]]:
+    claimed = 0
     for header, tensor in plain(found, path, "save the adapter again"):
         # A tensor that repeats its values (stride 0) can claim any number of them.
         if header.end > max(size, 1024):
@@ -78,17 +84,34 @@ def _named(found: Mapping[Any, Any], path: Path, size: int) -> Iterator[tuple[st
                 f"`{path}`: tensor `{shown(header.name)}` claims {header.end} bytes, the file has {size}",
                 "save the adapter again, with contiguous tensors",
             )
+        claimed += header.end
+        require_own_values(path, claimed, size)
         yield header.name, (header, tensor)
 
 
-def _no_tensors(found: Mapping[Any, Any], path: Path) -> UnreadableFile:
-    for key, value in found.items():
-        if isinstance(value, dict) and any(hasattr(inner, "layout") for inner in value.values()):
+def require_own_values(path: Path, claimed: int, size: int) -> None:
+    """A file of `size` bytes has tensors that take `claimed` bytes together.
+
+    Raises:
+        TooLarge: many tensors have the same bytes.
+    """
+    most = MOST_SHARED * max(size, 1024)
+    if claimed > most:
+        raise TooLarge(
+            f"`{path}`: its tensors claim more than {most:,} bytes, {MOST_SHARED} times the size of the file "
+            f"({size:,} bytes)",
+            "save it again, with tensors that do not share their values",
+        )
+
+
+def _no_tensors(found: dict[Any, Any], path: Path) -> UnreadableFile:
+    for key, value in dict.items(found):
+        if isinstance(value, dict) and any(hasattr(inner, "layout") for inner in dict.values(value)):
             return UnreadableFile(
                 f"`{path}` holds its tensors inside of {brief(key)}, where no loader looks",
                 f"save that part by itself: torch.save(found[{brief(key)}], path)",
             )
-    kinds = sorted({type(value).__name__ for value in found.values()})
+    kinds = sorted({type(value).__name__ for value in dict.values(found)})
     return UnreadableFile(
         f"`{path}` holds no tensors: its {len(found)} entries are of the kind {', '.join(kinds[:5])}",
         "save the state dict of the adapter again",
@@ -102,6 +125,7 @@ def load(path: Path, largest_legacy: int | None = None) -> Any:
         NeedsLibrary: torch is not installed.
         UnreadableFile: the file is none that its weights-only loader takes.
     """
+    step("checking the pickle", path)
     with opened(path) as (file, size):
         start = file.read(64)
         if wrong := impostor(start, "the weights"):
@@ -114,16 +138,21 @@ def load(path: Path, largest_legacy: int | None = None) -> Any:
         else:
             _check_legacy(path, file, size, largest_legacy)
     try:
-        import torch
+        with importing():
+            import torch
     except ImportError as error:
         raise NeedsLibrary(
             f"`{path}` is a pickle, and torch is not installed", "pip install 'lora-probe[peft]'"
         ) from error
+    make_room(size)
+    step("loading the pickle with torch", path)
     try:
         # It warns of what it will not keep for ever: typed storages, sparse tensors.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except MemoryError as error:
+        raise out_of_memory(f"`{path}`") from error
     # torch raises what its unpickler meets: UnpicklingError, RuntimeError, EOFError, KeyError ...
     except Exception as error:
         raise UnreadableFile(
@@ -135,14 +164,14 @@ def load(path: Path, largest_legacy: int | None = None) -> Any:
     return found
 
 
-def _require_own_records(path: Path, found: Mapping[Any, Any], record: PickleRecord) -> None:
+def _require_own_records(path: Path, found: dict[Any, Any], record: PickleRecord) -> None:
     """A mapped file gives whatever lies at the place of a record, as much of it as the pickle asks for."""
     import torch
 
-    for name, tensor in found.items():
+    for name, tensor in dict.items(found):
         if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or _not_plain(tensor):
             continue
-        if (size := tensor.untyped_storage().nbytes()) not in record.storages:
+        if (size := torch.Tensor.untyped_storage(tensor).nbytes()) not in record.storages:
             raise UnreadableFile(
                 f"`{path}`: tensor {brief(name)} claims a record of {size} bytes, and there is none of that size",
                 "copy or download it again, or save it again with torch.save",
@@ -192,16 +221,18 @@ def _reason(error: Exception) -> str:
     return sentence if " " in sentence else ": ".join(filter(None, (type(error).__name__, sentence)))
 
 
-def plain(found: Mapping[Any, Any], path: Path, hint: str) -> Iterator[tuple[TensorHeader, Any]]:
+def plain(found: dict[Any, Any], path: Path, hint: str) -> Iterator[tuple[TensorHeader, Any]]:
     """The tensors of a dictionary with their headers; other entries are passed over.
 
     Raises:
         UnreadableFile: one is not a plain array of values: sparse, nested, quantised, on the meta device.
+        TooLarge: one has a name that is longer than any.
     """
     import torch
 
+    # A pickle gives its objects attributes of any name: what is called is a method of the class.
     names = {str(getattr(torch, long)): short for short, long in _TORCH.items() if hasattr(torch, long)}
-    for name, tensor in found.items():
+    for name, tensor in dict.items(found):
         if not isinstance(tensor, torch.Tensor):
             continue
         dtype = names.get(str(tensor.dtype))
@@ -210,6 +241,7 @@ def plain(found: Mapping[Any, Any], path: Path, hint: str) -> Iterator[tuple[Ten
             why = "has a name that is no text"
         if dtype is None or why:
             raise UnreadableFile(f"`{path}`: tensor {brief(name)} {why}", hint)
+        require_real_name(path, name)
         shape = tuple(tensor.shape)
         yield TensorHeader(name, dtype, shape, 0, math.prod(shape) * DTYPES[dtype][1]), tensor
 
@@ -233,5 +265,5 @@ def values_of(tensor: Any, dtype: str, start: int, stop: int) -> Raw:
 
     storage = np.dtype(DTYPES[dtype][0])
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[storage.itemsize]
-    values: Raw = tensor.detach().reshape(-1)[start:stop].resolve_neg().view(bits).numpy().view(storage)
+    values: Raw = torch.Tensor.detach(tensor).reshape(-1)[start:stop].resolve_neg().view(bits).numpy().view(storage)
     return values

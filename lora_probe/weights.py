@@ -12,6 +12,7 @@ import json
 import math
 import os
 import struct
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,8 +21,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from lora_probe.errors import UnreadableFile
+from lora_probe.errors import TooLarge, UnreadableFile, out_of_memory
 from lora_probe.files import brief, impostor, is_text, opened, shown
+from lora_probe.limits import step
 
 MAX_HEADER = 100_000_000
 """Bytes; the limit of the reference implementation."""
@@ -53,6 +55,8 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 
 MAX_TENSORS = 500_000
 """Tensors of one file; an adapter on every expert of a model with 61 layers of 384 experts has 140,000."""
+MAX_NAME, MAX_PARTS = 2_000, 64
+"""Characters of a tensor's name, and its parts between dots; real names have under 200 and 15."""
 MAX_VALUES = 2**30
 """Values of one tensor that `read` gives at once: 4 GiB as float32, and far more than any half of a pair has."""
 _PLAIN_HEADER = 10_000_000
@@ -91,7 +95,9 @@ def open_weights(path: Path) -> WeightsFile:
 
     Raises:
         UnreadableFile: with what is wrong: missing, empty, a Git LFS pointer, text, truncated, overlapping ...
+        TooLarge: a tensor has a name that is longer than any.
     """
+    step("reading the header", path)
     with opened(path) as (file, size):
         prefix = file.read(8)
         _refuse_impostors(path, prefix, prefix + file.read(64))
@@ -134,11 +140,16 @@ class _Entry(NamedTuple):
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any] | _Entry:
     found = dict(pairs)
     if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the key `{shown(next(n for n in names if names.count(n) > 1))}` stands twice")
+        raise ValueError(f"the key `{shown(_repeated([name for name, _ in pairs]))}` stands twice")
     if found.keys() == {"dtype", "shape", "data_offsets"}:
         return _Entry(found["dtype"], found["shape"], found["data_offsets"])
     return found
+
+
+def _repeated(names: list[str]) -> str:
+    """The first of the names that stand there more than once."""
+    counts = Counter(names)
+    return next(name for name in names if counts[name] > 1)
 
 
 def _parsed(path: Path, raw: bytes, room: int) -> tuple[dict[str, TensorHeader], dict[str, str]]:
@@ -160,6 +171,8 @@ def _parsed(path: Path, raw: bytes, room: int) -> tuple[dict[str, TensorHeader],
         if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
             raise ValueError("`__metadata__` is not an object of texts")
         data = 8 + len(raw)
+        for name in header:
+            require_real_name(path, name)
         return {name: _entry(name, entry, data, room) for name, entry in header.items()}, metadata
     except (ValueError, RecursionError) as error:
         why = "it is nested too deep" if isinstance(error, RecursionError) else error
@@ -167,7 +180,22 @@ def _parsed(path: Path, raw: bytes, room: int) -> tuple[dict[str, TensorHeader],
             f"`{path}` has a damaged safetensors header: {why}", "copy or download it again, or save it again"
         ) from error
     except MemoryError as error:
-        raise UnreadableFile(f"`{path}` has a safetensors header too large for the memory here") from error
+        raise out_of_memory(f"the safetensors header of `{path}`") from error
+
+
+def require_real_name(path: Path, name: str) -> None:
+    """Names are compared with patterns, part by part and end by end, and much of that grows with the square.
+
+    Raises:
+        TooLarge: no tensor has a name of this length.
+    """
+    for found, most, what in ((len(name), MAX_NAME, "characters"), (name.count(".") + 1, MAX_PARTS, "parts")):
+        if found > most:
+            raise TooLarge(
+                f"`{path}`: the name of tensor `{shown(name)}` has {found:,} {what}, more than the {most:,} of a name "
+                "that is judged",
+                "rename the tensor: real names have under 200 characters and 15 parts",
+            )
 
 
 def _require_whole(path: Path, size: int, data: int, tensors: dict[str, TensorHeader]) -> None:
@@ -220,6 +248,7 @@ def read(file: WeightsFile, tensor: TensorHeader) -> npt.NDArray[np.float32]:
 
     Raises:
         UnreadableFile: the dtype is not a float, the tensor is absurdly large, or the file is shorter than it was.
+        TooLarge: there is no memory for it.
     """
     where = f"tensor `{shown(tensor.name)}` in `{file.path}`"
     if tensor.dtype not in FLOATS:
@@ -234,7 +263,7 @@ def read(file: WeightsFile, tensor: TensorHeader) -> npt.NDArray[np.float32]:
         # What is held must stay as it is, whatever is done to the values.
         return widen(raw if file.held is None else raw.copy(), tensor.dtype)
     except MemoryError as error:
-        raise UnreadableFile(f"{where} has {tensor.parameters:,} values, too many for the memory here") from error
+        raise out_of_memory(f"{where}, which has {tensor.parameters:,} values,") from error
 
 
 def stretch(file: WeightsFile, tensor: TensorHeader, start: int, stop: int, into: Bytes | None = None) -> Raw:

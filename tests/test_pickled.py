@@ -7,6 +7,7 @@ import os
 import pickle
 import struct
 import zipfile
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,11 @@ import torch
 from hostile import PICKLE, World, judge, world_in
 
 from lora_probe.adapter import open_adapter
+from lora_probe.archive import pickle_record
+from lora_probe.checkpoint import open_checkpoint
+from lora_probe.errors import TooLarge, UnreadableFile
+from lora_probe.opcodes import require_harmless
+from lora_probe.pickled import open_pickle
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +66,15 @@ def zipped(pickled: bytes, compression: int = zipfile.ZIP_STORED, **records: byt
         for name, content in ({"data.pkl": pickled, "version": b"3\n", "byteorder": b"little"} | records).items():
             archive.writestr(f"archive/{name}", content)
     return buffer.getvalue()
+
+
+def pickled(path: Path, content: Any) -> Path:
+    """A file of these bytes, or of this object as torch saves it."""
+    if isinstance(content, bytes | bytearray):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    return path
 
 
 LONG = b"\x80\x02}X" + struct.pack("<I", 2_000_000) + b"x" * 2_000_000 + b"K\x01s."
@@ -133,3 +148,129 @@ def test_a_pickle_under_the_name_of_safetensors(world: World) -> None:
     for content in (world.zipped, world.legacy):
         with world.folder(content) as folder:
             assert "is a pickle of torch, not a safetensors file" in judge(folder)
+
+
+# What would take for ever, or be believed.
+
+TWICE = b"q\x00h\x00\x86"
+NAME = b"X\x01\x00\x00\x00a"
+TUPLE = "it holds a tuple of more than 200 values"
+CALL = "which weights do not need and which may take for ever to hash"
+DOUBLED: dict[str, tuple[bytes, str]] = {
+    "a key": (b"\x80\x02}()" + TWICE * 60 + b"K\x01u.", TUPLE),
+    "a key, one by one": (b"\x80\x02})" + TWICE * 60 + b"K\x01s.", TUPLE),
+    "a small key": (b"\x80\x02}K\x01\x85K\x01s.", "a key of a dictionary in it is a tuple"),
+    "small keys": (b"\x80\x02}(K\x01K\x01K\x02\x85K\x01u.", "a key of a dictionary in it is a tuple"),
+    "long numbers": (b"\x80\x02}\x8a\x09" + b"\x01" * 9 + b"K\x01s.", "a number of many digits"),
+    "a set": (b"\x80\x02}" + NAME + b"cbuiltins\nset\n](K\x01e\x85Rs.", f"it makes a `set`, {CALL}"),
+    "a set of Python 2": (b"\x80\x02}" + NAME + b"c__builtin__\nset\n]\x85Rs.", f"it makes a `set`, {CALL}"),
+    "a frozen set": (b"\x80\x02}" + NAME + b"cbuiltins\nfrozenset\n]\x85Rs.", f"it makes a `frozenset`, {CALL}"),
+    "a complex number": (b"\x80\x02}" + NAME + b"cbuiltins\ncomplex\nK\x01\x85Rs.", f"it makes a `complex`, {CALL}"),
+    "a list for a tensor": (
+        b"\x80\x02}" + NAME + b"ctorch\nTensor\n]" + b"q\x00](h\x00h\x00e" * 40 + b"\x85Rs.",
+        TUPLE,
+    ),
+    "lists filled late": (
+        b"\x80\x02ctorch\nTensor\nq\x00]q\x01K\x01a"
+        # Each is remembered while it is empty.
+        + b"".join(bytes([0x5D, 0x71, n + 1, 0x28, 0x68, n, 0x68, n, 0x65]) for n in range(1, 41))
+        + b"h\x00h\x29\x85R.",
+        TUPLE,
+    ),
+    "a list as arguments": (b"\x80\x02}" + NAME + b"ctorch\nTensor\n]" + b"q\x00](h\x00h\x00e" * 40 + b"Rs.", TUPLE),
+}
+
+
+@pytest.mark.parametrize("name", DOUBLED)
+def test_what_would_be_hashed_for_ever(name: str) -> None:
+    """Not through torch, which nothing would end: no signal is heard while it hashes."""
+    content, words = DOUBLED[name]
+    with pytest.raises(UnreadableFile) as caught:
+        require_harmless(content, Path("a.bin"))
+    assert caught.value.message.startswith("torch's weights-only loader refuses `a.bin`: ")
+    assert words in caught.value.message
+
+
+def test_the_keys_of_the_old_format() -> None:
+    whole = World.pickled({"a": torch.ones(2)}, legacy=True)
+    before, _, rest = whole.rpartition(b"]q\x00")
+    keys = b"]q\x01)" + TWICE * 60 + b"a."
+    require_harmless(whole, Path("a.bin"), 5)
+    with pytest.raises(UnreadableFile, match=TUPLE):
+        require_harmless(before + keys + rest[rest.index(b".") + 1 :], Path("a.bin"), 5)
+
+
+def test_what_real_pickles_hold_passes(tmp_path: Path) -> None:
+    held = {f"a{n}": torch.ones(2) for n in range(3_000)}
+    odd = {
+        "many axes": torch.ones([1] * 64),
+        "parameter": torch.nn.Parameter(torch.ones(2)),
+        "list": [1] * 1_000,
+        "inner": {"x": [(1, 2)] * 500, 3: 4, 2.5: None},
+    }
+    for legacy in (False, True):
+        path = tmp_path / f"{legacy}.bin"
+        torch.save(OrderedDict(held | odd), path, _use_new_zipfile_serialization=not legacy)
+        assert len(open_pickle(path).tensors) == 3_002
+
+
+def test_tensors_that_share_their_values(tmp_path: Path) -> None:
+    values = torch.randn(64 * 64)
+    views = {f"{n}.lora_A.weight": values.view(64, 64) for n in range(10)}
+    assert len(open_pickle(pickled(tmp_path / "few.bin", views)).tensors) == 10
+    many = {f"{n}.lora_A.weight": values.view(64, 64) for n in range(400)}
+    path = pickled(tmp_path / "many.bin", many)
+    size = path.stat().st_size
+    with pytest.raises(TooLarge) as caught:
+        open_pickle(path)
+    assert caught.value.message == (
+        f"`{path}`: its tensors claim more than {16 * size:,} bytes, 16 times the size of the file ({size:,} bytes)"
+    )
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    torch.save(many, tmp_path / "model" / "pytorch_model.bin")
+    with pytest.raises(TooLarge, match="its tensors claim more than"):
+        open_checkpoint(tmp_path / "model")
+
+
+class Parts:
+    """Pickles as a call, a state and what else `__reduce__` can return."""
+
+    def __init__(self, *parts: Any) -> None:
+        self.parts = parts
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self.parts
+
+
+def test_attributes_of_pickled_objects_are_not_called(tmp_path: Path) -> None:
+    odd = dict.fromkeys(("untyped_storage", "detach", "reshape", "numpy"), 1)
+    tensor = Parts(torch._utils._rebuild_parameter_with_state, (torch.ones(2, 3), False, OrderedDict(), odd))
+    content = Parts(OrderedDict, (), dict.fromkeys(("items", "values", "keys"), 1), None, iter([("a", tensor)]))
+    path = pickled(tmp_path / "a.bin", content)
+    assert torch.load(path, weights_only=True).items == 1
+    found = open_pickle(path)
+    assert found.held is not None
+    assert found.held("a", 0, 6).tolist() == [1.0] * 6
+
+
+def test_dictionaries_of_other_kinds(tmp_path: Path) -> None:
+    content = Parts(OrderedDict, (), {"items": 1, "values": 1}, None, iter([("a", 1)]))
+    with pytest.raises(UnreadableFile, match="its 1 entries are of the kind int"):
+        open_pickle(pickled(tmp_path / "a.bin", content))
+    for number, other in enumerate((Counter({"a": 3}), OrderedDict({"x": OrderedDict({"a": torch.ones(2)})}))):
+        with pytest.raises(UnreadableFile, match=r"holds no tensors|holds its tensors inside of 'x'"):
+            open_pickle(pickled(tmp_path / f"{number}.bin", other))
+
+
+def test_two_zip64_fields_of_one_record(tmp_path: Path) -> None:
+    """The last one counts here, the first one elsewhere."""
+    content = bytearray(zipped(b"\x80\x02}.", **{"data/0": b"1234"}))
+    entry, end = content.rindex(b"PK\x01\x02"), content.rindex(b"PK\x05\x06")
+    fields = struct.pack("<HHQ", 1, 8, 4) * 2
+    struct.pack_into("<H", content, entry + 30, len(fields))
+    struct.pack_into("<I", content, end + 12, struct.unpack_from("<I", content, end + 12)[0] + len(fields))
+    content[end:end] = fields
+    path = pickled(tmp_path / "a.bin", content)
+    with path.open("rb") as file, pytest.raises(UnreadableFile, match="has 2 zip64 fields"):
+        pickle_record(path, file, len(content))

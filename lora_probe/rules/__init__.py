@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, overload
 
 from lora_probe.adapter import Key
+from lora_probe.files import shown
 from lora_probe.ledger import Finding, Ledger, Station, Value, clauses
 
 if TYPE_CHECKING:
@@ -187,8 +188,16 @@ def diagnose(ledger: Ledger) -> list[Diagnostic]:
             # What the engine would have done with it nobody knows; what is wrong in the file may be the reason.
             continue
         modules = tuple(row.module for row in rows)
-        found.append(_diagnostic(known[finding.code or "LP500"], sentence, modules, ledger.engine))
+        code = finding.code or "LP500"
+        rule = known.get(code) or _unknown(code, finding.value)
+        found.append(_diagnostic(rule, sentence, modules, ledger.engine))
     return found
+
+
+def _unknown(code: str, value: Value) -> Rule:
+    """A rule that only a newer lora-probe has: a trace holds the codes of whoever wrote it."""
+    hint = "this lora-probe has no such rule: a newer version wrote the trace; upgrade to read about it"
+    return Rule(shown(code), "unknown-rule", "load", value, "error", hint, page="")
 
 
 def diagnostic(rule: Rule, found: Found, path: Path, line: int | None) -> Diagnostic:

@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from lora_probe.adapter import PREFIX, layer_of, projection_of
+from lora_probe.files import brief, shown
 from lora_probe.rules import Found, survey
 from lora_probe.rules.files import EMBEDDINGS, HEADS
+from lora_probe.rules.names import listed
 
 if TYPE_CHECKING:
     from lora_probe.case import Case
@@ -43,14 +45,20 @@ def unexpected_module(case: Case) -> Iterator[Found]:
         word = name[name.find(".experts") + 1 :] if ".experts" in name else projection_of(name)
         if word not in expected:
             names.append(name)
-    saved = [str(name) for name in case.adapter.config.raw.get("modules_to_save") or ()]
+    saved = set(case.adapter.config.raw.get("modules_to_save") or ())
     for name in case.adapter.weights.tensors:
         parts = name.split(".")
         if len(parts) > 1 and parts[-1] in ("weight", "bias") and parts[-2] in HEADS and parts[-2] not in saved:
             names.append(parts[-2])
     if names:
-        shown = ", ".join(f"`{name}`" for name in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        yield Found(f"{view.model} adapts {', '.join(sorted(expected))}; the file has {shown}", refuses=True)
+        words = sorted(map(shown, expected))
+        more = f" and {len(words) - MOST_WORDS} more" if len(words) > MOST_WORDS else ""
+        adapts = f"{shown(view.model)} adapts {', '.join(words[:MOST_WORDS])}{more}"
+        yield Found(f"{adapts}; the file has {listed(names, 3)}", refuses=True)
+
+
+MOST_WORDS = 30
+"""Words of a class that a message names; real classes have ten."""
 
 
 @survey(
@@ -82,7 +90,7 @@ def not_adaptable_in_peft(case: Case) -> Iterator[Found]:
     if bad:
         more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
         why = view.modules[bad[0]].why_not
-        yield Found(f"the config targets `{bad[0]}`{more}: {why}", refuses=True, field="target_modules")
+        yield Found(f"the config targets `{shown(bad[0])}`{more}: {why}", refuses=True, field="target_modules")
 
 
 @survey(
@@ -120,7 +128,7 @@ def vocabulary_differs(case: Case) -> Iterator[Found]:
             targeted = not pair or bool(case.adapter.config.targeted([path.removesuffix(".lora_embedding_A")]))
             engines = (("peft",) if targeted else ()) + (("vllm",) if pair else ())
             yield Found(
-                f"`{name}` is for {tokens} tokens, the base has {size}",
+                f"`{shown(name)}` is for {tokens} tokens, the base has {size}",
                 engines=engines,
                 refuses=True,
                 path=case.adapter.weights.path,
@@ -162,7 +170,8 @@ def experts_incomplete(case: Case) -> Iterator[Found]:
             held = [name for name in (f"{layer}.experts", f"{layer}.experts.base_layer") if name in found]
         wanted = 2 if view.experts == "3d" else len(names)
         if held and len(held) < wanted:
-            yield Found(f"`{layer}.experts` has {len(held)} of {wanted} pairs that vLLM packs together", refuses=True)
+            experts = f"`{shown(f'{layer}.experts')}`"
+            yield Found(f"{experts} has {len(held)} of {wanted} pairs that vLLM packs together", refuses=True)
             return
 
 
@@ -184,7 +193,8 @@ def experts_layout(case: Case) -> Iterator[Found]:
     view = case.views["vllm"]
     fused = [place.name for place in case.places["vllm"].values() if place.name and place.name.endswith(".experts")]
     if fused and view.experts == "2d":
-        yield Found(f"`{fused[0]}` holds fused experts, and vLLM's {view.model} takes them one by one", refuses=True)
+        said = f"`{shown(fused[0])}` holds fused experts, and vLLM's {shown(view.model)} takes them one by one"
+        yield Found(said, refuses=True)
 
 
 @survey(
@@ -238,6 +248,7 @@ def shared_keys(case: Case) -> Iterator[Found]:
     ]
     if pairs:
         yield Found(
-            f"the last {shared} of {layers} layers share keys and values; the file has {len(pairs)} pairs for theirs",
+            f"the last {brief(shared)} of {brief(layers)} layers share keys and values; "
+            f"the file has {len(pairs)} pairs for theirs",
             keys=tuple(pair.key for pair in pairs),
         )

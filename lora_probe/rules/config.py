@@ -6,14 +6,18 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from lora_probe.config import at_end, ends
+from lora_probe.files import brief, shown
+from lora_probe.pattern_index import ends
 from lora_probe.rules import Found, rule, survey
+from lora_probe.rules.names import listed
 
 if TYPE_CHECKING:
     from lora_probe.case import Case
 
 REQUIRED = ("r", "lora_alpha", "target_modules")
 """vLLM's `PEFTHelper.from_dict` asks for these; PEFT has defaults."""
+MOST_KEYS = 10
+"""Keys of a config that get a finding each from a rule that is about each key; one more finding is about the rest."""
 
 
 @rule(
@@ -104,8 +108,11 @@ def key_twice(case: Case) -> Iterator[Found]:
 
     Mend: delete one.
     """
-    for key in case.adapter.config.repeated:
-        yield Found(f"`{key}` stands more than once; {case.adapter.config.raw.get(key)!r} counts", field=key)
+    config = case.adapter.config
+    for key in config.repeated[:MOST_KEYS]:
+        yield Found(f"`{shown(key)}` stands more than once; {brief(config.raw.get(key))} counts", field=key)
+    if rest := config.repeated[MOST_KEYS:]:
+        yield Found(f"{listed(rest)} stand more than once; the last of each counts", field=rest[0])
 
 
 @survey(
@@ -128,11 +135,10 @@ def pattern_without_module(case: Case) -> Iterator[Found]:
     config = case.adapter.config
     names = {m.module if m.parameter == "weight" else f"{m.module}.{m.parameter}" for m in case.adapter.modules}
     names |= case.targeted
-    for field, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
-        idle = [p for p in patterns if not any(at_end(p, name) for name in names)]
+    for field, patterns in (("rank_pattern", config.ranks), ("alpha_pattern", config.alphas)):
+        idle = patterns.idle(names)
         if idle and names:
-            found = ", ".join(f"`{pattern}`" for pattern in idle)
-            yield Found(f"{field} has {found}, which matches no module of the adapter", field=field)
+            yield Found(f"{field} has {listed(idle)}, which matches no module of the adapter", field=field)
 
 
 @rule(
@@ -203,23 +209,19 @@ def target_matches_nothing(case: Case) -> Iterator[Found]:
     config = case.adapter.config
     if not isinstance(config.target_modules, tuple) or not case.shapes or not case.targeted:
         return
-    known = {name for path in case.shapes for name in ends(path)}
-    parameters = {name.rpartition(".")[2] for name in config.raw.get("target_parameters") or ()}
-    idle = [name for name in config.target_modules if name not in known and name not in parameters]
-    held = {name for pair in case.adapter.modules for name in ends(pair.module)}
-    idle = [name for name in idle if name not in held]
+    idle = set(config.target_modules)
+    idle -= {name.rpartition(".")[2] for name in config.raw.get("target_parameters") or ()}
+    for path in (*case.shapes, *(pair.module for pair in case.adapter.modules)):
+        idle.difference_update(ends(path))
     if idle:
-        yield Found(
-            f"target_modules names {_named(tuple(idle))}, which is no module of the base", field="target_modules"
-        )
+        names = [name for name in config.target_modules if name in idle]
+        yield Found(f"target_modules names {listed(names)}, which is no module of the base", field="target_modules")
 
 
 def _named(targets: str | tuple[str, ...] | None) -> str:
     if not targets:
         return "(none)"
-    names = targets if isinstance(targets, tuple) else (targets,)
-    shown = ", ".join(f"`{name}`" for name in names[:5])
-    return shown + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return listed(targets if isinstance(targets, tuple) else (targets,))
 
 
 @survey(
@@ -247,7 +249,7 @@ def init_lost(case: Case) -> Iterator[Found]:
         yield Found("init_lora_weights is `lora_ga`: the part taken out of the base is lost", field="init_lora_weights")
     elif init.lower().startswith("pissa_niter"):
         yield Found(
-            f"init_lora_weights is `{init}`: PEFT computes another base at every load",
+            f"init_lora_weights is `{shown(init)}`: PEFT computes another base at every load",
             field="init_lora_weights",
             engines=("peft",),
         )
@@ -272,7 +274,7 @@ def unknown_init(case: Case) -> Iterator[Found]:
         return
     if isinstance(init, str) and (init in INITS or init.lower() in ANY_CASE or _NITER.fullmatch(init)):
         return
-    yield Found(f"PEFT does not know init_lora_weights {init!r}", refuses=True, field="init_lora_weights")
+    yield Found(f"PEFT does not know init_lora_weights {brief(init)}", refuses=True, field="init_lora_weights")
 
 
 INITS = ("pissa", "eva", "loftq", "orthogonal", "lora_ga")
@@ -309,7 +311,7 @@ def refused_value(case: Case) -> Iterator[Found]:
         ("trainable_token_indices", raw.get("trainable_token_indices") == []),
     ):
         if wrong:
-            yield Found(f"PEFT does not take `{field}`: {raw[field]!r}", refuses=True, field=field)
+            yield Found(f"PEFT does not take `{field}`: {brief(raw[field])}", refuses=True, field=field)
     layers = raw.get("layers_to_transform")
     if isinstance(case.adapter.config.target_modules, str) and layers is not None and "target_modules" in raw:
         yield Found(
@@ -348,17 +350,20 @@ def variant_not_read(case: Case) -> Iterator[Found]:
 
     Example: `"arrow_config": {...}`, `"kasa_config": {...}`.
     """
-    for field, value in case.adapter.config.raw.items():
-        if not value or field in READ_BY_VLLM or field in HARMLESS:
-            continue
-        if field.endswith("_config") or field.startswith("use_"):
-            yield Found(
-                f"`{field}` has a value, and vLLM never reads it: it runs the adapter as plain LoRA",
-                engines=("vllm",),
-                field=field,
-            )
-            if field == "arrow_config":
-                yield Found("PEFT cannot load an Arrow router by itself", engines=("peft",), refuses=True, field=field)
+    fields = [
+        field
+        for field, value in case.adapter.config.raw.items()
+        if value and field not in READ_BY_VLLM | HARMLESS and (field.endswith("_config") or field.startswith("use_"))
+    ]
+    plain = "vLLM never reads it: it runs the adapter as plain LoRA"
+    for field in fields[:MOST_KEYS]:
+        yield Found(f"`{shown(field)}` has a value, and {plain}", engines=("vllm",), field=field)
+    if rest := fields[MOST_KEYS:]:
+        plain = "vLLM never reads them: it runs the adapter as plain LoRA"
+        yield Found(f"{listed(rest)} have values, and {plain}", engines=("vllm",), field=rest[0])
+    if "arrow_config" in fields:
+        field = "arrow_config"
+        yield Found("PEFT cannot load an Arrow router by itself", engines=("peft",), refuses=True, field=field)
 
 
 READ_BY_VLLM = frozenset(

@@ -12,6 +12,7 @@ from lora_probe import checkpoint, view
 from lora_probe.adapter import PREFIX, AdapterModule, adapter_in, layer_of, ranges
 from lora_probe.config import read_json
 from lora_probe.errors import ProbeError
+from lora_probe.files import brief, shown
 from lora_probe.rules import Found, rule, survey
 from lora_probe.weights import TensorHeader, stretch
 
@@ -112,7 +113,9 @@ def refused_tensor(case: Case) -> Iterator[Found]:
     refused = [name for name in tensors if not _vllm_parses(name, case) and adapter_in(tensors[name]) is None]
     if refused:
         more = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
-        yield Found(f"`{refused[0]}`{more} is unsupported LoRA weight", refuses=True, path=case.adapter.weights.path)
+        yield Found(
+            f"`{shown(refused[0])}`{more} is unsupported LoRA weight", refuses=True, path=case.adapter.weights.path
+        )
 
 
 def _vllm_parses(name: str, case: Case) -> bool:
@@ -149,7 +152,7 @@ def adapter_name_in_keys(case: Case) -> Iterator[Found]:
     if not named:
         return
     first, more = next(iter(named.items())), f" (and {len(named) - 1} more)" if len(named) > 1 else ""
-    said = f"`{first[0]}`{more} holds the adapter's name `{first[1]}`"
+    said = f"`{shown(first[0])}`{more} holds the adapter's name `{shown(first[1])}`"
     yield Found(said, engines=("vllm",), refuses=True, path=case.adapter.weights.path)
     dropped = tuple(
         pair.key
@@ -186,7 +189,7 @@ def module_twice(case: Case) -> Iterator[Found]:
             wrong.append(key)
     more = f" and {len(twice) - 1} more" if len(twice) > 1 else ""
     yield Found(
-        f"`{twice[0].tensor.name}`{more}: another tensor of the file is the same half",
+        f"`{shown(twice[0].tensor.name)}`{more}: another tensor of the file is the same half",
         keys=tuple(dict.fromkeys(wrong)),
         value="wrong" if wrong else "ok",
         engines=("vllm",) if wrong else (),
@@ -208,7 +211,8 @@ def _merged_by_vllm(case: Case) -> Iterator[Found]:
             pair.key for pairs in several if not _same(case, pairs) for pair in sorted(pairs, key=_place_in_file)[:-1]
         )
         yield Found(
-            f"`{first[0].stored_as}` and `{first[1].stored_as}` are one module to vLLM, which takes the last"
+            f"`{shown(first[0].stored_as)}` and `{shown(first[1].stored_as)}` are one module to vLLM, "
+            + "which takes the last"
             + (f" (and {len(several) - 1} more such)" if len(several) > 1 else ""),
             keys=keys,
             value="wrong" if keys else "ok",
@@ -267,9 +271,10 @@ def gap_in_layers(case: Case) -> Iterator[Found]:
     steps = {after - before for before, after in pairwise(layers)}
     if len(layers) < 3 or len(steps) <= 1:
         return
-    gaps = sorted(set(range(layers[0], layers[-1])) - set(layers))
-    if len(gaps) <= len(layers) // 2:
-        yield Found(f"layers {ranges(layers)} have pairs, {ranges(gaps)} between them have none")
+    if layers[-1] - layers[0] + 1 - len(layers) <= len(layers) // 2:
+        gaps = sorted(set(range(layers[0], layers[-1])) - set(layers))
+        having, lacking = (shown(ranges(numbers)) for numbers in (layers, gaps))
+        yield Found(f"layers {having} have pairs, {lacking} between them have none")
 
 
 @survey(
@@ -294,7 +299,8 @@ def not_the_best(case: Case) -> Iterator[Found]:
     here = case.adapter.path.resolve().name
     if isinstance(best, str) and best and here.startswith("checkpoint-") and best.rstrip("/").split("/")[-1] != here:
         yield Found(
-            f"the trainer's best checkpoint is `{best.rstrip('/').split('/')[-1]}`, this is `{here}`", path=path
+            f"the trainer's best checkpoint is `{shown(best.rstrip('/').split('/')[-1])}`, this is `{shown(here)}`",
+            path=path,
         )
     elif isinstance(step, int) and isinstance(last, int) and 0 < step < last:
-        yield Found(f"this is step {step} of a training of {last}", path=path)
+        yield Found(f"this is step {brief(step)} of a training of {brief(last)}", path=path)

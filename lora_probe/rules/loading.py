@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lora_probe.files import shown
 from lora_probe.rules import rule
 from lora_probe.rules.names import starts
 
@@ -45,7 +46,7 @@ def name_without_home(stored_as: str, meant: str | None, engine: str) -> str:
     if meant is None:
         return f"{engine} has no module of that name"
     file_start, base_start = starts(stored_as, meant)
-    return f"the names in the file begin with `{file_start}`, the model's with `{base_start}`"
+    return f"the names in the file begin with `{shown(file_start)}`, the model's with `{shown(base_start)}`"
 
 
 @rule(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from lora_probe.files import shown
 from lora_probe.rules import rule
 
 UNRELATED = 0.2
@@ -94,7 +95,7 @@ def another_module(what: str, other: str) -> str:
     Why it matters: shapes fit, nothing complains, and the model computes something else. Layers counted from another
     number and q mixed up with k look like this.
     """
-    return f"it holds the {what} of {other}"
+    return f"it holds the {what} of {shown(other)}"
 
 
 @rule(
@@ -230,7 +231,7 @@ def tied_places_differ(head: str, embedding: str) -> str:
 
     Why it matters: a loader takes one of the two for both, and which one differs between loaders.
     """
-    return f"the config ties {head} to {embedding}, and the two differ"
+    return f"the config ties {shown(head)} to {shown(embedding)}, and the two differ"
 
 
 @rule(
@@ -331,7 +332,8 @@ def rebased_base(init: str) -> str:
     engine that does not (vLLM) adds the adapter to the whole W. The merge was checked against the right base, computed
     here as PEFT computes it, which fixes the last bits only on the same machine.
     """
-    return f"init_lora_weights is {init}: checked against the base without the part that the initialisation took out"
+    without = "checked against the base without the part that the initialisation took out"
+    return f"init_lora_weights is {shown(init)}: {without}"
 
 
 @rule(
@@ -347,7 +349,7 @@ def part_not_taken_out(init: str) -> str:
     Why it matters: PiSSA and OLoRA begin with a part of W in A and B, and take it out of W. PEFT does so again on
     every load; a tool that adds s·B·A to the stored W counts that part twice.
     """
-    return f"merged into the whole base, without taking out what init_lora_weights={init} put into A and B"
+    return f"merged into the whole base, without taking out what init_lora_weights={shown(init)} put into A and B"
 
 
 @rule(

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from lora_probe.files import shown
 from lora_probe.rules import rule
+
+
+def listed(names: Sequence[str], most: int = 5) -> str:
+    """Names out of a file, in a sentence: `q_proj`, `v_proj` and 3 more."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(f"`{shown(name)}`" for name in names[:most]) + more
 
 
 def starts(stored_as: str, meant: str) -> tuple[str, str]:
@@ -19,6 +28,8 @@ def starts(stored_as: str, meant: str) -> tuple[str, str]:
 
 def wrapper_words(path: str) -> tuple[str, ...]:
     """The words of a path that are a wrapper's and no module's."""
+    if not any(word in path for word in WRAPPERS):
+        return ()
     return tuple(dict.fromkeys(word for word in path.split(".") if word in WRAPPERS))
 
 
@@ -146,7 +157,7 @@ def other_class(file_start: str, base_start: str) -> str:
 
     References: vllm-project/vllm#34186, #48019, #41754, huggingface/peft#2566.
     """
-    return f"the names in the file begin with `{file_start}`, the model's with `{base_start}`"
+    return f"the names in the file begin with `{shown(file_start)}`, the model's with `{shown(base_start)}`"
 
 
 @rule(
@@ -168,7 +179,7 @@ def no_such_module(model: str) -> str:
 
     Example: layer 30 on a base of 30 layers (0 to 29). References: vllm-project/vllm#21500, #54917.
     """
-    return f"{model} has no such module"
+    return f"{shown(model)} has no such module"
 
 
 @rule(

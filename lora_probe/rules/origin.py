@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from lora_probe.alignment import alignments
 from lora_probe.config import read_json
 from lora_probe.errors import ProbeError
+from lora_probe.files import brief, shown
 from lora_probe.rules import Found, survey
 from lora_probe.rules.serving import CHANGES_BASE
 
@@ -45,7 +46,8 @@ def another_base(case: Case) -> Iterator[Found]:
     words = [word.rstrip("/").split("/")[-1].lower() for word in (named, own)]
     plain = [_without_quantisation(word) for word in words]
     if plain[0] and plain[1] and plain[0] != plain[1]:
-        yield Found(f"the adapter names `{named}`, the base calls itself `{own}`", field="base_model_name_or_path")
+        said = f"the adapter names `{shown(named)}`, the base calls itself `{shown(own)}`"
+        yield Found(said, field="base_model_name_or_path")
 
 
 @survey(
@@ -74,7 +76,7 @@ def trained_on_quantised(case: Case) -> Iterator[Found]:
     own = case.base.text.get("quantization_config") or case.base.config.get("quantization_config")
     if not own:
         yield Found(
-            f"the adapter was trained on `{named}` ({mark}), and this base is not quantised",
+            f"the adapter was trained on `{shown(named)}` ({mark}), and this base is not quantised",
             field="base_model_name_or_path",
         )
 
@@ -93,10 +95,8 @@ def quantised_note(case: Case) -> Iterator[Found]:
     named = case.adapter.config.base_model or ""
     mark = _quantisation(named)
     if case.base is None and mark is not None:
-        yield Found(
-            f"the adapter was trained on `{named}` ({mark}): on a base in another precision it is another function",
-            field="base_model_name_or_path",
-        )
+        said = f"the adapter was trained on `{shown(named)}` ({mark})"
+        yield Found(f"{said}: on a base in another precision it is another function", field="base_model_name_or_path")
 
 
 def _quantisation(name: str) -> str | None:
@@ -179,8 +179,10 @@ def part_of_the_base(case: Case) -> Iterator[Found]:
     found = list(alignments(case.adapter, case.base))
     if found and min(cosine for _, cosine in found) > ALIGNED:
         pair, cosine = max(found, key=lambda item: item[1])
-        said = f"`{pair.module}` is a part of the base's own weight (cosine {cosine:.2f})"
-        yield Found(f"{said}, as PiSSA and OLoRA begin, and init_lora_weights is {init!r}", field="init_lora_weights")
+        said = (
+            f"`{shown(pair.module)}` is a part of the base's own weight (cosine {cosine:.2f}), as PiSSA and OLoRA begin"
+        )
+        yield Found(f"{said}, and init_lora_weights is {brief(init)}", field="init_lora_weights")
 
 
 ALIGNED = 0.5

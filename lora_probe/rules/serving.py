@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from lora_probe.adapter import AdapterModule, Key
+from lora_probe.files import brief, shown
 from lora_probe.rules import Found, rule, survey
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def _held_rank(pair: AdapterModule) -> int:
 def _config_rank(case: Case) -> int:
     config = case.adapter.config
     patterns = config.rank_pattern.values() if case.serving.vllm.patterns else ()
-    return max(config.rank, *patterns, 0)
+    return max(config.rank, max(patterns, default=0))
 
 
 @survey(
@@ -157,27 +158,32 @@ def variant_refused(case: Case) -> Iterator[Found]:
 
 
 def _refusals(raw: Any, variants: bool, heads: bool) -> Iterator[tuple[str, str]]:
-    saved = [str(name) for name in raw.get("modules_to_save") or ()]
+    saved = raw.get("modules_to_save") or ()
     unsupported = [name for name in saved if not heads or name not in ("classifier", "score")]
     if unsupported:
-        yield "modules_to_save", f"vLLM does not take modules_to_save {', '.join(unsupported)}"
+        names = ", ".join(map(shown, unsupported[:MOST_NAMES]))
+        more = f" and {len(unsupported) - MOST_NAMES} more" if len(unsupported) > MOST_NAMES else ""
+        yield "modules_to_save", f"vLLM does not take modules_to_save {names}{more}"
     if raw.get("use_dora"):
         yield "use_dora", "vLLM does not yet support DoRA"
     if raw.get("bias", "none") != "none":
-        yield "bias", f"vLLM does not support an adapter's bias (`bias` is {raw['bias']!r})"
+        yield "bias", f"vLLM does not support an adapter's bias (`bias` is {brief(raw['bias'])})"
     if not variants:
         return
     floats = [key for key, value in (raw.get("rank_pattern") or {}).items() if not isinstance(value, int)]
     if floats:
-        yield "rank_pattern", f"vLLM takes whole numbers as ranks, and rank_pattern has another for `{floats[0]}`"
+        where = f"for `{shown(floats[0])}`"
+        yield "rank_pattern", f"vLLM takes whole numbers as ranks, and rank_pattern has another {where}"
     for field, name in VARIANTS:
         if raw.get(field):
             yield field, f"vLLM does not support {name}"
     init = raw.get("init_lora_weights")
     if isinstance(init, str) and init.lower() not in ("gaussian", "eva", "orthogonal", "mica", "lora_ga"):
-        yield "init_lora_weights", f"vLLM does not support init_lora_weights {init!r}"
+        yield "init_lora_weights", f"vLLM does not support init_lora_weights {brief(init)}"
 
 
+MOST_NAMES = 10
+"""Names of a list that a message holds."""
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq")
 """Initialisations that take a part out of the base when PEFT loads the adapter."""
 VARIANTS = (
@@ -218,7 +224,7 @@ def ignored_by_version(case: Case) -> Iterator[Found]:
     ignored = [(field, name) for field, name in VARIANTS if config.raw.get(field)]
     init = config.raw.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(CHANGES_BASE):
-        ignored.append(("init_lora_weights", f"init_lora_weights {init!r}, which changes the base"))
+        ignored.append(("init_lora_weights", f"init_lora_weights {brief(init)}, which changes the base"))
     for field, name in ignored:
         yield Found(f"vLLM {version.version} ignores {name}, and runs the adapter as plain LoRA", field=field)
 
@@ -264,7 +270,7 @@ def head_without_home(case: Case) -> Iterator[Found]:
 
     References: vllm-project/vllm#53555, #12075.
     """
-    saved = [str(name) for name in case.adapter.config.raw.get("modules_to_save") or ()]
+    saved = set(case.adapter.config.raw.get("modules_to_save") or ())
     view = case.views["vllm"]
     if view.refuses:
         return
@@ -272,7 +278,7 @@ def head_without_home(case: Case) -> Iterator[Found]:
     for name in case.adapter.weights.tensors:
         parts = name.split(".")
         if len(parts) > 1 and parts[-2] in ("score", "classifier") and parts[-2] in saved and parts[-2] not in homes:
-            yield Found(f"`{name}`: vLLM's {view.model} has no classification head", refuses=True)
+            yield Found(f"`{shown(name)}`: vLLM's {shown(view.model)} has no classification head", refuses=True)
             return
 
 

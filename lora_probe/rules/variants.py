@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from lora_probe.adapter import PREFIX
+from lora_probe.files import brief, shown
+from lora_probe.pattern_index import beginnings
 from lora_probe.rules import Found, survey
 from lora_probe.rules.files import EMBEDDINGS, HEADS
 
@@ -38,7 +40,8 @@ def tensors_without_flag(case: Case) -> Iterator[Found]:
             over = field in ("bias", "modules_to_save")
             effect = "puts them in place of the base's" if over else "drops them"
             yield Found(
-                f"the file holds {what} (`{names[0]}`), and `{field}` is {_shown(asked)}: PEFT {effect} without a word",
+                f"the file holds {what} (`{shown(names[0])}`), and `{field}` is {_shown(asked)}: "
+                f"PEFT {effect} without a word",
                 engines=("peft",),
                 path=case.adapter.weights.path,
             )
@@ -71,7 +74,7 @@ def flag_without_tensors(case: Case) -> Iterator[Found]:
     if unsaved := _unsaved(case):
         more = f" and {len(unsaved) - 1} more" if len(unsaved) > 1 else ""
         yield Found(
-            f"modules_to_save names `{unsaved[0]}`{more}, and the file does not hold it",
+            f"modules_to_save names `{shown(unsaved[0])}`{more}, and the file does not hold it",
             engines=("peft",),
             refuses=True,
             field="modules_to_save",
@@ -81,15 +84,22 @@ def flag_without_tensors(case: Case) -> Iterator[Found]:
 def _unsaved(case: Case) -> list[str]:
     """Modules of the base that modules_to_save names and the file lacks: a name that the base does not have is none."""
     view = case.views.get("peft")
-    wanted = _list(case.adapter.config.raw.get("modules_to_save"))
-    names = [name.removeprefix(PREFIX) for name in case.adapter.weights.tensors if ".lora_" not in name]
+    wanted = set(_list(case.adapter.config.raw.get("modules_to_save")))
+    if view is None or not wanted:
+        return []
     # PEFT compares the plain ends of names, so that `norm` means `input_layernorm` as well.
+    lengths = {len(end) for end in wanted}
     modules = [
         module
-        for module, found in (view.modules.items() if view is not None else ())
-        if any(module.endswith(end) for end in wanted) and (found.kind != "other" or "norm" in found.why_not.lower())
+        for module, found in view.modules.items()
+        if (found.kind != "other" or "norm" in found.why_not.lower())
+        and any(module[len(module) - length :] in wanted for length in lengths if length <= len(module))
     ]
-    return [module for module in modules if not any(name.startswith(f"{module}.") for name in names)]
+    absent = set(modules)
+    for name in case.adapter.weights.tensors:
+        if ".lora_" not in name:
+            absent.difference_update(beginnings(name.removeprefix(PREFIX)))
+    return [module for module in modules if module in absent]
 
 
 def _list(value: Any) -> list[str]:
@@ -135,4 +145,4 @@ def _resized_embeddings(case: Case) -> set[str]:
 
 
 def _shown(value: Any) -> str:
-    return "not in the config" if value is None else f"`{value!r}`"
+    return "not in the config" if value is None else f"`{brief(value)}`"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lora_probe.adapter import AdapterModule
 from lora_probe.config import AdapterConfig
+from lora_probe.files import brief
 from lora_probe.rules import rule
 from lora_probe.spectrum import Spectrum
 from lora_probe.weights import FLOATS
@@ -174,9 +175,14 @@ def not_a_matrix(pair: AdapterModule) -> str | None:
         if tensor is None:
             continue
         if len(tensor.shape) != 2 or 0 in tensor.shape:
-            return f"{half} has the shape {list(tensor.shape)}, not that of a matrix"
+            return f"{half} has the shape {_text(tensor.shape)}, not that of a matrix"
         if tensor.dtype not in FLOATS:
             return f"{half} is {tensor.dtype}, not a float"
     if pair.a is not None and pair.b is not None and pair.a.shape[0] != pair.b.shape[1]:
         return f"lora_A has rank {pair.a.shape[0]}, lora_B has rank {pair.b.shape[1]}"
     return None
+
+
+def _text(shape: tuple[int, ...]) -> str:
+    """The shape as Python writes a list; a file can give a tensor 64 axes."""
+    return str(list(shape)) if len(shape) < 6 else brief(list(shape))
