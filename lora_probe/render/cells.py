@@ -6,6 +6,7 @@ characters of the files' own.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
@@ -17,20 +18,35 @@ from lora_probe.adapter import LAYER, Key, layer_of, natural
 
 HEAT = ("", "rgb(95,115,150)", "rgb(95,150,190)", "rgb(90,190,190)", "rgb(110,220,160)", "bold rgb(190,240,120)")
 """From little to much. Red is for what is wrong."""
-DIRECTION = (0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+DIRECTION = (0x061C, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A))
 SURROGATES = range(0xD800, 0xE000)
 CONTROL = dict.fromkeys((*range(9), *range(11, 32), *range(127, 160), *DIRECTION, *SURROGATES), "�")
-"""Control characters of names in files that nobody vouches for, and bytes that are no text."""
-
-
-def words(content: object, style: str = "") -> RichText:
-    """Words as they are: no markup, no control characters."""
-    return RichText(str(content).translate(CONTROL), style=style)
+"""Control characters, line separators, changes of direction and bytes that are no text: none is printed."""
+LONGEST = 4000
+"""Characters of one string out of a file, an answer or a log that are printed."""
+_LINE = CONTROL | {9: " ", 10: "�"}
+_ORDER = re.compile(r":(?=:)|##(?=\[)")
 
 
 def one_line(content: object) -> str:
-    """What is said in one line, whatever the names in it hold; a workflow's runner takes nothing in it for an order."""
-    return str(content).replace("\n", "�").replace("\t", " ").replace("##[", "## [")
+    """A string from a file, an answer or a log, fit to be printed: one line, without control characters, not too long.
+
+    A workflow's runner takes `::` at the start of a line, and `##[` anywhere, for a command: both are broken up.
+    """
+    text = str(content)
+    if len(text) > LONGEST:
+        text = f"{text[:LONGEST]}... ({len(text) - LONGEST:,} more characters)"
+    return _ORDER.sub(r"\g<0> ", text.translate(_LINE))
+
+
+def words(content: object, style: str = "") -> RichText:
+    """One line of words: no markup, and nothing that `one_line` takes out."""
+    return RichText(one_line(content), style=style)
+
+
+def paragraphs(text: str) -> RichText:
+    """Several lines of our own words."""
+    return RichText("\n").join(words(line) for line in text.split("\n"))
 
 
 def assemble(*parts: str | tuple[str, str]) -> RichText:
@@ -57,16 +73,30 @@ def grid(title: str, cells: Mapping[Key, tuple[float | None, str]]) -> Renderabl
     """A table of layers by projections. A cell is a number for the colour and the text that is read."""
     labels = _labels(cells)
     columns = sorted(set(labels.values()), key=natural)
+    shade = _shader([value for value, _ in cells.values() if value is not None and np.isfinite(value)])
+    heading = words(title, style="bold")
+    if len(columns) > MOST_COLUMNS:
+        return Group(heading, _list(cells, shade))
     table = columns_of("layer", *columns)
     rows: dict[str, dict[str, tuple[float | None, str]]] = {}
     for key, cell in cells.items():
         layer = layer_of(key[0])
         rows.setdefault("-" if layer is None else str(layer), {})[labels[key]] = cell
-    numbers = [value for value, _ in cells.values() if value is not None and np.isfinite(value)]
-    shade = _shader(numbers)
     for name in sorted(rows, key=lambda name: (name == "-", natural(name))):
         add_row(table, name, *(_cell(rows[name].get(column), shade) for column in columns))
-    return Group(words(title, style="bold"), table)
+    return Group(heading, table)
+
+
+MOST_COLUMNS = 100
+"""Above this nobody reads a table, and most of its cells are empty: thousands of layers by thousands of projections."""
+
+
+def _list(cells: Mapping[Key, tuple[float | None, str]], shade: Callable[[float], str]) -> RenderableType:
+    """A line for each module."""
+    table = columns_of("module", "")
+    for key in sorted(cells, key=lambda key: natural(key[0])):
+        add_row(table, _named(key), _cell(cells[key], shade))
+    return table
 
 
 def _labels(keys: Iterable[Key]) -> dict[Key, str]:
@@ -85,8 +115,12 @@ def _stem(key: Key) -> str:
     """The path with `*` for the layer's number, and what tells parameters and experts of a module apart."""
     module, parameter, expert = key
     match = LAYER.search(module)
-    path = f"{module[: match.start(1)]}*{module[match.end(1) :]}" if match else module
-    path += "" if parameter == "weight" else f".{parameter}"
+    return _named((f"{module[: match.start(1)]}*{module[match.end(1) :]}" if match else module, parameter, expert))
+
+
+def _named(key: Key) -> str:
+    module, parameter, expert = key
+    path = module + ("" if parameter == "weight" else f".{parameter}")
     return path if expert is None else f"{path}[{expert}]"
 
 

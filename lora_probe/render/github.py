@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from lora_probe.checking import Report
 from lora_probe.folders import Lost
-from lora_probe.render.cells import CONTROL
+from lora_probe.render.cells import CONTROL, one_line
 from lora_probe.render.places import file_of, relative
 from lora_probe.rules import Diagnostic, Severity
 
@@ -34,7 +34,8 @@ def _finding(report: Report, diagnostic: Diagnostic) -> str:
     if diagnostic.line is not None:
         properties["line"] = str(diagnostic.line)
     properties["title"] = f"{diagnostic.code} {diagnostic.name}"
-    message = "\n".join(filter(None, [diagnostic.message, diagnostic.hint and f"hint: {diagnostic.hint}"]))
+    lines = [one_line(diagnostic.message), one_line(f"hint: {diagnostic.hint}") if diagnostic.hint else ""]
+    message = "\n".join(filter(None, lines))
     return command(COMMANDS[diagnostic.severity], message, **properties)
 
 
@@ -46,7 +47,7 @@ def command(name: str, message: str, **properties: str) -> str:
 
 def _data(text: str) -> str:
     text = text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
-    return text.translate(CONTROL)
+    return text.replace("##[", "## [").translate(CONTROL)
 
 
 def _property(text: str) -> str:

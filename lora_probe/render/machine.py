@@ -142,9 +142,9 @@ def contributions_json(trace: Trace) -> list[dict[str, Any]]:
                 "parameter": parameter,
                 "expert": expert,
                 "rows": int(np.isfinite(delta).sum()),
-                "delta_norm": norms[0],
-                "base_norm": norms[1],
-                "strength": norms[0] / norms[1] if norms[1] else None,
+                "delta_norm": _number(norms[0]),
+                "base_norm": _number(norms[1]),
+                "strength": _number(norms[0] / norms[1]) if norms[1] else None,
             }
         )
     return found
@@ -196,7 +196,7 @@ def comparison_json(comparison: Comparison) -> dict[str, Any]:
                 "worst_row": _number(diff.worst_row),
                 "worst_at": diff.worst_at,
                 "exact": diff.exact,
-                "strength": list(diff.strength),
+                "strength": [_number(value) for value in diff.strength],
             }
             for diff in comparison.modules
         ],

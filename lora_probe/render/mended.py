@@ -12,21 +12,21 @@ from typing import Any
 from rich.console import Group, RenderableType
 
 from lora_probe.mending import Mending
-from lora_probe.render.cells import one_line, words
+from lora_probe.render.cells import words
 
 
 def diff(found: Mending) -> RenderableType:
     """Each kind of change with an example, then every name that changes, and those that cannot."""
     weights = found.adapter.weights.path
     parts: list[RenderableType] = [*_summary(found)]
-    parts += [words(f"--- {one_line(weights)}"), words("+++ adapter_model.safetensors")]
+    parts += [words(f"--- {weights}"), words("+++ adapter_model.safetensors")]
     for old, new in found.renamed.items():
         parts += _pair(old, new)
     if not found.renamed:
         parts = [words("no name changes")]
     if found.converted:
         parts.append(words(f"{weights.name} becomes adapter_model.safetensors"))
-    return Group(*parts, *(words(f"stays: {one_line(name)}: {why}") for name, why in found.left.items()))
+    return Group(*parts, *(words(f"stays: {name}: {why}") for name, why in found.left.items()))
 
 
 def _summary(found: Mending) -> Iterable[RenderableType]:
@@ -34,13 +34,13 @@ def _summary(found: Mending) -> Iterable[RenderableType]:
     for old, new in found.renamed.items():
         kinds.setdefault(change(old, new), []).append(old)
     for kind, names in kinds.items():
-        yield words(f"{len(names)} {'key' if len(names) == 1 else 'keys'}: {one_line(kind)}", style="bold")
+        yield words(f"{len(names)} {'key' if len(names) == 1 else 'keys'}: {kind}", style="bold")
         yield from _pair(names[0], found.renamed[names[0]], "  ")
         yield words("")
 
 
 def _pair(old: str, new: str, indent: str = "") -> tuple[RenderableType, RenderableType]:
-    return words(f"{indent}-{one_line(old)}", style="red"), words(f"{indent}+{one_line(new)}", style="green")
+    return words(f"{indent}-{old}", style="red"), words(f"{indent}+{new}", style="green")
 
 
 def change(old: str, new: str) -> str:
@@ -64,14 +64,14 @@ def story(found: Mending, folder: str, skipped: list[str]) -> str:
     said = [f"wrote {folder}: {count} of {len(found.adapter.weights.tensors)} tensors renamed"]
     if count:
         old, new = next(iter(found.renamed.items()))
-        said.append(f"`{one_line(old)}` is now `{one_line(new)}`" + (", and so on" if count > 1 else ""))
+        said.append(f"`{old}` is now `{new}`" + (", and so on" if count > 1 else ""))
     if found.converted:
         said.append(f"{found.adapter.weights.path.name} became adapter_model.safetensors")
     if found.left:
         name, why = next(iter(found.left.items()))
-        said.append(f"{len(found.left)} tensors keep their names (`{one_line(name)}`: {why})")
+        said.append(f"{len(found.left)} tensors keep their names (`{name}`: {why})")
     if skipped:
-        said.append(f"not copied: {', '.join(one_line(name) for name in skipped)}")
+        said.append(f"not copied: {', '.join(skipped)}")
     return "; ".join(said)
 
 

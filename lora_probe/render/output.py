@@ -17,6 +17,7 @@ from rich.cells import cell_len
 from rich.console import Console, Group
 from rich.text import Text
 
+from lora_probe.limits import step
 from lora_probe.render.cells import SURROGATES
 from lora_probe.render.progress import escaped
 
@@ -42,7 +43,7 @@ def _beside(markup: str, command: bool = False) -> None:
     try:
         sys.stdout.flush()
     except BrokenPipeError:
-        _reader_gone()
+        discard_output()
     console = Console(stderr=True)
     text = Text.from_markup(markup)
     whole = command or not console.is_terminal
@@ -53,16 +54,18 @@ class _Output(Console):
     """Standard output. That its reader has gone (`| head`) changes no exit status; rich by itself would exit with 1."""
 
     def on_broken_pipe(self) -> None:
-        _reader_gone()
+        discard_output()
 
 
-def _reader_gone() -> None:
+def discard_output() -> None:
+    """Nobody reads standard output any more, or nothing can be written to it: the rest goes nowhere."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def show(renderable: Any) -> None:
     """Print for a person: tables fit the width. Sentences are broken at spaces in a terminal and nowhere else; a path
     or a name is never broken. No line in a pipe ends in blanks."""
+    step("drawing what is shown")
     console = _Output(highlight=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = 160
@@ -107,14 +110,43 @@ def _broken(line: Text, width: int) -> Iterable[Text]:
 
 def dump(data: dict[str, Any]) -> None:
     """Print for a program."""
-    write([json.dumps(data, ensure_ascii=False, indent=2, allow_nan=False)])
+    write([as_json(data)])
+
+
+def as_json(data: dict[str, Any]) -> str:
+    """JSON in which every character is printable. What moves a cursor, changes the direction of text or is a command to
+    a workflow's runner is written as an escape, so that no value changes."""
+    step("writing JSON")
+    text = json.dumps(_bounded(data), ensure_ascii=False, indent=2, allow_nan=False)
+    return _UNPRINTABLE.sub(lambda match: "".join(map(_escape, match[0])), text)
+
+
+_UNPRINTABLE = re.compile(r"[^\n -~]+|##(?=\[)")
+LONGEST = 1_000_000
+"""Characters of a string in JSON. Answers are that long, values of a config are not."""
+
+
+def _escape(character: str) -> str:
+    if character == "#":
+        return "\\u0023"
+    return character if character.isprintable() else json.dumps(character)[1:-1]
+
+
+def _bounded(value: Any) -> Any:
+    """The same without strings that nobody reads to the end."""
+    if isinstance(value, str):
+        more = len(value) - LONGEST
+        return value if more <= 0 else f"{value[:LONGEST]}... ({more:,} more characters)"
+    if isinstance(value, dict):
+        return {_bounded(key): _bounded(inner) for key, inner in value.items()}
+    return [_bounded(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def write(lines: Iterable[str]) -> None:
-    """Lines for programs. Bytes in names that are no UTF-8 are shown as such."""
+    """Lines for programs, and JSON. Bytes in names that are no UTF-8 are shown as such."""
     try:
         for line in lines:
             print(line.translate(dict.fromkeys(SURROGATES, "�")))
         sys.stdout.flush()
     except BrokenPipeError:
-        _reader_gone()
+        discard_output()

@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 
 def escaped(text: str) -> str:
-    """Words of files and of other people as they are: no markup, no control characters."""
+    """Words of files and of other people: one line, no markup, no control characters."""
     from rich.markup import escape
 
-    from lora_probe.render.cells import CONTROL
+    from lora_probe.render.cells import one_line
 
-    return escape(text.translate(CONTROL))
+    return escape(one_line(text))
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from rich.console import Group, RenderableType
 
-from lora_probe.render.cells import add_row, assemble, columns_of, words
+from lora_probe.render.cells import add_row, assemble, columns_of, paragraphs, words
 from lora_probe.render.pages import facts, families
 from lora_probe.rules import Rule
 
@@ -28,7 +28,7 @@ COMMANDS = {
 def rule(found: Rule) -> RenderableType:
     """The page of a rule."""
     head = assemble((f"{found.code} {found.name}", "bold"), f"  {facts(found)}")
-    return Group(head, words(""), words(found.page), words(""), words(f"hint: {found.hint}", style="cyan"))
+    return Group(head, words(""), paragraphs(found.page), words(""), words(f"hint: {found.hint}", style="cyan"))
 
 
 def pages(found: Sequence[Rule]) -> RenderableType:

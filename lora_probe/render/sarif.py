@@ -15,6 +15,7 @@ from lora_probe import __version__
 from lora_probe.checking import Report
 from lora_probe.folders import Lost
 from lora_probe.ledger import name_modules
+from lora_probe.render.cells import one_line
 from lora_probe.render.pages import first_sentence, page
 from lora_probe.render.places import file_of, uri
 from lora_probe.rules import Diagnostic, Rule, Severity, all_rules
@@ -101,8 +102,13 @@ def _results(found: Iterable[Report], numbers: dict[str, int]) -> Iterable[dict[
 def _message(diagnostic: Diagnostic) -> str:
     about = name_modules(diagnostic.modules)
     about = "" if not about or about in diagnostic.message else f"{about}: "
-    hint = f"\nhint: {diagnostic.hint}" if diagnostic.hint else ""
-    return f"{about}{diagnostic.message}{hint}"
+    hint = f"\nhint: {_text(diagnostic.hint)}" if diagnostic.hint else ""
+    return f"{_text(about + diagnostic.message)}{hint}"
+
+
+def _text(text: str) -> str:
+    """One line. A viewer makes a link of `[words](address)`, and nothing in a file is an address of ours."""
+    return one_line(text).replace("](", "] (")
 
 
 def _location(report: Report, diagnostic: Diagnostic) -> dict[str, Any]:
@@ -132,11 +138,11 @@ def _not_run(found: Sequence[Report], numbers: dict[str, int]) -> Iterable[dict[
     for (code, why), adapters in places.items():
         yield {
             "level": "note",
-            "message": {"text": f"{code} was not run: {why}"},
+            "message": {"text": _text(f"{code} was not run: {why}")},
             **({"associatedRule": {"id": code, "index": numbers[code]}} if code in numbers else {}),
             "locations": [{"physicalLocation": {"artifactLocation": {"uri": place}}} for place in adapters],
         }
 
 
 def _not_judged(lost: Lost) -> dict[str, Any]:
-    return {"level": "error", "message": {"text": lost.error.message}}
+    return {"level": "error", "message": {"text": _text(lost.error.message)}}

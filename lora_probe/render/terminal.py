@@ -16,7 +16,7 @@ from lora_probe.adapter import Adapter, Key, layer_of, natural, projection_of, r
 from lora_probe.comparison import Comparison
 from lora_probe.ledger import STATIONS, Ledger, Station, headline, name_modules
 from lora_probe.reading import Trace
-from lora_probe.render.cells import add_row, assemble, columns_of, grid, one_line, words
+from lora_probe.render.cells import add_row, assemble, columns_of, grid, paragraphs, words
 from lora_probe.render.machine import contributions_json, requests_json
 from lora_probe.rules import diagnose
 from lora_probe.spectrum import Spectrum
@@ -24,6 +24,8 @@ from lora_probe.tracefile import LoadEvent
 
 SHOWN = 10
 """Similar lines before the rest is only counted."""
+STEPS = 200
+"""Lines of the loading story, unless the whole is wanted."""
 
 
 def size(count: int) -> str:
@@ -158,14 +160,8 @@ def _story(events: Sequence[LoadEvent], whole: bool) -> Iterable[RenderableType]
     table = Table.grid(padding=(0, 2))
     for justify in ("right", "left", "left", "right"):
         table.add_column(justify=justify, overflow="fold")
-    groups: list[list[LoadEvent]] = []
-    for event in events:
-        group = None if whole or not event.module else _kind(groups, event)
-        if group is None:
-            groups.append([event])
-        else:
-            group.append(event)
-    for group in groups:
+    groups = [[event] for event in events] if whole else _kinds(events)
+    for group in groups if whole else groups[:STEPS]:
         first, count = group[0], len(group)
         times = [event.seconds for event in group if event.seconds is not None]
         where = first.module if count == 1 else f"{count} × {_modules(group)}"
@@ -177,16 +173,25 @@ def _story(events: Sequence[LoadEvent], whole: bool) -> Iterable[RenderableType]
             _duration(sum(times)) if times else "",
         )
     yield table
+    if not whole and len(groups) > STEPS:
+        yield words(f"and {len(groups) - STEPS:,} more lines; --events prints all")
 
 
-def _kind(groups: list[list[LoadEvent]], event: LoadEvent) -> list[LoadEvent] | None:
-    """The group that a step belongs to, among the groups on modules since the last step without one."""
-    for group in reversed(groups):
-        if not group[0].module:
-            return None
-        if (group[0].stage, group[0].text) == (event.stage, event.text):
-            return group
-    return None
+def _kinds(events: Iterable[LoadEvent]) -> list[list[LoadEvent]]:
+    """Steps on modules with the same words in one group, until a step without a module comes between."""
+    groups: list[list[LoadEvent]] = []
+    kinds: dict[tuple[str, str], list[LoadEvent]] = {}
+    for event in events:
+        kind = event.stage, event.text
+        if not event.module:
+            kinds.clear()
+            groups.append([event])
+        elif kind in kinds:
+            kinds[kind].append(event)
+        else:
+            groups.append([event])
+            kinds[kind] = groups[-1]
+    return groups
 
 
 def _modules(group: Sequence[LoadEvent]) -> str:
@@ -213,7 +218,7 @@ def stations(found: Ledger, title: str = "modules") -> RenderableType:
     known = [station for station in STATIONS if any(station in row.stations for row in found.rows)]
     table = columns_of(title, *known, "fate")
     for values, modules in alike(found).items():
-        label = one_line(f"{len(modules)}: {name_modules(modules)}")
+        label = f"{len(modules)}: {name_modules(modules)}"
         add_row(table, label, *(_verdict(value) for value in values))
     return table
 
@@ -292,7 +297,7 @@ def answers(trace: Trace) -> RenderableType:
     numbers = {request.id: request.prompt for request in trace.requests}
     for entry in requests_json(trace):
         number = numbers[entry["id"]]
-        prompt = texts[number] if number < len(texts) else f"{len(entry['prompt_ids'])} tokens"
+        prompt = texts[number] if 0 <= number < len(texts) else f"{len(entry['prompt_ids'])} tokens"
         with_adapter = entry["text"] if entry["adapter"] else "-"
         base = entry["base_text"] if entry["base_text"] is not None else "-"
         add_row(table, *(" ".join(text.split()) for text in (prompt, base, with_adapter)))
@@ -344,7 +349,7 @@ def _tokens(found: Comparison) -> RenderableType:
         elif request.logprob_error is not None:
             said += f", largest difference of a logprob {request.logprob_error:.1e}"
         lines.append(f"prompt {request.prompt + 1}: {said}")
-    return words("\n".join(lines))
+    return paragraphs("\n".join(lines))
 
 
 def _first(found: Comparison) -> RenderableType:
@@ -379,4 +384,4 @@ def _what_differs(found: Comparison) -> str:
 
 
 def versions(found: Mapping[str, str]) -> RenderableType:
-    return words("\n".join(f"{name} {number}" for name, number in found.items()))
+    return paragraphs("\n".join(f"{name} {number}" for name, number in found.items()))
