@@ -13,11 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from lora_probe.config import read_json
-from lora_probe.errors import UnreadableFile
+from lora_probe.errors import TooLarge, UnreadableFile
+from lora_probe.files import brief, shown
 from lora_probe.weights import FLOATS, open_weights
 
 OPTIONS = {"base model": "--model", "merged model": "--merged"}
 """What a model is asked for as, and the option that names it."""
+LARGEST = {("layer", "layers"): 1_000, ("expert", "experts"): 10_000, ("vocab_size",): 10_000_000}
+"""What a key of `config.json` counts, by the ends of its name, and how much of it no model has. The largest known have
+about 200 layers, 512 experts and a million words."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,13 @@ class Base:
     path: Path
     config: Mapping[str, Any]
     shapes: Mapping[str, tuple[int, int] | None]
+
+    @property
+    def architecture(self) -> str:
+        """The first class that the config names; empty where it names none."""
+        names = self.config.get("architectures")
+        first = names[0] if isinstance(names, list) and names else None
+        return first if isinstance(first, str) else ""
 
     @property
     def text(self) -> Mapping[str, Any]:
@@ -44,6 +55,7 @@ def open_base(name: str) -> Base:
     """
     folder = find_model(name)
     config = read_json(folder / "config.json")
+    _require_real_sizes(folder / "config.json", config)
     shapes: dict[str, tuple[int, int] | None] = {}
     for file in sorted(folder.glob("*.safetensors")):
         for tensor in open_weights(file).tensors.values():
@@ -54,6 +66,28 @@ def open_base(name: str) -> Base:
             elif parameter in ("qweight", "weight_packed"):
                 shapes[module] = None
     return Base(folder, config, shapes)
+
+
+def _require_real_sizes(path: Path, config: Mapping[str, Any]) -> None:
+    """An engine would build whatever the config asks for.
+
+    Raises:
+        TooLarge: it asks for more layers, experts or words than any model has.
+    """
+    waiting: list[tuple[str, object]] = list(config.items())
+    while waiting:
+        key, value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += value.items()
+        elif isinstance(value, list):
+            waiting += [(key, inner) for inner in value if isinstance(inner, dict | list)]
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            for ends, most in LARGEST.items():
+                if key.endswith(ends) and value > most:
+                    raise TooLarge(
+                        f"`{path}`: `{shown(key)}` is {brief(value)}, and no model has more than {most:,}",
+                        "no engine is asked to build such a model: write the number that the model has",
+                    )
 
 
 def find_model(name: str, *, role: str = "base model") -> Path:

@@ -12,6 +12,7 @@ from typing import Any
 
 from lora_probe.checkpoint import Checkpoint, of_torch
 from lora_probe.errors import ProbeError
+from lora_probe.limits import importing
 
 
 def dequantised(found: Checkpoint) -> Checkpoint:
@@ -41,11 +42,14 @@ def dequantised(found: Checkpoint) -> Checkpoint:
 
 def _load(found: Checkpoint) -> Any:
     """The live model: dequantised while it is loaded where the method can, by `dequantize()` afterwards elsewhere."""
-    from transformers import AutoModelForCausalLM
-    from transformers.quantizers.auto import AutoQuantizationConfig
+    with importing():
+        from transformers import AutoModelForCausalLM
+        from transformers.quantizers.auto import AutoQuantizationConfig
 
     settings = AutoQuantizationConfig.from_dict(dict(found.quantization_config or {}))
     if hasattr(settings, "dequantize"):
         settings.dequantize = True
-        return AutoModelForCausalLM.from_pretrained(found.path, quantization_config=settings, dtype="auto")
-    return AutoModelForCausalLM.from_pretrained(found.path, dtype="auto").dequantize()
+        return AutoModelForCausalLM.from_pretrained(
+            found.path, quantization_config=settings, dtype="auto", trust_remote_code=False
+        )
+    return AutoModelForCausalLM.from_pretrained(found.path, dtype="auto", trust_remote_code=False).dequantize()

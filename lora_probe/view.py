@@ -150,7 +150,7 @@ def of_headers(base: Base, engine: str, why: str) -> EngineView | None:
     return EngineView(
         engine=engine,
         version="",
-        model=str(next(iter(base.config.get("architectures") or ()), "")),
+        model=base.architecture,
         modules=modules,
         source="headers",
         suffixes=tuple(sorted(words)) if vllm else (),
@@ -179,5 +179,4 @@ def _from_experts_on(name: str) -> str:
 
 
 def _is_causal(base: Base) -> bool:
-    architecture = str(next(iter(base.config.get("architectures") or ()), ""))
-    return architecture.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
+    return base.architecture.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))

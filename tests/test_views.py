@@ -12,7 +12,7 @@ from conftest import SharedEngine
 from merges import save_model
 
 from lora_probe.base import open_base
-from lora_probe.engines import child, views
+from lora_probe.engines import child, remembered, views
 from lora_probe.engines.views import Views, views_of
 from lora_probe.errors import EngineFailed
 from lora_probe.view import EngineView, of_headers
@@ -40,7 +40,7 @@ def asked(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Views,
     base = only_config(llama, folder / "llama")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(cache))
-        patch.delenv(views.NO_CACHE, raising=False)
+        patch.delenv(remembered.NO_CACHE, raising=False)
         return views_of(open_base(str(base)), ["peft", "vllm"], TASK), base, cache
 
 
@@ -192,7 +192,7 @@ def test_a_quantisation_that_cannot_run_here_changes_no_name(llama: Path, engine
 @pytest.mark.engine
 def test_vllm_names_every_expert(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     # In a process of its own: experts have process groups that the shared engine has not made.
-    monkeypatch.setenv(views.NO_CACHE, "1")
+    monkeypatch.setenv(remembered.NO_CACHE, "1")
     view = views_of(open_base(str(models["moe"])), ["vllm"], TASK).found["vllm"]
     assert view.experts == "2d"
     down = view.modules["model.layers.1.mlp.experts.3.down_proj"]
@@ -279,7 +279,7 @@ def test_an_answer_is_remembered(
 
     monkeypatch.setattr(views, "run_child", refuse)
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
-    monkeypatch.delenv(views.NO_CACHE, raising=False)
+    monkeypatch.delenv(remembered.NO_CACHE, raising=False)
     opened = open_base(str(base))
     assert views_of(opened, ["peft", "vllm"], TASK).found == first.found
     assert started == []
@@ -289,9 +289,9 @@ def test_an_answer_is_remembered(
     (other / "config.json").write_text((base / "config.json").read_text() + "\n")
     assert views_of(open_base(str(other)), ["vllm"], TASK).missing == {"vllm": "not now"}
     assert started == ["peft", "vllm"]
-    monkeypatch.setenv(views.NO_CACHE, "1")
+    monkeypatch.setenv(remembered.NO_CACHE, "1")
     assert views_of(opened, ["peft"], TASK).missing
-    monkeypatch.delenv(views.NO_CACHE)
+    monkeypatch.delenv(remembered.NO_CACHE)
     for file in cache.rglob("*.json"):
         file.write_bytes(file.read_bytes()[:100])
     assert set(views_of(opened, ["peft", "vllm"], TASK).missing) == {"peft", "vllm"}
@@ -309,7 +309,7 @@ def test_a_cache_that_cannot_be_written_is_no_error(
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(views, "run_child", answer)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    monkeypatch.delenv(views.NO_CACHE, raising=False)
+    monkeypatch.delenv(remembered.NO_CACHE, raising=False)
     said: list[str] = []
     found = views_of(open_base(str(base)), ["peft", "nobody"], TASK, said.append)
     assert found.found == {"peft": view}

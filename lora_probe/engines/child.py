@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -20,8 +19,10 @@ import msgspec
 
 from lora_probe.base import open_base
 from lora_probe.engines import make
+from lora_probe.engines.allowed import Allowed, Watched
 from lora_probe.engines.merge import ASKED, merge_into
-from lora_probe.errors import EngineFailed, ProbeError
+from lora_probe.errors import EngineFailed, EngineStopped, ProbeError
+from lora_probe.isolation import empty_folder, environment, python
 from lora_probe.tracefile import Run, write_json
 
 LOG = "engine.log"
@@ -57,26 +58,36 @@ class Progress:
     wanted: int
 
 
-def run_child(folder: Path, wanted: int, progress: Callable[[Progress], None]) -> None:
+def run_child(folder: Path, wanted: int, progress: Callable[[Progress], None], allowed: Allowed) -> None:
     """Start the child on `folder` and wait for its end; `wanted` answers and scored passes are expected.
+
+    The child works in an empty folder and imports nothing from this one.
 
     Raises:
         EngineFailed: the child could not do it, or died.
+        EngineStopped: it took more than is `allowed`.
         KeyboardInterrupt: after the child and its children were ended.
     """
-    log = (folder / LOG).open("ab")
-    command = [sys.executable, "-m", "lora_probe.engines", str(folder)]
-    child = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-    )
-    log.close()
-    try:
-        while child.poll() is None:
+    with empty_folder() as empty, (folder / LOG).open("ab") as log:
+        child = subprocess.Popen(
+            python("-m", "lora_probe.engines", str(folder.absolute())),
+            cwd=empty,
+            env=environment(),
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        watched = Watched(child.pid, allowed)
+        try:
+            while child.poll() is None:
+                progress(_progress(folder, wanted))
+                if why := watched.exceeds(_written(folder)):
+                    raise EngineStopped(f"{why} while {_last_stage(folder)}", f"log: {folder / LOG}")
+                time.sleep(POLL_SECONDS)
             progress(_progress(folder, wanted))
-            time.sleep(POLL_SECONDS)
-        progress(_progress(folder, wanted))
-    finally:
-        _end(child)
+        finally:
+            _end(child)
     if (folder / ERROR).exists():
         failure = msgspec.json.decode((folder / ERROR).read_bytes(), type=Failure)
         raise EngineFailed(failure.message, "\n".join(filter(None, [failure.hint, f"log: {folder / LOG}"])))
@@ -86,6 +97,12 @@ def run_child(folder: Path, wanted: int, progress: Callable[[Progress], None]) -
             f"the engine's process ended with {_status(child.returncode)} while {_last_stage(folder)}",
             f"log: {folder / LOG}{recorded}",
         )
+
+
+def _written(folder: Path) -> int:
+    """Bytes of the log and of all that the child has written: they grow while it gets on."""
+    files = [path for path in (*folder.glob("*"), *folder.glob("*/*")) if path.is_file()]
+    return sum(path.stat().st_size for path in files if path.exists())
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:

@@ -19,13 +19,17 @@ from typing import Any
 
 import msgspec
 
+from lora_probe import limits
 from lora_probe.adapter import Adapter, open_adapter
 from lora_probe.base import open_base
 from lora_probe.engines import require
+from lora_probe.engines.allowed import RUN
 from lora_probe.engines.child import ERROR, LOG, Progress, run_child
 from lora_probe.engines.merge import ASKED, MERGED, MergeSpec
 from lora_probe.engines.prompts import BUILT_IN
 from lora_probe.errors import ProbeError
+from lora_probe.files import shown
+from lora_probe.isolation import absolute_flags
 from lora_probe.reading import Trace, open_trace
 from lora_probe.tracefile import LEVELS, SCHEMA, LoadEvent, Prompt, Record, Run, RunSpec, write_json
 
@@ -65,7 +69,8 @@ def trace(
         EngineFailed: the engine did not start, lacked the plugin, or died.
         KeyboardInterrupt: after the child process and its children were ended.
     """
-    checkpoint = open_adapter(adapter)
+    limits.begin(Path(adapter))
+    checkpoint = _runnable(adapter)
     base = _base_of(checkpoint, model)
     if keep not in LEVELS:
         raise ProbeError(f"there is no level `{keep}`", f"levels: {', '.join(LEVELS)}")
@@ -88,7 +93,7 @@ def trace(
         max_tokens=max_tokens if follow is None else 1,
         keep=keep,  # type: ignore[arg-type]
         options=_given(options),
-        engine_args=list(engine_args),
+        engine_args=absolute_flags(engine_args),
         chat=chat,
         continuation=continuation,
         score=score,
@@ -134,7 +139,7 @@ def trace_plain(
         max_tokens=1,
         keep="norms",
         options=_given(options),
-        engine_args=list(engine_args),
+        engine_args=absolute_flags(engine_args),
         continuation=[score.answer_ids for score in followed],
         score=True,
         watch=list(watch),
@@ -167,7 +172,7 @@ def merge(
         ProbeError: bad input, or `out` exists.
         EngineFailed: transformers or PEFT raised; its own words.
     """
-    checkpoint = open_adapter(adapter)
+    checkpoint = _runnable(adapter)
     base = _base_of(checkpoint, model)
     require("peft")
     target = Path(out)
@@ -178,7 +183,8 @@ def merge(
         shutil.rmtree(folder)
     _make(folder)
     write_json(folder / ASKED, MergeSpec(str(checkpoint.path.resolve()), base, dtype))
-    run_child(folder, 1, progress)
+    with limits.waiting():
+        run_child(folder, 1, progress, RUN)
     records = msgspec.json.Decoder(Record)
     lines = [records.decode(line) for line in (folder / "merge" / "events.jsonl").read_bytes().splitlines()]
     said = tuple(line.text for line in lines if isinstance(line, LoadEvent) and line.stage == "said")
@@ -197,12 +203,14 @@ def _record(folder: Path, spec: RunSpec, wanted: int, progress: Callable[[Progre
     write_json(folder / "run.json", Run(SCHEMA, created, spec, versions()))
     before = folder.with_name(folder.name + BEFORE)
     try:
-        run_child(folder, wanted, progress)
+        with limits.waiting():
+            run_child(folder, wanted, progress, RUN)
     except ProbeError as error:
         if before.exists():
             error.hint += f"\nthe earlier trace is kept as {before}"
         raise
     shutil.rmtree(before, ignore_errors=True)
+    limits.begin(folder)
     return open_trace(folder)
 
 
@@ -226,6 +234,27 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def _runnable(path: str | Path) -> Adapter:
+    """The adapter, if it names no code of its own.
+
+    Raises:
+        ProbeError: its config names a module that PEFT before 0.19 imports, whatever it is.
+    """
+    checkpoint = open_adapter(path)
+    module = checkpoint.config.raw.get("megatron_core")
+    if checkpoint.config.raw.get("megatron_config") and not str(module or MEGATRON).startswith(MEGATRON):
+        raise ProbeError(
+            f"`{checkpoint.config.path}` names the module `{shown(str(module), 60)}` in `megatron_core`, "
+            "and PEFT may import it",
+            f"no engine is started: write `{MEGATRON}core`, or take the field out",
+        )
+    return checkpoint
+
+
+MEGATRON = "megatron."
+"""How the modules begin that PEFT itself allows there."""
 
 
 def _base_of(checkpoint: Adapter, model: str | None) -> str:

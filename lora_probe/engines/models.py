@@ -1,6 +1,7 @@
 """Models and tokenizers as transformers loads them, and its own words where it cannot.
 
-In: a folder or an id, a dtype's name. Out: live objects. torch and transformers are imported when something is loaded.
+In: a folder or an id, a dtype's name. Out: live objects. torch and transformers are imported when something is loaded;
+code that comes with a model never is.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ def load_model(name: str, dtype: str = "auto", what: str = "base model") -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
+        model = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype if dtype == "auto" else getattr(torch, dtype), trust_remote_code=False
+        )
     # transformers raises whatever its parts raise; the reason is passed on, whole, and the run ends.
     except Exception as error:
         raise _cannot_load(what, name, error) from error
@@ -34,7 +37,7 @@ def load_tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:
         raise _cannot_load("tokenizer of the base model", name, error) from error
 

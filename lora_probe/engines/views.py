@@ -1,36 +1,32 @@
 """What each engine has for a base, asked in a process of its own and remembered on disk.
 
-In: a base, engines, PEFT's task type. Out: `Views`. No engine's library is imported here; an answer depends on the
-base's `config.json`, the versions that are installed and the task, and is kept under the digest of these.
+In: a base, engines, PEFT's task type. Out: `Views`. No engine's library is imported here.
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
 import re
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import distributions
 from pathlib import Path
 
 import msgspec
 
+from lora_probe import limits
 from lora_probe.base import Base
 from lora_probe.engines import require
+from lora_probe.engines.allowed import DESCRIBE as ALLOWED
 from lora_probe.engines.child import DESCRIBE, LOG, VIEW, DescribeSpec, Progress, run_child
-from lora_probe.engines.launch import versions
-from lora_probe.errors import ProbeError
+from lora_probe.engines.remembered import key_of, remember, remembered
+from lora_probe.errors import EngineStopped, ProbeError
 from lora_probe.tracefile import write_json
-from lora_probe.view import SCHEMA, EngineView
+from lora_probe.view import EngineView
 
-NO_CACHE = "LORA_PROBE_NO_CACHE"
-"""Set to 1, nothing is read from the cache or written to it."""
-
+_TAIL = 1_000_000
+"""Bytes of the end of a log in which a cause is looked for."""
 _NOT_THERE = re.compile(r"ModuleNotFoundError: (No module named '[\w.]+')")
 
 
@@ -42,8 +38,12 @@ class Views:
     missing: dict[str, str]
 
 
-class _Stopped(Exception):
+class _Interrupted(Exception):
     """The command was interrupted while a child process ran."""
+
+
+class _Stopped(str):
+    """Why an engine was stopped before it had an answer."""
 
 
 def views_of(
@@ -56,29 +56,31 @@ def views_of(
     """
     found: dict[str, EngineView] = {}
     missing: dict[str, str] = {}
-    asked: dict[str, Path | None] = {}
+    asked: dict[str, str | None] = {}
     for engine in dict.fromkeys(engines):
         try:
             require(engine)
         except ProbeError as error:
             missing[engine] = error.message
             continue
-        place = _place(base, engine, task)
-        if (view := _remembered(place)) is not None:
-            found[engine] = view
-        elif (why := _remembered_failure(place)) is not None:
-            missing[engine] = why
-        else:
-            asked[engine] = place
-    if asked:
-        progress(f"asking {' and '.join(asked)} which modules {_called(base)} has there")
-    for engine, answer in _ask_all(base, list(asked), task).items():
-        if isinstance(answer, EngineView):
+        key = key_of(base, engine, task)
+        answer = remembered(key)
+        if answer is None:
+            asked[engine] = key
+        elif isinstance(answer, EngineView):
             found[engine] = answer
-            _remember(asked[engine], answer)
         else:
             missing[engine] = answer
-            _remember_failure(asked[engine], answer)
+    if asked:
+        progress(f"asking {' and '.join(asked)} which modules {_called(base)} has there")
+    for engine, answer in (_ask_all(base, list(asked), task) if asked else {}).items():
+        if isinstance(answer, EngineView):
+            found[engine] = answer
+        else:
+            missing[engine] = str(answer)
+        # On an idle machine, or with other limits, an engine that was stopped may have an answer.
+        if not isinstance(answer, _Stopped):
+            remember(asked[engine], answer)
     order = [engine for engine in dict.fromkeys(engines) if engine in found]
     return Views({engine: found[engine] for engine in order}, missing)
 
@@ -93,7 +95,7 @@ def _called(base: Base) -> str:
 
 def _ask_all(base: Base, engines: list[str], task: str | None) -> dict[str, EngineView | str]:
     stop = threading.Event()
-    with ThreadPoolExecutor(max_workers=max(1, len(engines))) as pool:
+    with limits.waiting(), ThreadPoolExecutor(max_workers=len(engines)) as pool:
         running: dict[str, Future[EngineView | str]] = {
             engine: pool.submit(_ask, base, engine, task, stop) for engine in engines
         }
@@ -109,96 +111,25 @@ def _ask(base: Base, engine: str, task: str | None, stop: threading.Event) -> En
 
     def heed(_: Progress) -> None:
         if stop.is_set():
-            raise _Stopped
+            raise _Interrupted
 
     with tempfile.TemporaryDirectory(prefix="lora-probe-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         write_json(folder / DESCRIBE, DescribeSpec(engine, str(base.path.resolve()), task))
         try:
-            run_child(folder, 0, heed)
+            run_child(folder, 0, heed, ALLOWED)
             return msgspec.json.decode((folder / VIEW).read_bytes(), type=EngineView)
+        except EngineStopped as error:
+            return _Stopped(error.message)
         except ProbeError as error:
             return error.message + _cause(folder / LOG)
 
 
 def _cause(log: Path) -> str:
     """A library that is not there, which vLLM tells its log alone."""
-    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
-    found = _NOT_THERE.findall(text)
+    if not log.exists():
+        return ""
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - _TAIL))
+        found = _NOT_THERE.findall(file.read().decode(errors="replace"))
     return f" ({found[-1]})" if found else ""
-
-
-def _place(base: Base, engine: str, task: str | None) -> Path | None:
-    """Where an answer is kept; None where nothing is."""
-    if os.environ.get(NO_CACHE) == "1":
-        return None
-    try:
-        config = (base.path / "config.json").read_bytes()
-    except OSError:
-        return None
-    digest = hashlib.sha256(config)
-    digest.update(msgspec.json.encode([SCHEMA, engine, task, sorted(versions().items())]))
-    home = os.environ.get("XDG_CACHE_HOME")
-    try:
-        cache = Path(home) if home else Path.home() / ".cache"
-    except RuntimeError:
-        # A user without a home.
-        return None
-    return cache / "lora-probe" / "views" / f"{digest.hexdigest()}.json"
-
-
-def _remembered(place: Path | None) -> EngineView | None:
-    """A damaged answer is as good as none: it is asked for again, and overwritten."""
-    if place is None:
-        return None
-    try:
-        return msgspec.json.decode(place.read_bytes(), type=EngineView)
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
-        return None
-
-
-class _Failure(msgspec.Struct, frozen=True):
-    """Why an engine had no answer, and the digest of all that was installed: another library may be the cure."""
-
-    why: str
-    installed: str
-
-
-def _remembered_failure(place: Path | None) -> str | None:
-    if place is None:
-        return None
-    try:
-        failure = msgspec.json.decode(place.with_suffix(FAILED).read_bytes(), type=_Failure)
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
-        return None
-    return failure.why if failure.installed == _installed() else None
-
-
-def _remember_failure(place: Path | None, why: str) -> None:
-    if place is not None:
-        _write(place.with_suffix(FAILED), _Failure(why, _installed()))
-
-
-FAILED = ".failed.json"
-
-
-def _installed() -> str:
-    every = sorted(f"{one.name} {one.version}" for one in distributions())
-    return hashlib.sha256("\n".join(every).encode()).hexdigest()
-
-
-def _remember(place: Path | None, view: EngineView) -> None:
-    if place is not None:
-        _write(place, view)
-
-
-def _write(place: Path, answer: EngineView | _Failure) -> None:
-    """Keep an answer, whole or not at all. A cache that cannot be written is no cache, and no error."""
-    partial = place.with_suffix(f".{os.getpid()}")
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(msgspec.json.encode(answer))
-        partial.replace(place)
-    except OSError:
-        with suppress(OSError):
-            partial.unlink()

@@ -96,6 +96,7 @@ def engine_arguments(spec: RunSpec) -> dict[str, Any]:
     """
     arguments: dict[str, Any] = {
         "model": spec.model,
+        "trust_remote_code": False,
         "enable_lora": spec.adapter is not None,
         "enforce_eager": True,
         "enable_prefix_caching": False,

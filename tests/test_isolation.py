@@ -1,0 +1,159 @@
+"""Commands that are called in a stranger's folder: nothing of the folder, of an adapter or of a model is imported."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lora_probe import isolation
+
+MODULES = (
+    "lora_probe",
+    "lora_probe_vllm",
+    "transformers",
+    "peft",
+    "torch",
+    "vllm",
+    "msgspec",
+    "numpy",
+    "sitecustomize",
+)
+COMMAND = Path(sys.executable).parent / "lora-probe"
+
+
+@pytest.fixture
+def checkout(llama: Path, adapter: Path, tmp_path: Path) -> Path:
+    """A repository with a base, an adapter that names it, and a module for every name that is imported somewhere."""
+    shutil.copytree(llama, tmp_path / "pr" / "base")
+    shutil.copytree(adapter, tmp_path / "pr" / "a")
+    path = tmp_path / "pr" / "a" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "base"}))
+    mine = f"open({str(tmp_path / 'MARK')!r}, 'a').write(__name__ + ' ')\n"
+    for folder in (tmp_path / "pr", tmp_path / "pr" / "a", tmp_path / "pr" / "base"):
+        for name in MODULES:
+            (folder / f"{name}.py").write_text(mine)
+    (tmp_path / "pr" / "evil.py").write_text(mine + "def register(): pass\n")
+    installed = tmp_path / "pr" / "evil-1.0.dist-info"
+    installed.mkdir()
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: evil\nVersion: 1.0\n")
+    groups = ("vllm.general_plugins", "vllm.platform_plugins", "lora_probe.engines")
+    (installed / "entry_points.txt").write_text("".join(f"[{group}]\nevil = evil:register\n" for group in groups))
+    return tmp_path / "pr"
+
+
+def call(checkout: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """`lora-probe` as a user calls it in that folder, with an empty cache. Nothing may have been executed."""
+    variables = {"XDG_CACHE_HOME": str(checkout.parent / "cache"), "HF_HUB_OFFLINE": "1", **variables}
+    done = subprocess.run(
+        [str(COMMAND), *arguments],
+        cwd=checkout,
+        env=os.environ | variables,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    mark = checkout.parent / "MARK"
+    assert not mark.exists(), mark.read_text()
+    assert "Traceback" not in done.stderr
+    return done
+
+
+@pytest.mark.engine
+def test_check_in_a_strangers_folder(checkout: Path) -> None:
+    done = call(checkout, "check", "a")
+    assert done.returncode == 0, done.stderr
+    assert "peft, vllm  9 of 9 modules take effect" in done.stdout
+    assert "evil" not in done.stdout + done.stderr
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("engine", ["peft", "vllm"])
+def test_trace_show_and_compare_in_a_strangers_folder(engine: str, checkout: Path) -> None:
+    done = call(checkout, "trace", "a", "--engine", engine, "--prompt", "hi", "--max-tokens", "2", "-o", "r.lptrace")
+    assert done.returncode == 0, done.stderr
+    assert "9 of 9 modules took effect" in done.stdout
+    for name in MODULES:
+        shutil.copy(checkout / f"{name}.py", checkout / "r.lptrace")
+    assert call(checkout, "show", "r.lptrace").returncode == 0
+    assert call(checkout, "compare", "r.lptrace", "r.lptrace").returncode == 0
+
+
+def test_parity_and_inspect_in_a_strangers_folder(checkout: Path) -> None:
+    done = call(checkout, "parity", "a", "--prompt", "hi", "--max-tokens", "2")
+    assert done.returncode == 0, done.stderr
+    assert "verified" in done.stdout
+    assert call(checkout, "inspect", "a", "--norms").returncode == 0
+
+
+REMOTE = {
+    "an unknown kind": {"model_type": "evil", "auto_map": {"AutoConfig": "evil.E", "AutoModelForCausalLM": "evil.E"}},
+    "a known kind": {"auto_map": {"AutoConfig": "evil.E", "AutoModelForCausalLM": "evil.E", "AutoModel": "evil.E"}},
+}
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("kind", list(REMOTE))
+def test_code_of_a_base_is_not_executed(kind: str, checkout: Path) -> None:
+    """Nor is anybody asked whether it may be: nobody is there to answer."""
+    (checkout / "base" / "evil.py").write_text((checkout / "evil.py").read_text())
+    for name in ("config.json", "tokenizer_config.json"):
+        path = checkout / "base" / name
+        settings = json.loads(path.read_text()) | REMOTE[kind]
+        settings["auto_map"] = settings["auto_map"] | {"AutoTokenizer": ["evil.E", "evil.E"]}
+        path.write_text(json.dumps(settings))
+    call(checkout, "check", "a")
+    # One kind is enough for the engine that takes longest to start.
+    for engine in ("peft", "vllm") if kind == "a known kind" else ("peft",):
+        call(
+            checkout, "trace", "a", "--engine", engine, "--prompt", "hi", "--max-tokens", "2", "-o", f"{engine}.lptrace"
+        )
+        log = checkout / f"{engine}.lptrace" / "engine.log"
+        assert "Do you wish to run the custom code" not in log.read_text()
+
+
+def test_a_module_that_an_adapter_names_is_not_imported(checkout: Path) -> None:
+    """PEFT before 0.19 imports whatever `megatron_core` names."""
+    path = checkout / "a" / "adapter_config.json"
+    config = json.loads(path.read_text()) | {"megatron_config": {"x": 1}, "megatron_core": "evil"}
+    path.write_text(json.dumps(config))
+    for arguments in (["trace", "a", "--engine", "peft"], ["parity", "a"]):
+        done = call(checkout, *arguments)
+        assert done.returncode == 2
+        assert "names the module `evil` in `megatron_core`" in done.stderr
+
+
+def test_the_environment_of_engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = {
+        "PYTHONPATH": os.pathsep.join(["", "src", str(tmp_path), "/opt/ours"]),
+        "HF_HOME": "hub",
+        "XDG_CACHE_HOME": "/var/cache",
+        "OTHER": "kept",
+    }
+    assert isolation.environment(given) == {
+        "PYTHONPATH": "/opt/ours",
+        "HF_HOME": str(tmp_path / "hub"),
+        "XDG_CACHE_HOME": "/var/cache",
+        "OTHER": "kept",
+        "PYTHONSAFEPATH": "1",
+    }
+    assert "PYTHONPATH" not in isolation.environment({"PYTHONPATH": "."})
+
+
+def test_paths_among_engine_flags_mean_the_users_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tok").mkdir()
+    (tmp_path / "float16").touch()
+    flags = ["--tokenizer", "./tok", "--chat-template=./tok", "--dtype", "float16", "--revision", "a/b", "x" * 5000]
+    there = str(tmp_path / "tok")
+    assert isolation.absolute_flags(flags) == [
+        *("--tokenizer", there, f"--chat-template={there}", "--dtype", "float16", "--revision", "a/b", "x" * 5000)
+    ]
