@@ -13,6 +13,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from lora_probe import limits
 from lora_probe.adapter import CONFIG, WEIGHTS, Adapter, find_checkpoint, open_adapter, ranges
 from lora_probe.bases import Asked, Bases
 from lora_probe.case import Case, Serving
@@ -106,6 +107,7 @@ def check_all(
     serving = _serving(options or {}, vllm_version)
     bases = Bases(model, progress)
     for adapter in adapters:
+        limits.begin(Path(adapter))
         try:
             folder, notes = find_checkpoint(Path(adapter))
         except UnreadableFile as error:
@@ -133,6 +135,7 @@ def mending_of(
     Raises:
         ProbeError: the adapter cannot be read, or there is no such base.
     """
+    limits.begin(Path(adapter))
     folder, _ = find_checkpoint(Path(adapter))
     opened = open_adapter(folder)
     bases = Bases(model, progress)

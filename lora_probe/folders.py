@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import os
 import re
-import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 from lora_probe.errors import ProbeError, UnreadableFile
 
 _ADAPTER_FILE = re.compile(r"adapter_config\.json|adapter_model[-.](?:.*\.)?(?:safetensors|bin)(?:\.index\.json)?")
 _BESIDE = ("chat_template.jinja", "tokenizer_config.json", "trainer_state.json")
 """Files that are judged where an adapter lies beside them, and that a model has as well."""
-Judged = TypeVar("Judged")
 _NUMBERS = re.compile(r"(\d+)")
 
 
@@ -61,35 +58,6 @@ def asked(paths: Sequence[str], recursive: bool = False) -> Asked:
             lost.append(Lost(path, error))
     single = not recursive and len(found) + len(lost) == 1
     return Asked(tuple(found.values()), tuple(lost), single, tuple(passed))
-
-
-def each(
-    folders: Sequence[Path], lost: list[Lost], check: Callable[[Sequence[Path]], Iterator[Judged]]
-) -> Iterator[Judged]:
-    """The reports that can be had. A folder that cannot be judged, or that something here does not get over, is added
-    to `lost`, and the others are judged."""
-    rest = list(folders)
-    # What is wrong with the options is wrong for all, and raised here.
-    list(check(()))
-    while rest:
-        try:
-            for one in check(tuple(rest)):
-                yield one
-                rest.pop(0)
-            return
-        except Exception as error:
-            folder = rest.pop(0)
-            lost.append(Lost(folder, error if isinstance(error, ProbeError) else _failed(folder, error)))
-
-
-def _failed(folder: Path, error: Exception) -> ProbeError:
-    """A fault of ours, with the place in the code."""
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    said = "".join(traceback.format_exception_only(error)).strip()
-    return ProbeError(
-        f"`{folder}`: lora-probe failed: {said} ({Path(place.filename).name}:{place.lineno})",
-        "please report it, with what `lora-probe env` prints",
-    )
 
 
 def is_adapter_file(name: str) -> bool:

@@ -20,8 +20,10 @@ from typing import Any
 import numpy as np
 
 from lora_probe.adapter import PREFIX, WEIGHTS, Adapter
-from lora_probe.errors import ProbeError
+from lora_probe.errors import ProbeError, UnreadableFile
 from lora_probe.expected import expect
+from lora_probe.files import opened
+from lora_probe.locating import inside
 from lora_probe.rules.names import unwrapped
 from lora_probe.view import Shapes
 from lora_probe.weights import DTYPES, stretch
@@ -141,13 +143,19 @@ STRETCH = 2**24
 
 
 def _copy(adapter: Adapter, target: Path) -> list[str]:
-    """Everything beside the weights but the state of a training run, links and folders."""
+    """Everything beside the weights but the state of a training run, folders, and links out of the adapter's storage.
+
+    The files of a hub's cache are links within it: those are followed.
+    """
     skipped = []
-    for path in sorted(adapter.path.iterdir()):
-        if path.name.startswith("adapter_model"):
+    for entry in sorted(adapter.path.iterdir()):
+        if entry.name.startswith("adapter_model"):
             continue
-        if path.name.startswith(TRAINING) or path.is_symlink() or not path.is_file():
-            skipped.append(path.name)
-        else:
-            shutil.copyfile(path, target / path.name)
+        try:
+            if entry.name.startswith(TRAINING) or not entry.is_file():
+                raise UnreadableFile(f"`{entry}` is not part of an adapter")
+            with opened(inside(adapter.path, entry.name)) as (source, _), (target / entry.name).open("xb") as copy:
+                shutil.copyfileobj(source, copy)
+        except UnreadableFile:
+            skipped.append(entry.name)
     return skipped

@@ -15,6 +15,7 @@ from lora_probe.adapter import PREFIX, Key, adapter_in
 from lora_probe.case import Case, Place
 from lora_probe.expected import Expected, expect, pair_spectrum
 from lora_probe.ledger import OK, Finding, Ledger, Row, Station, graver
+from lora_probe.limits import step
 from lora_probe.rules import ENGINES, Found, Needs, Rule, surveys
 from lora_probe.rules.config import not_targeted
 from lora_probe.rules.names import (
@@ -53,13 +54,17 @@ def predict(case: Case) -> Prediction:
     found: list[tuple[Rule, Found]] = []
     not_run: list[tuple[Rule, str]] = []
     for rule, judge in surveys():
+        step(f"asking the rule {rule.code} {rule.name}", case.adapter.path)
         why = _why_not(case, rule.needs)
         if why:
             not_run.append((rule, why))
         else:
             found += [(rule, one) for one in judge(case)]
     spectra = {pair.key: pair_spectrum(case.adapter, pair) for pair in case.adapter.modules}
-    ledgers = {engine: _ledger(case, engine, spectra, found) for engine in ENGINES}
+    ledgers = {}
+    for engine in ENGINES:
+        step(f"predicting the ledger of {engine}", case.adapter.path)
+        ledgers[engine] = _ledger(case, engine, spectra, found)
     return Prediction(ledgers, tuple(found), tuple(not_run))
 
 

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lora_probe import limits
 from lora_probe.adapter import open_adapter
 from lora_probe.base import find_model
 from lora_probe.checkpoint import open_checkpoint
@@ -95,6 +96,7 @@ def parity(
         ProbeError: bad input, or an existing `out` without `force`.
         EngineFailed: PEFT could not merge. An engine that cannot run is a finding: the weights have been judged.
     """
+    limits.begin(Path(adapter))
     checkpoint = open_adapter(adapter)
     name = checkpoint.config.base_or(model)
     if not weights_only:

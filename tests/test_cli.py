@@ -284,7 +284,7 @@ def test_the_last_hint_is_the_same_command_for_the_other_engine() -> None:
     import argparse
     import shlex
 
-    from lora_probe.options import same_with_another_engine
+    from lora_probe.cli.options import same_with_another_engine
 
     given = shlex.split("trace 'a b' --engine peft --dtype float32 --prompt 'x y' -o run.lptrace --force")
     hint = same_with_another_engine(argparse.Namespace(engine="peft", given=given))

@@ -113,3 +113,23 @@ def test_the_diff_shows_renames_and_writes_nothing(
 def test_options_that_do_not_go_together(options: list[str], adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", str(adapter), *options]) == 2
     assert "--fix -o FIXED" in capsys.readouterr().err
+
+
+def test_links_of_a_hub_snapshot_are_followed(
+    adapter: Path, llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A hub's cache links `snapshots/<commit>/<file>` to `blobs/`. A link out of the repository is not followed."""
+    source = FAILURES["C06-no-prefix"].make(adapter, llama, tmp_path / "source")
+    snapshot = tmp_path / "models--a" / "snapshots" / "c0ffee"
+    snapshot.mkdir(parents=True)
+    for number, path in enumerate(sorted(source.iterdir())):
+        (tmp_path / "models--a" / "blobs").mkdir(exist_ok=True)
+        path.rename(tmp_path / "models--a" / "blobs" / str(number))
+        (snapshot / path.name).symlink_to(f"../../blobs/{number}")
+    (snapshot / "secret.txt").symlink_to("/etc/passwd")
+    assert main(["check", str(snapshot), "--model", str(llama), "--fix", "-o", str(tmp_path / "fixed")]) == 0
+    assert "not copied: secret.txt" in capsys.readouterr().err
+    names = sorted(path.name for path in (tmp_path / "fixed").iterdir())
+    assert names == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    assert not any(path.is_symlink() for path in (tmp_path / "fixed").iterdir())
+    assert check(tmp_path / "fixed", model=str(llama), options=LIMIT).diagnostics == ()

@@ -14,10 +14,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from lora_probe import limits
 from lora_probe.adapter import CONFIG, Adapter, open_adapter
+from lora_probe.base import find_model
 from lora_probe.checkpoint import Checkpoint, StoredTensor, open_checkpoint
 from lora_probe.dequantised import dequantised
 from lora_probe.errors import ProbeError, UnreadableFile
+from lora_probe.files import shown
 from lora_probe.ledger import Finding
 from lora_probe.merging.diagnosis import judge, judge_replaced
 from lora_probe.merging.names import HEAD, embeddings_of
@@ -31,6 +34,8 @@ from lora_probe.merging.view import View, view
 from lora_probe.rounding import UNIT
 from lora_probe.rules.merging import another_base, not_judged, tied_changed_too
 
+PASSES = 10
+"""How often the bytes of both models are computed with, at most: measured where every module is wrong."""
 ANOTHER_BASE = 0.5
 """The share of untouched tensors that must differ to speak of another base."""
 _WITH_HEAD = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
@@ -62,6 +67,7 @@ def check_merge(
     started = time.perf_counter()
     checkpoint = open_adapter(adapter)
     name = checkpoint.config.base_or(model)
+    limits.begin(checkpoint.path, find_model(name), Path(merged), times=PASSES)
     base = dequantised(open_checkpoint(name))
     target = dequantised(_open_merged(merged))
     if base.path.resolve() == target.path.resolve():
@@ -171,6 +177,7 @@ class _Work:
 
     def _tensor(self, name: str) -> tuple[str, list[ModuleMerge], Finding | None]:
         tensor, merged = self.base.tensors[name], self.merged.tensors[self.names[name]]
+        limits.step(f"comparing the tensor {shown(name)}", merged.file)
         sites = self.sites.get(name, [])
         finding = None
         judged: list[ModuleMerge] = []

@@ -1,7 +1,7 @@
 """The options of every command. In: nothing. Out: a parser, and what its options come to (prompts, engine options).
 
-What the commands do with them is in `cli.py`. Each command's help ends with examples that work as they stand, given a
-checkpoint.
+What the commands do with them is in `cli/__init__.py` and `cli/check.py`. Each command's help ends with examples that
+work as they stand, given a checkpoint.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 from rich_argparse import RawDescriptionRichHelpFormatter
 
 from lora_probe import __version__
+from lora_probe.cli.budget import add_limits
 from lora_probe.errors import ProbeError
 from lora_probe.versions import ENGINE_OPTIONS
 
@@ -49,7 +50,7 @@ class _Interspersed(_Parser):
 
 
 def parser_of_all() -> argparse.ArgumentParser:
-    """The whole parser; `command` of what it parses is the command's name, `interrupted` its last word."""
+    """The whole parser; `command` of what it parses is the command's name."""
     parser = _Parser(
         prog="lora-probe",
         description="See what a LoRA adapter does between its checkpoint and the tokens of an engine.",
@@ -71,7 +72,13 @@ def parser_of_all() -> argparse.ArgumentParser:
 
 
 def _command(
-    commands: Any, name: str, about: str, examples: str, formats: Sequence[str] = ("text", "json")
+    commands: Any,
+    name: str,
+    about: str,
+    examples: str,
+    formats: Sequence[str] = ("text", "json"),
+    *,
+    reads: bool = True,
 ) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
@@ -82,6 +89,8 @@ def _command(
     )
     parser.set_defaults(command=name)
     parser.add_argument("--format", choices=formats, default="text", help="default: text")
+    if reads:
+        add_limits(parser)
     return parser
 
 
@@ -272,6 +281,7 @@ def _add_rule(commands: Any) -> None:
         "  lora-probe rule\n  lora-probe rule LP201\n  lora-probe rule LP2xx --all\n"
         "  lora-probe rule --all --format markdown > RULES.md",
         ("text", "json", "markdown"),
+        reads=False,
     )
     parser.add_argument(
         "code", nargs="?", metavar="CODE", help="a rule by code or name, or a family as LP7xx; default: every rule"
@@ -280,7 +290,7 @@ def _add_rule(commands: Any) -> None:
 
 
 def _add_env(commands: Any) -> None:
-    _command(commands, "env", "the versions block for a bug report", "  lora-probe env")
+    _command(commands, "env", "the versions block for a bug report", "  lora-probe env", reads=False)
 
 
 def refuse_ignored(options: argparse.Namespace) -> None:

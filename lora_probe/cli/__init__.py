@@ -1,13 +1,13 @@
 """The command line: `lora-probe`. In: arguments. Out: text or JSON on standard output, hints and progress on standard
 error, and the exit status: 0 judged and nothing wrong, 1 something found or undecided, 2 nothing could be judged.
 
-Everything heavy is imported by the command that needs it.
+Everything heavy is imported by the command that needs it. What reads files that others wrote runs in a process of its
+own, within the limits that `--timeout` and `--max-memory` set (`guarded.py`).
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shlex
 import signal
@@ -15,32 +15,29 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_probe.errors import ProbeError
-from lora_probe.folders import Lost, asked, each
-from lora_probe.options import (
+from lora_probe import guarded, limits
+from lora_probe.cli.budget import budget
+from lora_probe.cli.check import check, mends
+from lora_probe.cli.options import (
     engine_options,
     parser_of_all,
     prompts,
     refuse_ignored,
-    refuse_unmendable,
     same_with_another_engine,
 )
-from lora_probe.render.cells import one_line
-from lora_probe.render.output import complain, dump, hint, say, show, write
+from lora_probe.cli.status import CLEAN, FOUND, INTERRUPTED, TERMINATED, UNJUDGED
+from lora_probe.errors import ProbeError
+from lora_probe.render.output import as_json, complain, discard_output, dump, hint, say, show, write
 from lora_probe.render.progress import comparing, following, telling, working
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from lora_probe.checking import Report
     from lora_probe.reading import Trace
-
-CLEAN, FOUND, UNJUDGED, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 
 
 class _Terminated(KeyboardInterrupt):
@@ -63,13 +60,44 @@ def _run(own: list[str], flags: list[str], options: argparse.Namespace) -> int:
         if flags and options.command not in ("trace", "parity"):
             parser.error("only `trace` and `parity` take engine flags after `--`")
         options.engine_args, options.given = flags, own
-        return COMMANDS[options.command](options)
+        return _run_command(options)
     except ProbeError as error:
         complain(error.message, error.hint)
         return error.exit_code
+    except OSError as error:
+        # What is still in the buffer cannot be written either.
+        discard_output()
+        complain(f"cannot write the output: {error.strerror or error}")
+        return UNJUDGED
+    except Exception as error:
+        failure = guarded.fault(error)
+        complain(failure.message, failure.hint)
+        return UNJUDGED
     except KeyboardInterrupt as stop:
-        complain("interrupted", getattr(options, "interrupted", ""))
+        complain("interrupted", _left(options))
         return TERMINATED if isinstance(stop, _Terminated) else INTERRUPTED
+
+
+def _run_command(options: argparse.Namespace) -> int:
+    """Run what reads files in a process of its own. `check` has one for its adapters, and prints here."""
+    if options.command == "parity":
+        refuse_ignored(options)
+    if options.command in ("trace", "parity"):
+        # Standard input is read here: the other process has none.
+        options.prompts = prompts(options)
+    run = partial(COMMANDS[options.command], options)
+    own = options.command not in ("rule", "env") and (options.command != "check" or mends(options))
+    return guarded.command(run, budget(options)) if own else run()
+
+
+def _left(options: argparse.Namespace) -> str:
+    """What an interrupted command leaves behind."""
+    command, kept = getattr(options, "command", ""), getattr(options, "output", None)
+    if command == "trace":
+        return "the recording is incomplete; nothing is left running"
+    if command == "parity":
+        return "nothing is left running" + (f"; `{kept}` is half filled, --force overwrites it" if kept else "")
+    return ""
 
 
 @contextmanager
@@ -99,6 +127,7 @@ def _inspect(options: argparse.Namespace) -> int:
     from lora_probe.adapter import open_adapter
     from lora_probe.render import machine, terminal
 
+    limits.begin(Path(options.checkpoint))
     adapter = open_adapter(options.checkpoint)
     if options.module is not None:
         return _inspect_module(adapter, options)
@@ -141,116 +170,15 @@ def spectra_of(adapter: Any, tick: Callable[[], None]) -> dict[str, Any]:
     return found
 
 
-def _check(options: argparse.Namespace) -> int:
-    return _mend(options) if options.fix or options.diff or options.output else _judge(options)
-
-
-def _judge(options: argparse.Namespace, mended: dict[str, Any] | None = None) -> int:
-    """Check what is asked for. `mended` is what was done before, for the JSON."""
-    from lora_probe.checking import check_all
-    from lora_probe.render import checked, report
-
-    wanted = asked(options.checkpoints or ["."], options.recursive)
-    if options.recursive and wanted.folders:
-        say(f"{len(wanted.folders)} adapters below {', '.join(options.checkpoints) or '.'}")
-    full = len(wanted.folders) <= checked.FULL
-    shown = {"text": checked.report if full else checked.details, "json": report.report_json}.get(options.format)
-    found: list[Report] = []
-    pages: list[Any] = []
-    lost = list(wanted.lost)
-
-    def counted(text: str) -> str:
-        return f"{len(found) + 1} of {len(wanted.folders)}: {text}"
-
-    with telling("reading") as tell:
-        check = partial(
-            check_all,
-            model=options.model,
-            options=engine_options(options),
-            vllm_version=options.vllm_version,
-            select=options.select or [],
-            ignore=options.ignore or [],
-            progress=lambda text: tell(one_line(text if wanted.single else counted(text)), passing=True),
-        )
-        for one in each(wanted.folders, lost, check):
-            pages += [shown(one)] if shown else []
-            # Of thousands of adapters the ledgers, a row for every module, are not kept.
-            found.append(one if full else replace(one, ledgers={}))
-    for path in wanted.passed:
-        say(one_line(f"{path} lies beside no adapter: nothing to check"))
-    if mended is not None:
-        pages = [page | {"mended": mended} for page in pages] if options.format == "json" else pages
-    if found or (wanted.passed and not lost and options.format != "text"):
-        _report(found, pages, lost, options.format, single=wanted.single, full=full)
-    if options.format == "text" and (command := checked.next_command(found, options.model, mended is not None)):
-        hint(command)
-    for missing in lost:
-        complain(one_line(missing.error.message), one_line(missing.error.hint))
-    return _status(found, lost, options)
-
-
-def _mend(options: argparse.Namespace) -> int:
-    """`--diff`: what would be renamed. `--fix`: write it, and check what was written."""
-    from lora_probe.checking import mending_of
-    from lora_probe.mending import write as write_mended
-    from lora_probe.render import mended
-
-    refuse_unmendable(options)
-    wanted = asked(options.checkpoints or ["."], options.recursive)
-    for missing in wanted.lost:
-        raise missing.error
-    if len(wanted.folders) != 1:
-        raise ProbeError(f"{len(wanted.folders)} adapters: --fix and --diff take one", "name one folder")
-    with telling("reading") as tell:
-        found = mending_of(wanted.folders[0], options.model, lambda text: tell(one_line(text), passing=True))
-    if options.diff:
-        if options.format == "json":
-            dump(mended.mending_json(found))
-        else:
-            show(mended.diff(found))
-        return CLEAN
-    skipped = write_mended(found, Path(options.output)) if found.needed else []
-    say(mended.story(found, options.output, skipped))
-    options.checkpoints = [options.output if found.needed else str(found.adapter.path)]
-    options.recursive = False
-    return _judge(options, mended.mended_json(found, options.output, skipped))
-
-
-def _report(found: list[Report], pages: list[Any], lost: list[Lost], form: str, *, single: bool, full: bool) -> None:
-    """Print what was found. `pages` is what the format makes of each adapter by itself, if anything."""
-    from lora_probe.render import checked, github, report, sarif
-
-    if form == "json":
-        dump(pages[0] if single else report.reports_json(pages, found, lost))
-    elif form == "sarif":
-        dump(sarif.sarif(found, lost))
-    elif form == "github":
-        write(github.commands(found, lost))
-    else:
-        show(checked.full(pages, found, len(lost)) if full else checked.compact(pages, found, len(lost)))
-
-
-def _status(found: list[Report], lost: list[Lost], options: argparse.Namespace) -> int:
-    """What `check` returns: 2 if a folder could not be judged, else 1 for errors; with --strict for less, too."""
-    if lost:
-        return UNJUDGED
-    bad = any(
-        not one.clean or (options.strict and (one.count("warning") or any(r.codes for r in one.not_run)))
-        for one in found
-    )
-    return FOUND if bad and not options.exit_zero else CLEAN
-
-
 def _trace(options: argparse.Namespace) -> int:
     from lora_probe.engines.launch import LOG, trace
 
-    options.interrupted = "the recording is incomplete; nothing is left running"
     with telling(f"{options.engine}: starting") as tell:
         found = trace(
             options.checkpoint,
             engine=options.engine,
             model=options.model,
-            prompts=prompts(options),
+            prompts=options.prompts,
             chat=options.chat,
             max_tokens=options.max_tokens,
             follow=options.follow,
@@ -284,6 +212,7 @@ def _present(trace: Trace, options: argparse.Namespace) -> int:
 def _show_trace(options: argparse.Namespace) -> int:
     from lora_probe.reading import open_trace
 
+    limits.begin(Path(options.trace))
     return _present(open_trace(options.trace), options)
 
 
@@ -292,6 +221,7 @@ def _compare(options: argparse.Namespace) -> int:
     from lora_probe.reading import open_trace
     from lora_probe.render import machine, terminal
 
+    limits.begin(Path(options.reference), Path(options.candidate))
     found = compare(open_trace(options.reference), open_trace(options.candidate), options.rtol)
     if options.format == "json":
         dump(machine.comparison_json(found))
@@ -306,11 +236,7 @@ def _parity(options: argparse.Namespace) -> int:
     from lora_probe.preserved import REPORT, parity
     from lora_probe.render import machine, merged
 
-    refuse_ignored(options)
     kept = options.output
-    options.interrupted = "nothing is left running" + (
-        f"; `{kept}` is half filled, --force overwrites it" if kept else ""
-    )
     with telling("looking at the files") as tell:
         found = parity(
             options.checkpoint,
@@ -318,7 +244,7 @@ def _parity(options: argparse.Namespace) -> int:
             merged=options.merged,
             engine=options.engine or "peft",
             weights_only=options.weights_only,
-            prompts=prompts(options),
+            prompts=options.prompts,
             chat=options.chat,
             max_tokens=options.max_tokens,
             out=options.output,
@@ -334,7 +260,7 @@ def _parity(options: argparse.Namespace) -> int:
     else:
         show(merged.parity(found))
     if kept:
-        (Path(kept) / REPORT).write_text(json.dumps(data, ensure_ascii=False, indent=2, allow_nan=False))
+        (Path(kept) / REPORT).write_text(as_json(data), encoding="utf-8")
         names = ", ".join(sorted(path.name for path in Path(kept).iterdir()))
         say(f"kept in {kept}: {names}")
     if options.weights_only and found.verdict != "differs":
@@ -381,7 +307,7 @@ def _env(options: argparse.Namespace) -> int:
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "inspect": _inspect,
-    "check": _check,
+    "check": check,
     "trace": _trace,
     "show": _show_trace,
     "compare": _compare,
@@ -389,7 +315,3 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "rule": _rule,
     "env": _env,
 }
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,269 @@
+"""Work on untrusted files in a process of its own, which can be ended whatever it does.
+
+In: a function that hands over what it finds, and a `Budget`. Out: what it handed over, as it comes; or a whole command,
+whose output is printed here. A budget that is used up, a hang that ignores every signal, a crash in C: each is one
+error that names the step, and this process goes on.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from lora_probe import limits
+from lora_probe.errors import ProbeError
+from lora_probe.isolation import leave_current_folder_off_the_path
+from lora_probe.limits import Board, Budget
+from lora_probe.render.output import discard_output
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+    from multiprocessing.process import BaseProcess
+
+AVAILABLE = sys.platform == "linux"
+"""Where processes are forked and the limits are known to hold. Elsewhere the work is done in this process."""
+GRACE, ENGINE_GRACE = 1.0, 15.0
+"""Seconds for a process to end by itself when the user stops the command; more where it has an engine to end."""
+
+RESERVE = 2**22
+"""Bytes that are kept for saying that there are no more."""
+
+Send = Callable[[Any], None]
+
+
+class OverBudget(ProbeError):
+    """The work took more time or memory than it may, or its process died."""
+
+
+@dataclass(frozen=True)
+class _Written:
+    """Text that a command prints; `error`: on standard error."""
+
+    text: str
+    error: bool
+
+
+@dataclass(frozen=True)
+class _Ended:
+    """The work is done; `failure` is what it raised, if it did."""
+
+    failure: ProbeError | None = None
+
+
+def results(work: Callable[[Send], None], budget: Budget) -> Iterator[Any]:
+    """What `work` hands over, from a process of its own.
+
+    Raises:
+        OverBudget: with the step at which the budget was used up, or at which the process died.
+        ProbeError: what `work` raised. Any other exception of it becomes one that asks for a report.
+    """
+    if not AVAILABLE:
+        yield from _here(work)
+        return
+    import multiprocessing
+
+    board = Board()
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_work, args=(work, budget, board, sender), name="lora-probe-reader")
+    process.start()
+    sender.close()
+    try:
+        while True:
+            try:
+                item = receiver.recv()
+            except EOFError:
+                process.join()
+                raise _died(process, board) from None
+            if isinstance(item, _Ended):
+                break
+            yield item
+        process.join()
+    finally:
+        _end(process, board)
+        receiver.close()
+    if item.failure is not None:
+        raise item.failure
+
+
+def command(run: Callable[[], int], budget: Budget) -> int:
+    """The exit status of a command that runs in a process of its own. What it prints is printed here.
+
+    Raises as `results` does.
+    """
+    if not AVAILABLE:
+        return run()
+
+    def work(send: Send) -> None:
+        sys.stdout, sys.stderr = _Forwarded(sys.stdout, send, False), _Forwarded(sys.stderr, send, True)
+        send(run())
+
+    status = 2
+    stopped = True
+    try:
+        for item in results(work, budget):
+            if isinstance(item, _Written):
+                _write(item)
+            else:
+                status = item
+        stopped = False
+    finally:
+        if stopped and sys.stderr.isatty():
+            # A live line that was cut off has hidden the cursor.
+            sys.stderr.write("\r\x1b[K\x1b[?25h")
+            sys.stderr.flush()
+    return status
+
+
+class _Forwarded(io.TextIOBase):
+    """A standard stream of the working process: whatever is written goes to the process that prints."""
+
+    def __init__(self, stream: TextIO, send: Send, error: bool) -> None:
+        self._stream, self._send, self._error = stream, send, error
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self._stream.encoding
+
+    @property
+    def errors(self) -> str | None:  # type: ignore[override]
+        return self._stream.errors
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        if text:
+            self._send(_Written(text, self._error))
+        return len(text)
+
+
+def _write(item: _Written) -> None:
+    stream = sys.stderr if item.error else sys.stdout
+    try:
+        if item.error:
+            sys.stdout.flush()
+        stream.write(
+            item.text.encode(stream.encoding or "utf-8", "backslashreplace").decode(stream.encoding or "utf-8")
+        )
+        stream.flush()
+    except BrokenPipeError:
+        # That the reader of a pipe has gone (`| head`) changes no exit status.
+        discard_output()
+
+
+def _here(work: Callable[[Send], None]) -> Iterator[Any]:
+    handed: list[Any] = []
+    try:
+        work(handed.append)
+    except ProbeError:
+        yield from handed
+        raise
+    except Exception as error:
+        yield from handed
+        raise fault(error) from error
+    yield from handed
+
+
+def _work(work: Callable[[Send], None], budget: Budget, board: Board, sender: Connection) -> None:
+    """What the process of its own does. Ctrl-C in a terminal reaches it too: its parent says when it is to end."""
+    signal.signal(signal.SIGINT, lambda *_: None)
+    signal.signal(signal.SIGTERM, _stop)
+    _end_with_parent()
+    lock = threading.Lock()
+
+    def send(item: Any) -> None:
+        with lock:
+            sender.send(item)
+
+    ended = _Ended()
+    reserve: bytearray | None = bytearray(RESERVE)
+    try:
+        leave_current_folder_off_the_path()
+        limits.enter(budget, board)
+        work(send)
+    except ProbeError as error:
+        ended = _Ended(error)
+    except MemoryError:
+        # What filled the memory is still there: without this even the next line would have no room.
+        reserve = None  # noqa: F841
+        limits.lift()
+        ended = _Ended(_over("used up its memory", board))
+    except KeyboardInterrupt:
+        os._exit(1)
+    except Exception as error:
+        ended = _Ended(fault(error))
+    with suppress(BrokenPipeError):
+        send(ended)
+    # Nothing of the process that was copied is to be flushed or cleaned up twice.
+    os._exit(0)
+
+
+def _stop(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _end_with_parent() -> None:
+    """A parent that is killed says nothing; whatever the process has started ends with it."""
+    import multiprocessing
+    from multiprocessing.connection import wait
+
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "this process was started by another"
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True, name="lora-probe-parent").start()
+
+
+def _end(process: BaseProcess, board: Board) -> None:
+    """End the process if it still runs: politely, so that what it has started and half written goes, then not."""
+    if process.is_alive():
+        process.terminate()
+        try:
+            process.join(ENGINE_GRACE if board.waiting else GRACE)
+        finally:
+            process.kill()
+            process.join()
+
+
+def fault(error: Exception) -> ProbeError:
+    """An exception that nobody expected, as one error with the place in the code."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    words = "".join(traceback.format_exception_only(error)).strip()
+    return ProbeError(
+        f"lora-probe failed: {words} ({Path(place.filename).name}:{place.lineno})",
+        "please report it, with what `lora-probe env` prints",
+    )
+
+
+def _died(process: BaseProcess, board: Board) -> OverBudget:
+    code = process.exitcode or 0
+    if code == -signal.SIGXCPU:
+        return _over("used up its CPU time", board)
+    ended = f"signal {signal.Signals(-code).name}" if code < 0 else f"status {code}"
+    return _over(f"could not be judged: its process ended with {ended}", board)
+
+
+def _over(what: str, board: Board) -> OverBudget:
+    return OverBudget(
+        f"{what} while {board.step or 'starting'}; the budget is {board.budget}",
+        "look at that file first, no real adapter is known to need more; --timeout and --max-memory raise the limits",
+    )

@@ -1,0 +1,99 @@
+"""Adapters judged one after the other, in a process of their own, each within a budget of its own.
+
+In: folders, and a function that judges several of them in turn. Out: for each a `Judged` or a `Lost`, in their order. A
+folder that uses up its budget, or on which the process dies, is lost; the others are judged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lora_probe.checking import Report
+from lora_probe.errors import ProbeError
+from lora_probe.folders import Lost
+from lora_probe.guarded import OverBudget, Send, fault, results
+from lora_probe.limits import Budget
+
+Check = Callable[..., Iterator[Report]]
+"""`check_all` with its options; `progress` is passed as well."""
+Page = Callable[[Report], Any]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One adapter: its report without the ledgers, which have a row for every module, and what a format makes of it."""
+
+    report: Report
+    page: Any
+
+
+@dataclass(frozen=True)
+class Passing:
+    """What goes on at the moment."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """The next folder is looked at."""
+
+
+def judged(
+    folders: Sequence[Path], check: Check, page: Page | None, budget: Budget
+) -> Iterator[Judged | Lost | Passing]:
+    """Judge `folders`; `page` is called for each report where the ledgers still are.
+
+    Raises:
+        ProbeError: the options or the base that was asked for are wrong, so that nothing can be judged.
+    """
+    rest = list(folders)
+    while True:
+        begun = False
+        try:
+            for item in results(partial(_judge, tuple(rest), check, page), budget):
+                if isinstance(item, _Begun):
+                    begun = True
+                    continue
+                if isinstance(item, Judged | Lost):
+                    rest.pop(0)
+                    begun = False
+                yield item
+            return
+        except OverBudget as error:
+            if not begun:
+                raise
+            folder = rest.pop(0)
+            yield Lost(folder, OverBudget(f"`{folder}`: {error.message}", error.hint))
+            if not rest:
+                return
+
+
+def _judge(folders: Sequence[Path], check: Check, page: Page | None, send: Send) -> None:
+    def tell(text: str) -> None:
+        send(Passing(text))
+
+    # What is wrong with the options is wrong for all, and raised here.
+    list(check((), progress=tell))
+    rest = list(folders)
+    while rest:
+        reports = iter(check(tuple(rest), progress=tell))
+        try:
+            while rest:
+                send(_Begun())
+                report = next(reports)
+                send(Judged(replace(report, ledgers={}), page(report) if page is not None else None))
+                rest.pop(0)
+        except MemoryError:
+            raise
+        except Exception as error:
+            folder = rest.pop(0)
+            send(Lost(folder, error if isinstance(error, ProbeError) else _in(folder, fault(error))))
+
+
+def _in(folder: Path, error: ProbeError) -> ProbeError:
+    return ProbeError(f"`{folder}`: {error.message}", error.hint)

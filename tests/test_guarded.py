@@ -1,0 +1,301 @@
+"""The process of its own in which untrusted files are read: its limits hold whatever the work does."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import heed_interrupts
+
+from lora_probe import guarded, limits
+from lora_probe.checking import Report
+from lora_probe.errors import ProbeError, UnreadableFile
+from lora_probe.folders import Lost
+from lora_probe.guarded import OverBudget, Send, results
+from lora_probe.judging import Judged, judged
+from lora_probe.limits import Budget
+
+LITTLE = Budget(seconds=1, memory=64 * 2**20)
+
+
+def doubled(times: int = 60) -> tuple[Any, ...]:
+    """A tuple whose hash takes 2^times steps in C, where no signal is heard."""
+    value: tuple[Any, ...] = ()
+    for _ in range(times):
+        value = (value, value)
+    return value
+
+
+def hang(send: Send) -> None:
+    limits.step("hashing a key", "a/adapter_model.bin")
+    hash(doubled())
+
+
+def test_what_is_handed_over_comes_in_order() -> None:
+    assert list(results(lambda send: [send(number) for number in range(1000)] and None, Budget())) == list(range(1000))
+
+
+def test_a_hang_in_c_ends_with_the_budget() -> None:
+    with pytest.raises(OverBudget) as raised:
+        list(results(hang, LITTLE))
+    assert raised.value.message == (
+        "used up its CPU time while hashing a key (`a/adapter_model.bin`); "
+        "the budget is 1 s of CPU time and 64 MiB of memory"
+    )
+    assert "--timeout" in raised.value.hint
+    assert raised.value.exit_code == 2
+
+
+@pytest.mark.parametrize("kind", ["bytes", "numpy", "list"])
+def test_memory_ends_with_the_budget(kind: str) -> None:
+    def take(send: Send) -> None:
+        limits.step("reading", "weights")
+        if kind == "bytes":
+            send(len(bytearray(2**31)))
+        elif kind == "numpy":
+            send(float(np.ones(2**28).sum()))
+        else:
+            kept: list[Any] = []
+            while True:
+                kept.append([kept])
+
+    with pytest.raises(OverBudget, match=r"used up its memory while reading \(`weights`\)"):
+        list(results(take, LITTLE))
+
+
+def test_little_is_enough_for_little() -> None:
+    assert list(results(lambda send: send(float(np.ones(2**20).sum())), LITTLE)) == [2.0**20]
+
+
+def test_room_for_a_mapped_file_is_added_once() -> None:
+    def take(send: Send) -> None:
+        limits.make_room(2**27)
+        send(len(bytearray(2**27)))
+        send(len(bytearray(2**29)))
+
+    handed = results(take, LITTLE)
+    assert next(handed) == 2**27
+    with pytest.raises(OverBudget, match="used up its memory"):
+        next(handed)
+
+
+def test_each_piece_of_work_has_a_budget_of_its_own(tmp_path: Path) -> None:
+    def turns(send: Send) -> None:
+        for number in range(3):
+            limits.begin(tmp_path)
+            end = time.process_time() + 0.8
+            while time.process_time() < end:
+                pass
+            send(number)
+
+    assert list(results(turns, Budget(seconds=1.5))) == [0, 1, 2]
+
+
+def test_a_budget_grows_with_what_lies_on_disk_and_not_with_what_is_claimed(tmp_path: Path) -> None:
+    (tmp_path / "below").mkdir()
+    (tmp_path / "weights").write_bytes(os.urandom(1_000_000))
+    (tmp_path / "below" / "weights").write_bytes(os.urandom(1_000_000))
+    with (tmp_path / "sparse").open("wb") as file:
+        file.truncate(2**40)
+    (tmp_path / "circle").symlink_to(tmp_path)
+    for number in range(100):
+        (tmp_path / f"again-{number}").symlink_to("weights")
+    assert 2_000_000 <= limits.held(tmp_path) < 2_100_000
+    assert limits.held(tmp_path / "missing") == 0
+
+
+def test_errors_arrive_whole() -> None:
+    def fail(send: Send) -> None:
+        send(1)
+        raise UnreadableFile("`a` is damaged", "copy it again")
+
+    handed = results(fail, Budget())
+    assert next(handed) == 1
+    with pytest.raises(UnreadableFile) as raised:
+        next(handed)
+    assert (raised.value.message, raised.value.hint) == ("`a` is damaged", "copy it again")
+
+
+def test_a_fault_of_ours_is_one_error_with_its_place() -> None:
+    def fail(send: Send) -> None:
+        raise KeyError("x")
+
+    with pytest.raises(ProbeError, match=r"lora-probe failed: KeyError: 'x' \(test_guarded.py:\d+\)"):
+        list(results(fail, Budget()))
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+def test_a_process_that_dies_is_an_error(number: signal.Signals) -> None:
+    def die(send: Send) -> None:
+        limits.step("loading", "x.bin")
+        os.kill(os.getpid(), number)
+
+    with pytest.raises(OverBudget, match=rf"its process ended with signal {number.name} while loading"):
+        list(results(die, Budget()))
+
+
+def test_nothing_is_left_when_nobody_listens_any_more() -> None:
+    handed = results(lambda send: [send(os.getpid()) for _ in range(10**6)] and None, Budget())
+    pid = next(handed)
+    handed.close()
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+def report(folder: Path) -> Report:
+    return Report(folder, None, {}, ())
+
+
+def test_others_are_judged_when_one_takes_too_much(tmp_path: Path) -> None:
+    def check(folders: Any, **_: Any) -> Iterator[Report]:
+        for folder in folders:
+            limits.begin(folder)
+            if folder.name == "hangs":
+                hash(doubled())
+            if folder.name == "fails":
+                raise UnreadableFile("`fails` is damaged")
+            if folder.name == "faults":
+                raise ValueError("x")
+            yield report(folder)
+
+    folders = [tmp_path / name for name in ("one", "hangs", "fails", "faults", "two")]
+    outcomes = list(judged(folders, check, None, LITTLE))
+    kinds = [type(outcome) for outcome in outcomes]
+    assert kinds == [Judged, Lost, Lost, Lost, Judged]
+    assert [one.error.message.partition(" while ")[0] for one in outcomes if isinstance(one, Lost)] == [
+        f"`{tmp_path / 'hangs'}`: used up its CPU time",
+        "`fails` is damaged",
+        f"`{tmp_path / 'faults'}`: lora-probe failed: ValueError: x (test_guarded.py:{fault_line()})",
+    ]
+
+
+def fault_line() -> int:
+    lines = Path(__file__).read_text().splitlines()
+    return next(number for number, line in enumerate(lines, 1) if 'raise ValueError("x")' in line)
+
+
+def test_what_is_wrong_before_the_first_folder_is_wrong_for_all() -> None:
+    def check(folders: Any, **_: Any) -> Iterator[Report]:
+        limits.step("opening the base")
+        hash(doubled())
+        yield from ()
+
+    with pytest.raises(OverBudget, match="opening the base"):
+        list(judged([Path("a"), Path("b")], check, None, LITTLE))
+
+
+HANGING = """
+import sys
+from lora_probe import adapter, cli
+def hang(path):
+    value = ()
+    for _ in range(60):
+        value = (value, value)
+    print("hanging", file=sys.stderr, flush=True)
+    hash(value)
+adapter.open_adapter = hang
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_hang_obeys_the_user(number: signal.Signals, status: int, adapter: Path) -> None:
+    run = subprocess.Popen(
+        [sys.executable, "-c", HANGING, "inspect", str(adapter)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=heed_interrupts,
+    )
+    assert run.stderr is not None
+    assert run.stderr.readline() == "hanging\n"
+    run.send_signal(number)
+    out, err = run.communicate(timeout=20)
+    assert (run.returncode, out, err) == (status, "", "error: interrupted\n")
+
+
+def test_a_command_that_is_killed_leaves_no_process(adapter: Path) -> None:
+    run = subprocess.Popen(
+        [sys.executable, "-c", HANGING.replace("hash(value)", "import time; time.sleep(60)"), "inspect", str(adapter)],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert run.stderr is not None
+    assert run.stderr.readline() == "hanging\n"
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    assert len(children) == 1
+    run.kill()
+    run.wait()
+    deadline = time.monotonic() + 20
+    while Path(f"/proc/{children[0]}").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{children[0]}").exists()
+
+
+def test_limits_are_options_of_every_command_that_reads(
+    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from conftest import call, edited
+
+    for command in ("inspect", "check", "trace", "show", "compare", "parity"):
+        status, out, _ = call(command, "--help", capsys=capsys)
+        assert status == 0
+        assert "--timeout SECONDS" in out
+        assert "--max-memory GIB" in out
+    status, _, err = call("inspect", adapter, "--timeout", "0", capsys=capsys)
+    assert status == 2
+    assert "0 is not a number above 0" in err
+    status, _, err = call("inspect", adapter, "--max-memory", "0.001", capsys=capsys)
+    assert status == 2
+    assert "0.001 is not a number from 0.0625" in err
+    large = edited(adapter, tmp_path / "large", config=lambda config: config | {"x": [{"y": {}}] * 900_000})
+    status, out, err = call("inspect", large, "--max-memory", "0.0625", capsys=capsys)
+    assert (status, out) == (2, "")
+    assert "adapter_config.json" in err
+    assert "memory" in err
+    assert "--max-memory" in err
+    assert err.count("error:") == 1
+    status, out, _ = call("check", large, adapter, "--max-memory", "0.0625", "--format", "json", capsys=capsys)
+    assert status == 2
+    data = json.loads(out)
+    assert "memory" in data["not_judged"][0]["message"]
+    assert [one["adapter"] for one in data["reports"]] == [str(adapter)]
+
+
+def test_output_that_the_terminal_cannot_encode(adapter: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "lora_probe.cli", "inspect", str(adapter), "--norms"],
+        env=os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        check=False,
+    )
+    assert run.returncode == 0
+    assert b"\\u2016\\u0394W\\u2016" in run.stdout
+    assert b"Traceback" not in run.stderr
+
+
+def test_a_full_disk_is_one_error(adapter: Path) -> None:
+    with Path("/dev/full").open("w") as full:
+        run = subprocess.run(
+            [sys.executable, "-m", "lora_probe.cli", "inspect", str(adapter)],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert run.returncode == 2
+    assert run.stderr.splitlines()[-1] == "error: cannot write the output: No space left on device"
+
+
+def test_without_processes_of_its_own_the_work_is_done_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guarded, "AVAILABLE", False)
+    assert list(results(lambda send: send(os.getpid()), Budget())) == [os.getpid()]
