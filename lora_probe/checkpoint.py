@@ -274,7 +274,7 @@ def _of_pickle(file: Path) -> list[StoredTensor]:
     if not tensors:
         raise UnreadableFile(f"`{file}` holds no tensors")
     with opened(file) as (_, size):
-        require_own_values(file, sum(tensor.size for tensor in tensors), size)
+        require_own_values(file, [tensor.size for tensor in tensors], size)
     return tensors
 
 

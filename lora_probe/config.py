@@ -274,7 +274,7 @@ def read_text(path: Path, limit: int = MAX_CONFIG) -> str:
     """The text of a JSON file, at most `limit` bytes of it. Raises as `read_json` does."""
     step("reading", path)
     with opened(path) as (file, size):
-        data = file.read(limit + 1) if size <= limit else b""
+        data = file.read(size + 1) if size <= limit else b""
     if size > limit or len(data) > limit:
         raise UnreadableFile(
             f"`{path}` has {size} bytes, more than {limit}; no config is so large", "is it another file under its name?"

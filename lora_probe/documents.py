@@ -35,7 +35,7 @@ def document(path: Path, kind: type[T]) -> T:
     with opened(path) as (file, size):
         if size > MAX_DOCUMENT:
             raise UnreadableFile(f"`{path}` has {size} bytes, more than the {MAX_DOCUMENT} that are read")
-        data = file.read(MAX_DOCUMENT)
+        data = file.read(size)
     try:
         return decoded(data, msgspec.json.Decoder(kind))
     except ValueError as error:

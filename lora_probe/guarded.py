@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from multiprocessing.connection import Connection
     from multiprocessing.process import BaseProcess
 
-AVAILABLE = sys.platform == "linux"
+AVAILABLE = sys.platform == "linux" and Path("/proc/self/status").exists()
 """Where processes are forked and the limits are known to hold. Elsewhere the work is done in this process."""
 GRACE, ENGINE_GRACE = 1.0, 15.0
 """Seconds for a process to end by itself when the user stops the command; more where it has an engine to end."""

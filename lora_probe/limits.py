@@ -225,7 +225,5 @@ def _limit(name: str, value: int | None) -> None:
 
 def _allocated() -> int:
     """Bytes of this process that count against RLIMIT_DATA."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmData:"):
-            return int(line.split()[1]) * 1024
-    return 0
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmData:")[2].split(maxsplit=1)[0]) * 1024

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -66,6 +66,7 @@ def open_pickle(path: Path) -> WeightsFile:
     tensors = dict(_named(found, path, size))
     if found and not tensors:
         raise _no_tensors(found, path)
+    require_own_values(path, [header.end for header, _ in tensors.values()], size)
     held = {name: tensor for name, (_, tensor) in tensors.items()}
 
     def values(name: str, start: int, stop: int) -> Raw:
@@ -76,7 +77,6 @@ def open_pickle(path: Path) -> WeightsFile:
 
 
 def _named(found: dict[Any, Any], path: Path, size: int) -> Iterator[tuple[str, tuple[TensorHeader, Any]]]:
-    claimed = 0
     for header, tensor in plain(found, path, "save the adapter again"):
         # A tensor that repeats its values (stride 0) can claim any number of them.
         if header.end > max(size, 1024):
@@ -84,22 +84,19 @@ def _named(found: dict[Any, Any], path: Path, size: int) -> Iterator[tuple[str, 
                 f"`{path}`: tensor `{shown(header.name)}` claims {header.end} bytes, the file has {size}",
                 "save the adapter again, with contiguous tensors",
             )
-        claimed += header.end
-        require_own_values(path, claimed, size)
         yield header.name, (header, tensor)
 
 
-def require_own_values(path: Path, claimed: int, size: int) -> None:
-    """A file of `size` bytes has tensors that take `claimed` bytes together.
+def require_own_values(path: Path, claimed: Sequence[int], size: int) -> None:
+    """A file of `size` bytes has tensors that take these bytes.
 
     Raises:
         TooLarge: many tensors have the same bytes.
     """
-    most = MOST_SHARED * max(size, 1024)
-    if claimed > most:
+    if sum(claimed) > MOST_SHARED * max(size, 1024):
         raise TooLarge(
-            f"`{path}`: its tensors claim more than {most:,} bytes, {MOST_SHARED} times the size of the file "
-            f"({size:,} bytes)",
+            f"`{path}`: its {len(claimed):,} tensors claim {sum(claimed):,} bytes together, more than {MOST_SHARED} "
+            f"times the {size:,} of the file",
             "save it again, with tensors that do not share their values",
         )
 

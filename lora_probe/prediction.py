@@ -89,14 +89,19 @@ def _ledger(
         aliases = case.aliases(engine)
     expected = expect(case.adapter, shapes, aliases, spectra)
     judge = _peft if engine == "peft" else _vllm
+    mine = [
+        (rule, one, frozenset(one.keys))
+        for rule, one in found
+        if one.value != "ok" and engine in (one.engines or rule.engines)
+    ]
     rows = []
     for row in expected:
         place = case.places[engine][row.entry.key] if row.entry is not None and view is not None else None
         read, placed = judge(case, row, place) if row.entry is not None else (Finding("absent"), Finding("absent"))
         stations: dict[Station, Finding] = {"stored": row.stored, "read": read, "placed": placed}
-        mine = row.entry.key if row.entry is not None else row.key
-        for rule, one in found:
-            if one.value != "ok" and mine in one.keys and engine in (one.engines or rule.engines):
+        key = row.entry.key if row.entry is not None else row.key
+        for rule, one, keys in mine:
+            if key in keys:
                 stations[one.station] = graver(stations[one.station], Finding(one.value, rule.code, one.message))
         stored_as = row.entry.stored_as if row.entry is not None else None
         engine_as = place.module.engine_as if place is not None and place.module is not None else None

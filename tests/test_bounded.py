@@ -353,6 +353,13 @@ def test_an_expression_without_an_end(endless: str) -> None:
         Expressions(Path("adapter_config.json")).match(endless, "a" * 200 + "c")
 
 
+def test_an_expression_without_an_end_is_a_finding(tmp_path: Path) -> None:
+    folder = adapter(tmp_path / "a", halves(1), {"target_modules": r"(?:[a-z]+|\w+|[\w.]+)+[A-Z]"})
+    (found,) = check(folder).diagnostics
+    assert found.code == "LP101"
+    assert "does not come to an end on a module's name" in found.message
+
+
 def test_what_is_endless_for_regex_alone_is_judged() -> None:
     """`re` makes one set of such alternatives, and PEFT does not hang."""
     assert Expressions(Path("x")).fullmatch(r"(?:a|[a-z]|\w|[\w.])+[A-Z]", "model.layers.0.q_proj") is None

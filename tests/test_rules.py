@@ -498,7 +498,7 @@ def test_a_tower_that_vllm_does_not_adapt(on_multimodal: dict[str, Path], palige
 
 @pytest.mark.parametrize("field", ["target_modules", "exclude_modules"])
 def test_an_expression_without_an_end_is_a_finding(field: str, adapter: Path, llama: Path, tmp_path: Path) -> None:
-    endless = r"(?:a|[a-z]|\w|[\w.])+[A-Z]"
+    endless = r"(?:[a-z]+|\w+|[\w.]+)+[A-Z]"
     report = check(edited(adapter, tmp_path / "a", config=lambda raw: raw | {field: endless}), model=str(llama))
     assert codes(report) == {"LP101"}
     assert "does not come to an end" in report.diagnostics[0].message
