@@ -109,6 +109,11 @@ def is_text(name: str) -> bool:
     return True
 
 
+def storage_of(folder: Path) -> Path:
+    """Where the files of a folder lie: in it, or, of a hub's snapshot, in all of its repository. No links lead to it."""
+    return folder.parent.parent if folder.parent.name == "snapshots" else folder
+
+
 def sha256(path: Path) -> str:
     """The digest of a whole file, in hexadecimal."""
     with opened(path) as (file, _):

@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_probe.files import shown
+from lora_probe.files import shown, storage_of
 
 SECONDS = 60
 """CPU time for one folder. The largest real adapters that were measured take 40 s."""
@@ -191,26 +191,32 @@ def raised(seconds: float) -> float:
 
 
 def held(folder: Path) -> int:
-    """Bytes that a folder's files take on disk, and those of the folders in it. A sparse file claims more than that."""
+    """Bytes that a folder's files take on disk, and those of the folders in it, each file once.
+
+    A sparse file claims more than it takes, and a link to a file elsewhere is no file of the folder.
+    """
     try:
-        return sum(_on_disk(folder).values())
-    except OSError:
+        return sum(_on_disk(folder, str(storage_of(folder.resolve()))).values())
+    except (OSError, RuntimeError):
         # What cannot be listed is told by whoever reads it.
         return 0
 
 
-def _on_disk(folder: Path, below: int = 1) -> dict[tuple[int, int], int]:
-    """The size of every file, each once: a hub's cache holds links to its files, a folder that wants more many."""
+def _on_disk(folder: Path, storage: str, below: int = 1) -> dict[tuple[int, int], int]:
     sizes: dict[tuple[int, int], int] = {}
     with os.scandir(folder) as entries:
         for entry in entries:
             with suppress(OSError):
                 if entry.is_dir(follow_symlinks=False):
-                    sizes |= _on_disk(Path(entry.path), below - 1) if below else {}
-                elif entry.is_file():
+                    sizes |= _on_disk(Path(entry.path), storage, below - 1) if below else {}
+                elif entry.is_file() and (not entry.is_symlink() or _lies_in(storage, entry.path)):
                     status = entry.stat()
                     sizes[status.st_dev, status.st_ino] = status.st_blocks * 512
     return sizes
+
+
+def _lies_in(storage: str, path: str) -> bool:
+    return os.path.commonpath([storage, os.path.realpath(path)]) == storage
 
 
 def _limit(name: str, value: int | None) -> None:

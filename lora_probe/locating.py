@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 
 from lora_probe.errors import MissingWeights, UnreadableFile
-from lora_probe.files import shown
+from lora_probe.files import shown, storage_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PICKLE, VLLM_PICKLE = "adapter_model.bin", "adapter_model.pt"
@@ -113,8 +113,7 @@ def inside(folder: Path, name: str) -> Path:
         raise UnreadableFile(
             f"`{path}` is a symbolic link that leads nowhere: {why}", "put the file itself in its place"
         ) from error
-    repository = home.parent.parent if home.parent.name == "snapshots" else home
-    if not target.is_relative_to(repository):
+    if not target.is_relative_to(storage_of(home)):
         raise UnreadableFile(
             f"`{path}` is a symbolic link that leads out of its folder, to `{target}`",
             "copy the file into the folder if you trust it",

@@ -107,10 +107,20 @@ def test_a_budget_grows_with_what_lies_on_disk_and_not_with_what_is_claimed(tmp_
     with (tmp_path / "sparse").open("wb") as file:
         file.truncate(2**40)
     (tmp_path / "circle").symlink_to(tmp_path)
+    (tmp_path / "elsewhere").symlink_to(sys.executable)
     for number in range(100):
         (tmp_path / f"again-{number}").symlink_to("weights")
     assert 2_000_000 <= limits.held(tmp_path) < 2_100_000
     assert limits.held(tmp_path / "missing") == 0
+
+
+def test_the_files_of_a_hub_snapshot_count(tmp_path: Path) -> None:
+    snapshot, blobs = tmp_path / "models--a" / "snapshots" / "c0ffee", tmp_path / "models--a" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    (blobs / "1").write_bytes(os.urandom(1_000_000))
+    (snapshot / "adapter_model.safetensors").symlink_to("../../blobs/1")
+    assert 1_000_000 <= limits.held(snapshot) < 1_100_000
 
 
 def test_errors_arrive_whole() -> None:

@@ -130,6 +130,27 @@ def test_a_module_that_an_adapter_names_is_not_imported(checkout: Path) -> None:
         assert "names the module `evil` in `megatron_core`" in done.stderr
 
 
+def test_reading_uses_no_network(adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even for a base that is nowhere here."""
+    import socket
+
+    from conftest import edited
+
+    from lora_probe.cli import main
+
+    def refuse(*_: object) -> None:
+        (tmp_path / "connected").touch()
+        raise ConnectionRefusedError
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    named = edited(adapter, tmp_path / "a", config=lambda config: config | {"base_model_name_or_path": "org/name"})
+    for arguments in (["check", str(named)], ["inspect", str(named), "--norms"]):
+        assert main(arguments) == 0
+    assert main(["trace", str(named), "--engine", "peft", "--model", "./org/name"]) == 2
+    assert not (tmp_path / "connected").exists()
+
+
 def test_the_environment_of_engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     given = {
