@@ -110,7 +110,7 @@ def is_text(name: str) -> bool:
 
 
 def storage_of(folder: Path) -> Path:
-    """Where the files of a folder lie: in it, or, of a hub's snapshot, in all of its repository. No links lead to it."""
+    """Where the files of a folder lie: in it, or, of a hub's snapshot, in its whole repository. No links lead to it."""
     return folder.parent.parent if folder.parent.name == "snapshots" else folder
 
 

@@ -43,7 +43,7 @@ class _Kept(msgspec.Struct, frozen=True):
     answer: msgspec.Raw
 
 
-class _Answer(msgspec.Struct, frozen=True):
+class _Answer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What an engine has, or why it had no answer."""
 
     view: EngineView | None = None
@@ -61,7 +61,7 @@ def remembered(key: str | None) -> EngineView | str | None:
         answer = msgspec.json.decode(kept.answer, type=_Answer)
     except (OSError, msgspec.DecodeError, UnicodeDecodeError):
         return None
-    return answer.view or answer.why
+    return answer.view or answer.why or None
 
 
 def remember(key: str | None, answer: EngineView | str) -> None:
