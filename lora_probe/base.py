@@ -22,6 +22,8 @@ OPTIONS = {"base model": "--model", "merged model": "--merged"}
 LARGEST = {("layer", "layers"): 1_000, ("expert", "experts"): 10_000, ("vocab_size",): 10_000_000}
 """What a key of `config.json` counts, by the ends of its name, and how much of it no model has. The largest known have
 about 200 layers, 512 experts and a million words."""
+MOST_EXPERTS = 500_000
+"""Experts of all layers together; the largest known model has 23,000."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ def _require_real_sizes(path: Path, config: Mapping[str, Any]) -> None:
     Raises:
         TooLarge: it asks for more layers, experts or words than any model has.
     """
+    most = dict.fromkeys(LARGEST, 0.0)
     waiting: list[tuple[str, object]] = list(config.items())
     while waiting:
         key, value = waiting.pop()
@@ -82,12 +85,20 @@ def _require_real_sizes(path: Path, config: Mapping[str, Any]) -> None:
         elif isinstance(value, list):
             waiting += [(key, inner) for inner in value if isinstance(inner, dict | list)]
         elif isinstance(value, int | float) and not isinstance(value, bool):
-            for ends, most in LARGEST.items():
-                if key.endswith(ends) and value > most:
-                    raise TooLarge(
-                        f"`{path}`: `{shown(key)}` is {brief(value)}, and no model has more than {most:,}",
-                        "no engine is asked to build such a model: write the number that the model has",
-                    )
+            for ends in (ends for ends in LARGEST if key.endswith(ends)):
+                if value > LARGEST[ends]:
+                    raise _unreal(path, f"`{shown(key)}` is {brief(value)}", LARGEST[ends])
+                most[ends] = max(most[ends], value)
+    layers, experts, _ = most.values()
+    if layers * experts > MOST_EXPERTS:
+        raise _unreal(path, f"{layers:g} layers of {experts:g} experts", MOST_EXPERTS)
+
+
+def _unreal(path: Path, what: str, most: int) -> TooLarge:
+    return TooLarge(
+        f"`{path}`: {what}, and no model has more than {most:,}",
+        "no engine is asked to build such a model: write the number that the model has",
+    )
 
 
 def find_model(name: str, *, role: str = "base model") -> Path:

@@ -56,6 +56,8 @@ def asked(paths: Sequence[str], recursive: bool = False) -> Asked:
                 found.setdefault(os.path.realpath(folder), folder)
         except ProbeError as error:
             lost.append(Lost(path, error))
+        except OSError as error:
+            lost.append(Lost(path, UnreadableFile(f"`{path}` cannot be read: {error.strerror or error}")))
     single = not recursive and len(found) + len(lost) == 1
     return Asked(tuple(found.values()), tuple(lost), single, tuple(passed))
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import signal
 import sys
+import tempfile
 import threading
 import traceback
 from collections.abc import Callable, Iterator
@@ -74,14 +76,17 @@ def results(work: Callable[[Send], None], budget: Budget) -> Iterator[Any]:
     board = Board()
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(work, budget, board, sender), name="lora-probe-reader")
+    temporary = tempfile.mkdtemp(prefix="lora-probe-")
+    arguments = (work, budget, board, sender, temporary)
+    process = context.Process(target=_work, args=arguments, name="lora-probe-reader")
     process.start()
     sender.close()
     try:
         while True:
             try:
                 item = receiver.recv()
-            except EOFError:
+            # The second where the process dies in the middle of what it hands over.
+            except (EOFError, OSError):
                 process.join()
                 raise _died(process, board) from None
             if isinstance(item, _Ended):
@@ -91,6 +96,8 @@ def results(work: Callable[[Send], None], budget: Budget) -> Iterator[Any]:
     finally:
         _end(process, board)
         receiver.close()
+        # It is empty, unless the process was killed.
+        shutil.rmtree(temporary, ignore_errors=True)
     if item.failure is not None:
         raise item.failure
 
@@ -165,6 +172,10 @@ def _write(item: _Written) -> None:
     except BrokenPipeError:
         # That the reader of a pipe has gone (`| head`) changes no exit status.
         discard_output()
+    except OSError:
+        # What goes on cannot be told; what was found can.
+        if not item.error:
+            raise
 
 
 def _here(work: Callable[[Send], None]) -> Iterator[Any]:
@@ -180,10 +191,13 @@ def _here(work: Callable[[Send], None]) -> Iterator[Any]:
     yield from handed
 
 
-def _work(work: Callable[[Send], None], budget: Budget, board: Board, sender: Connection) -> None:
+def _work(work: Callable[[Send], None], budget: Budget, board: Board, sender: Connection, temporary: str) -> None:
     """What the process of its own does. Ctrl-C in a terminal reaches it too: its parent says when it is to end."""
-    signal.signal(signal.SIGINT, lambda *_: None)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _stop)
+    # A shell may have it ignored, and the limit of time with it.
+    signal.signal(signal.SIGXCPU, signal.SIG_DFL)
+    tempfile.tempdir = temporary
     _end_with_parent()
     lock = threading.Lock()
 

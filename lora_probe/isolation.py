@@ -69,13 +69,15 @@ def empty_folder() -> Iterator[Path]:
 
 
 def absolute_flags(flags: Sequence[str]) -> list[str]:
-    """Engine flags for a process in another folder: a value that holds a slash and is there from here is a path."""
+    """Engine flags for a process in another folder. A value is a path if it begins with `./` or `../`, or if it holds a
+    slash and is there from here: anything else may be the id of a model."""
     return [_absolute(flag) for flag in flags]
 
 
 def _absolute(flag: str) -> str:
     name, equals, value = flag.partition("=") if flag.startswith("-") else ("", "", flag)
     # Unlike Path.exists, this is False for what no path can be.
-    if "/" not in value or Path(value).is_absolute() or not os.path.exists(value):  # noqa: PTH110
+    near = value.startswith(("./", "../")) or ("/" in value and os.path.exists(value))  # noqa: PTH110
+    if not near or Path(value).is_absolute():
         return flag
     return f"{name}{equals}{Path(value).absolute()}"

@@ -25,7 +25,8 @@ Page = Callable[[Report], Any]
 
 @dataclass(frozen=True)
 class Judged:
-    """One adapter: its report without the ledgers, which have a row for every module, and what a format makes of it."""
+    """One adapter: its report, and what a format makes of it. What has an entry for every module is in the page alone:
+    the ledgers, and with a page the modules of each finding."""
 
     report: Report
     page: Any
@@ -52,8 +53,8 @@ def judged(
         ProbeError: the options or the base that was asked for are wrong, so that nothing can be judged.
     """
     rest = list(folders)
+    begun = False
     while True:
-        begun = False
         try:
             for item in results(partial(_judge, tuple(rest), check, page), budget):
                 if isinstance(item, _Begun):
@@ -61,11 +62,11 @@ def judged(
                     continue
                 if isinstance(item, Judged | Lost):
                     rest.pop(0)
-                    begun = False
                 yield item
             return
         except OverBudget as error:
-            if not begun:
+            # Before the first folder it is the options or the base that was asked for.
+            if not begun or not rest:
                 raise
             folder = rest.pop(0)
             yield Lost(folder, OverBudget(f"`{folder}`: {error.message}", error.hint))
@@ -86,13 +87,18 @@ def _judge(folders: Sequence[Path], check: Check, page: Page | None, send: Send)
             while rest:
                 send(_Begun())
                 report = next(reports)
-                send(Judged(replace(report, ledgers={}), page(report) if page is not None else None))
+                send(Judged(_lean(report, page is not None), page(report) if page is not None else None))
                 rest.pop(0)
         except MemoryError:
             raise
         except Exception as error:
             folder = rest.pop(0)
             send(Lost(folder, error if isinstance(error, ProbeError) else _in(folder, fault(error))))
+
+
+def _lean(report: Report, shown: bool) -> Report:
+    found = tuple(replace(one, modules=()) for one in report.diagnostics) if shown else report.diagnostics
+    return replace(report, ledgers={}, diagnostics=found)
 
 
 def _in(folder: Path, error: ProbeError) -> ProbeError:

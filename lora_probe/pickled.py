@@ -141,7 +141,8 @@ def load(path: Path, largest_legacy: int | None = None) -> Any:
         raise NeedsLibrary(
             f"`{path}` is a pickle, and torch is not installed", "pip install 'lora-probe[peft]'"
         ) from error
-    make_room(size)
+    if mapped:
+        make_room(size)
     step("loading the pickle with torch", path)
     try:
         # It warns of what it will not keep for ever: typed storages, sparse tensors.
@@ -152,6 +153,8 @@ def load(path: Path, largest_legacy: int | None = None) -> Any:
         raise out_of_memory(f"`{path}`") from error
     # torch raises what its unpickler meets: UnpicklingError, RuntimeError, EOFError, KeyError ...
     except Exception as error:
+        if "alloc_cpu" in str(error):
+            raise out_of_memory(f"`{path}`") from error
         raise UnreadableFile(
             f"torch's weights-only loader refuses `{path}`: {_reason(error)}",
             "copy or download it again; a file that calls for code is to be trusted by nobody",

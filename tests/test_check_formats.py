@@ -438,7 +438,7 @@ def test_the_commit_hook(runs: Path, capsys: Any) -> None:
     files += ["adapter_model.bin", "a/tokenizer_config.json", "chat_template.jinja", "a/trainer_state.json"]
     assert all(re.search(hook["files"], name) for name in files)
     assert not any(re.search(hook["files"], f"damaged/{name}") for name in ("config.json", "README.md"))
-    program, *words = hook["entry"].split()
+    program, *words = *hook["entry"].split(), *hook["args"]
     assert program == "lora-probe"
     (runs / "damaged" / "adapter_model.safetensors").touch()
     names = ["damaged/adapter_config.json", "damaged/adapter_model.safetensors"]

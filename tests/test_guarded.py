@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -153,6 +154,43 @@ def test_a_process_that_dies_is_an_error(number: signal.Signals) -> None:
         list(results(die, Budget()))
 
 
+def test_a_process_that_dies_in_the_middle_of_a_message_is_an_error() -> None:
+    def die(send: Send) -> None:
+        limits.step("handing over")
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        send(b"x" * 10**6)
+        while True:
+            send(b"x" * 10**8)
+
+    with pytest.raises(OverBudget, match="ended with signal SIGKILL while handing over"):
+        [time.sleep(0.05) for _ in results(die, Budget())]
+
+
+def test_a_limit_that_the_shell_has_ignored_holds() -> None:
+    before = signal.signal(signal.SIGXCPU, signal.SIG_IGN)
+    try:
+        with pytest.raises(OverBudget, match="used up its CPU time"):
+            list(results(hang, LITTLE))
+    finally:
+        signal.signal(signal.SIGXCPU, before)
+
+
+def test_temporary_files_go_with_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import tempfile
+
+    def leave(send: Send) -> None:
+        (Path(tempfile.mkdtemp()) / "left").touch()
+        send(tempfile.gettempdir())
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    handed = results(leave, Budget())
+    assert Path(next(handed)).parent == tmp_path
+    with pytest.raises(OverBudget):
+        next(handed)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_nothing_is_left_when_nobody_listens_any_more() -> None:
     handed = results(lambda send: [send(os.getpid()) for _ in range(10**6)] and None, Budget())
     pid = next(handed)
@@ -191,6 +229,17 @@ def test_others_are_judged_when_one_takes_too_much(tmp_path: Path) -> None:
 def fault_line() -> int:
     lines = Path(__file__).read_text().splitlines()
     return next(number for number, line in enumerate(lines, 1) if 'raise ValueError("x")' in line)
+
+
+def test_a_death_between_two_folders_costs_one_of_them() -> None:
+    def check(folders: Any, **_: Any) -> Iterator[Report]:
+        for folder in folders:
+            yield report(folder)
+            if folder.name == "one":
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    outcomes = list(judged([Path(name) for name in ("one", "two", "three")], check, None, LITTLE))
+    assert [type(outcome) for outcome in outcomes] == [Judged, Lost, Judged]
 
 
 def test_what_is_wrong_before_the_first_folder_is_wrong_for_all() -> None:
@@ -304,6 +353,37 @@ def test_a_full_disk_is_one_error(adapter: Path) -> None:
         )
     assert run.returncode == 2
     assert run.stderr.splitlines()[-1] == "error: cannot write the output: No space left on device"
+
+
+@pytest.mark.parametrize(("closed", "status"), [(">&-", 0), (">&- 2>&-", 0), ("2>/dev/full", 0), ("2>&-", 0)])
+def test_streams_that_are_closed(closed: str, status: int, adapter: Path) -> None:
+    command = f"{sys.executable} -m lora_probe.cli inspect {adapter} {closed}"
+    run = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert run.returncode == status
+    assert "Traceback" not in run.stdout + run.stderr
+    run = subprocess.run(["bash", "-c", f"{command} --module x"], capture_output=True, text=True, check=False)
+    assert run.returncode == 2
+
+
+def test_reports_of_many_adapters_are_not_kept_in_memory(tmp_path: Path) -> None:
+    """Only the process that prints is looked at: it has no limit."""
+    names = [f"base_model.model.model.layers.{n}.q_proj.lora_{half}.weight" for n in range(8_000) for half in "AB"]
+    header = json.dumps({name: {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for name in names}).encode()
+    for number in range(6):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "adapter_config.json").write_text('{"peft_type": "LORA", "target_modules": ["x"]}')
+        (tmp_path / str(number) / "adapter_model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    code = (
+        "import sys; from lora_probe.cli import main; main(sys.argv[1:]);"
+        "line = next(line for line in open('/proc/self/status') if line.startswith('VmHWM'));"
+        "print(int(line.split()[1]) // 1024, file=sys.stderr)"
+    )
+    command = [sys.executable, "-c", code, "check", str(tmp_path), "--recursive", "--format", "json"]
+    run = subprocess.run(command, capture_output=True, check=True)
+    data = json.loads(run.stdout)
+    assert [len(one["ledger"]["peft"]["modules"]) for one in data["reports"]] == [8_000] * 6
+    assert len(run.stdout) > 40_000_000
+    assert int(run.stderr.split()[-1]) < 250
 
 
 def test_without_processes_of_its_own_the_work_is_done_here(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,6 +60,12 @@ def test_no_engine_is_asked_to_build_it(
     assert "asking" not in err
 
 
+def test_layers_of_experts_count_together(llama: Path, tmp_path: Path) -> None:
+    base = base_with(tmp_path / "base", llama, num_hidden_layers=900, num_experts=900)
+    with pytest.raises(TooLarge, match="900 layers of 900 experts, and no model has more than 500,000"):
+        open_base(str(base))
+
+
 def test_sizes_inside_of_other_configs_count(llama: Path, tmp_path: Path) -> None:
     base = base_with(tmp_path / "base", llama, text_config={"more": [{"decoder_layers": 5000}]})
     with pytest.raises(TooLarge, match="`decoder_layers` is 5000"):

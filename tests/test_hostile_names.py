@@ -150,6 +150,21 @@ def test_a_value_of_two_megabytes_is_not_printed(
             assert len(out) + len(err) < 30_000, (field, arguments)
 
 
+def test_a_name_is_no_emoji_and_no_option(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a:bug:b", "-oX"):
+        shutil.copytree(adapter, name)
+        status, out, err = call("inspect", "--", name, capsys=capsys)
+        assert status == 0
+        assert name in out
+        assert f"{name} --norms" in err
+    status, out, _ = call("check", "--", "-oX/adapter_config.json", "a:bug:b", capsys=capsys)
+    assert status == 0
+    assert "2 adapters" in out
+
+
 def test_one_line() -> None:
     assert one_line("a\tb\nc") == "a b\ufffdc"
     assert one_line(":::") == ": : :"

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from conftest import heed_interrupts
 
 from lora_probe import isolation
 
@@ -93,6 +96,34 @@ def test_parity_and_inspect_in_a_strangers_folder(checkout: Path) -> None:
     assert call(checkout, "inspect", "a", "--norms").returncode == 0
 
 
+@pytest.mark.engine
+def test_interrupting_a_check_leaves_nothing(checkout: Path) -> None:
+    """Ctrl-C in a terminal reaches every process of the group, while both engines are asked."""
+    temporary = checkout.parent / "tmp"
+    temporary.mkdir()
+    run = subprocess.Popen(
+        [str(COMMAND), "check", "a"],
+        cwd=checkout,
+        env=os.environ | {"LORA_PROBE_NO_CACHE": "1", "TMPDIR": str(temporary)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=heed_interrupts,
+    )
+    deadline = time.monotonic() + 60
+    while not list(temporary.glob("*/*/engine.log")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(1)
+    begin = time.monotonic()
+    os.killpg(run.pid, signal.SIGINT)
+    out, err = run.communicate(timeout=30)
+    assert (run.returncode, out, err) == (130, "", "error: interrupted\n")
+    assert time.monotonic() - begin < 12
+    assert list(temporary.iterdir()) == []
+    assert not [line for line in Path("/proc").glob("[0-9]*/cmdline") if str(temporary) in line.read_text("latin-1")]
+
+
 REMOTE = {
     "an unknown kind": {"model_type": "evil", "auto_map": {"AutoConfig": "evil.E", "AutoModelForCausalLM": "evil.E"}},
     "a known kind": {"auto_map": {"AutoConfig": "evil.E", "AutoModelForCausalLM": "evil.E", "AutoModel": "evil.E"}},
@@ -174,7 +205,9 @@ def test_paths_among_engine_flags_mean_the_users_folder(tmp_path: Path, monkeypa
     (tmp_path / "tok").mkdir()
     (tmp_path / "float16").touch()
     flags = ["--tokenizer", "./tok", "--chat-template=./tok", "--dtype", "float16", "--revision", "a/b", "x" * 5000]
+    flags += ["--download-dir", "../not-yet"]
     there = str(tmp_path / "tok")
     assert isolation.absolute_flags(flags) == [
-        *("--tokenizer", there, f"--chat-template={there}", "--dtype", "float16", "--revision", "a/b", "x" * 5000)
+        *("--tokenizer", there, f"--chat-template={there}", "--dtype", "float16", "--revision", "a/b", "x" * 5000),
+        *("--download-dir", str(tmp_path / "../not-yet")),
     ]

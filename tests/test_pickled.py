@@ -274,3 +274,26 @@ def test_two_zip64_fields_of_one_record(tmp_path: Path) -> None:
     path = pickled(tmp_path / "a.bin", content)
     with path.open("rb") as file, pytest.raises(UnreadableFile, match="has 2 zip64 fields"):
         pickle_record(path, file, len(content))
+
+
+def test_a_sparse_file_of_the_old_format_makes_no_budget_larger(tmp_path: Path) -> None:
+    """Such a file is read whole: what it claims must not be what it may take."""
+    from lora_probe.errors import ProbeError
+    from lora_probe.guarded import results
+    from lora_probe.limits import Budget
+    from lora_probe.pickled import load
+
+    path, count = tmp_path / "pytorch_model.bin", 2**28
+    torch.save({"a": torch.zeros(4)}, path, _use_new_zipfile_serialization=False)
+    data = path.read_bytes()
+    # The number of values, in the pickle twice and before the values themselves.
+    number = b"J" + struct.pack("<i", count)
+    data = data.replace(b"K\x04N", number + b"N").replace(b"K\x04\x85", number + b"\x85")
+    data = data[: data.rindex(struct.pack("<q", 4))] + struct.pack("<q", count)
+    with path.open("wb") as file:
+        file.write(data)
+        file.truncate(len(data) + 4 * count)
+    whole = load(path)
+    assert whole["a"].shape == (count,)
+    with pytest.raises(ProbeError, match="memory"):
+        list(results(lambda send: send(load(path)["a"].shape), Budget(memory=2**28)))

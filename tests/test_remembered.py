@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from lora_probe.base import Base, open_base
-from lora_probe.engines.remembered import key_of, remember, remembered
+from lora_probe.engines.remembered import keys_of, remember, remembered
 from lora_probe.view import EngineView, ModuleView
 
 VIEW = EngineView("peft", "0.21", "LlamaForCausalLM", {"model.layers.0.q_proj": ModuleView("linear", (8, 8), "q")})
@@ -27,7 +28,7 @@ def base(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Base:
 
 
 def key(base: Base, engine: str = "peft", task: str | None = "CAUSAL_LM") -> str:
-    found = key_of(base, engine, task)
+    found = keys_of(base, [engine], task)[engine]
     assert found is not None
     return found
 
@@ -67,6 +68,20 @@ def test_what_decides_an_answer_decides_its_key(base: Base, tmp_path: Path, monk
     assert key(base) in keys
 
 
+def test_a_long_config_decides_by_its_content(base: Base) -> None:
+    """Not by its size, which two configs can share."""
+    config = base.path / "config.json"
+    text = config.read_text()
+    keys = set()
+    for layers in ("3", "2"):
+        changed = text.replace('"num_hidden_layers": 3', f'"num_hidden_layers": {layers}')
+        config.write_text(changed + " " * (2_000_000 - len(changed)))
+        keys.add(key(base))
+    assert len(keys) == 2
+    (base.path / "huge.json").write_bytes(b" " * 50_000_001)
+    assert keys_of(base, ["peft"], None) == {"peft": None}
+
+
 def test_files_are_for_their_owner_alone(base: Base, tmp_path: Path) -> None:
     folder = place(tmp_path, "x").parent
     folder.mkdir(parents=True, mode=0o777)
@@ -76,7 +91,9 @@ def test_files_are_for_their_owner_alone(base: Base, tmp_path: Path) -> None:
     assert [stat.S_IMODE(file.stat().st_mode) for file in folder.iterdir()] == [0o600]
 
 
-@pytest.mark.parametrize("kind", ["pipe", "link", "edited", "of another key", "writable", "cut", "nonsense", "device"])
+@pytest.mark.parametrize(
+    "kind", ["pipe", "link", "edited", "of another key", "writable", "cut", "nonsense", "deep", "empty", "device"]
+)
 def test_what_was_not_written_there_is_not_believed(kind: str, base: Base, tmp_path: Path) -> None:
     remember(key(base), VIEW)
     file = place(tmp_path, key(base))
@@ -90,6 +107,10 @@ def test_what_was_not_written_there_is_not_believed(kind: str, base: Base, tmp_p
         file.write_bytes(content[:-10])
     elif kind == "nonsense":
         file.write_text(json.dumps({"key": [], "digest": None}))
+    elif kind in ("deep", "empty"):
+        body = b'{"view": ' + b"[" * 200_000 + b"]" * 200_000 + b"}" if kind == "deep" else b"{}"
+        digest = hashlib.sha256(key(base).encode() + body).hexdigest()
+        file.write_bytes(b'{"key": "%b", "digest": "%b", "answer": %b}' % (key(base).encode(), digest.encode(), body))
     elif kind == "of another key":
         remember(key(base, "vllm"), VIEW)
         shutil.copy(place(tmp_path, key(base, "vllm")), file)
@@ -156,6 +177,6 @@ def test_two_writers_leave_a_whole_answer(base: Base, tmp_path: Path) -> None:
 
 def test_nothing_is_kept_where_that_is_not_wanted(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORA_PROBE_NO_CACHE", "1")
-    assert key_of(base, "peft", None) is None
+    assert keys_of(base, ["peft"], None) == {"peft": None}
     remember(None, VIEW)
     assert remembered(None) is None

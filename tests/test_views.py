@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -37,11 +38,20 @@ def models(tmp_path_factory: pytest.TempPathFactory, llama: Path, qwen2: Path) -
 def asked(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Views, Path, Path]:
     """Both engines asked as `check` asks them, of a folder that holds config.json alone. And the cache it left."""
     folder, cache = tmp_path_factory.mktemp("asked"), tmp_path_factory.mktemp("cache")
+    _variables.update(variables_of_vllm())
     base = only_config(llama, folder / "llama")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(cache))
         patch.delenv(remembered.NO_CACHE, raising=False)
         return views_of(open_base(str(base)), ["peft", "vllm"], TASK), base, cache
+
+
+_variables: dict[str, str] = {}
+"""Of vLLM, when the engines were asked: an engine in this process sets some more, and a key holds them."""
+
+
+def variables_of_vllm() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name.startswith("VLLM_")}
 
 
 def ask_peft(folder: Path, task: str = TASK) -> EngineView:
@@ -272,6 +282,10 @@ def test_an_answer_is_remembered(
 ) -> None:
     first, base, cache = asked
     started: list[str] = []
+    for name in variables_of_vllm().keys() - _variables.keys():
+        monkeypatch.delenv(name)
+    for name, value in _variables.items():
+        monkeypatch.setenv(name, value)
 
     def refuse(folder: Path, *_: Any) -> None:
         started.append(json.loads((folder / child.DESCRIBE).read_text())["engine"])

@@ -29,7 +29,7 @@ from lora_probe.cli.options import (
     refuse_ignored,
     same_with_another_engine,
 )
-from lora_probe.cli.status import CLEAN, FOUND, INTERRUPTED, TERMINATED, UNJUDGED
+from lora_probe.cli.status import CLEAN, FOUND, INTERRUPTED, UNJUDGED
 from lora_probe.errors import ProbeError
 from lora_probe.render.output import as_json, complain, discard_output, dump, hint, say, show, write
 from lora_probe.render.progress import comparing, following, telling, working
@@ -40,13 +40,25 @@ if TYPE_CHECKING:
     from lora_probe.reading import Trace
 
 
+WITH_FLAGS = ("trace", "parity")
+"""Commands that take flags of an engine after `--`."""
+
+
 class _Terminated(KeyboardInterrupt):
-    """SIGTERM, as systemd and `timeout` send it: what is running and what is half written goes, as after Ctrl-C."""
+    """SIGTERM, as systemd and `timeout` send it, or SIGHUP, as a terminal that is closed: what is running and what is
+    half written goes, as after Ctrl-C."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.status = 128 + number
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    # A stream that was closed before the start is none at all.
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: PTH123, SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: PTH123, SIM115
     own, flags = _split(arguments)
     options = argparse.Namespace()
     with _terminable():
@@ -57,8 +69,6 @@ def _run(own: list[str], flags: list[str], options: argparse.Namespace) -> int:
     try:
         parser = parser_of_all()
         parser.parse_args(own, options)
-        if flags and options.command not in ("trace", "parity"):
-            parser.error("only `trace` and `parity` take engine flags after `--`")
         options.engine_args, options.given = flags, own
         return _run_command(options)
     except ProbeError as error:
@@ -75,14 +85,14 @@ def _run(own: list[str], flags: list[str], options: argparse.Namespace) -> int:
         return UNJUDGED
     except KeyboardInterrupt as stop:
         complain("interrupted", _left(options))
-        return TERMINATED if isinstance(stop, _Terminated) else INTERRUPTED
+        return stop.status if isinstance(stop, _Terminated) else INTERRUPTED
 
 
 def _run_command(options: argparse.Namespace) -> int:
     """Run what reads files in a process of its own. `check` has one for its adapters, and prints here."""
     if options.command == "parity":
         refuse_ignored(options)
-    if options.command in ("trace", "parity"):
+    if options.command in WITH_FLAGS:
         # Standard input is read here: the other process has none.
         options.prompts = prompts(options)
     run = partial(COMMANDS[options.command], options)
@@ -103,24 +113,29 @@ def _left(options: argparse.Namespace) -> str:
 @contextmanager
 def _terminable() -> Iterator[None]:
     def stop(number: int, frame: object) -> None:
-        raise _Terminated
+        raise _Terminated(number)
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, stop)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Our own arguments, and the engine's after the first `--`."""
+    """Our own arguments, and the engine's after the first `--`. For other commands, paths stand behind it: one that
+    begins with a dash is no option there."""
     if "--" not in arguments:
         return arguments, []
     at = arguments.index("--")
-    return arguments[:at], arguments[at + 1 :]
+    own, rest = arguments[:at], arguments[at + 1 :]
+    if own and own[0] in WITH_FLAGS:
+        return own, rest
+    return [*own, *(f"./{word}" if word.startswith("-") else word for word in rest)], []
 
 
 def _inspect(options: argparse.Namespace) -> int:

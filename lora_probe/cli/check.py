@@ -15,8 +15,9 @@ from lora_probe.cli.options import engine_options, refuse_unmendable
 from lora_probe.cli.status import CLEAN, FOUND, UNJUDGED
 from lora_probe.errors import ProbeError
 from lora_probe.folders import Lost, asked
-from lora_probe.render.output import complain, dump, hint, say, show, write
+from lora_probe.render.output import as_json, complain, dump, hint, say, show, write
 from lora_probe.render.progress import telling
+from lora_probe.render.spool import Spool
 
 if TYPE_CHECKING:
     from lora_probe.checking import Report
@@ -34,14 +35,18 @@ def check(options: argparse.Namespace) -> int:
 def _judge(options: argparse.Namespace, mended: dict[str, Any] | None = None) -> int:
     """Check what is asked for. `mended` is what was done before, for the JSON."""
     from lora_probe.checking import check_all
-    from lora_probe.judging import Passing, judged
+    from lora_probe.judging import Page, Passing, judged
     from lora_probe.render import checked, report
 
     wanted = asked(options.checkpoints or ["."], options.recursive)
     if options.recursive and wanted.folders:
         say(f"{len(wanted.folders)} adapters below {', '.join(options.checkpoints) or '.'}")
     full = len(wanted.folders) <= checked.FULL
-    page = {"text": checked.report if full else checked.details, "json": report.report_json}.get(options.format)
+    more = {"mended": mended} if mended is not None else {}
+    page: Page | None = {
+        "text": checked.report if full else checked.details,
+        "json": lambda one: as_json(report.report_json(one) | more),
+    }.get(options.format)
     judge = partial(
         check_all,
         model=options.model,
@@ -51,7 +56,7 @@ def _judge(options: argparse.Namespace, mended: dict[str, Any] | None = None) ->
         ignore=options.ignore or [],
     )
     found: list[Report] = []
-    pages: list[Any] = []
+    pages: list[Any] | Spool = Spool() if options.format == "json" else []
     lost = list(wanted.lost)
     with telling("reading") as tell:
         for outcome in judged(wanted.folders, judge, page, budget(options)):
@@ -62,11 +67,9 @@ def _judge(options: argparse.Namespace, mended: dict[str, Any] | None = None) ->
                 lost.append(outcome)
             else:
                 found.append(outcome.report)
-                pages += [outcome.page] if page is not None else []
+                pages.append(outcome.page)
     for path in wanted.passed:
         say(f"{path} lies beside no adapter: nothing to check")
-    if mended is not None:
-        pages = [page | {"mended": mended} for page in pages] if options.format == "json" else pages
     if found or (wanted.passed and not lost and options.format != "text"):
         _report(found, pages, lost, options.format, single=wanted.single, full=full)
     if options.format == "text" and (command := checked.next_command(found, options.model, mended is not None)):
@@ -103,18 +106,21 @@ def _mend(options: argparse.Namespace) -> int:
     return _judge(options, mended.mended_json(found, options.output, skipped))
 
 
-def _report(found: list[Report], pages: list[Any], lost: list[Lost], form: str, *, single: bool, full: bool) -> None:
+def _report(
+    found: list[Report], pages: list[Any] | Spool, lost: list[Lost], form: str, *, single: bool, full: bool
+) -> None:
     """Print what was found. `pages` is what the format makes of each adapter by itself, if anything."""
     from lora_probe.render import checked, github, report, sarif
 
     if form == "json":
-        dump(pages[0] if single else report.reports_json(pages, found, lost))
+        write(pages if single else report.reports_text(pages, found, lost))
     elif form == "sarif":
         dump(sarif.sarif(found, lost))
     elif form == "github":
         write(github.commands(found, lost))
     else:
-        show(checked.full(pages, found, len(lost)) if full else checked.compact(pages, found, len(lost)))
+        each = list(pages)
+        show(checked.full(each, found, len(lost)) if full else checked.compact(each, found, len(lost)))
 
 
 def _status(found: list[Report], lost: list[Lost], options: argparse.Namespace) -> int:

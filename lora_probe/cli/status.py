@@ -4,5 +4,5 @@ from __future__ import annotations
 
 CLEAN, FOUND, UNJUDGED = 0, 1, 2
 """Judged and nothing wrong; something found, or not everything judged; nothing could be judged."""
-INTERRUPTED, TERMINATED = 130, 143
-"""After Ctrl-C, and after SIGTERM: as a shell says it."""
+INTERRUPTED = 130
+"""After Ctrl-C, as a shell says it: 128 and the number of the signal. After SIGTERM it is 143."""

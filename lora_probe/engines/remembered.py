@@ -13,7 +13,7 @@ import platform
 import stat
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -22,15 +22,15 @@ import msgspec
 from lora_probe.base import Base
 from lora_probe.engines.launch import versions
 from lora_probe.errors import UnreadableFile
-from lora_probe.files import opened
+from lora_probe.files import sha256
 from lora_probe.view import SCHEMA, EngineView
 
 NO_CACHE = "LORA_PROBE_NO_CACHE"
 """Set to 1, nothing is read from the cache or written to it."""
 MAX_ANSWER = 100_000_000
 """Bytes; a model with 61 layers of 384 experts has an answer of 20 million."""
-_MAX_SETTINGS = 1_000_000
-"""Bytes of a JSON file of a base that may decide how its model is built. Larger ones are vocabularies and indexes."""
+_MAX_SETTINGS = 50_000_000
+"""Bytes of a JSON file of a base: each may decide how its model is built. The largest vocabularies have 35 million."""
 _DECIDING = ("VLLM_", "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "TRANSFORMERS_")
 """How variables begin by which an engine may build another model."""
 
@@ -59,7 +59,7 @@ def remembered(key: str | None) -> EngineView | str | None:
         if kept.key != key or kept.digest != _digest(key, bytes(kept.answer)):
             return None
         answer = msgspec.json.decode(kept.answer, type=_Answer)
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
     return answer.view or answer.why or None
 
@@ -82,37 +82,48 @@ def remember(key: str | None, answer: EngineView | str) -> None:
             raise
 
 
-def key_of(base: Base, engine: str, task: str | None) -> str | None:
-    """The digest of all that decides an answer; None where nothing is to be remembered.
+def keys_of(base: Base, engines: Sequence[str], task: str | None) -> dict[str, str | None]:
+    """For each engine the digest of all that decides its answer; None where nothing is to be remembered.
 
     That is what the base's folder says and holds, the engine and its task, all that is installed, the machine, and the
     variables that engines look at.
     """
+    nothing: dict[str, str | None] = dict.fromkeys(engines)
     if os.environ.get(NO_CACHE) == "1":
-        return None
+        return nothing
     digest = hashlib.sha256()
     try:
         for name, content in _settings(base.path):
             digest.update(msgspec.json.encode([name, content]))
     except (OSError, UnreadableFile):
-        return None
+        return nothing
     variables = sorted((k, v) for k, v in os.environ.items() if k.startswith(_DECIDING))
     machine = sys.version, platform.machine(), platform.node()
-    digest.update(msgspec.json.encode([SCHEMA, engine, task, sorted(versions().items()), machine, variables]))
+    digest.update(msgspec.json.encode([SCHEMA, task, sorted(versions().items()), machine, variables]))
     digest.update(msgspec.json.encode(sorted(_installed())))
-    return digest.hexdigest()
+    keys = nothing
+    for engine in engines:
+        own = digest.copy()
+        own.update(engine.encode())
+        keys[engine] = own.hexdigest()
+    return keys
 
 
 def _settings(folder: Path) -> Iterator[tuple[str, str]]:
-    """The JSON files of a model's folder with the digest of their content, all other files with their size."""
+    """The JSON files of a model's folder with the digest of their content, all other files with their size.
+
+    Raises:
+        UnreadableFile: a JSON file is no file, or too large to be read for this.
+    """
     for path in sorted((*folder.iterdir(), *folder.glob("*/config.json"))):
         if not path.is_file():
             continue
         size = path.stat().st_size
         content = str(size)
-        if path.suffix == ".json" and size <= _MAX_SETTINGS:
-            with opened(path) as (file, _):
-                content = hashlib.sha256(file.read(_MAX_SETTINGS)).hexdigest()
+        if path.suffix == ".json":
+            if size > _MAX_SETTINGS:
+                raise UnreadableFile(f"`{path}` has {size} bytes")
+            content = sha256(path)
         yield str(path.relative_to(folder)), content
 
 

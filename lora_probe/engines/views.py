@@ -9,7 +9,7 @@ import re
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,8 +19,8 @@ from lora_probe import limits
 from lora_probe.base import Base
 from lora_probe.engines import require
 from lora_probe.engines.allowed import DESCRIBE as ALLOWED
-from lora_probe.engines.child import DESCRIBE, LOG, VIEW, DescribeSpec, Progress, run_child
-from lora_probe.engines.remembered import key_of, remember, remembered
+from lora_probe.engines.child import DESCRIBE, LOG, POLL_SECONDS, VIEW, DescribeSpec, Progress, run_child
+from lora_probe.engines.remembered import MAX_ANSWER, keys_of, remember, remembered
 from lora_probe.errors import EngineStopped, ProbeError
 from lora_probe.tracefile import write_json
 from lora_probe.view import EngineView
@@ -57,13 +57,15 @@ def views_of(
     found: dict[str, EngineView] = {}
     missing: dict[str, str] = {}
     asked: dict[str, str | None] = {}
+    there: list[str] = []
     for engine in dict.fromkeys(engines):
         try:
             require(engine)
         except ProbeError as error:
             missing[engine] = error.message
             continue
-        key = key_of(base, engine, task)
+        there.append(engine)
+    for engine, key in keys_of(base, there, task).items():
         answer = remembered(key)
         if answer is None:
             asked[engine] = key
@@ -73,7 +75,8 @@ def views_of(
             missing[engine] = answer
     if asked:
         progress(f"asking {' and '.join(asked)} which modules {_called(base)} has there")
-    for engine, answer in (_ask_all(base, list(asked), task) if asked else {}).items():
+    for engine, said in (_ask_all(base, list(asked), task) if asked else {}).items():
+        answer = msgspec.json.decode(said, type=EngineView) if isinstance(said, bytes) else said
         if isinstance(answer, EngineView):
             found[engine] = answer
         else:
@@ -93,21 +96,22 @@ def _called(base: Base) -> str:
     return folder.name
 
 
-def _ask_all(base: Base, engines: list[str], task: str | None) -> dict[str, EngineView | str]:
+def _ask_all(base: Base, engines: list[str], task: str | None) -> dict[str, bytes | str]:
     stop = threading.Event()
     with limits.waiting(), ThreadPoolExecutor(max_workers=len(engines)) as pool:
-        running: dict[str, Future[EngineView | str]] = {
-            engine: pool.submit(_ask, base, engine, task, stop) for engine in engines
-        }
+        running = {engine: pool.submit(_ask, base, engine, task, stop) for engine in engines}
         try:
+            # A signal may arrive in another thread: this one looks for it from time to time.
+            while wait(running.values(), POLL_SECONDS).not_done:
+                pass
             return {engine: answer.result() for engine, answer in running.items()}
         except BaseException:
             stop.set()
             raise
 
 
-def _ask(base: Base, engine: str, task: str | None, stop: threading.Event) -> EngineView | str:
-    """The engine's view, or why there is none."""
+def _ask(base: Base, engine: str, task: str | None, stop: threading.Event) -> bytes | str:
+    """The engine's view as JSON, or why there is none."""
 
     def heed(_: Progress) -> None:
         if stop.is_set():
@@ -118,7 +122,9 @@ def _ask(base: Base, engine: str, task: str | None, stop: threading.Event) -> En
         write_json(folder / DESCRIBE, DescribeSpec(engine, str(base.path.resolve()), task))
         try:
             run_child(folder, 0, heed, ALLOWED)
-            return msgspec.json.decode((folder / VIEW).read_bytes(), type=EngineView)
+            if (size := (folder / VIEW).stat().st_size) > MAX_ANSWER:
+                return f"its answer has {size:,} bytes, more than the {MAX_ANSWER:,} that are read"
+            return (folder / VIEW).read_bytes()
         except EngineStopped as error:
             return _Stopped(error.message)
         except ProbeError as error:

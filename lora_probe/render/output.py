@@ -11,6 +11,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 from rich.cells import cell_len
@@ -18,36 +19,36 @@ from rich.console import Console, Group
 from rich.text import Text
 
 from lora_probe.limits import step
-from lora_probe.render.cells import SURROGATES
-from lora_probe.render.progress import escaped
+from lora_probe.render.cells import SURROGATES, assemble, words
 
 
 def complain(message: str, hint: str = "") -> None:
     """An error, and what to do about it."""
-    _beside(f"[bold red]error:[/] {escaped(message)}")
+    _beside(assemble(("error:", "bold red"), f" {message}"))
     for line in filter(None, hint.split("\n")):
-        _beside(f"[cyan]hint:[/] {escaped(line)}")
+        _beside(assemble(("hint:", "cyan"), f" {line}"))
 
 
 def say(text: str) -> None:
     """A line beside the data."""
-    _beside(escaped(text))
+    _beside(words(text))
 
 
 def hint(text: str) -> None:
     """What to do next: a command, which is to be copied and never broken."""
-    _beside(f"[cyan]hint:[/] {escaped(text)}", command=True)
+    _beside(assemble(("hint:", "cyan"), f" {text}"), command=True)
 
 
-def _beside(markup: str, command: bool = False) -> None:
+def _beside(text: Text, command: bool = False) -> None:
     try:
         sys.stdout.flush()
     except BrokenPipeError:
         discard_output()
     console = Console(stderr=True)
-    text = Text.from_markup(markup)
     whole = command or not console.is_terminal
-    console.print(text if whole else wrapped(text, console.width), soft_wrap=True, highlight=False)
+    # Where standard error cannot be written to, nobody can be told; the exit status still says it.
+    with suppress(OSError):
+        console.print(text if whole else wrapped(text, console.width), soft_wrap=True, highlight=False)
 
 
 class _Output(Console):

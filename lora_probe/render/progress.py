@@ -12,18 +12,11 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from lora_probe.render.cells import words
+
 if TYPE_CHECKING:
     from lora_probe.engines.launch import Progress
     from lora_probe.merging import Progress as WeightsProgress
-
-
-def escaped(text: str) -> str:
-    """Words of files and of other people: one line, no markup, no control characters."""
-    from rich.markup import escape
-
-    from lora_probe.render.cells import one_line
-
-    return escape(one_line(text))
 
 
 @contextmanager
@@ -31,14 +24,14 @@ def telling(first: str) -> Iterator[Callable[..., None]]:
     """What goes on, on standard error: a live line in a terminal, elsewhere a line for each lasting text."""
     console = Console(stderr=True)
     seen: list[str] = []
-    with console.status(escaped(first)) as status:
+    with console.status(words(first)) as status:
 
         def tell(text: str, passing: bool = False) -> None:
             if console.is_terminal:
-                status.update(escaped(text))
+                status.update(words(text))
             elif not passing and [text] != seen[-1:]:
                 seen.append(text)
-                console.print(escaped(text), soft_wrap=True, highlight=False)
+                console.print(words(text), soft_wrap=True, highlight=False)
 
         yield tell
 

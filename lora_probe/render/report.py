@@ -27,13 +27,15 @@ warnings and no error.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from textwrap import indent
 from typing import Any
 
 from lora_probe.checking import Report
 from lora_probe.folders import Lost
 from lora_probe.ledger import as_json as ledger_json
 from lora_probe.render.machine import SCHEMA_VERSION
+from lora_probe.render.output import as_json
 from lora_probe.rules import as_json as diagnostic_json
 
 
@@ -52,12 +54,27 @@ def report_json(found: Report) -> dict[str, Any]:
     }
 
 
-def reports_json(each: Sequence[dict[str, Any]], found: Sequence[Report], lost: Sequence[Lost]) -> dict[str, Any]:
-    """Several adapters. `each` holds `report_json` of every one of `found`."""
+def reports_text(each: Iterable[str], found: Sequence[Report], lost: Sequence[Lost]) -> Iterator[str]:
+    """Several adapters, as lines of JSON. `each` holds the text of every one of `found`."""
+    head, key, tail = as_json(_frame(found, lost)).partition('"reports": []')
+    if not found:
+        yield head + key + tail
+        return
+    yield f'{head}"reports": ['
+    before = None
+    for text in each:
+        if before is not None:
+            yield f"{before},"
+        before = indent(text, "    ")
+    yield f"{before}\n  ]{tail}"
+
+
+def _frame(found: Sequence[Report], lost: Sequence[Lost]) -> dict[str, Any]:
+    """The object around the reports."""
     codes = Counter(code for report in found for code in {diagnostic.code for diagnostic in report.diagnostics})
     return {
         "schema_version": SCHEMA_VERSION,
-        "reports": list(each),
+        "reports": [],
         "not_judged": [{"path": str(one.path), "message": one.error.message} for one in lost],
         "summary": {
             "adapters": len(found),
