@@ -122,11 +122,16 @@ def test_names_and_values_are_no_orders(
         assert any(EVIL in text for text in texts(json.loads(out)))
 
 
-@pytest.mark.parametrize("width", [20, 40, 79, 160])
+@pytest.mark.parametrize("width", [20, 79, 160])
 def test_no_fold_of_a_table_makes_an_order(width: int, adapter: Path, tmp_path: Path) -> None:
     """A long name is broken at any column; what follows is indented, and a runner passes over blanks."""
     name = "".join(f"{'x' * number}::error::" for number in range(40))
-    odd = edited(adapter, tmp_path / "odd", lambda t: {n.replace("q_proj", name): v for n, v in t.items()})
+    odd = edited(
+        adapter,
+        tmp_path / "odd",
+        lambda tensors: {old.replace("q_proj", name): value for old, value in tensors.items()},
+        lambda config: config | {"base_model_name_or_path": None},
+    )
     for arguments in (["inspect", str(odd)], ["inspect", str(odd), "--norms"], ["check", str(odd)]):
         run = subprocess.run(
             [sys.executable, "-m", "lora_probe.cli", *arguments],

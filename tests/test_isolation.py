@@ -32,7 +32,7 @@ COMMAND = Path(sys.executable).parent / "lora-probe"
 
 @pytest.fixture
 def checkout(llama: Path, adapter: Path, tmp_path: Path) -> Path:
-    """A repository with a base, an adapter that names it, and a module for every name that is imported somewhere."""
+    """A repository with a base that brings code, an adapter that names it, and a module for each name that is imported."""
     shutil.copytree(llama, tmp_path / "pr" / "base")
     shutil.copytree(adapter, tmp_path / "pr" / "a")
     path = tmp_path / "pr" / "a" / "adapter_config.json"
@@ -41,13 +41,24 @@ def checkout(llama: Path, adapter: Path, tmp_path: Path) -> Path:
     for folder in (tmp_path / "pr", tmp_path / "pr" / "a", tmp_path / "pr" / "base"):
         for name in MODULES:
             (folder / f"{name}.py").write_text(mine)
-    (tmp_path / "pr" / "evil.py").write_text(mine + "def register(): pass\n")
+    for folder in (tmp_path / "pr", tmp_path / "pr" / "base"):
+        (folder / "evil.py").write_text(mine + "def register(): pass\n")
+    for name in ("config.json", "tokenizer_config.json"):
+        remote(tmp_path / "pr" / "base", name)
     installed = tmp_path / "pr" / "evil-1.0.dist-info"
     installed.mkdir()
     (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: evil\nVersion: 1.0\n")
     groups = ("vllm.general_plugins", "vllm.platform_plugins", "lora_probe.engines")
     (installed / "entry_points.txt").write_text("".join(f"[{group}]\nevil = evil:register\n" for group in groups))
     return tmp_path / "pr"
+
+
+def remote(base: Path, name: str, **changes: str) -> None:
+    """Code of the folder for everything that transformers builds."""
+    path = base / name
+    names = ("AutoConfig", "AutoModel", "AutoModelForCausalLM")
+    code = {"auto_map": dict.fromkeys(names, "evil.E") | {"AutoTokenizer": ["evil.E", "evil.E"]}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | code | changes))
 
 
 def call(checkout: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -124,30 +135,14 @@ def test_interrupting_a_check_leaves_nothing(checkout: Path) -> None:
     assert not [line for line in Path("/proc").glob("[0-9]*/cmdline") if str(temporary) in line.read_text("latin-1")]
 
 
-REMOTE = {
-    "an unknown kind": {"model_type": "evil", "auto_map": {"AutoConfig": "evil.E", "AutoModelForCausalLM": "evil.E"}},
-    "a known kind": {"auto_map": {"AutoConfig": "evil.E", "AutoModelForCausalLM": "evil.E", "AutoModel": "evil.E"}},
-}
-
-
 @pytest.mark.engine
-@pytest.mark.parametrize("kind", list(REMOTE))
-def test_code_of_a_base_is_not_executed(kind: str, checkout: Path) -> None:
-    """Nor is anybody asked whether it may be: nobody is there to answer."""
-    (checkout / "base" / "evil.py").write_text((checkout / "evil.py").read_text())
-    for name in ("config.json", "tokenizer_config.json"):
-        path = checkout / "base" / name
-        settings = json.loads(path.read_text()) | REMOTE[kind]
-        settings["auto_map"] = settings["auto_map"] | {"AutoTokenizer": ["evil.E", "evil.E"]}
-        path.write_text(json.dumps(settings))
-    call(checkout, "check", "a")
-    # One kind is enough for the engine that takes longest to start.
-    for engine in ("peft", "vllm") if kind == "a known kind" else ("peft",):
-        call(
-            checkout, "trace", "a", "--engine", engine, "--prompt", "hi", "--max-tokens", "2", "-o", f"{engine}.lptrace"
-        )
-        log = checkout / f"{engine}.lptrace" / "engine.log"
-        assert "Do you wish to run the custom code" not in log.read_text()
+def test_a_base_of_an_unknown_kind_brings_no_code(checkout: Path) -> None:
+    """Nobody is asked whether it may be run: nobody is there to answer."""
+    remote(checkout / "base", "config.json", model_type="evil")
+    assert "peft was not asked what it has (transformers cannot build" in call(checkout, "check", "a").stdout
+    done = call(checkout, "trace", "a", "--engine", "peft", "--prompt", "hi", "--max-tokens", "2", "-o", "r.lptrace")
+    assert done.returncode == 2
+    assert "Do you wish to run the custom code" not in (checkout / "r.lptrace" / "engine.log").read_text()
 
 
 def test_a_module_that_an_adapter_names_is_not_imported(checkout: Path) -> None:
