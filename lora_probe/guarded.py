@@ -87,7 +87,7 @@ def results(work: Callable[[Send], None], budget: Budget) -> Iterator[Any]:
                 item = receiver.recv()
             # The second where the process dies in the middle of what it hands over.
             except (EOFError, OSError):
-                process.join()
+                process.join(GRACE)
                 raise _died(process, board) from None
             if isinstance(item, _Ended):
                 break

@@ -32,7 +32,7 @@ COMMAND = Path(sys.executable).parent / "lora-probe"
 
 @pytest.fixture
 def checkout(llama: Path, adapter: Path, tmp_path: Path) -> Path:
-    """A repository with a base that brings code, an adapter that names it, and a module for each name that is imported."""
+    """A repository with a base that brings code, an adapter that names it, and a module of every name in use."""
     shutil.copytree(llama, tmp_path / "pr" / "base")
     shutil.copytree(adapter, tmp_path / "pr" / "a")
     path = tmp_path / "pr" / "a" / "adapter_config.json"

@@ -29,6 +29,7 @@ def mends(options: argparse.Namespace) -> bool:
 
 
 def check(options: argparse.Namespace) -> int:
+    """Run the command and return its exit status."""
     return _mend(options) if mends(options) else _judge(options)
 
 
