@@ -7,29 +7,28 @@ error that names the step, and this process goes on.
 
 from __future__ import annotations
 
+import gc
 import io
 import os
+import pickle
 import shutil
 import signal
 import sys
 import tempfile
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, BinaryIO, TextIO
 
 from lora_probe import limits
 from lora_probe.errors import ProbeError
 from lora_probe.isolation import leave_current_folder_off_the_path
 from lora_probe.limits import Board, Budget
 from lora_probe.render.output import discard_output
-
-if TYPE_CHECKING:
-    from multiprocessing.connection import Connection
-    from multiprocessing.process import BaseProcess
 
 AVAILABLE = sys.platform == "linux" and Path("/proc/self/status").exists()
 """Where processes are forked and the limits are known to hold. Elsewhere the work is done in this process."""
@@ -71,35 +70,85 @@ def results(work: Callable[[Send], None], budget: Budget) -> Iterator[Any]:
     if not AVAILABLE:
         yield from _here(work)
         return
-    import multiprocessing
-
-    board = Board()
-    context = multiprocessing.get_context("fork")
-    receiver, sender = context.Pipe(duplex=False)
-    temporary = tempfile.mkdtemp(prefix="lora-probe-")
-    arguments = (work, budget, board, sender, temporary)
-    process = context.Process(target=_work, args=arguments, name="lora-probe-reader")
-    process.start()
-    sender.close()
+    process = _Process(work, budget)
     try:
         while True:
-            try:
-                item = receiver.recv()
-            # The second where the process dies in the middle of what it hands over.
-            except (EOFError, OSError):
-                process.join(GRACE)
-                raise _died(process, board) from None
+            item = process.receive()
             if isinstance(item, _Ended):
                 break
             yield item
-        process.join()
     finally:
-        _end(process, board)
-        receiver.close()
-        # It is empty, unless the process was killed.
-        shutil.rmtree(temporary, ignore_errors=True)
+        process.end()
     if item.failure is not None:
         raise item.failure
+
+
+class _Process:
+    """The process in which something works, from its start to its end."""
+
+    def __init__(self, work: Callable[[Send], None], budget: Budget) -> None:
+        self.board = Board()
+        self.temporary = tempfile.mkdtemp(prefix="lora-probe-")
+        self.code: int | None = None
+        results, sender = os.pipe()
+        # Nobody writes to it: its end is the end of this process.
+        watched, self._alive = os.pipe()
+        # What is there already is no garbage; the copy shares its memory as long as nobody looks.
+        gc.freeze()
+        self.pid = os.fork()
+        if self.pid == 0:
+            try:
+                for mine in (results, self._alive):
+                    os.close(mine)
+                _work(work, budget, self.board, os.fdopen(sender, "wb"), watched, self.temporary)
+            finally:
+                # Nothing of the process that was copied is to be flushed or cleaned up twice.
+                os._exit(1)
+        gc.unfreeze()
+        for theirs in (sender, watched):
+            os.close(theirs)
+        self._results = os.fdopen(results, "rb")
+
+    def receive(self) -> Any:
+        """The next thing that was handed over.
+
+        Raises:
+            OverBudget: the process died, between two things or in the middle of one.
+        """
+        try:
+            # Written by the copy of this very process, in which nothing of a file is executed.
+            return pickle.load(self._results)
+        except (EOFError, OSError, pickle.UnpicklingError):
+            self._wait(GRACE)
+            raise _died(self.code or 0, self.board) from None
+
+    def end(self) -> None:
+        """End it if it still runs: politely, so that what it has started and half written goes, then not."""
+        try:
+            self._wait(0.1)
+            if self.code is None:
+                os.kill(self.pid, signal.SIGTERM)
+                self._wait(ENGINE_GRACE if self.board.waiting else GRACE)
+        finally:
+            if self.code is None:
+                os.kill(self.pid, signal.SIGKILL)
+                self._wait(None)
+            self._results.close()
+            os.close(self._alive)
+            # It is empty, unless the process was killed.
+            shutil.rmtree(self.temporary, ignore_errors=True)
+
+    def _wait(self, seconds: float | None) -> None:
+        """Wait for its end, as long as it takes for None; `code` is its status then, negative for a signal."""
+        deadline = time.monotonic() + (seconds or 0)
+        while self.code is None:
+            pid, status = os.waitpid(self.pid, 0 if seconds is None else os.WNOHANG)
+            if pid:
+                self.code = os.waitstatus_to_exitcode(status)
+            elif time.monotonic() > deadline:
+                break
+            else:
+                time.sleep(0.001)
 
 
 def command(run: Callable[[], int], budget: Budget) -> int:
@@ -191,19 +240,24 @@ def _here(work: Callable[[Send], None]) -> Iterator[Any]:
     yield from handed
 
 
-def _work(work: Callable[[Send], None], budget: Budget, board: Board, sender: Connection, temporary: str) -> None:
+def _work(
+    work: Callable[[Send], None], budget: Budget, board: Board, sender: BinaryIO, watched: int, temporary: str
+) -> None:
     """What the process of its own does. Ctrl-C in a terminal reaches it too: its parent says when it is to end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _stop)
     # A shell may have it ignored, and the limit of time with it.
     signal.signal(signal.SIGXCPU, signal.SIG_DFL)
+    # It does not live long: looking for garbage too often takes a third of the time for large files.
+    gc.set_threshold(50_000, 50, 100)
     tempfile.tempdir = temporary
-    _end_with_parent()
+    threading.Thread(target=_end_with_parent, args=(watched,), daemon=True, name="lora-probe-parent").start()
     lock = threading.Lock()
 
     def send(item: Any) -> None:
         with lock:
-            sender.send(item)
+            pickle.dump(item, sender, pickle.HIGHEST_PROTOCOL)
+            sender.flush()
 
     ended = _Ended()
     reserve: bytearray | None = bytearray(RESERVE)
@@ -219,43 +273,21 @@ def _work(work: Callable[[Send], None], budget: Budget, board: Board, sender: Co
         limits.lift()
         ended = _Ended(_over("used up its memory", board))
     except KeyboardInterrupt:
-        os._exit(1)
+        return
     except Exception as error:
         ended = _Ended(fault(error))
     with suppress(BrokenPipeError):
         send(ended)
-    # Nothing of the process that was copied is to be flushed or cleaned up twice.
-    os._exit(0)
 
 
 def _stop(number: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
-def _end_with_parent() -> None:
-    """A parent that is killed says nothing; whatever the process has started ends with it."""
-    import multiprocessing
-    from multiprocessing.connection import wait
-
-    parent = multiprocessing.parent_process()
-    assert parent is not None, "this process was started by another"
-
-    def watch() -> None:
-        wait([parent.sentinel])
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    threading.Thread(target=watch, daemon=True, name="lora-probe-parent").start()
-
-
-def _end(process: BaseProcess, board: Board) -> None:
-    """End the process if it still runs: politely, so that what it has started and half written goes, then not."""
-    if process.is_alive():
-        process.terminate()
-        try:
-            process.join(ENGINE_GRACE if board.waiting else GRACE)
-        finally:
-            process.kill()
-            process.join()
+def _end_with_parent(watched: int) -> None:
+    """A parent that is killed says nothing; whatever this process has started ends with it."""
+    os.read(watched, 1)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def fault(error: Exception) -> ProbeError:
@@ -268,8 +300,7 @@ def fault(error: Exception) -> ProbeError:
     )
 
 
-def _died(process: BaseProcess, board: Board) -> OverBudget:
-    code = process.exitcode or 0
+def _died(code: int, board: Board) -> OverBudget:
     if code == -signal.SIGXCPU:
         return _over("used up its CPU time", board)
     ended = f"signal {signal.Signals(-code).name}" if code < 0 else f"status {code}"

@@ -387,7 +387,7 @@ def test_real_adapters(adapter: Path, llama: Path, tmp_path: Path, capsys: Any) 
 def test_a_closed_pipe_hides_no_finding(adapter: Path, tmp_path: Path) -> None:
     hole = edited(adapter, tmp_path / "hole", lambda t: dict(list(t.items())[:-2]), lambda c: c | {"r": 4})
     for more in ("", "--format json", "--format github"):
-        call = f"{sys.executable} -m lora_probe.cli check {hole} {more} 2> err | head -1; exit ${{PIPESTATUS[0]}}"
+        call = f"{sys.executable} -m lora_probe check {hole} {more} 2> err | head -1; exit ${{PIPESTATUS[0]}}"
         run = subprocess.run(["bash", "-c", call], capture_output=True, check=False, cwd=tmp_path)
         assert run.returncode == 1
         assert "Traceback" not in (tmp_path / "err").read_text()

@@ -192,7 +192,7 @@ def test_a_trace_is_never_overwritten(peft_trace: Any, adapter: Path, tmp_path: 
 
 def test_trace_in_a_process_of_its_own(adapter: Path, tmp_path: Path) -> None:
     """Nothing but JSON on standard output; a refusal is status 1; a pipe that closes early is no error."""
-    command = [sys.executable, "-m", "lora_probe.cli", "trace", str(adapter), "--engine", "peft", "--max-tokens", "3"]
+    command = [sys.executable, "-m", "lora_probe", "trace", str(adapter), "--engine", "peft", "--max-tokens", "3"]
     run = subprocess.run([*command, "--format", "json"], cwd=tmp_path, capture_output=True, text=True, check=True)
     data = json.loads(run.stdout)
     assert data["headline"] == f"{MODULES} of {MODULES} modules took effect"
@@ -205,7 +205,7 @@ def test_trace_in_a_process_of_its_own(adapter: Path, tmp_path: Path) -> None:
     assert "refused by peft" in run.stdout
     assert "size mismatch" in run.stdout
     first = subprocess.run(
-        f"{sys.executable} -m lora_probe.cli show healthy-peft.lptrace | head -1; exit ${{PIPESTATUS[0]}}",
+        f"{sys.executable} -m lora_probe show healthy-peft.lptrace | head -1; exit ${{PIPESTATUS[0]}}",
         shell=True,
         executable="/bin/bash",
         cwd=tmp_path,
@@ -218,7 +218,7 @@ def test_trace_in_a_process_of_its_own(adapter: Path, tmp_path: Path) -> None:
 
 
 def test_no_colour_in_a_pipe(peft_trace: Any) -> None:
-    command = [sys.executable, "-m", "lora_probe.cli", "show", str(peft_trace.path)]
+    command = [sys.executable, "-m", "lora_probe", "show", str(peft_trace.path)]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "\x1b[" not in run.stdout
 
@@ -227,7 +227,7 @@ def test_interrupting_a_trace_leaves_nothing_running(adapter: Path, tmp_path: Pa
     import os
     import signal
 
-    command = [sys.executable, "-m", "lora_probe.cli", "trace", str(adapter), "--engine", "peft"]
+    command = [sys.executable, "-m", "lora_probe", "trace", str(adapter), "--engine", "peft"]
     command += ["--max-tokens", "400", "-o", str(tmp_path / "run.lptrace")]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     run = subprocess.Popen(command, **pipes, preexec_fn=heed_interrupts)
@@ -296,7 +296,7 @@ def test_a_closed_pipe_hides_no_finding(peft_trace: Any) -> None:
     process = peft_trace.path / "peft" / "process.json"
     process.write_text(process.read_text().replace('"closed": true', '"closed": false'))
     for more in ("", "--format json"):
-        command = f"{sys.executable} -m lora_probe.cli show {peft_trace.path} {more} | head -1"
+        command = f"{sys.executable} -m lora_probe show {peft_trace.path} {more} | head -1"
         run = subprocess.run(["bash", "-c", f"{command}; exit ${{PIPESTATUS[0]}}"], capture_output=True, check=False)
         assert run.returncode == 1
         assert run.stderr == b""

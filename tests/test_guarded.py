@@ -332,7 +332,7 @@ def test_limits_are_options_of_every_command_that_reads(
 
 def test_output_that_the_terminal_cannot_encode(adapter: Path) -> None:
     run = subprocess.run(
-        [sys.executable, "-m", "lora_probe.cli", "inspect", str(adapter), "--norms"],
+        [sys.executable, "-m", "lora_probe", "inspect", str(adapter), "--norms"],
         env=os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"},
         capture_output=True,
         check=False,
@@ -345,7 +345,7 @@ def test_output_that_the_terminal_cannot_encode(adapter: Path) -> None:
 def test_a_full_disk_is_one_error(adapter: Path) -> None:
     with Path("/dev/full").open("w") as full:
         run = subprocess.run(
-            [sys.executable, "-m", "lora_probe.cli", "inspect", str(adapter)],
+            [sys.executable, "-m", "lora_probe", "inspect", str(adapter)],
             stdout=full,
             stderr=subprocess.PIPE,
             text=True,
@@ -357,7 +357,7 @@ def test_a_full_disk_is_one_error(adapter: Path) -> None:
 
 @pytest.mark.parametrize(("closed", "status"), [(">&-", 0), (">&- 2>&-", 0), ("2>/dev/full", 0), ("2>&-", 0)])
 def test_streams_that_are_closed(closed: str, status: int, adapter: Path) -> None:
-    command = f"{sys.executable} -m lora_probe.cli inspect {adapter} {closed}"
+    command = f"{sys.executable} -m lora_probe inspect {adapter} {closed}"
     run = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert run.returncode == status
     assert "Traceback" not in run.stdout + run.stderr

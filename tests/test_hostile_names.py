@@ -134,7 +134,7 @@ def test_no_fold_of_a_table_makes_an_order(width: int, adapter: Path, tmp_path: 
     )
     for arguments in (["inspect", str(odd)], ["inspect", str(odd), "--norms"], ["check", str(odd)]):
         run = subprocess.run(
-            [sys.executable, "-m", "lora_probe.cli", *arguments],
+            [sys.executable, "-m", "lora_probe", *arguments],
             env={"PATH": "/usr/bin", "COLUMNS": str(width), "HOME": str(tmp_path), "LORA_PROBE_NO_CACHE": "1"},
             capture_output=True,
             text=True,

@@ -19,7 +19,7 @@ MODULES = 3 * LAYERS
 
 
 def trace(adapter: Path, out: Path, *more: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "lora_probe.cli", "trace", str(adapter), "--engine", "vllm", "-o", str(out)]
+    command = [sys.executable, "-m", "lora_probe", "trace", str(adapter), "--engine", "vllm", "-o", str(out)]
     command += ["--prompt", "hi", "--max-tokens", "3", "--max-model-len", "256", *more]
     return subprocess.run(
         command, env=os.environ | environment, capture_output=True, text=True, check=False, timeout=300
@@ -92,7 +92,7 @@ def test_an_engine_that_does_not_start(adapter: Path, tmp_path: Path) -> None:
 
 def test_a_killed_worker_leaves_a_trace_that_says_so(adapter: Path, tmp_path: Path) -> None:
     out = tmp_path / "run.lptrace"
-    command = [sys.executable, "-m", "lora_probe.cli", "trace", str(adapter), "--engine", "vllm", "-o", str(out)]
+    command = [sys.executable, "-m", "lora_probe", "trace", str(adapter), "--engine", "vllm", "-o", str(out)]
     run = subprocess.Popen([*command, "--max-tokens", "200"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     requests = out / "client" / "requests.jsonl"
     wait_for(lambda: requests.exists() and requests.read_bytes().count(b"\n") >= 1)
@@ -103,7 +103,7 @@ def test_a_killed_worker_leaves_a_trace_that_says_so(adapter: Path, tmp_path: Pa
     assert "SIGKILL" in err
     assert "Traceback" not in err
     shown = subprocess.run(
-        [sys.executable, "-m", "lora_probe.cli", "show", str(out)], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "lora_probe", "show", str(out)], capture_output=True, text=True, check=False
     )
     assert shown.returncode == 1
     assert "incomplete: client, vllm-rank-0 did not close;" in shown.stdout

@@ -93,7 +93,7 @@ def _run_command(options: argparse.Namespace) -> int:
     if options.command == "parity":
         refuse_ignored(options)
     if options.command in WITH_FLAGS:
-        # Standard input is read here: the other process has none.
+        # Before the other process begins: what it may use is for what others wrote.
         options.prompts = prompts(options)
     run = partial(COMMANDS[options.command], options)
     own = options.command not in ("rule", "env") and (options.command != "check" or mends(options))
