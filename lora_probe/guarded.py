@@ -28,14 +28,13 @@ from lora_probe import limits
 from lora_probe.errors import ProbeError
 from lora_probe.isolation import leave_current_folder_off_the_path
 from lora_probe.limits import Board, Budget
-from lora_probe.render.output import discard_output
 
 AVAILABLE = sys.platform == "linux" and Path("/proc/self/status").exists()
 """Where processes are forked and the limits are known to hold. Elsewhere the work is done in this process."""
 GRACE, ENGINE_GRACE = 1.0, 15.0
 """Seconds for a process to end by itself when the user stops the command; more where it has an engine to end."""
 
-RESERVE = 2**22
+RESERVE = 2**20 + 2**18
 """Bytes that are kept for saying that there are no more."""
 
 Send = Callable[[Any], None]
@@ -60,8 +59,8 @@ class _Ended:
     failure: ProbeError | None = None
 
 
-def results(work: Callable[[Send], None], budget: Budget) -> Iterator[Any]:
-    """What `work` hands over, from a process of its own.
+def results(work: Callable[[Send], None], budget: Budget, board: Board | None = None) -> Iterator[Any]:
+    """What `work` hands over, from a process of its own, which writes on `board` what it does.
 
     Raises:
         OverBudget: with the step at which the budget was used up, or at which the process died.
@@ -70,7 +69,7 @@ def results(work: Callable[[Send], None], budget: Budget) -> Iterator[Any]:
     if not AVAILABLE:
         yield from _here(work)
         return
-    process = _Process(work, budget)
+    process = _Process(work, budget, board or Board())
     try:
         while True:
             item = process.receive()
@@ -86,8 +85,8 @@ def results(work: Callable[[Send], None], budget: Budget) -> Iterator[Any]:
 class _Process:
     """The process in which something works, from its start to its end."""
 
-    def __init__(self, work: Callable[[Send], None], budget: Budget) -> None:
-        self.board = Board()
+    def __init__(self, work: Callable[[Send], None], budget: Budget, board: Board) -> None:
+        self.board = board
         self.temporary = tempfile.mkdtemp(prefix="lora-probe-")
         self.code: int | None = None
         results, sender = os.pipe()
@@ -151,7 +150,7 @@ class _Process:
                 time.sleep(0.001)
 
 
-def command(run: Callable[[], int], budget: Budget) -> int:
+def command(run: Callable[[], int], board: Board) -> int:
     """The exit status of a command that runs in a process of its own. What it prints is printed here.
 
     Raises as `results` does.
@@ -166,7 +165,7 @@ def command(run: Callable[[], int], budget: Budget) -> int:
     status = 2
     stopped = True
     try:
-        for item in results(work, budget):
+        for item in results(work, Budget(), board):
             if isinstance(item, _Written):
                 _write(item)
             else:
@@ -220,7 +219,7 @@ def _write(item: _Written) -> None:
         stream.flush()
     except BrokenPipeError:
         # That the reader of a pipe has gone (`| head`) changes no exit status.
-        discard_output()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     except OSError:
         # What goes on cannot be told; what was found can.
         if not item.error:

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lora_probe import limits
 from lora_probe.checking import Report
 from lora_probe.errors import ProbeError
 from lora_probe.folders import Lost
@@ -33,7 +34,7 @@ class Judged:
 
 
 @dataclass(frozen=True)
-class Passing:
+class _Passing:
     """What goes on at the moment."""
 
     text: str
@@ -45,24 +46,29 @@ class _Begun:
 
 
 def judged(
-    folders: Sequence[Path], check: Check, page: Page | None, budget: Budget
-) -> Iterator[Judged | Lost | Passing]:
-    """Judge `folders`; `page` is called for each report where the ledgers still are.
+    folders: Sequence[Path], check: Check, page: Page | None, budget: Budget, tell: Callable[[str], None]
+) -> Iterator[Judged | Lost]:
+    """Judge `folders`; `page` is called for each report where the ledgers still are, `tell` with what goes on.
 
     Raises:
+        OverBudget: as below, or one folder alone was too much for this process, which has a budget itself.
         ProbeError: the options or the base that was asked for are wrong, so that nothing can be judged.
     """
     rest = list(folders)
+    if len(rest) == 1 and limits.active():
+        yield from (item for item in _judge(rest, check, page, tell) if not isinstance(item, _Begun))
+        return
     begun = False
     while True:
         try:
-            for item in results(partial(_judge, tuple(rest), check, page), budget):
+            for item in results(partial(_hand_over, tuple(rest), check, page), budget):
                 if isinstance(item, _Begun):
                     begun = True
-                    continue
-                if isinstance(item, Judged | Lost):
+                elif isinstance(item, _Passing):
+                    tell(item.text)
+                else:
                     rest.pop(0)
-                yield item
+                    yield item
             return
         except OverBudget as error:
             # Before the first folder it is the options or the base that was asked for.
@@ -74,10 +80,14 @@ def judged(
                 return
 
 
-def _judge(folders: Sequence[Path], check: Check, page: Page | None, send: Send) -> None:
-    def tell(text: str) -> None:
-        send(Passing(text))
+def _hand_over(folders: Sequence[Path], check: Check, page: Page | None, send: Send) -> None:
+    for item in _judge(folders, check, page, lambda text: send(_Passing(text))):
+        send(item)
 
+
+def _judge(
+    folders: Sequence[Path], check: Check, page: Page | None, tell: Callable[[str], None]
+) -> Iterator[Judged | Lost | _Begun]:
     # What is wrong with the options is wrong for all, and raised here.
     list(check((), progress=tell))
     rest = list(folders)
@@ -85,15 +95,15 @@ def _judge(folders: Sequence[Path], check: Check, page: Page | None, send: Send)
         reports = iter(check(tuple(rest), progress=tell))
         try:
             while rest:
-                send(_Begun())
+                yield _Begun()
                 report = next(reports)
-                send(Judged(_lean(report, page is not None), page(report) if page is not None else None))
+                yield Judged(_lean(report, page is not None), page(report) if page is not None else None)
                 rest.pop(0)
         except MemoryError:
             raise
         except Exception as error:
             folder = rest.pop(0)
-            send(Lost(folder, error if isinstance(error, ProbeError) else _in(folder, fault(error))))
+            yield Lost(folder, error if isinstance(error, ProbeError) else _in(folder, fault(error)))
 
 
 def _lean(report: Report, shown: bool) -> Report:

@@ -27,7 +27,7 @@ MEMORY = 768 * 2**20
 """Bytes that a process may allocate for one folder beyond what its libraries took."""
 MEMORY_PER_BYTE = 4
 """Bytes for each byte on disk: bfloat16 is widened to float32 or float64 where it is computed with."""
-_STEP, _BUDGET, _LONGEST = 1, 1024, 600
+_STEP, _BUDGET, _LEFT, _LONGEST = 1, 1024, 2048, 600
 """Where the texts of a board begin, and their longest in bytes."""
 
 
@@ -70,6 +70,15 @@ class Board:
     @budget.setter
     def budget(self, text: str) -> None:
         self._write(_BUDGET, text)
+
+    @property
+    def left(self) -> str:
+        """What it leaves behind where it is interrupted."""
+        return self._read(_LEFT)
+
+    @left.setter
+    def left(self, text: str) -> None:
+        self._write(_LEFT, text)
 
     @property
     def waiting(self) -> bool:
@@ -123,6 +132,18 @@ def enter(budget: Budget, board: Board) -> None:
     _mine = _Limits(budget, board)
     _limit("RLIMIT_CORE", 0)
     _mine.renew()
+
+
+def allow(budget: Budget, left: str) -> None:
+    """What the user allows for one folder, from now on, and what is left behind where the command is interrupted."""
+    if _mine is not None:
+        _mine.budget, _mine.board.left = budget, left
+        _mine.renew()
+
+
+def active() -> bool:
+    """Whether this process has a budget, and another one that waits for it."""
+    return _mine is not None
 
 
 def begin(*folders: Path, times: float = 1) -> None:

@@ -216,7 +216,7 @@ def test_others_are_judged_when_one_takes_too_much(tmp_path: Path) -> None:
             yield report(folder)
 
     folders = [tmp_path / name for name in ("one", "hangs", "fails", "faults", "two")]
-    outcomes = list(judged(folders, check, None, LITTLE))
+    outcomes = list(judged(folders, check, None, LITTLE, lambda _: None))
     kinds = [type(outcome) for outcome in outcomes]
     assert kinds == [Judged, Lost, Lost, Lost, Judged]
     assert [one.error.message.partition(" while ")[0] for one in outcomes if isinstance(one, Lost)] == [
@@ -238,7 +238,7 @@ def test_a_death_between_two_folders_costs_one_of_them() -> None:
             if folder.name == "one":
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    outcomes = list(judged([Path(name) for name in ("one", "two", "three")], check, None, LITTLE))
+    outcomes = list(judged([Path(name) for name in ("one", "two", "three")], check, None, LITTLE, lambda _: None))
     assert [type(outcome) for outcome in outcomes] == [Judged, Lost, Judged]
 
 
@@ -249,7 +249,7 @@ def test_what_is_wrong_before_the_first_folder_is_wrong_for_all() -> None:
         yield from ()
 
     with pytest.raises(OverBudget, match="opening the base"):
-        list(judged([Path("a"), Path("b")], check, None, LITTLE))
+        list(judged([Path("a"), Path("b")], check, None, LITTLE, lambda _: None))
 
 
 HANGING = """

@@ -10,18 +10,14 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
-import signal
 import sys
-import threading
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_probe import guarded, limits
+from lora_probe import limits
 from lora_probe.cli.budget import budget
-from lora_probe.cli.check import check, mends
+from lora_probe.cli.check import check
 from lora_probe.cli.options import (
     engine_options,
     parser_of_all,
@@ -29,14 +25,12 @@ from lora_probe.cli.options import (
     refuse_ignored,
     same_with_another_engine,
 )
-from lora_probe.cli.status import CLEAN, FOUND, INTERRUPTED, UNJUDGED
+from lora_probe.ending import CLEAN, FOUND, UNJUDGED, supervised
 from lora_probe.errors import ProbeError
-from lora_probe.render.output import as_json, complain, discard_output, dump, hint, say, show, write
+from lora_probe.render.output import as_json, dump, hint, say, show, write
 from lora_probe.render.progress import comparing, following, telling, working
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from lora_probe.reading import Trace
 
 
@@ -44,86 +38,33 @@ WITH_FLAGS = ("trace", "parity")
 """Commands that take flags of an engine after `--`."""
 
 
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM, as systemd and `timeout` send it, or SIGHUP, as a terminal that is closed: what is running and what is
-    half written goes, as after Ctrl-C."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__()
-        self.status = 128 + number
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status."""
+    """Run one command in a process of its own, and return its exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    # A stream that was closed before the start is none at all.
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: PTH123, SIM115
-    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: PTH123, SIM115
+    return supervised(lambda: run(arguments))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command in this process. Raises ProbeError, and SystemExit after `--help`."""
     own, flags = _split(arguments)
     options = argparse.Namespace()
-    with _terminable():
-        return _run(own, flags, options)
-
-
-def _run(own: list[str], flags: list[str], options: argparse.Namespace) -> int:
-    try:
-        parser = parser_of_all()
-        parser.parse_args(own, options)
-        options.engine_args, options.given = flags, own
-        return _run_command(options)
-    except ProbeError as error:
-        complain(error.message, error.hint)
-        return error.exit_code
-    except OSError as error:
-        # What is still in the buffer cannot be written either.
-        discard_output()
-        complain(f"cannot write the output: {error.strerror or error}")
-        return UNJUDGED
-    except Exception as error:
-        failure = guarded.fault(error)
-        complain(failure.message, failure.hint)
-        return UNJUDGED
-    except KeyboardInterrupt as stop:
-        complain("interrupted", _left(options))
-        return stop.status if isinstance(stop, _Terminated) else INTERRUPTED
-
-
-def _run_command(options: argparse.Namespace) -> int:
-    """Run what reads files in a process of its own. `check` has one for its adapters, and prints here."""
+    parser_of_all().parse_args(own, options)
+    options.engine_args, options.given = flags, own
+    if options.command not in ("rule", "env"):
+        limits.allow(budget(options), _left(options))
     if options.command == "parity":
         refuse_ignored(options)
-    if options.command in WITH_FLAGS:
-        # Before the other process begins: what it may use is for what others wrote.
-        options.prompts = prompts(options)
-    run = partial(COMMANDS[options.command], options)
-    own = options.command not in ("rule", "env") and (options.command != "check" or mends(options))
-    return guarded.command(run, budget(options)) if own else run()
+    return COMMANDS[options.command](options)
 
 
 def _left(options: argparse.Namespace) -> str:
     """What an interrupted command leaves behind."""
-    command, kept = getattr(options, "command", ""), getattr(options, "output", None)
-    if command == "trace":
+    if options.command == "trace":
         return "the recording is incomplete; nothing is left running"
-    if command == "parity":
+    if options.command == "parity":
+        kept = options.output
         return "nothing is left running" + (f"; `{kept}` is half filled, --force overwrites it" if kept else "")
     return ""
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    def stop(number: int, frame: object) -> None:
-        raise _Terminated(number)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
@@ -193,7 +134,7 @@ def _trace(options: argparse.Namespace) -> int:
             options.checkpoint,
             engine=options.engine,
             model=options.model,
-            prompts=options.prompts,
+            prompts=prompts(options),
             chat=options.chat,
             max_tokens=options.max_tokens,
             follow=options.follow,
@@ -259,7 +200,7 @@ def _parity(options: argparse.Namespace) -> int:
             merged=options.merged,
             engine=options.engine or "peft",
             weights_only=options.weights_only,
-            prompts=options.prompts,
+            prompts=prompts(options),
             chat=options.chat,
             max_tokens=options.max_tokens,
             out=options.output,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_probe.cli.budget import budget
 from lora_probe.cli.options import engine_options, refuse_unmendable
-from lora_probe.cli.status import CLEAN, FOUND, UNJUDGED
+from lora_probe.ending import CLEAN, FOUND, UNJUDGED
 from lora_probe.errors import ProbeError
 from lora_probe.folders import Lost, asked
 from lora_probe.render.output import as_json, complain, dump, hint, say, show, write
@@ -36,7 +36,7 @@ def check(options: argparse.Namespace) -> int:
 def _judge(options: argparse.Namespace, mended: dict[str, Any] | None = None) -> int:
     """Check what is asked for. `mended` is what was done before, for the JSON."""
     from lora_probe.checking import check_all
-    from lora_probe.judging import Page, Passing, judged
+    from lora_probe.judging import Page, judged
     from lora_probe.render import checked, report
 
     wanted = asked(options.checkpoints or ["."], options.recursive)
@@ -60,11 +60,12 @@ def _judge(options: argparse.Namespace, mended: dict[str, Any] | None = None) ->
     pages: list[Any] | Spool = Spool() if options.format == "json" else []
     lost = list(wanted.lost)
     with telling("reading") as tell:
-        for outcome in judged(wanted.folders, judge, page, budget(options)):
-            if isinstance(outcome, Passing):
-                count = "" if wanted.single else f"{len(found) + 1} of {len(wanted.folders)}: "
-                tell(count + outcome.text, passing=True)
-            elif isinstance(outcome, Lost):
+
+        def passing(text: str) -> None:
+            tell(text if wanted.single else f"{len(found) + 1} of {len(wanted.folders)}: {text}", passing=True)
+
+        for outcome in judged(wanted.folders, judge, page, budget(options), passing):
+            if isinstance(outcome, Lost):
                 lost.append(outcome)
             else:
                 found.append(outcome.report)

@@ -6,23 +6,25 @@ In: an adapter, a trace, a comparison, a merge, rules. Out: plain dictionaries. 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
 
 from lora_probe.adapter import Adapter, AdapterModule, layer_of, projection_of
-from lora_probe.comparison import Comparison
-from lora_probe.effect import as_json as effect_json
 from lora_probe.ledger import as_json as ledger_json
 from lora_probe.ledger import headline
-from lora_probe.preserved import Parity
-from lora_probe.reading import Trace
 from lora_probe.rules import Rule, diagnose
 from lora_probe.rules import as_json as diagnostic_json
 from lora_probe.spectrum import Spectrum
-from lora_probe.tracefile import RequestRecord
-from lora_probe.weights import TensorHeader
+
+if TYPE_CHECKING:
+    # What only `parity` and traces need takes half of the start of `inspect`.
+    from lora_probe.comparison import Comparison
+    from lora_probe.preserved import Parity
+    from lora_probe.reading import Trace
+    from lora_probe.tracefile import RequestRecord
+    from lora_probe.weights import TensorHeader
 
 SCHEMA_VERSION = 1
 
@@ -206,6 +208,8 @@ def comparison_json(comparison: Comparison) -> dict[str, Any]:
 
 def parity_json(found: Parity) -> dict[str, Any]:
     """What `parity` found. The parts of a fused expert that lie apart are told apart by `tensor`."""
+    from lora_probe.effect import as_json as effect_json
+
     weights = found.weights
     return {
         "schema_version": SCHEMA_VERSION,

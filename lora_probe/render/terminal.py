@@ -7,20 +7,23 @@ cell is a number or a word first, and NO_COLOR loses nothing.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text as RichText
 
 from lora_probe.adapter import Adapter, Key, layer_of, natural, projection_of, ranges
-from lora_probe.comparison import Comparison
 from lora_probe.ledger import STATIONS, Ledger, Station, headline, name_modules
-from lora_probe.reading import Trace
 from lora_probe.render.cells import add_row, assemble, columns_of, grid, paragraphs, words
 from lora_probe.render.machine import contributions_json, requests_json
 from lora_probe.rules import diagnose
 from lora_probe.spectrum import Spectrum
-from lora_probe.tracefile import LoadEvent
+
+if TYPE_CHECKING:
+    from lora_probe.comparison import Comparison
+    from lora_probe.reading import Trace
+    from lora_probe.tracefile import LoadEvent
 
 SHOWN = 10
 """Similar lines before the rest is only counted."""
