@@ -189,7 +189,7 @@ def test_ended_from_outside_nothing_is_left(world: World, tmp_path: Path) -> Non
         [COMMAND, "parity", str(world.adapter)], env=environment, stderr=subprocess.PIPE, text=True
     )
     deadline = time.monotonic() + 60
-    while not list(tmp_path.glob("lora-probe-*/merged.partial/merge")):
+    while not list(tmp_path.glob("lora-probe-*/lora-probe-*/merged.partial/merge")):
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.05)
