@@ -38,11 +38,11 @@ def report(found: Report) -> RenderableType:
     facts = Table.grid(padding=(0, 2))
     facts.add_column(style="bold")
     facts.add_column(overflow="fold")
-    add_row(facts, "adapter", one_line(relative(found.adapter)))
-    add_row(facts, "base model", one_line(found.model or "not known"))
+    add_row(facts, "adapter", relative(found.adapter))
+    add_row(facts, "base model", found.model or "not known")
     if found.vllm:
         add_row(facts, "predicted for", f"vLLM {found.vllm}")
-    parts: list[RenderableType] = [facts, *(_text(f"note: {note}", "cyan") for note in found.notes), words("")]
+    parts: list[RenderableType] = [facts, *(words(f"note: {note}", "cyan") for note in found.notes), words("")]
     parts += [*_headlines(found), *_tables(found), *([words("")] if found.ledgers else [])]
     return Group(*parts, *_findings(found), _verdict(found))
 
@@ -122,7 +122,7 @@ def _summary_line(found: Report, width: int) -> RichText:
     style = {"ok": "bold green", "unknown": "bold yellow"}.get(kind) or STYLES[first.severity if first else "info"]
     said = [f"{_counts(found.diagnostics)}: {first.code} {first.name}"] if first is not None else []
     if kind == "unknown":
-        said.append(f"({'; '.join(dict.fromkeys(one_line(one.why) for one in found.not_run if one.codes))})")
+        said.append(f"({'; '.join(dict.fromkeys(one.why for one in found.not_run if one.codes))})")
     said += [_ignored(found.ignored).strip()] if found.ignored else []
     return assemble((f"{kind:7}  ", style), f"{_name(found):{width}}", *(f"  {one}" for one in said))
 
@@ -139,7 +139,7 @@ def _headlines(found: Report, indent: str = "") -> Iterable[RenderableType]:
     for sentence, ledgers in same.items():
         engines = ", ".join(ledger.engine for ledger in ledgers)
         said = sentence if len(ledgers) > 1 else headline(ledgers[0])
-        yield assemble(indent, (f"{engines}  ", "" if indent else "bold"), (one_line(said), _style(ledgers[0])))
+        yield assemble(indent, (f"{engines}  ", "" if indent else "bold"), (said, _style(ledgers[0])))
 
 
 def _tables(found: Report) -> Iterable[RenderableType]:
@@ -172,11 +172,11 @@ def _findings(found: Report) -> Iterable[RenderableType]:
 def _diagnostics(found: Sequence[Diagnostic], hints: bool = True) -> Iterable[RenderableType]:
     for diagnostic in _by_gravity(found):
         code = f"{diagnostic.severity} {diagnostic.code} {diagnostic.name}: "
-        yield assemble((code, STYLES[diagnostic.severity]), one_line(diagnostic.message))
+        yield assemble((code, STYLES[diagnostic.severity]), diagnostic.message)
         if about := _about(diagnostic):
-            yield _text(f"  {about}")
+            yield words(f"  {about}")
         if diagnostic.hint and hints:
-            yield _text(f"  hint: {diagnostic.hint}", "cyan")
+            yield words(f"  hint: {diagnostic.hint}", "cyan")
 
 
 def _about(diagnostic: Diagnostic) -> str:
@@ -197,7 +197,7 @@ def _by_gravity(found: Sequence[Diagnostic]) -> list[Diagnostic]:
 def _not_run(every: Iterable[NotRun]) -> Iterable[RenderableType]:
     found = [one for one in every if one.codes]
     for one in found[: terminal.SHOWN]:
-        yield _text(f"not run: {', '.join(one.codes)}: {one.why}", "yellow")
+        yield words(f"not run: {', '.join(one.codes)}: {one.why}", "yellow")
     if len(found) > terminal.SHOWN:
         yield words(f"not run, for {len(found) - terminal.SHOWN} more reasons: see --format json", style="yellow")
 
@@ -235,7 +235,3 @@ def _counts(found: Iterable[Diagnostic]) -> str:
 
 def _plural(count: int, word: str) -> str:
     return f"{count} {word}{'' if count == 1 else 's'}"
-
-
-def _text(content: str, style: str = "") -> RichText:
-    return words(one_line(content), style=style)
