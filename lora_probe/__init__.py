@@ -14,23 +14,31 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lora_probe.adapter import open_adapter as inspect
-    from lora_probe.checking import check
+    from lora_probe.checking.check import check
     from lora_probe.comparison import compare
     from lora_probe.engines.launch import trace
-    from lora_probe.preserved import parity
-    from lora_probe.reading import open_trace
+    from lora_probe.merging.parity import parity
+    from lora_probe.recording import open_trace
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "check", "compare", "inspect", "open_trace", "parity", "trace"]
+__all__ = [
+    "__version__",
+    "check",
+    "compare",
+    "inspect",
+    "open_trace",
+    "parity",
+    "trace",
+]
 
 _HOMES = {
-    "inspect": ("lora_probe.adapter", "open_adapter"),
-    "check": ("lora_probe.checking", "check"),
+    "inspect": ("lora_probe.adapter.checkpoint", "open_adapter"),
+    "check": ("lora_probe.checking.check", "check"),
     "trace": ("lora_probe.engines.launch", "trace"),
-    "open_trace": ("lora_probe.reading", "open_trace"),
-    "compare": ("lora_probe.comparison", "compare"),
-    "parity": ("lora_probe.preserved", "parity"),
+    "open_trace": ("lora_probe.recording.reader", "open_trace"),
+    "compare": ("lora_probe.comparison.contributions", "compare"),
+    "parity": ("lora_probe.merging.parity", "parity"),
 }
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import sys
 
-from lora_probe.ending import supervised
+from lora_probe.cli.ending import supervised
 
 
 def main() -> int:
@@ -20,7 +20,7 @@ def _run() -> int:
     # Imports make no garbage, and looking for it takes 5 % of their time.
     gc.disable()
     try:
-        from lora_probe.cli import run
+        from lora_probe.cli.main import run
     finally:
         gc.enable()
     return run(sys.argv[1:])

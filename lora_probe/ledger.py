@@ -7,11 +7,11 @@ module may be wrong at `stored` and still ok at `placed` and `applied`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lora_probe.adapter import LAYER, Key, projection_of, ranges
+from lora_probe.names import Key, name_modules
 
 Station = Literal["stored", "read", "placed", "applied", "agrees"]
 Value = Literal["ok", "wrong", "absent", "unknown"]
@@ -140,31 +140,6 @@ def _about(modules: Sequence[str], message: str) -> str:
     if message.startswith("not "):
         return f"{names} {'is' if len(modules) == 1 else 'are'} {message}"
     return f"{names}: {message}"
-
-
-def name_modules(modules: Iterable[str]) -> str:
-    """Module paths in a few words: `layer 5 q_proj, k_proj, v_proj`, `layers 0-29 q_proj`. Layers of several parts of a
-    model are told apart: `vision_tower.layers 0-11 q_proj`."""
-    towers: dict[str, dict[int, list[str]]] = {}
-    loose: list[str] = []
-    for module in modules:
-        match = LAYER.search(module)
-        if match is None:
-            loose.append(module)
-        else:
-            numbered = towers.setdefault(module[: match.start(1)].rpartition(".")[0], {})
-            numbered.setdefault(int(match[1]), []).append(projection_of(module))
-    parts = []
-    for tower, layers in towers.items():
-        by_projections: dict[tuple[str, ...], list[int]] = {}
-        for layer, projections in layers.items():
-            by_projections.setdefault(tuple(projections), []).append(layer)
-        for names, numbers in by_projections.items():
-            where = "layer" if len(numbers) == 1 else "layers"
-            if len(towers) > 1:
-                where = tower if tower.rpartition(".")[2] in ("layers", "layer", "h", "blocks") else f"{tower} {where}"
-            parts.append(f"{where} {ranges(numbers)} {', '.join(names)}")
-    return "; ".join(parts + loose)
 
 
 def as_json(ledger: Ledger) -> dict[str, Any]:

@@ -111,7 +111,7 @@ def edited(source: Path, target: Path, tensors: Edit | None = None, config: Edit
 
 def call(*arguments: object, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
     """`lora-probe` in this process: status, standard output, standard error."""
-    from lora_probe.cli import main
+    from lora_probe.cli.main import main
 
     try:
         status = main([str(argument) for argument in arguments])
@@ -173,7 +173,7 @@ class SharedEngine:
         """What `trace --engine vllm` records, without starting another engine. Returns the opened trace."""
         from lora_probe import open_trace
         from lora_probe.engines.launch import versions
-        from lora_probe.tracefile import SCHEMA, Process, Prompt, Run, RunSpec, TraceWriter, write_json
+        from lora_probe.recording import SCHEMA, Process, Prompt, Run, RunSpec, TraceWriter, write_json
         from lora_probe_vllm.engine import ask
 
         number = next(self.numbers)
@@ -235,8 +235,8 @@ def record_peft(adapter: Path, base: Path, folder: Path, **changes: Any) -> Any:
     """What `trace --engine peft` records, in this process."""
     from lora_probe import open_trace
     from lora_probe.engines.launch import versions
-    from lora_probe.engines.peft import PeftEngine
-    from lora_probe.tracefile import SCHEMA, Prompt, Run, RunSpec, write_json
+    from lora_probe.engines.peft.engine import PeftEngine
+    from lora_probe.recording import SCHEMA, Prompt, Run, RunSpec, write_json
 
     settings: dict[str, Any] = {"max_tokens": 6, "options": {"dtype": "float32"}, "prompts": PROMPTS} | changes
     asked = [Prompt(text) for text in settings.pop("prompts")]

@@ -15,7 +15,7 @@ from conftest import save_adapter
 from safetensors.torch import load_file
 
 from lora_probe.adapter import Adapter, open_adapter
-from lora_probe.cli import main
+from lora_probe.cli.main import main
 from lora_probe.errors import ProbeError, UnreadableFile
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"

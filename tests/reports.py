@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from lora_probe import checking
 from lora_probe.checking import NotRun, Report
+from lora_probe.checking import check as checking
 from lora_probe.ledger import OK, STATIONS, Finding, Ledger, Row
 from lora_probe.rules import Diagnostic, all_rules
 

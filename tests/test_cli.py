@@ -17,7 +17,8 @@ MODULES = 3 * LAYERS
 
 def test_nothing_heavy_is_imported() -> None:
     script = (
-        "import sys, lora_probe.cli; print([n for n in ('torch', 'transformers', 'peft', 'vllm') if n in sys.modules])"
+        "import sys, lora_probe.cli.main; print([n for n in"
+        " ('torch', 'transformers', 'peft', 'vllm') if n in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
@@ -32,7 +33,7 @@ def test_commands_that_read_need_neither_torch_nor_peft_nor_vllm(peft_trace: Any
         "        if name.partition('.')[0] in ('torch', 'transformers', 'peft', 'vllm'):\n"
         "            raise ModuleNotFoundError(name)\n"
         "sys.meta_path.insert(0, Block())\n"
-        "from lora_probe.cli import main\n"
+        "from lora_probe.cli.main import main\n"
         f"a, t = {str(adapter)!r}, {str(peft_trace.path)!r}\n"
         "for c in (['inspect', a, '--norms'], ['show', t], ['compare', t, t], ['rule', 'LP201'], ['env']):\n"
         "    assert main(c) == 0, c\n"

@@ -11,6 +11,7 @@ from lora_probe.cli.options import parser_of_all
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
 
 def tracked() -> list[str]:
@@ -21,20 +22,13 @@ def tracked() -> list[str]:
 
 
 def test_the_file_map_is_the_tree() -> None:
-    block = README.split("## The files")[1].split("```")[1]
-    mapped: list[str] = []
-    folders: list[tuple[int, str]] = []
+    block = CONTRIBUTING.split("## The files")[1].split("```")[1]
+    mapped = {line.split()[0].rstrip("/") for line in block.splitlines() if line.startswith("  ")}
+    listed = {entry.name for entry in (ROOT / "lora_probe").iterdir()}
+    assert mapped == listed - {"__init__.py", "__main__.py", "__pycache__", "py.typed"}
     for line in block.splitlines():
-        if not line.strip():
-            continue
-        depth, name = len(line) - len(line.lstrip()), line.split()[0]
-        folders = [folder for folder in folders if folder[0] < depth]
-        path = "".join(folder[1] for folder in folders) + name
-        if name.endswith("/"):
-            folders.append((depth, name))
-        mapped.append(path)
-    files = [path for path in mapped if not path.endswith("/")]
-    assert sorted(files) == tracked()
+        if line and not line.startswith(" "):
+            assert (ROOT / line.split()[0]).is_dir(), line
 
 
 def test_commands_and_options_in_the_readme_exist() -> None:

@@ -14,11 +14,11 @@ import pytest
 from conftest import PROMPTS, SharedEngine, edited, record_peft, save_adapter
 
 from lora_probe import open_trace
-from lora_probe.effect import as_json, divergence, effect, floor
+from lora_probe.comparison.effect import as_json, divergence, effect, floor
 from lora_probe.engines.launch import Merged, merge, trace_plain
 from lora_probe.errors import EngineFailed, ProbeError
-from lora_probe.sketch import SKETCH, projection
-from lora_probe.tracefile import SCHEMA, Process, Score, TraceWriter
+from lora_probe.recording import SCHEMA, Process, Score, TraceWriter
+from lora_probe.recording.sketch import SKETCH, projection
 
 TOKENS = 6
 WEIGHTS = "model.safetensors"
@@ -57,7 +57,7 @@ def changed(model: Path, folder: Path, change: Callable[[dict[str, Any]], None])
 
 def rerun(follow: Any, model: Path, folder: Path) -> Any:
     """What `trace_plain` records in the PEFT engine, in this process."""
-    from lora_probe.engines.peft import PeftEngine
+    from lora_probe.engines.peft.engine import PeftEngine
 
     shutil.copytree(follow.path, folder, ignore=shutil.ignore_patterns("peft"))
     spec = json.loads((folder / "run.json").read_text())
@@ -138,7 +138,7 @@ def test_nan_is_infinitely_far(unmerged: Any, plain: Any, merged: Merged, tmp_pa
 
 
 def test_no_hook_is_left_on_a_plain_model(plain: Any, llama: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    from lora_probe.engines import plain as engine
+    from lora_probe.engines.peft import plain as engine
 
     seen = []
     original = engine.load_model

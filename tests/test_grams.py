@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from failures import write_config
 
-from lora_probe import grams
 from lora_probe.adapter import open_adapter
-from lora_probe.spectrum import spectrum
+from lora_probe.adapter import spectrum as grams
+from lora_probe.adapter.spectrum import spectrum
 
 ROOM = 300
 """MiB that a check may take, whatever it is given."""
@@ -51,7 +51,7 @@ def test_a_check_of_six_gigabytes_stays_small(tmp_path: Path) -> None:
         file.truncate(8 + len(text) + end)
     script = (
         "import resource, sys\n"
-        "from lora_probe.cli import main\n"
+        "from lora_probe.cli.main import main\n"
         "status = main(['check', sys.argv[1]])\n"
         "print(status, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024)\n"
     )

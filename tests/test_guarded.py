@@ -17,13 +17,13 @@ import numpy as np
 import pytest
 from conftest import heed_interrupts
 
-from lora_probe import guarded, limits
 from lora_probe.checking import Report
+from lora_probe.checking.folders import Lost
+from lora_probe.checking.judging import Judged, judged
 from lora_probe.errors import ProbeError, UnreadableFile
-from lora_probe.folders import Lost
-from lora_probe.guarded import OverBudget, Send, results
-from lora_probe.judging import Judged, judged
-from lora_probe.limits import Budget
+from lora_probe.files import guarded, limits
+from lora_probe.files.guarded import OverBudget, Send, results
+from lora_probe.files.limits import Budget
 
 LITTLE = Budget(seconds=1, memory=64 * 2**20)
 
@@ -254,7 +254,8 @@ def test_what_is_wrong_before_the_first_folder_is_wrong_for_all() -> None:
 
 HANGING = """
 import sys
-from lora_probe import adapter, cli
+from lora_probe import adapter
+from lora_probe.cli.main import main
 def hang(path):
     value = ()
     for _ in range(60):
@@ -262,7 +263,7 @@ def hang(path):
     print("hanging", file=sys.stderr, flush=True)
     hash(value)
 adapter.open_adapter = hang
-sys.exit(cli.main(sys.argv[1:]))
+sys.exit(main(sys.argv[1:]))
 """
 
 
@@ -374,7 +375,7 @@ def test_reports_of_many_adapters_are_not_kept_in_memory(tmp_path: Path) -> None
         (tmp_path / str(number) / "adapter_config.json").write_text('{"peft_type": "LORA", "target_modules": ["x"]}')
         (tmp_path / str(number) / "adapter_model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
     code = (
-        "import sys; from lora_probe.cli import main; main(sys.argv[1:]);"
+        "import sys; from lora_probe.cli.main import main; main(sys.argv[1:]);"
         "line = next(line for line in open('/proc/self/status') if line.startswith('VmHWM'));"
         "print(int(line.split()[1]) // 1024, file=sys.stderr)"
     )

@@ -45,7 +45,7 @@ def peak(folder: Path, *, reads: bool = True) -> tuple[int, str]:
     """MiB of a process that opens an adapter and reads it, and what it said."""
     script = (
         "import sys\n"
-        "from lora_probe.adapter import open_adapter\n"
+        "from lora_probe.adapter.checkpoint import open_adapter\n"
         "from lora_probe.errors import ProbeError\n"
         "try:\n"
         "    found = open_adapter(sys.argv[1])\n"

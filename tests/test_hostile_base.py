@@ -16,11 +16,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lora_probe.base import open_base
-from lora_probe.checking import check
+from lora_probe.checking.check import check
 from lora_probe.engines.allowed import Allowed, Watched
 from lora_probe.engines.child import DESCRIBE, DescribeSpec, run_child
 from lora_probe.errors import EngineStopped, ProbeError, TooLarge
-from lora_probe.tracefile import write_json
+from lora_probe.recording import write_json
 
 
 def base_with(folder: Path, source: Path, **changes: Any) -> Path:
@@ -110,7 +110,7 @@ def test_any_config_of_a_base(
     """Judged from the headers of its files, as where no engine is installed."""
     base = base_with(tmp_path_factory.mktemp("odd") / "base", llama, **changes)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lora_probe.engines.views.require", _not_installed)
+        patch.setattr("lora_probe.engines.describing.require", _not_installed)
         try:
             report = check(adapter, model=str(base))
         except ProbeError:
@@ -135,7 +135,7 @@ def test_an_engine_that_takes_too_long_is_stopped(llama: Path, tmp_path: Path) -
 
 
 def test_an_engine_that_is_stopped_is_asked_again(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lora_probe.engines import views
+    from lora_probe.engines import describing as views
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("LORA_PROBE_NO_CACHE", raising=False)

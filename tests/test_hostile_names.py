@@ -15,7 +15,7 @@ import pytest
 from conftest import call, edited
 
 from lora_probe.render.cells import LONGEST, one_line
-from lora_probe.render.output import as_json
+from lora_probe.render.console import as_json
 
 ORDERS = (
     "\n::error::mine",

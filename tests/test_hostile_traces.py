@@ -37,11 +37,11 @@ from traces import (
 
 from lora_probe import open_trace
 from lora_probe.comparison import compare
-from lora_probe.documents import MAX_DOCUMENT, MAX_LINES
 from lora_probe.errors import ProbeError
-from lora_probe.render import terminal
-from lora_probe.segments import MAX_SEGMENT
-from lora_probe.tracefile import SCHEMA
+from lora_probe.recording import SCHEMA
+from lora_probe.recording.documents import MAX_DOCUMENT, MAX_LINES
+from lora_probe.recording.segments import MAX_SEGMENT
+from lora_probe.render.text import terminal
 
 pytestmark = pytest.mark.timeout(60)
 

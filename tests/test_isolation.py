@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import heed_interrupts
 
-from lora_probe import isolation
+from lora_probe.files import isolation
 
 MODULES = (
     "lora_probe",
@@ -162,7 +162,7 @@ def test_reading_uses_no_network(adapter: Path, tmp_path: Path, monkeypatch: pyt
 
     from conftest import edited
 
-    from lora_probe.cli import main
+    from lora_probe.cli.main import main
 
     def refuse(*_: object) -> None:
         (tmp_path / "connected").touch()

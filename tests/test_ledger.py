@@ -11,9 +11,10 @@ from conftest import LAYERS, edited
 from lora_probe import inspect
 from lora_probe.base import open_base
 from lora_probe.errors import UnreadableFile
-from lora_probe.expected import expect
-from lora_probe.ledger import OK, STATIONS, Finding, Ledger, Row, as_json, headline, name_modules
+from lora_probe.ledger import OK, STATIONS, Finding, Ledger, Row, as_json, headline
+from lora_probe.names import name_modules
 from lora_probe.rules import all_rules, diagnose
+from lora_probe.rules.stored import expect
 
 
 def row(module: str = "model.layers.0.q_proj", **changes: Finding) -> Row:

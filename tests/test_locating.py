@@ -18,11 +18,11 @@ from merges import merge_by_peft, save_adapter_of, save_model
 from safetensors.torch import load_file
 
 from lora_probe import inspect
-from lora_probe.cli import main
-from lora_probe.config import open_config
+from lora_probe.adapter import open_config
+from lora_probe.cli.main import main
 from lora_probe.errors import MissingWeights, NotLora, UnreadableFile
 from lora_probe.ledger import headline
-from lora_probe.preserved import parity
+from lora_probe.merging.parity import parity
 
 WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 
@@ -97,7 +97,7 @@ def test_a_bin_without_torch(adapter: Path, tmp_path: Path) -> None:
     script = (
         "import sys\n"
         "sys.modules['torch'] = None\n"
-        "from lora_probe.cli import main\n"
+        "from lora_probe.cli.main import main\n"
         f"sys.exit(main(['inspect', {str(as_pickle(adapter, tmp_path / 'bin'))!r}]))\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)

@@ -17,7 +17,7 @@ from test_trace_format import KEYS
 from traces import write
 
 from lora_probe import open_trace
-from lora_probe.tracefile import Load, ModuleRecord, StationRecord
+from lora_probe.recording import Load, ModuleRecord, StationRecord
 
 
 @pytest.fixture
@@ -63,8 +63,8 @@ def test_a_million_steps(trace: Path, kind: str) -> None:
         tell(trace, 10**6, lambda n: {"text": "", "module": f"layers.{2 * n}.m{n}"})
     script = (
         "import sys\n"
-        "from lora_probe.reading import open_trace\n"
-        "from lora_probe.render import output, terminal\n"
+        "from lora_probe.recording.reader import open_trace\n"
+        "from lora_probe.render import console as output\nfrom lora_probe.render.text import terminal\n"
         "output.show(terminal.run(open_trace(sys.argv[1])))\n"
         "line = next(line for line in open('/proc/self/status') if line.startswith('VmHWM'))\n"
         "print(int(line.split()[1]) // 1024)\n"

@@ -12,9 +12,9 @@ from failures import FAILURES, as_bin
 from test_predictions import LIMIT
 
 from lora_probe import check
-from lora_probe.checking import mending_of
-from lora_probe.cli import main
-from lora_probe.mending import write
+from lora_probe.checking.check import mending_of
+from lora_probe.checking.renaming import write
+from lora_probe.cli.main import main
 
 MENDED = (
     "C01-text-names",

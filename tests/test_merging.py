@@ -12,7 +12,7 @@ from conftest import LAYERS, TARGETS
 from merges import damaged, merge_by_peft, save_adapter_of, save_model
 
 from lora_probe.errors import ProbeError
-from lora_probe.merging import check_merge
+from lora_probe.merging.weights import check_merge
 
 QKV = list(TARGETS)
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]

@@ -12,8 +12,8 @@ from conftest import LAYERS, TARGETS
 from merges import damaged, merge_by_peft, save_adapter_of, save_model
 
 from lora_probe.errors import UnreadableFile
-from lora_probe.merging import check_merge
 from lora_probe.merging.report import MergeReport
+from lora_probe.merging.weights import check_merge
 
 Q = "model.layers.{}.self_attn.q_proj"
 DOWN = "model.layers.1.mlp.down_proj.weight"

@@ -39,7 +39,7 @@ def test_nothing_of_ours_requires_vllm() -> None:
 
 def test_entry_points() -> None:
     engines = {point.name: point.value for point in entry_points(group="lora_probe.engines")}
-    assert engines == {"peft": "lora_probe.engines.peft:PeftEngine", "vllm": "lora_probe_vllm.engine:VllmEngine"}
+    assert engines == {"peft": "lora_probe.engines.peft.engine:PeftEngine", "vllm": "lora_probe_vllm.engine:VllmEngine"}
     plugins = {point.name: point.value for point in entry_points(group="vllm.general_plugins")}
     assert plugins["lora_probe"] == "lora_probe_vllm:register"
 

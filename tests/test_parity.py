@@ -16,7 +16,7 @@ from merges import damaged, merge_by_peft, save_adapter_of, save_model
 
 import lora_probe
 from lora_probe.errors import ProbeError
-from lora_probe.preserved import REPORT, parity
+from lora_probe.merging.parity import REPORT, parity
 
 COMMAND = str(Path(sys.executable).with_name("lora-probe"))
 MODULES = 3 * LAYERS
@@ -120,7 +120,7 @@ def test_every_field_of_a_module(world: World) -> None:
 def test_weights_only_needs_no_torch(world: World) -> None:
     code = (
         "import sys; sys.modules.update(dict.fromkeys(('torch', 'transformers', 'peft', 'vllm')));"
-        "from lora_probe.cli import main; sys.exit(main(sys.argv[1:]))"
+        "from lora_probe.cli.main import main; sys.exit(main(sys.argv[1:]))"
     )
     arguments = ["parity", world.adapter, "--merged", world.merged, "--weights-only"]
     subprocess.run([sys.executable, "-c", code, *map(str, arguments)], check=True, capture_output=True)

@@ -61,7 +61,7 @@ def test_answers_are_those_of_generate(peft_trace: Any, adapter: Path, llama: Pa
 
 
 def test_no_hook_is_left(adapter: Path, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lora_probe.engines import peft as engine
+    from lora_probe.engines.peft import engine as engine
 
     seen = []
     original = engine._attach

@@ -17,11 +17,11 @@ import torch
 from hostile import PICKLE, World, judge, world_in
 
 from lora_probe.adapter import open_adapter
-from lora_probe.archive import pickle_record
-from lora_probe.checkpoint import open_checkpoint
+from lora_probe.base import open_checkpoint
 from lora_probe.errors import TooLarge, UnreadableFile
-from lora_probe.opcodes import require_harmless
-from lora_probe.pickled import open_pickle
+from lora_probe.files.pickle_opcodes import require_harmless
+from lora_probe.files.pickle_zip import pickle_record
+from lora_probe.files.pickled import open_pickle
 
 
 @pytest.fixture(scope="module")
@@ -279,9 +279,9 @@ def test_two_zip64_fields_of_one_record(tmp_path: Path) -> None:
 def test_a_sparse_file_of_the_old_format_makes_no_budget_larger(tmp_path: Path) -> None:
     """Such a file is read whole: what it claims must not be what it may take."""
     from lora_probe.errors import ProbeError
-    from lora_probe.guarded import results
-    from lora_probe.limits import Budget
-    from lora_probe.pickled import load
+    from lora_probe.files.guarded import results
+    from lora_probe.files.limits import Budget
+    from lora_probe.files.pickled import load
 
     path, count = tmp_path / "pytorch_model.bin", 2**28
     torch.save({"a": torch.zeros(4)}, path, _use_new_zipfile_serialization=False)

@@ -11,9 +11,9 @@ from conftest import SharedEngine, record_peft, save_adapter
 from failures import FAILURES, HEALTHY, as_bin, in_dtype
 
 from lora_probe import check
-from lora_probe.adapter import Key
 from lora_probe.checking import Report
 from lora_probe.ledger import Ledger, Row
+from lora_probe.names import Key
 
 LIMIT = {"max_lora_rank": 16}
 """What the shared engine was started with."""

@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from lora_probe.base import Base, open_base
+from lora_probe.base import Base, EngineView, ModuleView, open_base
 from lora_probe.engines.remembered import keys_of, remember, remembered
-from lora_probe.view import EngineView, ModuleView
 
 VIEW = EngineView("peft", "0.21", "LlamaForCausalLM", {"model.layers.0.q_proj": ModuleView("linear", (8, 8), "q")})
 

@@ -17,7 +17,7 @@ from other_engine import record_all
 from test_predictions import LIMIT, assert_predicted, errors
 
 from lora_probe import check
-from lora_probe.checking import mending_of
+from lora_probe.checking.check import mending_of
 from lora_probe.errors import ProbeError
 from lora_probe.rules import all_rules
 

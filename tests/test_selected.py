@@ -12,9 +12,9 @@ from conftest import edited, save_adapter
 from safetensors.torch import load_file, save_file
 
 from lora_probe import inspect
-from lora_probe.cli import main
+from lora_probe.adapter.one_module import find, select
+from lora_probe.cli.main import main
 from lora_probe.errors import ProbeError
-from lora_probe.selected import find, select
 
 NAME = "model.layers.1.self_attn.q_proj"
 PREFIX = "base_model.model."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lora_probe.spectrum import delta_norms, effective_rank, gram, spectrum
+from lora_probe.adapter.spectrum import delta_norms, effective_rank, gram, spectrum
 
 rng = np.random.default_rng(3)
 

@@ -14,15 +14,7 @@ import pytest
 from lora_probe import open_trace
 from lora_probe.errors import UnreadableFile
 from lora_probe.ledger import OK, Finding, headline
-from lora_probe.tracefile import (
-    SCHEMA,
-    Load,
-    ModuleRecord,
-    Process,
-    RequestRecord,
-    Rows,
-    TraceWriter,
-)
+from lora_probe.recording import SCHEMA, Load, ModuleRecord, Process, RequestRecord, Rows, TraceWriter
 
 KEYS = (("model.layers.0.q_proj", "weight", None), ("model.layers.0.experts", "down_proj", 3))
 
@@ -162,9 +154,9 @@ def test_a_segment_closes_by_its_number_of_rows(tmp_path: Path) -> None:
 
 
 def test_a_segment_closes_by_time_though_no_row_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lora_probe import tracefile
+    from lora_probe.recording import writer
 
-    monkeypatch.setattr(tracefile, "MAX_SECONDS", 0.05)
+    monkeypatch.setattr(writer, "MAX_SECONDS", 0.05)
     writer = TraceWriter(tmp_path / "vllm-rank-0", process(role="worker"))
     writer.rows(rows())
     writer.flush_by_time()

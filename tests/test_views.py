@@ -12,11 +12,12 @@ import pytest
 from conftest import SharedEngine
 from merges import save_model
 
-from lora_probe.base import open_base
-from lora_probe.engines import child, remembered, views
-from lora_probe.engines.views import Views, views_of
+from lora_probe.base import EngineView, open_base
+from lora_probe.base.engine_view import of_headers
+from lora_probe.engines import child, remembered
+from lora_probe.engines import describing as views
+from lora_probe.engines.describing import Views, views_of
 from lora_probe.errors import EngineFailed
-from lora_probe.view import EngineView, of_headers
 
 TASK = "CAUSAL_LM"
 
@@ -55,7 +56,7 @@ def variables_of_vllm() -> dict[str, str]:
 
 
 def ask_peft(folder: Path, task: str = TASK) -> EngineView:
-    from lora_probe.engines.peft import PeftEngine
+    from lora_probe.engines.peft.engine import PeftEngine
 
     return PeftEngine().describe(open_base(str(folder)), task)
 
@@ -71,7 +72,7 @@ def ask_vllm(folder: Path) -> EngineView:
 def test_peft_has_the_modules_of_the_live_model(kind: str, models: dict[str, Path]) -> None:
     from transformers import AutoModelForCausalLM
 
-    from lora_probe.engines.peft import _shapes
+    from lora_probe.engines.peft.engine import _shapes
 
     live = AutoModelForCausalLM.from_pretrained(models[kind])
     view = ask_peft(models[kind])
@@ -334,7 +335,9 @@ def test_a_cache_that_cannot_be_written_is_no_error(
 def test_asking_imports_no_engine_here() -> None:
     import subprocess
 
-    code = "import sys, lora_probe.engines.views; print([m for m in ('torch', 'vllm', 'peft') if m in sys.modules])"
+    code = (
+        "import sys, lora_probe.engines.describing; print([m for m in ('torch', 'vllm', 'peft') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

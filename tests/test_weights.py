@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from lora_probe.errors import UnreadableFile
-from lora_probe.weights import open_weights, read
+from lora_probe.files.weights import open_weights, read
 
 
 def raw(path: Path, header: Any, data: bytes = b"") -> Path:

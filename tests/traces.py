@@ -20,8 +20,7 @@ from safetensors.numpy import save_file
 from test_trace_format import KEYS, process, rows
 
 from lora_probe.ledger import OK, Finding
-from lora_probe.sketch import SKETCH
-from lora_probe.tracefile import (
+from lora_probe.recording import (
     SCHEMA,
     Load,
     ModuleRecord,
@@ -34,6 +33,7 @@ from lora_probe.tracefile import (
     TraceWriter,
     write_json,
 )
+from lora_probe.recording.sketch import SKETCH
 
 GIB = 2**30
 SEGMENT, SECOND = "peft/000001.safetensors", "peft/000002.safetensors"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from lora_probe.limits import MEMORY, SECONDS, Budget
+from lora_probe.files.limits import MEMORY, SECONDS, Budget
 
 LEAST = 1 / 16
 """GiB without which Python itself has no room."""

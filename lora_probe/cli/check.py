@@ -10,12 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_probe.checking.folders import Lost, asked
 from lora_probe.cli.budget import budget
+from lora_probe.cli.ending import CLEAN, FOUND, UNJUDGED
 from lora_probe.cli.options import engine_options, refuse_unmendable
-from lora_probe.ending import CLEAN, FOUND, UNJUDGED
 from lora_probe.errors import ProbeError
-from lora_probe.folders import Lost, asked
-from lora_probe.render.output import as_json, complain, dump, hint, say, show, write
+from lora_probe.render.console import as_json, complain, dump, hint, say, show, write
 from lora_probe.render.progress import telling
 from lora_probe.render.spool import Spool
 
@@ -35,9 +35,10 @@ def check(options: argparse.Namespace) -> int:
 
 def _judge(options: argparse.Namespace, mended: dict[str, Any] | None = None) -> int:
     """Check what is asked for. `mended` is what was done before, for the JSON."""
-    from lora_probe.checking import check_all
-    from lora_probe.judging import Page, judged
-    from lora_probe.render import checked, report
+    from lora_probe.checking.check import check_all
+    from lora_probe.checking.judging import Page, judged
+    from lora_probe.render import check_json as report
+    from lora_probe.render.text import check as checked
 
     wanted = asked(options.checkpoints or ["."], options.recursive)
     if options.recursive and wanted.folders:
@@ -83,9 +84,9 @@ def _judge(options: argparse.Namespace, mended: dict[str, Any] | None = None) ->
 
 def _mend(options: argparse.Namespace) -> int:
     """`--diff`: what would be renamed. `--fix`: write it, and check what was written."""
-    from lora_probe.checking import mending_of
-    from lora_probe.mending import write as write_mended
-    from lora_probe.render import mended
+    from lora_probe.checking.check import mending_of
+    from lora_probe.checking.renaming import write as write_mended
+    from lora_probe.render.text import fix as mended
 
     refuse_unmendable(options)
     wanted = asked(options.checkpoints or ["."], options.recursive)
@@ -112,7 +113,9 @@ def _report(
     found: list[Report], pages: list[Any] | Spool, lost: list[Lost], form: str, *, single: bool, full: bool
 ) -> None:
     """Print what was found. `pages` is what the format makes of each adapter by itself, if anything."""
-    from lora_probe.render import checked, github, report, sarif
+    from lora_probe.render import check_json as report
+    from lora_probe.render import github, sarif
+    from lora_probe.render.text import check as checked
 
     if form == "json":
         write(pages if single else report.reports_text(pages, found, lost))

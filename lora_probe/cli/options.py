@@ -1,6 +1,6 @@
 """The options of every command. In: nothing. Out: a parser, and what its options come to (prompts, engine options).
 
-What the commands do with them is in `cli/__init__.py` and `cli/check.py`. Each command's help ends with examples that
+What the commands do with them is in `cli/main.py` and `cli/check.py`. Each command's help ends with examples that
 work as they stand, given a checkpoint.
 """
 
@@ -18,7 +18,7 @@ from rich_argparse import RawDescriptionRichHelpFormatter
 from lora_probe import __version__
 from lora_probe.cli.budget import add_limits
 from lora_probe.errors import ProbeError
-from lora_probe.versions import ENGINE_OPTIONS
+from lora_probe.rules.vllm_versions import ENGINE_OPTIONS
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 

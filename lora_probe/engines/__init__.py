@@ -11,10 +11,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
 
-from lora_probe.base import Base
+from lora_probe.base.engine_view import EngineView
+from lora_probe.base.model import Base
 from lora_probe.errors import EngineFailed, ProbeError
-from lora_probe.tracefile import RunSpec
-from lora_probe.view import EngineView
+from lora_probe.recording.records import RunSpec
 
 GROUP = "lora_probe.engines"
 KNOWN = {

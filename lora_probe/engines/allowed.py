@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_probe import limits
+from lora_probe.files import limits
 
 GIB = 2**30
 

@@ -20,10 +20,10 @@ import msgspec
 from lora_probe.base import open_base
 from lora_probe.engines import make
 from lora_probe.engines.allowed import Allowed, Watched
-from lora_probe.engines.merge import ASKED, merge_into
+from lora_probe.engines.peft.merge import ASKED, merge_into
 from lora_probe.errors import EngineFailed, EngineStopped, ProbeError
-from lora_probe.isolation import empty_folder, environment, python
-from lora_probe.tracefile import Run, write_json
+from lora_probe.files.isolation import empty_folder, environment, python
+from lora_probe.recording import Run, write_json
 
 LOG = "engine.log"
 ERROR = "error.json"

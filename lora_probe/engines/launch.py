@@ -19,19 +19,17 @@ from typing import Any
 
 import msgspec
 
-from lora_probe import limits
 from lora_probe.adapter import Adapter, open_adapter
 from lora_probe.base import open_base
 from lora_probe.engines import require
 from lora_probe.engines.allowed import RUN
 from lora_probe.engines.child import ERROR, LOG, Progress, run_child
-from lora_probe.engines.merge import ASKED, MERGED, MergeSpec
+from lora_probe.engines.peft.merge import ASKED, MERGED, MergeSpec
 from lora_probe.engines.prompts import BUILT_IN
 from lora_probe.errors import ProbeError
-from lora_probe.files import shown
-from lora_probe.isolation import absolute_flags
-from lora_probe.reading import Trace, open_trace
-from lora_probe.tracefile import LEVELS, SCHEMA, LoadEvent, Prompt, Record, Run, RunSpec, write_json
+from lora_probe.files import limits, shown
+from lora_probe.files.isolation import absolute_flags
+from lora_probe.recording import LEVELS, SCHEMA, LoadEvent, Prompt, Record, Run, RunSpec, Trace, open_trace, write_json
 
 BEFORE = ".before"
 """What --force adds to the name of the trace that is overwritten, until the new one has been recorded."""

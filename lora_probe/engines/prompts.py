@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from lora_probe.errors import ProbeError
-from lora_probe.tracefile import RunSpec
+from lora_probe.recording import RunSpec
 
 BUILT_IN = (
     "Who are you?",

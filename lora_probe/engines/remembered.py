@@ -19,11 +19,11 @@ from pathlib import Path
 
 import msgspec
 
-from lora_probe.base import Base
+from lora_probe.base import Base, EngineView
+from lora_probe.base.engine_view import SCHEMA
 from lora_probe.engines.launch import versions
 from lora_probe.errors import UnreadableFile
 from lora_probe.files import sha256
-from lora_probe.view import SCHEMA, EngineView
 
 NO_CACHE = "LORA_PROBE_NO_CACHE"
 """Set to 1, nothing is read from the cache or written to it."""

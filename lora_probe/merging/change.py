@@ -13,10 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from lora_probe.adapter import Adapter
-from lora_probe.checkpoint import Checkpoint
+from lora_probe.base import Checkpoint
+from lora_probe.files.weights import widen
+from lora_probe.merging.rounding import Floats, through
 from lora_probe.merging.sites import Site
-from lora_probe.rounding import Floats, through
-from lora_probe.weights import widen
 
 Origin = Callable[[int, int], Floats]
 """W of a stretch of the site's rows, in float32, not yet rounded to the dtype that is merged in."""

@@ -14,7 +14,7 @@ from lora_probe.merging.neighbours import Neighbours
 from lora_probe.merging.report import ModuleMerge, Verdict
 from lora_probe.merging.scan import Measured, Sums
 from lora_probe.merging.sites import Site
-from lora_probe.rules.merging import (
+from lora_probe.rules.lp7_merging import (
     not_finite_merge,
     not_merged,
     part_not_taken_out,

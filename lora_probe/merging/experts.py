@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import re
 
-from lora_probe.adapter import AdapterModule, layer_of
-from lora_probe.checkpoint import Checkpoint, StoredTensor
+from lora_probe.adapter import AdapterModule
+from lora_probe.base import Checkpoint, StoredTensor
 from lora_probe.merging.names import Names
 from lora_probe.merging.sites import Kind, Placed, Site, Unplaced
+from lora_probe.names import layer_of
 
 _TRANSPOSED = ("gpt_oss", "llama4", "llama4_text")
 """Model types whose fused experts lie as (experts, in, out); PEFT asks the live module's `is_transposed`."""

@@ -13,13 +13,13 @@ from dataclasses import replace
 
 import numpy as np
 
-from lora_probe.config import AdapterConfig
+from lora_probe.adapter import AdapterConfig
+from lora_probe.files.weights import widen
 from lora_probe.ledger import Finding
+from lora_probe.merging.rounding import Floats
 from lora_probe.merging.scan import FEW, Measured, observed_change, sampled, thinned, under, unexplained
 from lora_probe.merging.sites import Site
-from lora_probe.rounding import Floats
-from lora_probe.rules.merging import magnitude_ignored, merged_twice, not_merged, subtracted, wrong_scaling
-from lora_probe.weights import widen
+from lora_probe.rules.lp7_merging import magnitude_ignored, merged_twice, not_merged, subtracted, wrong_scaling
 
 SAME_FACTOR = 3e-4
 """A factor this close to 1 is 1: TF32 products on a GPU have an error of 5e-4 that averages out over a matrix."""

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from lora_probe.adapter import LAYER
-from lora_probe.checkpoint import EMBEDDINGS, Checkpoint
+from lora_probe.base import Checkpoint
+from lora_probe.base.checkpoint import EMBEDDINGS
 from lora_probe.errors import UnreadableFile
+from lora_probe.names import LAYER
 
 HEAD = "lm_head.weight"
 

@@ -12,15 +12,15 @@ from collections.abc import Sequence
 import numpy as np
 
 from lora_probe.adapter import Adapter
-from lora_probe.checkpoint import Checkpoint
+from lora_probe.base import Checkpoint
+from lora_probe.files.weights import widen
 from lora_probe.ledger import Finding
 from lora_probe.merging.change import Indices, change_of, origin_of
 from lora_probe.merging.factor import cosine
+from lora_probe.merging.rounding import Floats
 from lora_probe.merging.scan import FEW, Measured, observed_change, thinned
 from lora_probe.merging.sites import Site
-from lora_probe.rounding import Floats
-from lora_probe.rules.merging import another_module, transposed_change
-from lora_probe.weights import widen
+from lora_probe.rules.lp7_merging import another_module, transposed_change
 
 ALIKE = 0.7
 """Cosine from which a change is called another module's: unrelated changes stay below 0.1 on a few thousand values."""

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from lora_probe.adapter import Adapter, AdapterModule, natural
-from lora_probe.checkpoint import Checkpoint
+from lora_probe.adapter import Adapter, AdapterModule
+from lora_probe.base import Checkpoint
 from lora_probe.merging.experts import of_experts
 from lora_probe.merging.names import Names
+from lora_probe.merging.overlay import View
 from lora_probe.merging.sites import Placed, Site, Unplaced, of_other, of_pair
-from lora_probe.merging.view import View
+from lora_probe.names import natural
 
 UNMERGEABLE = {
     "alora_invocation_tokens": "aLoRA, which PEFT does not merge",

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from lora_probe.files.weights import Raw, widen
 from lora_probe.merging.change import Change, Indices, Origin
+from lora_probe.merging.rounding import Floats, narrow, through
 from lora_probe.merging.sites import Kind
-from lora_probe.rounding import Floats, narrow, through
-from lora_probe.weights import Raw, widen
 
 NORM_SLACK = 2.0**-19
 """How far two float32 sums of a DoRA norm may lie apart, relatively: 32 units of round-off."""

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from lora_probe.adapter import Key
-from lora_probe.ledger import Finding, name_modules
+from lora_probe.ledger import Finding
+from lora_probe.names import Key, name_modules
 from lora_probe.rules import Diagnostic, all_rules
-from lora_probe.rules.merging import lost_to_rounding
+from lora_probe.rules.lp7_merging import lost_to_rounding
 
 Verdict = Literal["verified", "differs", "undecided"]
 

@@ -13,12 +13,12 @@ import numpy as np
 import numpy.typing as npt
 
 from lora_probe.adapter import Adapter
-from lora_probe.checkpoint import Checkpoint, StoredTensor
+from lora_probe.base import Checkpoint, StoredTensor
+from lora_probe.files.weights import Raw, widen
 from lora_probe.merging.change import Change, Indices, Origin, change_of, origin_of, rebased, values_of
 from lora_probe.merging.replay import Magnitude, Order, magnitude, orders, possible, replay
+from lora_probe.merging.rounding import Floats, narrow, spacing, through
 from lora_probe.merging.sites import Site
-from lora_probe.rounding import Floats, narrow, spacing, through
-from lora_probe.weights import Raw, widen
 
 BLOCK = 1 << 18
 """Values in a block of rows: 1 MB in float32, which stays in the processor's cache."""

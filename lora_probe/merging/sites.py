@@ -1,6 +1,6 @@
 """Where an adapter changes a model: `Site`s, each a stretch of rows of one tensor of the base.
 
-In: an adapter, and the base as it is seen (`view.py`). Out: the sites, and every tensor of the adapter that has none,
+In: an adapter, and the base as it is seen (`overlay.py`). Out: the sites, and every tensor of the adapter that has none,
 with why. Names and layouts are those of PEFT 0.21 (`tuners/lora/layer.py`) and of transformers' checkpoints: a Conv1D
 lies transposed, an embedding's A and B as well.
 """
@@ -12,10 +12,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from lora_probe.adapter import PREFIX, Adapter, AdapterModule, Key, OtherTensor, projection_of
-from lora_probe.checkpoint import Checkpoint, StoredTensor
+from lora_probe.adapter import Adapter, AdapterModule, OtherTensor
+from lora_probe.base import Checkpoint, StoredTensor
+from lora_probe.files.weights import TensorHeader
 from lora_probe.merging.names import HEAD, Names, embeddings_of, tied_place
-from lora_probe.weights import TensorHeader
+from lora_probe.names import PREFIX, Key, projection_of
 
 Kind = Literal["linear", "conv1d", "embedding", "expert", "transposed expert", "bias", "whole", "tokens"]
 

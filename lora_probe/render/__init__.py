@@ -1,1 +1,4 @@
-"""Outputs, one file each. In: the types of the core. Out: something to look at (`terminal`) or to parse (`machine`)."""
+"""What people and programs see, one file for each format.
+
+In: the types of the core. Out: text for a terminal (`text/`), JSON, SARIF, GitHub's annotations, Markdown.
+"""

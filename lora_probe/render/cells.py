@@ -14,7 +14,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text as RichText
 
-from lora_probe.adapter import LAYER, Key, layer_of, natural
+from lora_probe.names import LAYER, Key, layer_of, natural
 
 HEAT = ("", "rgb(95,115,150)", "rgb(95,150,190)", "rgb(90,190,190)", "rgb(110,220,160)", "bold rgb(190,240,120)")
 """From little to much. Red is for what is wrong."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 from lora_probe.checking import Report
-from lora_probe.folders import Lost
+from lora_probe.checking.folders import Lost
 from lora_probe.render.cells import CONTROL, one_line
 from lora_probe.render.places import file_of, relative
 from lora_probe.rules import Diagnostic, Severity

@@ -16,7 +16,7 @@ from lora_probe.render.cells import words
 
 if TYPE_CHECKING:
     from lora_probe.engines.launch import Progress
-    from lora_probe.merging import Progress as WeightsProgress
+    from lora_probe.merging.weights import Progress as WeightsProgress
 
 
 @contextmanager

@@ -13,10 +13,10 @@ from typing import Any
 
 from lora_probe import __version__
 from lora_probe.checking import Report
-from lora_probe.folders import Lost
-from lora_probe.ledger import name_modules
+from lora_probe.checking.folders import Lost
+from lora_probe.names import name_modules
 from lora_probe.render.cells import one_line
-from lora_probe.render.pages import first_sentence, page
+from lora_probe.render.markdown import first_sentence, page
 from lora_probe.render.places import file_of, uri
 from lora_probe.rules import Diagnostic, Rule, Severity, all_rules
 

@@ -1,227 +1,26 @@
 """Rules: each one way in which an adapter goes wrong, with a stable code and a page.
 
-In: a rule is a function, and its docstring is its page. Most go from facts about one module to a sentence, or None
-where they have nothing to say, and become a `Finding` at a station. Others look at a whole adapter and give `Found`s.
-Out: `diagnose` turns a ledger into `Diagnostic`s, `diagnostic` a `Found` into one.
+In: facts about a module, or a `Case`. Out: a `Finding` at a station, or a `Found` for the whole adapter. The families
+are named by their codes: `lp1_config` to `lp7_merging`.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from functools import wraps
-from importlib import import_module
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, ParamSpec, overload
+from lora_probe.rules.diagnostics import Diagnostic, as_json, diagnose, diagnostic
+from lora_probe.rules.registry import ENGINES, Found, Needs, Rule, Severity, all_rules, rule, survey, surveys
 
-from lora_probe.adapter import Key
-from lora_probe.files import shown
-from lora_probe.ledger import Finding, Ledger, Station, Value, clauses
-
-if TYPE_CHECKING:
-    from lora_probe.case import Case
-
-Severity = Literal["error", "warning", "info"]
-Needs = Literal["files", "base", "weights of the base", "vllm"]
-P = ParamSpec("P")
-
-ENGINES = ("peft", "vllm")
-FAMILIES = {
-    "config": "LP1xx: adapter_config.json",
-    "files": "LP2xx: the weights file",
-    "variants": "LP2xx: the weights file",
-    "weights": "LP2xx: the weights file",
-    "names": "LP2xx and LP3xx: names",
-    "shapes": "LP3xx: the base",
-    "base": "LP3xx: the base",
-    "origin": "LP3xx: the base",
-    "serving": "LP4xx: serving",
-    "loading": "LP5xx: loading, in a running engine",
-    "applying": "LP6xx: applying, in a running engine",
-    "merging": "LP7xx: merging",
-}
-"""The files that hold the rules, and what their codes begin with."""
-
-
-@dataclass(frozen=True)
-class Rule:
-    """What is known about a rule without running it."""
-
-    code: str
-    name: str
-    station: Station | Literal["adapter", "load", "merge"]
-    value: Value
-    severity: Severity
-    hint: str
-    page: str
-    engines: tuple[str, ...] = ENGINES
-    needs: Needs = "files"
-
-
-@dataclass(frozen=True)
-class Found:
-    """What a rule on a whole adapter has to say.
-
-    With `refuses` the engines do not load the adapter, and `message` is why. With `value` and `keys` the modules get
-    that finding at `station` in the ledgers of the engines. `field` is the key of adapter_config.json that is to
-    blame, `path` another file. `engines` are those of the rule unless given.
-    """
-
-    message: str
-    keys: tuple[Key, ...] = ()
-    station: Station = "placed"
-    value: Value = "ok"
-    engines: tuple[str, ...] = ()
-    refuses: bool = False
-    field: str | None = None
-    path: Path | None = None
-
-
-@dataclass(frozen=True)
-class Diagnostic:
-    """One finding for a person or a program, over all modules that share it."""
-
-    code: str
-    name: str
-    severity: Severity
-    message: str
-    hint: str
-    modules: tuple[str, ...] = ()
-    engines: tuple[str, ...] = ()
-    path: str | None = None
-    line: int | None = None
-
-
-_registry: dict[str, Rule] = {}
-_surveys: dict[str, Callable[[Case], Iterable[Found]]] = {}
-
-
-class _Register:
-    """The decorator that `rule` makes. A rule that always has something to say always gives a Finding."""
-
-    def __init__(self, **facts: Any) -> None:
-        self.facts = facts
-
-    @overload
-    def __call__(self, judge: Callable[P, str]) -> Callable[P, Finding]: ...
-
-    @overload
-    def __call__(self, judge: Callable[P, str | None]) -> Callable[P, Finding | None]: ...
-
-    def __call__(self, judge: Callable[P, str | None]) -> Callable[P, Finding | None]:
-        known = Rule(page=inspect.getdoc(judge) or "", **self.facts)
-        if known.code in _registry:
-            raise ValueError(f"two rules are called {known.code}")
-        _registry[known.code] = known
-
-        @wraps(judge)
-        def finding(*args: P.args, **kwargs: P.kwargs) -> Finding | None:
-            message = judge(*args, **kwargs)
-            return None if message is None else Finding(known.value, known.code, message)
-
-        return finding
-
-
-def rule(
-    code: str,
-    name: str,
-    station: Station | Literal["adapter", "load", "merge"],
-    value: Value,
-    *,
-    hint: str,
-    severity: Severity = "error",
-    engines: tuple[str, ...] = ENGINES,
-    needs: Needs = "files",
-) -> _Register:
-    """Register a function from facts to a sentence as the rule `code`; calling it then gives a Finding."""
-    return _Register(
-        code=code, name=name, station=station, value=value, severity=severity, hint=hint, engines=engines, needs=needs
-    )
-
-
-def survey(
-    code: str,
-    name: str,
-    *,
-    hint: str,
-    severity: Severity = "error",
-    engines: tuple[str, ...] = ENGINES,
-    needs: Needs = "files",
-) -> Callable[[Callable[[Case], Iterable[Found]]], Callable[[Case], Iterable[Found]]]:
-    """Register a function from a case (an adapter, and what is known of its base and of the engines) to what it finds
-    as the rule `code`. It is asked only where what it `needs` is there."""
-
-    def register(judge: Callable[[Case], Iterable[Found]]) -> Callable[[Case], Iterable[Found]]:
-        if code in _registry:
-            raise ValueError(f"two rules are called {code}")
-        page = inspect.getdoc(judge) or ""
-        _registry[code] = Rule(code, name, "adapter", "wrong", severity, hint, page, engines, needs)
-        _surveys[code] = judge
-        return judge
-
-    return register
-
-
-def surveys() -> Iterator[tuple[Rule, Callable[[Case], Iterable[Found]]]]:
-    """The rules on whole adapters, in the order of their codes."""
-    for code, known in all_rules().items():
-        if code in _surveys:
-            yield known, _surveys[code]
-
-
-def all_rules() -> dict[str, Rule]:
-    """Every rule by its code, in the order of the codes."""
-    for family in FAMILIES:
-        import_module(f"lora_probe.rules.{family}")
-    return dict(sorted(_registry.items()))
-
-
-def diagnose(ledger: Ledger) -> list[Diagnostic]:
-    """The ledger's losses and errors as diagnostics, one for each rule and station."""
-    known = all_rules()
-    found = []
-    if ledger.refused:
-        found.append(_diagnostic(known["LP401"], ledger.message, (), ledger.engine))
-    for sentence, finding, rows in clauses(ledger):
-        if ledger.refused and not finding.code.startswith(("LP2", "LP3")):
-            # What the engine would have done with it nobody knows; what is wrong in the file may be the reason.
-            continue
-        modules = tuple(row.module for row in rows)
-        code = finding.code or "LP500"
-        rule = known.get(code) or _unknown(code, finding.value)
-        found.append(_diagnostic(rule, sentence, modules, ledger.engine))
-    return found
-
-
-def _unknown(code: str, value: Value) -> Rule:
-    """A rule that only a newer lora-probe has: a trace holds the codes of whoever wrote it."""
-    hint = "this lora-probe has no such rule: a newer version wrote the trace; upgrade to read about it"
-    return Rule(shown(code), "unknown-rule", "load", value, "error", hint, page="")
-
-
-def diagnostic(rule: Rule, found: Found, path: Path, line: int | None) -> Diagnostic:
-    """What a rule on a whole adapter found, in the file and line that it is about."""
-    modules = tuple(dict.fromkeys(module for module, _, _ in found.keys))
-    engines = found.engines or rule.engines
-    return Diagnostic(
-        rule.code, rule.name, rule.severity, found.message, rule.hint, modules, engines, str(found.path or path), line
-    )
-
-
-def _diagnostic(rule: Rule, message: str, modules: tuple[str, ...], engine: str) -> Diagnostic:
-    return Diagnostic(rule.code, rule.name, rule.severity, message, rule.hint, modules, (engine,))
-
-
-def as_json(diagnostic: Diagnostic) -> dict[str, Any]:
-    return {
-        "code": diagnostic.code,
-        "name": diagnostic.name,
-        "severity": diagnostic.severity,
-        "message": diagnostic.message,
-        "hint": diagnostic.hint,
-        "modules": list(diagnostic.modules),
-        "engines": list(diagnostic.engines),
-        "path": diagnostic.path,
-        "line": diagnostic.line,
-    }
+__all__ = [
+    "ENGINES",
+    "Diagnostic",
+    "Found",
+    "Needs",
+    "Rule",
+    "Severity",
+    "all_rules",
+    "as_json",
+    "diagnose",
+    "diagnostic",
+    "rule",
+    "survey",
+    "surveys",
+]

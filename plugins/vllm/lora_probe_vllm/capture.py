@@ -15,10 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from lora_probe.adapter import Key
-from lora_probe.rows import Floats, Rows
-from lora_probe.sketch import SKETCH, projection
-from lora_probe.tracefile import Level
+from lora_probe.names import Key
+from lora_probe.recording import Floats, Level, Rows
+from lora_probe.recording.sketch import SKETCH, projection
 from lora_probe_vllm.seams import Patches, StepRows, token_slots
 
 

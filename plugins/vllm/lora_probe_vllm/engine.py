@@ -15,13 +15,12 @@ import numpy as np
 from msgspec.structs import replace
 
 from lora_probe.adapter import open_adapter
-from lora_probe.base import Base, open_base
+from lora_probe.base import Base, EngineView, open_base
 from lora_probe.engines.prompts import encode, forced
 from lora_probe.errors import EngineFailed, ProbeError, UnreadableFile
-from lora_probe.tracefile import SCHEMA, Process, RequestRecord, RunSpec, Score, TraceWriter
-from lora_probe.view import EngineView
+from lora_probe.recording import SCHEMA, Process, RequestRecord, RunSpec, Score, TraceWriter
 from lora_probe_vllm import KEEP, NOT_ARMED, TRACE
-from lora_probe_vllm.seams import dense_logprobs, vllm_version, vocabulary
+from lora_probe_vllm.seams import dense_logprobs, root_cause, vllm_version, vocabulary
 
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -162,16 +161,6 @@ def _start(arguments: dict[str, Any]) -> Any:
         if isinstance(error, ProbeError):
             raise
         raise EngineFailed(f"vLLM did not start: {root_cause(error)}", "the log has the whole story") from error
-
-
-def root_cause(error: BaseException) -> str:
-    """The engine's own words: the outermost exception's, and the innermost's where that says something else."""
-    inner = error
-    while inner.__cause__ is not None:
-        inner = inner.__cause__
-    texts = [" ".join(str(one).split()) or type(one).__name__ for one in (error, inner)]
-    text = texts[0] if texts[1] in texts[0] else f"{texts[0][:300]} ({texts[1]})"
-    return text if len(text) <= 500 else text[:497] + "..."
 
 
 def require_probe(folder: Path) -> None:

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from lora_probe.adapter import Key
-from lora_probe.engines.measure import Account, placed_digest
+from lora_probe.engines.account import Account, placed_digest
 from lora_probe.errors import ProbeError
-from lora_probe.expected import Expected
 from lora_probe.ledger import OK, Finding
-from lora_probe.rules.loading import name_without_home, no_lora_layer, not_measured, not_taken
+from lora_probe.names import Key
+from lora_probe.rules.lp5_loading import name_without_home, no_lora_layer, not_measured, not_taken
+from lora_probe.rules.stored import Expected
 from lora_probe_vllm.slots import Home, Homes, Placement, judge, placement, slot_values
 
 CACHED_PARAMETERS = 64_000_000

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_probe.errors import ProbeError
-from lora_probe.tracefile import Level
+from lora_probe.recording import Level
 from lora_probe_vllm import KEEP, TRACE
 from lora_probe_vllm.seams import Patches, seams
 from lora_probe_vllm.worker import Probe

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from lora_probe.errors import EngineFailed
-from lora_probe.rows import Floats
+from lora_probe.recording import Floats
 
 SUPPORTED = ("0.30", "0.31", "0.32", "0.33")
 
@@ -315,3 +315,13 @@ def _inline(pattern: Any) -> str:
 
 
 seams = Seams()
+
+
+def root_cause(error: BaseException) -> str:
+    """The engine's own words: the outermost exception's, and the innermost's where that says something else."""
+    inner = error
+    while inner.__cause__ is not None:
+        inner = inner.__cause__
+    texts = [" ".join(str(one).split()) or type(one).__name__ for one in (error, inner)]
+    text = texts[0] if texts[1] in texts[0] else f"{texts[0][:300]} ({texts[1]})"
+    return text if len(text) <= 500 else text[:497] + "..."

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 
 from lora_probe.adapter import Adapter, AdapterModule
-from lora_probe.engines.measure import relative_difference
+from lora_probe.base import Shapes
+from lora_probe.engines.account import relative_difference
 from lora_probe.ledger import OK, Finding
-from lora_probe.rows import Floats
-from lora_probe.rules.loading import not_measured, placed_differs, placed_empty
-from lora_probe.view import Shapes
+from lora_probe.recording import Floats
+from lora_probe.rules.lp5_loading import not_measured, placed_differs, placed_empty
 from lora_probe_vllm.seams import is_missing, rename_mapper, seams
 
 

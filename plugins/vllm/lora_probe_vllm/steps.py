@@ -13,11 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from lora_probe.adapter import Key
-from lora_probe.engines.measure import Sampler
+from lora_probe.engines.account import Sampler
 from lora_probe.errors import ProbeError
-from lora_probe.rows import Floats
-from lora_probe.tracefile import DECODE, PREFILL, Level, TraceWriter
+from lora_probe.names import Key
+from lora_probe.recording import DECODE, PREFILL, Floats, Level, TraceWriter
 from lora_probe_vllm.capture import Capture, Step, stack
 from lora_probe_vllm.loads import ActiveLoad
 from lora_probe_vllm.plain import locate

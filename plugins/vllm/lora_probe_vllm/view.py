@@ -15,12 +15,11 @@ from typing import Any, Literal
 
 import torch
 
-from lora_probe.base import Base
-from lora_probe.engines.peft_view import renaming
+from lora_probe.base import Base, EngineView, ModuleView, Rename
+from lora_probe.base.engine_view import Kind
+from lora_probe.engines.peft.view import renaming
 from lora_probe.errors import EngineFailed
-from lora_probe.tracefile import write_json
-from lora_probe.view import EngineView, Kind, ModuleView, Rename
-from lora_probe_vllm.engine import root_cause
+from lora_probe.recording import write_json
 from lora_probe_vllm.seams import (
     NAMES,
     Patches,
@@ -31,6 +30,7 @@ from lora_probe_vllm.seams import (
     output_widths,
     packed_modules,
     rename_mapper,
+    root_cause,
     seams,
     vllm_version,
 )

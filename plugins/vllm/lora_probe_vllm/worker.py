@@ -16,13 +16,14 @@ from typing import Any
 
 import msgspec
 
-from lora_probe.adapter import Key, open_adapter
+from lora_probe.adapter import open_adapter
 from lora_probe.base import Base, open_base
-from lora_probe.engines.measure import Account
+from lora_probe.engines.account import Account
 from lora_probe.errors import ProbeError
-from lora_probe.expected import expect
+from lora_probe.names import Key
 from lora_probe.precision import coarser
-from lora_probe.tracefile import SCHEMA, Level, Load, Process, Run, RunSpec, TraceWriter
+from lora_probe.recording import SCHEMA, Level, Load, Process, Run, RunSpec, TraceWriter
+from lora_probe.rules.stored import expect
 from lora_probe_vllm.loads import ActiveLoad
 from lora_probe_vllm.seams import engine_settings, manager_of, model_of, seams, vllm_version, why_not_recordable
 from lora_probe_vllm.slots import Homes

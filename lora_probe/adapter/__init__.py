@@ -1,0 +1,24 @@
+"""An adapter folder, as it lies on disk.
+
+In: a path. Out: an `Adapter` with its config and its pairs of tensors, and what follows from them without an engine:
+the modules that it targets and the spectrum of every ΔW.
+"""
+
+from __future__ import annotations
+
+from lora_probe.adapter.checkpoint import Adapter, AdapterModule, OtherTensor, adapter_in, open_adapter
+from lora_probe.adapter.config import AdapterConfig, open_config
+from lora_probe.adapter.folder import CONFIG, WEIGHTS, find_checkpoint
+
+__all__ = [
+    "CONFIG",
+    "WEIGHTS",
+    "Adapter",
+    "AdapterConfig",
+    "AdapterModule",
+    "OtherTensor",
+    "adapter_in",
+    "find_checkpoint",
+    "open_adapter",
+    "open_config",
+]

@@ -1,0 +1,219 @@
+"""An adapter checkpoint on disk: `Adapter` and its `AdapterModule`s.
+
+In: a folder with `adapter_config.json` and `adapter_model.safetensors` (or `.bin`, or vLLM's `.pt`), or a training
+output folder. Out: the config, and every tensor of the file in exactly one place: half of a module's pair, an extra of
+a module, or `others` with the reason why it is not LoRA. Values are read lazily; only a `.bin` needs torch.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from lora_probe.adapter.config import AdapterConfig, open_config
+from lora_probe.adapter.folder import CONFIG as CONFIG
+from lora_probe.adapter.folder import WEIGHTS as WEIGHTS
+from lora_probe.adapter.folder import find_checkpoint as find_checkpoint
+from lora_probe.adapter.folder import inside, listed, weights_path
+from lora_probe.files import is_text, sha256
+from lora_probe.files.limits import step
+from lora_probe.files.pickled import open_pickle
+from lora_probe.files.weights import FLOATS, TensorHeader, WeightsFile, open_weights, read
+from lora_probe.names import PREFIX, Key, natural
+
+_PAIR = re.compile(
+    r"^(?P<path>.+)\.(?P<half>lora_A|lora_B|lora_embedding_A|lora_embedding_B)"
+    r"(?:\.(?P<adapter>(?!weight$|bias$)[^.]+))?(?:\.weight)?$"
+)
+_EXTRA = re.compile(r"^(?P<path>.+)\.(?P<what>lora_magnitude_vector|lora_B\.bias|lora_diag)(?:\.weight)?$")
+
+
+@dataclass(frozen=True)
+class AdapterModule:
+    """One pair of the file. `A: [r, in]`, `B: [out, r]`; for an embedding `A: [r, vocabulary]`.
+
+    `module` is `stored_as` (the path in the file) without PEFT's prefix and with fused experts resolved.
+    """
+
+    module: str
+    stored_as: str
+    a: TensorHeader | None
+    b: TensorHeader | None
+    config_rank: int
+    scaling: float
+    parameter: str = "weight"
+    expert: int | None = None
+    embedding: bool = False
+    extras: tuple[TensorHeader, ...] = ()
+
+    @property
+    def key(self) -> Key:
+        return self.module, self.parameter, self.expert
+
+    @property
+    def rank(self) -> int | None:
+        """The rank of the tensors, whatever the config says."""
+        if self.a is not None and self.a.shape:
+            return self.a.shape[0]
+        return self.b.shape[-1] if self.b is not None and self.b.shape else None
+
+    @property
+    def matrices(self) -> bool:
+        """Whether A and B are float matrices of one rank."""
+        if self.a is None or self.b is None:
+            return False
+        plain = all(len(t.shape) == 2 and 0 not in t.shape and t.dtype in FLOATS for t in (self.a, self.b))
+        return plain and self.a.shape[0] == self.b.shape[1]
+
+    @property
+    def tensors(self) -> tuple[TensorHeader, ...]:
+        return tuple(t for t in (self.a, self.b) if t is not None) + self.extras
+
+
+@dataclass(frozen=True)
+class OtherTensor:
+    """A tensor of the file that is not half of a LoRA pair, and what it is instead. `of_pair`: it would be half of one,
+    and another tensor of the file is that already."""
+
+    tensor: TensorHeader
+    what: str
+    understood: bool
+    of_pair: bool = False
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One adapter folder. `files` are the names in the folder that belong to neither config nor weights."""
+
+    path: Path
+    config: AdapterConfig
+    weights: WeightsFile
+    modules: tuple[AdapterModule, ...]
+    others: tuple[OtherTensor, ...]
+    files: tuple[str, ...]
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def parameters(self) -> int:
+        return sum(tensor.parameters for tensor in self.weights.tensors.values())
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        return tuple(sorted({tensor.dtype for tensor in self.weights.tensors.values()}))
+
+    def digest(self) -> str:
+        """SHA-256 of config and weights together: the content hash of a load."""
+        return sha256(self.config.path)[:32] + sha256(self.weights.path)[:32]
+
+    def values(self, tensor: TensorHeader) -> npt.NDArray[np.float32]:
+        return read(self.weights, tensor)
+
+    def by_key(self) -> dict[Key, AdapterModule]:
+        return {module.key: module for module in self.modules}
+
+
+def open_adapter(path: str | Path) -> Adapter:
+    """Open an adapter folder, or the last checkpoint of a training output folder.
+
+    Raises:
+        NotLora: the config is that of something else.
+        MissingWeights: there is a config, and no weights where loaders look.
+        UnreadableFile: the folder, the config or the weights are missing or damaged, with what to do.
+    """
+    folder, notes = find_checkpoint(Path(path))
+    config = open_config(inside(folder, CONFIG))
+    file, said = weights_path(folder)
+    weights = open_weights(file) if file.name == WEIGHTS else open_pickle(file)
+    step("sorting the tensors", file)
+    modules, others = _sort(weights.tensors, config)
+    known = {CONFIG, file.name}
+    files = tuple(_text(entry.name) for entry in listed(folder) if entry.name not in known)
+    return Adapter(folder, config, weights, modules, others, files, notes + said)
+
+
+def _text(name: str) -> str:
+    """A file's name as text; the bytes of some are none."""
+    return name if is_text(name) else name.encode(errors="surrogateescape").decode(errors="replace")
+
+
+def _sort(
+    tensors: dict[str, TensorHeader], config: AdapterConfig
+) -> tuple[tuple[AdapterModule, ...], tuple[OtherTensor, ...]]:
+    halves: dict[str, dict[str, TensorHeader]] = {}
+    extras: dict[str, list[TensorHeader]] = {}
+    others: list[OtherTensor] = []
+    # Of two tensors that are the same half PEFT takes the one with its prefix; names as PEFT saves them come first.
+    for name, tensor in sorted(
+        tensors.items(), key=lambda item: (not item[0].startswith(PREFIX), bool(adapter_in(item[1])))
+    ):
+        path = name.removeprefix(PREFIX)
+        if match := _PAIR.match(path):
+            pair = halves.setdefault(match["path"], {})
+            half = match["half"]
+            if half[-1] in (taken[-1] for taken in pair):
+                what = f"another tensor of the file is {half} of the same module"
+                others.append(OtherTensor(tensor, what, False, of_pair=True))
+            else:
+                pair[half] = tensor
+        elif match := _EXTRA.match(path):
+            extras.setdefault(match["path"], []).append(tensor)
+        else:
+            others.append(_other(path, tensor))
+    for path in extras.keys() - halves.keys():
+        others.extend(OtherTensor(t, "belongs to a module without lora_A and lora_B", False) for t in extras[path])
+    modules = [_module(path, pair, extras.get(path, []), config) for path, pair in halves.items()]
+    return tuple(sorted(modules, key=lambda m: natural(m.stored_as))), tuple(others)
+
+
+def _module(
+    path: str, pair: dict[str, TensorHeader], extras: list[TensorHeader], config: AdapterConfig
+) -> AdapterModule:
+    module, parameter = _expert_parameter(path, config)
+    pattern_name = module if parameter == "weight" else f"{module}.{parameter}"
+    return AdapterModule(
+        module=module,
+        stored_as=path,
+        a=pair.get("lora_A") or pair.get("lora_embedding_A"),
+        b=pair.get("lora_B") or pair.get("lora_embedding_B"),
+        config_rank=config.rank_of(pattern_name),
+        scaling=config.scaling_of(pattern_name),
+        parameter=parameter,
+        embedding=any(half.startswith("lora_embedding") for half in pair),
+        extras=tuple(extras),
+    )
+
+
+def _expert_parameter(path: str, config: AdapterConfig) -> tuple[str, str]:
+    """The module and the parameter that a path names: fused experts are parameters (`target_parameters`).
+
+    PEFT wraps one parameter inside the other (`ParamWrapper`): gate_up_proj is stored as `<module>.base_layer`,
+    down_proj as `<module>`; vLLM's `PEFTHelper.get_rank_and_scaling` reads them the same way.
+    """
+    module = path.removesuffix(".base_layer")
+    mine = config.targets.parameters_of(module)
+    if not mine:
+        return path, "weight"
+    if len(mine) == 1:
+        return module, mine[0]
+    return module, "gate_up_proj" if path != module else "down_proj"
+
+
+def _other(path: str, tensor: TensorHeader) -> OtherTensor:
+    last = path.rpartition(".")[2]
+    if "trainable_tokens" in path:
+        return OtherTensor(tensor, "trained tokens (trainable_token_indices)", True)
+    if ".base_layer." in path:
+        return OtherTensor(tensor, "a tensor of the base model", True)
+    if last in ("weight", "bias") and "lora" not in path:
+        return OtherTensor(tensor, "a whole parameter (modules_to_save)", True)
+    return OtherTensor(tensor, "not understood", False)
+
+
+def adapter_in(tensor: TensorHeader) -> str | None:
+    """The name of an adapter inside a tensor's name, as it stands in a live PEFT model: `lora_A.default.weight`."""
+    match = _PAIR.match(tensor.name)
+    return match["adapter"] if match else None

@@ -1,0 +1,301 @@
+"""What `adapter_config.json` says: `AdapterConfig`.
+
+In: the file of an adapter folder. Out: its fields, checked for kind, and the lines they stand on; the rank and the
+scaling of a module (patterns, rsLoRA); which modules of a base it targets (`targets.py`). Patterns are those of PEFT
+0.21: `get_pattern_key` in `peft/utils/other.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from lora_probe.adapter.not_peft import foreign
+from lora_probe.adapter.pattern_index import PatternIndex, ending, is_word, plain_pattern
+from lora_probe.adapter.targets import Targets, numbering, saving
+from lora_probe.errors import NotLora, ProbeError, TooLarge, UnreadableFile
+from lora_probe.files import brief, is_text, shown
+from lora_probe.files.json_object import parsed, read_text, top_level
+from lora_probe.files.limits import step
+from lora_probe.files.regexes import Expressions, compiled
+
+MAX_PATTERN = 100_000
+"""Characters of one regular expression: compiling takes time and memory."""
+MAX_EXPRESSIONS = 1_000
+"""Regular expressions in one field; plain names are no expressions."""
+MAX_CHARACTERS = 1_000_000
+"""Characters of all expressions in one field."""
+
+PEFT_DEFAULT_RANK = 8
+PEFT_DEFAULT_ALPHA = 8
+
+VARIANTS = {
+    "use_rslora": "rsLoRA",
+    "use_dora": "DoRA",
+    "use_qalora": "QALoRA",
+    "use_bdlora": "BD-LoRA",
+    "lora_bias": "lora_bias",
+    "rank_pattern": "rank_pattern",
+    "alpha_pattern": "alpha_pattern",
+    "modules_to_save": "modules_to_save",
+    "trainable_token_indices": "trainable tokens",
+    "target_parameters": "target_parameters",
+    "layers_to_transform": "layers_to_transform",
+    "exclude_modules": "exclude_modules",
+    "layer_replication": "layer_replication",
+    "alora_invocation_tokens": "aLoRA",
+    "arrow_config": "Arrow",
+    "kasa_config": "KaSA",
+    "monteclora_config": "MonteCLoRA",
+    "velora_config": "VeLoRA",
+}
+"""Fields that make an adapter more than plain LoRA when they hold a value, and the name people know them by."""
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """The fields of `adapter_config.json` that decide what the adapter is; `raw` holds all of them."""
+
+    path: Path
+    base_model: str | None
+    peft_version: str | None
+    rank: int
+    alpha: float
+    rslora: bool
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+    target_modules: str | tuple[str, ...] | None
+    raw: Mapping[str, Any] = field(repr=False)
+    lines: Mapping[str, int] = field(default_factory=dict, repr=False)
+    """Top-level key: the line, from 1, on which it stands last. That one counts, for Python's json as well."""
+    repeated: tuple[str, ...] = ()
+    """Top-level keys that stand in the file more than once."""
+
+    def base_or(self, model: str | None) -> str:
+        """`model` if one is given, else the base that the config names.
+
+        Raises:
+            ProbeError: neither is there.
+        """
+        name = model or self.base_model
+        if name is None:
+            raise ProbeError(f"`{self.path}` names no base model", "give its folder or id with --model")
+        return name
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """What makes it more than plain LoRA, in the words of PEFT's documentation."""
+        found = [word for key, word in VARIANTS.items() if self.raw.get(key)]
+        init = self.raw.get("init_lora_weights")
+        if isinstance(init, str) and init != "gaussian":
+            found.append(f"init {shown(init)}")
+        if self.raw.get("bias", "none") != "none":
+            found.append(f"bias {_plain(self.raw['bias'])}")
+        return tuple(found)
+
+    @property
+    def scaling(self) -> float:
+        """The scaling of every module that no pattern names: `alpha / r`, with rsLoRA `alpha / sqrt(r)`."""
+        return self._scaling(self.rank, self.alpha)
+
+    def rank_of(self, module: str) -> int:
+        """The rank that the config gives to `module` (`rank_pattern` first, then `r`)."""
+        pattern = self.ranks.first(module)
+        return self.rank if pattern is None else self.rank_pattern[pattern]
+
+    def scaling_of(self, module: str) -> float:
+        """The factor `s` of `s·B·A` for `module`, as PEFT and vLLM >= 0.32 compute it from the config alone."""
+        pattern = self.alphas.first(module)
+        return self._scaling(self.rank_of(module), self.alpha if pattern is None else self.alpha_pattern[pattern])
+
+    def _scaling(self, rank: int, alpha: float) -> float:
+        return alpha / math.sqrt(rank) if self.rslora else alpha / rank
+
+    def targeted(self, names: Iterable[str]) -> list[str]:
+        """Those of `names` (modules of a base) that PEFT would give an adapter for this config."""
+        step("matching the names of modules", self.path)
+        return [name for name in names if self.targets.module(name)]
+
+    def targets_parameter(self, parameter: str) -> bool:
+        """Whether target_parameters names `parameter`, the path of a weight (`model.layers.0.mlp.gate.weight`)."""
+        return self.targets.parameter(parameter)
+
+    @cached_property
+    def targets(self) -> Targets:
+        """What the config targets."""
+        return Targets(self.raw, self.target_modules, self._expressions)
+
+    @cached_property
+    def ranks(self) -> PatternIndex:
+        """The keys of rank_pattern."""
+        return PatternIndex("rank_pattern", self.rank_pattern, self._expressions)
+
+    @cached_property
+    def alphas(self) -> PatternIndex:
+        """The keys of alpha_pattern."""
+        return PatternIndex("alpha_pattern", self.alpha_pattern, self._expressions)
+
+    @cached_property
+    def _expressions(self) -> Expressions:
+        return Expressions(self.path)
+
+
+def open_config(path: Path) -> AdapterConfig:
+    """Read `adapter_config.json`.
+
+    Raises:
+        NotLora: it is the config of something else.
+        UnreadableFile: it is missing, not JSON, or a field is of the wrong kind.
+    """
+    text = read_text(path)
+    raw = parsed(path, text)
+    step("checking the fields", path)
+    if found := foreign(raw):
+        raise NotLora(f"`{path}` {found[0]}", found[1])
+    if _HALF.search(text) and not is_text(json.dumps(raw, ensure_ascii=False)):
+        raise UnreadableFile(
+            f"`{path}` holds half of a surrogate pair (\\ud800 to \\udfff), which is no text",
+            "write the characters out",
+        )
+    standing = top_level(text)
+    rank = _number(path, raw, "r", PEFT_DEFAULT_RANK)
+    if rank != int(rank) or rank < 1:
+        raise UnreadableFile(
+            f"`{path}`: `r` is {brief(raw['r'])}, a rank is a whole number from 1",
+            "write the rank that the adapter was trained with: the first axis of its lora_A",
+        )
+    ranks = _table(path, raw, "rank_pattern")
+    if any(value != int(value) or value < 1 for value in ranks.values()):
+        raise UnreadableFile(
+            f"`{path}`: `rank_pattern` holds a value that is no rank: {brief(ranks)}",
+            "a rank is a whole number from 1",
+        )
+    return AdapterConfig(
+        path=path,
+        base_model=_text(raw.get("base_model_name_or_path")),
+        peft_version=_text(raw.get("peft_version")),
+        rank=int(rank),
+        alpha=_number(path, raw, "lora_alpha", PEFT_DEFAULT_ALPHA),
+        rslora=bool(raw.get("use_rslora")),
+        rank_pattern={key: int(value) for key, value in ranks.items()},
+        alpha_pattern=_table(path, raw, "alpha_pattern"),
+        target_modules=_targets(path, raw),
+        raw=_checked(path, raw),
+        lines=dict(standing),
+        repeated=tuple(key for key, count in Counter(key for key, _ in standing).items() if count > 1),
+    )
+
+
+def _checked(path: Path, raw: dict[str, Any]) -> dict[str, Any]:
+    """The other fields that decide which modules are meant: each of a kind that the rest can rely on."""
+    for key, (kinds, what) in _KINDS.items():
+        value = raw.get(key)
+        items = value if isinstance(value, list) else []
+        plain = tuple(kind for kind in kinds if kind is not list)
+        if value is not None and (not isinstance(value, kinds) or not all(isinstance(i, plain) for i in items)):
+            raise UnreadableFile(f"`{path}`: `{key}` is {brief(value)}, not {what}", "see PEFT's LoraConfig")
+    excluded = raw.get("exclude_modules")
+    if isinstance(excluded, str):
+        _compile(path, "exclude_modules", excluded)
+    saved = raw.get("modules_to_save") or ()
+    _compile_all(path, "modules_to_save", [name for name in saved if not is_word(name)], saving)
+    layers = raw.get("layers_pattern") or ()
+    _compile_all(path, "layers_pattern", [layers] if isinstance(layers, str) else layers, numbering)
+    return raw
+
+
+_KINDS: dict[str, tuple[tuple[type, ...], str]] = {
+    "exclude_modules": ((str, list), "a list of names or an expression"),
+    "modules_to_save": ((list, str), "a list of names"),
+    "layers_to_transform": ((int, list), "a layer number or a list of them"),
+    "layers_pattern": ((str, list), "a name or a list of names"),
+    "target_parameters": ((list, str), "a list of names"),
+}
+
+
+def _compile(path: Path, key: str, pattern: str, *forms: str) -> None:
+    """Compile an expression as it stands and in the forms in which it will be used (PEFT wraps it)."""
+    if len(pattern) > MAX_PATTERN:
+        raise TooLarge(
+            f"`{path}`: {brief(pattern)} in `{key}` has {len(pattern):,} characters, more than the {MAX_PATTERN:,} of "
+            "an expression that is judged",
+            "write a list of names, or a shorter expression",
+        )
+    try:
+        for form in (pattern, *forms):
+            compiled(form)
+    # A repetition too large for re is an OverflowError, one nested too deep a RecursionError.
+    except (re.error, ValueError, OverflowError, RecursionError) as error:
+        why = "it is nested too deep" if isinstance(error, RecursionError) else error
+        raise UnreadableFile(
+            f"`{path}`: {brief(pattern)} in `{key}` is a broken regular expression: {why}",
+            "PEFT matches module names with Python's re; write an expression that it compiles",
+        ) from error
+
+
+def _compile_all(path: Path, key: str, patterns: Sequence[str], form: Callable[[str], str]) -> None:
+    """Compile the expressions of one field."""
+    for count, most, what in (
+        (len(patterns), MAX_EXPRESSIONS, "regular expressions"),
+        (sum(map(len, patterns)), MAX_CHARACTERS, "characters of regular expressions"),
+    ):
+        if count > most:
+            raise TooLarge(
+                f"`{path}`: `{key}` holds {count:,} {what}, more than the {most:,} that are judged",
+                "write names, or one expression for many modules",
+            )
+    for pattern in patterns:
+        _compile(path, key, pattern, form(pattern))
+
+
+def _plain(value: object) -> str:
+    return shown(value) if isinstance(value, str) else brief(value)
+
+
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) and value else None
+
+
+def _number(path: Path, raw: Mapping[str, Any], key: str, default: float) -> float:
+    value = raw.get(key, default)
+    # JSON has integers of any length; beyond this no rank and no alpha was ever meant.
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e12:
+        raise UnreadableFile(
+            f"`{path}`: `{shown(key)}` is {brief(value)}, not a number", f"write the number that `{shown(key)}` had"
+        )
+    return value
+
+
+def _table(path: Path, raw: Mapping[str, Any], key: str) -> dict[str, float]:
+    value = raw.get(key) or {}
+    if not isinstance(value, dict):
+        raise UnreadableFile(
+            f"`{path}`: `{key}` is {brief(value)}, not an object of patterns and numbers", "see PEFT's LoraConfig"
+        )
+    _compile_all(path, key, [pattern for pattern in value if plain_pattern(pattern) is None], ending)
+    return {pattern: _number(path, value, pattern, 0) for pattern in value}
+
+
+def _targets(path: Path, raw: Mapping[str, Any]) -> str | tuple[str, ...] | None:
+    value = raw.get("target_modules")
+    if value is None:
+        return None
+    if isinstance(value, str):
+        _compile(path, "target_modules", value)
+        return value
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return tuple(sorted(set(value)))
+    raise UnreadableFile(
+        f"`{path}`: `target_modules` is {brief(value)}, neither a list of names nor an expression",
+        "write the list of names that the adapter was trained with",
+    )

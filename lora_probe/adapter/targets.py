@@ -1,0 +1,102 @@
+"""Which modules of a base, and which parameters, a config means.
+
+In: the fields of `adapter_config.json` that name modules. Out: `Targets`, which is asked for one name after the other.
+The rules mirror PEFT 0.21: `check_target_module_exists` in `peft/tuners/tuners_utils.py`. A config may hold a hundred
+thousand names, so names are looked up, and only expressions are tried.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lora_probe.adapter.pattern_index import ends, is_word, parts
+from lora_probe.files.regexes import Expressions
+
+ALL_LINEAR = "all-linear"
+_HEADS = ("lm_head", "embed_tokens", "score", "classifier")
+"""What `all-linear` leaves out."""
+_ANY_LAYER = r".*?\.[^.]*\.(?P<idx>\d+)\."
+
+
+class Targets:
+    """What one config targets. A module that was asked for is remembered."""
+
+    def __init__(self, raw: Mapping[str, Any], modules: str | tuple[str, ...] | None, expressions: Expressions) -> None:
+        self._modules, self._expressions = modules, expressions
+        self._wanted = frozenset(modules if isinstance(modules, tuple) else ())
+        excluded = raw.get("exclude_modules") or ()
+        self._excluded: str | frozenset[str] = excluded if isinstance(excluded, str) else frozenset(excluded)
+        saved = tuple(raw.get("modules_to_save") or ())
+        self._saved = frozenset(filter(is_word, saved))
+        self._saving = [saving(name) for name in saved if not is_word(name)]
+        parameters = raw.get("target_parameters") or ()
+        self._parameters = frozenset([parameters] if isinstance(parameters, str) else parameters)
+        self._homes: dict[str, list[str]] = {}
+        for parameter in parameters:
+            home, _, name = parameter.rpartition(".")
+            self._homes.setdefault(home, []).append(name)
+        layers = raw.get("layers_to_transform")
+        self._any_layer = layers is None or layers == []
+        self._layers = frozenset([layers] if isinstance(layers, int) else layers or ())
+        patterns = raw.get("layers_pattern") or ()
+        patterns = [patterns] if isinstance(patterns, str) else patterns
+        self._numbering = [numbering(pattern) for pattern in patterns] or [_ANY_LAYER]
+        self._asked: dict[str, bool] = {}
+
+    def module(self, name: str) -> bool:
+        """Whether PEFT would adapt a module of this name."""
+        if name not in self._asked:
+            self._asked[name] = self.parameter(f"{name}.weight") or self._is_module(name)
+        return self._asked[name]
+
+    def parameter(self, path: str) -> bool:
+        """Whether target_parameters names the parameter of this path."""
+        return bool(self._parameters) and not self._parameters.isdisjoint(ends(path))
+
+    def parameters_of(self, module: str) -> list[str]:
+        """Parameters of `module` that target_parameters names: all of them, or two of more."""
+        # PEFT takes a bare `down_proj` as well (it writes them itself for `all-linear`): parameters of `experts`.
+        homes = [*filter(None, ends(module)), *([""] if module.rpartition(".")[2] == "experts" else [])]
+        return [name for home in homes if home in self._homes for name in self._homes[home][:2]][:2]
+
+    def _is_module(self, name: str) -> bool:
+        if not self._modules or self._is_excluded(name) or self._is_saved(name):
+            return False
+        if self._modules == ALL_LINEAR:
+            return name.rpartition(".")[2] not in _HEADS
+        if isinstance(self._modules, str):
+            return self._expressions.fullmatch(self._modules, name) is not None
+        # A whole path is meant whatever the layers are.
+        return name in self._wanted or (not self._wanted.isdisjoint(ends(name)) and self._is_in_layers(name))
+
+    def _is_excluded(self, name: str) -> bool:
+        """PEFT's rule: a string is a regular expression for the whole name, a list holds names or their ends."""
+        if isinstance(self._excluded, str):
+            return self._expressions.fullmatch(self._excluded, name) is not None
+        return bool(self._excluded) and not self._excluded.isdisjoint(ends(name))
+
+    def _is_saved(self, name: str) -> bool:
+        """Whether modules_to_save names the module, or one around it."""
+        if self._saved and not self._saved.isdisjoint(parts(name)):
+            return True
+        return any(self._expressions.match(expression, name) for expression in self._saving)
+
+    def _is_in_layers(self, name: str) -> bool:
+        if self._any_layer:
+            return True
+        for expression in self._numbering:
+            # Python converts no number of thousands of digits.
+            if (found := self._expressions.match(expression, name)) and len(found["idx"]) < 20:
+                return int(found["idx"]) in self._layers
+        return False
+
+
+def saving(name: str) -> str:
+    """The expression with which PEFT looks for a name of modules_to_save in a path."""
+    return rf"(^|.*\.){name}($|\..*)"
+
+
+def numbering(layers: str) -> str:
+    """The expression with which PEFT looks for the number behind a name of layers_pattern."""
+    return rf"(?:^|.*?\.){layers}\.(?P<idx>\d+)\."

@@ -1,0 +1,149 @@
+"""The base model on disk: its `config.json` and the names and shapes of its weights.
+
+In: a folder, or the id of a model in the local Hugging Face cache. Out: `Base`. Only headers are read. A base
+without safetensors files has no `shapes`, and what needs them is left unjudged.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_probe.errors import TooLarge, UnreadableFile
+from lora_probe.files import brief, shown
+from lora_probe.files.json_object import read_json
+from lora_probe.files.weights import FLOATS, open_weights
+
+OPTIONS = {"base model": "--model", "merged model": "--merged"}
+"""What a model is asked for as, and the option that names it."""
+LARGEST = {("layer", "layers"): 1_000, ("expert", "experts"): 10_000, ("vocab_size",): 10_000_000}
+"""What a key of `config.json` counts, by the ends of its name, and how much of it no model has. The largest known have
+about 200 layers, 512 experts and a million words."""
+MOST_EXPERTS = 500_000
+"""Experts of all layers together; the largest known model has 23,000."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model. `shapes` maps the path of each module with a matrix to `(out, in)`, None where the file does not
+    say it (a quantised weight)."""
+
+    path: Path
+    config: Mapping[str, Any]
+    shapes: Mapping[str, tuple[int, int] | None]
+
+    @property
+    def architecture(self) -> str:
+        """The first class that the config names; empty where it names none."""
+        names = self.config.get("architectures")
+        first = names[0] if isinstance(names, list) and names else None
+        return first if isinstance(first, str) else ""
+
+    @property
+    def text(self) -> Mapping[str, Any]:
+        """The config of the language model: of a multimodal one its inner config, laid over the outer."""
+        inner = self.config.get("text_config")
+        return {**self.config, **inner} if isinstance(inner, dict) else self.config
+
+
+def open_base(name: str) -> Base:
+    """Open a base by folder or by id.
+
+    Raises:
+        UnreadableFile: neither a model folder nor a model in the local cache, or a damaged file in it.
+    """
+    folder = find_model(name)
+    config = read_json(folder / "config.json")
+    _require_real_sizes(folder / "config.json", config)
+    shapes: dict[str, tuple[int, int] | None] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        for tensor in open_weights(file).tensors.values():
+            module, _, parameter = tensor.name.rpartition(".")
+            if parameter == "weight" and len(tensor.shape) == 2:
+                plain = tensor.dtype in FLOATS
+                shapes[module] = (tensor.shape[0], tensor.shape[1]) if plain else None
+            elif parameter in ("qweight", "weight_packed"):
+                shapes[module] = None
+    return Base(folder, config, shapes)
+
+
+def _require_real_sizes(path: Path, config: Mapping[str, Any]) -> None:
+    """An engine would build whatever the config asks for.
+
+    Raises:
+        TooLarge: it asks for more layers, experts or words than any model has.
+    """
+    most = dict.fromkeys(LARGEST, 0.0)
+    waiting: list[tuple[str, object]] = list(config.items())
+    while waiting:
+        key, value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += value.items()
+        elif isinstance(value, list):
+            waiting += [(key, inner) for inner in value if isinstance(inner, dict | list)]
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            for ends in (ends for ends in LARGEST if key.endswith(ends)):
+                if value > LARGEST[ends]:
+                    raise _unreal(path, f"`{shown(key)}` is {brief(value)}", LARGEST[ends])
+                most[ends] = max(most[ends], value)
+    layers, experts, _ = most.values()
+    if layers * experts > MOST_EXPERTS:
+        raise _unreal(path, f"{layers:g} layers of {experts:g} experts", MOST_EXPERTS)
+
+
+def _unreal(path: Path, what: str, most: int) -> TooLarge:
+    return TooLarge(
+        f"`{path}`: {what}, and no model has more than {most:,}",
+        "no engine is asked to build such a model: write the number that the model has",
+    )
+
+
+def find_model(name: str, *, role: str = "base model") -> Path:
+    """The folder of a model that is given by folder or by id. Raises as `open_base` does.
+
+    `role` is what the model is asked for as, "base model" or "merged model": the words of an error, and its option.
+    """
+    option = OPTIONS[role]
+    local = Path(name)
+    try:
+        exists, folder, configured = local.exists(), local.is_dir(), (local / "config.json").exists()
+    except OSError as error:
+        raise UnreadableFile(
+            f"cannot read `{name}`: {error.strerror or error}", f"give the {role} with {option}"
+        ) from error
+    if folder:
+        if not configured:
+            raise UnreadableFile(
+                f"`{name}` holds no config.json: it is not a model folder", f"give the {role} with {option}"
+            )
+        return local
+    if exists:
+        raise UnreadableFile(
+            f"`{name}` is a file, and a {role} is a folder", f"give its folder with {option}: `{local.parent}`"
+        )
+    cached = _cached(name)
+    if cached is None:
+        raise UnreadableFile(
+            f"there is no {role} `{name}`: neither a folder here nor a model in {_cache()}",
+            f"give a folder or a cached model with {option}",
+        )
+    return cached
+
+
+def _cache() -> Path:
+    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "huggingface"
+    return Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
+
+
+def _cached(name: str) -> Path | None:
+    """The newest snapshot in the cache; the layout is documented in huggingface_hub's "Understand caching"."""
+    repository = _cache() / f"models--{name.replace('/', '--')}"
+    try:
+        commit = (repository / "refs" / "main").read_text().strip()
+    except (OSError, ValueError):
+        return None
+    snapshot = repository / "snapshots" / commit
+    return snapshot if (snapshot / "config.json").exists() else None

@@ -1,0 +1,96 @@
+"""How a command ends: every error as one message, every signal as a status.
+
+In: a command. Out: its exit status. What draws is imported only where there is something to say: a process that does
+nothing but wait for another stays small.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from lora_probe.errors import ProbeError
+from lora_probe.files import guarded
+from lora_probe.files.limits import Board
+
+CLEAN, FOUND, UNJUDGED = 0, 1, 2
+"""Judged and nothing wrong; something found, or not everything judged; nothing could be judged."""
+INTERRUPTED = 130
+"""After Ctrl-C, as a shell says it: 128 and the number of the signal. After SIGTERM it is 143."""
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, as systemd and `timeout` send it, or SIGHUP, as a terminal that is closed: what is running and what is
+    half written goes, as after Ctrl-C."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.status = 128 + number
+
+
+def supervised(run: Callable[[], int]) -> int:
+    """Run a command in a process of its own, and return its exit status."""
+    # A stream that was closed before the start is none at all.
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: PTH123, SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: PTH123, SIM115
+    board = Board()
+    with _terminable():
+        try:
+            return guarded.command(lambda: reported(run), board)
+        except KeyboardInterrupt as stop:
+            _complain("interrupted", board.left)
+            return stop.status if isinstance(stop, _Terminated) else INTERRUPTED
+        except OSError as error:
+            from lora_probe.render.console import discard_output
+
+            # What is still in the buffer cannot be written either.
+            discard_output()
+            return _failed(ProbeError(f"cannot write the output: {error.strerror or error}"))
+        except Exception as error:
+            return _failed(error)
+
+
+def reported(run: Callable[[], int]) -> int:
+    """Run a command; what it raises is printed, and is the status."""
+    try:
+        return run()
+    except SystemExit as stop:
+        # `--help` and `--version`.
+        return int(stop.code or 0)
+    # Past the memory that it may take there is no room for words: the process that waits has them.
+    except MemoryError:
+        raise
+    except Exception as error:
+        return _failed(error)
+
+
+def _failed(error: Exception) -> int:
+    failure = error if isinstance(error, ProbeError) else guarded.fault(error)
+    _complain(failure.message, failure.hint)
+    return failure.exit_code
+
+
+def _complain(message: str, hint: str) -> None:
+    from lora_probe.render.console import complain
+
+    complain(message, hint)
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    def stop(number: int, frame: object) -> None:
+        raise _Terminated(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,71 @@
+"""Models and tokenizers as transformers loads them, and its own words where it cannot.
+
+In: a folder or an id, a dtype's name. Out: live objects. torch and transformers are imported when something is loaded;
+code that comes with a model never is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lora_probe.errors import EngineFailed
+from lora_probe.recording import Floats
+
+
+def load_model(name: str, dtype: str = "auto", what: str = "base model") -> Any:
+    """The causal language model `name`, on the accelerator if there is one. `auto` is the dtype it is stored in,
+    `what` is what a message calls it.
+
+    Raises:
+        EngineFailed: with what transformers says.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype if dtype == "auto" else getattr(torch, dtype), trust_remote_code=False
+        )
+    # transformers raises whatever its parts raise; the reason is passed on, whole, and the run ends.
+    except Exception as error:
+        raise _cannot_load(what, name, error) from error
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer beside the model `name`. Raises as `load_model` does."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:
+        raise _cannot_load("tokenizer of the base model", name, error) from error
+
+
+def _cannot_load(what: str, name: str, error: Exception) -> EngineFailed:
+    return EngineFailed(
+        f"transformers cannot load the {what} `{name}`: {first_lines(error)}",
+        "give a folder or a cached model with --model" if "base model" in what else "",
+    )
+
+
+def next_logprobs(logits: Any, count: int) -> Floats:
+    """The log-probabilities of the last `count` rows of `logits: [1, rows, vocabulary]`, as float32."""
+    import torch
+
+    rows: Floats = torch.log_softmax(logits[0, -count:].float(), dim=-1).cpu().numpy()
+    return rows
+
+
+def dtype_of(model: Any) -> str:
+    return str(model.dtype).removeprefix("torch.")
+
+
+def first_lines(error: BaseException) -> str:
+    """The head of an exception in one line. Size mismatches name their tensor in the second line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return short(" ".join(lines[:2]) if lines else type(error).__name__)
+
+
+def short(text: str, limit: int = 300) -> str:
+    return text if len(text) <= limit else text[: limit - 3] + "..."

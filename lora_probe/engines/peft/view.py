@@ -1,0 +1,172 @@
+"""What PEFT has for a base: the modules of the transformers model, and what PEFT renames while it loads an adapter.
+
+In: a base's `config.json` and PEFT's task type. Out: an `EngineView`. The model is built on torch's meta device, so no
+weight is read or made, whatever the size of the model. Code that comes with a model is never run.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from lora_probe.base import Base, EngineView, ModuleView, Rename
+from lora_probe.base.engine_view import Kind
+from lora_probe.engines.peft.models import first_lines
+from lora_probe.errors import EngineFailed
+
+AUTO = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+}
+"""The class of transformers for each of PEFT's task types; all others are causal language models."""
+
+_CARET = re.compile(r"(?<![\\\[])\^")
+"""The beginning, in a pattern."""
+
+
+def describe(base: Base, task: str | None, version: str) -> EngineView:
+    """See `lora_probe.engines.Engine.describe`. `version` is PEFT's."""
+    model = _on_meta(base, task)
+    heads = {id(head) for head in [model.get_output_embeddings()] if head is not None}
+    modules: dict[str, ModuleView] = {}
+    parameters: dict[str, list[str]] = {}
+    for name, module in model.named_modules():
+        if not name:
+            continue
+        if fused := _fused(module):
+            parameters[name] = fused
+        modules[name] = _view(name, module, id(module) in heads, bool(fused))
+    renames, notes = _conversions(model)
+    return EngineView(
+        engine="peft",
+        version=version,
+        model=type(model).__name__,
+        modules=modules,
+        renames=renames,
+        takes_back=True,
+        vocabulary=getattr(model.config.get_text_config(), "vocab_size", None),
+        experts="3d" if parameters else "",
+        parameters=parameters,
+        default_targets=_default_targets(model),
+        notes=notes,
+    )
+
+
+def _default_targets(model: Any) -> tuple[str, ...]:
+    """What PEFT targets for this kind of model where the config names no target_modules."""
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as TABLE
+
+    return tuple(sorted(TABLE.get(getattr(model.config, "model_type", ""), ())))
+
+
+def _on_meta(base: Base, task: str | None) -> Any:
+    """The model of `base` for `task`, without weights.
+
+    Raises:
+        EngineFailed: transformers has no such model; its own words.
+    """
+    import torch
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(base.path, trust_remote_code=False)
+        with torch.device("meta"):
+            if task in AUTO:
+                return getattr(transformers, AUTO[task]).from_config(config, trust_remote_code=False)
+            if type(config) in transformers.AutoModelForCausalLM._model_mapping:
+                return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            named = next(iter(config.architectures or ()), None)
+            cls = getattr(transformers, named, None) if named else None
+            if cls is None:
+                what = f"`{named}`, which its config names" if named else "a causal language model of its kind"
+                raise EngineFailed(f"transformers has no class for `{base.path}`: {what}")
+            return cls._from_config(config)
+    except EngineFailed:
+        raise
+    # transformers raises whatever its parts raise; the reason is passed on.
+    except Exception as error:
+        raise EngineFailed(f"transformers cannot build the model of `{base.path}`: {first_lines(error)}") from error
+
+
+def _view(name: str, module: Any, head: bool, experts: bool) -> ModuleView:
+    """What PEFT makes of one module; mirrors `peft.tuners.lora.layer.dispatch_default`."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    if isinstance(module, nn.Embedding):
+        return ModuleView("embedding", (module.num_embeddings, module.embedding_dim), name)
+    if isinstance(module, nn.Linear):
+        kind: Kind = "head" if head else "linear"
+        return ModuleView(kind, (module.out_features, module.in_features), name)
+    if isinstance(module, Conv1D):
+        return ModuleView("linear", (int(module.weight.shape[1]), int(module.weight.shape[0])), name)
+    if experts:
+        return ModuleView("experts", None, name)
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.MultiheadAttention):
+        return ModuleView("other", None, name)
+    return ModuleView("other", None, name, why_not=f"PEFT does not adapt {type(module).__name__}")
+
+
+def _fused(module: Any) -> list[str]:
+    """The parameters in which a module keeps the matrices of several experts: `[experts, ., .]`."""
+    from torch import nn
+
+    if isinstance(module, nn.Conv1d | nn.ConvTranspose1d):
+        return []
+    return [name for name, value in module.named_parameters(recurse=False) if value.dim() == 3 and value.shape[0] > 1]
+
+
+def _conversions(model: Any) -> tuple[tuple[Rename, ...], tuple[str, ...]]:
+    """What `convert_peft_adapter_state_dict_for_transformers` does to the names of an adapter on `model`.
+
+    Gives the renamings as steps, and a sentence on what is more than a renaming (converters join tensors).
+    """
+    try:
+        from peft.utils.transformers_weight_conversion import build_peft_weight_mapping
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping, get_model_conversion_mapping
+    except ImportError:
+        # transformers 4, or a PEFT that knows nothing of 5: names are taken as they are.
+        return (), ()
+    if get_checkpoint_conversion_mapping(model.config.model_type) is None:
+        return (), ()
+    from transformers.core_model_loading import WeightRenaming
+
+    registered = get_model_conversion_mapping(model)
+    steps = [step for entry in registered if isinstance(entry, WeightRenaming) for step in renaming(entry)]
+    converters = [
+        entry for entry in build_peft_weight_mapping(registered, "default") if not isinstance(entry, WeightRenaming)
+    ]
+    joined = {pattern for entry in converters for pattern in entry.source_patterns}
+    notes = (f"PEFT joins tensors named like {', '.join(sorted(joined))} when it loads an adapter",) if joined else ()
+    return tuple(steps), notes
+
+
+def renaming(entry: Any) -> Iterator[Rename]:
+    r"""One of transformers' `WeightRenaming`s as steps of ours; mirrors `WeightTransform.rename_source_key`.
+
+    That replaces the first match only, with the entry's first target, whose `\1` is the group inside the source that
+    matched; with a scope it looks at what follows the scope. A `^` is the beginning of what follows.
+    """
+    sources, target = list(entry.source_patterns), str(entry.target_patterns[0])
+    scope, base_prefix = getattr(entry, "scope_prefix", None), getattr(entry, "base_model_prefix", None)
+    starts = [""]
+    if scope is not None:
+        inner = f"{scope}." if scope else ""
+        starts = [f"{base_prefix}.{inner}", inner] if base_prefix else [inner]
+    # Atomic: the longer prefix is taken where it fits, and never given back.
+    start = r"\A(?>" + "|".join(map(re.escape, starts)) + ")"
+    begin = "(?:" + "|".join(rf"(?<=\A{re.escape(one)})" for one in starts) + ")"
+    branches = []
+    for number, source in enumerate(sources):
+        pattern = _CARET.sub(lambda _: begin, source.replace("*.", r".*\."))
+        branches.append(f"(?P<g{number}>{pattern})")
+    old = f"(?P<before>{start}.*?)(?:{'|'.join(branches)})"
+    compiled = re.compile(old, re.DOTALL)
+    # Groups that took no part are empty, so one replacement serves all branches.
+    inside = "".join(f"\\g<{compiled.groupindex[f'g{number}'] + 1}>" for number in range(len(sources)))
+    literal = target.replace("\\1", "\0").replace("\\", "\\\\").replace("\0", inside)
+    yield Rename("regex", f"(?s:{old})", f"\\g<before>{literal}")

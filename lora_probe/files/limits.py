@@ -1,0 +1,256 @@
+"""What a process that reads untrusted files may use: CPU time and memory, both enforced by the kernel.
+
+In: a `Budget`, and the folders that are read. Out: limits on this process, and on a `Board` the step that it is at, for
+the process that waits for it (`guarded.py`). Without a budget, as in a program that calls lora-probe's functions,
+nothing here has an effect.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from lora_probe.files.untrusted import shown, storage_of
+
+SECONDS = 60
+"""CPU time for one folder. The largest real adapters that were measured take 40 s."""
+SECONDS_PER_BYTE = 1 / 50_000_000
+"""More time for more weights: a tenth of the speed at which one processor reads and judges them."""
+MEMORY = 768 * 2**20
+"""Bytes that a process may allocate for one folder beyond what its libraries took."""
+MEMORY_PER_BYTE = 4
+"""Bytes for each byte on disk: bfloat16 is widened to float32 or float64 where it is computed with."""
+_STEP, _BUDGET, _LEFT, _LONGEST = 1, 1024, 2048, 600
+"""Where the texts of a board begin, and their longest in bytes."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What one folder may cost. None: the default, which grows with what the folder holds on disk."""
+
+    seconds: float | None = None
+    memory: int | None = None
+
+
+class Board:
+    """Memory that two processes share: what the one that works does, what it may use, and whether it waits."""
+
+    def __init__(self) -> None:
+        self._memory = mmap.mmap(-1, 4096)
+
+    def _read(self, at: int) -> str:
+        size = int.from_bytes(self._memory[at : at + 2], "little")
+        return self._memory[at + 2 : at + 2 + min(size, _LONGEST)].decode(errors="ignore")
+
+    def _write(self, at: int, text: str) -> None:
+        data = text.encode(errors="replace")[:_LONGEST]
+        self._memory[at : at + 2 + len(data)] = len(data).to_bytes(2, "little") + data
+
+    @property
+    def step(self) -> str:
+        """What is done at the moment, and in which file."""
+        return self._read(_STEP)
+
+    @step.setter
+    def step(self, text: str) -> None:
+        self._write(_STEP, text)
+
+    @property
+    def budget(self) -> str:
+        """The limits in words."""
+        return self._read(_BUDGET)
+
+    @budget.setter
+    def budget(self, text: str) -> None:
+        self._write(_BUDGET, text)
+
+    @property
+    def left(self) -> str:
+        """What it leaves behind where it is interrupted."""
+        return self._read(_LEFT)
+
+    @left.setter
+    def left(self, text: str) -> None:
+        self._write(_LEFT, text)
+
+    @property
+    def waiting(self) -> bool:
+        """Whether an engine works for it."""
+        return self._memory[0] == 1
+
+    @waiting.setter
+    def waiting(self, value: bool) -> None:
+        self._memory[0] = int(value)
+
+
+class _Limits:
+    """The limits of this process, from `enter` on."""
+
+    def __init__(self, budget: Budget, board: Board) -> None:
+        self.budget, self.board = budget, board
+        self.held, self.times = 0, 1.0
+        self.start = self.room = 0
+        self.lock = threading.Lock()
+
+    def renew(self) -> None:
+        """A whole budget from here on."""
+        with self.lock:
+            self.start, self.room = _allocated(), 0
+            _limit("RLIMIT_CPU", math.ceil(time.process_time() + self.seconds))
+            _limit("RLIMIT_DATA", self.start + self.memory)
+            self.board.budget = f"{self.seconds:.0f} s of CPU time and {self.memory // 2**20:,} MiB of memory"
+
+    def grow(self, size: int) -> None:
+        with self.lock:
+            self.room += size
+            _limit("RLIMIT_DATA", self.start + self.memory + self.room)
+
+    @property
+    def seconds(self) -> float:
+        given = self.budget.seconds
+        return SECONDS + self.held * SECONDS_PER_BYTE * self.times if given is None else given
+
+    @property
+    def memory(self) -> int:
+        given = self.budget.memory
+        return MEMORY + self.held * MEMORY_PER_BYTE if given is None else given
+
+
+_mine: _Limits | None = None
+
+
+def enter(budget: Budget, board: Board) -> None:
+    """Put this process under `budget`, from now to its end."""
+    global _mine
+    _mine = _Limits(budget, board)
+    _limit("RLIMIT_CORE", 0)
+    _mine.renew()
+
+
+def allow(budget: Budget, left: str) -> None:
+    """What the user allows for one folder, from now on, and what is left behind where the command is interrupted."""
+    if _mine is not None:
+        _mine.budget, _mine.board.left = budget, left
+        _mine.renew()
+
+
+def active() -> bool:
+    """Whether this process has a budget, and another one that waits for it."""
+    return _mine is not None
+
+
+def begin(*folders: Path, times: float = 1) -> None:
+    """A new piece of work begins, with a budget of its own: that for what `folders` hold on disk.
+
+    `times` is how often their bytes are read and computed with.
+    """
+    if _mine is not None:
+        step("listing the files", folders[0])
+        _mine.held, _mine.times = 0, times
+        _mine.renew()
+        _mine.held = sum(map(held, folders))
+        _mine.renew()
+
+
+def step(what: str, path: str | Path = "") -> None:
+    """What is done now, and in which file: what the message says if the budget ends here."""
+    if _mine is not None:
+        _mine.board.step = f"{what} (`{shown(str(path), 300)}`)" if path else what
+
+
+def make_room(size: int) -> None:
+    """Allow `size` more bytes, those of a file that is mapped."""
+    if _mine is not None:
+        _mine.grow(size)
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Libraries that are imported do not count: some take gigabytes of address space, and no file decides how much."""
+    if _mine is None:
+        yield
+        return
+    before = _allocated()
+    _limit("RLIMIT_DATA", None)
+    try:
+        yield
+    finally:
+        _mine.grow(max(0, _allocated() - before))
+
+
+@contextmanager
+def waiting() -> Iterator[None]:
+    """No limits while this process waits for an engine, which has limits of its own; a new budget afterwards."""
+    if _mine is None:
+        yield
+        return
+    lift()
+    _mine.board.waiting = True
+    try:
+        yield
+    finally:
+        _mine.board.waiting = False
+        _mine.renew()
+
+
+def lift() -> None:
+    """Take the limits away: for a wait, or for the little that is still to be said when they are used up."""
+    _limit("RLIMIT_CPU", None)
+    _limit("RLIMIT_DATA", None)
+
+
+def raised(seconds: float) -> float:
+    """`seconds`, or more if the user allows more for one folder."""
+    return max(seconds, (_mine.budget.seconds or 0) if _mine is not None else 0)
+
+
+def held(folder: Path) -> int:
+    """Bytes that a folder's files take on disk, and those of the folders in it, each file once.
+
+    A sparse file claims more than it takes, and a link to a file elsewhere is no file of the folder.
+    """
+    try:
+        return sum(_on_disk(folder, str(storage_of(folder.resolve()))).values())
+    except (OSError, RuntimeError):
+        # What cannot be listed is told by whoever reads it.
+        return 0
+
+
+def _on_disk(folder: Path, storage: str, below: int = 1) -> dict[tuple[int, int], int]:
+    sizes: dict[tuple[int, int], int] = {}
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            with suppress(OSError):
+                if entry.is_dir(follow_symlinks=False):
+                    sizes |= _on_disk(Path(entry.path), storage, below - 1) if below else {}
+                elif entry.is_file() and (not entry.is_symlink() or _lies_in(storage, entry.path)):
+                    status = entry.stat()
+                    sizes[status.st_dev, status.st_ino] = status.st_blocks * 512
+    return sizes
+
+
+def _lies_in(storage: str, path: str) -> bool:
+    return os.path.commonpath([storage, os.path.realpath(path)]) == storage
+
+
+def _limit(name: str, value: int | None) -> None:
+    """Set a soft limit, `None` for as much as there may be; never above the hard one."""
+    import resource
+
+    kind = getattr(resource, name)
+    hard = resource.getrlimit(kind)[1]
+    top = value is None or (hard != resource.RLIM_INFINITY and value > hard)
+    resource.setrlimit(kind, (hard if top or value is None else value, hard))
+
+
+def _allocated() -> int:
+    """Bytes of this process that count against RLIMIT_DATA."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmData:")[2].split(maxsplit=1)[0]) * 1024

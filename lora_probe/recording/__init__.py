@@ -1,0 +1,54 @@
+"""The recording format: what a run wrote, in a folder `RUN.lptrace`.
+
+In, from engines: records and rows, through `TraceWriter`. Out, for people: a `Trace`, from the files alone.
+"""
+
+from __future__ import annotations
+
+from lora_probe.recording.reader import Scored, Trace, open_trace
+from lora_probe.recording.records import (
+    DECODE,
+    LEVELS,
+    PREFILL,
+    SCHEMA,
+    Level,
+    Load,
+    LoadEvent,
+    ModuleRecord,
+    Process,
+    Prompt,
+    Record,
+    RequestRecord,
+    Run,
+    RunSpec,
+    Score,
+    StationRecord,
+)
+from lora_probe.recording.rows import Floats, Rows
+from lora_probe.recording.writer import TraceWriter, write_json
+
+__all__ = [
+    "DECODE",
+    "LEVELS",
+    "PREFILL",
+    "SCHEMA",
+    "Floats",
+    "Level",
+    "Load",
+    "LoadEvent",
+    "ModuleRecord",
+    "Process",
+    "Prompt",
+    "Record",
+    "RequestRecord",
+    "Rows",
+    "Run",
+    "RunSpec",
+    "Score",
+    "Scored",
+    "StationRecord",
+    "Trace",
+    "TraceWriter",
+    "open_trace",
+    "write_json",
+]

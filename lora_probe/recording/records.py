@@ -1,0 +1,167 @@
+"""The one recording format, schema 1: what is written in a folder `RUN.lptrace`, record by record.
+
+`writer.py` writes them and `reader.py` reads them; the columns of rows are in `rows.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+from lora_probe.ledger import Station, Value
+from lora_probe.names import Key
+
+SCHEMA = 1
+LEVELS = ("events", "norms", "shrink", "tensors")
+PREFILL, DECODE = 0, 1
+
+Level = Literal["events", "norms", "shrink", "tensors"]
+Kind = Literal["adapter", "base", "plain"]
+
+
+class Prompt(msgspec.Struct, frozen=True):
+    """One prompt as text, and as the token ids that the engines see."""
+
+    text: str
+    ids: list[int] = []
+
+
+class RunSpec(msgspec.Struct, frozen=True):
+    """What to run. `options` are engine options by vLLM's names. `continuation` forces the first ids of each answer;
+    `max_tokens` counts those after them.
+
+    With `score` every answer is run once more in one pass, with and without the adapter, and the next-token
+    distributions of its tokens are kept. A plain run (`adapter` None) only scores `model`: `continuation` holds whole
+    answers, and `watch` the paths of the modules whose outputs are recorded.
+    """
+
+    engine: str
+    adapter: str | None
+    name: str
+    model: str
+    prompts: list[Prompt]
+    max_tokens: int
+    keep: Level = "shrink"
+    options: dict[str, Any] = {}
+    engine_args: list[str] = []
+    chat: bool = False
+    continuation: list[list[int]] | None = None
+    score: bool = False
+    watch: list[str] = []
+
+
+class Run(msgspec.Struct, frozen=True):
+    """run.json: what was asked, by whoever started the run."""
+
+    schema: int
+    created: str
+    spec: RunSpec
+    versions: dict[str, str]
+
+
+class Process(msgspec.Struct, frozen=True):
+    """process.json: who wrote this folder. `changed` lists what recording changed in the engine."""
+
+    schema: int
+    role: str
+    engine: str
+    rank: int
+    pid: int
+    versions: dict[str, str]
+    keep: str = "shrink"
+    device: str = "cpu"
+    dtype: str = ""
+    lora_dtype: str = ""
+    settings: dict[str, Any] = {}
+    changed: list[str] = []
+    not_recorded: str | None = None
+    segments: int = 0
+    scores: int = 0
+    closed: bool = False
+
+
+class LoadEvent(msgspec.Struct, frozen=True, tag="event", tag_field="kind"):
+    """One step of the loading story. `at`: seconds since the process began to record; `seconds`: its own length."""
+
+    at: float
+    stage: str
+    text: str
+    module: str = ""
+    seconds: float | None = None
+    facts: dict[str, Any] = {}
+
+
+class Load(msgspec.Struct, frozen=True, tag="load", tag_field="kind"):
+    """One load of an adapter: the thing a ledger belongs to. A later line of the same number replaces the earlier."""
+
+    load: int
+    name: str
+    path: str
+    digest: str
+    engine_id: int | None = None
+    generation: int = 0
+    slot: int | None = None
+    refused: bool = False
+    message: str = ""
+    said: list[str] = []
+
+
+class ModuleRecord(msgspec.Struct, frozen=True, tag="module", tag_field="kind"):
+    """One row of a load's ledger before its stations: names, shapes and the strength of its ΔW."""
+
+    load: int
+    module: str
+    parameter: str
+    expert: int | None
+    expected_by: list[str]
+    stored_as: str | None = None
+    engine_as: str | None = None
+    rank: int | None = None
+    scaling: float | None = None
+    norm: float | None = None
+    effective_rank: float | None = None
+
+    @property
+    def key(self) -> Key:
+        return self.module, self.parameter, self.expert
+
+
+class StationRecord(msgspec.Struct, frozen=True, tag="station", tag_field="kind"):
+    """What one station showed for some modules of a load. Of several records the gravest counts."""
+
+    load: int
+    station: Station
+    value: Value
+    keys: list[Key]
+    code: str = ""
+    message: str = ""
+
+
+Record = LoadEvent | Load | ModuleRecord | StationRecord
+
+
+class RequestRecord(msgspec.Struct, frozen=True):
+    """One request and its answer. `prompt` numbers the spec's prompts; `logprobs` are those of `output_ids`, None
+    where the engine gave no number (NaN)."""
+
+    id: str
+    prompt: int
+    adapter: str | None
+    prompt_ids: list[int]
+    output_ids: list[int]
+    text: str
+    logprobs: list[float | None] = []
+    seconds: float = 0.0
+
+
+class Score(msgspec.Struct, frozen=True):
+    """One scored pass: `prompt_ids` and all but the last of `answer_ids` in one forward pass, with the adapter, without
+    it, or through a model that has none. `unmeasured` says why its distributions were not kept, if they were not."""
+
+    request: str
+    prompt: int
+    kind: Kind
+    prompt_ids: list[int]
+    answer_ids: list[int]
+    unmeasured: str = ""

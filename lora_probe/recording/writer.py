@@ -1,0 +1,151 @@
+"""Writing a trace: `TraceWriter`, one for each process of a run.
+
+In: records and rows. Out: that process's folder of a `RUN.lptrace`. Lines of events.jsonl and requests.jsonl are
+flushed one by one; rows go into segments that are written under another name and renamed, so a process that dies loses
+only what is not closed.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import msgspec
+import numpy as np
+from safetensors.numpy import save_file
+
+from lora_probe.ledger import Finding, Station
+from lora_probe.names import Key
+from lora_probe.recording.records import SCHEMA, LoadEvent, Process, Record, RequestRecord, Score, StationRecord
+from lora_probe.recording.rows import ROW_COLUMNS, Floats, Rows, concatenate
+
+MAX_ROWS, MAX_BYTES, MAX_SECONDS = 4096, 64_000_000, 5.0
+"""A segment closes at this many rows, at this many bytes of x, base and delta, or after this time."""
+
+
+class TraceWriter:
+    """Writes one process's folder. Use it as a context manager: leaving it cleanly marks the process as closed."""
+
+    def __init__(self, folder: Path, process: Process) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.process = folder, process
+        self._started = time.perf_counter()
+        self._pending: list[Rows] = []
+        self._flushed = time.monotonic()
+        self._lock = threading.RLock()
+        self._closing = threading.Event()
+        self._segment = self._scores = 0
+        self._events = (folder / "events.jsonl").open("ab", buffering=0)
+        self._requests = (folder / "requests.jsonl").open("ab", buffering=0) if process.role == "client" else None
+        self._write_process()
+
+    def __enter__(self) -> TraceWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close(complete=kind is None)
+
+    @property
+    def now(self) -> float:
+        return round(time.perf_counter() - self._started, 6)
+
+    def record(self, record: Record) -> None:
+        self._events.write(msgspec.json.encode(record) + b"\n")
+
+    def event(self, stage: str, text: str, *, module: str = "", seconds: float | None = None, **facts: Any) -> None:
+        self.record(LoadEvent(self.now, stage, text, module, seconds, facts))
+
+    def station(self, load: int, station: Station, finding: Finding, keys: Sequence[Key]) -> None:
+        self.record(StationRecord(load, station, finding.value, list(keys), finding.code, finding.message))
+
+    def request(self, request: RequestRecord) -> None:
+        if self._requests is None:
+            self._requests = (self.folder / "requests.jsonl").open("ab", buffering=0)
+        self._requests.write(msgspec.json.encode(request) + b"\n")
+
+    def rows(self, rows: Rows) -> None:
+        """Take the rows of a step. A segment holds one table of modules and one G for each of them."""
+        with self._lock:
+            last = self._pending[-1] if self._pending else rows
+            if (last.modules, last.placed) != (rows.modules, rows.placed):
+                self.flush()
+            self._pending.append(rows)
+            count = sum(map(len, self._pending))
+            size = sum(values.nbytes for part in self._pending for values in (part.tensors or {}).values())
+            if count >= MAX_ROWS or size >= MAX_BYTES or time.monotonic() - self._flushed >= MAX_SECONDS:
+                self.flush()
+
+    def flush_by_time(self) -> None:
+        """From now on close a segment that has waited too long although no more rows come: a server may be idle for
+        hours, and its workers are ended without a word."""
+
+        def watch() -> None:
+            while not self._closing.wait(MAX_SECONDS):
+                if self._pending and time.monotonic() - self._flushed >= MAX_SECONDS:
+                    self.flush()
+
+        threading.Thread(target=watch, daemon=True, name="lora-probe-segments").start()
+
+    def describe(self, **changes: Any) -> None:
+        """Correct what process.json says (a dtype that is only known later)."""
+        self.process = msgspec.structs.replace(self.process, **changes)
+        self._write_process()
+
+    def flush(self) -> None:
+        """Close the current segment."""
+        with self._lock:
+            self._flushed = time.monotonic()
+            rows, self._pending = self._pending, []
+            if rows:
+                self._segment += 1
+                self._write_segment(concatenate(rows))
+
+    def _write_segment(self, rows: Rows) -> None:
+        columns = {name: getattr(rows, name) for name in (*ROW_COLUMNS, "gram")}
+        tensors = {name: np.ascontiguousarray(column) for name, column in columns.items() if column is not None}
+        tensors |= rows.tensors or {}
+        table = {"modules": rows.modules, "requests": rows.requests, "placed": rows.placed}
+        meta = {"schema": str(SCHEMA), "table": json.dumps(table)}
+        _save(tensors, self.folder / f"{self._segment:06d}.safetensors", meta)
+
+    def score(self, score: Score, logprobs: Floats | None) -> None:
+        """Write the next-token distributions of one pass. `logprobs: [answer tokens, vocabulary]`, row i predicting
+        token i of the answer; None where `score.unmeasured` says why there are none."""
+        self._scores += 1
+        tensors = {} if logprobs is None else {"logprobs": np.ascontiguousarray(logprobs, dtype=np.float32)}
+        meta = {"schema": str(SCHEMA), "score": msgspec.json.encode(score).decode()}
+        _save(tensors, self.folder / f"next-{self._scores:06d}.safetensors", meta)
+
+    def close(self, complete: bool = True) -> None:
+        if self._events.closed:
+            return
+        self._closing.set()
+        self.flush()
+        self._events.close()
+        if self._requests is not None:
+            self._requests.close()
+        if complete:
+            self.describe(closed=True, segments=self._segment, scores=self._scores)
+
+    def _write_process(self) -> None:
+        write_json(self.folder / "process.json", self.process)
+
+
+def _save(tensors: dict[str, Any], path: Path, meta: dict[str, str]) -> None:
+    partial = path.with_suffix(".partial")
+    save_file(tensors, partial, meta)
+    partial.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON under another name and rename it, so that nobody reads half of it."""
+    partial = path.with_suffix(".partial")
+    partial.write_bytes(msgspec.json.format(msgspec.json.encode(value), indent=2))
+    partial.replace(path)

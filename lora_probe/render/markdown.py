@@ -1,0 +1,95 @@
+"""The rules' pages in Markdown: one page of all of them (`rules/RULES.md`, by `make rules`), and each for SARIF.
+
+In: rules. Out: Markdown. A page is written as plain text in the rule's docstring: paragraphs that begin with a word and
+a colon (`Why it matters: ...`), code in backticks or indented.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+from lora_probe.rules import Rule
+from lora_probe.rules.registry import FAMILIES
+
+HEAD = """# Rules
+
+What `lora-probe` finds, by code. `lora-probe rule LP201` prints a page; `check --select` and `--ignore` take codes,
+prefixes (`LP2`, `LP2xx`) and names. Codes are never reused. `make rules` writes this page out of the rules' docstrings.
+"""
+
+_LEAD = re.compile(r"^([A-Z][\w ,-]{2,40}): ")
+_MARKUP = re.compile(r"(`[^`]*`|\*\*[^*\n]+\*\*|\*\w[^*\n]*\*)")
+"""What is markup already: code, and words in stars."""
+_REFERENCE = re.compile(r"\b([\w.-]+/[\w.-]+)#(\d+)\b")
+
+
+def markdown(rules: Sequence[Rule]) -> str:
+    """All rules: a table of contents by families, then every page."""
+    every = families(rules)
+    parts = [HEAD, *_contents(every)]
+    for title, members in every.items():
+        parts.append(f"## {title}\n")
+        parts += [f"### {rule.code} {rule.name}\n\n{page(rule)}" for rule in members]
+    return "\n".join(parts)
+
+
+def families(rules: Sequence[Rule]) -> dict[str, list[Rule]]:
+    """The rules by the titles of their families."""
+    found: dict[str, list[Rule]] = {}
+    for rule in rules:
+        found.setdefault(_family(rule.code), []).append(rule)
+    return found
+
+
+def page(rule: Rule) -> str:
+    """One rule without its heading: facts, page, hint."""
+    paragraphs = [_paragraph(text.rstrip()) for text in rule.page.strip().split("\n\n")]
+    return "\n\n".join([facts(rule), *paragraphs, f"**Hint**: {_escaped(rule.hint)}"]) + "\n"
+
+
+def facts(rule: Rule) -> str:
+    """How grave it is, in which engines, at which station of the ledger."""
+    if rule.station == "merge":
+        return rule.severity
+    where = "" if rule.station == "adapter" else f", station {rule.station}"
+    return f"{rule.severity}, {' and '.join(rule.engines)}{where}"
+
+
+def first_sentence(rule: Rule) -> str:
+    """What the rule finds."""
+    return " ".join(rule.page.partition("\n\n")[0].split())
+
+
+def _contents(families: dict[str, list[Rule]]) -> Iterable[str]:
+    for title, members in families.items():
+        yield f"- [{title}](#{_anchor(title)})"
+        for rule in members:
+            heading = f"{rule.code} {rule.name}"
+            yield f"  - [{heading}](#{_anchor(heading)}): {_escaped(first_sentence(rule).rstrip('.'))}"
+    yield ""
+
+
+def _family(code: str) -> str:
+    known = f"{code[:3]}xx"
+    return next((title for title in FAMILIES.values() if title.startswith(f"{known}:")), known)
+
+
+def _anchor(heading: str) -> str:
+    """The anchor that GitHub gives a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def _paragraph(text: str) -> str:
+    if all(line.startswith("    ") for line in text.splitlines()):
+        return text
+    return _escaped(_LEAD.sub(r"**\1**: ", text, count=1))
+
+
+def _escaped(text: str) -> str:
+    """Plain text as Markdown: markup stays, references become links, nothing else becomes markup."""
+    parts = _MARKUP.split(text)
+    for number in range(0, len(parts), 2):
+        plain = re.sub(r"([\\<*\[\]|]|(?<!\w)_|_(?!\w))", r"\\\1", parts[number])
+        parts[number] = _REFERENCE.sub(r"[\1#\2](https://github.com/\1/issues/\2)", plain)
+    return "".join(parts)

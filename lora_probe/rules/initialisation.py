@@ -1,0 +1,87 @@
+"""Whether a pair is a part of the base's own weight: what PiSSA and OLoRA begin with.
+
+In: A and B of a module, and its weight W in the base. Out: the cosine between A and what W says that A would be. PiSSA
+(Meng et al., 2024, arXiv:2404.02948) starts from the singular vectors of W, OLoRA (Büyükakyüz, 2024, arXiv:2406.01775)
+from its QR decomposition; in both A = B⁺·W up to a factor, while a pair that began at zero knows nothing of W.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from lora_probe.adapter import Adapter, AdapterModule
+from lora_probe.base import Base
+from lora_probe.errors import UnreadableFile
+from lora_probe.files.weights import FLOATS, open_weights, read
+
+Floats = npt.NDArray[np.float32]
+
+SAMPLED = 3
+"""Modules that are looked at: the first, the last, and one between them."""
+MOST = 2**27
+"""Values of a weight that is read for this: 512 MiB as float32."""
+BALANCED = 0.9
+"""PiSSA's A·Aᵀ and Bᵀ·B are the same diagonal matrix, OLoRA's Bᵀ·B is the identity. Pairs that are far from both, as
+all that began at zero are, need not be held against the base."""
+
+
+def alignments(adapter: Adapter, base: Base) -> Iterator[tuple[AdapterModule, float]]:
+    """The cosine for some modules of the adapter. Nothing where the pairs do not look like such a beginning."""
+    fitting = [pair for pair in adapter.modules if pair.parameter == "weight" and _fits(pair, base)]
+    if not fitting:
+        return
+    sampled = {number: fitting[number] for number in (0, len(fitting) // 2, len(fitting) - 1)}
+    for pair in list(sampled.values())[:SAMPLED]:
+        assert pair.a is not None
+        assert pair.b is not None
+        try:
+            a, b = adapter.values(pair.a), adapter.values(pair.b)
+            if not _balanced(a, b):
+                return
+            weight = _weight(base, pair.module)
+        except UnreadableFile:
+            continue
+        if weight is not None:
+            yield pair, alignment(a, b, weight)
+
+
+def alignment(a: Floats, b: Floats, weight: Floats) -> float:
+    """|cos| between A and B⁺·W. `a: [r, in]`, `b: [out, r]`, `weight: [out, in]`."""
+    meant = np.linalg.pinv(b) @ weight
+    size = float(np.linalg.norm(a) * np.linalg.norm(meant))
+    return abs(float((a * meant).sum())) / size if size else 0.0
+
+
+def _fits(pair: AdapterModule, base: Base) -> bool:
+    shape = base.shapes.get(pair.module)
+    if shape is None or pair.a is None or pair.b is None or pair.embedding or shape[0] * shape[1] > MOST:
+        return False
+    two = len(pair.a.shape) == 2 and len(pair.b.shape) == 2
+    # One row of A cannot be told from a chance.
+    if not two or pair.a.shape[0] < 2 or pair.a.shape[0] != pair.b.shape[1]:
+        return False
+    floats = pair.a.dtype in FLOATS and pair.b.dtype in FLOATS
+    return floats and (pair.b.shape[0], pair.a.shape[1]) == shape
+
+
+def _balanced(a: Floats, b: Floats) -> bool:
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        return False
+    one, two = a @ a.T, b.T @ b
+    return max(_cosine(one, two), _cosine(two, np.eye(len(two), dtype=np.float32))) > BALANCED
+
+
+def _cosine(one: Floats, two: Floats) -> float:
+    size = float(np.linalg.norm(one) * np.linalg.norm(two))
+    return float((one * two).sum()) / size if size else 0.0
+
+
+def _weight(base: Base, module: str) -> Floats | None:
+    for file in sorted(base.path.glob("*.safetensors")):
+        weights = open_weights(file)
+        if (tensor := weights.tensors.get(f"{module}.weight")) is not None:
+            return read(weights, tensor)
+    return None

@@ -1,0 +1,254 @@
+"""LP3xx: the adapter as a whole against its base. In: a `Case` with a base. Out: `Found`s."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from lora_probe.files import brief, shown
+from lora_probe.names import PREFIX, layer_of, projection_of
+from lora_probe.rules.lp2_files import EMBEDDINGS, HEADS
+from lora_probe.rules.lp2_names import listed
+from lora_probe.rules.registry import Found, survey
+
+if TYPE_CHECKING:
+    from lora_probe.rules.subject import Case
+
+
+@survey(
+    "LP306",
+    "unexpected-module",
+    engines=("vllm",),
+    needs="vllm",
+    hint="vLLM's class has no such module to adapt: merge the adapter, or train without it",
+)
+def unexpected_module(case: Case) -> Iterator[Found]:
+    """The last word of a pair's name is none that vLLM's class of the model adapts, and vLLM refuses the file.
+
+    What it does: mirrors `check_unexpected_modules` with the words that the class itself gives.
+
+    Why it matters: vLLM 0.32 refuses loudly (`expected target modules in {...} but received [...]`). The same recipe
+    may work on another model: a pair on `lm_head` or `embed_tokens` loads on Llama and is refused on Qwen2, whose
+    class names no embeddings; fused names (`qkv_proj`) are refused where the class takes q, k and v.
+
+    References: arcee-ai/mergekit#459, vllm-project/vllm#21500.
+    """
+    view = case.views["vllm"]
+    if not view.suffixes:
+        return
+    expected = set(view.suffixes)
+    names = []
+    for pair in case.adapter.modules:
+        name = case.places["vllm"][pair.key].name
+        if name is None or any("base_layer" in tensor.name for tensor in pair.tensors):
+            continue
+        word = name[name.find(".experts") + 1 :] if ".experts" in name else projection_of(name)
+        if word not in expected:
+            names.append(name)
+    saved = set(case.adapter.config.raw.get("modules_to_save") or ())
+    for name in case.adapter.weights.tensors:
+        parts = name.split(".")
+        if len(parts) > 1 and parts[-1] in ("weight", "bias") and parts[-2] in HEADS and parts[-2] not in saved:
+            names.append(parts[-2])
+    if names:
+        words = sorted(map(shown, expected))
+        more = f" and {len(words) - MOST_WORDS} more" if len(words) > MOST_WORDS else ""
+        adapts = f"{shown(view.model)} adapts {', '.join(words[:MOST_WORDS])}{more}"
+        yield Found(f"{adapts}; the file has {listed(names, 3)}", refuses=True)
+
+
+MOST_WORDS = 30
+"""Words of a class that a message names; real classes have ten."""
+
+
+@survey(
+    "LP307",
+    "not-adaptable-in-peft",
+    engines=("peft",),
+    needs="base",
+    hint="take the module out of target_modules, or adapt its parameters with target_parameters",
+)
+def not_adaptable_in_peft(case: Case) -> Iterator[Found]:
+    """The config targets a module of a kind that PEFT cannot adapt.
+
+    Why it matters: PEFT 0.21 refuses (`Target module ... is not supported`). With transformers 5 the experts of a
+    mixture are one module with fused parameters, and its router is no Linear any more: names that worked before do not.
+
+    Example: `target_modules=["mlp"]`.
+    """
+    view = case.views.get("peft")
+    if view is None:
+        return
+    config = case.adapter.config
+    if config.target_modules == "all-linear":
+        return
+    bad = [
+        name
+        for name in config.targeted(view.modules)
+        if view.modules[name].why_not and not config.targets_parameter(f"{name}.weight")
+    ]
+    if bad:
+        more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
+        why = view.modules[bad[0]].why_not
+        yield Found(f"the config targets `{shown(bad[0])}`{more}: {why}", refuses=True, field="target_modules")
+
+
+@survey(
+    "LP308",
+    "vocabulary-differs",
+    needs="base",
+    hint="resize the base's embeddings as in training, or serve the base that the tokens were added to",
+)
+def vocabulary_differs(case: Case) -> Iterator[Found]:
+    """Embeddings or heads in the file have another number of tokens than the base.
+
+    What it does: compares whole embeddings and heads, and pairs on them, with the base's vocabulary.
+
+    Why it matters: tokens were added before training. PEFT 0.21 says size mismatch until the base is resized as well;
+    vLLM 0.32 has no room for more tokens (`embedding LoRA size(260) must be consistent with the base model's vocabulary
+    size(250)`), and refuses whole embeddings in any case.
+
+    References: huggingface/peft#838, huggingface/peft#1457.
+    """
+    sizes = {view.vocabulary for view in case.views.values() if view.vocabulary is not None}
+    if len(sizes) != 1:
+        return
+    (size,) = sizes
+    for name, tensor in case.adapter.weights.tensors.items():
+        path = name.removeprefix(PREFIX)
+        word = path.removesuffix(".weight").removesuffix(".base_layer").rpartition(".")[2]
+        tokens = None
+        if word in EMBEDDINGS and ".lora_" not in path and len(tensor.shape) == 2:
+            tokens = tensor.shape[0]
+        elif path.endswith("lora_embedding_A") and len(tensor.shape) == 2 and word_of(path) in EMBEDDINGS:
+            tokens = tensor.shape[1]
+        if tokens is not None and tokens != size:
+            pair = path.endswith("lora_embedding_A")
+            # PEFT drops a pair that the config does not target.
+            targeted = not pair or bool(case.adapter.config.targeted([path.removesuffix(".lora_embedding_A")]))
+            engines = (("peft",) if targeted else ()) + (("vllm",) if pair else ())
+            yield Found(
+                f"`{shown(name)}` is for {tokens} tokens, the base has {size}",
+                engines=engines,
+                refuses=True,
+                path=case.adapter.weights.path,
+            )
+            return
+
+
+def word_of(path: str) -> str:
+    """The last word of the module that a half of a pair belongs to."""
+    return path[: path.rindex(".lora_")].rpartition(".")[2]
+
+
+@survey(
+    "LP309",
+    "experts-incomplete",
+    engines=("vllm",),
+    needs="vllm",
+    hint="train all experts and all of their projections, or serve with PEFT",
+)
+def experts_incomplete(case: Case) -> Iterator[Found]:
+    """Some experts, or some of their projections, have no pair.
+
+    What it does: counts the pairs of each layer's experts against those that vLLM packs together.
+
+    Why it matters: vLLM 0.32 dies with an AssertionError that has no text (`pack_moe`). With two fused parameters
+    (gate_up_proj, down_proj) both are needed as well.
+
+    References: sgl-project/sglang#32406, unslothai/unsloth#6936.
+    """
+    view = case.views["vllm"]
+    found = {place.name for place in case.places["vllm"].values() if place.name is not None}
+    groups: dict[str, list[str]] = {}
+    for name, module in view.modules.items():
+        if module.kind == "experts":
+            groups.setdefault(name[: name.find(".experts")], []).append(name)
+    for layer, names in groups.items():
+        held = [name for name in names if name in found]
+        if view.experts == "3d":
+            held = [name for name in (f"{layer}.experts", f"{layer}.experts.base_layer") if name in found]
+        wanted = 2 if view.experts == "3d" else len(names)
+        if held and len(held) < wanted:
+            experts = f"`{shown(f'{layer}.experts')}`"
+            yield Found(f"{experts} has {len(held)} of {wanted} pairs that vLLM packs together", refuses=True)
+            return
+
+
+@survey(
+    "LP310",
+    "experts-in-the-other-layout",
+    engines=("vllm",),
+    needs="vllm",
+    hint="start vLLM with --enable-mixed-moe-lora-format, and say is_3d_lora_weight in the request",
+)
+def experts_layout(case: Case) -> Iterator[Found]:
+    """The file adapts the experts' fused parameters, and vLLM's class adapts each expert by itself.
+
+    Why it matters: vLLM 0.32 refuses (`contains fused 3D MoE weights ... but the model uses a 2D MoE LoRA wrapper`);
+    up to 0.31 it fails without words. PEFT with transformers 5 writes nothing but the fused layout.
+
+    References: vllm-project/vllm#52194, #41384.
+    """
+    view = case.views["vllm"]
+    fused = [place.name for place in case.places["vllm"].values() if place.name and place.name.endswith(".experts")]
+    if fused and view.experts == "2d":
+        said = f"`{shown(fused[0])}` holds fused experts, and vLLM's {shown(view.model)} takes them one by one"
+        yield Found(said, refuses=True)
+
+
+@survey(
+    "LP311",
+    "keys-are-values",
+    severity="warning",
+    engines=("vllm",),
+    needs="base",
+    hint="compare both engines with `lora-probe trace` and `lora-probe compare`, or leave k_proj out",
+)
+def keys_are_values(case: Case) -> Iterator[Found]:
+    """The base computes its values from k_proj in some layers, and the adapter adapts k_proj.
+
+    Why it matters: Transformers takes one k_proj for keys and values, so an adapter on it changes both; vLLM copies the
+    base's keys into both slices of qkv_proj and the adapter's part into the keys alone. Read in both sources (vLLM
+    0.32, transformers 5.19), not run.
+
+    Example: Gemma 4 with `attention_k_eq_v`. References: vllm-project/vllm#47026.
+    """
+    assert case.base is not None
+    if case.base.text.get("attention_k_eq_v") and any(
+        projection_of(p.module) == "k_proj" for p in case.adapter.modules
+    ):
+        yield Found("the base's config says `attention_k_eq_v`, and the adapter adapts k_proj")
+
+
+@survey(
+    "LP316",
+    "shared-keys-and-values",
+    severity="info",
+    needs="base",
+    hint="nothing to mend: the tensors have no effect in any engine",
+)
+def shared_keys(case: Case) -> Iterator[Found]:
+    """The base's last layers reuse the keys and values of earlier ones, and the adapter has pairs for theirs.
+
+    Why it matters: there is no such module there, so the pairs are dropped by both engines (LP303), and were never
+    trained.
+
+    References: vllm-project/vllm#54917.
+    """
+    assert case.base is not None
+    text = case.base.text
+    shared, layers = text.get("num_kv_shared_layers"), text.get("num_hidden_layers")
+    if not isinstance(shared, int) or not isinstance(layers, int) or shared <= 0:
+        return
+    pairs = [
+        pair
+        for pair in case.adapter.modules
+        if projection_of(pair.module) in ("k_proj", "v_proj") and (layer_of(pair.module) or 0) >= layers - shared
+    ]
+    if pairs:
+        yield Found(
+            f"the last {brief(shared)} of {brief(layers)} layers share keys and values; "
+            f"the file has {len(pairs)} pairs for theirs",
+            keys=tuple(pair.key for pair in pairs),
+        )

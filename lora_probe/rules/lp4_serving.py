@@ -1,0 +1,324 @@
+"""LP4xx: the adapter against an engine's options and limits. Out: the refusal of a whole load, or what it ignores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from lora_probe.adapter import AdapterModule
+from lora_probe.files import brief, shown
+from lora_probe.names import Key
+from lora_probe.rules.registry import Found, rule, survey
+
+if TYPE_CHECKING:
+    from lora_probe.rules.subject import Case
+
+DEFAULT_MAX_RANK = 16
+MAX_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM's `--max-lora-rank` takes (`MaxLoRARanks` in vllm/config/lora.py)."""
+
+
+@rule(
+    "LP401",
+    "refused-by-engine",
+    "load",
+    "absent",
+    hint="the engine's own message says what it does not accept; a limit is an option of it (--max-lora-rank R)",
+)
+def refused(message: str) -> str:
+    """The engine refused the adapter as a whole, and says why.
+
+    Why it matters: nothing of the adapter is served. This is the good case: it is loud. Often the limit is an option
+    of the engine (`--max-lora-rank`), sometimes a feature that it does not have (DoRA, modules_to_save).
+
+    Example: `LoRA rank 64 is greater than max_lora_rank 16`: start the engine with `--max-lora-rank 64`.
+    """
+    return message
+
+
+@survey(
+    "LP402",
+    "rank-above-limit",
+    engines=("vllm",),
+    hint="start vLLM with a larger --max-lora-rank: 1, 8, 16, 32, 64, 128, 256, 320 or 512",
+)
+def rank_above_limit(case: Case) -> Iterator[Found]:
+    """The adapter's rank is above `--max-lora-rank`, or above all that vLLM can be started with.
+
+    What it does: takes the largest of `r` and rank_pattern, as vLLM does, and the rank of the tensors, which vLLM does
+    not look at before it copies them.
+
+    Why it matters: vLLM 0.32 refuses (`LoRA rank 32 is greater than max_lora_rank 16`), or, where only the tensors are
+    larger, dies while it fills the slot with an error that names nothing.
+
+    References: vllm-project/vllm#2847, unslothai/unsloth#2097.
+    """
+    limit = case.serving.max_lora_rank or MAX_RANKS[-1]
+    config = _config_rank(case)
+    held = max((_held_rank(pair) for pair in case.adapter.modules), default=0)
+    if config > limit:
+        yield Found(f"LoRA rank {config} is greater than max_lora_rank {limit}", refuses=True, field="r")
+    elif held > limit:
+        yield Found(f"the tensors have rank {held}, more than max_lora_rank {limit}", refuses=True)
+
+
+def _held_rank(pair: AdapterModule) -> int:
+    """The rank of two matrices that go together; 0 for anything else."""
+    if pair.a is None or pair.b is None or pair.parameter != "weight":
+        return 0
+    fits = len(pair.a.shape) == 2 and len(pair.b.shape) == 2 and pair.a.shape[0] == pair.b.shape[1]
+    return pair.a.shape[0] if fits else 0
+
+
+def _config_rank(case: Case) -> int:
+    config = case.adapter.config
+    patterns = config.rank_pattern.values() if case.serving.vllm.patterns else ()
+    return max(config.rank, max(patterns, default=0))
+
+
+@survey(
+    "LP403",
+    "needs-max-lora-rank",
+    severity="warning",
+    engines=("vllm",),
+    hint="start vLLM with --max-lora-rank, and give it here as well",
+)
+def needs_max_rank(case: Case) -> Iterator[Found]:
+    """The adapter's rank is above vLLM's default of 16, and no `--max-lora-rank` was given here.
+
+    Why it matters: vLLM refuses the adapter unless it is started with room for it. The ledger takes it that it is.
+    """
+    config = _config_rank(case)
+    if case.serving.max_lora_rank is None and DEFAULT_MAX_RANK < config <= MAX_RANKS[-1]:
+        enough = next(rank for rank in MAX_RANKS if rank >= config)
+        yield Found(f"rank {config} needs `--max-lora-rank {enough}`: vLLM's default is {DEFAULT_MAX_RANK}", field="r")
+
+
+@rule(
+    "LP404",
+    "outside-target-filter",
+    "placed",
+    "absent",
+    engines=("vllm",),
+    hint="widen --lora-target-modules, or leave it out",
+)
+def outside_filter(targets: tuple[str, ...]) -> str:
+    """`--lora-target-modules` leaves the module out.
+
+    Why it matters: the option limits which layers vLLM wraps; loading an adapter never consults it, so the pair is
+    dropped without a word (0.30 to 0.33), partly or altogether.
+
+    References: vllm-project/vllm#55193.
+    """
+    return f"--lora-target-modules is {' '.join(targets)}"
+
+
+@survey(
+    "LP405",
+    "dtype-of-lora",
+    severity="warning",
+    engines=("vllm",),
+    hint="on a GPU use the same 16-bit dtype for both; on CPU nothing is wrong",
+)
+def lora_dtype(case: Case) -> Iterator[Found]:
+    """`--dtype` and `--lora-dtype` do not go together on a GPU.
+
+    Why it matters: vLLM's GPU kernels for LoRA take float16 and bfloat16, the same for the layer's input and the
+    adapter. Anything else dies with an AssertionError at the first token, not when the adapter is loaded (0.32, read).
+
+    References: vllm-project/vllm#28640.
+    """
+    model, lora = case.serving.dtype, case.serving.lora_dtype
+    if "float32" in (model, lora):
+        yield Found("float32: vLLM's LoRA kernels on a GPU take float16 and bfloat16 alone")
+    elif model and lora and "auto" not in (model, lora) and model != lora:
+        yield Found(f"--dtype is {model} and --lora-dtype {lora}: vLLM's LoRA kernels on a GPU want the same")
+
+
+@survey(
+    "LP406",
+    "variant-refused",
+    engines=("vllm",),
+    hint="serve it with PEFT, or merge it into the base first: merge_and_unload(), then `lora-probe parity`",
+)
+def variant_refused(case: Case) -> Iterator[Found]:
+    """The config asks for a variant of LoRA that vLLM does not have.
+
+    What it does: mirrors `PEFTHelper.validate_legal` of the version that is asked for: DoRA, biases, modules_to_save
+    other than a classification head, and from 0.32 on lora_bias, initialisations that change the base (PiSSA, OLoRA,
+    CorDA, LoftQ, and any word that vLLM does not know), aLoRA, layer_replication, BD-LoRA, QALoRA.
+
+    Why it matters: vLLM refuses it, loudly and in its own words. What it offers in the message (set init_lora_weights
+    to true) is right only if the served base already contains the change.
+
+    References: vllm-project/vllm#10849, #4186, #9280, huggingface/transformers#34468.
+    """
+    raw, version = case.adapter.config.raw, case.serving.vllm
+    for field, message in _refusals(raw, version.refuses_variants, version.classification_heads):
+        yield Found(message, refuses=True, field=field)
+
+
+def _refusals(raw: Any, variants: bool, heads: bool) -> Iterator[tuple[str, str]]:
+    saved = raw.get("modules_to_save") or ()
+    unsupported = [name for name in saved if not heads or name not in ("classifier", "score")]
+    if unsupported:
+        names = ", ".join(map(shown, unsupported[:MOST_NAMES]))
+        more = f" and {len(unsupported) - MOST_NAMES} more" if len(unsupported) > MOST_NAMES else ""
+        yield "modules_to_save", f"vLLM does not take modules_to_save {names}{more}"
+    if raw.get("use_dora"):
+        yield "use_dora", "vLLM does not yet support DoRA"
+    if raw.get("bias", "none") != "none":
+        yield "bias", f"vLLM does not support an adapter's bias (`bias` is {brief(raw['bias'])})"
+    if not variants:
+        return
+    floats = [key for key, value in (raw.get("rank_pattern") or {}).items() if not isinstance(value, int)]
+    if floats:
+        where = f"for `{shown(floats[0])}`"
+        yield "rank_pattern", f"vLLM takes whole numbers as ranks, and rank_pattern has another {where}"
+    for field, name in VARIANTS:
+        if raw.get(field):
+            yield field, f"vLLM does not support {name}"
+    init = raw.get("init_lora_weights")
+    if isinstance(init, str) and init.lower() not in ("gaussian", "eva", "orthogonal", "mica", "lora_ga"):
+        yield "init_lora_weights", f"vLLM does not support init_lora_weights {brief(init)}"
+
+
+MOST_NAMES = 10
+"""Names of a list that a message holds."""
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq")
+"""Initialisations that take a part out of the base when PEFT loads the adapter."""
+VARIANTS = (
+    ("lora_bias", "a bias on lora_B (lora_bias)"),
+    ("alora_invocation_tokens", "Activated LoRA (aLoRA)"),
+    ("layer_replication", "layer_replication"),
+    ("use_bdlora", "block-diagonal LoRA (BD-LoRA)"),
+    ("use_qalora", "QALoRA"),
+)
+
+
+@survey(
+    "LP407",
+    "ignored-by-this-vllm",
+    engines=("vllm",),
+    hint="upgrade vLLM to 0.32, which honours or refuses it",
+)
+def ignored_by_version(case: Case) -> Iterator[Found]:
+    """This version of vLLM ignores a field that changes what the adapter is.
+
+    What it does: knows which fields vLLM up to 0.31 does not read: rank_pattern, alpha_pattern, initialisations that
+    change the base, lora_bias, aLoRA, layer_replication, BD-LoRA, QALoRA.
+
+    Why it matters: the adapter runs without a word, with the patterns' modules at the general scaling, and the variants
+    as plain LoRA. Measured on 0.31: alpha_pattern 0.87 off in log-probabilities, PiSSA 0.40, lora_bias 1.01. 0.32
+    honours the patterns and refuses the others.
+    """
+    config, version = case.adapter.config, case.serving.vllm
+    if not version.patterns:
+        for field, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
+            keys = tuple(_scaled_otherwise(case)) if patterns else ()
+            if keys:
+                message = f"vLLM {version.version} ignores {field} and scales by {config.scaling:g}"
+                yield Found(message, keys=keys, value="wrong", field=field)
+                break
+    if version.refuses_variants:
+        return
+    ignored = [(field, name) for field, name in VARIANTS if config.raw.get(field)]
+    init = config.raw.get("init_lora_weights")
+    if isinstance(init, str) and init.lower().startswith(CHANGES_BASE):
+        ignored.append(("init_lora_weights", f"init_lora_weights {brief(init)}, which changes the base"))
+    for field, name in ignored:
+        yield Found(f"vLLM {version.version} ignores {name}, and runs the adapter as plain LoRA", field=field)
+
+
+def _scaled_otherwise(case: Case) -> Iterator[Key]:
+    general = case.adapter.config.scaling
+    for pair in case.adapter.modules:
+        if abs(pair.scaling - general) > 1e-9 * abs(general):
+            yield pair.key
+
+
+@survey(
+    "LP408",
+    "vocabulary-above-limit",
+    engines=("vllm",),
+    needs="base",
+    hint="vLLM cannot be started with --enable-lora on this base: merge the adapter",
+)
+def vocabulary_above_limit(case: Case) -> Iterator[Found]:
+    """The base's vocabulary is larger than vLLM's kernel for an adapted output head takes.
+
+    What it does: takes vLLM's own word for it, when its LoRA layers are made for this base.
+
+    Why it matters: where the class adapts lm_head, the engine does not start with `--enable-lora`, whatever the adapter
+    (`vocab size must be <= 258048`, 0.32).
+    """
+    if "vocab size must be" in (said := case.unasked.get("vllm", "")):
+        yield Found(said, refuses=True)
+
+
+@survey(
+    "LP409",
+    "head-without-home",
+    engines=("vllm",),
+    needs="vllm",
+    hint="serve it as the classifier that it was trained as (--runner pooling), with a base that has the head",
+)
+def head_without_home(case: Case) -> Iterator[Found]:
+    """The file holds a trained classification head, and the model that vLLM makes of this base has none.
+
+    Why it matters: vLLM 0.32 refuses (`Cannot load full module 'score': the model does not expose a unique
+    ClassificationHeadWithLoRA`). It takes heads on pooling models of the cross-encoder kind.
+
+    References: vllm-project/vllm#53555, #12075.
+    """
+    saved = set(case.adapter.config.raw.get("modules_to_save") or ())
+    view = case.views["vllm"]
+    if view.refuses:
+        return
+    homes = {name.rpartition(".")[2] for name, module in view.modules.items() if not module.why_not}
+    for name in case.adapter.weights.tensors:
+        parts = name.split(".")
+        if len(parts) > 1 and parts[-2] in ("score", "classifier") and parts[-2] in saved and parts[-2] not in homes:
+            yield Found(f"`{shown(name)}`: vLLM's {shown(view.model)} has no classification head", refuses=True)
+            return
+
+
+@survey(
+    "LP411",
+    "class-without-adapters",
+    engines=("vllm",),
+    needs="vllm",
+    hint="merge the adapter: merge_and_unload(), then `lora-probe parity`",
+)
+def class_without_adapters(case: Case) -> Iterator[Found]:
+    """vLLM's class of this base takes no adapter at all.
+
+    Why it matters: vLLM does not start with `--enable-lora` (`... does not support LoRA yet`, 0.32), whatever the
+    adapter.
+
+    Example: GPT-2.
+    """
+    view = case.views["vllm"]
+    if view.refuses:
+        yield Found(view.refuses, refuses=True)
+
+
+@rule(
+    "LP410",
+    "engines-differ",
+    "adapter",
+    "wrong",
+    hint="mend the modules that one engine loses, or trust the engine that the adapter was trained with",
+)
+def engines_differ(count: int, total: int, only: str) -> str:
+    """PEFT and vLLM will run different adapters.
+
+    What it does: holds the two predicted ledgers against each other, module by module.
+
+    Why it matters: PEFT decides from adapter_config.json what to adapt, vLLM from the names of the tensors. Where the
+    two disagree, the engines run different functions and neither says so: an evaluation with one says nothing of the
+    other.
+
+    Example: keys without `base_model.model.`, which vLLM applies and PEFT drops.
+    """
+    return f"PEFT and vLLM will run different adapters: {count} of {total} modules {only}"

@@ -1,0 +1,156 @@
+"""What a ledger expects before any engine runs: its rows, with `stored` already judged.
+
+In: an adapter, and the base's module shapes where they are known. Out: one `Expected` for each module that the
+config targets on this base or the file holds. A name in the file that has no home shares the row of the one base
+module that ends in the same path from the layer number on, if that module has no entry of its own.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from lora_probe.adapter import Adapter, AdapterModule
+from lora_probe.adapter.spectrum import Spectrum, pair_spectrum
+from lora_probe.base import Shapes
+from lora_probe.ledger import OK, Finding, graver
+from lora_probe.names import LAYER, PREFIX, Key, natural
+from lora_probe.rules.lp2_names import unwrapped
+from lora_probe.rules.lp2_weights import (
+    half_missing,
+    not_a_matrix,
+    not_finite,
+    not_in_file,
+    rank_differs,
+    variant_missing,
+    zero_delta,
+)
+from lora_probe.rules.lp3_shapes import shape_differs
+
+MOST_CANDIDATES = 100
+"""Modules of a base that one name may mean; the towers of real models are fewer, and of many none is meant."""
+
+
+@dataclass(frozen=True)
+class Expected:
+    """One row to come. `entry` is the pair in the file, `homeless` a pair whose own name is no module."""
+
+    key: Key
+    entry: AdapterModule | None
+    homeless: bool
+    expected_by: tuple[str, ...]
+    stored: Finding
+    spectrum: Spectrum | None
+
+    @property
+    def module(self) -> str:
+        return self.key[0]
+
+
+def expect(
+    adapter: Adapter,
+    shapes: Shapes | None,
+    aliases: Mapping[str, str] | None = None,
+    spectra: Mapping[Key, Spectrum | None] | None = None,
+) -> tuple[Expected, ...]:
+    """The rows of the ledger for `adapter` on a base with `shapes` (None: the base is not known here).
+
+    `aliases` maps a module's name in the file to its name in `shapes`, where an engine knows that both are one.
+    `spectra` are those of the adapter's pairs, where they have been computed already.
+    """
+    entries = adapter.by_key()
+    known = shapes or {}
+    targeted = set(adapter.config.targeted(known))
+    same = {key: (aliases or {}).get(key[0], key[0]) for key in entries if key[0] not in known}
+    same = {key: home for key, home in same.items() if home in known}
+    homes = _homes(entries, known, set(same.values())) | same
+    transposed = bool(adapter.config.raw.get("fan_in_fan_out"))
+    rows: dict[Key, Expected] = {}
+    for key, entry in entries.items():
+        home = homes.get(key, key[0])
+        wanted = home in targeted if known else adapter.config.targets.module(home)
+        plain = entry.parameter == "weight"
+        found = pair_spectrum(adapter, entry) if spectra is None else spectra[key]
+        stored = judge_stored(adapter, entry, found, known.get(home) if plain else None, transposed)
+        by = ("config", "file") if wanted else ("file",)
+        homeless = bool(known) and plain and key[0] not in known and key not in same
+        rows[(home, *key[1:])] = Expected((home, *key[1:]), entry, homeless, by, stored, found)
+    filled = {home for home, _, _ in rows}
+    for module in targeted - filled:
+        key = (module, "weight", None)
+        rows[key] = Expected(key, None, False, ("config",), not_in_file(), None)
+    return tuple(rows[key] for key in sorted(rows, key=lambda k: (natural(k[0]), k[1], k[2] or 0)))
+
+
+def judge_stored(
+    adapter: Adapter,
+    pair: AdapterModule,
+    found: Spectrum | None,
+    shape: tuple[int, int] | None,
+    transposed: bool = False,
+) -> Finding:
+    """Run the LP2xx and LP3xx rules over one pair; the gravest finding, the first where they weigh the same."""
+    findings = [not_a_matrix(pair), half_missing(pair)]
+    if not any(findings):
+        findings += [rank_differs(pair, adapter.config), variant_missing(pair, adapter.config)]
+        if shape is not None:
+            findings.append(shape_differs(pair, shape, transposed))
+    if found is not None:
+        findings += [not_finite(found), zero_delta(pair, found)]
+    gravest = OK
+    for finding in findings:
+        if finding is not None:
+            gravest = graver(gravest, finding)
+    return gravest
+
+
+def _homes(entries: Mapping[Key, AdapterModule], shapes: Shapes, taken: set[str]) -> dict[Key, str]:
+    """For each key whose module the base does not have, the base module that it must have meant, if that is not
+    `taken`.
+
+    Several towers of one base may have a layer of that number: which one was meant is decided for all keys of one
+    beginning together, as the one that has homes of the right shape for most of them.
+    """
+    if not shapes:
+        return {}
+    ends: dict[str, list[str]] = {}
+    for name in shapes:
+        ends.setdefault(_from_layer_on(name), []).append(name)
+    own = {key[0] for key in entries} | taken
+    candidates: dict[Key, list[str]] = {}
+    votes: dict[str, Counter[str]] = {}
+    for key, entry in entries.items():
+        if key[0] in shapes:
+            continue
+        bare = unwrapped(key[0].replace(PREFIX, ""))
+        same = ends.get(_from_layer_on(bare), [])
+        candidates[key] = [name for name in same if name not in own] if len(same) <= MOST_CANDIDATES else []
+        for name in candidates[key]:
+            votes.setdefault(_beginning(key[0]), Counter())[_beginning(name)] += 1 + 10_000 * _fits(entry, shapes[name])
+    elected = {beginning: counted.most_common(2) for beginning, counted in votes.items()}
+    found: dict[Key, str] = {}
+    claims: Counter[str] = Counter()
+    for key, names in candidates.items():
+        first, *rest = elected[_beginning(key[0])] if names else [("", 0)]
+        meant = [name for name in names if _beginning(name) == first[0]]
+        if len(meant) == 1 and not (rest and rest[0][1] == first[1]):
+            found[key] = meant[0]
+            claims[meant[0]] += 1
+    return {key: home for key, home in found.items() if claims[home] == 1}
+
+
+def _beginning(module: str) -> str:
+    """What stands before the layer's number; outside of layers the parent."""
+    match = LAYER.search(module)
+    return module[: match.start(1)] if match else module.rpartition(".")[0]
+
+
+def _fits(entry: AdapterModule, shape: tuple[int, int] | None) -> bool:
+    return shape is not None and shape_differs(entry, shape, transposed=False) is None
+
+
+def _from_layer_on(module: str) -> str:
+    """What tells a module apart whatever stands before the layers; outside of them its last word."""
+    match = LAYER.search(module)
+    return module[match.start(1) :] if match else module.rpartition(".")[2]
