@@ -155,7 +155,8 @@ def test_a_narrow_terminal_and_no_colour(runs: Path) -> None:
     """In 60 columns no table is wider, and no sentence unless a word is."""
     script = (
         "import sys; sys.path.insert(0, sys.argv.pop(1)); import reports as t\n"
-        "from pathlib import Path; from lora_probe.render.text import check as checked; from lora_probe.render.console import show\n"
+        "from pathlib import Path; from lora_probe.render.text import check as checked\n"
+        "from lora_probe.render.console import show\n"
         "show(checked.report(t.damaged(Path('damaged'))))"
     )
     environment = {"COLUMNS": "60", "FORCE_COLOR": "1", "TERM": "xterm-256color", "PATH": ""}

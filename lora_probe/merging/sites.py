@@ -1,6 +1,6 @@
 """Where an adapter changes a model: `Site`s, each a stretch of rows of one tensor of the base.
 
-In: an adapter, and the base as it is seen (`overlay.py`). Out: the sites, and every tensor of the adapter that has none,
+In: an adapter, and the base as it is seen (`overlay.py`). Out: the sites, and every tensor of it that has none,
 with why. Names and layouts are those of PEFT 0.21 (`tuners/lora/layer.py`) and of transformers' checkpoints: a Conv1D
 lies transposed, an embedding's A and B as well.
 """
