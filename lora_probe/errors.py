@@ -19,7 +19,14 @@ class ProbeError(Exception):
 
 
 class UnreadableFile(ProbeError):
-    """A file that is missing, damaged, or not what its name promises."""
+    """A file that is missing, damaged, or not what its name promises.
+
+    `line` (from 1) and `key` are the place in the file that is wrong, where it is known."""
+
+    def __init__(self, message: str, hint: str = "", *, line: int | None = None, key: str | None = None) -> None:
+        super().__init__(message, hint)
+        self.line = line
+        self.key = key
 
 
 class NotLora(UnreadableFile):
@@ -28,6 +35,10 @@ class NotLora(UnreadableFile):
 
 class MissingWeights(UnreadableFile):
     """An adapter's config without weights where loaders look for them."""
+
+
+class MissingModel(UnreadableFile):
+    """A model that is neither a folder here nor in the local cache."""
 
 
 class TooLarge(ProbeError):

@@ -25,11 +25,16 @@ _GRAVITY: dict[Value, int] = {"unknown": 0, "ok": 1, "absent": 2, "wrong": 3}
 
 @dataclass(frozen=True)
 class Finding:
-    """What one station shows of one module: a value, and for all but `ok` why (with a rule's code if judged)."""
+    """What one station shows of one module: a value, and for all but `ok` why (with a rule's code if judged).
+
+    `field` is the key of adapter_config.json that is to blame, where one is; a finding without is about the tensors.
+    `predicate`: the message continues a sentence that begins with the names of modules."""
 
     value: Value
     code: str = ""
     message: str = ""
+    field: str | None = None
+    predicate: bool = False
 
 
 OK = Finding("ok")
@@ -112,34 +117,55 @@ def headline(ledger: Ledger) -> str:
     trained = " as trained" if ledger.count("wrong") else ""
     verb = "take" if ledger.predicted else "took"
     start = f"{ledger.count('took effect')} of {total} modules {verb} effect{trained}"
-    return ", ".join([start, *(clause for clause, _, _ in clauses(ledger))])
+    return ", ".join([start, *(clause.with_code for clause in clauses(ledger))])
 
 
-def clauses(ledger: Ledger) -> list[tuple[str, Finding, list[Row]]]:
-    """Rows that share fate, station and rule, as one sentence each: `3 lost at stored: ... (LP204)`."""
-    groups: dict[tuple[Fate, Station, str], list[Row]] = {}
+@dataclass(frozen=True)
+class Clause:
+    """Rows that share fate, station, rule and field, as one sentence: `3 lost at stored: ...`. `names_modules`: the
+    sentence begins with their names, because there are others."""
+
+    text: str
+    finding: Finding
+    rows: tuple[Row, ...]
+    names_modules: bool
+
+    @property
+    def with_code(self) -> str:
+        return f"{self.text} ({self.finding.code})" if self.finding.code else self.text
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        return tuple(row.module for row in self.rows)
+
+
+def clauses(ledger: Ledger) -> list[Clause]:
+    """The rows of a ledger that did not take effect, in groups."""
+    groups: dict[tuple[Fate, Station, str, str | None], list[tuple[Row, Finding]]] = {}
     for row in ledger.rows:
         if row.decisive is not None:
             station, finding = row.decisive
-            groups.setdefault((row.fate, station, finding.code), []).append(row)
-    found = []
-    for (fate, station, code), rows in groups.items():
-        messages = {row.decisive[1].message: None for row in rows if row.decisive}
-        finding = Finding(_VALUES[fate], code, next(iter(messages)))
-        more = f" (and {len(messages) - 1} more of the kind)" if len(messages) > 1 else ""
-        whole = len(rows) == len(ledger.rows)
-        what = finding.message if whole else _about([row.module for row in rows], finding.message)
-        where = f" at {station}" if fate != "unknown" else f" (first not measured: {station})"
-        code_text = f" ({code})" if code else ""
-        found.append((f"{len(rows)} {fate}{where}: {what}{more}{code_text}", finding, rows))
-    return found
+            groups.setdefault((row.fate, station, finding.code, finding.field), []).append((row, finding))
+    return [
+        _clause(fate, station, members, len(members) == len(ledger.rows))
+        for (fate, station, _, _), members in groups.items()
+    ]
 
 
-def _about(modules: Sequence[str], message: str) -> str:
+def _clause(fate: Fate, station: Station, members: Sequence[tuple[Row, Finding]], whole: bool) -> Clause:
+    rows, findings = tuple(row for row, _ in members), [finding for _, finding in members]
+    first, others = findings[0], len({finding.message for finding in findings}) - 1
+    what = first.message if whole else _about([row.module for row in rows], first)
+    where = f" at {station}" if fate != "unknown" else f" (first not measured: {station})"
+    more = f" (and {others} more of the kind)" if others else ""
+    return Clause(f"{len(rows)} {fate}{where}: {what}{more}", first, rows, not whole)
+
+
+def _about(modules: Sequence[str], finding: Finding) -> str:
     names = name_modules(modules)
-    if message.startswith("not "):
-        return f"{names} {'is' if len(modules) == 1 else 'are'} {message}"
-    return f"{names}: {message}"
+    if finding.predicate:
+        return f"{names} {'is' if len(modules) == 1 else 'are'} {finding.message}"
+    return f"{names}: {finding.message}"
 
 
 def as_json(ledger: Ledger) -> dict[str, Any]:

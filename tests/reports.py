@@ -13,9 +13,10 @@ from lora_probe.checking import NotRun, Report
 from lora_probe.checking import check as checking
 from lora_probe.ledger import OK, STATIONS, Finding, Ledger, Row
 from lora_probe.rules import Diagnostic, all_rules
+from lora_probe.rules.lp2_weights import not_in_file
 
 MODULES = [f"model.layers.{n}.self_attn.{p}_proj" for n in range(30) for p in "qkv"]
-LOST = Finding("absent", "LP204", "not in the file")
+LOST = not_in_file()
 
 
 def ledger(engine: str, hole: bool = False) -> Ledger:
@@ -55,7 +56,7 @@ def damaged(folder: Path, message: str = "r=8 in the config, rank 4 in the tenso
     sentence = "3 lost at stored: layer 5 q_proj, k_proj, v_proj are not in the file (LP204)"
     where = str(folder / "adapter_model.safetensors")
     found = (
-        finding("LP204", sentence, modules=lost, engines=("vllm",), path=where),
+        finding("LP204", sentence, modules=lost, engines=("vllm",), path=where, names_modules=True),
         finding("LP201", message, severity="warning", path=str(folder / "adapter_config.json"), line=12),
     )
     ledgers = {"peft": ledger("peft"), "vllm": ledger("vllm", hole=True)}

@@ -14,6 +14,7 @@ from lora_probe.errors import UnreadableFile
 from lora_probe.ledger import OK, STATIONS, Finding, Ledger, Row, as_json, headline
 from lora_probe.names import name_modules
 from lora_probe.rules import all_rules, diagnose
+from lora_probe.rules.lp2_weights import not_in_file
 from lora_probe.rules.stored import expect
 
 
@@ -38,10 +39,9 @@ def test_fates(changes: dict[str, Finding], fate: str) -> None:
 
 
 def test_headlines() -> None:
-    lost = Finding("absent", "LP204", "not in the file")
     rows = tuple(row(f"model.layers.{n}.self_attn.q_proj") for n in range(3))
     assert headline(Ledger("vllm", rows)) == "3 of 3 modules took effect"
-    one = (*rows[:2], row("model.layers.5.self_attn.q_proj", stored=lost))
+    one = (*rows[:2], row("model.layers.5.self_attn.q_proj", stored=not_in_file()))
     assert headline(Ledger("vllm", one)) == (
         "2 of 3 modules took effect, 1 lost at stored: layer 5 q_proj is not in the file (LP204)"
     )
@@ -76,8 +76,7 @@ def test_every_code_has_a_rule_with_a_page() -> None:
 
 
 def test_diagnostics_group_by_rule() -> None:
-    lost = Finding("absent", "LP204", "not in the file")
-    rows = tuple(row(f"model.layers.{n}.q_proj", stored=lost) for n in range(4))
+    rows = tuple(row(f"model.layers.{n}.q_proj", stored=not_in_file()) for n in range(4))
     (found,) = diagnose(Ledger("peft", rows))
     assert (found.code, found.severity, len(found.modules), found.engines) == ("LP204", "error", 4, ("peft",))
     (unknown,) = diagnose(Ledger("peft", (row(applied=Finding("unknown", "LP500", "not recorded")),)))

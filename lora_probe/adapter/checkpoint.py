@@ -55,6 +55,11 @@ class AdapterModule:
         return self.module, self.parameter, self.expert
 
     @property
+    def pattern_name(self) -> str:
+        """The name that the keys of rank_pattern and alpha_pattern are matched against."""
+        return _pattern_name(self.module, self.parameter)
+
+    @property
     def rank(self) -> int | None:
         """The rank of the tensors, whatever the config says."""
         if self.a is not None and self.a.shape:
@@ -173,7 +178,7 @@ def _module(
     path: str, pair: dict[str, TensorHeader], extras: list[TensorHeader], config: AdapterConfig
 ) -> AdapterModule:
     module, parameter = _expert_parameter(path, config)
-    pattern_name = module if parameter == "weight" else f"{module}.{parameter}"
+    pattern_name = _pattern_name(module, parameter)
     return AdapterModule(
         module=module,
         stored_as=path,
@@ -185,6 +190,10 @@ def _module(
         embedding=any(half.startswith("lora_embedding") for half in pair),
         extras=tuple(extras),
     )
+
+
+def _pattern_name(module: str, parameter: str) -> str:
+    return module if parameter == "weight" else f"{module}.{parameter}"
 
 
 def _expert_parameter(path: str, config: AdapterConfig) -> tuple[str, str]:

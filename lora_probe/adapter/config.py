@@ -110,6 +110,14 @@ class AdapterConfig:
         pattern = self.ranks.first(module)
         return self.rank if pattern is None else self.rank_pattern[pattern]
 
+    def rank_field_of(self, module: str) -> str:
+        """The key of the config that decides the rank of `module`."""
+        return "r" if self.ranks.first(module) is None else "rank_pattern"
+
+    def alpha_field_of(self, module: str) -> str:
+        """The key of the config that decides the alpha of `module`."""
+        return "lora_alpha" if self.alphas.first(module) is None else "alpha_pattern"
+
     def scaling_of(self, module: str) -> float:
         """The factor `s` of `s·B·A` for `module`, as PEFT and vLLM >= 0.32 compute it from the config alone."""
         pattern = self.alphas.first(module)
@@ -144,7 +152,7 @@ class AdapterConfig:
 
     @cached_property
     def _expressions(self) -> Expressions:
-        return Expressions(self.path)
+        return Expressions(self.path, self.lines)
 
 
 def open_config(path: Path) -> AdapterConfig:
@@ -152,29 +160,33 @@ def open_config(path: Path) -> AdapterConfig:
 
     Raises:
         NotLora: it is the config of something else.
-        UnreadableFile: it is missing, not JSON, or a field is of the wrong kind.
+        UnreadableFile: it is missing, not JSON (with the line), or a field is of the wrong kind (with its key).
     """
     text = read_text(path)
     raw = parsed(path, text)
     step("checking the fields", path)
-    if found := foreign(raw):
-        raise NotLora(f"`{path}` {found[0]}", found[1])
+    standing = top_level(text)
+    source = _Source(path, raw, dict(standing))
+    if (other := foreign(raw)) is not None:
+        line = source.lines.get(other.key) if other.key else None
+        raise NotLora(f"`{path}` {other.what}", other.hint, line=line, key=other.key)
     if _HALF.search(text) and not is_text(json.dumps(raw, ensure_ascii=False)):
         raise UnreadableFile(
             f"`{path}` holds half of a surrogate pair (\\ud800 to \\udfff), which is no text",
             "write the characters out",
         )
-    standing = top_level(text)
-    rank = _number(path, raw, "r", PEFT_DEFAULT_RANK)
+    rank = _number(source, "r", PEFT_DEFAULT_RANK)
     if rank != int(rank) or rank < 1:
-        raise UnreadableFile(
-            f"`{path}`: `r` is {brief(raw['r'])}, a rank is a whole number from 1",
+        raise source.error(
+            "r",
+            f"`r` is {brief(raw['r'])}, a rank is a whole number from 1",
             "write the rank that the adapter was trained with: the first axis of its lora_A",
         )
-    ranks = _table(path, raw, "rank_pattern")
+    ranks = _table(source, "rank_pattern")
     if any(value != int(value) or value < 1 for value in ranks.values()):
-        raise UnreadableFile(
-            f"`{path}`: `rank_pattern` holds a value that is no rank: {brief(ranks)}",
+        raise source.error(
+            "rank_pattern",
+            f"`rank_pattern` holds a value that is no rank: {brief(ranks)}",
             "a rank is a whole number from 1",
         )
     return AdapterConfig(
@@ -182,32 +194,46 @@ def open_config(path: Path) -> AdapterConfig:
         base_model=_text(raw.get("base_model_name_or_path")),
         peft_version=_text(raw.get("peft_version")),
         rank=int(rank),
-        alpha=_number(path, raw, "lora_alpha", PEFT_DEFAULT_ALPHA),
+        alpha=_number(source, "lora_alpha", PEFT_DEFAULT_ALPHA),
         rslora=bool(raw.get("use_rslora")),
         rank_pattern={key: int(value) for key, value in ranks.items()},
-        alpha_pattern=_table(path, raw, "alpha_pattern"),
-        target_modules=_targets(path, raw),
-        raw=_checked(path, raw),
-        lines=dict(standing),
+        alpha_pattern=_table(source, "alpha_pattern"),
+        target_modules=_targets(source),
+        raw=_checked(source),
+        lines=source.lines,
         repeated=tuple(key for key, count in Counter(key for key, _ in standing).items() if count > 1),
     )
 
 
-def _checked(path: Path, raw: dict[str, Any]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Source:
+    """The fields of a config, and the lines on which they stand."""
+
+    path: Path
+    raw: Mapping[str, Any]
+    lines: Mapping[str, int]
+
+    def error(self, key: str, message: str, hint: str) -> UnreadableFile:
+        """What is wrong with the field `key`."""
+        return UnreadableFile(f"`{self.path}`: {message}", hint, line=self.lines.get(key), key=key)
+
+
+def _checked(source: _Source) -> Mapping[str, Any]:
     """The other fields that decide which modules are meant: each of a kind that the rest can rely on."""
+    raw = source.raw
     for key, (kinds, what) in _KINDS.items():
         value = raw.get(key)
         items = value if isinstance(value, list) else []
         plain = tuple(kind for kind in kinds if kind is not list)
         if value is not None and (not isinstance(value, kinds) or not all(isinstance(i, plain) for i in items)):
-            raise UnreadableFile(f"`{path}`: `{key}` is {brief(value)}, not {what}", "see PEFT's LoraConfig")
+            raise source.error(key, f"`{key}` is {brief(value)}, not {what}", "see PEFT's LoraConfig")
     excluded = raw.get("exclude_modules")
     if isinstance(excluded, str):
-        _compile(path, "exclude_modules", excluded)
+        _compile(source, "exclude_modules", excluded)
     saved = raw.get("modules_to_save") or ()
-    _compile_all(path, "modules_to_save", [name for name in saved if not is_word(name)], saving)
+    _compile_all(source, "modules_to_save", [name for name in saved if not is_word(name)], saving)
     layers = raw.get("layers_pattern") or ()
-    _compile_all(path, "layers_pattern", [layers] if isinstance(layers, str) else layers, numbering)
+    _compile_all(source, "layers_pattern", [layers] if isinstance(layers, str) else layers, numbering)
     return raw
 
 
@@ -220,12 +246,12 @@ _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
 }
 
 
-def _compile(path: Path, key: str, pattern: str, *forms: str) -> None:
+def _compile(source: _Source, key: str, pattern: str, *forms: str) -> None:
     """Compile an expression as it stands and in the forms in which it will be used (PEFT wraps it)."""
     if len(pattern) > MAX_PATTERN:
         raise TooLarge(
-            f"`{path}`: {brief(pattern)} in `{key}` has {len(pattern):,} characters, more than the {MAX_PATTERN:,} of "
-            "an expression that is judged",
+            f"`{source.path}`: {brief(pattern)} in `{key}` has {len(pattern):,} characters, more than the "
+            f"{MAX_PATTERN:,} of an expression that is judged",
             "write a list of names, or a shorter expression",
         )
     try:
@@ -234,13 +260,14 @@ def _compile(path: Path, key: str, pattern: str, *forms: str) -> None:
     # A repetition too large for re is an OverflowError, one nested too deep a RecursionError.
     except (re.error, ValueError, OverflowError, RecursionError) as error:
         why = "it is nested too deep" if isinstance(error, RecursionError) else error
-        raise UnreadableFile(
-            f"`{path}`: {brief(pattern)} in `{key}` is a broken regular expression: {why}",
+        raise source.error(
+            key,
+            f"{brief(pattern)} in `{key}` is a broken regular expression: {why}",
             "PEFT matches module names with Python's re; write an expression that it compiles",
         ) from error
 
 
-def _compile_all(path: Path, key: str, patterns: Sequence[str], form: Callable[[str], str]) -> None:
+def _compile_all(source: _Source, key: str, patterns: Sequence[str], form: Callable[[str], str]) -> None:
     """Compile the expressions of one field."""
     for count, most, what in (
         (len(patterns), MAX_EXPRESSIONS, "regular expressions"),
@@ -248,11 +275,11 @@ def _compile_all(path: Path, key: str, patterns: Sequence[str], form: Callable[[
     ):
         if count > most:
             raise TooLarge(
-                f"`{path}`: `{key}` holds {count:,} {what}, more than the {most:,} that are judged",
+                f"`{source.path}`: `{key}` holds {count:,} {what}, more than the {most:,} that are judged",
                 "write names, or one expression for many modules",
             )
     for pattern in patterns:
-        _compile(path, key, pattern, form(pattern))
+        _compile(source, key, pattern, form(pattern))
 
 
 def _plain(value: object) -> str:
@@ -266,36 +293,41 @@ def _text(value: object) -> str | None:
     return value if isinstance(value, str) and value else None
 
 
-def _number(path: Path, raw: Mapping[str, Any], key: str, default: float) -> float:
-    value = raw.get(key, default)
+def _number(source: _Source, key: str, default: float) -> float:
+    return _as_number(source, key, key, source.raw.get(key, default))
+
+
+def _as_number(source: _Source, key: str, name: str, value: Any) -> float:
+    """`value` if it is a number; `name` is what it is called in the field `key`."""
     # JSON has integers of any length; beyond this no rank and no alpha was ever meant.
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e12:
-        raise UnreadableFile(
-            f"`{path}`: `{shown(key)}` is {brief(value)}, not a number", f"write the number that `{shown(key)}` had"
+        raise source.error(
+            key, f"`{shown(name)}` is {brief(value)}, not a number", f"write the number that `{shown(name)}` had"
         )
     return value
 
 
-def _table(path: Path, raw: Mapping[str, Any], key: str) -> dict[str, float]:
-    value = raw.get(key) or {}
+def _table(source: _Source, key: str) -> dict[str, float]:
+    value = source.raw.get(key) or {}
     if not isinstance(value, dict):
-        raise UnreadableFile(
-            f"`{path}`: `{key}` is {brief(value)}, not an object of patterns and numbers", "see PEFT's LoraConfig"
+        raise source.error(
+            key, f"`{key}` is {brief(value)}, not an object of patterns and numbers", "see PEFT's LoraConfig"
         )
-    _compile_all(path, key, [pattern for pattern in value if plain_pattern(pattern) is None], ending)
-    return {pattern: _number(path, value, pattern, 0) for pattern in value}
+    _compile_all(source, key, [pattern for pattern in value if plain_pattern(pattern) is None], ending)
+    return {pattern: _as_number(source, key, pattern, number) for pattern, number in value.items()}
 
 
-def _targets(path: Path, raw: Mapping[str, Any]) -> str | tuple[str, ...] | None:
-    value = raw.get("target_modules")
+def _targets(source: _Source) -> str | tuple[str, ...] | None:
+    value = source.raw.get("target_modules")
     if value is None:
         return None
     if isinstance(value, str):
-        _compile(path, "target_modules", value)
+        _compile(source, "target_modules", value)
         return value
     if isinstance(value, list) and all(isinstance(item, str) for item in value):
         return tuple(sorted(set(value)))
-    raise UnreadableFile(
-        f"`{path}`: `target_modules` is {brief(value)}, neither a list of names nor an expression",
+    raise source.error(
+        "target_modules",
+        f"`target_modules` is {brief(value)}, neither a list of names nor an expression",
         "write the list of names that the adapter was trained with",
     )

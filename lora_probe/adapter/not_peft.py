@@ -1,12 +1,13 @@
 """What a file called `adapter_config.json` describes when it is not a PEFT LoRA adapter.
 
-In: its fields. Out: what it is, in a few words, and what to do; None where it is PEFT's. Several libraries use the
-name, and people copy a model's `config.json` over it.
+In: its fields. Out: a `NotPeft`: what it is, in a few words, and what to do; None where it is PEFT's. Several libraries
+use the name, and people copy a model's `config.json` over it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from lora_probe.files import brief, shown
@@ -71,20 +72,30 @@ PEFT_KEYS = {"r", "lora_alpha", "target_modules"}
 _RESAVE = "lora-probe, PEFT and vLLM read PEFT's LoRA adapters"
 
 
-def foreign(raw: Mapping[str, Any]) -> tuple[str, str] | None:
-    """What the fields describe, as the end of a sentence, and what to do; None for a LoRA adapter of PEFT."""
+@dataclass(frozen=True)
+class NotPeft:
+    """What a config is instead: `what` ends a sentence that begins with its path, `key` is the key that shows it, where
+    one does."""
+
+    what: str
+    hint: str
+    key: str | None = None
+
+
+def foreign(raw: Mapping[str, Any]) -> NotPeft | None:
+    """What the fields describe; None for a LoRA adapter of PEFT."""
     kind = raw.get("peft_type")
     if kind is not None:
         return None if kind == "LORA" else _method(kind)
     keys = raw.keys()
     if keys & {"fine_tune_type", "lora_parameters"} or (keys & _MLX and not keys & PEFT_KEYS):
-        return (
+        return NotPeft(
             "is the config of an MLX adapter, not a PEFT config",
             "convert it (MLX stores lora_a and lora_b transposed, and `scale` in place of lora_alpha / r), "
             "or fuse it with mlx_lm.fuse and serve the model",
         )
     if "model_class" in keys or (isinstance(raw.get("config"), dict | str) and keys & _ADAPTERHUB):
-        return (
+        return NotPeft(
             f"is the config of an AdapterHub adapter ({_architecture(raw)}), not a PEFT config",
             "load it with the adapters library and merge it there; its weights have other names and shapes",
         )
@@ -93,57 +104,65 @@ def foreign(raw: Mapping[str, Any]) -> tuple[str, str] | None:
     return _without_peft_keys(raw)
 
 
-def _without_peft_keys(raw: Mapping[str, Any]) -> tuple[str, str]:
+def _without_peft_keys(raw: Mapping[str, Any]) -> NotPeft:
     keys = raw.keys()
     if not keys:
-        return "is an empty object, not a PEFT config", "copy the adapter_config.json that PEFT wrote"
+        return NotPeft("is an empty object, not a PEFT config", "copy the adapter_config.json that PEFT wrote")
     words = [name for name in _DIFFUSERS if name in keys] + [name for name in keys if name.startswith("ss_")]
     if words:
-        return (
+        return NotPeft(
             f"is the config of an image model's LoRA (diffusers, kohya: it has `{shown(words[0])}`), not a PEFT config",
             "load it with diffusers; vLLM and PEFT serve LoRA adapters of language models here",
+            words[0],
         )
     if any(word in str(name).lower() for name in keys for word in _JAX):
-        return (
+        return NotPeft(
             f"is the config of an adapter made with JAX (it has {_some(raw)}), not a PEFT config",
             "export A and B with their names in PEFT's form, and write PEFT's adapter_config.json: " + _needed(),
         )
     if len(keys & _MODEL) >= 2 or ("model_type" in keys and keys & _MODEL):
-        return (
+        return NotPeft(
             f"is the config of a whole model ({_model(raw)}), not a PEFT config",
             "was a model's config.json copied over it? copy the adapter_config.json that PEFT wrote",
         )
     if len(keys & _RECIPE) >= 2:
-        return (
+        return NotPeft(
             f"is the recipe of a training run (it has {_some(raw)}), not a PEFT config",
             f"PEFT's save_pretrained writes the config beside the weights; it needs {_needed()}",
         )
     own = [name for name in keys if any(word in str(name).lower() for word in _OWN_WORDS)]
     if own:
-        return (
+        return NotPeft(
             f"has keys of somebody's own (`{shown(own[0])}`), and none that PEFT writes: it is not a PEFT config",
             f"write them as PEFT does: {_needed()}",
+            own[0],
         )
-    return (
+    return NotPeft(
         f"is not a PEFT config: it has no `peft_type`, `r` or `target_modules` (it has {_some(raw)})",
         f"is this an adapter of another library? {_RESAVE}",
     )
 
 
-def _method(kind: object) -> tuple[str, str]:
+def _method(kind: object) -> NotPeft:
     if not isinstance(kind, str):
-        return f"has the `peft_type` {brief(kind)}, which is no method of PEFT's", 'write "peft_type": "LORA"'
+        return NotPeft(
+            f"has the `peft_type` {brief(kind)}, which is no method of PEFT's", 'write "peft_type": "LORA"', "peft_type"
+        )
     if kind.upper() == "LORA":
-        return f"has the `peft_type` {brief(kind)}, which PEFT does not know: it knows LORA", 'write "LORA"'
+        return NotPeft(
+            f"has the `peft_type` {brief(kind)}, which PEFT does not know: it knows LORA", 'write "LORA"', "peft_type"
+        )
     words = METHODS.get(kind, "another method of PEFT's" if kind in _FEW.split() else None)
     if words is None:
-        return (
+        return NotPeft(
             f"describes a {shown(kind, 60)} adapter, not LoRA, and PEFT 0.21 knows no such method",
             "is it of a newer PEFT, or a slip of the pen? lora-probe reads PEFT LoRA adapters only",
+            "peft_type",
         )
-    return (
+    return NotPeft(
         f"describes a {kind} adapter, not LoRA: {words}",
         "PEFT loads it, vLLM serves none but LoRA adapters; lora-probe reads PEFT LoRA adapters only",
+        "peft_type",
     )
 
 

@@ -119,7 +119,7 @@ class PatternIndex:
             return []
         matched = {order for module in modules for order in self._matching(module)}
         for order, expression in self._proper.items():
-            if any(self._expressions.match(expression, module) for module in modules):
+            if any(self._expressions.match(expression, module, self._field) for module in modules):
                 matched.add(order)
         return [
             pattern
@@ -132,7 +132,7 @@ class PatternIndex:
         for order, expression in self._proper.items():
             if order > earliest:
                 break
-            if self._expressions.match(expression, module) is not None:
+            if self._expressions.match(expression, module, self._field) is not None:
                 return self._patterns[order]
         return self._patterns[earliest] if earliest < len(self._patterns) else None
 

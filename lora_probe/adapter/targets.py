@@ -66,28 +66,28 @@ class Targets:
         if self._modules == ALL_LINEAR:
             return name.rpartition(".")[2] not in _HEADS
         if isinstance(self._modules, str):
-            return self._expressions.fullmatch(self._modules, name) is not None
+            return self._expressions.fullmatch(self._modules, name, "target_modules") is not None
         # A whole path is meant whatever the layers are.
         return name in self._wanted or (not self._wanted.isdisjoint(ends(name)) and self._is_in_layers(name))
 
     def _is_excluded(self, name: str) -> bool:
         """PEFT's rule: a string is a regular expression for the whole name, a list holds names or their ends."""
         if isinstance(self._excluded, str):
-            return self._expressions.fullmatch(self._excluded, name) is not None
+            return self._expressions.fullmatch(self._excluded, name, "exclude_modules") is not None
         return bool(self._excluded) and not self._excluded.isdisjoint(ends(name))
 
     def _is_saved(self, name: str) -> bool:
         """Whether modules_to_save names the module, or one around it."""
         if self._saved and not self._saved.isdisjoint(parts(name)):
             return True
-        return any(self._expressions.match(expression, name) for expression in self._saving)
+        return any(self._expressions.match(expression, name, "modules_to_save") for expression in self._saving)
 
     def _is_in_layers(self, name: str) -> bool:
         if self._any_layer:
             return True
         for expression in self._numbering:
             # Python converts no number of thousands of digits.
-            if (found := self._expressions.match(expression, name)) and len(found["idx"]) < 20:
+            if (found := self._expressions.match(expression, name, "layers_pattern")) and len(found["idx"]) < 20:
                 return int(found["idx"]) in self._layers
         return False
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_probe.errors import TooLarge, UnreadableFile
+from lora_probe.errors import MissingModel, TooLarge, UnreadableFile
 from lora_probe.files import brief, shown
 from lora_probe.files.json_object import read_json
 from lora_probe.files.weights import FLOATS, open_weights
@@ -53,7 +53,8 @@ def open_base(name: str) -> Base:
     """Open a base by folder or by id.
 
     Raises:
-        UnreadableFile: neither a model folder nor a model in the local cache, or a damaged file in it.
+        MissingModel: neither a folder nor a model in the local cache.
+        UnreadableFile: the folder is not a model's, or a file in it is damaged.
     """
     folder = find_model(name)
     config = read_json(folder / "config.json")
@@ -126,7 +127,7 @@ def find_model(name: str, *, role: str = "base model") -> Path:
         )
     cached = _cached(name)
     if cached is None:
-        raise UnreadableFile(
+        raise MissingModel(
             f"there is no {role} `{name}`: neither a folder here nor a model in {_cache()}",
             f"give a folder or a cached model with {option}",
         )

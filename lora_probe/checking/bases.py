@@ -15,7 +15,7 @@ from lora_probe.adapter import Adapter
 from lora_probe.base import Base, EngineView, open_base
 from lora_probe.base.engine_view import of_headers
 from lora_probe.engines.describing import views_of
-from lora_probe.errors import ProbeError
+from lora_probe.errors import MissingModel, ProbeError
 from lora_probe.rules import ENGINES
 
 
@@ -52,8 +52,7 @@ class Bases:
                 self._bases[name] = error
         found = self._bases[name]
         if isinstance(found, ProbeError):
-            missing = found.message.startswith("there is no")
-            why = "is not here" if missing else f"cannot be read ({found.message})"
+            why = "is not here" if isinstance(found, MissingModel) else f"cannot be read ({found.message})"
             return None, name, (f"the base `{name}`, which the config names, {why}: give it with --model",)
         return found, name, ()
 

@@ -6,7 +6,6 @@ to, every finding with its rule, and the rules that could not be run.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
@@ -19,23 +18,19 @@ from lora_probe.checking.bases import Asked, Bases
 from lora_probe.checking.renaming import Mending, mend
 from lora_probe.errors import MissingWeights, NotLora, ProbeError, UnreadableFile
 from lora_probe.files import limits
-from lora_probe.files.json_object import read_text, top_level
 from lora_probe.files.regexes import EndlessPattern
-from lora_probe.ledger import Finding, Ledger, Row, clauses
+from lora_probe.ledger import Ledger, Row, clauses
 from lora_probe.names import name_modules, ranges
 from lora_probe.prediction import Prediction, predict
 from lora_probe.rules import ENGINES, Diagnostic, Rule, Severity, all_rules, diagnostic
-from lora_probe.rules.lp1_config import config_unreadable, not_lora
+from lora_probe.rules.diagnostics import of_clause
+from lora_probe.rules.lp1_config import READ_BY_PEFT_ALONE, config_unreadable, not_lora
 from lora_probe.rules.lp2_files import weights_not_found, weights_unreadable
 from lora_probe.rules.lp4_serving import MAX_RANKS, engines_differ
-from lora_probe.rules.subject import Case, Serving
+from lora_probe.rules.subject import Serving, Subject
 from lora_probe.rules.vllm_versions import ENGINE_OPTIONS, behaviour
 
 _RANKS: dict[Severity, int] = {"error": 0, "warning": 1, "info": 2}
-CONSEQUENCES = ("LP204", "LP303", "LP410")
-"""What mostly follows from another finding is told after it."""
-_LINE = re.compile(r"in line (\d+)")
-_KEY = re.compile(r"`(\w+)`")
 
 
 @dataclass(frozen=True)
@@ -141,7 +136,7 @@ def mending_of(
     bases = Bases(model, progress)
     base, _, _ = bases.base(opened)
     views = bases.views(base, _task(opened)).views if base is not None else {}
-    return mend(opened, Case(opened, _serving({}, None), base, views).shapes)
+    return mend(opened, Subject(opened, _serving({}, None), base, views).shapes)
 
 
 def selection(select: Sequence[str], ignore: Sequence[str]) -> frozenset[str]:
@@ -194,17 +189,18 @@ def _report(folder: Path, notes: tuple[str, ...], serving: Serving, bases: Bases
         base, name, said = bases.base(adapter)
         asked = bases.views(base, _task(adapter)) if base is not None else Asked()
         adapter = _with_default_targets(adapter, asked.views)
-        found = predict(Case(adapter, serving, base, asked.views, asked.missing))
+        prediction = predict(Subject(adapter, serving, base, asked.views, asked.missing))
     except UnreadableFile as error:
         return _unreadable(folder, notes, bases.model, error, chosen)
-    every = list(_diagnostics(adapter, found))
-    diagnostics = [one for one in every if one.code in chosen]
+    every = list(_diagnostics(adapter, prediction))
+    diagnostics = [diagnostic for diagnostic in every if diagnostic.code in chosen]
+    rules = all_rules()
     return Report(
         folder,
         name,
-        found.ledgers,
-        tuple(sorted(diagnostics, key=lambda one: (_RANKS[one.severity], one.code in CONSEQUENCES, one.code))),
-        _not_run(found, chosen),
+        prediction.ledgers,
+        tuple(sorted(diagnostics, key=lambda one: (_RANKS[one.severity], rules[one.code].consequence, one.code))),
+        _not_run(prediction, chosen),
         (*notes, *said, *asked.notes),
         serving.vllm.version,
         len(every) - len(diagnostics),
@@ -245,71 +241,45 @@ def _unreadable(
             path, judged = folder / WEIGHTS, weights_unreadable(error.message)
     rule = all_rules()[judged.code]
     hint = error.hint or rule.hint
-    line = _line(path, error.message) if path.name == CONFIG else None
-    found = Diagnostic(rule.code, rule.name, rule.severity, error.message, hint, (), ENGINES, str(path), line)
-    # PEFT has other methods than LoRA, and what it makes of their configs is not judged here; vLLM never looks at
-    # fields about which modules are meant.
-    engines: tuple[str, ...] = () if isinstance(error, NotLora) else ENGINES
-    if found.code == "LP101" and PEFTS_OWN & set(_KEY.findall(error.message)):
-        engines = ("peft",)
-        found = replace(found, engines=engines)
-    ledgers = {name: Ledger(name, (), True, error.message, judged.code, predicted=True) for name in engines}
-    return Report(folder, model, ledgers, (found,) if found.code in chosen else (), notes=notes)
-
-
-PEFTS_OWN = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters"}
-"""Fields of the config that PEFT alone goes by."""
-
-
-def _line(path: Path, message: str) -> int | None:
-    """The line that an error in a config is about: the one that it names, or that of the key that it names."""
-    if match := _LINE.search(message):
-        return int(match[1])
-    try:
-        standing = dict(top_level(read_text(path)))
-    except UnreadableFile:
-        return None
-    return next((standing[key] for key in _KEY.findall(message) if key in standing), None)
+    foreign = isinstance(error, NotLora)
+    engines: tuple[str, ...] = ("peft",) if error.key in READ_BY_PEFT_ALONE and not foreign else ENGINES
+    diagnostic = Diagnostic(
+        rule.code, rule.name, rule.severity, error.message, hint, (), engines, str(path), error.line
+    )
+    # PEFT has other methods than LoRA, and what it makes of their configs is not judged here.
+    refusing = () if foreign else engines
+    ledgers = {name: Ledger(name, (), True, error.message, judged.code, predicted=True) for name in refusing}
+    return Report(folder, model, ledgers, (diagnostic,) if rule.code in chosen else (), notes=notes)
 
 
 def _diagnostics(adapter: Adapter, prediction: Prediction) -> Iterator[Diagnostic]:
-    lines = adapter.config.lines
-    spoken = set()
-    for rule, found in prediction.found:
-        spoken.add(rule.code)
-        path = adapter.config.path if found.field else adapter.weights.path
-        yield diagnostic(rule, found, path, lines.get(found.field) if found.field else None)
+    reported = set()
+    for rule, finding in prediction.findings:
+        reported.add(rule.code)
+        yield diagnostic(rule, finding, *_place(adapter, finding.field))
     merged: dict[tuple[str, tuple[str, ...]], Diagnostic] = {}
-    known = all_rules()
+    rules = all_rules()
     for engine, ledger in prediction.ledgers.items():
-        for sentence, finding, rows in clauses(ledger):
-            if finding.value == "unknown" or finding.code in spoken or not finding.code:
+        for clause in clauses(ledger):
+            code = clause.finding.code
+            if clause.finding.value == "unknown" or code in reported or not code:
                 continue
-            modules = tuple(row.module for row in rows)
-            rule, before = known[finding.code], merged.get((finding.code, modules))
-            key = _to_blame(finding, adapter)
-            merged[(finding.code, modules)] = Diagnostic(
-                rule.code,
-                rule.name,
-                rule.severity,
-                before.message if before else sentence.removesuffix(f" ({finding.code})"),
-                rule.hint,
-                modules,
-                (*(before.engines if before else ()), engine),
-                str(adapter.config.path if key else adapter.weights.path),
-                lines.get(key) if key else None,
+            if (before := merged.get((code, clause.modules))) is not None:
+                merged[code, clause.modules] = replace(before, engines=(*before.engines, engine))
+                continue
+            path, line = _place(adapter, clause.finding.field)
+            merged[code, clause.modules] = replace(
+                of_clause(rules[code], clause, engine), message=clause.text, path=str(path), line=line
             )
     yield from merged.values()
     yield from _differing(adapter, prediction.ledgers)
 
 
-def _to_blame(finding: Finding, adapter: Adapter) -> str:
-    """The key of the config that a finding on modules is about; empty where it is about the tensors."""
-    if finding.code == "LP201":
-        return "rank_pattern" if adapter.config.rank_pattern else "r"
-    if finding.code == "LP203" and "lora_alpha" in finding.message:
-        return "lora_alpha"
-    return {"LP106": "target_modules", "LP220": "use_dora"}.get(finding.code, "")
+def _place(adapter: Adapter, field: str | None) -> tuple[Path, int | None]:
+    """The file and the line of a finding: those of its key of the config, else the weights."""
+    if field is None:
+        return adapter.weights.path, None
+    return adapter.config.path, adapter.config.lines.get(field)
 
 
 def _differing(adapter: Adapter, ledgers: Mapping[str, Ledger]) -> Iterator[Diagnostic]:
@@ -331,7 +301,9 @@ def _differing(adapter: Adapter, ledgers: Mapping[str, Ledger]) -> Iterator[Diag
             name = {"peft": "PEFT", "vllm": "vLLM"}[engine]
             message = engines_differ(len(rows), total, f"take effect in {name} alone ({name_modules(modules)})").message
             path = str(adapter.path)
-            yield Diagnostic(rule.code, rule.name, rule.severity, message, rule.hint, modules, ENGINES, path)
+            yield Diagnostic(
+                rule.code, rule.name, rule.severity, message, rule.hint, modules, ENGINES, path, names_modules=True
+            )
 
 
 def _not_run(prediction: Prediction, chosen: frozenset[str]) -> tuple[NotRun, ...]:

@@ -26,7 +26,7 @@ from lora_probe.errors import ProbeError, UnreadableFile
 from lora_probe.files import opened
 from lora_probe.files.weights import DTYPES, stretch
 from lora_probe.names import PREFIX
-from lora_probe.rules.lp2_names import unwrapped
+from lora_probe.rules.paths import unwrapped
 from lora_probe.rules.stored import expect
 
 _NAMED = re.compile(r"\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B)\.(?!weight$|bias$)([^.]+)(\.weight)?$")

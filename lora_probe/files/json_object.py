@@ -45,7 +45,7 @@ def read_json(path: Path, limit: int = MAX_CONFIG) -> dict[str, Any]:
     """A JSON object from a file that nobody vouches for.
 
     Raises:
-        UnreadableFile: missing, too large, not JSON (with line and column), or not an object.
+        UnreadableFile: missing, too large, not JSON (with the line), or not an object.
     """
     return parsed(path, read_text(path, limit))
 
@@ -82,7 +82,7 @@ def parsed(path: Path, text: str) -> dict[str, Any]:
         raw = json.loads(text)
     except json.JSONDecodeError as error:
         where = f"in line {error.lineno}, column {error.colno}"
-        raise UnreadableFile(f"`{path}` is not valid JSON: {error.msg} {where}", again) from error
+        raise UnreadableFile(f"`{path}` is not valid JSON: {error.msg} {where}", again, line=error.lineno) from error
     except (RecursionError, ValueError) as error:
         why = "it is nested too deep" if isinstance(error, RecursionError) else error
         raise UnreadableFile(f"`{path}` is not valid JSON: {why}", again) from error

@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
@@ -45,7 +45,7 @@ LONGEST_ALIKE = 1_000
 
 
 class EndlessPattern(UnreadableFile):
-    """An expression that does not come to an end."""
+    """An expression that does not come to an end. `key` and `line` are those of the field that holds it."""
 
 
 class Match(Protocol):
@@ -75,28 +75,30 @@ class _Expression:
 
 
 class Expressions:
-    """The expressions of one config, each compiled once, and the time that they have taken together."""
+    """The expressions of one config, each compiled once, and the time that they have taken together. `lines` are those
+    of its keys."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, lines: Mapping[str, int] | None = None) -> None:
         self.path = path
+        self._lines = lines or {}
         self._expressions: dict[str, _Expression] = {}
         self._taken = 0.0
 
-    def match(self, pattern: str, name: str) -> Match | None:
-        """As `re.match`.
+    def match(self, pattern: str, name: str, key: str = "") -> Match | None:
+        """As `re.match`. `key` is the field of the config that holds the expression.
 
         Raises:
             EndlessPattern: it takes longer for this name than PATIENCE.
             TooLarge: the names together took it, or all expressions, longer than is waited for.
             ProbeError: it needs a limit of time, and has none outside of the main thread.
         """
-        return self._ask(pattern, name, whole=False)
+        return self._ask(pattern, name, key, whole=False)
 
-    def fullmatch(self, pattern: str, name: str) -> Match | None:
+    def fullmatch(self, pattern: str, name: str, key: str = "") -> Match | None:
         """As `re.fullmatch`. Raises as `match` does."""
-        return self._ask(pattern, name, whole=True)
+        return self._ask(pattern, name, key, whole=True)
 
-    def _ask(self, pattern: str, name: str, whole: bool) -> Match | None:
+    def _ask(self, pattern: str, name: str, key: str, whole: bool) -> Match | None:
         if pattern not in self._expressions:
             self._expressions[pattern] = _Expression(pattern)
         expression = self._expressions[pattern]
@@ -107,7 +109,7 @@ class Expressions:
                 raise TimeoutError
             return expression.match(name, whole, left)
         except TimeoutError:
-            raise self._endless(pattern, left) from None
+            raise self._endless(pattern, key, left) from None
         except _NotInterrupted:
             raise ProbeError(
                 f"`{self.path}`: the expression `{shown(pattern)}` is not judged outside of the main thread",
@@ -118,12 +120,14 @@ class Expressions:
             expression.taken += seconds
             self._taken += seconds
 
-    def _endless(self, pattern: str, left: float) -> ProbeError:
+    def _endless(self, pattern: str, key: str, left: float) -> ProbeError:
         where = f"`{self.path}`: the expression `{shown(pattern)}`"
         if left == PATIENCE:
             return EndlessPattern(
                 f"{where} does not come to an end on a module's name",
                 "write it without nested repetition; PEFT would hang on it",
+                line=self._lines.get(key),
+                key=key or None,
             )
         if PATIENCE_FOR_ALL - self._taken <= left:
             return TooLarge(

@@ -20,7 +20,7 @@ from lora_probe.ledger import Finding
 from lora_probe.merging.names import HEAD, Names, aligned, embeddings_of, tied_place
 from lora_probe.merging.untouched import equal
 from lora_probe.names import PREFIX
-from lora_probe.rules.lp7_merging import tied_places_differ
+from lora_probe.rules.lp7_untouched import tied_places_differ
 
 _COPY = re.compile(r"\.(original_module|modules_to_save)\.")
 """What PEFT writes a second time when it saves embeddings by itself."""

@@ -13,7 +13,7 @@ from typing import Literal
 
 from lora_probe.ledger import Finding
 from lora_probe.names import Key, name_modules
-from lora_probe.rules import Diagnostic, all_rules
+from lora_probe.rules import Diagnostic, Rule, all_rules
 from lora_probe.rules.lp7_merging import lost_to_rounding
 
 Verdict = Literal["verified", "differs", "undecided"]
@@ -112,15 +112,17 @@ class MergeReport:
     @property
     def diagnostics(self) -> tuple[Diagnostic, ...]:
         """Equal findings as one: `12 of 12 modules: merged twice`."""
+        rules = all_rules()
         groups: dict[tuple[str, str], list[str]] = {}
         for name, finding in self.findings():
-            same = finding.message if finding.code in _BY_MESSAGE else ""
+            same = finding.message if rules[finding.code].per_message else ""
             groups.setdefault((finding.code, same), []).append(name)
         messages = {(finding.code, name): finding.message for name, finding in self.findings()}
-        return tuple(self._diagnostic(code, names, messages[code, names[0]]) for (code, _), names in groups.items())
+        return tuple(
+            self._diagnostic(rules[code], names, messages[code, names[0]]) for (code, _), names in groups.items()
+        )
 
-    def _diagnostic(self, code: str, names: list[str], message: str) -> Diagnostic:
-        rule = all_rules()[code]
+    def _diagnostic(self, rule: Rule, names: list[str], message: str) -> Diagnostic:
         labels = {module.label for module in self.modules}
         named = [name for name in dict.fromkeys(names) if name]
         about = "the adapter as a whole"
@@ -129,12 +131,8 @@ class MergeReport:
             about += "" if len(named) == len(labels) else f" ({_few_modules(named)})"
         elif named:
             about = named[0] if len(named) == 1 else f"{len(named)} of them ({_few(named)})"
-        more = "" if len(named) < 2 or code in _BY_MESSAGE else " (the first of them)"
-        return Diagnostic(code, rule.name, rule.severity, f"{about}: {message}{more}", rule.hint, tuple(named))
-
-
-_BY_MESSAGE = ("LP701", "LP702", "LP703", "LP704", "LP712", "LP713", "LP714", "LP715", "LP718")
-"""Rules whose message holds no numbers of its own module: equal messages are one finding."""
+        more = "" if len(named) < 2 or rule.per_message else " (the first of them)"
+        return Diagnostic(rule.code, rule.name, rule.severity, f"{about}: {message}{more}", rule.hint, tuple(named))
 
 
 def _few(names: Iterable[str], shown: int = 3) -> str:

@@ -18,7 +18,8 @@ from lora_probe.files.weights import FLOATS, Raw, widen
 from lora_probe.ledger import Finding
 from lora_probe.merging.report import TensorFinding
 from lora_probe.merging.rounding import narrow, through
-from lora_probe.rules.lp7_merging import not_judged, tensor_added, tensor_missing, untouched_changed
+from lora_probe.rules.lp7_merging import not_judged
+from lora_probe.rules.lp7_untouched import tensor_added, tensor_missing, untouched_changed
 
 CHUNK = 1 << 22
 """Bytes that are compared at a time."""

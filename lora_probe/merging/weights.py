@@ -30,7 +30,8 @@ from lora_probe.merging.rounding import UNIT
 from lora_probe.merging.scan import measure, replaced
 from lora_probe.merging.sites import Site
 from lora_probe.merging.untouched import absent_and_added, rounded_on_the_way, untouched
-from lora_probe.rules.lp7_merging import another_base, not_judged, tied_changed_too
+from lora_probe.rules.lp7_merging import not_judged
+from lora_probe.rules.lp7_untouched import merged_into_another_base, tied_changed_too
 
 PASSES = 10
 """How often the bytes of both models are computed with, at most: measured where every module is wrong."""
@@ -219,7 +220,7 @@ def _of_another_base(
     differing = [one for one in tensors if one.finding.code == "LP708"]
     if len(differing) <= ANOTHER_BASE * compared or len(differing) < 2:
         return modules, tensors
-    finding = another_base(len(differing), compared)
+    finding = merged_into_another_base(len(differing), compared)
     rest = [one for one in tensors if one.finding.code != "LP708"]
     hidden = [
         replace(module, findings=()) if {f.code for f in module.findings} <= {"LP706"} else module for module in modules

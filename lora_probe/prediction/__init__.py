@@ -1,6 +1,6 @@
 """The ledger that each engine will come to, predicted from files.
 
-In: a `Case`. Out: a `Prediction` with one ledger for each engine.
+In: a `Subject`. Out: a `Prediction` with one ledger for each engine.
 """
 
 from __future__ import annotations

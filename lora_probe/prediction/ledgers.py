@@ -1,7 +1,7 @@
 """The ledger that an engine will come to, predicted from files: `stored`, `read` and `placed` of every module.
 
-In: a `Case`. Out: for each engine a `Ledger` as `trace` would measure it there, with the reason for every module that
-will not take effect, and what the rules on the whole adapter found. PEFT decides from adapter_config.json
+In: a `Subject`. Out: for each engine a `Ledger` as `trace` would measure it there, with the reason for every module
+that will not take effect, and what the rules on the whole adapter found. PEFT decides from adapter_config.json
 (`inject_adapter`, `set_peft_model_state_dict`), vLLM from the names of the tensors (`LoRAModel.from_local_checkpoint`,
 `LoRAModelManager.activate_adapter`).
 """
@@ -9,31 +9,22 @@ will not take effect, and what the rules on the whole adapter found. PEFT decide
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lora_probe.adapter import adapter_in
 from lora_probe.adapter.spectrum import Spectrum, pair_spectrum
 from lora_probe.files.limits import step
 from lora_probe.ledger import OK, Finding, Ledger, Row, Station, graver
 from lora_probe.names import PREFIX, Key
-from lora_probe.rules import ENGINES, Found, Needs, Rule, surveys
-from lora_probe.rules.lp1_config import not_targeted
-from lora_probe.rules.lp2_names import (
-    doubled_prefix,
-    no_lora_layer_there,
-    no_such_module,
-    odd_ending,
-    other_class,
-    prefix_missing,
-    skipped,
-    starts,
-    wrapper_in_name,
-    wrapper_words,
-)
+from lora_probe.rules import ENGINES, AdapterFinding, Needs, Rule, family_of, surveys
+from lora_probe.rules.lp1_targets import not_targeted
+from lora_probe.rules.lp2_names import doubled_prefix, odd_ending, prefix_missing, wrapper_in_name
 from lora_probe.rules.lp2_weights import half_missing
+from lora_probe.rules.lp3_names import no_lora_layer_there, no_such_module, other_class, skipped
 from lora_probe.rules.lp4_serving import MAX_RANKS, outside_filter
+from lora_probe.rules.paths import starts, wrapper_words
 from lora_probe.rules.stored import Expected, expect
-from lora_probe.rules.subject import Case, Place
+from lora_probe.rules.subject import Place, Subject
 
 BASE_UNKNOWN = Finding("unknown", message="the base is not known")
 VIEW_UNKNOWN = Finding("unknown", message="what the engine has for this base is not known")
@@ -46,81 +37,81 @@ class Prediction:
     """What was found: by rule, and in the end by engine. `not_run` are the rules that had nothing to look at."""
 
     ledgers: Mapping[str, Ledger]
-    found: tuple[tuple[Rule, Found], ...]
+    findings: tuple[tuple[Rule, AdapterFinding], ...]
     not_run: tuple[tuple[Rule, str], ...]
 
 
-def predict(case: Case) -> Prediction:
+def predict(subject: Subject) -> Prediction:
     """Ask every rule, and take every pair through the stations that files decide, once for each engine."""
-    found: list[tuple[Rule, Found]] = []
+    findings: list[tuple[Rule, AdapterFinding]] = []
     not_run: list[tuple[Rule, str]] = []
     for rule, judge in surveys():
-        step(f"asking the rule {rule.code} {rule.name}", case.adapter.path)
-        why = _why_not(case, rule.needs)
+        step(f"asking the rule {rule.code} {rule.name}", subject.adapter.path)
+        why = _why_not(subject, rule.needs)
         if why:
             not_run.append((rule, why))
         else:
-            found += [(rule, one) for one in judge(case)]
-    spectra = {pair.key: pair_spectrum(case.adapter, pair) for pair in case.adapter.modules}
+            findings += [(rule, finding) for finding in judge(subject)]
+    spectra = {pair.key: pair_spectrum(subject.adapter, pair) for pair in subject.adapter.modules}
     ledgers = {}
     for engine in ENGINES:
-        step(f"predicting the ledger of {engine}", case.adapter.path)
-        ledgers[engine] = _ledger(case, engine, spectra, found)
-    return Prediction(ledgers, tuple(found), tuple(not_run))
+        step(f"predicting the ledger of {engine}", subject.adapter.path)
+        ledgers[engine] = _ledger(subject, engine, spectra, findings)
+    return Prediction(ledgers, tuple(findings), tuple(not_run))
 
 
-def _why_not(case: Case, needs: Needs) -> str:
-    if needs != "files" and case.base is None:
+def _why_not(subject: Subject, needs: Needs) -> str:
+    if needs != "files" and subject.base is None:
         return "the base is not known"
-    if needs == "weights of the base" and not (case.base is not None and case.base.shapes):
+    if needs == "weights of the base" and not (subject.base is not None and subject.base.shapes):
         return "the base's weights are not here, or not in safetensors files"
-    if needs == "vllm" and "vllm" not in case.views:
+    if needs == "vllm" and "vllm" not in subject.views:
         return "what vLLM has for this base is not known"
     return ""
 
 
 def _ledger(
-    case: Case, engine: str, spectra: Mapping[Key, Spectrum | None], found: Sequence[tuple[Rule, Found]]
+    subject: Subject,
+    engine: str,
+    spectra: Mapping[Key, Spectrum | None],
+    findings: Sequence[tuple[Rule, AdapterFinding]],
 ) -> Ledger:
-    view = case.views.get(engine)
-    shapes, aliases = case.shapes, {}
+    view = subject.views.get(engine)
+    shapes, aliases = subject.shapes, {}
     if view is not None and shapes is not None:
-        has = set(case.homes[engine].values())
+        has = set(subject.homes[engine].values())
         shapes = {name: shape for name, shape in shapes.items() if name in has}
-        aliases = case.aliases(engine)
-    expected = expect(case.adapter, shapes, aliases, spectra)
+        aliases = subject.aliases(engine)
+    expected = expect(subject.adapter, shapes, aliases, spectra)
     judge = _peft if engine == "peft" else _vllm
-    mine = [
-        (rule, one, frozenset(one.keys))
-        for rule, one in found
-        if one.value != "ok" and engine in (one.engines or rule.engines)
+    of_modules = [
+        (rule, finding, frozenset(finding.keys))
+        for rule, finding in findings
+        if finding.value != "ok" and engine in (finding.engines or rule.engines)
     ]
     rows = []
     for row in expected:
-        place = case.places[engine][row.entry.key] if row.entry is not None and view is not None else None
-        read, placed = judge(case, row, place) if row.entry is not None else (Finding("absent"), Finding("absent"))
+        place = subject.places[engine][row.entry.key] if row.entry is not None and view is not None else None
+        read, placed = judge(subject, row, place) if row.entry is not None else (Finding("absent"), Finding("absent"))
         stations: dict[Station, Finding] = {"stored": row.stored, "read": read, "placed": placed}
         key = row.entry.key if row.entry is not None else row.key
-        for rule, one, keys in mine:
+        for rule, finding, keys in of_modules:
             if key in keys:
-                stations[one.station] = graver(stations[one.station], Finding(one.value, rule.code, one.message))
+                of_rule = rule.finding(finding.value, finding.message, finding.field)
+                stations[finding.station] = graver(stations[finding.station], of_rule)
         stored_as = row.entry.stored_as if row.entry is not None else None
         engine_as = place.module.engine_as if place is not None and place.module is not None else None
         rows.append(Row(row.key, stations, row.expected_by, stored_as, engine_as))
     refusals = [
-        (rule.code, one.message)
-        for rule, one in sorted(found, key=lambda item: _ORDER.get(item[0].code[:3], 9))
-        if one.refuses and engine in (one.engines or rule.engines)
+        (rule.code, finding.message)
+        for rule, finding in sorted(findings, key=lambda item: family_of(item[0].code).loading_step)
+        if finding.refuses and engine in (finding.engines or rule.engines)
     ]
-    refusals += _shape_refusals(case, engine, expected)
+    refusals += _shape_refusals(subject, engine, expected)
     if not refusals:
         return Ledger(engine, tuple(rows), predicted=True)
     code, message = refusals[0]
     return Ledger(engine, tuple(_refused(row) for row in rows), True, message, code, predicted=True)
-
-
-_ORDER = {"LP1": 0, "LP4": 1, "LP2": 2, "LP3": 3}
-"""Which refusal comes first: engines read the config before the tensors."""
 
 
 def _refused(row: Row) -> Row:
@@ -130,7 +121,7 @@ def _refused(row: Row) -> Row:
     return Row(row.key, stations, row.expected_by, row.stored_as, row.engine_as)
 
 
-def _peft(case: Case, row: Expected, place: Place | None) -> tuple[Finding, Finding]:
+def _peft(subject: Subject, row: Expected, place: Place | None) -> tuple[Finding, Finding]:
     """`read` and `placed` in PEFT: the name as it stands, and whether the config targets the module."""
     assert row.entry is not None
     gone = Finding("absent")
@@ -142,56 +133,56 @@ def _peft(case: Case, row: Expected, place: Place | None) -> tuple[Finding, Find
     named = named or doubled_prefix(stored.removeprefix(PREFIX))
     if named is not None:
         return named, gone
-    targeted = bool(case.adapter.config.targeted([row.module])) or row.entry.parameter != "weight"
+    targeted = bool(subject.adapter.config.targeted([row.module])) or row.entry.parameter != "weight"
     if place is None:
-        return OK, _unknown(case) if targeted else not_targeted()
-    if place.module is None and ".experts." in f"{row.entry.module}." and case.views["peft"].parameters:
+        return OK, _unknown(subject) if targeted else not_targeted()
+    if place.module is None and ".experts." in f"{row.entry.module}." and subject.views["peft"].parameters:
         return EXPERTS_CONVERTED, EXPERTS_CONVERTED
-    if place.module is None and case.adapter.config.raw.get("layer_replication"):
+    if place.module is None and subject.adapter.config.raw.get("layer_replication"):
         return LAYERS_COPIED, LAYERS_COPIED
     if place.module is None:
-        return _homeless(row, "peft", case), gone
+        return _homeless(row, "peft", subject), gone
     if (ending := odd_ending(half.name, place.module.kind == "embedding", adapter_in(half))) is not None:
         return ending, gone
     if not targeted:
         return OK, not_targeted()
     # A parameter is adapted whatever kind of module it belongs to.
-    adaptable = not place.module.why_not or case.adapter.config.targets_parameter(f"{row.module}.weight")
+    adaptable = not place.module.why_not or subject.adapter.config.targets_parameter(f"{row.module}.weight")
     return OK, OK if adaptable else no_lora_layer_there(place.module.why_not)
 
 
-def _unknown(case: Case) -> Finding:
-    return BASE_UNKNOWN if case.base is None else VIEW_UNKNOWN
+def _unknown(subject: Subject) -> Finding:
+    return BASE_UNKNOWN if subject.base is None else VIEW_UNKNOWN
 
 
-def _vllm(case: Case, row: Expected, place: Place | None) -> tuple[Finding, Finding]:
+def _vllm(subject: Subject, row: Expected, place: Place | None) -> tuple[Finding, Finding]:
     """`read` and `placed` in vLLM: the name after its own renaming, and whether the layer is one that it wraps."""
     assert row.entry is not None
     gone = Finding("absent")
     stored = (row.entry.a or row.entry.b).name  # type: ignore[union-attr]
     if place is None:
         named = wrapper_in_name(wrapper_words(stored))
-        return (named, gone) if named is not None else (OK, _unknown(case))
+        return (named, gone) if named is not None else (OK, _unknown(subject))
     if place.dropped:
         return skipped(place.dropped), gone
     if place.module is None:
-        return wrapper_in_name(wrapper_words(stored)) or _homeless(row, "vllm", case), gone
+        return wrapper_in_name(wrapper_words(stored)) or _homeless(row, "vllm", subject), gone
     if place.module.why_not:
         return OK, no_lora_layer_there(place.module.why_not)
-    targets = case.serving.lora_target_modules
+    targets = subject.serving.lora_target_modules
     if targets is not None and not _passes(place, targets):
         return OK, outside_filter(targets)
     if place.module.packed and (missing := half_missing(row.entry)) is not None:
         # A packed layer is filled without the half, so nothing is added; vLLM says nothing.
-        return OK, Finding("absent", missing.code, missing.message)
+        return OK, replace(missing, value="absent")
     return OK, OK
 
 
-def _homeless(row: Expected, engine: str, case: Case) -> Finding:
+def _homeless(row: Expected, engine: str, subject: Subject) -> Finding:
     assert row.entry is not None
     if row.homeless and row.module != row.entry.module:
         return other_class(*starts(row.entry.stored_as, row.module))
-    return no_such_module(case.views[engine].model)
+    return no_such_module(subject.views[engine].model)
 
 
 def _passes(place: Place, targets: tuple[str, ...]) -> bool:
@@ -211,12 +202,12 @@ def _passes(place: Place, targets: tuple[str, ...]) -> bool:
 PACKED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 
 
-def _shape_refusals(case: Case, engine: str, expected: Sequence[Expected]) -> list[tuple[str, str]]:
+def _shape_refusals(subject: Subject, engine: str, expected: Sequence[Expected]) -> list[tuple[str, str]]:
     """Tensors that the engine cannot copy into its layers: PEFT wants the very shape, vLLM one that is not larger."""
     refusals = []
     for row in expected:
         pair = row.entry
-        place = case.places[engine][pair.key] if pair is not None and engine in case.places else None
+        place = subject.places[engine][pair.key] if pair is not None and engine in subject.places else None
         if pair is None or pair.parameter != "weight":
             continue
         if place is None:
@@ -232,11 +223,11 @@ def _shape_refusals(case: Case, engine: str, expected: Sequence[Expected]) -> li
         turned = pair.embedding or (engine == "vllm" and place.module.kind == "embedding")
         wide, tall = (shape[0], shape[1]) if turned else (shape[1], shape[0])
         if engine == "peft":
-            if case.adapter.config.targeted([row.module]):
-                rank = case.adapter.config.rank_of(row.module)
+            if subject.adapter.config.targeted([row.module]):
+                rank = subject.adapter.config.rank_of(row.module)
                 refusals += _mismatch(row, {"a": (rank, wide), "b": (tall, rank)})
-        elif not (case.serving.lora_target_modules and not _passes(place, case.serving.lora_target_modules)):
-            refusals += _vllm_slot(case, row, place, wide, tall)
+        elif not (subject.serving.lora_target_modules and not _passes(place, subject.serving.lora_target_modules)):
+            refusals += _vllm_slot(subject, row, place, wide, tall)
     return refusals[:1]
 
 
@@ -255,12 +246,12 @@ def _mismatch(row: Expected, wanted: Mapping[str, tuple[int, int]]) -> list[tupl
     return []
 
 
-def _vllm_slot(case: Case, row: Expected, place: Place, wide: int, tall: int) -> list[tuple[str, str]]:
+def _vllm_slot(subject: Subject, row: Expected, place: Place, wide: int, tall: int) -> list[tuple[str, str]]:
     """Why vLLM dies while it fills the slot (`set_lora`, `optimize`), if it does."""
     pair = row.entry
     assert pair is not None
     assert place.module is not None
-    limit = case.serving.max_lora_rank or MAX_RANKS[-1]
+    limit = subject.serving.max_lora_rank or MAX_RANKS[-1]
     missing = half_missing(pair)
     if missing is not None and (not place.module.packed or (pair.b is None and pair.scaling != 1)):
         return [(missing.code, f"`{pair.stored_as}`: {missing.message}")]

@@ -38,6 +38,7 @@ from lora_probe.recording.records import (
 )
 from lora_probe.recording.rows import Floats, Rows
 from lora_probe.recording.segments import Segment, joined, open_recorded, open_segment, read_rows, values
+from lora_probe.rules import all_rules
 from lora_probe.rules.lp5_loading import not_measured
 
 _SEGMENT = re.compile(r"[0-9]{1,18}\.safetensors")
@@ -184,9 +185,13 @@ class Trace:
     def _stations_of_loads(self) -> dict[int, dict[Key, dict[Station, Finding]]]:
         """What was found, by the number of the load, the module and the station."""
         found: dict[int, dict[Key, dict[Station, Finding]]] = {}
+        rules = all_rules()
         for process in self.workers:
             for record in process.of(StationRecord):
                 finding = Finding(record.value, record.code, record.message)
+                # A record holds no facts of its rule; a newer lora-probe may have written one that is not here.
+                if (rule := rules.get(record.code)) is not None:
+                    finding = rule.finding(record.value, record.message)
                 stations = found.setdefault(record.load, {})
                 for key in record.keys:
                     mine = stations.setdefault(key, {})

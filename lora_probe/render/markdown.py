@@ -9,8 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from lora_probe.rules import Rule
-from lora_probe.rules.registry import FAMILIES
+from lora_probe.rules import Rule, family_of
 
 HEAD = """# Rules
 
@@ -38,7 +37,7 @@ def families(rules: Sequence[Rule]) -> dict[str, list[Rule]]:
     """The rules by the titles of their families."""
     found: dict[str, list[Rule]] = {}
     for rule in rules:
-        found.setdefault(_family(rule.code), []).append(rule)
+        found.setdefault(family_of(rule.code).heading, []).append(rule)
     return found
 
 
@@ -68,11 +67,6 @@ def _contents(families: dict[str, list[Rule]]) -> Iterable[str]:
             heading = f"{rule.code} {rule.name}"
             yield f"  - [{heading}](#{_anchor(heading)}): {_escaped(first_sentence(rule).rstrip('.'))}"
     yield ""
-
-
-def _family(code: str) -> str:
-    known = f"{code[:3]}xx"
-    return next((title for title in FAMILIES.values() if title.startswith(f"{known}:")), known)
 
 
 def _anchor(heading: str) -> str:

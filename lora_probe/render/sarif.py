@@ -23,8 +23,6 @@ from lora_probe.rules import Diagnostic, Rule, Severity, all_rules
 SCHEMA = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
 LEVELS: dict[Severity, str] = {"error": "error", "warning": "warning", "info": "note"}
 SEVERITIES: dict[Severity, str] = {"error": "error", "warning": "warning", "info": "recommendation"}
-MEASURED = ("applied", "agrees", "merge")
-"""Stations that only a run or a merge has: rules of these are listed if they were found, else not."""
 
 
 def sarif(found: Sequence[Report], lost: Sequence[Lost] = ()) -> dict[str, Any]:
@@ -32,7 +30,8 @@ def sarif(found: Sequence[Report], lost: Sequence[Lost] = ()) -> dict[str, Any]:
     mentioned = {d.code for report in found for d in report.diagnostics}
     mentioned |= {code for report in found for one in report.not_run for code in one.codes}
     known = all_rules()
-    rules = [rule for code, rule in known.items() if code in mentioned or rule.station not in MEASURED]
+    # What only a run or a merge shows is listed if it was found, else not.
+    rules = [rule for code, rule in known.items() if code in mentioned or not rule.measured]
     numbers = {rule.code: number for number, rule in enumerate(rules)}
     return {
         "$schema": SCHEMA,
@@ -100,8 +99,7 @@ def _results(found: Iterable[Report], numbers: dict[str, int]) -> Iterable[dict[
 
 
 def _message(diagnostic: Diagnostic) -> str:
-    about = name_modules(diagnostic.modules)
-    about = "" if not about or about in diagnostic.message else f"{about}: "
+    about = f"{name_modules(diagnostic.modules)}: " if diagnostic.modules and not diagnostic.names_modules else ""
     hint = f"\nhint: {_text(diagnostic.hint)}" if diagnostic.hint else ""
     return f"{_text(about + diagnostic.message)}{hint}"
 

@@ -1,25 +1,41 @@
 """Rules: each one way in which an adapter goes wrong, with a stable code and a page.
 
-In: facts about a module, or a `Case`. Out: a `Finding` at a station, or a `Found` for the whole adapter. The families
-are named by their codes: `lp1_config` to `lp7_merging`.
+In: facts about a module, or a `Subject`. Out: a `Finding` at a station, or `AdapterFinding`s for the whole adapter. The
+families are named by their codes: `lp1_config` to `lp7_merging`.
 """
 
 from __future__ import annotations
 
 from lora_probe.rules.diagnostics import Diagnostic, as_json, diagnose, diagnostic
-from lora_probe.rules.registry import ENGINES, Found, Needs, Rule, Severity, all_rules, rule, survey, surveys
+from lora_probe.rules.registry import (
+    ENGINES,
+    AdapterFinding,
+    Family,
+    Needs,
+    Rule,
+    Sentence,
+    Severity,
+    all_rules,
+    family_of,
+    rule,
+    survey,
+    surveys,
+)
 
 __all__ = [
     "ENGINES",
+    "AdapterFinding",
     "Diagnostic",
-    "Found",
+    "Family",
     "Needs",
     "Rule",
+    "Sentence",
     "Severity",
     "all_rules",
     "as_json",
     "diagnose",
     "diagnostic",
+    "family_of",
     "rule",
     "survey",
     "surveys",

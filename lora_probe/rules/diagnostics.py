@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from lora_probe.files import shown
-from lora_probe.ledger import Ledger, Value, clauses
-from lora_probe.rules.registry import Found, Rule, Severity, all_rules
+from lora_probe.ledger import Clause, Ledger, Value, clauses
+from lora_probe.rules.registry import AdapterFinding, Rule, Severity, all_rules
 
 
 @dataclass(frozen=True)
 class Diagnostic:
-    """One finding for a person or a program, over all modules that share it."""
+    """One finding for a person or a program, over all modules that share it. `names_modules`: the message does so."""
 
     code: str
     name: str
@@ -28,23 +28,29 @@ class Diagnostic:
     engines: tuple[str, ...] = ()
     path: str | None = None
     line: int | None = None
+    names_modules: bool = False
 
 
 def diagnose(ledger: Ledger) -> list[Diagnostic]:
     """The ledger's losses and errors as diagnostics, one for each rule and station."""
-    known = all_rules()
-    found = []
+    rules = all_rules()
+    diagnostics = []
     if ledger.refused:
-        found.append(_diagnostic(known["LP401"], ledger.message, (), ledger.engine))
-    for sentence, finding, rows in clauses(ledger):
+        refused = rules["LP401"]
+        diagnostics.append(
+            Diagnostic(
+                refused.code, refused.name, refused.severity, ledger.message, refused.hint, engines=(ledger.engine,)
+            )
+        )
+    for clause in clauses(ledger):
+        finding = clause.finding
         if ledger.refused and not finding.code.startswith(("LP2", "LP3")):
             # What the engine would have done with it nobody knows; what is wrong in the file may be the reason.
             continue
-        modules = tuple(row.module for row in rows)
         code = finding.code or "LP500"
-        rule = known.get(code) or _unknown(code, finding.value)
-        found.append(_diagnostic(rule, sentence, modules, ledger.engine))
-    return found
+        rule = rules.get(code) or _unknown(code, finding.value)
+        diagnostics.append(of_clause(rule, clause, ledger.engine))
+    return diagnostics
 
 
 def _unknown(code: str, value: Value) -> Rule:
@@ -53,17 +59,33 @@ def _unknown(code: str, value: Value) -> Rule:
     return Rule(shown(code), "unknown-rule", "load", value, "error", hint, page="")
 
 
-def diagnostic(rule: Rule, found: Found, path: Path, line: int | None) -> Diagnostic:
+def diagnostic(rule: Rule, finding: AdapterFinding, path: Path, line: int | None) -> Diagnostic:
     """What a rule on a whole adapter found, in the file and line that it is about."""
-    modules = tuple(dict.fromkeys(module for module, _, _ in found.keys))
-    engines = found.engines or rule.engines
     return Diagnostic(
-        rule.code, rule.name, rule.severity, found.message, rule.hint, modules, engines, str(found.path or path), line
+        rule.code,
+        rule.name,
+        rule.severity,
+        finding.message,
+        rule.hint,
+        tuple(dict.fromkeys(module for module, _, _ in finding.keys)),
+        finding.engines or rule.engines,
+        str(finding.path or path),
+        line,
     )
 
 
-def _diagnostic(rule: Rule, message: str, modules: tuple[str, ...], engine: str) -> Diagnostic:
-    return Diagnostic(rule.code, rule.name, rule.severity, message, rule.hint, modules, (engine,))
+def of_clause(rule: Rule, clause: Clause, engine: str) -> Diagnostic:
+    """A clause of an engine's ledger."""
+    return Diagnostic(
+        rule.code,
+        rule.name,
+        rule.severity,
+        clause.with_code,
+        rule.hint,
+        clause.modules,
+        (engine,),
+        names_modules=clause.names_modules,
+    )
 
 
 def as_json(diagnostic: Diagnostic) -> dict[str, Any]:

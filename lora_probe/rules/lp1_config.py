@@ -1,4 +1,4 @@
-"""LP1xx: what adapter_config.json shows. In: a `Case`, or what reading it said. Out: refusals and findings."""
+"""LP1xx: what adapter_config.json shows. In: a `Subject`, or what reading it said. Out: refusals and findings."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from lora_probe.adapter.pattern_index import ends
 from lora_probe.files import brief, shown
-from lora_probe.rules.lp2_names import listed
-from lora_probe.rules.registry import Found, rule, survey
+from lora_probe.rules.paths import listed
+from lora_probe.rules.registry import AdapterFinding, Family, rule, survey
 
 if TYPE_CHECKING:
-    from lora_probe.rules.subject import Case
+    from lora_probe.rules.subject import Subject
+
+FAMILY = Family("LP1", "adapter_config.json", commands="check", loading_step=0)
 
 REQUIRED = ("r", "lora_alpha", "target_modules")
 """vLLM's `PEFTHelper.from_dict` asks for these; PEFT has defaults."""
@@ -69,7 +70,7 @@ def not_lora(message: str) -> str:
     "field-missing",
     hint="write the value that the adapter was trained with; the training script or its log has it",
 )
-def field_missing(case: Case) -> Iterator[Found]:
+def field_missing(subject: Subject) -> Iterator[AdapterFinding]:
     """A field that an engine requires is not in the config.
 
     What it does: asks for `r`, `lora_alpha` and `target_modules`, which vLLM requires, and for `peft_type`, which PEFT
@@ -84,14 +85,16 @@ def field_missing(case: Case) -> Iterator[Found]:
 
     Mend: write the trained value into adapter_config.json.
     """
-    config = case.adapter.config
+    config = subject.adapter.config
     missing = [name for name in REQUIRED if name not in config.raw]
     if missing:
         names = ", ".join(f"`{name}`" for name in missing)
         assumed = f"PEFT assumes r {config.rank} and lora_alpha {config.alpha:g}"
-        yield Found(f"the config has no {names} ({assumed})", engines=("vllm",), refuses=True, path=config.path)
+        yield AdapterFinding(
+            f"the config has no {names} ({assumed})", engines=("vllm",), refuses=True, path=config.path
+        )
     if "peft_type" not in config.raw:
-        yield Found("the config has no `peft_type`", engines=("peft",), refuses=True, path=config.path)
+        yield AdapterFinding("the config has no `peft_type`", engines=("peft",), refuses=True, path=config.path)
 
 
 @survey(
@@ -100,7 +103,7 @@ def field_missing(case: Case) -> Iterator[Found]:
     severity="warning",
     hint="delete the one that is not meant: of two, the last counts",
 )
-def key_twice(case: Case) -> Iterator[Found]:
+def key_twice(subject: Subject) -> Iterator[AdapterFinding]:
     """A key stands more than once in adapter_config.json.
 
     Why it matters: Python's JSON reader, which PEFT and vLLM use, takes the last one without a word; another reader may
@@ -108,128 +111,20 @@ def key_twice(case: Case) -> Iterator[Found]:
 
     Mend: delete one.
     """
-    config = case.adapter.config
+    config = subject.adapter.config
     for key in config.repeated[:MOST_KEYS]:
-        yield Found(f"`{shown(key)}` stands more than once; {brief(config.raw.get(key))} counts", field=key)
+        yield AdapterFinding(f"`{shown(key)}` stands more than once; {brief(config.raw.get(key))} counts", field=key)
     if rest := config.repeated[MOST_KEYS:]:
-        yield Found(f"{listed(rest)} stand more than once; the last of each counts", field=rest[0])
-
-
-@survey(
-    "LP105",
-    "pattern-without-module",
-    severity="warning",
-    hint="correct the pattern, or take it out; it is matched against the end of a module's path",
-)
-def pattern_without_module(case: Case) -> Iterator[Found]:
-    """A key of rank_pattern or alpha_pattern matches no module of the adapter.
-
-    What it does: matches each key against the names in the file, as vLLM does, and the modules that the config
-    targets, as PEFT does.
-
-    Why it matters: the rank or alpha that was meant is not used, and the module runs with the general one. PEFT 0.21
-    warns when it builds the adapter; vLLM 0.32 says nothing.
-
-    Example: `{"q_porj": 16}`. References: axolotl-ai-cloud/axolotl#3673.
-    """
-    config = case.adapter.config
-    names = {m.module if m.parameter == "weight" else f"{m.module}.{m.parameter}" for m in case.adapter.modules}
-    names |= case.targeted
-    for field, patterns in (("rank_pattern", config.ranks), ("alpha_pattern", config.alphas)):
-        idle = patterns.idle(names)
-        if idle and names:
-            yield Found(f"{field} has {listed(idle)}, which matches no module of the adapter", field=field)
-
-
-@rule(
-    "LP106",
-    "not-targeted",
-    "placed",
-    "absent",
-    engines=("peft",),
-    hint="add the module to target_modules, if it was trained: the tensors are in the file",
-)
-def not_targeted() -> str:
-    """The file holds a pair that the config does not target.
-
-    What it does: resolves target_modules, exclude_modules, layers_to_transform and layers_pattern as PEFT does, and
-    holds them against the names in the file.
-
-    Why it matters: the engines run different adapters, and both look healthy. PEFT 0.21 makes layers for the config's
-    modules alone and drops the other tensors without a word; vLLM (0.30 to 0.33) never looks at the config for
-    that and applies every tensor.
-
-    Example: adapter_config.json of another run beside the right weights. References: hiyouga/LlamaFactory#10662.
-    """
-    return "the config does not target it"
-
-
-@survey(
-    "LP107",
-    "nothing-targeted",
-    engines=("peft",),
-    needs="base",
-    hint="correct target_modules: PEFT compares it with the paths of the base's modules",
-)
-def nothing_targeted(case: Case) -> Iterator[Found]:
-    """The config targets no module of the base at all.
-
-    Why it matters: PEFT 0.21 refuses (`Target modules ... not found in the base model`). vLLM 0.32 decides from the
-    tensors and does not look at the field.
-
-    Example: `["query_key_value"]` on a Llama; an expression that is matched against a part of the name, where PEFT
-    matches the whole. References: hiyouga/LlamaFactory#10662.
-    """
-    config = case.adapter.config
-    if case.targeted or config.raw.get("target_parameters") or not case.shapes:
-        return
-    yield Found(
-        f"target_modules {_named(config.target_modules)} matches none of the {len(case.shapes)} modules of the base",
-        engines=("peft",),
-        refuses=True,
-        field="target_modules",
-    )
-
-
-@survey(
-    "LP108",
-    "target-matches-nothing",
-    severity="info",
-    engines=("peft",),
-    needs="base",
-    hint="harmless if the name belongs to another kind of model; a typo if it does not",
-)
-def target_matches_nothing(case: Case) -> Iterator[Found]:
-    """One of several target_modules matches no module of the base.
-
-    Why it matters: PEFT 0.21 takes the others and says nothing, so a typo leaves its modules untrained.
-
-    Example: `["q_proj", "v_proj", "query"]`: lists that are meant for several kinds of models.
-    """
-    config = case.adapter.config
-    if not isinstance(config.target_modules, tuple) or not case.shapes or not case.targeted:
-        return
-    idle = set(config.target_modules)
-    idle -= {name.rpartition(".")[2] for name in config.raw.get("target_parameters") or ()}
-    for path in (*case.shapes, *(pair.module for pair in case.adapter.modules)):
-        idle.difference_update(ends(path))
-    if idle:
-        names = [name for name in config.target_modules if name in idle]
-        yield Found(f"target_modules names {listed(names)}, which is no module of the base", field="target_modules")
-
-
-def _named(targets: str | tuple[str, ...] | None) -> str:
-    if not targets:
-        return "(none)"
-    return listed(targets if isinstance(targets, tuple) else (targets,))
+        yield AdapterFinding(f"{listed(rest)} stand more than once; the last of each counts", field=rest[0])
 
 
 @survey(
     "LP109",
     "init-lost-on-load",
     hint="convert it while the training run is there: save_pretrained(path_initial_model_for_weight_conversion=...)",
+    field="init_lora_weights",
 )
-def init_lost(case: Case) -> Iterator[Found]:
+def init_lost(subject: Subject) -> Iterator[AdapterFinding]:
     """The initialisation changed the base by something that no engine can compute again.
 
     What it does: looks for `lora_ga` and for `pissa_niter_N` in init_lora_weights.
@@ -242,15 +137,14 @@ def init_lost(case: Case) -> Iterator[Found]:
     Mend: save it with `path_initial_model_for_weight_conversion`, which makes a plain LoRA adapter of it.
     References: huggingface/peft#1929.
     """
-    init = case.adapter.config.raw.get("init_lora_weights")
+    init = subject.adapter.config.raw.get("init_lora_weights")
     if not isinstance(init, str):
         return
     if init.lower() == "lora_ga":
-        yield Found("init_lora_weights is `lora_ga`: the part taken out of the base is lost", field="init_lora_weights")
+        yield AdapterFinding("init_lora_weights is `lora_ga`: the part taken out of the base is lost")
     elif init.lower().startswith("pissa_niter"):
-        yield Found(
+        yield AdapterFinding(
             f"init_lora_weights is `{shown(init)}`: PEFT computes another base at every load",
-            field="init_lora_weights",
             engines=("peft",),
         )
 
@@ -260,8 +154,9 @@ def init_lost(case: Case) -> Iterator[Found]:
     "unknown-init",
     engines=("peft",),
     hint="write `true`: an initialisation says how training began, and a saved adapter needs none",
+    field="init_lora_weights",
 )
-def unknown_init(case: Case) -> Iterator[Found]:
+def unknown_init(subject: Subject) -> Iterator[AdapterFinding]:
     """init_lora_weights is a word that PEFT does not know.
 
     Why it matters: PEFT 0.21 refuses (`Unknown initialization`), although the word means nothing for a trained adapter;
@@ -269,12 +164,12 @@ def unknown_init(case: Case) -> Iterator[Found]:
 
     Example: `"gausian"`; a word that a newer PEFT knows.
     """
-    init = case.adapter.config.raw.get("init_lora_weights")
+    init = subject.adapter.config.raw.get("init_lora_weights")
     if not init or init is True:
         return
     if isinstance(init, str) and (init in INITS or init.lower() in ANY_CASE or _NITER.fullmatch(init)):
         return
-    yield Found(f"PEFT does not know init_lora_weights {brief(init)}", refuses=True, field="init_lora_weights")
+    yield AdapterFinding(f"PEFT does not know init_lora_weights {brief(init)}", refuses=True)
 
 
 INITS = ("pissa", "eva", "loftq", "orthogonal", "lora_ga")
@@ -289,7 +184,7 @@ _NITER = re.compile(r"pissa_niter_\d+")
     engines=("peft",),
     hint="write the value that PEFT's documentation of LoraConfig gives; vLLM does not look at most of these",
 )
-def refused_value(case: Case) -> Iterator[Found]:
+def refused_value(subject: Subject) -> Iterator[AdapterFinding]:
     """A field of the config has a value with which PEFT cannot load the adapter.
 
     What it does: mirrors what `LoraConfig` and the building of the layers check in PEFT 0.21: the task, the bias, the
@@ -300,7 +195,7 @@ def refused_value(case: Case) -> Iterator[Found]:
 
     Example: `"task_type": "causal_lm"`; `"r": 8.0`, as some converters write it.
     """
-    raw = case.adapter.config.raw
+    raw = subject.adapter.config.raw
     for field, wrong in (
         ("task_type", raw.get("task_type") is not None and raw["task_type"] not in TASKS),
         ("bias", "bias" in raw and raw["bias"] not in ("none", "all", "lora_only")),
@@ -311,16 +206,18 @@ def refused_value(case: Case) -> Iterator[Found]:
         ("trainable_token_indices", raw.get("trainable_token_indices") == []),
     ):
         if wrong:
-            yield Found(f"PEFT does not take `{field}`: {brief(raw[field])}", refuses=True, field=field)
+            yield AdapterFinding(f"PEFT does not take `{field}`: {brief(raw[field])}", refuses=True, field=field)
     layers = raw.get("layers_to_transform")
-    if isinstance(case.adapter.config.target_modules, str) and layers is not None and "target_modules" in raw:
-        yield Found(
+    if isinstance(subject.adapter.config.target_modules, str) and layers is not None and "target_modules" in raw:
+        yield AdapterFinding(
             "layers_to_transform goes with a list of target_modules, and this is an expression",
             refuses=True,
             field="layers_to_transform",
         )
     elif raw.get("layers_pattern") and not layers and layers != 0:
-        yield Found("layers_pattern says nothing without layers_to_transform", refuses=True, field="layers_pattern")
+        yield AdapterFinding(
+            "layers_pattern says nothing without layers_to_transform", refuses=True, field="layers_pattern"
+        )
 
 
 TASKS = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
@@ -339,7 +236,7 @@ def _share(value: object) -> bool:
     "variant-not-read",
     hint="serve it with PEFT, or merge it first where PEFT can",
 )
-def variant_not_read(case: Case) -> Iterator[Found]:
+def variant_not_read(subject: Subject) -> Iterator[AdapterFinding]:
     """The config asks for a variant of LoRA in a field that vLLM never reads.
 
     What it does: any field that holds a value, that vLLM's `PEFTHelper` does not declare, and that is neither about
@@ -352,20 +249,25 @@ def variant_not_read(case: Case) -> Iterator[Found]:
     """
     fields = [
         field
-        for field, value in case.adapter.config.raw.items()
+        for field, value in subject.adapter.config.raw.items()
         if value and field not in READ_BY_VLLM | HARMLESS and (field.endswith("_config") or field.startswith("use_"))
     ]
     plain = "vLLM never reads it: it runs the adapter as plain LoRA"
     for field in fields[:MOST_KEYS]:
-        yield Found(f"`{shown(field)}` has a value, and {plain}", engines=("vllm",), field=field)
+        yield AdapterFinding(f"`{shown(field)}` has a value, and {plain}", engines=("vllm",), field=field)
     if rest := fields[MOST_KEYS:]:
         plain = "vLLM never reads them: it runs the adapter as plain LoRA"
-        yield Found(f"{listed(rest)} have values, and {plain}", engines=("vllm",), field=rest[0])
+        yield AdapterFinding(f"{listed(rest)} have values, and {plain}", engines=("vllm",), field=rest[0])
     if "arrow_config" in fields:
         field = "arrow_config"
-        yield Found("PEFT cannot load an Arrow router by itself", engines=("peft",), refuses=True, field=field)
+        yield AdapterFinding("PEFT cannot load an Arrow router by itself", engines=("peft",), refuses=True, field=field)
 
 
+READ_BY_PEFT_ALONE = frozenset(
+    ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters")
+)
+"""Fields that decide which modules are meant. vLLM goes by the names of the tensors: what is wrong in such a field is
+an error in PEFT alone, although vLLM requires `target_modules` to be there."""
 READ_BY_VLLM = frozenset(
     (
         "r",

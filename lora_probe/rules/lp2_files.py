@@ -1,4 +1,4 @@
-"""LP2xx: the files of an adapter as a whole, and the config against the tensors. In: a `Case`. Out: `Found`s."""
+"""LP2xx: the files of an adapter as a whole. In: a `Subject`. Out: `AdapterFinding`s."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ from lora_probe.files import brief, shown
 from lora_probe.files.json_object import read_json
 from lora_probe.files.weights import TensorHeader, stretch
 from lora_probe.names import PREFIX, layer_of, ranges
-from lora_probe.rules.registry import Found, rule, survey
+from lora_probe.rules.registry import AdapterFinding, Family, rule, survey
 
 if TYPE_CHECKING:
-    from lora_probe.rules.subject import Case
+    from lora_probe.rules.subject import Subject
+
+FAMILY = Family("LP2", "the weights file", commands="check, and trace for what it measures", loading_step=2)
 
 HEADS = ("score", "classifier")
 EMBEDDINGS = (*checkpoint.EMBEDDINGS, *view.HEADS)
@@ -75,7 +77,7 @@ def weights_unreadable(message: str) -> str:
     "no-pairs",
     hint="save the adapter again; with ZeRO-3 or FSDP gather the weights first",
 )
-def no_pairs(case: Case) -> Iterator[Found]:
+def no_pairs(subject: Subject) -> Iterator[AdapterFinding]:
     """The file holds no LoRA pair at all.
 
     Why it matters: training went well and nothing of it was saved: a state dict that was filtered twice, a rank without
@@ -84,13 +86,13 @@ def no_pairs(case: Case) -> Iterator[Found]:
 
     References: huggingface/peft#286, huggingface/trl#4416.
     """
-    if case.adapter.modules:
+    if subject.adapter.modules:
         return
-    path = case.adapter.weights.path
-    tensors = len(case.adapter.weights.tensors)
+    path = subject.adapter.weights.path
+    tensors = len(subject.adapter.weights.tensors)
     what = "no tensor" if not tensors else f"{tensors} tensors, none of them half of a LoRA pair"
-    yield Found(f"the file holds {what}", engines=("vllm",), refuses=True, path=path)
-    yield Found(f"the file holds {what}: PEFT serves the base", engines=("peft",), path=path)
+    yield AdapterFinding(f"the file holds {what}", engines=("vllm",), refuses=True, path=path)
+    yield AdapterFinding(f"the file holds {what}: PEFT serves the base", engines=("peft",), path=path)
 
 
 @survey(
@@ -99,7 +101,7 @@ def no_pairs(case: Case) -> Iterator[Found]:
     engines=("vllm",),
     hint="vLLM applies A and B of linear layers, and embeddings where its class says so: merge to serve the rest",
 )
-def refused_tensor(case: Case) -> Iterator[Found]:
+def refused_tensor(subject: Subject) -> Iterator[AdapterFinding]:
     """The file holds a tensor that is not half of a pair, and vLLM's loader refuses the file for it.
 
     What it does: mirrors `parse_fine_tuned_lora_name`: names must end in lora_A.weight, lora_B.weight,
@@ -111,19 +113,19 @@ def refused_tensor(case: Case) -> Iterator[Found]:
     Example: magnitude vectors of DoRA, trained embeddings and heads (modules_to_save), trained tokens, biases.
     References: vllm-project/vllm#10849, #9280, #36501.
     """
-    tensors = case.adapter.weights.tensors
-    refused = [name for name in tensors if not _vllm_parses(name, case) and adapter_in(tensors[name]) is None]
+    tensors = subject.adapter.weights.tensors
+    refused = [name for name in tensors if not _vllm_parses(name, subject) and adapter_in(tensors[name]) is None]
     if refused:
         more = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
-        yield Found(
-            f"`{shown(refused[0])}`{more} is unsupported LoRA weight", refuses=True, path=case.adapter.weights.path
+        yield AdapterFinding(
+            f"`{shown(refused[0])}`{more} is unsupported LoRA weight", refuses=True, path=subject.adapter.weights.path
         )
 
 
-def _vllm_parses(name: str, case: Case) -> bool:
+def _vllm_parses(name: str, subject: Subject) -> bool:
     if name.endswith((".embed_tokens.base_layer.weight", ".lm_head.base_layer.weight")):
         return True
-    vllm = case.views.get("vllm")
+    vllm = subject.views.get("vllm")
     if vllm is not None and vllm.skips(name):
         return True
     parts = name.split(".")
@@ -132,16 +134,17 @@ def _vllm_parses(name: str, case: Case) -> bool:
     if len(parts) < 2 or parts[-1] not in ("weight", "bias"):
         return False
     if parts[-2] in ("lora_A", "lora_B"):
-        return parts[-1] == "weight" or case.serving.vllm.drops_bias_of_b
-    return parts[-2] in HEADS and case.serving.vllm.classification_heads
+        return parts[-1] == "weight" or subject.serving.vllm.drops_bias_of_b
+    return parts[-2] in HEADS and subject.serving.vllm.classification_heads
 
 
 @survey(
     "LP219",
     "adapter-name-in-keys",
     hint="take the adapter's name out of the keys: `lora-probe check --fix` does it",
+    fixable=True,
 )
-def adapter_name_in_keys(case: Case) -> Iterator[Found]:
+def adapter_name_in_keys(subject: Subject) -> Iterator[AdapterFinding]:
     """The keys carry the name that the adapter had in the live model: `lora_A.default.weight`.
 
     Why it matters: the state dict of the model was saved in place of PEFT's `save_pretrained`. vLLM (0.30 to 0.33)
@@ -150,19 +153,19 @@ def adapter_name_in_keys(case: Case) -> Iterator[Found]:
 
     Mend: save with `save_pretrained`, or rename the keys.
     """
-    named = {tensor.name: name for tensor in case.adapter.weights.tensors.values() if (name := adapter_in(tensor))}
+    named = {tensor.name: name for tensor in subject.adapter.weights.tensors.values() if (name := adapter_in(tensor))}
     if not named:
         return
     first, more = next(iter(named.items())), f" (and {len(named) - 1} more)" if len(named) > 1 else ""
     said = f"`{shown(first[0])}`{more} holds the adapter's name `{shown(first[1])}`"
-    yield Found(said, engines=("vllm",), refuses=True, path=case.adapter.weights.path)
+    yield AdapterFinding(said, engines=("vllm",), refuses=True, path=subject.adapter.weights.path)
     dropped = tuple(
         pair.key
-        for pair in case.adapter.modules
+        for pair in subject.adapter.modules
         if any(named.get(tensor.name, "default") != "default" for tensor in (pair.a, pair.b) if tensor is not None)
     )
     if dropped:
-        yield Found(said, dropped, "read", "absent", engines=("peft",), path=case.adapter.weights.path)
+        yield AdapterFinding(said, dropped, "read", "absent", engines=("peft",), path=subject.adapter.weights.path)
 
 
 @survey(
@@ -170,7 +173,7 @@ def adapter_name_in_keys(case: Case) -> Iterator[Found]:
     "module-twice",
     hint="keep one of the two: the engines do not agree on which one counts",
 )
-def module_twice(case: Case) -> Iterator[Found]:
+def module_twice(subject: Subject) -> Iterator[AdapterFinding]:
     """Two tensors of the file are the same half of the same module.
 
     What it does: where their values differ, vLLM's modules are called wrong.
@@ -179,47 +182,50 @@ def module_twice(case: Case) -> Iterator[Found]:
 
     Example: a script that saved the adapter with and without the prefix into one file.
     """
-    yield from _merged_by_vllm(case)
-    twice = [other for other in case.adapter.others if other.of_pair]
+    yield from _merged_by_vllm(subject)
+    twice = [other for other in subject.adapter.others if other.of_pair]
     if not twice:
         return
-    halves = {name_of(t): (pair.key, t) for pair in case.adapter.modules for t in (pair.a, pair.b) if t is not None}
+    halves = {name_of(t): (pair.key, t) for pair in subject.adapter.modules for t in (pair.a, pair.b) if t is not None}
     wrong = []
     for other in twice:
         key, kept = halves.get(name_of(other.tensor), (None, other.tensor))
-        if key is not None and not _equal(case, kept, other.tensor):
+        if key is not None and not _equal(subject, kept, other.tensor):
             wrong.append(key)
     more = f" and {len(twice) - 1} more" if len(twice) > 1 else ""
-    yield Found(
+    yield AdapterFinding(
         f"`{shown(twice[0].tensor.name)}`{more}: another tensor of the file is the same half",
         keys=tuple(dict.fromkeys(wrong)),
         value="wrong" if wrong else "ok",
         engines=("vllm",) if wrong else (),
-        path=case.adapter.weights.path,
+        path=subject.adapter.weights.path,
     )
 
 
-def _merged_by_vllm(case: Case) -> Iterator[Found]:
+def _merged_by_vllm(subject: Subject) -> Iterator[AdapterFinding]:
     """Pairs of several names that are one module to vLLM: it takes every `base_model.model.` out of a name."""
     groups: dict[str, list[AdapterModule]] = {}
-    for pair in case.adapter.modules:
-        place = case.places["vllm"][pair.key] if "vllm" in case.places else None
+    for pair in subject.adapter.modules:
+        place = subject.places["vllm"][pair.key] if "vllm" in subject.places else None
         if place is not None and place.name is not None:
             groups.setdefault(f"{place.name} {pair.parameter}", []).append(pair)
     several = [pairs for pairs in groups.values() if len(pairs) > 1]
     if several:
         first = several[0]
         keys = tuple(
-            pair.key for pairs in several if not _same(case, pairs) for pair in sorted(pairs, key=_place_in_file)[:-1]
+            pair.key
+            for pairs in several
+            if not _same(subject, pairs)
+            for pair in sorted(pairs, key=_place_in_file)[:-1]
         )
-        yield Found(
+        yield AdapterFinding(
             f"`{shown(first[0].stored_as)}` and `{shown(first[1].stored_as)}` are one module to vLLM, "
             + "which takes the last"
             + (f" (and {len(several) - 1} more such)" if len(several) > 1 else ""),
             keys=keys,
             value="wrong" if keys else "ok",
             engines=("vllm",),
-            path=case.adapter.weights.path,
+            path=subject.adapter.weights.path,
         )
 
 
@@ -227,18 +233,18 @@ def _place_in_file(pair: AdapterModule) -> int:
     return max(tensor.start for tensor in pair.tensors)
 
 
-def _same(case: Case, pairs: list[AdapterModule]) -> bool:
+def _same(subject: Subject, pairs: list[AdapterModule]) -> bool:
     one, *others = pairs
     halves = [(one.a, other.a) for other in others] + [(one.b, other.b) for other in others]
-    return all(mine is not None and other is not None and _equal(case, mine, other) for mine, other in halves)
+    return all(mine is not None and other is not None and _equal(subject, mine, other) for mine, other in halves)
 
 
 def name_of(tensor: TensorHeader) -> str:
     return tensor.name.removeprefix(PREFIX)
 
 
-def _equal(case: Case, one: TensorHeader, other: TensorHeader) -> bool:
-    file = case.adapter.weights
+def _equal(subject: Subject, one: TensorHeader, other: TensorHeader) -> bool:
+    file = subject.adapter.weights
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
     stretches = range(0, one.parameters, STRETCH)
@@ -256,7 +262,7 @@ STRETCH = 2**20
     severity="warning",
     hint="give the base with --model to be sure; save the adapter again if the layer was trained",
 )
-def gap_in_layers(case: Case) -> Iterator[Found]:
+def gap_in_layers(subject: Subject) -> Iterator[AdapterFinding]:
     """Layers between others have no pair in the file. Asked only where the base is not known; else LP204 is sure.
 
     What it does: looks for gaps in the layer numbers that no layers_to_transform, no expression and no regular step
@@ -265,18 +271,18 @@ def gap_in_layers(case: Case) -> Iterator[Found]:
     Why it matters: a shard or a pipeline stage was not saved. vLLM (0.30 to 0.33) serves the base there and says
     nothing.
     """
-    config = case.adapter.config
+    config = subject.adapter.config
     plain = isinstance(config.target_modules, tuple) and not any("." in name for name in config.target_modules)
-    if case.shapes is not None or not plain or config.raw.get("layers_to_transform") is not None:
+    if subject.shapes is not None or not plain or config.raw.get("layers_to_transform") is not None:
         return
-    layers = sorted({layer for pair in case.adapter.modules if (layer := layer_of(pair.module)) is not None})
+    layers = sorted({layer for pair in subject.adapter.modules if (layer := layer_of(pair.module)) is not None})
     steps = {after - before for before, after in pairwise(layers)}
     if len(layers) < 3 or len(steps) <= 1:
         return
     if layers[-1] - layers[0] + 1 - len(layers) <= len(layers) // 2:
         gaps = sorted(set(range(layers[0], layers[-1])) - set(layers))
         having, lacking = (shown(ranges(numbers)) for numbers in (layers, gaps))
-        yield Found(f"layers {having} have pairs, {lacking} between them have none")
+        yield AdapterFinding(f"layers {having} have pairs, {lacking} between them have none")
 
 
 @survey(
@@ -285,24 +291,24 @@ def gap_in_layers(case: Case) -> Iterator[Found]:
     severity="info",
     hint="nothing to mend if this is the one you mean to serve",
 )
-def not_the_best(case: Case) -> Iterator[Found]:
+def not_the_best(subject: Subject) -> Iterator[AdapterFinding]:
     """trainer_state.json beside the adapter says that another checkpoint was the best, or that training went on.
 
     Why it matters: neither engine reads a step number, so a checkpoint of the middle of a run is served in silence.
 
     References: huggingface/sentence-transformers#3470.
     """
-    path = case.adapter.path / "trainer_state.json"
+    path = subject.adapter.path / "trainer_state.json"
     try:
         state = read_json(path) if path.is_file() and not path.is_symlink() else {}
     except ProbeError:
         return
     best, step, last = state.get("best_model_checkpoint"), state.get("global_step"), state.get("max_steps")
-    here = case.adapter.path.resolve().name
+    here = subject.adapter.path.resolve().name
     if isinstance(best, str) and best and here.startswith("checkpoint-") and best.rstrip("/").split("/")[-1] != here:
-        yield Found(
+        yield AdapterFinding(
             f"the trainer's best checkpoint is `{shown(best.rstrip('/').split('/')[-1])}`, this is `{shown(here)}`",
             path=path,
         )
     elif isinstance(step, int) and isinstance(last, int) and 0 < step < last:
-        yield Found(f"this is step {brief(step)} of a training of {brief(last)}", path=path)
+        yield AdapterFinding(f"this is step {brief(step)} of a training of {brief(last)}", path=path)

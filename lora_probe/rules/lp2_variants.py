@@ -1,4 +1,4 @@
-"""LP2xx: what the config says was trained against what the file holds. In: a `Case`. Out: `Found`s."""
+"""LP2xx: what the config says was trained against what the file holds. In: a `Subject`. Out: `AdapterFinding`s."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from lora_probe.adapter.pattern_index import beginnings
 from lora_probe.files import brief, shown
 from lora_probe.names import PREFIX
 from lora_probe.rules.lp2_files import EMBEDDINGS, HEADS
-from lora_probe.rules.registry import Found, survey
+from lora_probe.rules.registry import AdapterFinding, survey
 
 if TYPE_CHECKING:
-    from lora_probe.rules.subject import Case
+    from lora_probe.rules.subject import Subject
 
 
 @survey(
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     "tensors-without-flag",
     hint="write the flag back into adapter_config.json: it was taken out, or the config is another run's",
 )
-def tensors_without_flag(case: Case) -> Iterator[Found]:
+def tensors_without_flag(subject: Subject) -> Iterator[AdapterFinding]:
     """The file holds tensors of a variant that the config does not ask for.
 
     What it does: magnitude vectors without `use_dora`, biases of lora_B without `lora_bias`, biases of the base with
@@ -32,18 +32,18 @@ def tensors_without_flag(case: Case) -> Iterator[Found]:
 
     Mend: write the flag back, or train without the variant.
     """
-    raw = case.adapter.config.raw
-    held = _variants(case)
+    raw = subject.adapter.config.raw
+    held = _variants(subject)
     for field, (what, names) in held.items():
         asked = raw.get(field)
         if names and (not asked or asked == "none"):
             over = field in ("bias", "modules_to_save")
             effect = "puts them in place of the base's" if over else "drops them"
-            yield Found(
+            yield AdapterFinding(
                 f"the file holds {what} (`{shown(names[0])}`), and `{field}` is {_shown(asked)}: "
                 f"PEFT {effect} without a word",
                 engines=("peft",),
-                path=case.adapter.weights.path,
+                path=subject.adapter.weights.path,
             )
 
 
@@ -52,7 +52,7 @@ def tensors_without_flag(case: Case) -> Iterator[Found]:
     "flag-without-tensors",
     hint="save the adapter again: the tensors that the flag speaks of were trained and are not in the file",
 )
-def flag_without_tensors(case: Case) -> Iterator[Found]:
+def flag_without_tensors(subject: Subject) -> Iterator[AdapterFinding]:
     """The config says that whole modules or tokens were trained, and they are not in the file.
 
     What it does: the mirror of LP211 for `trainable_token_indices` and `modules_to_save`.
@@ -63,17 +63,17 @@ def flag_without_tensors(case: Case) -> Iterator[Found]:
 
     References: vllm-project/vllm#4186, PrimeIntellect-ai/prime-rl#3358.
     """
-    raw, held = case.adapter.config.raw, _variants(case)
+    raw, held = subject.adapter.config.raw, _variants(subject)
     if raw.get("trainable_token_indices") and not held["trainable_token_indices"][1]:
-        yield Found(
+        yield AdapterFinding(
             "`trainable_token_indices` is set, and the file holds no trained tokens",
             engines=("peft",),
             refuses=True,
             field="trainable_token_indices",
         )
-    if unsaved := _unsaved(case):
+    if unsaved := _unsaved(subject):
         more = f" and {len(unsaved) - 1} more" if len(unsaved) > 1 else ""
-        yield Found(
+        yield AdapterFinding(
             f"modules_to_save names `{shown(unsaved[0])}`{more}, and the file does not hold it",
             engines=("peft",),
             refuses=True,
@@ -81,10 +81,10 @@ def flag_without_tensors(case: Case) -> Iterator[Found]:
         )
 
 
-def _unsaved(case: Case) -> list[str]:
+def _unsaved(subject: Subject) -> list[str]:
     """Modules of the base that modules_to_save names and the file lacks: a name that the base does not have is none."""
-    view = case.views.get("peft")
-    wanted = set(_list(case.adapter.config.raw.get("modules_to_save")))
+    view = subject.views.get("peft")
+    wanted = set(_list(subject.adapter.config.raw.get("modules_to_save")))
     if view is None or not wanted:
         return []
     # PEFT compares the plain ends of names, so that `norm` means `input_layernorm` as well.
@@ -96,7 +96,7 @@ def _unsaved(case: Case) -> list[str]:
         and any(module[len(module) - length :] in wanted for length in lengths if length <= len(module))
     ]
     absent = set(modules)
-    for name in case.adapter.weights.tensors:
+    for name in subject.adapter.weights.tensors:
         if ".lora_" not in name:
             absent.difference_update(beginnings(name.removeprefix(PREFIX)))
     return [module for module in modules if module in absent]
@@ -106,7 +106,7 @@ def _list(value: Any) -> list[str]:
     return [value] if isinstance(value, str) else list(value or ())
 
 
-def _variants(case: Case) -> dict[str, tuple[str, list[str]]]:
+def _variants(subject: Subject) -> dict[str, tuple[str, list[str]]]:
     """Field of the config -> what it makes PEFT save, and the tensors of the file that are such."""
     found: dict[str, tuple[str, list[str]]] = {
         "use_dora": ("magnitude vectors of DoRA", []),
@@ -116,8 +116,8 @@ def _variants(case: Case) -> dict[str, tuple[str, list[str]]]:
         "modules_to_save": ("whole modules", []),
         "kasa_config": ("diagonals of KaSA", []),
     }
-    resized = _resized_embeddings(case)
-    for name in case.adapter.weights.tensors:
+    resized = _resized_embeddings(subject)
+    for name in subject.adapter.weights.tensors:
         if ".lora_magnitude_vector" in name:
             found["use_dora"][1].append(name)
         elif name.endswith("lora_B.bias"):
@@ -135,11 +135,11 @@ def _variants(case: Case) -> dict[str, tuple[str, list[str]]]:
     return found
 
 
-def _resized_embeddings(case: Case) -> set[str]:
+def _resized_embeddings(subject: Subject) -> set[str]:
     """Embeddings and heads that PEFT saves on its own, as it does after a resize or beside an adapter of theirs."""
     return {
         name
-        for name in case.adapter.weights.tensors
+        for name in subject.adapter.weights.tensors
         if name.removesuffix(".weight").removesuffix(".base_layer").rpartition(".")[2] in EMBEDDINGS
     }
 

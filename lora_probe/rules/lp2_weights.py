@@ -6,7 +6,7 @@ from lora_probe.adapter import AdapterConfig, AdapterModule
 from lora_probe.adapter.spectrum import Spectrum
 from lora_probe.files import brief
 from lora_probe.files.weights import FLOATS
-from lora_probe.rules.registry import rule
+from lora_probe.rules.registry import Sentence, rule
 
 
 @rule(
@@ -16,7 +16,7 @@ from lora_probe.rules.registry import rule
     "wrong",
     hint="write the rank of the tensors into `r` (or `rank_pattern`) of adapter_config.json, or save again",
 )
-def rank_differs(pair: AdapterModule, config: AdapterConfig) -> str | None:
+def rank_differs(pair: AdapterModule, config: AdapterConfig) -> Sentence | None:
     """The tensors have another rank than the config gives their module.
 
     Why it matters: the scaling is `lora_alpha / r` of the *config*, so an engine that believes both runs the pair
@@ -35,9 +35,10 @@ def rank_differs(pair: AdapterModule, config: AdapterConfig) -> str | None:
         return None
     alpha = pair.scaling * (pair.config_rank**0.5 if config.rslora else pair.config_rank)
     meant = alpha / (rank**0.5 if config.rslora else rank)
-    return (
+    return Sentence(
         f"r={pair.config_rank} in the config, rank {rank} in the tensors, "
-        f"so vLLM scales by {pair.scaling:g} instead of {meant:g}"
+        f"so vLLM scales by {pair.scaling:g} instead of {meant:g}",
+        field=config.rank_field_of(pair.pattern_name),
     )
 
 
@@ -69,7 +70,7 @@ def half_missing(pair: AdapterModule) -> str | None:
     "wrong",
     hint="save the adapter again: the tensor was trained and is not in the file, or the flag is another run's",
 )
-def variant_missing(pair: AdapterModule, config: AdapterConfig) -> str | None:
+def variant_missing(pair: AdapterModule, config: AdapterConfig) -> Sentence | None:
     """The config asks for a variant of LoRA that has a third tensor for every module, and a module has none.
 
     What it does: magnitude vectors with `use_dora`, biases of lora_B with `lora_bias`, diagonals with `kasa_config`.
@@ -84,7 +85,7 @@ def variant_missing(pair: AdapterModule, config: AdapterConfig) -> str | None:
     held = {extra.name.removesuffix(".weight").rpartition(".lora_")[2] for extra in pair.extras}
     for field, tensor, what in THIRD:
         if config.raw.get(field) and tensor not in held:
-            return f"`{field}` is set, and the file has no {what} for it"
+            return Sentence(f"`{field}` is set, and the file has no {what} for it", field)
     return None
 
 
@@ -103,7 +104,7 @@ THIRD = (
     "absent",
     hint="lora_B is zero: never trained, or a fresh adapter was saved. Where lora_alpha is 0, write the trained value",
 )
-def zero_delta(pair: AdapterModule, spectrum: Spectrum) -> str | None:
+def zero_delta(pair: AdapterModule, spectrum: Spectrum, config: AdapterConfig) -> str | Sentence | None:
     """ΔW = s·B·A is exactly zero.
 
     Why it matters: every engine loads and multiplies it, reports success, and the module behaves as the base.
@@ -114,7 +115,11 @@ def zero_delta(pair: AdapterModule, spectrum: Spectrum) -> str | None:
     """
     if spectrum.norm != 0:
         return None
-    return "ΔW is exactly zero" if pair.scaling else "ΔW is exactly zero, as lora_alpha is 0"
+    if pair.scaling:
+        return "ΔW is exactly zero"
+    field = config.alpha_field_of(pair.pattern_name)
+    why = "lora_alpha is 0" if field == "lora_alpha" else f"{field} sets lora_alpha to 0"
+    return Sentence(f"ΔW is exactly zero, as {why}", field)
 
 
 @rule(
@@ -123,6 +128,8 @@ def zero_delta(pair: AdapterModule, spectrum: Spectrum) -> str | None:
     "stored",
     "absent",
     hint="save the adapter again; if the module was not meant, take it out of target_modules",
+    consequence=True,
+    predicate=True,
 )
 def not_in_file() -> str:
     """The config targets a module of the base, and the file holds no pair for it.

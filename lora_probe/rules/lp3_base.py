@@ -1,4 +1,4 @@
-"""LP3xx: the adapter as a whole against its base. In: a `Case` with a base. Out: `Found`s."""
+"""LP3xx: the adapter as a whole against its base. In: a `Subject` with a base. Out: `AdapterFinding`s."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING
 from lora_probe.files import brief, shown
 from lora_probe.names import PREFIX, layer_of, projection_of
 from lora_probe.rules.lp2_files import EMBEDDINGS, HEADS
-from lora_probe.rules.lp2_names import listed
-from lora_probe.rules.registry import Found, survey
+from lora_probe.rules.paths import listed
+from lora_probe.rules.registry import AdapterFinding, Family, survey
 
 if TYPE_CHECKING:
-    from lora_probe.rules.subject import Case
+    from lora_probe.rules.subject import Subject
+
+FAMILY = Family("LP3", "the base", commands="check, and trace for what it measures", loading_step=3)
 
 
 @survey(
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     needs="vllm",
     hint="vLLM's class has no such module to adapt: merge the adapter, or train without it",
 )
-def unexpected_module(case: Case) -> Iterator[Found]:
+def unexpected_module(subject: Subject) -> Iterator[AdapterFinding]:
     """The last word of a pair's name is none that vLLM's class of the model adapts, and vLLM refuses the file.
 
     What it does: mirrors `check_unexpected_modules` with the words that the class itself gives.
@@ -33,20 +35,20 @@ def unexpected_module(case: Case) -> Iterator[Found]:
 
     References: arcee-ai/mergekit#459, vllm-project/vllm#21500.
     """
-    view = case.views["vllm"]
+    view = subject.views["vllm"]
     if not view.suffixes:
         return
     expected = set(view.suffixes)
     names = []
-    for pair in case.adapter.modules:
-        name = case.places["vllm"][pair.key].name
+    for pair in subject.adapter.modules:
+        name = subject.places["vllm"][pair.key].name
         if name is None or any("base_layer" in tensor.name for tensor in pair.tensors):
             continue
         word = name[name.find(".experts") + 1 :] if ".experts" in name else projection_of(name)
         if word not in expected:
             names.append(name)
-    saved = set(case.adapter.config.raw.get("modules_to_save") or ())
-    for name in case.adapter.weights.tensors:
+    saved = set(subject.adapter.config.raw.get("modules_to_save") or ())
+    for name in subject.adapter.weights.tensors:
         parts = name.split(".")
         if len(parts) > 1 and parts[-1] in ("weight", "bias") and parts[-2] in HEADS and parts[-2] not in saved:
             names.append(parts[-2])
@@ -54,7 +56,7 @@ def unexpected_module(case: Case) -> Iterator[Found]:
         words = sorted(map(shown, expected))
         more = f" and {len(words) - MOST_WORDS} more" if len(words) > MOST_WORDS else ""
         adapts = f"{shown(view.model)} adapts {', '.join(words[:MOST_WORDS])}{more}"
-        yield Found(f"{adapts}; the file has {listed(names, 3)}", refuses=True)
+        yield AdapterFinding(f"{adapts}; the file has {listed(names, 3)}", refuses=True)
 
 
 MOST_WORDS = 30
@@ -68,7 +70,7 @@ MOST_WORDS = 30
     needs="base",
     hint="take the module out of target_modules, or adapt its parameters with target_parameters",
 )
-def not_adaptable_in_peft(case: Case) -> Iterator[Found]:
+def not_adaptable_in_peft(subject: Subject) -> Iterator[AdapterFinding]:
     """The config targets a module of a kind that PEFT cannot adapt.
 
     Why it matters: PEFT 0.21 refuses (`Target module ... is not supported`). With transformers 5 the experts of a
@@ -76,10 +78,10 @@ def not_adaptable_in_peft(case: Case) -> Iterator[Found]:
 
     Example: `target_modules=["mlp"]`.
     """
-    view = case.views.get("peft")
+    view = subject.views.get("peft")
     if view is None:
         return
-    config = case.adapter.config
+    config = subject.adapter.config
     if config.target_modules == "all-linear":
         return
     bad = [
@@ -90,7 +92,7 @@ def not_adaptable_in_peft(case: Case) -> Iterator[Found]:
     if bad:
         more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
         why = view.modules[bad[0]].why_not
-        yield Found(f"the config targets `{shown(bad[0])}`{more}: {why}", refuses=True, field="target_modules")
+        yield AdapterFinding(f"the config targets `{shown(bad[0])}`{more}: {why}", refuses=True, field="target_modules")
 
 
 @survey(
@@ -99,7 +101,7 @@ def not_adaptable_in_peft(case: Case) -> Iterator[Found]:
     needs="base",
     hint="resize the base's embeddings as in training, or serve the base that the tokens were added to",
 )
-def vocabulary_differs(case: Case) -> Iterator[Found]:
+def vocabulary_differs(subject: Subject) -> Iterator[AdapterFinding]:
     """Embeddings or heads in the file have another number of tokens than the base.
 
     What it does: compares whole embeddings and heads, and pairs on them, with the base's vocabulary.
@@ -110,11 +112,11 @@ def vocabulary_differs(case: Case) -> Iterator[Found]:
 
     References: huggingface/peft#838, huggingface/peft#1457.
     """
-    sizes = {view.vocabulary for view in case.views.values() if view.vocabulary is not None}
+    sizes = {view.vocabulary for view in subject.views.values() if view.vocabulary is not None}
     if len(sizes) != 1:
         return
     (size,) = sizes
-    for name, tensor in case.adapter.weights.tensors.items():
+    for name, tensor in subject.adapter.weights.tensors.items():
         path = name.removeprefix(PREFIX)
         word = path.removesuffix(".weight").removesuffix(".base_layer").rpartition(".")[2]
         tokens = None
@@ -125,13 +127,13 @@ def vocabulary_differs(case: Case) -> Iterator[Found]:
         if tokens is not None and tokens != size:
             pair = path.endswith("lora_embedding_A")
             # PEFT drops a pair that the config does not target.
-            targeted = not pair or bool(case.adapter.config.targeted([path.removesuffix(".lora_embedding_A")]))
+            targeted = not pair or bool(subject.adapter.config.targeted([path.removesuffix(".lora_embedding_A")]))
             engines = (("peft",) if targeted else ()) + (("vllm",) if pair else ())
-            yield Found(
+            yield AdapterFinding(
                 f"`{shown(name)}` is for {tokens} tokens, the base has {size}",
                 engines=engines,
                 refuses=True,
-                path=case.adapter.weights.path,
+                path=subject.adapter.weights.path,
             )
             return
 
@@ -148,7 +150,7 @@ def word_of(path: str) -> str:
     needs="vllm",
     hint="train all experts and all of their projections, or serve with PEFT",
 )
-def experts_incomplete(case: Case) -> Iterator[Found]:
+def experts_incomplete(subject: Subject) -> Iterator[AdapterFinding]:
     """Some experts, or some of their projections, have no pair.
 
     What it does: counts the pairs of each layer's experts against those that vLLM packs together.
@@ -158,8 +160,8 @@ def experts_incomplete(case: Case) -> Iterator[Found]:
 
     References: sgl-project/sglang#32406, unslothai/unsloth#6936.
     """
-    view = case.views["vllm"]
-    found = {place.name for place in case.places["vllm"].values() if place.name is not None}
+    view = subject.views["vllm"]
+    found = {place.name for place in subject.places["vllm"].values() if place.name is not None}
     groups: dict[str, list[str]] = {}
     for name, module in view.modules.items():
         if module.kind == "experts":
@@ -171,7 +173,7 @@ def experts_incomplete(case: Case) -> Iterator[Found]:
         wanted = 2 if view.experts == "3d" else len(names)
         if held and len(held) < wanted:
             experts = f"`{shown(f'{layer}.experts')}`"
-            yield Found(f"{experts} has {len(held)} of {wanted} pairs that vLLM packs together", refuses=True)
+            yield AdapterFinding(f"{experts} has {len(held)} of {wanted} pairs that vLLM packs together", refuses=True)
             return
 
 
@@ -182,7 +184,7 @@ def experts_incomplete(case: Case) -> Iterator[Found]:
     needs="vllm",
     hint="start vLLM with --enable-mixed-moe-lora-format, and say is_3d_lora_weight in the request",
 )
-def experts_layout(case: Case) -> Iterator[Found]:
+def experts_layout(subject: Subject) -> Iterator[AdapterFinding]:
     """The file adapts the experts' fused parameters, and vLLM's class adapts each expert by itself.
 
     Why it matters: vLLM 0.32 refuses (`contains fused 3D MoE weights ... but the model uses a 2D MoE LoRA wrapper`);
@@ -190,11 +192,11 @@ def experts_layout(case: Case) -> Iterator[Found]:
 
     References: vllm-project/vllm#52194, #41384.
     """
-    view = case.views["vllm"]
-    fused = [place.name for place in case.places["vllm"].values() if place.name and place.name.endswith(".experts")]
+    view = subject.views["vllm"]
+    fused = [place.name for place in subject.places["vllm"].values() if place.name and place.name.endswith(".experts")]
     if fused and view.experts == "2d":
         said = f"`{shown(fused[0])}` holds fused experts, and vLLM's {shown(view.model)} takes them one by one"
-        yield Found(said, refuses=True)
+        yield AdapterFinding(said, refuses=True)
 
 
 @survey(
@@ -205,7 +207,7 @@ def experts_layout(case: Case) -> Iterator[Found]:
     needs="base",
     hint="compare both engines with `lora-probe trace` and `lora-probe compare`, or leave k_proj out",
 )
-def keys_are_values(case: Case) -> Iterator[Found]:
+def keys_are_values(subject: Subject) -> Iterator[AdapterFinding]:
     """The base computes its values from k_proj in some layers, and the adapter adapts k_proj.
 
     Why it matters: Transformers takes one k_proj for keys and values, so an adapter on it changes both; vLLM copies the
@@ -214,11 +216,11 @@ def keys_are_values(case: Case) -> Iterator[Found]:
 
     Example: Gemma 4 with `attention_k_eq_v`. References: vllm-project/vllm#47026.
     """
-    assert case.base is not None
-    if case.base.text.get("attention_k_eq_v") and any(
-        projection_of(p.module) == "k_proj" for p in case.adapter.modules
+    assert subject.base is not None
+    if subject.base.text.get("attention_k_eq_v") and any(
+        projection_of(p.module) == "k_proj" for p in subject.adapter.modules
     ):
-        yield Found("the base's config says `attention_k_eq_v`, and the adapter adapts k_proj")
+        yield AdapterFinding("the base's config says `attention_k_eq_v`, and the adapter adapts k_proj")
 
 
 @survey(
@@ -228,7 +230,7 @@ def keys_are_values(case: Case) -> Iterator[Found]:
     needs="base",
     hint="nothing to mend: the tensors have no effect in any engine",
 )
-def shared_keys(case: Case) -> Iterator[Found]:
+def shared_keys(subject: Subject) -> Iterator[AdapterFinding]:
     """The base's last layers reuse the keys and values of earlier ones, and the adapter has pairs for theirs.
 
     Why it matters: there is no such module there, so the pairs are dropped by both engines (LP303), and were never
@@ -236,18 +238,18 @@ def shared_keys(case: Case) -> Iterator[Found]:
 
     References: vllm-project/vllm#54917.
     """
-    assert case.base is not None
-    text = case.base.text
+    assert subject.base is not None
+    text = subject.base.text
     shared, layers = text.get("num_kv_shared_layers"), text.get("num_hidden_layers")
     if not isinstance(shared, int) or not isinstance(layers, int) or shared <= 0:
         return
     pairs = [
         pair
-        for pair in case.adapter.modules
+        for pair in subject.adapter.modules
         if projection_of(pair.module) in ("k_proj", "v_proj") and (layer_of(pair.module) or 0) >= layers - shared
     ]
     if pairs:
-        yield Found(
+        yield AdapterFinding(
             f"the last {brief(shared)} of {brief(layers)} layers share keys and values; "
             f"the file has {len(pairs)} pairs for theirs",
             keys=tuple(pair.key for pair in pairs),

@@ -1,4 +1,4 @@
-"""LP3xx: what the adapter was trained on, against the base that is given. In: a `Case`. Out: `Found`s."""
+"""LP3xx: what the adapter was trained on, against the base that is given. In: a `Subject`. Out: `AdapterFinding`s."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from lora_probe.files import brief, shown
 from lora_probe.files.json_object import read_json
 from lora_probe.rules.initialisation import alignments
 from lora_probe.rules.lp4_serving import CHANGES_BASE
-from lora_probe.rules.registry import Found, survey
+from lora_probe.rules.registry import AdapterFinding, survey
 
 if TYPE_CHECKING:
-    from lora_probe.rules.subject import Case
+    from lora_probe.rules.subject import Subject
 
 QUANTISED = ("bnb-4bit", "bnb-8bit", "-4bit", "-8bit", "awq", "gptq", "fp8", "int4", "int8", "nf4", "w4a16", "mxfp4")
 """What the names of quantised models end in, or hold."""
@@ -27,8 +27,9 @@ QUANTISED = ("bnb-4bit", "bnb-8bit", "-4bit", "-8bit", "awq", "gptq", "fp8", "in
     severity="warning",
     needs="base",
     hint="serve it on the base that it was trained on; names and shapes cannot tell two models of one kind apart",
+    field="base_model_name_or_path",
 )
-def another_base(case: Case) -> Iterator[Found]:
+def another_base(subject: Subject) -> Iterator[AdapterFinding]:
     """The base that is given calls itself otherwise than the base that the config names.
 
     What it does: compares the last word of `base_model_name_or_path` with what the base's own config says that it is
@@ -39,15 +40,15 @@ def another_base(case: Case) -> Iterator[Found]:
 
     References: predibase/lorax#58, predibase/lorax#311.
     """
-    assert case.base is not None
-    named, own = case.adapter.config.base_model, case.base.config.get("_name_or_path")
+    assert subject.base is not None
+    named, own = subject.adapter.config.base_model, subject.base.config.get("_name_or_path")
     if not named or not isinstance(own, str) or not own or Path(own).is_absolute() or Path(named).is_absolute():
         return
     words = [word.rstrip("/").split("/")[-1].lower() for word in (named, own)]
     plain = [_without_quantisation(word) for word in words]
     if plain[0] and plain[1] and plain[0] != plain[1]:
         said = f"the adapter names `{shown(named)}`, the base calls itself `{shown(own)}`"
-        yield Found(said, field="base_model_name_or_path")
+        yield AdapterFinding(said)
 
 
 @survey(
@@ -55,8 +56,9 @@ def another_base(case: Case) -> Iterator[Found]:
     "trained-on-quantised-base",
     severity="warning",
     hint="serve the same quantised base, or check the answers against PEFT on it: `lora-probe compare`",
+    field="base_model_name_or_path",
 )
-def trained_on_quantised(case: Case) -> Iterator[Found]:
+def trained_on_quantised(subject: Subject) -> Iterator[AdapterFinding]:
     """The config names a quantised base, and the base that is given is not quantised that way.
 
     What it does: reads the quantisation out of the name of the base in the adapter's config, and holds it against
@@ -67,17 +69,16 @@ def trained_on_quantised(case: Case) -> Iterator[Found]:
 
     Example: `unsloth/Qwen2.5-0.5B-Instruct-bnb-4bit`. References: unslothai/unsloth-zoo#810, vllm-project/vllm#42488.
     """
-    named = case.adapter.config.base_model or ""
+    named = subject.adapter.config.base_model or ""
     mark = _quantisation(named)
     if mark is None:
         return
-    if case.base is None:
+    if subject.base is None:
         return
-    own = case.base.text.get("quantization_config") or case.base.config.get("quantization_config")
+    own = subject.base.text.get("quantization_config") or subject.base.config.get("quantization_config")
     if not own:
-        yield Found(
+        yield AdapterFinding(
             f"the adapter was trained on `{shown(named)}` ({mark}), and this base is not quantised",
-            field="base_model_name_or_path",
         )
 
 
@@ -86,17 +87,18 @@ def trained_on_quantised(case: Case) -> Iterator[Found]:
     "trained-on-quantised-note",
     severity="info",
     hint="give the base that will be served with --model, to have it compared",
+    field="base_model_name_or_path",
 )
-def quantised_note(case: Case) -> Iterator[Found]:
+def quantised_note(subject: Subject) -> Iterator[AdapterFinding]:
     """The config names a quantised base, and no base was given to compare it with.
 
     Why it matters: as LP313: served on weights in another precision, the adapter is another function.
     """
-    named = case.adapter.config.base_model or ""
+    named = subject.adapter.config.base_model or ""
     mark = _quantisation(named)
-    if case.base is None and mark is not None:
+    if subject.base is None and mark is not None:
         said = f"the adapter was trained on `{shown(named)}` ({mark})"
-        yield Found(f"{said}: on a base in another precision it is another function", field="base_model_name_or_path")
+        yield AdapterFinding(f"{said}: on a base in another precision it is another function")
 
 
 def _quantisation(name: str) -> str | None:
@@ -118,7 +120,7 @@ def _without_quantisation(word: str) -> str:
     needs="base",
     hint="serve with the adapter's template: `vllm serve --chat-template CKPT/chat_template.jinja`",
 )
-def tokenizer_differs(case: Case) -> Iterator[Found]:
+def tokenizer_differs(subject: Subject) -> Iterator[AdapterFinding]:
     """The adapter's folder holds another chat template than the base's.
 
     What it does: compares the templates (chat_template.jinja, or the one in tokenizer_config.json) where both have one.
@@ -128,10 +130,10 @@ def tokenizer_differs(case: Case) -> Iterator[Found]:
 
     References: hiyouga/LlamaFactory#10596, unslothai/unsloth#1519.
     """
-    assert case.base is not None
-    mine, theirs = _template(case.adapter.path), _template(case.base.path)
+    assert subject.base is not None
+    mine, theirs = _template(subject.adapter.path), _template(subject.base.path)
     if mine is not None and theirs is not None and mine[0].strip() != theirs[0].strip():
-        yield Found(f"`{mine[1].name}` beside the adapter is not the base's template", path=mine[1])
+        yield AdapterFinding(f"`{mine[1].name}` beside the adapter is not the base's template", path=mine[1])
 
 
 MAX_TEMPLATE = 1_000_000
@@ -159,8 +161,9 @@ def _template(folder: Path) -> tuple[str, Path] | None:
     "part-of-the-base",
     needs="weights of the base",
     hint="write `pissa` or `olora` back into init_lora_weights for PEFT, or convert the adapter",
+    field="init_lora_weights",
 )
-def part_of_the_base(case: Case) -> Iterator[Found]:
+def part_of_the_base(subject: Subject) -> Iterator[AdapterFinding]:
     """A and B are a part of this very base's weights, and the config does not say so.
 
     What it does: reads the weights of up to three modules and looks whether A is what B says of the weight, as PiSSA
@@ -172,17 +175,17 @@ def part_of_the_base(case: Case) -> Iterator[Found]:
 
     References: huggingface/transformers#34468.
     """
-    init = case.adapter.config.raw.get("init_lora_weights")
+    init = subject.adapter.config.raw.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(CHANGES_BASE):
         return
-    assert case.base is not None
-    found = list(alignments(case.adapter, case.base))
+    assert subject.base is not None
+    found = list(alignments(subject.adapter, subject.base))
     if found and min(cosine for _, cosine in found) > ALIGNED:
         pair, cosine = max(found, key=lambda item: item[1])
         said = (
             f"`{shown(pair.module)}` is a part of the base's own weight (cosine {cosine:.2f}), as PiSSA and OLoRA begin"
         )
-        yield Found(f"{said}, and init_lora_weights is {brief(init)}", field="init_lora_weights")
+        yield AdapterFinding(f"{said}, and init_lora_weights is {brief(init)}")
 
 
 ALIGNED = 0.5

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 from lora_probe.adapter import AdapterModule
 from lora_probe.files import brief, shown
 from lora_probe.names import Key
-from lora_probe.rules.registry import Found, rule, survey
+from lora_probe.rules.registry import AdapterFinding, Family, rule, survey
 
 if TYPE_CHECKING:
-    from lora_probe.rules.subject import Case
+    from lora_probe.rules.subject import Subject
+
+FAMILY = Family("LP4", "serving", commands="check, and trace for a refusal", loading_step=1)
 
 DEFAULT_MAX_RANK = 16
 MAX_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -42,7 +44,7 @@ def refused(message: str) -> str:
     engines=("vllm",),
     hint="start vLLM with a larger --max-lora-rank: 1, 8, 16, 32, 64, 128, 256, 320 or 512",
 )
-def rank_above_limit(case: Case) -> Iterator[Found]:
+def rank_above_limit(subject: Subject) -> Iterator[AdapterFinding]:
     """The adapter's rank is above `--max-lora-rank`, or above all that vLLM can be started with.
 
     What it does: takes the largest of `r` and rank_pattern, as vLLM does, and the rank of the tensors, which vLLM does
@@ -53,13 +55,13 @@ def rank_above_limit(case: Case) -> Iterator[Found]:
 
     References: vllm-project/vllm#2847, unslothai/unsloth#2097.
     """
-    limit = case.serving.max_lora_rank or MAX_RANKS[-1]
-    config = _config_rank(case)
-    held = max((_held_rank(pair) for pair in case.adapter.modules), default=0)
+    limit = subject.serving.max_lora_rank or MAX_RANKS[-1]
+    config, field = _config_rank(subject)
+    held = max((_held_rank(pair) for pair in subject.adapter.modules), default=0)
     if config > limit:
-        yield Found(f"LoRA rank {config} is greater than max_lora_rank {limit}", refuses=True, field="r")
+        yield AdapterFinding(f"LoRA rank {config} is greater than max_lora_rank {limit}", refuses=True, field=field)
     elif held > limit:
-        yield Found(f"the tensors have rank {held}, more than max_lora_rank {limit}", refuses=True)
+        yield AdapterFinding(f"the tensors have rank {held}, more than max_lora_rank {limit}", refuses=True)
 
 
 def _held_rank(pair: AdapterModule) -> int:
@@ -70,10 +72,12 @@ def _held_rank(pair: AdapterModule) -> int:
     return pair.a.shape[0] if fits else 0
 
 
-def _config_rank(case: Case) -> int:
-    config = case.adapter.config
-    patterns = config.rank_pattern.values() if case.serving.vllm.patterns else ()
-    return max(config.rank, max(patterns, default=0))
+def _config_rank(subject: Subject) -> tuple[int, str]:
+    """The largest rank that the config asks this vLLM for, and the key that holds it."""
+    config = subject.adapter.config
+    patterns = config.rank_pattern.values() if subject.serving.vllm.patterns else ()
+    largest = max(patterns, default=0)
+    return (largest, "rank_pattern") if largest > config.rank else (config.rank, "r")
 
 
 @survey(
@@ -83,15 +87,17 @@ def _config_rank(case: Case) -> int:
     engines=("vllm",),
     hint="start vLLM with --max-lora-rank, and give it here as well",
 )
-def needs_max_rank(case: Case) -> Iterator[Found]:
+def needs_max_rank(subject: Subject) -> Iterator[AdapterFinding]:
     """The adapter's rank is above vLLM's default of 16, and no `--max-lora-rank` was given here.
 
     Why it matters: vLLM refuses the adapter unless it is started with room for it. The ledger takes it that it is.
     """
-    config = _config_rank(case)
-    if case.serving.max_lora_rank is None and DEFAULT_MAX_RANK < config <= MAX_RANKS[-1]:
+    config, field = _config_rank(subject)
+    if subject.serving.max_lora_rank is None and DEFAULT_MAX_RANK < config <= MAX_RANKS[-1]:
         enough = next(rank for rank in MAX_RANKS if rank >= config)
-        yield Found(f"rank {config} needs `--max-lora-rank {enough}`: vLLM's default is {DEFAULT_MAX_RANK}", field="r")
+        yield AdapterFinding(
+            f"rank {config} needs `--max-lora-rank {enough}`: vLLM's default is {DEFAULT_MAX_RANK}", field=field
+        )
 
 
 @rule(
@@ -120,7 +126,7 @@ def outside_filter(targets: tuple[str, ...]) -> str:
     engines=("vllm",),
     hint="on a GPU use the same 16-bit dtype for both; on CPU nothing is wrong",
 )
-def lora_dtype(case: Case) -> Iterator[Found]:
+def lora_dtype(subject: Subject) -> Iterator[AdapterFinding]:
     """`--dtype` and `--lora-dtype` do not go together on a GPU.
 
     Why it matters: vLLM's GPU kernels for LoRA take float16 and bfloat16, the same for the layer's input and the
@@ -128,11 +134,11 @@ def lora_dtype(case: Case) -> Iterator[Found]:
 
     References: vllm-project/vllm#28640.
     """
-    model, lora = case.serving.dtype, case.serving.lora_dtype
+    model, lora = subject.serving.dtype, subject.serving.lora_dtype
     if "float32" in (model, lora):
-        yield Found("float32: vLLM's LoRA kernels on a GPU take float16 and bfloat16 alone")
+        yield AdapterFinding("float32: vLLM's LoRA kernels on a GPU take float16 and bfloat16 alone")
     elif model and lora and "auto" not in (model, lora) and model != lora:
-        yield Found(f"--dtype is {model} and --lora-dtype {lora}: vLLM's LoRA kernels on a GPU want the same")
+        yield AdapterFinding(f"--dtype is {model} and --lora-dtype {lora}: vLLM's LoRA kernels on a GPU want the same")
 
 
 @survey(
@@ -141,7 +147,7 @@ def lora_dtype(case: Case) -> Iterator[Found]:
     engines=("vllm",),
     hint="serve it with PEFT, or merge it into the base first: merge_and_unload(), then `lora-probe parity`",
 )
-def variant_refused(case: Case) -> Iterator[Found]:
+def variant_refused(subject: Subject) -> Iterator[AdapterFinding]:
     """The config asks for a variant of LoRA that vLLM does not have.
 
     What it does: mirrors `PEFTHelper.validate_legal` of the version that is asked for: DoRA, biases, modules_to_save
@@ -153,9 +159,9 @@ def variant_refused(case: Case) -> Iterator[Found]:
 
     References: vllm-project/vllm#10849, #4186, #9280, huggingface/transformers#34468.
     """
-    raw, version = case.adapter.config.raw, case.serving.vllm
+    raw, version = subject.adapter.config.raw, subject.serving.vllm
     for field, message in _refusals(raw, version.refuses_variants, version.classification_heads):
-        yield Found(message, refuses=True, field=field)
+        yield AdapterFinding(message, refuses=True, field=field)
 
 
 def _refusals(raw: Any, variants: bool, heads: bool) -> Iterator[tuple[str, str]]:
@@ -202,7 +208,7 @@ VARIANTS = (
     engines=("vllm",),
     hint="upgrade vLLM to 0.32, which honours or refuses it",
 )
-def ignored_by_version(case: Case) -> Iterator[Found]:
+def ignored_by_version(subject: Subject) -> Iterator[AdapterFinding]:
     """This version of vLLM ignores a field that changes what the adapter is.
 
     What it does: knows which fields vLLM up to 0.31 does not read: rank_pattern, alpha_pattern, initialisations that
@@ -212,13 +218,13 @@ def ignored_by_version(case: Case) -> Iterator[Found]:
     as plain LoRA. Measured on 0.31: alpha_pattern 0.87 off in log-probabilities, PiSSA 0.40, lora_bias 1.01. 0.32
     honours the patterns and refuses the others.
     """
-    config, version = case.adapter.config, case.serving.vllm
+    config, version = subject.adapter.config, subject.serving.vllm
     if not version.patterns:
         for field, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
-            keys = tuple(_scaled_otherwise(case)) if patterns else ()
+            keys = tuple(_scaled_otherwise(subject)) if patterns else ()
             if keys:
                 message = f"vLLM {version.version} ignores {field} and scales by {config.scaling:g}"
-                yield Found(message, keys=keys, value="wrong", field=field)
+                yield AdapterFinding(message, keys=keys, value="wrong", field=field)
                 break
     if version.refuses_variants:
         return
@@ -227,12 +233,12 @@ def ignored_by_version(case: Case) -> Iterator[Found]:
     if isinstance(init, str) and init.lower().startswith(CHANGES_BASE):
         ignored.append(("init_lora_weights", f"init_lora_weights {brief(init)}, which changes the base"))
     for field, name in ignored:
-        yield Found(f"vLLM {version.version} ignores {name}, and runs the adapter as plain LoRA", field=field)
+        yield AdapterFinding(f"vLLM {version.version} ignores {name}, and runs the adapter as plain LoRA", field=field)
 
 
-def _scaled_otherwise(case: Case) -> Iterator[Key]:
-    general = case.adapter.config.scaling
-    for pair in case.adapter.modules:
+def _scaled_otherwise(subject: Subject) -> Iterator[Key]:
+    general = subject.adapter.config.scaling
+    for pair in subject.adapter.modules:
         if abs(pair.scaling - general) > 1e-9 * abs(general):
             yield pair.key
 
@@ -244,7 +250,7 @@ def _scaled_otherwise(case: Case) -> Iterator[Key]:
     needs="base",
     hint="vLLM cannot be started with --enable-lora on this base: merge the adapter",
 )
-def vocabulary_above_limit(case: Case) -> Iterator[Found]:
+def vocabulary_above_limit(subject: Subject) -> Iterator[AdapterFinding]:
     """The base's vocabulary is larger than vLLM's kernel for an adapted output head takes.
 
     What it does: takes vLLM's own word for it, when its LoRA layers are made for this base.
@@ -252,8 +258,8 @@ def vocabulary_above_limit(case: Case) -> Iterator[Found]:
     Why it matters: where the class adapts lm_head, the engine does not start with `--enable-lora`, whatever the adapter
     (`vocab size must be <= 258048`, 0.32).
     """
-    if "vocab size must be" in (said := case.unasked.get("vllm", "")):
-        yield Found(said, refuses=True)
+    if "vocab size must be" in (said := subject.unasked.get("vllm", "")):
+        yield AdapterFinding(said, refuses=True)
 
 
 @survey(
@@ -263,7 +269,7 @@ def vocabulary_above_limit(case: Case) -> Iterator[Found]:
     needs="vllm",
     hint="serve it as the classifier that it was trained as (--runner pooling), with a base that has the head",
 )
-def head_without_home(case: Case) -> Iterator[Found]:
+def head_without_home(subject: Subject) -> Iterator[AdapterFinding]:
     """The file holds a trained classification head, and the model that vLLM makes of this base has none.
 
     Why it matters: vLLM 0.32 refuses (`Cannot load full module 'score': the model does not expose a unique
@@ -271,15 +277,17 @@ def head_without_home(case: Case) -> Iterator[Found]:
 
     References: vllm-project/vllm#53555, #12075.
     """
-    saved = set(case.adapter.config.raw.get("modules_to_save") or ())
-    view = case.views["vllm"]
+    saved = set(subject.adapter.config.raw.get("modules_to_save") or ())
+    view = subject.views["vllm"]
     if view.refuses:
         return
     homes = {name.rpartition(".")[2] for name, module in view.modules.items() if not module.why_not}
-    for name in case.adapter.weights.tensors:
+    for name in subject.adapter.weights.tensors:
         parts = name.split(".")
         if len(parts) > 1 and parts[-2] in ("score", "classifier") and parts[-2] in saved and parts[-2] not in homes:
-            yield Found(f"`{shown(name)}`: vLLM's {shown(view.model)} has no classification head", refuses=True)
+            yield AdapterFinding(
+                f"`{shown(name)}`: vLLM's {shown(view.model)} has no classification head", refuses=True
+            )
             return
 
 
@@ -290,7 +298,7 @@ def head_without_home(case: Case) -> Iterator[Found]:
     needs="vllm",
     hint="merge the adapter: merge_and_unload(), then `lora-probe parity`",
 )
-def class_without_adapters(case: Case) -> Iterator[Found]:
+def class_without_adapters(subject: Subject) -> Iterator[AdapterFinding]:
     """vLLM's class of this base takes no adapter at all.
 
     Why it matters: vLLM does not start with `--enable-lora` (`... does not support LoRA yet`, 0.32), whatever the
@@ -298,9 +306,9 @@ def class_without_adapters(case: Case) -> Iterator[Found]:
 
     Example: GPT-2.
     """
-    view = case.views["vllm"]
+    view = subject.views["vllm"]
     if view.refuses:
-        yield Found(view.refuses, refuses=True)
+        yield AdapterFinding(view.refuses, refuses=True)
 
 
 @rule(
@@ -309,6 +317,7 @@ def class_without_adapters(case: Case) -> Iterator[Found]:
     "adapter",
     "wrong",
     hint="mend the modules that one engine loses, or trust the engine that the adapter was trained with",
+    consequence=True,
 )
 def engines_differ(count: int, total: int, only: str) -> str:
     """PEFT and vLLM will run different adapters.

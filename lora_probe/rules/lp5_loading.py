@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from lora_probe.files import shown
-from lora_probe.rules.lp2_names import starts
-from lora_probe.rules.registry import rule
+from lora_probe.rules.paths import starts
+from lora_probe.rules.registry import Family, rule
+
+FAMILY = Family("LP5", "loading, in a running engine", commands="trace")
 
 
 @rule(

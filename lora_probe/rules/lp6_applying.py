@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from lora_probe.rules.registry import rule
+from lora_probe.rules.registry import Family, rule
+
+FAMILY = Family("LP6", "applying, in a running engine", commands="trace")
 
 
 @rule(

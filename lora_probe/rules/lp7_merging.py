@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 from lora_probe.files import shown
-from lora_probe.rules.registry import rule
+from lora_probe.rules.registry import Family, rule
+
+FAMILY = Family("LP7", "merging", commands="parity")
 
 UNRELATED = 0.2
 """Less of ΔW than this in a change, and it is called another adapter's."""
@@ -17,6 +17,8 @@ UNRELATED = 0.2
     "merge",
     "absent",
     hint="the exporter saved the base; merge again with PEFT's merge_and_unload() and save what it returns",
+    short="not merged",
+    per_message=True,
 )
 def not_merged(stored: str) -> str:
     """The merged model holds the base's weight, unchanged.
@@ -36,6 +38,8 @@ def not_merged(stored: str) -> str:
     "merge",
     "wrong",
     hint="merge into the pristine base once; with tied embeddings adapt one of the two places only",
+    short="twice",
+    per_message=True,
 )
 def merged_twice() -> str:
     """The change is in the weight two times.
@@ -53,6 +57,7 @@ def merged_twice() -> str:
     "merge",
     "wrong",
     hint="the scaling is alpha / r (alpha / sqrt(r) with rsLoRA, rank_pattern and alpha_pattern first); merge again",
+    per_message=True,
 )
 def wrong_scaling(implied: float, scaling: float, known_as: str) -> str:
     """The right change with another factor.
@@ -72,6 +77,8 @@ def wrong_scaling(implied: float, scaling: float, known_as: str) -> str:
     "merge",
     "wrong",
     hint="the change went in with the opposite sign: was the adapter unmerged from a base that never held it?",
+    short="subtracted",
+    per_message=True,
 )
 def subtracted() -> str:
     """The change was subtracted instead of added.
@@ -88,6 +95,7 @@ def subtracted() -> str:
     "merge",
     "wrong",
     hint="the exporter mixed up names; merge again with PEFT's merge_and_unload()",
+    short="another's",
 )
 def another_module(what: str, other: str) -> str:
     """The weight holds what belongs to another module.
@@ -104,6 +112,7 @@ def another_module(what: str, other: str) -> str:
     "merge",
     "wrong",
     hint="a Conv1D (GPT-2) lies transposed in the file: add (B·A)ᵀ there (fan_in_fan_out)",
+    short="transposed",
 )
 def transposed_change() -> str:
     """The right change, transposed.
@@ -120,6 +129,7 @@ def transposed_change() -> str:
     "merge",
     "wrong",
     hint="was it another adapter, another checkpoint of it, or a second change on top? merge again and compare",
+    short="unexplained",
 )
 def unexplained_change(share: float | None, residual: float | None, values: int, count: int) -> str:
     """The weight was changed, and not by this adapter alone: no factor of s·B·A and no other module's explains it.
@@ -158,57 +168,12 @@ def lost_to_rounding(kept: float, stored: str) -> str:
 
 
 @rule(
-    "LP708",
-    "untouched-tensor-changed",
-    "merge",
-    "wrong",
-    hint="the adapter does not touch this tensor: was another base merged into, or trained on?",
-)
-def untouched_changed(values: int, count: int, relative: float) -> str:
-    """A tensor that the adapter does not touch differs from the base's.
-
-    Why it matters: the merged model is not this base plus this adapter.
-    """
-    found = f"not the base's, though the adapter does not touch it: {values} of {count} values"
-    return found if math.isnan(relative) else f"{found}, {relative:.2g} relative"
-
-
-@rule(
-    "LP709",
-    "tensor-missing",
-    "merge",
-    "absent",
-    hint="the save was cut short, or its names are another library's",
-)
-def tensor_missing(what: str) -> str:
-    """A tensor of the base is not in the merged model, or has another shape there.
-
-    Why it matters: loaders fill it with random values, and warn at most.
-    """
-    return what
-
-
-@rule(
-    "LP710",
-    "tensor-added",
-    "merge",
-    "wrong",
-    hint="a merged model has the tensors of its base; lora_ tensors mean that the adapter was saved unmerged",
-)
-def tensor_added() -> str:
-    """The merged model holds a tensor that neither base nor adapter has.
-
-    Why it matters: loaders ignore it, so that what it was meant to do does not happen; or it is no merge of this base.
-    """
-    return "neither the base nor the adapter has it"
-
-
-@rule(
     "LP711",
     "not-finite-merge",
     "merge",
     "wrong",
     hint="look at the adapter first (`lora-probe inspect --norms`); safe_merge=True in PEFT refuses such a merge",
+    short="not finite",
 )
 def not_finite_merge(values: int, by_adapter: bool) -> str:
     """The merged weight holds NaN or infinity.
@@ -220,59 +185,13 @@ def not_finite_merge(values: int, by_adapter: bool) -> str:
 
 
 @rule(
-    "LP712",
-    "tied-places-differ",
-    "merge",
-    "wrong",
-    hint="write both places, or set tie_word_embeddings to false in the merged model's config.json",
-)
-def tied_places_differ(head: str, embedding: str) -> str:
-    """The config ties input and output embeddings, and the files hold two different matrices.
-
-    Why it matters: a loader takes one of the two for both, and which one differs between loaders.
-    """
-    return f"the config ties {shown(head)} to {shown(embedding)}, and the two differ"
-
-
-@rule(
-    "LP713",
-    "tied-place-changed-too",
-    "merge",
-    "ok",
-    severity="warning",
-    hint="untie the base first (tie_word_embeddings=False) and merge into that; the outputs show what it costs",
-)
-def tied_changed_too(adapted: str) -> str:
-    """The adapter changes one of two tied embeddings, and in the merged model both have changed.
-
-    Why it matters: the unmerged adapter changes the input or the output only. PEFT merges into the shared matrix and
-    warns when the adapter is made ("tied_target_modules"), not when it is merged.
-    """
-    return f"only {adapted} is adapted, and the merged model ties input and output embeddings: both have changed"
-
-
-@rule(
-    "LP714",
-    "another-base",
-    "merge",
-    "wrong",
-    hint="name the base that was merged into with --model; the adapter's own is base_model_name_or_path",
-)
-def another_base(differing: int, total: int) -> str:
-    """Most tensors that no adapter touches differ: the merged model was made from another base.
-
-    Why it matters: what the adapter did cannot be told from what the other base brings.
-    """
-    return f"{differing} of {total} tensors that the adapter does not touch are not this base's"
-
-
-@rule(
     "LP715",
     "merge-not-judged",
     "merge",
     "unknown",
     severity="warning",
     hint="the weights do not decide here; the outputs of both models may (leave --weights-only out)",
+    per_message=True,
 )
 def not_judged(why: str) -> str:
     """A part of the adapter whose merge cannot be checked: PEFT cannot merge it, or how it does is not known here.
@@ -324,6 +243,7 @@ def effect_not_measured(why: str) -> str:
     "ok",
     severity="warning",
     hint="save the adapter with path_initial_model_for_weight_conversion to get plain LoRA for the stored base",
+    per_message=True,
 )
 def rebased_base(init: str) -> str:
     """The adapter belongs to another base than the stored one: its initialisation took a part out of it.
@@ -342,6 +262,7 @@ def rebased_base(init: str) -> str:
     "merge",
     "wrong",
     hint="merge with PEFT, or convert the adapter first (path_initial_model_for_weight_conversion)",
+    short="on the whole base",
 )
 def part_not_taken_out(init: str) -> str:
     """The adapter was added to the whole base, and belongs to the base without what its initialisation took out.
@@ -358,6 +279,7 @@ def part_not_taken_out(init: str) -> str:
     "merge",
     "wrong",
     hint="the exporter knows plain LoRA only; merge with PEFT, which rescales every row to its magnitude",
+    short="no magnitude",
 )
 def magnitude_ignored() -> str:
     """A DoRA adapter was merged as plain LoRA: s·B·A was added, and the magnitudes were ignored.
@@ -373,6 +295,7 @@ def magnitude_ignored() -> str:
     "merge",
     "wrong",
     hint="the adapter carries these values whole (modules_to_save, trained tokens, bias); the exporter left them out",
+    short="not replaced",
 )
 def replacement_differs(values: int, count: int, pristine: bool) -> str:
     """Values that the adapter carries whole are not in the merged model.

@@ -1,51 +1,67 @@
-"""Rules: each one way in which an adapter goes wrong, with a stable code and a page.
+"""The registry of rules: each one way in which an adapter goes wrong, with a stable code and a page.
 
-In: a rule is a function, and its docstring is its page. Most go from facts about one module to a sentence, or None
-where they have nothing to say, and become a `Finding` at a station. Others look at a whole adapter and give `Found`s.
-Out: `diagnose` turns a ledger into `Diagnostic`s, `diagnostic` a `Found` into one.
+In: functions under `@rule` or `@survey`, which hold every fact about a rule; the docstring is its page. Most rules go
+from facts about one module to a sentence, or None where nothing is wrong, and become a `Finding` at a station. Others
+look at a whole adapter and yield `AdapterFinding`s. Out: `all_rules`, `surveys` and `families`.
 """
 
 from __future__ import annotations
 
 import inspect
+import pkgutil
+import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from functools import wraps
+from dataclasses import dataclass, replace
+from functools import cache, wraps
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, overload
 
 from lora_probe.ledger import Finding, Station, Value
 from lora_probe.names import Key
 
 if TYPE_CHECKING:
-    from lora_probe.rules.subject import Case
+    from lora_probe.rules.subject import Subject
 
 Severity = Literal["error", "warning", "info"]
 Needs = Literal["files", "base", "weights of the base", "vllm"]
 P = ParamSpec("P")
+Survey = Callable[["Subject"], Iterable["AdapterFinding"]]
 
 ENGINES = ("peft", "vllm")
-FAMILIES = {
-    "lp1_config": "LP1xx: adapter_config.json",
-    "lp2_files": "LP2xx: the weights file",
-    "lp2_variants": "LP2xx: the weights file",
-    "lp2_weights": "LP2xx: the weights file",
-    "lp2_names": "LP2xx and LP3xx: names",
-    "lp3_shapes": "LP3xx: the base",
-    "lp3_base": "LP3xx: the base",
-    "lp3_origin": "LP3xx: the base",
-    "lp4_serving": "LP4xx: serving",
-    "lp5_loading": "LP5xx: loading, in a running engine",
-    "lp6_applying": "LP6xx: applying, in a running engine",
-    "lp7_merging": "LP7xx: merging",
-}
-"""The files that hold the rules, and what their codes begin with."""
+_FAMILY_MODULE = re.compile(r"lp\d_\w+")
+
+
+@dataclass(frozen=True)
+class Family:
+    """Rules whose codes begin alike: those of the modules `lp4_*` begin with `LP4`.
+
+    One of these modules holds the constant `FAMILY`. `commands` names the commands that report its rules.
+    `loading_step` is the order in which a loading engine gets to what the rules check: of several refusals the engine
+    reports that of the lowest step.
+    """
+
+    prefix: str
+    title: str
+    commands: str = ""
+    loading_step: int = 9
+
+    @property
+    def heading(self) -> str:
+        return f"{self.prefix}xx: {self.title}" if self.title else f"{self.prefix}xx"
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What is known about a rule without running it."""
+    """What is known about a rule without running it.
+
+    `field` is the key of adapter_config.json that a finding points at unless it names another. `fixable`: `check --fix`
+    repairs it. `short` fits into a cell of a table. `consequence`: it mostly follows from another finding, and is
+    reported after it. `predicate`: the sentence continues one that begins with the modules' names (`layer 5 q_proj` is
+    `not in the file`). `per_message`: different messages are different diagnostics; of any other rule all findings are
+    one diagnostic with the first message. `module` is the Python module that registered the rule.
+    """
 
     code: str
     name: str
@@ -56,11 +72,35 @@ class Rule:
     page: str
     engines: tuple[str, ...] = ENGINES
     needs: Needs = "files"
+    field: str | None = None
+    fixable: bool = False
+    short: str = ""
+    consequence: bool = False
+    predicate: bool = False
+    per_message: bool = False
+    module: str = ""
+
+    @property
+    def measured(self) -> bool:
+        """Whether only a run or a merge shows it."""
+        return self.station in ("applied", "agrees", "merge")
+
+    def finding(self, value: Value, message: str, field: str | None = None) -> Finding:
+        """A finding under this rule; it points at the rule's field unless another is passed."""
+        return Finding(value, self.code, message, field or self.field, self.predicate)
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a rule on a whole adapter has to say.
+class Sentence:
+    """What a rule function returns in place of a string where `field`, and not its rule's, is the key to blame."""
+
+    message: str
+    field: str | None
+
+
+@dataclass(frozen=True)
+class AdapterFinding:
+    """What a rule on a whole adapter found.
 
     With `refuses` the engines do not load the adapter, and `message` is why. With `value` and `keys` the modules get
     that finding at `station` in the ledgers of the engines. `field` is the key of adapter_config.json that is to
@@ -78,31 +118,43 @@ class Found:
 
 
 _registry: dict[str, Rule] = {}
-_surveys: dict[str, Callable[[Case], Iterable[Found]]] = {}
+_surveys: dict[str, Survey] = {}
+
+
+def _register(new: Rule) -> Rule:
+    for other in _registry.values():
+        for what in ("code", "name"):
+            if getattr(new, what) == getattr(other, what):
+                raise ValueError(f"two rules have the same {what}: {_described(other)} and {_described(new)}")
+    _registry[new.code] = new
+    return new
+
+
+def _described(rule: Rule) -> str:
+    return f"{rule.code} {rule.name} ({rule.module})"
 
 
 class _Register:
-    """The decorator that `rule` makes. A rule that always has something to say always gives a Finding."""
+    """The decorator that `rule` makes. A rule that always returns a sentence always returns a Finding."""
 
     def __init__(self, **facts: Any) -> None:
         self.facts = facts
 
     @overload
-    def __call__(self, judge: Callable[P, str]) -> Callable[P, Finding]: ...
+    def __call__(self, judge: Callable[P, str | Sentence]) -> Callable[P, Finding]: ...
 
     @overload
-    def __call__(self, judge: Callable[P, str | None]) -> Callable[P, Finding | None]: ...
+    def __call__(self, judge: Callable[P, str | Sentence | None]) -> Callable[P, Finding | None]: ...
 
-    def __call__(self, judge: Callable[P, str | None]) -> Callable[P, Finding | None]:
-        known = Rule(page=inspect.getdoc(judge) or "", **self.facts)
-        if known.code in _registry:
-            raise ValueError(f"two rules are called {known.code}")
-        _registry[known.code] = known
+    def __call__(self, judge: Callable[P, str | Sentence | None]) -> Callable[P, Finding | None]:
+        registered = _register(Rule(page=inspect.getdoc(judge) or "", module=judge.__module__, **self.facts))
 
         @wraps(judge)
         def finding(*args: P.args, **kwargs: P.kwargs) -> Finding | None:
-            message = judge(*args, **kwargs)
-            return None if message is None else Finding(known.value, known.code, message)
+            sentence = judge(*args, **kwargs)
+            if isinstance(sentence, Sentence):
+                return registered.finding(registered.value, sentence.message, sentence.field)
+            return None if sentence is None else registered.finding(registered.value, sentence)
 
         return finding
 
@@ -117,10 +169,34 @@ def rule(
     severity: Severity = "error",
     engines: tuple[str, ...] = ENGINES,
     needs: Needs = "files",
+    field: str | None = None,
+    fixable: bool = False,
+    short: str = "",
+    consequence: bool = False,
+    predicate: bool = False,
+    per_message: bool = False,
 ) -> _Register:
-    """Register a function from facts to a sentence as the rule `code`; calling it then gives a Finding."""
+    """Register a function from facts to a sentence as the rule `code`; calling it then returns a Finding. What the
+    facts mean is documented at `Rule`.
+
+    Raises:
+        ValueError: another rule has the code or the name.
+    """
     return _Register(
-        code=code, name=name, station=station, value=value, severity=severity, hint=hint, engines=engines, needs=needs
+        code=code,
+        name=name,
+        station=station,
+        value=value,
+        severity=severity,
+        hint=hint,
+        engines=engines,
+        needs=needs,
+        field=field,
+        fixable=fixable,
+        short=short,
+        consequence=consequence,
+        predicate=predicate,
+        per_message=per_message,
     )
 
 
@@ -132,22 +208,50 @@ def survey(
     severity: Severity = "error",
     engines: tuple[str, ...] = ENGINES,
     needs: Needs = "files",
-) -> Callable[[Callable[[Case], Iterable[Found]]], Callable[[Case], Iterable[Found]]]:
-    """Register a function from a case (an adapter, and what is known of its base and of the engines) to what it finds
-    as the rule `code`. It is asked only where what it `needs` is there."""
+    field: str | None = None,
+    fixable: bool = False,
+    consequence: bool = False,
+) -> Callable[[Survey], Survey]:
+    """Register a function from a subject (an adapter, and what is known of its base and of the engines) to what it
+    finds as the rule `code`. It is called only where what it `needs` is there. Findings that name neither a field nor a
+    file point at `field`.
 
-    def register(judge: Callable[[Case], Iterable[Found]]) -> Callable[[Case], Iterable[Found]]:
-        if code in _registry:
-            raise ValueError(f"two rules are called {code}")
-        page = inspect.getdoc(judge) or ""
-        _registry[code] = Rule(code, name, "adapter", "wrong", severity, hint, page, engines, needs)
-        _surveys[code] = judge
-        return judge
+    Raises:
+        ValueError: another rule has the code or the name.
+    """
+
+    def register(judge: Survey) -> Survey:
+        _register(
+            Rule(
+                code,
+                name,
+                "adapter",
+                "wrong",
+                severity,
+                hint,
+                inspect.getdoc(judge) or "",
+                engines,
+                needs,
+                field,
+                fixable,
+                consequence=consequence,
+                module=judge.__module__,
+            )
+        )
+
+        @wraps(judge)
+        def findings(subject: Subject) -> Iterator[AdapterFinding]:
+            for finding in judge(subject):
+                placed = finding.field is not None or finding.path is not None
+                yield finding if placed else replace(finding, field=field)
+
+        _surveys[code] = findings
+        return findings
 
     return register
 
 
-def surveys() -> Iterator[tuple[Rule, Callable[[Case], Iterable[Found]]]]:
+def surveys() -> Iterator[tuple[Rule, Survey]]:
     """The rules on whole adapters, in the order of their codes."""
     for code, known in all_rules().items():
         if code in _surveys:
@@ -156,6 +260,25 @@ def surveys() -> Iterator[tuple[Rule, Callable[[Case], Iterable[Found]]]]:
 
 def all_rules() -> dict[str, Rule]:
     """Every rule by its code, in the order of the codes."""
-    for family in FAMILIES:
-        import_module(f"lora_probe.rules.{family}")
+    _family_modules()
     return dict(sorted(_registry.items()))
+
+
+def families() -> dict[str, Family]:
+    """Every family by the beginning of its codes, in their order."""
+    every = [module.FAMILY for module in _family_modules() if hasattr(module, "FAMILY")]
+    return {family.prefix: family for family in every}
+
+
+def family_of(code: str) -> Family:
+    """The family of a rule; one without a title for a code that belongs to none."""
+    prefix = code[:3]
+    return families().get(prefix) or Family(prefix, "")
+
+
+@cache
+def _family_modules() -> tuple[ModuleType, ...]:
+    """The modules of this package that hold rules: those whose names begin as their codes do."""
+    package = import_module(__name__.rpartition(".")[0])
+    names = sorted(module.name for module in pkgutil.iter_modules(package.__path__))
+    return tuple(import_module(f"{package.__name__}.{name}") for name in names if _FAMILY_MODULE.fullmatch(name))

@@ -16,7 +16,6 @@ from lora_probe.adapter.spectrum import Spectrum, pair_spectrum
 from lora_probe.base import Shapes
 from lora_probe.ledger import OK, Finding, graver
 from lora_probe.names import LAYER, PREFIX, Key, natural
-from lora_probe.rules.lp2_names import unwrapped
 from lora_probe.rules.lp2_weights import (
     half_missing,
     not_a_matrix,
@@ -27,6 +26,7 @@ from lora_probe.rules.lp2_weights import (
     zero_delta,
 )
 from lora_probe.rules.lp3_shapes import shape_differs
+from lora_probe.rules.paths import unwrapped
 
 MOST_CANDIDATES = 100
 """Modules of a base that one name may mean; the towers of real models are fewer, and of many none is meant."""
@@ -97,7 +97,7 @@ def judge_stored(
         if shape is not None:
             findings.append(shape_differs(pair, shape, transposed))
     if found is not None:
-        findings += [not_finite(found), zero_delta(pair, found)]
+        findings += [not_finite(found), zero_delta(pair, found, adapter.config)]
     gravest = OK
     for finding in findings:
         if finding is not None:

@@ -1,6 +1,6 @@
 """What `check` knows of one adapter: the files, the base, what each engine has for it, how it will be served.
 
-In: an `Adapter`, a `Base` and `EngineView`s where they are known. Out: a `Case`, which the rules ask: which module a
+In: an `Adapter`, a `Base` and `EngineView`s where they are known. Out: a `Subject`, which the rules ask: which module a
 pair of the file leads to in an engine, and which modules the config targets.
 """
 
@@ -41,7 +41,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Case:
+class Subject:
     """One adapter, and all that is known of where it will run. `unasked` holds why an engine did not say itself what it
     has for the base."""
 

@@ -22,7 +22,7 @@ from lora_probe.names import name_modules
 from lora_probe.render.cells import add_row, assemble, one_line, words
 from lora_probe.render.places import relative
 from lora_probe.render.text import terminal
-from lora_probe.rules import Diagnostic, Severity
+from lora_probe.rules import Diagnostic, Severity, all_rules
 
 FULL = 3
 """Up to this many adapters are shown in full; of more, each gets a line, and those with findings their details."""
@@ -30,8 +30,6 @@ STYLES: dict[Severity, str] = {"error": "bold red", "warning": "bold yellow", "i
 ORDER: tuple[Severity, ...] = ("error", "warning", "info")
 WIDEST = 60
 """Columns for the adapters' paths, where there are many."""
-MENDED = frozenset(("LP213", "LP214", "LP215", "LP219", "LP302"))
-"""What `--fix` mends."""
 
 
 def report(found: Report) -> RenderableType:
@@ -93,8 +91,9 @@ def summary(found: Sequence[Report], lost: int = 0) -> RenderableType:
 def next_command(found: Sequence[Report], model: str | None, mended: bool) -> str:
     """What to do about the findings: the command that mends the first that can be, else the page of the first error.
     `mended`: that has been done already."""
+    rules = all_rules()
     for report in found if not mended else ():
-        if any(one.code in MENDED for one in report.diagnostics):
+        if any(rules[diagnostic.code].fixable for diagnostic in report.diagnostics):
             folder = relative(report.adapter)
             beside = folder if Path(folder).name not in ("", "..") else str(report.adapter.resolve())
             base = ["--model", model] if model else []
@@ -182,9 +181,7 @@ def _diagnostics(found: Sequence[Diagnostic], hints: bool = True) -> Iterable[Re
 
 def _about(diagnostic: Diagnostic) -> str:
     """Which modules, in which engines, in which file."""
-    modules = name_modules(diagnostic.modules) if diagnostic.modules else ""
-    if modules and modules in diagnostic.message:
-        modules = ""
+    modules = name_modules(diagnostic.modules) if not diagnostic.names_modules else ""
     where = ""
     if diagnostic.path:
         where = relative(diagnostic.path) + (f":{diagnostic.line}" if diagnostic.line is not None else "")

@@ -15,21 +15,8 @@ from lora_probe.merging.parity import Parity
 from lora_probe.merging.report import MergeReport, ModuleMerge
 from lora_probe.names import Key, name_modules
 from lora_probe.render.cells import add_row, columns_of, grid, words
-from lora_probe.rules import Diagnostic
+from lora_probe.rules import Diagnostic, all_rules
 
-WORDS = {
-    "LP701": "not merged",
-    "LP702": "twice",
-    "LP704": "subtracted",
-    "LP705": "another's",
-    "LP706": "unexplained",
-    "LP711": "not finite",
-    "LP719": "not replaced",
-    "LP720": "transposed",
-    "LP721": "on the whole base",
-    "LP722": "no magnitude",
-}
-"""What a cell says of a module that is wrong."""
 THIN = 16
 """Fewer answer tokens than this are said to be few."""
 SEVERE = {"error": "bold red", "warning": "bold yellow", "info": "cyan"}
@@ -92,7 +79,7 @@ def _cell(module: ModuleMerge) -> tuple[float | None, str]:
         return None, "not judged"
     if not wrong:
         return None, "missing" if module.share is None else "another base"
-    return None, WORDS.get(wrong[0].code, wrong[0].code)
+    return None, all_rules()[wrong[0].code].short or wrong[0].code
 
 
 def _counts(found: MergeReport) -> Iterable[RenderableType]:

@@ -11,18 +11,7 @@ from rich.console import Group, RenderableType
 
 from lora_probe.render.cells import add_row, assemble, columns_of, paragraphs, words
 from lora_probe.render.markdown import facts, families
-from lora_probe.rules import Rule
-
-COMMANDS = {
-    "LP1": "check",
-    "LP2": "check, and trace for what it measures",
-    "LP3": "check, and trace for what it measures",
-    "LP4": "check, and trace for a refusal",
-    "LP5": "trace",
-    "LP6": "trace",
-    "LP7": "parity",
-}
-"""Which commands give the rules of a family, by the beginning of its codes."""
+from lora_probe.rules import Rule, family_of
 
 
 def rule(found: Rule) -> RenderableType:
@@ -47,7 +36,7 @@ def rules(found: Sequence[Rule]) -> RenderableType:
             column.min_width = width
         for one in members:
             add_row(table, *_facts(one), one.page.partition("\n")[0])
-        by = COMMANDS.get(members[0].code[:3])
+        by = family_of(members[0].code).commands
         parts += [assemble((title, "bold"), f"  (from {by})" if by else ""), table, words("")]
     return Group(*parts[:-1])
 
