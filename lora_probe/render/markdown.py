@@ -9,7 +9,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
+from lora_probe.names import in_words
 from lora_probe.rules import Rule
+from lora_probe.rules.codes import family_of
 from lora_probe.rules.registry import FAMILIES
 
 HEAD = """# Rules
@@ -53,7 +55,7 @@ def facts(rule: Rule) -> str:
     if rule.station == "merge":
         return rule.severity
     where = "" if rule.station == "adapter" else f", station {rule.station}"
-    return f"{rule.severity}, {' and '.join(rule.engines)}{where}"
+    return f"{rule.severity}, {in_words(rule.in_engines)}{where}"
 
 
 def first_sentence(rule: Rule) -> str:
@@ -71,7 +73,7 @@ def _contents(families: dict[str, list[Rule]]) -> Iterable[str]:
 
 
 def _family(code: str) -> str:
-    known = f"{code[:3]}xx"
+    known = f"{family_of(code)}xx"
     return next((title for title in FAMILIES.values() if title.startswith(f"{known}:")), known)
 
 

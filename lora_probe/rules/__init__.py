@@ -7,10 +7,9 @@ are named by their codes: `lp1_config` to `lp7_merging`.
 from __future__ import annotations
 
 from lora_probe.rules.diagnostics import Diagnostic, as_json, diagnose, diagnostic
-from lora_probe.rules.registry import ENGINES, Found, Needs, Rule, Severity, all_rules, rule, survey, surveys
+from lora_probe.rules.registry import Found, Needs, Rule, Severity, all_rules, rule, survey, surveys
 
 __all__ = [
-    "ENGINES",
     "Diagnostic",
     "Found",
     "Needs",

@@ -37,7 +37,8 @@ def diagnose(ledger: Ledger) -> list[Diagnostic]:
     if ledger.refused:
         found.append(_diagnostic(known["LP401"], ledger.message, (), ledger.engine))
     for sentence, finding, rows in clauses(ledger):
-        if ledger.refused and not finding.code.startswith(("LP2", "LP3")):
+        station, _ = rows[0].decisive or ("", finding)
+        if ledger.refused and station != "stored" and not finding.code.startswith(("LP2", "LP3")):
             # What the engine would have done with it nobody knows; what is wrong in the file may be the reason.
             continue
         modules = tuple(row.module for row in rows)
@@ -56,7 +57,7 @@ def _unknown(code: str, value: Value) -> Rule:
 def diagnostic(rule: Rule, found: Found, path: Path, line: int | None) -> Diagnostic:
     """What a rule on a whole adapter found, in the file and line that it is about."""
     modules = tuple(dict.fromkeys(module for module, _, _ in found.keys))
-    engines = found.engines or rule.engines
+    engines = found.engines or rule.in_engines
     return Diagnostic(
         rule.code, rule.name, rule.severity, found.message, rule.hint, modules, engines, str(found.path or path), line
     )

@@ -8,13 +8,17 @@ Out: `diagnose` turns a ledger into `Diagnostic`s, `diagnostic` a `Found` into o
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import wraps
 from importlib import import_module
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, overload
 
+from lora_probe.errors import ProbeError
+from lora_probe.extensions import RULES, broken, engine_names, load, points
 from lora_probe.ledger import Finding, Station, Value
 from lora_probe.names import Key
 
@@ -22,10 +26,10 @@ if TYPE_CHECKING:
     from lora_probe.rules.subject import Case
 
 Severity = Literal["error", "warning", "info"]
-Needs = Literal["files", "base", "weights of the base", "vllm"]
+Needs = str
+"""`files`, `base`, `weights of the base`, or an engine: what it has for the base."""
 P = ParamSpec("P")
 
-ENGINES = ("peft", "vllm")
 FAMILIES = {
     "lp1_config": "LP1xx: adapter_config.json",
     "lp2_files": "LP2xx: the weights file",
@@ -41,11 +45,13 @@ FAMILIES = {
     "lp7_merging": "LP7xx: merging",
 }
 """The files that hold the rules, and what their codes begin with."""
+OTHERS_CODE = re.compile(r"(?!LP)[A-Z]{2,8}[0-9]{3}")
+"""Codes of rules that other distributions add: a prefix of their own, then three digits."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What is known about a rule without running it."""
+    """What is known about a rule without running it. `engines` is empty for a rule about every engine."""
 
     code: str
     name: str
@@ -54,8 +60,13 @@ class Rule:
     severity: Severity
     hint: str
     page: str
-    engines: tuple[str, ...] = ENGINES
+    engines: tuple[str, ...] = ()
     needs: Needs = "files"
+
+    @property
+    def in_engines(self) -> tuple[str, ...]:
+        """The names of the engines that it is about."""
+        return self.engines or engine_names()
 
 
 @dataclass(frozen=True)
@@ -115,7 +126,7 @@ def rule(
     *,
     hint: str,
     severity: Severity = "error",
-    engines: tuple[str, ...] = ENGINES,
+    engines: tuple[str, ...] = (),
     needs: Needs = "files",
 ) -> _Register:
     """Register a function from facts to a sentence as the rule `code`; calling it then gives a Finding."""
@@ -130,7 +141,7 @@ def survey(
     *,
     hint: str,
     severity: Severity = "error",
-    engines: tuple[str, ...] = ENGINES,
+    engines: tuple[str, ...] = (),
     needs: Needs = "files",
 ) -> Callable[[Callable[[Case], Iterable[Found]]], Callable[[Case], Iterable[Found]]]:
     """Register a function from a case (an adapter, and what is known of its base and of the engines) to what it finds
@@ -158,4 +169,25 @@ def all_rules() -> dict[str, Rule]:
     """Every rule by its code, in the order of the codes."""
     for family in FAMILIES:
         import_module(f"lora_probe.rules.{family}")
+    for point in points(RULES).values():
+        _register_others(point)
     return dict(sorted(_registry.items()))
+
+
+def _register_others(point: EntryPoint) -> None:
+    """Import a module of rules of another distribution.
+
+    Raises:
+        ProbeError: it cannot be imported, or one of its codes is not one that others may use. Its rules are left out.
+    """
+    before = set(_registry)
+    try:
+        load(point)
+        for code in _registry.keys() - before:
+            if not OTHERS_CODE.fullmatch(code):
+                raise broken(point, f"`{code}` is not a code for its rules: use a prefix of your own (`XY101`)")
+    except ProbeError:
+        for code in _registry.keys() - before:
+            del _registry[code]
+            _surveys.pop(code, None)
+        raise

@@ -12,6 +12,7 @@ from rich.console import Group, RenderableType
 from lora_probe.render.cells import add_row, assemble, columns_of, paragraphs, words
 from lora_probe.render.markdown import facts, families
 from lora_probe.rules import Rule
+from lora_probe.rules.codes import family_of
 
 COMMANDS = {
     "LP1": "check",
@@ -47,7 +48,7 @@ def rules(found: Sequence[Rule]) -> RenderableType:
             column.min_width = width
         for one in members:
             add_row(table, *_facts(one), one.page.partition("\n")[0])
-        by = COMMANDS.get(members[0].code[:3])
+        by = COMMANDS.get(family_of(members[0].code))
         parts += [assemble((title, "bold"), f"  (from {by})" if by else ""), table, words("")]
     return Group(*parts[:-1])
 
