@@ -126,6 +126,7 @@ class Clause:
     sentence begins with their names, because there are others."""
 
     text: str
+    station: Station
     finding: Finding
     rows: tuple[Row, ...]
     names_modules: bool
@@ -158,7 +159,7 @@ def _clause(fate: Fate, station: Station, members: Sequence[tuple[Row, Finding]]
     what = first.message if whole else _about([row.module for row in rows], first)
     where = f" at {station}" if fate != "unknown" else f" (first not measured: {station})"
     more = f" (and {others} more of the kind)" if others else ""
-    return Clause(f"{len(rows)} {fate}{where}: {what}{more}", first, rows, not whole)
+    return Clause(f"{len(rows)} {fate}{where}: {what}{more}", station, first, rows, not whole)
 
 
 def _about(modules: Sequence[str], finding: Finding) -> str:

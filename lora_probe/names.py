@@ -6,7 +6,7 @@ In: paths of modules as Transformers names them. Out: their layer, their project
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 Key = tuple[str, str, int | None]
 """(module path in the base model, parameter, expert or None): what a module is called everywhere."""
@@ -79,3 +79,9 @@ def name_modules(modules: Iterable[str]) -> str:
                 where = tower if tower.rpartition(".")[2] in ("layers", "layer", "h", "blocks") else f"{tower} {where}"
             parts.append(f"{where} {ranges(numbers)} {', '.join(names)}")
     return "; ".join(parts + loose)
+
+
+def in_words(names: Sequence[str]) -> str:
+    """Names in a sentence: `peft, vllm and another`."""
+    *first, last = names
+    return f"{', '.join(first)} and {last}" if first else last

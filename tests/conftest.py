@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import signal
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,20 @@ SIZES = {
     "eos_token_id": 256,
     "bos_token_id": None,
 }
+
+
+def pytest_configure() -> None:
+    """Answers of engines are remembered for this run alone: a stale one in the user's cache would hide a mistake.
+
+    vLLM's own cache (what its classes are, by the digest of their source) stays where the user has it.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    os.environ.setdefault("VLLM_CACHE_ROOT", str(cache / "vllm"))
+    os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="lora-probe-tests-")
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 
 def save_tokenizer(folder: Path) -> None:

@@ -34,7 +34,7 @@ from lora_probe.files import regexes as patterns
 from lora_probe.files.pickled import open_pickle
 from lora_probe.files.regexes import EndlessPattern, Expressions, is_alike
 from lora_probe.files.weights import MAX_NAME, MAX_PARTS, open_weights
-from lora_probe.rules.subject import engine_names
+from lora_probe.prediction.places import engine_names
 
 CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
 EMPTY = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}

@@ -48,7 +48,8 @@ def checkout(llama: Path, adapter: Path, tmp_path: Path) -> Path:
     installed = tmp_path / "pr" / "evil-1.0.dist-info"
     installed.mkdir()
     (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: evil\nVersion: 1.0\n")
-    groups = ("vllm.general_plugins", "vllm.platform_plugins", "lora_probe.engines")
+    ours = ("lora_probe.engines", "lora_probe.predictors", "lora_probe.rules")
+    groups = ("vllm.general_plugins", "vllm.platform_plugins", *ours)
     (installed / "entry_points.txt").write_text("".join(f"[{group}]\nevil = evil:register\n" for group in groups))
     return tmp_path / "pr"
 

@@ -40,6 +40,8 @@ def test_nothing_of_ours_requires_vllm() -> None:
 def test_entry_points() -> None:
     engines = {point.name: point.value for point in entry_points(group="lora_probe.engines")}
     assert engines == {"peft": "lora_probe.engines.peft.engine:PeftEngine", "vllm": "lora_probe_vllm.engine:VllmEngine"}
+    predictors = {point.name: point.value for point in entry_points(group="lora_probe.predictors")}
+    assert predictors == {name: f"lora_probe.prediction.{name}:PREDICTOR" for name in ("peft", "vllm")}
     plugins = {point.name: point.value for point in entry_points(group="vllm.general_plugins")}
     assert plugins["lora_probe"] == "lora_probe_vllm:register"
 

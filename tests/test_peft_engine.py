@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import LAYERS, PROMPTS, edited, record_peft, save_adapter
 
-from lora_probe import inspect
+from lora_probe import inspect, trace
 from lora_probe.comparison import compare
 from lora_probe.errors import EngineFailed, ProbeError
 from lora_probe.ledger import headline
@@ -140,8 +140,9 @@ def test_a_forced_continuation_begins_the_answer(adapter: Path, llama: Path, tmp
 def test_what_it_cannot_run(adapter: Path, llama: Path, tmp_path: Path) -> None:
     with pytest.raises(EngineFailed, match="cannot load the base model"):
         record_peft(adapter, tmp_path, tmp_path / "a")
-    with pytest.raises(EngineFailed, match="takes no engine flags"):
-        record_peft(adapter, llama, tmp_path / "b", engine_args=["--seed", "1"])
+    with pytest.raises(ProbeError, match="takes no engine flags"):
+        trace(adapter, engine="peft", out=tmp_path / "b", engine_args=["--seed", "1"])
+    assert not (tmp_path / "b").exists()
     with pytest.raises(ProbeError, match="has no tokens"):
         record_peft(adapter, llama, tmp_path / "c", prompts=("",))
 

@@ -18,6 +18,7 @@ from lora_probe.engines import child, remembered
 from lora_probe.engines import describing as views
 from lora_probe.engines.describing import Views, views_of
 from lora_probe.errors import EngineFailed
+from lora_probe.prediction.vllm import view_of_headers
 
 TASK = "CAUSAL_LM"
 
@@ -343,7 +344,7 @@ def test_asking_imports_no_engine_here() -> None:
 
 
 def test_headers_stand_in_for_an_engine(models: dict[str, Path], tmp_path: Path) -> None:
-    view = of_headers(open_base(str(models["llama"])), "vllm", "because")
+    view = view_of_headers(open_base(str(models["llama"])), "vllm", "because")
     assert view is not None
     assert view.source == "headers"
     assert (
@@ -363,8 +364,8 @@ def test_headers_stand_in_for_an_engine(models: dict[str, Path], tmp_path: Path)
     gpt2 = of_headers(open_base(str(models["gpt2"])), "peft", "because")
     assert gpt2 is not None
     assert gpt2.modules["transformer.h.0.attn.c_attn"].shape == (384, 128)
-    moe = of_headers(open_base(str(models["moe"])), "vllm", "because")
+    moe = view_of_headers(open_base(str(models["moe"])), "vllm", "because")
     assert moe is not None
     assert moe.modules["model.layers.0.mlp.experts.1.up_proj"].kind == "experts"
     assert {"experts", "experts.1.up_proj"} <= set(moe.suffixes)
-    assert of_headers(open_base(str(only_config(models["llama"], tmp_path / "bare"))), "vllm", "because") is None
+    assert view_of_headers(open_base(str(only_config(models["llama"], tmp_path / "bare"))), "vllm", "because") is None

@@ -23,16 +23,14 @@ SCHEMA = 4
 HEADS = ("lm_head", "embed_out")
 """What transformers' models call the output head over the vocabulary."""
 
-PACKED = frozenset({"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"})
-"""Projections that vLLM fuses in nearly all of its classes."""
-
 Shapes = Mapping[str, tuple[int, int] | None]
 """Module path in the base: (out, in) of its weight, None where it is not known."""
 
 TRANSPOSED = ("gpt2", "openai-gpt")
 """Kinds of models whose projections are transformers' `Conv1D`: (in, out) in the file."""
 
-_EXPERT = re.compile(r"\.experts\.\d+\.")
+EXPERT = re.compile(r"\.experts\.\d+\.")
+"""What stands in the name of a projection of a single expert."""
 
 Kind = Literal["linear", "embedding", "head", "experts", "other"]
 
@@ -128,54 +126,41 @@ def _apply(step: Rename, name: str) -> str | None:
 
 
 def of_headers(base: Base, engine: str, why: str) -> EngineView | None:
-    """What can be said of `base` where `engine` is not there to be asked: the matrices in the headers of its files.
+    """What is known of `base` where `engine` cannot be asked: the matrices in the headers of its files.
 
     None for a base without safetensors files. Names are the files', which are the engine's for most text models. `why`
     is the reason for not asking.
     """
     if not base.shapes:
         return None
-    vllm = engine == "vllm"
-    modules = {name: _of_header(name, shape, base, vllm) for name, shape in base.shapes.items()}
+    modules = {name: _of_header(name, shape, base) for name, shape in base.shapes.items()}
     embedding = next((view.shape for view in modules.values() if view.kind == "embedding"), None)
     if embedding is not None and not any(view.kind == "head" for view in modules.values()) and _is_causal(base):
         # A tied head is not in the files.
         modules["lm_head"] = ModuleView("head", embedding, "lm_head")
-    words = {_from_experts_on(name) for name in modules}
-    if vllm and any(view.kind == "experts" for view in modules.values()):
-        words.add("experts")
-    notes = [f"{engine} was not asked what it has ({why}): names and shapes are from the headers of the base's files"]
-    if vllm:
-        notes.append("whether vLLM adapts the embeddings and the head of this class is not known")
+    note = f"{engine} was not asked what it has ({why}): names and shapes are from the headers of the base's files"
     return EngineView(
         engine=engine,
         version="",
         model=base.architecture,
         modules=modules,
         source="headers",
-        suffixes=tuple(sorted(words)) if vllm else (),
         vocabulary=embedding[0] if embedding else None,
-        notes=tuple(notes),
+        notes=(note,),
     )
 
 
-def _of_header(name: str, shape: tuple[int, int] | None, base: Base, vllm: bool) -> ModuleView:
+def _of_header(name: str, shape: tuple[int, int] | None, base: Base) -> ModuleView:
     last = name.rpartition(".")[2]
     if last in EMBEDDINGS:
         return ModuleView("embedding", shape, name)
     if last in HEADS:
         return ModuleView("head", shape, name)
-    if _EXPERT.search(name):
-        return ModuleView("experts", shape, name, packed=vllm)
+    if EXPERT.search(name):
+        return ModuleView("experts", shape, name)
     if shape is not None and base.config.get("model_type") in TRANSPOSED and last.startswith("c_"):
         shape = shape[::-1]
-    return ModuleView("linear", shape, name, packed=vllm and last in PACKED)
-
-
-def _from_experts_on(name: str) -> str:
-    """What vLLM compares with its list: the last word, of experts all from `experts` on."""
-    match = _EXPERT.search(name)
-    return name[match.start() + 1 :] if match else name.rpartition(".")[2]
+    return ModuleView("linear", shape, name)
 
 
 def _is_causal(base: Base) -> bool:

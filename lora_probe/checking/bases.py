@@ -13,10 +13,9 @@ from pathlib import Path
 
 from lora_probe.adapter import Adapter
 from lora_probe.base import Base, EngineView, open_base
-from lora_probe.base.engine_view import of_headers
 from lora_probe.engines.describing import views_of
 from lora_probe.errors import MissingModel, ProbeError
-from lora_probe.rules import ENGINES
+from lora_probe.prediction import predictors
 
 
 @dataclass(frozen=True)
@@ -60,16 +59,16 @@ class Bases:
         """What each engine has for the base; of the files' headers where an engine is not there to be asked."""
         asked = base.path, task
         if asked not in self._views:
-            found = views_of(base, ENGINES, task, self.progress)
-            views, notes = dict(found.found), []
-            for engine, said in found.missing.items():
-                why = _short(said)
-                if (view := of_headers(base, engine, why)) is not None:
+            answers = views_of(base, tuple(predictors()), task, self.progress)
+            views, notes = dict(answers.found), []
+            for engine, reason in answers.missing.items():
+                why = _short(reason)
+                if (view := predictors()[engine].view_of_headers(base, engine, why)) is not None:
                     views[engine] = view
                 else:
                     notes.append(f"{engine} was not asked what it has ({why}), and the base has no safetensors files")
             notes += [note for view in views.values() for note in view.notes]
-            self._views[asked] = Asked(views, found.missing, tuple(notes))
+            self._views[asked] = Asked(views, answers.missing, tuple(notes))
         return self._views[asked]
 
 

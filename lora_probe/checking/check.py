@@ -13,21 +13,21 @@ from pathlib import Path
 from typing import Any
 
 from lora_probe.adapter import CONFIG, WEIGHTS, Adapter, find_checkpoint, open_adapter, open_config
-from lora_probe.base import EngineView
 from lora_probe.checking.bases import Asked, Bases
 from lora_probe.checking.renaming import Mending, mend
 from lora_probe.errors import MissingWeights, NotLora, ProbeError, UnreadableFile
 from lora_probe.files import limits
 from lora_probe.files.regexes import EndlessPattern
-from lora_probe.ledger import Ledger, Row, clauses
-from lora_probe.names import name_modules, ranges
-from lora_probe.prediction import Prediction, predict
-from lora_probe.rules import ENGINES, Diagnostic, Rule, Severity, all_rules, diagnostic
+from lora_probe.ledger import Fate, Ledger, clauses
+from lora_probe.names import Key, in_words, name_modules
+from lora_probe.prediction import Prediction, predict, predictors, subject_of
+from lora_probe.rules import Diagnostic, Rule, Severity, all_rules, diagnostic, family_of
+from lora_probe.rules.codes import meant, numbers_of
 from lora_probe.rules.diagnostics import of_clause
-from lora_probe.rules.lp1_config import READ_BY_PEFT_ALONE, config_unreadable, not_lora
+from lora_probe.rules.lp1_config import config_unreadable, not_lora
 from lora_probe.rules.lp2_files import weights_not_found, weights_unreadable
 from lora_probe.rules.lp4_serving import MAX_RANKS, engines_differ
-from lora_probe.rules.subject import Serving, Subject
+from lora_probe.rules.subject import Serving
 from lora_probe.rules.vllm_versions import ENGINE_OPTIONS, behaviour
 
 _RANKS: dict[Severity, int] = {"error": 0, "warning": 1, "info": 2}
@@ -136,7 +136,7 @@ def mending_of(
     bases = Bases(model, progress)
     base, _, _ = bases.base(opened)
     views = bases.views(base, _task(opened)).views if base is not None else {}
-    return mend(opened, Subject(opened, _serving({}, None), base, views).shapes)
+    return mend(opened, subject_of(opened, _serving({}, None), base, views).shapes)
 
 
 def selection(select: Sequence[str], ignore: Sequence[str]) -> frozenset[str]:
@@ -145,26 +145,21 @@ def selection(select: Sequence[str], ignore: Sequence[str]) -> frozenset[str]:
     Raises:
         ProbeError: one means no rule.
     """
-    # Rules on running engines and on merges are for `trace` and `parity`.
-    known = {code: rule for code, rule in all_rules().items() if code < "LP5"}
+    known = {code: rule for code, rule in all_rules().items() if family_of(code).in_check}
     wanted = set(known) if not select else {code for word in select for code in _meant(word, known)}
     return frozenset(wanted - {code for word in ignore for code in _meant(word, known)})
 
 
-def _meant(word: str, known: Mapping[str, Rule]) -> set[str]:
-    start = word.upper().rstrip("X")
-    found = {code for code, rule in known.items() if rule.name == word.lower()}
-    if len(start) > 2:
-        found |= {code for code in known if code.startswith(start)}
-    if not found:
+def _meant(word: str, known: Mapping[str, Rule]) -> list[str]:
+    codes = meant(word, known)
+    if not codes:
         near = get_close_matches(word, [*known, *(rule.name for rule in known.values())], 3, 0.5)
         about = f"; did you mean {' or '.join(near)}?" if near else ""
         raise ProbeError(
             f"`check` has no rule `{word}`{about}",
-            f"rules: {ranges([int(code[2:]) for code in known])} after LP, beginnings of them (LP2) and names: "
-            "`lora-probe rule` lists all",
+            f"rules: {numbers_of(known)}, beginnings of them (LP2) and names: `lora-probe rule` lists all",
         )
-    return found
+    return codes
 
 
 def _serving(options: Mapping[str, Any], vllm_version: str | None) -> Serving:
@@ -188,11 +183,11 @@ def _report(folder: Path, notes: tuple[str, ...], serving: Serving, bases: Bases
         adapter = open_adapter(folder)
         base, name, said = bases.base(adapter)
         asked = bases.views(base, _task(adapter)) if base is not None else Asked()
-        adapter = _with_default_targets(adapter, asked.views)
-        prediction = predict(Subject(adapter, serving, base, asked.views, asked.missing))
+        subject = subject_of(adapter, serving, base, asked.views, asked.missing)
+        prediction = predict(subject)
     except UnreadableFile as error:
         return _unreadable(folder, notes, bases.model, error, chosen)
-    every = list(_diagnostics(adapter, prediction))
+    every = list(_diagnostics(subject.adapter, prediction))
     diagnostics = [diagnostic for diagnostic in every if diagnostic.code in chosen]
     rules = all_rules()
     return Report(
@@ -210,15 +205,6 @@ def _report(folder: Path, notes: tuple[str, ...], serving: Serving, bases: Bases
 def _task(adapter: Adapter) -> str | None:
     task = adapter.config.raw.get("task_type")
     return task if isinstance(task, str) else None
-
-
-def _with_default_targets(adapter: Adapter, views: Mapping[str, EngineView]) -> Adapter:
-    """PEFT has a table of targets by the kind of model, for a config that names none."""
-    if adapter.config.target_modules is not None or adapter.config.raw.get("target_parameters"):
-        return adapter
-    view = views.get("peft")
-    targets = view.default_targets if view is not None else ()
-    return replace(adapter, config=replace(adapter.config, target_modules=targets or None))
 
 
 def _unreadable(
@@ -241,13 +227,12 @@ def _unreadable(
             path, judged = folder / WEIGHTS, weights_unreadable(error.message)
     rule = all_rules()[judged.code]
     hint = error.hint or rule.hint
-    foreign = isinstance(error, NotLora)
-    engines: tuple[str, ...] = ("peft",) if error.key in READ_BY_PEFT_ALONE and not foreign else ENGINES
+    engines = tuple(name for name, predictor in predictors().items() if error.key not in predictor.ignored_fields)
     diagnostic = Diagnostic(
         rule.code, rule.name, rule.severity, error.message, hint, (), engines, str(path), error.line
     )
     # PEFT has other methods than LoRA, and what it makes of their configs is not judged here.
-    refusing = () if foreign else engines
+    refusing = () if isinstance(error, NotLora) else engines
     ledgers = {name: Ledger(name, (), True, error.message, judged.code, predicted=True) for name in refusing}
     return Report(folder, model, ledgers, (diagnostic,) if rule.code in chosen else (), notes=notes)
 
@@ -283,27 +268,41 @@ def _place(adapter: Adapter, field: str | None) -> tuple[Path, int | None]:
 
 
 def _differing(adapter: Adapter, ledgers: Mapping[str, Ledger]) -> Iterator[Diagnostic]:
-    """LP410: the modules that take effect in one engine and are lost in the other."""
-    one, two = (ledgers[engine] for engine in ENGINES)
-    if one.refused or two.refused:
-        return
-    sides: dict[str, list[Row]] = {engine: [] for engine in ENGINES}
-    others = {row.key: row for row in two.rows}
-    for row in one.rows:
-        other = others.get(row.key)
-        if other is not None and {row.fate, other.fate} == {"took effect", "lost"}:
-            sides["peft" if row.fate == "took effect" else "vllm"].append(row)
-    total = len({row.key for row in (*one.rows, *two.rows)})
+    """LP410: the modules that take effect in some engines and are lost in others. Engines that refuse the adapter are
+    left out."""
+    fates: dict[Key, dict[str, Fate]] = {}
+    for engine, ledger in ledgers.items():
+        for row in ledger.rows if not ledger.refused else ():
+            fates.setdefault(row.key, {})[engine] = row.fate
+    groups: dict[tuple[tuple[str, ...], tuple[str, ...]], list[str]] = {}
+    for (module, _, _), of_module in fates.items():
+        having, losing = (
+            tuple(engine for engine, fate in of_module.items() if fate == wanted) for wanted in ("took effect", "lost")
+        )
+        if having and losing:
+            groups.setdefault((having, losing), []).append(module)
+    order = list(ledgers)
     rule = all_rules()["LP410"]
-    for engine, rows in sides.items():
-        if rows:
-            modules = tuple(row.module for row in rows)
-            name = {"peft": "PEFT", "vllm": "vLLM"}[engine]
-            message = engines_differ(len(rows), total, f"take effect in {name} alone ({name_modules(modules)})").message
-            path = str(adapter.path)
-            yield Diagnostic(
-                rule.code, rule.name, rule.severity, message, rule.hint, modules, ENGINES, path, names_modules=True
-            )
+    for (having, losing), modules in sorted(
+        groups.items(), key=lambda item: [order.index(name) for name in item[0][0]]
+    ):
+        engines = tuple(sorted((*having, *losing), key=order.index))
+        message = engines_differ(_titles(engines), len(modules), len(fates), _only_in(having, losing, modules)).message
+        path = str(adapter.path)
+        yield Diagnostic(
+            rule.code, rule.name, rule.severity, message, rule.hint, tuple(modules), engines, path, names_modules=True
+        )
+
+
+def _only_in(having: tuple[str, ...], losing: tuple[str, ...], modules: Sequence[str]) -> str:
+    """Where modules take effect and where they do not, by the titles of the engines."""
+    two = len(having) == len(losing) == 1
+    where = f"{_titles(having)} alone" if two else f"{_titles(having)} and are lost in {_titles(losing)}"
+    return f"take effect in {where} ({name_modules(modules)})"
+
+
+def _titles(engines: Sequence[str]) -> str:
+    return in_words([predictors()[engine].title for engine in engines])
 
 
 def _not_run(prediction: Prediction, chosen: frozenset[str]) -> tuple[NotRun, ...]:

@@ -228,16 +228,13 @@ def _rule(options: argparse.Namespace) -> int:
     from lora_probe.render import markdown as pages
     from lora_probe.render.text import rule as ruled
     from lora_probe.rules import all_rules
+    from lora_probe.rules.codes import meant
 
     known = all_rules()
     if options.code is None:
         chosen = list(known.values())
     else:
-        # `LP7` or `LP7xx` is the family.
-        wanted = options.code.upper().rstrip("X")
-        chosen = [
-            rule for code, rule in known.items() if code == wanted or (len(wanted) > 2 and code.startswith(wanted))
-        ] or [rule for rule in known.values() if rule.name == options.code.lower()]
+        chosen = [known[code] for code in meant(options.code, known)]
         if not chosen:
             raise ProbeError(f"there is no rule `{options.code}`", f"rules: {', '.join(known)}")
     if options.format == "json":

@@ -18,6 +18,7 @@ from rich_argparse import RawDescriptionRichHelpFormatter
 from lora_probe import __version__
 from lora_probe.cli.budget import add_limits
 from lora_probe.errors import ProbeError
+from lora_probe.files.extensions import engine_names
 from lora_probe.rules.vllm_versions import ENGINE_OPTIONS
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
@@ -349,7 +350,7 @@ def _prompts_in(path: str) -> list[str]:
 
 def same_with_another_engine(options: argparse.Namespace) -> str:
     """The command that was given, for the engine to compare with."""
-    other = {"peft": "vllm", "vllm": "peft"}.get(options.engine, "peft")
+    other = next(name for name in engine_names() if name != options.engine)
     words: list[str] = []
     skip = False
     for word, before in zip(options.given, ["", *options.given], strict=False):

@@ -80,7 +80,7 @@ def trace(
     for prompt in asked:
         if any("\ud800" <= sign <= "\udfff" for sign in prompt.text):
             raise ProbeError(f"the prompt {prompt.text!r} is not valid UTF-8")
-    require(engine)
+    require(engine, engine_args)
     folder = _folder(_name(checkpoint), engine, out, force)
     spec = RunSpec(
         engine=engine,
@@ -123,7 +123,7 @@ def trace_plain(
     followed = [scored.score for scored in follow.scores if scored.score.kind == "adapter"]
     if not followed:
         raise ProbeError(f"`{follow.path}` holds no scored answer of an adapter to follow")
-    require(engine)
+    require(engine, engine_args)
     source = _resolved(str(model))
     if watch is None:
         watch = [module for module, parameter, _ in follow.rows.modules if parameter == "weight"] if follow.rows else []

@@ -160,11 +160,9 @@ def _named(progress: Callable[[str, launch.Progress], None] | None, name: str) -
 
 def _check_asked(engine: str, prompts: Sequence[str], max_tokens: int, engine_args: Sequence[str]) -> None:
     """What can be known to be wrong before gigabytes are read."""
-    require(engine)
+    require(engine, engine_args)
     if max_tokens < 1:
         raise ProbeError(f"--max-tokens is {max_tokens}; an answer has at least one token")
-    if engine == "peft" and engine_args:
-        raise ProbeError(f"peft takes no engine flags ({' '.join(engine_args)})", "flags after `--` are vLLM's")
     if not all(prompts):
         raise ProbeError("a prompt is empty", "give a prompt that says something")
 

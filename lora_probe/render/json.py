@@ -253,7 +253,7 @@ def rules_json(rules: list[Rule]) -> dict[str, Any]:
                 "code": rule.code,
                 "name": rule.name,
                 "station": rule.station,
-                "engines": list(rule.engines),
+                "engines": list(rule.in_engines),
                 "severity": rule.severity,
                 "hint": rule.hint,
                 "page": rule.page,

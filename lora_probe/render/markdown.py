@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
+from lora_probe.names import in_words
 from lora_probe.rules import Rule, family_of
 
 HEAD = """# Rules
@@ -52,7 +53,7 @@ def facts(rule: Rule) -> str:
     if rule.station == "merge":
         return rule.severity
     where = "" if rule.station == "adapter" else f", station {rule.station}"
-    return f"{rule.severity}, {' and '.join(rule.engines)}{where}"
+    return f"{rule.severity}, {in_words(rule.in_engines)}{where}"
 
 
 def first_sentence(rule: Rule) -> str:

@@ -75,7 +75,7 @@ def _rule(rule: Rule) -> dict[str, Any]:
         "help": {"text": f"{rule.page}\n\nhint: {rule.hint}", "markdown": page(rule)},
         "defaultConfiguration": {"level": LEVELS[rule.severity]},
         "properties": {
-            "tags": ["lora", *rule.engines],
+            "tags": ["lora", *rule.in_engines],
             "problem.severity": SEVERITIES[rule.severity],
         },
     }

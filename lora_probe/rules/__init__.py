@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from lora_probe.rules.diagnostics import Diagnostic, as_json, diagnose, diagnostic
 from lora_probe.rules.registry import (
-    ENGINES,
     AdapterFinding,
     Family,
     Needs,
@@ -23,7 +22,6 @@ from lora_probe.rules.registry import (
 )
 
 __all__ = [
-    "ENGINES",
     "AdapterFinding",
     "Diagnostic",
     "Family",

@@ -44,7 +44,7 @@ def diagnose(ledger: Ledger) -> list[Diagnostic]:
         )
     for clause in clauses(ledger):
         finding = clause.finding
-        if ledger.refused and not finding.code.startswith(("LP2", "LP3")):
+        if ledger.refused and clause.station != "stored" and not finding.code.startswith(("LP2", "LP3")):
             # What the engine would have done with it nobody knows; what is wrong in the file may be the reason.
             continue
         code = finding.code or "LP500"
@@ -68,7 +68,7 @@ def diagnostic(rule: Rule, finding: AdapterFinding, path: Path, line: int | None
         finding.message,
         rule.hint,
         tuple(dict.fromkeys(module for module, _, _ in finding.keys)),
-        finding.engines or rule.engines,
+        finding.engines or rule.in_engines,
         str(finding.path or path),
         line,
     )

@@ -263,11 +263,6 @@ def variant_not_read(subject: Subject) -> Iterator[AdapterFinding]:
         yield AdapterFinding("PEFT cannot load an Arrow router by itself", engines=("peft",), refuses=True, field=field)
 
 
-READ_BY_PEFT_ALONE = frozenset(
-    ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters")
-)
-"""Fields that decide which modules are meant. vLLM goes by the names of the tensors: what is wrong in such a field is
-an error in PEFT alone, although vLLM requires `target_modules` to be there."""
 READ_BY_VLLM = frozenset(
     (
         "r",

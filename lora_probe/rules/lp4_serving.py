@@ -319,7 +319,7 @@ def class_without_adapters(subject: Subject) -> Iterator[AdapterFinding]:
     hint="mend the modules that one engine loses, or trust the engine that the adapter was trained with",
     consequence=True,
 )
-def engines_differ(count: int, total: int, only: str) -> str:
+def engines_differ(engines: str, count: int, total: int, only: str) -> str:
     """PEFT and vLLM will run different adapters.
 
     What it does: holds the two predicted ledgers against each other, module by module.
@@ -330,4 +330,4 @@ def engines_differ(count: int, total: int, only: str) -> str:
 
     Example: keys without `base_model.model.`, which vLLM applies and PEFT drops.
     """
-    return f"PEFT and vLLM will run different adapters: {count} of {total} modules {only}"
+    return f"{engines} will run different adapters: {count} of {total} modules {only}"

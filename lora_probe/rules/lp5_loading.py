@@ -6,7 +6,7 @@ from lora_probe.files import shown
 from lora_probe.rules.paths import starts
 from lora_probe.rules.registry import Family, rule
 
-FAMILY = Family("LP5", "loading, in a running engine", commands="trace")
+FAMILY = Family("LP5", "loading, in a running engine", commands="trace", in_check=False)
 
 
 @rule(

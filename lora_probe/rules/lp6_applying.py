@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lora_probe.rules.registry import Family, rule
 
-FAMILY = Family("LP6", "applying, in a running engine", commands="trace")
+FAMILY = Family("LP6", "applying, in a running engine", commands="trace", in_check=False)
 
 
 @rule(

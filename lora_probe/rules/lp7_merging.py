@@ -5,7 +5,7 @@ from __future__ import annotations
 from lora_probe.files import shown
 from lora_probe.rules.registry import Family, rule
 
-FAMILY = Family("LP7", "merging", commands="parity")
+FAMILY = Family("LP7", "merging", commands="parity", in_check=False)
 
 UNRELATED = 0.2
 """Less of ΔW than this in a change, and it is called another adapter's."""

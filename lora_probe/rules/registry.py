@@ -14,10 +14,13 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache, wraps
 from importlib import import_module
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, overload
 
+from lora_probe.errors import ProbeError
+from lora_probe.files.extensions import RULES, broken, engine_names, load, points
 from lora_probe.ledger import Finding, Station, Value
 from lora_probe.names import Key
 
@@ -25,11 +28,14 @@ if TYPE_CHECKING:
     from lora_probe.rules.subject import Subject
 
 Severity = Literal["error", "warning", "info"]
-Needs = Literal["files", "base", "weights of the base", "vllm"]
+Needs = str
+"""`files`, `base`, `weights of the base`, or an engine: what it has for the base."""
 P = ParamSpec("P")
 Survey = Callable[["Subject"], Iterable["AdapterFinding"]]
 
-ENGINES = ("peft", "vllm")
+OTHERS_CODE = re.compile(r"(?!LP)[A-Z]{2,8}[0-9]{3}")
+"""Codes of rules that other distributions add: a prefix of their own, then three digits."""
+_CODE = re.compile(r"([A-Z]+)([0-9]?)")
 _FAMILY_MODULE = re.compile(r"lp\d_\w+")
 
 
@@ -39,13 +45,14 @@ class Family:
 
     One of these modules holds the constant `FAMILY`. `commands` names the commands that report its rules.
     `loading_step` is the order in which a loading engine gets to what the rules check: of several refusals the engine
-    reports that of the lowest step.
+    reports that of the lowest step. `in_check`: `check` runs them; the others are about running engines and merges.
     """
 
     prefix: str
     title: str
     commands: str = ""
     loading_step: int = 9
+    in_check: bool = True
 
     @property
     def heading(self) -> str:
@@ -56,11 +63,12 @@ class Family:
 class Rule:
     """What is known about a rule without running it.
 
-    `field` is the key of adapter_config.json that a finding points at unless it names another. `fixable`: `check --fix`
-    repairs it. `short` fits into a cell of a table. `consequence`: it mostly follows from another finding, and is
-    reported after it. `predicate`: the sentence continues one that begins with the modules' names (`layer 5 q_proj` is
-    `not in the file`). `per_message`: different messages are different diagnostics; of any other rule all findings are
-    one diagnostic with the first message. `module` is the Python module that registered the rule.
+    `engines` is empty for a rule about every engine. `field` is the key of adapter_config.json that a finding points at
+    unless it names another. `fixable`: `check --fix` repairs it. `short` fits into a cell of a table. `consequence`: it
+    mostly follows from another finding, and is reported after it. `predicate`: the sentence continues one that begins
+    with the modules' names (`layer 5 q_proj` is `not in the file`). `per_message`: different messages are different
+    diagnostics; of any other rule all findings are one diagnostic with the first message. `module` is the Python module
+    that registered the rule.
     """
 
     code: str
@@ -70,7 +78,7 @@ class Rule:
     severity: Severity
     hint: str
     page: str
-    engines: tuple[str, ...] = ENGINES
+    engines: tuple[str, ...] = ()
     needs: Needs = "files"
     field: str | None = None
     fixable: bool = False
@@ -79,6 +87,11 @@ class Rule:
     predicate: bool = False
     per_message: bool = False
     module: str = ""
+
+    @property
+    def in_engines(self) -> tuple[str, ...]:
+        """The names of the engines that it is about."""
+        return self.engines or engine_names()
 
     @property
     def measured(self) -> bool:
@@ -167,7 +180,7 @@ def rule(
     *,
     hint: str,
     severity: Severity = "error",
-    engines: tuple[str, ...] = ENGINES,
+    engines: tuple[str, ...] = (),
     needs: Needs = "files",
     field: str | None = None,
     fixable: bool = False,
@@ -206,7 +219,7 @@ def survey(
     *,
     hint: str,
     severity: Severity = "error",
-    engines: tuple[str, ...] = ENGINES,
+    engines: tuple[str, ...] = (),
     needs: Needs = "files",
     field: str | None = None,
     fixable: bool = False,
@@ -261,7 +274,28 @@ def surveys() -> Iterator[tuple[Rule, Survey]]:
 def all_rules() -> dict[str, Rule]:
     """Every rule by its code, in the order of the codes."""
     _family_modules()
+    for point in points(RULES).values():
+        _register_others(point)
     return dict(sorted(_registry.items()))
+
+
+def _register_others(point: EntryPoint) -> None:
+    """Import a module of rules of another distribution.
+
+    Raises:
+        ProbeError: it cannot be imported, or one of its codes is not one that others may use. Its rules are left out.
+    """
+    before = set(_registry)
+    try:
+        load(point)
+        for code in _registry.keys() - before:
+            if not OTHERS_CODE.fullmatch(code):
+                raise broken(point, f"`{code}` is not a code for its rules: use a prefix of your own (`XY101`)")
+    except ProbeError:
+        for code in _registry.keys() - before:
+            del _registry[code]
+            _surveys.pop(code, None)
+        raise
 
 
 def families() -> dict[str, Family]:
@@ -272,7 +306,8 @@ def families() -> dict[str, Family]:
 
 def family_of(code: str) -> Family:
     """The family of a rule; one without a title for a code that belongs to none."""
-    prefix = code[:3]
+    match = _CODE.match(code)
+    prefix = match[0] if match else code
     return families().get(prefix) or Family(prefix, "")
 
 

@@ -24,7 +24,6 @@ from lora_probe.engines.peft.models import first_lines, load_model, load_tokeniz
 from lora_probe.engines.peft.plain import describe_model, record_plain
 from lora_probe.engines.peft.runner import Runner, end_ids
 from lora_probe.engines.prompts import encode
-from lora_probe.errors import EngineFailed
 from lora_probe.files.weights import TensorHeader
 from lora_probe.ledger import OK, Finding
 from lora_probe.names import PREFIX, Key
@@ -60,10 +59,6 @@ class PeftEngine:
 
     def record(self, spec: RunSpec, folder: Path) -> None:
         """See `lora_probe.engines.Engine.record`."""
-        if spec.engine_args:
-            raise EngineFailed(
-                f"peft takes no engine flags ({' '.join(spec.engine_args)})", "flags after `--` are vLLM's"
-            )
         ignored = sorted(set(spec.options) - {"dtype", "lora_dtype"})
         process = Process(
             schema=SCHEMA,

@@ -1,0 +1,82 @@
+"""Extension points: what other distributions add to lora-probe, by entry points.
+
+In: the name of a group. Out: its entry points, and what they load. An entry point that cannot be loaded is one error
+that names it and its distribution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from lora_probe.errors import ProbeError
+
+ENGINES = "lora_probe.engines"
+"""Engines that run an adapter and record it. The name is what `--engine` accepts."""
+PREDICTORS = "lora_probe.predictors"
+"""What predicts an engine's ledger in `check`, under the engine's name. The engine need not be installed."""
+RULES = "lora_probe.rules"
+"""Modules that register rules when they are imported."""
+
+_FIRST = ("peft", "vllm")
+
+
+@cache
+def points(group: str) -> Mapping[str, EntryPoint]:
+    """The entry points of a group by their names: ours first, then the others in alphabetical order.
+
+    Raises:
+        ProbeError: two distributions have an entry point of the same name.
+    """
+    by_name: dict[str, EntryPoint] = {}
+    for point in entry_points(group=group):
+        if (other := by_name.setdefault(point.name, point)) != point:
+            raise ProbeError(f"{described(point)} clashes with {described(other)}", "uninstall one of the two")
+    return {name: by_name[name] for name in in_order(by_name)}
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Names of engines: `peft`, `vllm`, then the others in alphabetical order."""
+    return sorted(set(names), key=lambda name: (_FIRST.index(name) if name in _FIRST else len(_FIRST), name))
+
+
+def engine_names() -> tuple[str, ...]:
+    """The engines whose ledgers `check` predicts. What is about every engine is about these.
+
+    Raises:
+        ProbeError: not even those of lora-probe itself are registered.
+    """
+    names = tuple(points(PREDICTORS))
+    if not names:
+        raise ProbeError(
+            f"no entry points in the group `{PREDICTORS}`: lora-probe is not installed, or an older version was",
+            "install it again with pip",
+        )
+    return names
+
+
+def load(point: EntryPoint) -> Any:
+    """What an entry point names.
+
+    Raises:
+        ProbeError: importing it failed, for whatever reason.
+    """
+    try:
+        return point.load()
+    # Code of others: whatever it raises is passed on in one line, with where it comes from.
+    except Exception as error:
+        raise broken(point, f"{type(error).__name__}: {error}") from error
+
+
+def broken(point: EntryPoint, why: str) -> ProbeError:
+    """The error for an entry point that cannot be used."""
+    hint = f"fix or uninstall `{point.dist.name}`" if point.dist is not None else ""
+    return ProbeError(f"cannot load {described(point)}: {why}", hint)
+
+
+def described(point: EntryPoint) -> str:
+    """An entry point as it is written, with where it comes from."""
+    owner = f" of the distribution `{point.dist.name}`" if point.dist is not None else ""
+    return f"the entry point `{point.name} = {point.value}` ({point.group}){owner}"

@@ -1,0 +1,31 @@
+"""A `Subject` for the rules: an adapter, and where each of its pairs leads in every engine.
+
+In: an adapter, the base and the engines' views of it where they are known, and how it will be served. Out: a `Subject`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from lora_probe.adapter import Adapter
+from lora_probe.base import Base, EngineView
+from lora_probe.prediction.peft import shapes_in, with_default_targets
+from lora_probe.prediction.predictor import predictors
+from lora_probe.rules.subject import Serving, Subject
+
+
+def subject_of(
+    adapter: Adapter,
+    serving: Serving,
+    base: Base | None = None,
+    views: Mapping[str, EngineView] | None = None,
+    unasked: Mapping[str, str] | None = None,
+) -> Subject:
+    """All that is known of `adapter`. `views` holds what engines have for the base, `unasked` why one was not asked."""
+    views = views or {}
+    adapter = with_default_targets(adapter, views)
+    shapes = shapes_in(views)
+    if shapes is None and base is not None:
+        shapes = base.shapes or None
+    places = {engine: predictors()[engine].resolve(view, adapter, serving) for engine, view in views.items()}
+    return Subject(adapter, serving, base, views, unasked or {}, shapes, places)
