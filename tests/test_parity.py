@@ -53,9 +53,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 def test_without_a_merge_peft_makes_it_and_both_halves_are_judged(world: World, tmp_path: Path) -> None:
     kept = tmp_path / "kept"
     done = run(world.adapter, "--dtype", "bfloat16", "--max-tokens", 8, "-o", kept)
-    assert "by PEFT, here, in BF16" in done.stdout
+    assert "made by PEFT in BF16" in done.stdout
     assert f"{MODULES} of {MODULES} modules: bit for bit PEFT's merge" in done.stdout
-    assert f"verified: {MODULES} of {MODULES} modules merged rightly" in done.stdout
+    assert f"verified: {MODULES} of {MODULES} modules merged correctly" in done.stdout
     assert "of the effect survives" in done.stdout
     assert "weights: 100 %" in done.stderr
     assert {path.name for path in kept.iterdir()} == {"merged", "unmerged.lptrace", "merged.lptrace", REPORT}
@@ -213,4 +213,4 @@ def test_the_wrong_base_is_called_that(world: World, tmp_path: Path) -> None:
     other = save_model(tmp_path / "other", "wide", seed=3)
     done = run(world.adapter, "--merged", world.merged, "--model", other, "--weights-only", status=1)
     assert "LP714" in done.stdout
-    assert "all as in the base" not in done.stdout
+    assert "all equal to the base" not in done.stdout
