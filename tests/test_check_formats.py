@@ -25,8 +25,8 @@ from lora_probe.checking.folders import asked
 from lora_probe.cli.main import parser_of_all
 from lora_probe.errors import UnreadableFile
 from lora_probe.ledger import STATIONS, Finding, Ledger, Row
-from lora_probe.render.json.check import report_json
 from lora_probe.render.github import command
+from lora_probe.render.json.check import report_json
 from lora_probe.render.markdown import markdown, page
 from lora_probe.render.sarif import sarif
 from lora_probe.rules import Rule, all_rules

@@ -156,7 +156,7 @@ def bad_inputs(adapter: Path, llama: Path, tmp_path: Path) -> dict[str, tuple[li
         "flags for show": (["show", tmp_path, "--", "--seed"], "unrecognized arguments: ./--seed"),
         "two sources of prompts": ([*trace, adapter, "--follow", tmp_path, "--prompt", "x"], "takes its prompts from"),
         "nothing to follow": ([*trace, adapter, "--follow", tmp_path / "lost"], "lost"),
-        "a tolerance that is none": (["compare", tmp_path, tmp_path, "--rtol", "nan"], "not a valid relative tolerance"),
+        "a tolerance that is none": (["compare", tmp_path, tmp_path, "--rtol", "nan"], "not a valid relative"),
         "a prompt that is no text": ([*trace, adapter, "--prompt", "\udcff"], "not valid UTF-8"),
         "a prompt beyond the context": ([*trace, adapter, "--prompt", "x" * 600], "context is 512"),
         "unknown level": ([*trace, adapter, "--keep", "all"], "shrink"),

@@ -64,8 +64,9 @@ def test_a_million_steps(trace: Path, kind: str) -> None:
     script = (
         "import sys\n"
         "from lora_probe.recording.reader import open_trace\n"
-        "from lora_probe.render import console as output\nfrom lora_probe.render.results import Recording\nfrom lora_probe.render.text.trace import recording\n"
-        "output.show(recording(Recording(open_trace(sys.argv[1]))))\n"
+        "from lora_probe.render.formats import present\n"
+        "from lora_probe.render.results import Recording\n"
+        "present('show', 'text', Recording(open_trace(sys.argv[1])))\n"
         "line = next(line for line in open('/proc/self/status') if line.startswith('VmHWM'))\n"
         "print(int(line.split()[1]) // 1024)\n"
     )
