@@ -14,19 +14,24 @@ commands and their results, also with the options that change the result's type:
     rule              results.RuleList
     env               Mapping[str, str]
 
-A format of this package has its renderers in `FORMATS`. Any other distribution can add a format, or an existing format
-to a command that does not have it: an entry point in the group `lora_probe.formats` loads a `Format`, which is any
-object (or module) with `name` and `renderers`:
+A format of this package is a file in `render/` and its lines in `FORMATS`. Another distribution adds a format, or an
+existing format to a command that does not have it, by an entry point in the group `lora_probe.formats`:
 
-    # my_formats.py                                  # setup.cfg
-    def csv(result):                                 [options.entry_points]
-        for report in result.reports:                lora_probe.formats =
-            for found in report.diagnostics:             csv = my_formats
-                yield f"{report.adapter},{found.code}"
-    name, renderers = "csv", {"check": csv}
+    [options.entry_points]
+    lora_probe.formats =
+        csv = my_formats
+
+The entry point is a `Format`: any object, or a module such as this `my_formats`, with `name` and `renderers`:
+
+    def check(result):
+        for report in result.reports:
+            for diagnostic in report.diagnostics:
+                yield f"{report.adapter},{diagnostic.code}"
+
+    name, renderers = "csv", {"check": check}
 
 Then `lora-probe check ckpt/ --format csv` prints these lines, and `lora-probe check --help` lists the format. Other
-distributions are loaded only if a format of theirs is requested or all formats are listed.
+distributions are loaded only if a format that is not ours is requested, or if all formats are listed.
 """
 
 from __future__ import annotations
@@ -41,6 +46,7 @@ from typing import Any, Protocol
 from rich.console import RenderableType
 
 from lora_probe.errors import ProbeError
+from lora_probe.files import limits
 from lora_probe.render.console import emit
 from lora_probe.render.results import Paged
 
@@ -96,7 +102,7 @@ COMMANDS = frozenset(FORMATS[DEFAULT])
 
 
 class Names:
-    """The formats of a command, as argparse wants choices: a name of this package is found without looking for other
+    """The formats of a command, as choices for argparse. A format of this package is found without a search for other
     distributions."""
 
     def __init__(self, command: str) -> None:
@@ -118,7 +124,8 @@ def renderer(command: str, name: str) -> Renderer:
     """
     if place := FORMATS.get(name, {}).get(command):
         module, _, attribute = place.partition(":")
-        function: Renderer = getattr(import_module(f"{__package__}.{module}"), attribute)
+        with limits.importing():
+            function: Renderer = getattr(import_module(f"{__package__}.{module}"), attribute)
         return function
     if (command, name) not in _installed():
         raise ProbeError(
@@ -151,8 +158,8 @@ def _installed() -> Mapping[tuple[str, str], Renderer]:
 
 
 def _loaded(point: EntryPoint) -> tuple[str, Mapping[str, Renderer]]:
-    """The format of an entry point, tested to be one."""
-    with _blaming(point, "cannot be loaded"):
+    """The format of an entry point, validated."""
+    with _blaming(point, "cannot be loaded"), limits.importing():
         loaded = point.load()
     name, renderers = getattr(loaded, "name", None), getattr(loaded, "renderers", None)
     if not isinstance(name, str) or not name or not isinstance(renderers, Mapping):
@@ -176,7 +183,7 @@ def _title(point: EntryPoint) -> str:
 
 @contextmanager
 def _blaming(point: EntryPoint, what: str) -> Iterator[None]:
-    """Errors in code of another distribution are reported as its errors."""
+    """Report errors in the code of another distribution as its own."""
     try:
         yield
     except (ProbeError, MemoryError):
