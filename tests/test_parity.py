@@ -152,10 +152,13 @@ def test_an_engine_that_cannot_run_the_merged_model_leaves_the_weights_judged(wo
         (["{adapter}", "--merged", "nowhere"], "there is no merged model `nowhere`"),
         (["{adapter}", "--merged", "{adapter}"], "is an adapter, not a merged model"),
         (["{adapter}", "--merged", "{base}", "--weights-only"], "are the same folder"),
-        (["{adapter}", "--merged", "{merged}", "--weights-only", "--dtype", "bfloat16"], "--dtype: nothing is run"),
+        (
+            ["{adapter}", "--merged", "{merged}", "--weights-only", "--dtype", "bfloat16"],
+            "cannot be combined with --dtype",
+        ),
         (
             ["{adapter}", "--merged", "{merged}", "--weights-only", "--prompt", "a", "--engine", "vllm"],
-            "nothing is run",
+            "no engine runs with --weights-only",
         ),
         (["{adapter}", "--merged", "{merged}", "--", "--seed", "1"], "peft takes no engine flags (--seed 1)"),
         (["{adapter}", "--merged", "{merged}", "--prompt", ""], "a prompt is empty"),
