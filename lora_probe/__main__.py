@@ -1,6 +1,6 @@
 """The command `lora-probe`, and `python -m lora_probe`.
 
-In: arguments. Out: the exit status. Python puts the current folder on its path for `-m`: add `-P`.
+In: arguments. Out: the exit status. With `-m`, Python puts the current folder on its path; `-P` prevents this.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from lora_probe.cli.ending import supervised
 
 
 def main() -> int:
-    """Run the command line in a process of its own. It is imported there: this one only waits, and stays small."""
+    """Run the command line in a process of its own. This process only waits: it imports almost nothing."""
     return supervised(_run)
 
 
 def _run() -> int:
-    # Imports make no garbage, and looking for it takes 5 % of their time.
+    # Imports create no garbage, and collecting it takes 5 % of their time.
     gc.disable()
     try:
         from lora_probe.cli.main import run

@@ -6,6 +6,8 @@ was measured and is written down here with its measurement.
 
 from __future__ import annotations
 
+import math
+
 ROUND_OFF = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 
 AGREES_SLACK = {"float32": 168.0, "float16": 8.0, "bfloat16": 4.0}
@@ -44,3 +46,8 @@ def coarser(*dtypes: str) -> str:
 def _units(dtype: str, slack: dict[str, float]) -> float:
     """An unknown dtype is taken for the coarsest that is known."""
     return ROUND_OFF.get(dtype, ROUND_OFF["bfloat16"]) * slack.get(dtype, slack["bfloat16"])
+
+
+def finite(value: float | None) -> float | None:
+    """The number if JSON can represent it, None for NaN and infinity."""
+    return value if value is not None and math.isfinite(value) else None

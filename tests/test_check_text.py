@@ -36,7 +36,7 @@ def test_rules_that_were_not_run_fail_when_strict(runs: Path, capsys: Any, monke
     status, out, _ = call("check", "healthy", capsys=capsys)
     assert status == 0
     assert "not run: LP301: no base" in out
-    assert out.endswith("no finding in healthy/; 1 rule was not run\n")
+    assert out.endswith("no findings in healthy/; 1 rule was not run\n")
     assert call("check", "healthy", "--strict", capsys=capsys)[0] == 1
 
 
@@ -48,12 +48,12 @@ def test_nothing_is_ok_where_rules_were_not_run(runs: Path, capsys: Any) -> None
     assert "peft, vllm  90 modules in the files, nothing wrong with them there; whether they take" in out
     assert out.count("takes effect") == 0
     assert out.count("90: layers 0-29 q_proj, k_proj, v_proj") == 1
-    assert out.endswith("no finding in baseless/; 2 rules were not run\n")
+    assert out.endswith("no findings in baseless/; 2 rules were not run\n")
     _, out, _ = call("check", "baseless", "baseless-2", "baseless-3", "healthy", "damaged", capsys=capsys)
     lines = out.splitlines()
     assert lines[:2] == [f"unknown  {name}  (the base is not known)" for name in ("baseless  ", "baseless-2")]
     assert lines[3].split() == ["ok", "healthy"]
-    assert lines[-1].startswith("5 adapters: 1 without a finding, 3 not fully judged, 1 with errors; ")
+    assert lines[-1].startswith("5 adapters: 1 without findings, 3 not fully judged, 1 with errors; ")
     data = json.loads(call("check", "baseless", "healthy", "--format", "json", capsys=capsys)[1])
     assert data["summary"]["with_rules_not_run"] == 1
 
@@ -64,7 +64,7 @@ def test_what_is_ignored_is_counted(runs: Path, capsys: Any, monkeypatch: pytest
             yield replace((damaged if folder.name == "damaged" else healthy)(folder), ignored=3)
 
     monkeypatch.setattr(checking, "check_all", check_all)
-    assert call("check", "healthy", capsys=capsys)[1].endswith("no finding in healthy/ (3 ignored)\n")
+    assert call("check", "healthy", capsys=capsys)[1].endswith("no findings in healthy/ (3 ignored)\n")
     assert (
         "1 error, 1 warning in damaged/ (3 ignored); 1 rule was not run\n" in call("check", "damaged", capsys=capsys)[1]
     )
@@ -92,7 +92,7 @@ def test_text(runs: Path, capsys: Any) -> None:
     _, out, err = call("check", "damaged", capsys=capsys)
     lines = out.splitlines()
     assert lines == [line.rstrip() for line in lines]
-    assert lines[:2] == ["adapter     damaged", "base model  not known"]
+    assert lines[:2] == ["adapter     damaged", "base model  unknown"]
     assert "peft  90 of 90 modules take effect" in lines
     hole = "3 lost at stored: layer 5 q_proj, k_proj, v_proj are not in the file (LP204)"
     assert f"vllm  87 of 90 modules take effect, {hole}" in lines
@@ -109,7 +109,7 @@ def test_text(runs: Path, capsys: Any) -> None:
     assert out.startswith("adapter        healthy\nbase model     base\npredicted for  vLLM 0.32\nnote: `runs` holds")
     assert "peft, vllm  90 of 90 modules take effect\n" in out
     assert "placed" not in out
-    assert out.endswith("no finding in healthy/\n")
+    assert out.endswith("no findings in healthy/\n")
     assert err == ""
 
 
@@ -125,7 +125,7 @@ def test_text_of_many(runs: Path, capsys: Any) -> None:
     assert "\ndeep/damaged-2\n" in out
     assert "\nhealthy\n" not in out
     assert "not run: LP301: no base (2 of 6 adapters)" in out
-    assert out.endswith("6 adapters: 3 without a finding, 1 with warnings, 2 with errors; 2 errors, 3 warnings\n")
+    assert out.endswith("6 adapters: 3 without findings, 1 with warnings, 2 with errors; 2 errors, 3 warnings\n")
 
 
 def test_sentences_are_broken_at_spaces() -> None:
@@ -144,8 +144,8 @@ def test_sentences_are_broken_at_spaces() -> None:
 
 def test_what_was_printed_comes_before_what_is_said(tmp_path: Path) -> None:
     script = (
-        "from lora_probe.render.console import complain, hint, say\n"
-        "for say_so in (complain, hint, say):\n    print('data'); say_so('beside')"
+        "from lora_probe.render.console import complain, hint, note\n"
+        "for say_so in (complain, hint, note):\n    print('data'); say_so('beside')"
     )
     run = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert run.stdout.split() == ["data", "error:", "beside", "data", "hint:", "beside", "data", "beside"]
@@ -155,9 +155,9 @@ def test_a_narrow_terminal_and_no_colour(runs: Path) -> None:
     """In 60 columns no table is wider, and no sentence unless a word is."""
     script = (
         "import sys; sys.path.insert(0, sys.argv.pop(1)); import reports as t\n"
-        "from pathlib import Path; from lora_probe.render.text import check as checked\n"
+        "from pathlib import Path; from lora_probe.render.text.check import full_report\n"
         "from lora_probe.render.console import show\n"
-        "show(checked.report(t.damaged(Path('damaged'))))"
+        "show(full_report(t.damaged(Path('damaged'))))"
     )
     environment = {"COLUMNS": "60", "FORCE_COLOR": "1", "TERM": "xterm-256color", "PATH": ""}
     command = [sys.executable, "-c", script, str(Path(__file__).parent)]
@@ -187,7 +187,7 @@ def test_what_mending_says(adapter: Path, tmp_path: Path, capsys: Any) -> None:
         for what in (["--diff"], ["--fix", "-o", tmp_path / "fixed"]):
             status, out, err = call("check", wrapped, *what, "--format", form, capsys=capsys)
             assert (status, out) == (2, "")
-            assert "text and json go" in err
+            assert "available formats: text, json" in err
     fixed = tmp_path / "fixed"
     status, out, _ = call("check", wrapped, "--fix", "-o", fixed, "--format", "json", capsys=capsys)
     data = json.loads(out)
@@ -217,8 +217,8 @@ def test_the_list_of_rules_is_by_families(capsys: Any) -> None:
     lines = call("rule", capsys=capsys)[1].splitlines()
     heads = [line for line in lines if re.match("LP.xx", line)]
     assert [head[:5] for head in heads] == [f"LP{number}xx" for number in range(1, 8)]
-    assert heads[0] == "LP1xx: adapter_config.json  (from check)"
-    assert heads[-1] == "LP7xx: merging  (from parity)"
+    assert heads[0] == "LP1xx: adapter_config.json  (reported by check)"
+    assert heads[-1] == "LP7xx: merging  (reported by parity)"
     listed = [line.split()[0] for line in lines if re.match(r"LP\d\d\d", line)]
     assert listed == list(all_rules())
     assert len({line.index("severity") for line in lines if line.startswith("code ")}) == 1

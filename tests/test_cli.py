@@ -76,7 +76,7 @@ def test_inspect_says_what_is_no_number(adapter: Path, tmp_path: Path, capsys: p
     half = edited(adapter, tmp_path / "half", lambda t: {n: v for n, v in t.items() if n != name})
     assert "not finite" in call("inspect", broken, "--norms", capsys=capsys)[1]
     out = call("inspect", half, "--norms", capsys=capsys)[1]
-    assert "no pair" in out
+    assert "not a pair" in out
     assert "missing" in out
     assert json.loads(call("inspect", broken, "--norms", "--format", "json", capsys=capsys)[1])
 
@@ -109,7 +109,7 @@ def test_compare_statuses(peft_trace: Any, tmp_path: Path, capsys: pytest.Captur
     assert "not complete" in out
     status, out, _ = call("show", path, capsys=capsys)
     assert status == 1
-    assert "incomplete: peft did not close;" in out
+    assert "incomplete: peft did not exit cleanly;" in out
 
 
 def test_rules(capsys: pytest.CaptureFixture[str]) -> None:
@@ -149,14 +149,14 @@ def bad_inputs(adapter: Path, llama: Path, tmp_path: Path) -> dict[str, tuple[li
         "no base": ([*trace, adapter, "--model", "./nowhere"], "nowhere"),
         "no base id": ([*trace, adapter, "--model", "some/model"], "some/model"),
         "a base that is none": ([*trace, adapter, "--model", tmp_path], "config.json"),
-        "no prompts": ([*trace, adapter, "--prompt-file", tmp_path / "empty.txt"], "holds no prompt"),
+        "no prompts": ([*trace, adapter, "--prompt-file", tmp_path / "empty.txt"], "contains no prompts"),
         "no prompt file": ([*trace, adapter, "--prompt-file", tmp_path / "nope.txt"], "nope.txt"),
         "no tokens": ([*trace, adapter, "--max-tokens", "0"], "--max-tokens"),
         "flags for peft": ([*trace, adapter, "--", "--seed", "1"], "flags after `--` are vLLM's"),
         "flags for show": (["show", tmp_path, "--", "--seed"], "unrecognized arguments: ./--seed"),
         "two sources of prompts": ([*trace, adapter, "--follow", tmp_path, "--prompt", "x"], "takes its prompts from"),
         "nothing to follow": ([*trace, adapter, "--follow", tmp_path / "lost"], "lost"),
-        "a tolerance that is none": (["compare", tmp_path, tmp_path, "--rtol", "nan"], "no relative tolerance"),
+        "a tolerance that is none": (["compare", tmp_path, tmp_path, "--rtol", "nan"], "not a valid relative"),
         "a prompt that is no text": ([*trace, adapter, "--prompt", "\udcff"], "not valid UTF-8"),
         "a prompt beyond the context": ([*trace, adapter, "--prompt", "x" * 600], "context is 512"),
         "unknown level": ([*trace, adapter, "--keep", "all"], "shrink"),
@@ -285,10 +285,10 @@ def test_the_last_hint_is_the_same_command_for_the_other_engine() -> None:
     import argparse
     import shlex
 
-    from lora_probe.cli.options import same_with_another_engine
+    from lora_probe.cli.trace import same_with_another_engine
 
     given = shlex.split("trace 'a b' --engine peft --dtype float32 --prompt 'x y' -o run.lptrace --force")
-    hint = same_with_another_engine(argparse.Namespace(engine="peft", given=given))
+    hint = same_with_another_engine(argparse.Namespace(engine="peft", own_arguments=given))
     assert hint == "lora-probe trace 'a b' --engine vllm --dtype float32 --prompt 'x y' -o OTHER.lptrace"
 
 

@@ -27,7 +27,7 @@ def test_the_demo_from_training_to_the_merge(
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
     assert run.stdout.count("9 of 9 modules took effect") == 4
     assert "the traces agree on 9 modules" in run.stdout
-    assert "verified: 9 of 9 modules merged rightly" in run.stdout
+    assert "verified: 9 of 9 modules merged correctly" in run.stdout
     assert "before training" in run.stdout
     assert "after training" in run.stdout
     printed = [line for line in run.stdout.splitlines() if line.startswith("$ ")]

@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import lora_probe
-from lora_probe.cli.options import parser_of_all
+from lora_probe.cli.main import parser_of_all
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -313,10 +313,10 @@ def test_limits_are_options_of_every_command_that_reads(
         assert "--max-memory GIB" in out
     status, _, err = call("inspect", adapter, "--timeout", "0", capsys=capsys)
     assert status == 2
-    assert "0 is not a number above 0" in err
+    assert "`0` is not a valid number of seconds: expected a number greater than 0" in err
     status, _, err = call("inspect", adapter, "--max-memory", "0.001", capsys=capsys)
     assert status == 2
-    assert "0.001 is not a number from 0.0625" in err
+    assert "`0.001` is not a valid number of GiB: expected a number of at least 0.0625" in err
     large = edited(adapter, tmp_path / "large", config=lambda config: config | {"x": [{"y": {}}] * 900_000})
     status, out, err = call("inspect", large, "--max-memory", "0.0625", capsys=capsys)
     assert (status, out) == (2, "")

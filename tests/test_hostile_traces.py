@@ -41,7 +41,9 @@ from lora_probe.errors import ProbeError
 from lora_probe.recording import SCHEMA
 from lora_probe.recording.documents import MAX_DOCUMENT, MAX_LINES
 from lora_probe.recording.segments import MAX_SEGMENT
-from lora_probe.render.text import terminal
+from lora_probe.render.results import Recording
+from lora_probe.render.text.compare import comparison
+from lora_probe.render.text.trace import recording
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -254,13 +256,13 @@ def judge(trace: Path, good: Path) -> str:
     console = Console(file=open(os.devnull, "w"), width=160)  # noqa: PTH123, SIM115
     try:
         found = open_trace(trace)
-        console.print(terminal.run(found))
-        console.print(terminal.run(found, story=True))
+        console.print(recording(Recording(found)))
+        console.print(recording(Recording(found, events=True)))
         for one in found.scores:
             one.logprobs()
         other = open_trace(good)
         for sides in ((found, other), (other, found)):
-            console.print(terminal.comparison(compare(*sides)))
+            console.print(comparison(compare(*sides)))
     except ProbeError as error:
         return error.message
     finally:

@@ -37,7 +37,7 @@ def test_a_long_story_is_cut(trace: Path, capsys: pytest.CaptureFixture[str]) ->
     out = call("show", trace, capsys=capsys)[1]
     assert "step 198." in out
     assert "step 199." not in out
-    assert "and 102 more lines; --events prints all" in out
+    assert "102 more lines; --events prints all of them" in out
     out = call("show", trace, "--events", capsys=capsys)[1]
     assert "step 299." in out
     assert out.count("all alike") == 300
@@ -64,8 +64,9 @@ def test_a_million_steps(trace: Path, kind: str) -> None:
     script = (
         "import sys\n"
         "from lora_probe.recording.reader import open_trace\n"
-        "from lora_probe.render import console as output\nfrom lora_probe.render.text import terminal\n"
-        "output.show(terminal.run(open_trace(sys.argv[1])))\n"
+        "from lora_probe.render.formats import present\n"
+        "from lora_probe.render.results import Recording\n"
+        "present('show', 'text', Recording(open_trace(sys.argv[1])))\n"
         "line = next(line for line in open('/proc/self/status') if line.startswith('VmHWM'))\n"
         "print(int(line.split()[1]) // 1024)\n"
     )

@@ -53,9 +53,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 def test_without_a_merge_peft_makes_it_and_both_halves_are_judged(world: World, tmp_path: Path) -> None:
     kept = tmp_path / "kept"
     done = run(world.adapter, "--dtype", "bfloat16", "--max-tokens", 8, "-o", kept)
-    assert "by PEFT, here, in BF16" in done.stdout
+    assert "made by PEFT in BF16" in done.stdout
     assert f"{MODULES} of {MODULES} modules: bit for bit PEFT's merge" in done.stdout
-    assert f"verified: {MODULES} of {MODULES} modules merged rightly" in done.stdout
+    assert f"verified: {MODULES} of {MODULES} modules merged correctly" in done.stdout
     assert "of the effect survives" in done.stdout
     assert "weights: 100 %" in done.stderr
     assert {path.name for path in kept.iterdir()} == {"merged", "unmerged.lptrace", "merged.lptrace", REPORT}
@@ -152,10 +152,13 @@ def test_an_engine_that_cannot_run_the_merged_model_leaves_the_weights_judged(wo
         (["{adapter}", "--merged", "nowhere"], "there is no merged model `nowhere`"),
         (["{adapter}", "--merged", "{adapter}"], "is an adapter, not a merged model"),
         (["{adapter}", "--merged", "{base}", "--weights-only"], "are the same folder"),
-        (["{adapter}", "--merged", "{merged}", "--weights-only", "--dtype", "bfloat16"], "--dtype: nothing is run"),
+        (
+            ["{adapter}", "--merged", "{merged}", "--weights-only", "--dtype", "bfloat16"],
+            "cannot be combined with --dtype",
+        ),
         (
             ["{adapter}", "--merged", "{merged}", "--weights-only", "--prompt", "a", "--engine", "vllm"],
-            "nothing is run",
+            "no engine runs with --weights-only",
         ),
         (["{adapter}", "--merged", "{merged}", "--", "--seed", "1"], "peft takes no engine flags (--seed 1)"),
         (["{adapter}", "--merged", "{merged}", "--prompt", ""], "a prompt is empty"),
@@ -213,4 +216,4 @@ def test_the_wrong_base_is_called_that(world: World, tmp_path: Path) -> None:
     other = save_model(tmp_path / "other", "wide", seed=3)
     done = run(world.adapter, "--merged", world.merged, "--model", other, "--weights-only", status=1)
     assert "LP714" in done.stdout
-    assert "all as in the base" not in done.stdout
+    assert "all equal to the base" not in done.stdout

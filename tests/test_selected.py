@@ -106,8 +106,8 @@ def test_what_is_no_number_and_what_is_missing(
     gone = edited(adapter, tmp_path / "gone", lambda t: {n: v for n, v in t.items() if n != half})
     whole = edited(adapter, tmp_path / "int", lambda t: t | {half: t[half].int()})
     words = (
-        (nan, "not finite: A or B holds NaN or infinity"),
-        (gone, "lora_A is missing in the file"),
+        (nan, "not finite: A or B contains NaN or infinity"),
+        (gone, "lora_A is not in the file"),
         (whole, "is I32, not a float"),
     )
     for folder, said in words:

@@ -313,7 +313,7 @@ def test_a_failure_of_the_probe_does_not_fail_the_request(
 
 
 def test_the_trace_is_json_all_through(engine: SharedEngine, adapter: Path, tmp_path: Path) -> None:
-    from lora_probe.render.json import trace_json
+    from lora_probe.render.json.trace import trace_json
 
     data = json.loads(json.dumps(trace_json(engine.record(adapter, tmp_path / "run")), allow_nan=False))
     assert data["schema_version"] == 1

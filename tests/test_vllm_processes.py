@@ -106,7 +106,7 @@ def test_a_killed_worker_leaves_a_trace_that_says_so(adapter: Path, tmp_path: Pa
         [sys.executable, "-m", "lora_probe", "show", str(out)], capture_output=True, text=True, check=False
     )
     assert shown.returncode == 1
-    assert "incomplete: client, vllm-rank-0 did not close;" in shown.stdout
+    assert "incomplete: client, vllm-rank-0 did not exit cleanly;" in shown.stdout
     assert "the recording ended before it was measured" in shown.stdout
 
 

@@ -1,4 +1,4 @@
-"""`lora-probe check`: adapters judged, or their names mended.
+"""`lora-probe check`: problems of adapters, and the fix for tensor names.
 
 In: options. Out: reports on standard output, and the exit status.
 """
@@ -8,48 +8,74 @@ from __future__ import annotations
 import argparse
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from lora_probe.checking.folders import Lost, asked
-from lora_probe.cli.budget import budget
 from lora_probe.cli.ending import CLEAN, FOUND, UNJUDGED
-from lora_probe.cli.options import engine_options, refuse_unmendable
+from lora_probe.cli.options import Command, add_engine, add_limits, apply_limits, budget, engine_options
 from lora_probe.errors import ProbeError
-from lora_probe.render.console import as_json, complain, dump, hint, say, show, write
-from lora_probe.render.progress import telling
+from lora_probe.render.console import complain, hint, note
+from lora_probe.render.formats import DEFAULT, present, renderer
+from lora_probe.render.progress import status_line
+from lora_probe.render.results import CheckResult, CheckRun, FixResult, Paged
 from lora_probe.render.spool import Spool
 
 if TYPE_CHECKING:
     from lora_probe.checking import Report
+    from lora_probe.checking.folders import Asked, Lost
+    from lora_probe.checking.judging import Check
 
 
-def mends(options: argparse.Namespace) -> bool:
-    """Whether names are to be mended, or shown as they would be."""
-    return bool(options.fix or options.diff or options.output)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "checkpoints",
+        nargs="*",
+        metavar="CKPT",
+        help="adapter folders, training output folders, or files in adapter folders; default: .",
+    )
+    parser.add_argument("--recursive", action="store_true", help="check every adapter in and below the folders")
+    parser.add_argument("--model", metavar="BASE", help="base model: a folder or an id; default: each adapter's own")
+    parser.add_argument("--vllm-version", metavar="X", help="predict for this vLLM version; default: the installed one")
+    rules = parser.add_argument_group("rules", "by code, prefix (LP2, LP2xx) or name; `lora-probe rule` lists them")
+    rules.add_argument("--select", action="extend", type=_codes, metavar="CODES", help="run only these: LP2,LP301")
+    rules.add_argument("--ignore", action="extend", type=_codes, metavar="CODES", help="run all but these")
+    rules.add_argument(
+        "--strict", action="store_true", help="also exit with 1 for warnings and for rules that could not be run"
+    )
+    rules.add_argument(
+        "--exit-zero", action="store_true", help="exit with 0 whatever is found (2 still means not judged)"
+    )
+    fix = parser.add_argument_group("fix", "rename tensors, and convert .bin to safetensors; values stay the same")
+    fix.add_argument("--fix", action="store_true", help="write a fixed adapter to -o, and check that")
+    fix.add_argument("-o", "--output", metavar="FIXED", help="a new folder")
+    fix.add_argument("--diff", action="store_true", help="print what --fix would rename, without writing anything")
+    add_engine(parser, "dtype that the engine is started with", running=False)
+    add_limits(parser)
 
 
-def check(options: argparse.Namespace) -> int:
-    """Run the command and return its exit status."""
-    return _mend(options) if mends(options) else _judge(options)
+def _codes(word: str) -> list[str]:
+    codes = [code.strip() for code in word.split(",") if code.strip()]
+    if not codes:
+        raise argparse.ArgumentTypeError("expected a rule code (LP204), a prefix (LP2) or a rule name")
+    return codes
 
 
-def _judge(options: argparse.Namespace, mended: dict[str, Any] | None = None) -> int:
-    """Check what is asked for. `mended` is what was done before, for the JSON."""
-    from lora_probe.checking.check import check_all
-    from lora_probe.checking.judging import Page, judged
-    from lora_probe.render import check_json as report
-    from lora_probe.render.text import check as checked
+def run(options: argparse.Namespace) -> int:
+    from lora_probe.checking.folders import asked
 
+    apply_limits(options)
     wanted = asked(options.checkpoints or ["."], options.recursive)
+    if options.fix or options.diff or options.output:
+        return _fix(wanted, options)
     if options.recursive and wanted.folders:
-        say(f"{len(wanted.folders)} adapters below {', '.join(options.checkpoints) or '.'}")
-    full = len(wanted.folders) <= checked.FULL
-    more = {"mended": mended} if mended is not None else {}
-    page: Page | None = {
-        "text": checked.report if full else checked.details,
-        "json": lambda one: as_json(report.report_json(one) | more),
-    }.get(options.format)
-    judge = partial(
+        note(f"{len(wanted.folders)} adapters below {', '.join(options.checkpoints) or '.'}")
+    return _check(wanted, options)
+
+
+def _check(wanted: Asked, options: argparse.Namespace, fixed: FixResult | None = None) -> int:
+    """Check the adapters. `fixed` is what `--fix` has done before."""
+    from lora_probe.checking.check import check_all
+
+    check = partial(
         check_all,
         model=options.model,
         options=engine_options(options),
@@ -57,83 +83,103 @@ def _judge(options: argparse.Namespace, mended: dict[str, Any] | None = None) ->
         select=options.select or [],
         ignore=options.ignore or [],
     )
-    found: list[Report] = []
-    pages: list[Any] | Spool = Spool() if options.format == "json" else []
-    lost = list(wanted.lost)
-    with telling("reading") as tell:
+    result = _read(wanted, check, options, fixed)
+    for path in wanted.passed:
+        note(f"{path} is not next to an adapter; skipped")
+    if result.reports or (wanted.passed and not result.not_judged):
+        present(_view(fixed), options.format, result)
+    if options.format == DEFAULT:
+        from lora_probe.render.text.check import next_command
+
+        if command := next_command(result.reports, options.model, fixed is not None):
+            hint(command)
+    for lost in result.not_judged:
+        complain(lost.error.message, lost.error.hint)
+    return _status(result, options)
+
+
+def _view(fixed: FixResult | None) -> str:
+    """The command as the formats know it."""
+    return "check" if fixed is None else "check --fix"
+
+
+def _read(wanted: Asked, check: Check, options: argparse.Namespace, fixed: FixResult | None) -> CheckResult:
+    """Read all adapters, each in turn, in a process of their own, which makes the pages as well."""
+    from lora_probe.checking.folders import Lost
+    from lora_probe.checking.judging import judged
+
+    checkrun = CheckRun(len(wanted.folders), wanted.single, fixed)
+    chosen = renderer(_view(fixed), options.format)
+    page = partial(_paged, chosen, checkrun) if isinstance(chosen, Paged) else None
+    reports: list[Report] = []
+    pages = Spool()
+    not_judged: list[Lost] = list(wanted.lost)
+    with status_line("reading") as report:
 
         def passing(text: str) -> None:
-            tell(text if wanted.single else f"{len(found) + 1} of {len(wanted.folders)}: {text}", passing=True)
+            report(text if wanted.single else f"{len(reports) + 1} of {len(wanted.folders)}: {text}", passing=True)
 
-        for outcome in judged(wanted.folders, judge, page, budget(options), passing):
+        for outcome in judged(wanted.folders, check, page, budget(options), passing):
             if isinstance(outcome, Lost):
-                lost.append(outcome)
+                not_judged.append(outcome)
             else:
-                found.append(outcome.report)
+                reports.append(outcome.report)
                 pages.append(outcome.page)
-    for path in wanted.passed:
-        say(f"{path} lies beside no adapter: nothing to check")
-    if found or (wanted.passed and not lost and options.format != "text"):
-        _report(found, pages, lost, options.format, single=wanted.single, full=full)
-    if options.format == "text" and (command := checked.next_command(found, options.model, mended is not None)):
-        hint(command)
-    for missing in lost:
-        complain(missing.error.message, missing.error.hint)
-    return _status(found, lost, options)
+    return CheckResult(checkrun, reports, pages, not_judged)
 
 
-def _mend(options: argparse.Namespace) -> int:
-    """`--diff`: what would be renamed. `--fix`: write it, and check what was written."""
+def _paged(chosen: Paged, checkrun: CheckRun, report: Report) -> object:
+    return chosen.page(report, checkrun)
+
+
+def _fix(wanted: Asked, options: argparse.Namespace) -> int:
+    """`--diff`: print what would be renamed. `--fix`: write it, and check what was written."""
     from lora_probe.checking.check import mending_of
-    from lora_probe.checking.renaming import write as write_mended
-    from lora_probe.render.text import fix as mended
+    from lora_probe.checking.folders import asked
+    from lora_probe.checking.renaming import write
+    from lora_probe.render.text.fix import summary
 
-    refuse_unmendable(options)
-    wanted = asked(options.checkpoints or ["."], options.recursive)
+    if options.fix == options.diff or bool(options.output) != options.fix:
+        raise ProbeError("--fix needs -o FIXED, and --diff writes nothing", "pass --fix -o FIXED, or --diff")
+    renderer("check --diff" if options.diff else "check --fix", options.format)
     for missing in wanted.lost:
         raise missing.error
     if len(wanted.folders) != 1:
-        raise ProbeError(f"{len(wanted.folders)} adapters: --fix and --diff take one", "name one folder")
-    with telling("reading") as tell:
-        found = mending_of(wanted.folders[0], options.model, lambda text: tell(text, passing=True))
+        raise ProbeError(
+            f"--fix and --diff accept one adapter, not {len(wanted.folders)}", "pass the folder of one adapter"
+        )
+    with status_line("reading") as report:
+        fix = mending_of(wanted.folders[0], options.model, lambda text: report(text, passing=True))
     if options.diff:
-        if options.format == "json":
-            dump(mended.mending_json(found))
-        else:
-            show(mended.diff(found))
+        present("check --diff", options.format, fix)
         return CLEAN
-    skipped = write_mended(found, Path(options.output)) if found.needed else []
-    say(mended.story(found, options.output, skipped))
-    options.checkpoints = [options.output if found.needed else str(found.adapter.path)]
-    options.recursive = False
-    return _judge(options, mended.mended_json(found, options.output, skipped))
+    not_copied = write(fix, Path(options.output)) if fix.needed else []
+    fixed = FixResult(fix, options.output, tuple(not_copied))
+    note(summary(fixed))
+    return _check(asked([options.output if fix.needed else str(fix.adapter.path)]), options, fixed)
 
 
-def _report(
-    found: list[Report], pages: list[Any] | Spool, lost: list[Lost], form: str, *, single: bool, full: bool
-) -> None:
-    """Print what was found. `pages` is what the format makes of each adapter by itself, if anything."""
-    from lora_probe.render import check_json as report
-    from lora_probe.render import github, sarif
-    from lora_probe.render.text import check as checked
-
-    if form == "json":
-        write(pages if single else report.reports_text(pages, found, lost))
-    elif form == "sarif":
-        dump(sarif.sarif(found, lost))
-    elif form == "github":
-        write(github.commands(found, lost))
-    else:
-        each = list(pages)
-        show(checked.full(each, found, len(lost)) if full else checked.compact(each, found, len(lost)))
-
-
-def _status(found: list[Report], lost: list[Lost], options: argparse.Namespace) -> int:
-    """What `check` returns: 2 if a folder could not be judged, else 1 for errors; with --strict for less, too."""
-    if lost:
+def _status(result: CheckResult, options: argparse.Namespace) -> int:
+    """2 if a folder could not be judged, else 1 for errors; with --strict also for warnings and rules not run."""
+    if result.not_judged:
         return UNJUDGED
-    bad = any(
-        not one.clean or (options.strict and (one.count("warning") or any(r.codes for r in one.not_run)))
-        for one in found
-    )
-    return FOUND if bad and not options.exit_zero else CLEAN
+    failed = any(not report.clean or (options.strict and _not_strictly_clean(report)) for report in result.reports)
+    return FOUND if failed and not options.exit_zero else CLEAN
+
+
+def _not_strictly_clean(report: Report) -> bool:
+    return report.count("warning") > 0 or any(skipped.codes for skipped in report.not_run)
+
+
+COMMAND = Command(
+    "check",
+    "find problems in adapters, before an engine runs",
+    "  lora-probe check ckpt/\n"
+    "  lora-probe check ckpt/ --model base/ --max-lora-rank 64 --vllm-version 0.32\n"
+    "  lora-probe check runs/ --recursive --select LP2,LP301 --strict\n"
+    "  lora-probe check ckpt/ --format json | jq '.ledger.vllm.took_effect'\n"
+    "  lora-probe check adapters/ --recursive --format sarif > lora-probe.sarif\n"
+    "  lora-probe check ckpt/ --model base/ --fix -o fixed/",
+    add_arguments,
+    run,
+)

@@ -1,7 +1,7 @@
-"""How a command ends: every error as one message, every signal as a status.
+"""How a command ends: every error as one message, every signal as an exit status.
 
-In: a command. Out: its exit status. What draws is imported only where there is something to say: a process that does
-nothing but wait for another stays small.
+In: a command. Out: its exit status. The modules that print are imported only when there is something to print, so that
+the process that waits for the command stays small.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from lora_probe.files import guarded
 from lora_probe.files.limits import Board
 
 CLEAN, FOUND, UNJUDGED = 0, 1, 2
-"""Judged and nothing wrong; something found, or not everything judged; nothing could be judged."""
+"""Judged and nothing wrong; something found, or not all of it judged; nothing could be judged."""
 INTERRUPTED = 130
-"""After Ctrl-C, as a shell says it: 128 and the number of the signal. After SIGTERM it is 143."""
+"""After Ctrl-C, as shells report it: 128 plus the number of the signal. After SIGTERM it is 143."""
 
 
 class _Terminated(KeyboardInterrupt):
-    """SIGTERM, as systemd and `timeout` send it, or SIGHUP, as a terminal that is closed: what is running and what is
-    half written goes, as after Ctrl-C."""
+    """SIGTERM, which systemd and `timeout` send, or SIGHUP, which a closed terminal sends. As after Ctrl-C, running
+    engines are ended and incomplete files removed."""
 
     def __init__(self, number: int) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class _Terminated(KeyboardInterrupt):
 
 def supervised(run: Callable[[], int]) -> int:
     """Run a command in a process of its own, and return its exit status."""
-    # A stream that was closed before the start is none at all.
+    # A stream that was closed before the start is None.
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: PTH123, SIM115
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: PTH123, SIM115
     board = Board()
@@ -47,7 +47,7 @@ def supervised(run: Callable[[], int]) -> int:
         except OSError as error:
             from lora_probe.render.console import discard_output
 
-            # What is still in the buffer cannot be written either.
+            # The rest of the buffer cannot be written either.
             discard_output()
             return _failed(ProbeError(f"cannot write the output: {error.strerror or error}"))
         except Exception as error:
@@ -55,13 +55,13 @@ def supervised(run: Callable[[], int]) -> int:
 
 
 def reported(run: Callable[[], int]) -> int:
-    """Run a command; what it raises is printed, and is the status."""
+    """Run a command in this process. Its errors are printed, and decide the exit status."""
     try:
         return run()
     except SystemExit as stop:
-        # `--help` and `--version`.
+        # After `--help` and `--version`.
         return int(stop.code or 0)
-    # Past the memory that it may take there is no room for words: the process that waits has them.
+    # Out of memory, not even a message can be printed: the waiting process prints it.
     except MemoryError:
         raise
     except Exception as error:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from lora_probe.comparison.outputs import Parting, WorstModule, modules_part
 from lora_probe.errors import ProbeError
 from lora_probe.names import Key
-from lora_probe.precision import ROUND_OFF, coarser, drift
+from lora_probe.precision import ROUND_OFF, coarser, drift, finite
 from lora_probe.recording import Floats, Score, Scored, Trace
 
 Doubles = npt.NDArray[np.float64]
@@ -270,8 +270,8 @@ def as_json(found: Effect) -> dict[str, Any]:
         "first_module": None
         if first is None
         else {**_key(first.key), "prompt": first.prompt, "position": first.position, "token": first.token}
-        | {"error": _finite(first.error)},
-        "worst_module": None if worst is None else {**_key(worst.key), "error": _finite(worst.error)},
+        | {"error": finite(first.error)},
+        "worst_module": None if worst is None else {**_key(worst.key), "error": finite(worst.error)},
         "prompts": [_of_prompt(prompt) for prompt in found.prompts],
         "notes": list(found.notes),
     }
@@ -284,12 +284,8 @@ def _of_prompt(found: PromptEffect) -> dict[str, Any]:
 
 
 def _plain(found: Measures) -> dict[str, Any]:
-    return {name: _finite(getattr(found, name)) for name in Measures.__dataclass_fields__}
+    return {name: finite(getattr(found, name)) for name in Measures.__dataclass_fields__}
 
 
 def _key(key: Key) -> dict[str, Any]:
     return {"module": key[0], "parameter": key[1], "expert": key[2]}
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and np.isfinite(value) else None

@@ -17,6 +17,7 @@ from lora_probe.adapter import Adapter
 from lora_probe.ledger import OK, Finding
 from lora_probe.names import Key
 from lora_probe.precision import agrees as agrees_tolerance
+from lora_probe.precision import finite
 from lora_probe.recording import DECODE, PREFILL, Floats, Load, ModuleRecord, TraceWriter
 from lora_probe.rules.lp5_loading import not_measured
 from lora_probe.rules.lp6_applying import contamination, kernel_differs, never_applied, not_finite_output, rows_missed
@@ -73,8 +74,8 @@ class Account:
                     engine_as=engine_as.get(row.key),
                     rank=pair.rank if pair else None,
                     scaling=pair.scaling if pair else None,
-                    norm=_number(row.spectrum.norm) if row.spectrum else None,
-                    effective_rank=_number(row.spectrum.effective_rank) if row.spectrum else None,
+                    norm=finite(row.spectrum.norm) if row.spectrum else None,
+                    effective_rank=finite(row.spectrum.effective_rank) if row.spectrum else None,
                 )
             )
         self._station_of("stored", {row.key: row.stored for row in self.expected})
@@ -221,10 +222,6 @@ def relative_difference(held: Any, wanted: Any) -> float | None:
     if not (held.nan_to_num() != wanted.nan_to_num()).any():
         return None
     return float((wanted.float() - held.float()).norm() / wanted.float().norm().clamp(min=1e-30))
-
-
-def _number(value: float) -> float | None:
-    return value if np.isfinite(value) else None
 
 
 class Sampler:

@@ -1,4 +1,4 @@
-"""What people and programs see, one file for each format.
+"""What people and programs see: one file per output format, in `formats.py` the registry of all of them.
 
-In: the types of the core. Out: text for a terminal (`text/`), JSON, SARIF, GitHub's annotations, Markdown.
+In: a command's result. Out: text for a terminal (`text/`), JSON (`json/`), SARIF, GitHub annotations, Markdown.
 """

@@ -1,13 +1,14 @@
-"""The pieces that the terminal's pages are made of: words, rows, and the table of layers by projections.
+"""The parts that all text output is made of: words, rows, and the table of layers by projections.
 
-In: strings out of files that nobody vouches for, and numbers. Out: rich renderables without markup or control
-characters of the files' own.
+In: strings from untrusted files, and numbers. Out: rich renderables in which nothing from a file acts as markup or as a
+control character.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.console import Group, RenderableType
@@ -16,22 +17,29 @@ from rich.text import Text as RichText
 
 from lora_probe.names import LAYER, Key, layer_of, natural
 
+if TYPE_CHECKING:
+    from lora_probe.rules import Severity
+
 HEAT = ("", "rgb(95,115,150)", "rgb(95,150,190)", "rgb(90,190,190)", "rgb(110,220,160)", "bold rgb(190,240,120)")
-"""From little to much. Red is for what is wrong."""
+"""From small to large. Red is for what is wrong."""
+SEVERITIES: dict[Severity, str] = {"error": "bold red", "warning": "bold yellow", "info": "cyan"}
+"""The style of a diagnostic's severity, the worst first."""
+SHOWN = 10
+"""How many similar lines are printed before the rest is only counted."""
 DIRECTION = (0x061C, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A))
 SURROGATES = range(0xD800, 0xE000)
 CONTROL = dict.fromkeys((*range(9), *range(11, 32), *range(127, 160), *DIRECTION, *SURROGATES), "�")
-"""Control characters, line separators, changes of direction and bytes that are no text: none is printed."""
+"""Control characters, line separators, changes of direction and bytes that are not text. None of them is printed."""
 LONGEST = 4000
-"""Characters of one string out of a file, an answer or a log that are printed."""
+"""How many characters of one string from a file, an answer or a log are printed."""
 _LINE = CONTROL | {9: " ", 10: "�"}
 _ORDER = re.compile(r":(?=:)|##(?=\[)")
 
 
 def one_line(content: object) -> str:
-    """A string from a file, an answer or a log, fit to be printed: one line, without control characters, not too long.
+    """A string from a file, an answer or a log, safe to print: one line, without control characters, not too long.
 
-    A workflow's runner takes `::` at the start of a line, and `##[` anywhere, for a command: both are broken up.
+    A workflow runner treats `::` at the start of a line, and `##[` anywhere, as a command: a space breaks both up.
     """
     text = str(content)
     if len(text) > LONGEST:
@@ -39,18 +47,23 @@ def one_line(content: object) -> str:
     return _ORDER.sub(r"\g<0> ", text.translate(_LINE))
 
 
+def size(count: int) -> str:
+    """Bytes in MiB with three digits, or in KiB if it is less than one MiB."""
+    return f"{count / 2**20:.3g} MiB" if count >= 2**20 else f"{count / 2**10:.3g} KiB"
+
+
 def words(content: object, style: str = "") -> RichText:
-    """One line of words: no markup, and nothing that `one_line` takes out."""
+    """One line of words without markup, cleaned by `one_line`."""
     return RichText(one_line(content), style=style)
 
 
 def paragraphs(text: str) -> RichText:
-    """Several lines of our own words."""
+    """Several lines of text that is ours."""
     return RichText("\n").join(words(line) for line in text.split("\n"))
 
 
 def assemble(*parts: str | tuple[str, str]) -> RichText:
-    """Words of several styles in one line."""
+    """Words in several styles on one line."""
     whole = RichText()
     for part in parts:
         whole.append_text(words(part) if isinstance(part, str) else words(*part))
@@ -64,13 +77,23 @@ def columns_of(*columns: str) -> Table:
     return table
 
 
+def facts(*pairs: tuple[str, object]) -> Table:
+    """Names and values below each other."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in pairs:
+        add_row(table, name, value)
+    return table
+
+
 def add_row(table: Table, *cells: object) -> None:
-    """A row of words; what is styled already stays so."""
+    """A row of words. A cell that is styled already keeps its style."""
     table.add_row(*(cell if isinstance(cell, RichText) else words(cell) for cell in cells))
 
 
 def grid(title: str, cells: Mapping[Key, tuple[float | None, str]]) -> RenderableType:
-    """A table of layers by projections. A cell is a number for the colour and the text that is read."""
+    """A table of layers by projections. A cell is a number, which decides its colour, and its text."""
     labels = _labels(cells)
     columns = sorted(set(labels.values()), key=natural)
     shade = _shader([value for value, _ in cells.values() if value is not None and np.isfinite(value)])
@@ -88,7 +111,7 @@ def grid(title: str, cells: Mapping[Key, tuple[float | None, str]]) -> Renderabl
 
 
 MOST_COLUMNS = 100
-"""Above this nobody reads a table, and most of its cells are empty: thousands of layers by thousands of projections."""
+"""A wider table is unreadable and mostly empty: a hostile file can have thousands of projections."""
 
 
 def _list(cells: Mapping[Key, tuple[float | None, str]], shade: Callable[[float], str]) -> RenderableType:
@@ -100,7 +123,7 @@ def _list(cells: Mapping[Key, tuple[float | None, str]], shade: Callable[[float]
 
 
 def _labels(keys: Iterable[Key]) -> dict[Key, str]:
-    """The column of each module: its projection, or as much of its path as tells it from others of its layer."""
+    """The column of each module: its projection, or as much of its path as is unique in its layer."""
     stems = {key: _stem(key) for key in keys}
     labels: dict[str, str] = {}
     for shorten in (_projection, _in_layer, str):
@@ -112,7 +135,7 @@ def _labels(keys: Iterable[Key]) -> dict[Key, str]:
 
 
 def _stem(key: Key) -> str:
-    """The path with `*` for the layer's number, and what tells parameters and experts of a module apart."""
+    """The path with `*` for the layer's number, and with the parameter and the expert if there are several."""
     module, parameter, expert = key
     match = LAYER.search(module)
     return _named((f"{module[: match.start(1)]}*{module[match.end(1) :]}" if match else module, parameter, expert))
@@ -140,7 +163,7 @@ def _cell(cell: tuple[float | None, str] | None, shade: Callable[[float], str]) 
 
 
 def _shader(numbers: Sequence[float]) -> Callable[[float], str]:
-    """A colour by where a value lies between the smallest and the largest."""
+    """A colour by the position of a value between the smallest and the largest."""
     low, high = (min(numbers), max(numbers)) if numbers else (0.0, 0.0)
 
     def shade(value: float) -> str:

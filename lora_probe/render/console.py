@@ -1,7 +1,7 @@
 """Where everything is printed: data on standard output, all else on standard error.
 
-In: renderables, dictionaries, sentences. Out: nothing; that the reader of a pipe has gone is no error. What was printed
-before is written out before anything is said, so that both streams in one file are in their order.
+In: renderables, dictionaries, sentences. Out: nothing. A pipe that its reader closed is not an error. Before a line on
+standard error, standard output is flushed, so that both are in order if they go to one file.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 from rich.cells import cell_len
 from rich.console import Console, Group
+from rich.protocol import is_renderable
 from rich.text import Text
 
 from lora_probe.files.limits import step
@@ -23,50 +24,62 @@ from lora_probe.render.cells import SURROGATES, assemble, words
 
 
 def complain(message: str, hint: str = "") -> None:
-    """An error, and what to do about it."""
-    _beside(assemble(("error:", "bold red"), f" {message}"))
+    """Print an error, and what to do about it."""
+    _on_stderr(assemble(("error:", "bold red"), f" {message}"))
     for line in filter(None, hint.split("\n")):
-        _beside(assemble(("hint:", "cyan"), f" {line}"))
+        _on_stderr(assemble(("hint:", "cyan"), f" {line}"))
 
 
-def say(text: str) -> None:
-    """A line beside the data."""
-    _beside(words(text))
+def note(text: str) -> None:
+    """Print a line on standard error."""
+    _on_stderr(words(text))
 
 
 def hint(text: str) -> None:
-    """What to do next: a command, which is to be copied and never broken."""
-    _beside(assemble(("hint:", "cyan"), f" {text}"), command=True)
+    """Print what to do next: a command, which is never broken into lines, so that it can be copied."""
+    _on_stderr(assemble(("hint:", "cyan"), f" {text}"), command=True)
 
 
-def _beside(text: Text, command: bool = False) -> None:
+def _on_stderr(text: Text, command: bool = False) -> None:
     try:
         sys.stdout.flush()
     except BrokenPipeError:
         discard_output()
     console = Console(stderr=True)
     whole = command or not console.is_terminal
-    # Where standard error cannot be written to, nobody can be told; the exit status still says it.
+    # If standard error cannot be written, the exit status is all that is left.
     with suppress(OSError):
         console.print(text if whole else wrapped(text, console.width), soft_wrap=True, highlight=False)
 
 
 class _Output(Console):
-    """Standard output. That its reader has gone (`| head`) changes no exit status; rich by itself would exit with 1."""
+    """Standard output. A closed pipe (`| head`) does not change the exit status; rich by itself would exit with 1."""
 
     def on_broken_pipe(self) -> None:
         discard_output()
 
 
 def discard_output() -> None:
-    """Nobody reads standard output any more, or nothing can be written to it: the rest goes nowhere."""
+    """Send the rest of standard output nowhere: its reader has gone, or it cannot be written."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def emit(content: Any) -> None:
+    """Print what a format returns: a text, lines, a dictionary as JSON, or a rich renderable."""
+    if isinstance(content, dict):
+        dump(content)
+    elif isinstance(content, str):
+        write([content])
+    elif is_renderable(content):
+        show(content)
+    else:
+        write(content)
+
+
 def show(renderable: Any) -> None:
-    """Print for a person: tables fit the width. Sentences are broken at spaces in a terminal and nowhere else; a path
-    or a name is never broken. No line in a pipe ends in blanks."""
-    step("drawing what is shown")
+    """Print for a person. Tables fit the width. Sentences are broken at spaces, in terminals only; paths and names are
+    never broken. Lines in a pipe do not end in spaces."""
+    step("drawing the output")
     console = _Output(highlight=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = 160
@@ -91,7 +104,7 @@ def _whole(part: Any) -> bool:
 
 
 def wrapped(sentences: Text, width: int) -> Text:
-    """Lines broken at spaces so that they fit; a wider word stays whole. What goes on is as far in as its line."""
+    """Lines broken at spaces to fit the width. A wider word stays whole, and continued lines keep the indentation."""
     lines = [part for line in sentences.split("\n", allow_blank=True) for part in _broken(line, width)]
     return Text("\n").join(lines)
 
@@ -110,13 +123,13 @@ def _broken(line: Text, width: int) -> Iterable[Text]:
 
 
 def dump(data: dict[str, Any]) -> None:
-    """Print for a program."""
+    """Print an object as JSON."""
     write([as_json(data)])
 
 
 def as_json(data: dict[str, Any]) -> str:
-    """JSON in which every character is printable. What moves a cursor, changes the direction of text or is a command to
-    a workflow's runner is written as an escape, so that no value changes."""
+    """JSON in which every character is printable. What moves the cursor, changes the direction of text or starts a
+    command of a workflow runner is escaped, so that values stay the same."""
     step("writing JSON")
     text = json.dumps(_bounded(data), ensure_ascii=False, indent=2, allow_nan=False)
     return _UNPRINTABLE.sub(lambda match: "".join(map(_escape, match[0])), text)
@@ -124,7 +137,7 @@ def as_json(data: dict[str, Any]) -> str:
 
 _UNPRINTABLE = re.compile(r"[^\n -~]+|##(?=\[)")
 LONGEST = 1_000_000
-"""Characters of a string in JSON. Answers are that long, values of a config are not."""
+"""The longest string in JSON. Answers can be that long; values in a config are not."""
 
 
 def _escape(character: str) -> str:
@@ -134,7 +147,7 @@ def _escape(character: str) -> str:
 
 
 def _bounded(value: Any) -> Any:
-    """The same without strings that nobody reads to the end."""
+    """The same value with strings cut to `LONGEST`."""
     if isinstance(value, str):
         more = len(value) - LONGEST
         return value if more <= 0 else f"{value[:LONGEST]}... ({more:,} more characters)"
@@ -144,7 +157,7 @@ def _bounded(value: Any) -> Any:
 
 
 def write(lines: Iterable[str]) -> None:
-    """Lines for programs, and JSON. Bytes in names that are no UTF-8 are shown as such."""
+    """Print lines for programs. Bytes in names that are not UTF-8 become a replacement character."""
     try:
         for line in lines:
             print(line.translate(dict.fromkeys(SURROGATES, "�")))

@@ -1,35 +1,35 @@
-"""Findings as GitHub's workflow commands: annotations at the files of a pull request.
+"""Diagnostics as GitHub's workflow commands: annotations on the files of a pull request.
 
-In: reports. Out: lines for standard output, one a finding, as
+In: reports. Out: lines for standard output, one per diagnostic, such as
 `::error file=ckpt/adapter_config.json,line=12,title=LP201 rank-differs-from-config::r=8 in the config ...`.
-What stands in a file's names can neither end a line nor a property, and so begins no command of its own.
+A name in a file can end neither a line nor a property, so it cannot start a command.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 
 from lora_probe.checking import Report
-from lora_probe.checking.folders import Lost
 from lora_probe.render.cells import CONTROL, one_line
 from lora_probe.render.places import file_of, relative
+from lora_probe.render.results import CheckResult
 from lora_probe.rules import Diagnostic, Severity
 
 COMMANDS: dict[Severity, str] = {"error": "error", "warning": "warning", "info": "notice"}
 
 
-def commands(found: Iterable[Report], lost: Sequence[Lost] = ()) -> Iterator[str]:
-    """A line for each finding, then for each reason why rules were not run, then for what was not judged."""
-    for report in found:
-        yield from (_finding(report, diagnostic) for diagnostic in report.diagnostics)
-        for one in report.not_run:
+def check(result: CheckResult) -> Iterator[str]:
+    """A line for each diagnostic, then for each reason why rules were not run, then for each folder not judged."""
+    for report in result.reports:
+        yield from (_annotation(report, diagnostic) for diagnostic in report.diagnostics)
+        for skipped in report.not_run:
             title = f"not run on {relative(report.adapter)}"
-            yield command("notice", f"{', '.join(one.codes)}: {one.why}", title=title)
-    for missing in lost:
-        yield command("error", missing.error.message, title="not judged")
+            yield command("notice", f"{', '.join(skipped.codes)}: {skipped.why}", title=title)
+    for lost in result.not_judged:
+        yield command("error", lost.error.message, title="not judged")
 
 
-def _finding(report: Report, diagnostic: Diagnostic) -> str:
+def _annotation(report: Report, diagnostic: Diagnostic) -> str:
     properties = {"file": relative(file_of(report, diagnostic))}
     if diagnostic.line is not None:
         properties["line"] = str(diagnostic.line)
@@ -41,8 +41,8 @@ def _finding(report: Report, diagnostic: Diagnostic) -> str:
 
 def command(name: str, message: str, **properties: str) -> str:
     """A workflow command, escaped as GitHub's own toolkit escapes it, and without control characters."""
-    given = ",".join(f"{key}={_property(value)}" for key, value in properties.items())
-    return f"::{name} {given}::{_data(message)}"
+    pairs = ",".join(f"{key}={_property(value)}" for key, value in properties.items())
+    return f"::{name} {pairs}::{_data(message)}"
 
 
 def _data(text: str) -> str:

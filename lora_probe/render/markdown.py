@@ -1,7 +1,7 @@
-"""The rules' pages in Markdown: one page of all of them (`rules/RULES.md`, by `make rules`), and each for SARIF.
+"""Rules in Markdown: all of them on one page (`rules/RULES.md`, made by `make rules`), and each by itself for SARIF.
 
-In: rules. Out: Markdown. A page is written as plain text in the rule's docstring: paragraphs that begin with a word and
-a colon (`Why it matters: ...`), code in backticks or indented.
+In: rules. Out: Markdown. The source is the plain text of the rule's docstring: paragraphs that may start with a label
+and a colon (`Why it matters: ...`), and code in backticks or indented.
 """
 
 from __future__ import annotations
@@ -10,22 +10,29 @@ import re
 from collections.abc import Iterable, Sequence
 
 from lora_probe.names import in_words
+from lora_probe.render.results import RuleList
 from lora_probe.rules import Rule, family_of
 
 HEAD = """# Rules
 
-What `lora-probe` finds, by code. `lora-probe rule LP201` prints a page; `check --select` and `--ignore` take codes,
-prefixes (`LP2`, `LP2xx`) and names. Codes are never reused. `make rules` writes this page out of the rules' docstrings.
+Everything that `lora-probe` reports, by code. `lora-probe rule LP201` prints the page of a rule. `check --select` and
+`check --ignore` accept codes, prefixes (`LP2`, `LP2xx`) and names. Codes are never reused. This file is generated from
+the rules' docstrings by `make rules`.
 """
 
 _LEAD = re.compile(r"^([A-Z][\w ,-]{2,40}): ")
 _MARKUP = re.compile(r"(`[^`]*`|\*\*[^*\n]+\*\*|\*\w[^*\n]*\*)")
-"""What is markup already: code, and words in stars."""
+"""Text that already is markup: code, and words in asterisks."""
 _REFERENCE = re.compile(r"\b([\w.-]+/[\w.-]+)#(\d+)\b")
 
 
+def rules(result: RuleList) -> str:
+    """All rules, with their pages whether `--all` was passed or not."""
+    return markdown(result.rules)
+
+
 def markdown(rules: Sequence[Rule]) -> str:
-    """All rules: a table of contents by families, then every page."""
+    """A table of contents by families, then the page of each rule."""
     every = families(rules)
     parts = [HEAD, *_contents(every)]
     for title, members in every.items():
@@ -36,20 +43,20 @@ def markdown(rules: Sequence[Rule]) -> str:
 
 def families(rules: Sequence[Rule]) -> dict[str, list[Rule]]:
     """The rules by the titles of their families."""
-    found: dict[str, list[Rule]] = {}
+    members: dict[str, list[Rule]] = {}
     for rule in rules:
-        found.setdefault(family_of(rule.code).heading, []).append(rule)
-    return found
+        members.setdefault(family_of(rule.code).heading, []).append(rule)
+    return members
 
 
 def page(rule: Rule) -> str:
-    """One rule without its heading: facts, page, hint."""
+    """One rule without its heading: facts, page and hint."""
     paragraphs = [_paragraph(text.rstrip()) for text in rule.page.strip().split("\n\n")]
     return "\n\n".join([facts(rule), *paragraphs, f"**Hint**: {_escaped(rule.hint)}"]) + "\n"
 
 
 def facts(rule: Rule) -> str:
-    """How grave it is, in which engines, at which station of the ledger."""
+    """The rule's severity, its engines and its station of the ledger."""
     if rule.station == "merge":
         return rule.severity
     where = "" if rule.station == "adapter" else f", station {rule.station}"
@@ -57,7 +64,7 @@ def facts(rule: Rule) -> str:
 
 
 def first_sentence(rule: Rule) -> str:
-    """What the rule finds."""
+    """What the rule reports."""
     return " ".join(rule.page.partition("\n\n")[0].split())
 
 
@@ -71,7 +78,7 @@ def _contents(families: dict[str, list[Rule]]) -> Iterable[str]:
 
 
 def _anchor(heading: str) -> str:
-    """The anchor that GitHub gives a heading."""
+    """The anchor that GitHub generates for a heading."""
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
@@ -82,7 +89,7 @@ def _paragraph(text: str) -> str:
 
 
 def _escaped(text: str) -> str:
-    """Plain text as Markdown: markup stays, references become links, nothing else becomes markup."""
+    """Plain text as Markdown: existing markup stays, references become links, and all else is escaped."""
     parts = _MARKUP.split(text)
     for number in range(0, len(parts), 2):
         plain = re.sub(r"([\\<*\[\]|]|(?<!\w)_|_(?!\w))", r"\\\1", parts[number])

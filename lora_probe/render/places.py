@@ -1,6 +1,6 @@
-"""Where a finding is, as the reader's tools want it: relative to where the command runs.
+"""Where a diagnostic points, as its readers' tools expect it: relative to the current folder.
 
-In: the path of a file or folder. Out: the same path below the current folder, or absolute where it lies elsewhere.
+In: the path of a file or folder. Out: the same path relative to the current folder, or absolute if it is elsewhere.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from lora_probe.rules import Diagnostic
 
 
 def relative(path: str | Path) -> str:
-    """The path from the current folder on; as it is where it was not given from there and lies elsewhere."""
+    """The path relative to the current folder. A relative path that leads elsewhere stays as it is."""
     near = os.path.relpath(path)
     return str(Path(path)) if _outside(near) or not Path(path).is_absolute() else near
 
 
 def uri(path: str | Path) -> str:
-    """The path as a URI reference: relative below the current folder, else `file:`."""
+    """The path as a URI reference: relative inside the current folder, else `file:`."""
     near = os.path.relpath(path)
     if _outside(near):
         return "file://" + quote(os.fsencode(Path.cwd() / path))
@@ -29,7 +29,7 @@ def uri(path: str | Path) -> str:
 
 
 def file_of(report: Report, diagnostic: Diagnostic) -> str:
-    """The file to blame; where the finding names none, the config."""
+    """The file that the diagnostic is about, by default the config."""
     return diagnostic.path or str(report.adapter / CONFIG)
 
 

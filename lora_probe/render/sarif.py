@@ -1,7 +1,7 @@
-"""Findings as SARIF 2.1.0, for code scanning.
+"""Diagnostics as SARIF 2.1.0, for code scanning.
 
-In: reports. Out: a log of one run. Places are relative to where the command runs; modules are logical locations; rules
-that could not be run, and folders that could not be judged, are notifications of the invocation.
+In: reports. Out: a log with one run. Locations are relative to the current folder, and modules are logical locations.
+Rules that could not be run and folders that could not be judged are notifications of the invocation.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from lora_probe.names import name_modules
 from lora_probe.render.cells import one_line
 from lora_probe.render.markdown import first_sentence, page
 from lora_probe.render.places import file_of, uri
+from lora_probe.render.results import CheckResult
 from lora_probe.rules import Diagnostic, Rule, Severity, all_rules
 
 SCHEMA = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
@@ -25,13 +26,17 @@ LEVELS: dict[Severity, str] = {"error": "error", "warning": "warning", "info": "
 SEVERITIES: dict[Severity, str] = {"error": "error", "warning": "warning", "info": "recommendation"}
 
 
-def sarif(found: Sequence[Report], lost: Sequence[Lost] = ()) -> dict[str, Any]:
+def check(result: CheckResult) -> dict[str, Any]:
     """The log of one call of `check`."""
-    mentioned = {d.code for report in found for d in report.diagnostics}
-    mentioned |= {code for report in found for one in report.not_run for code in one.codes}
-    known = all_rules()
-    # What only a run or a merge shows is listed if it was found, else not.
-    rules = [rule for code, rule in known.items() if code in mentioned or not rule.measured]
+    return sarif(result.reports, result.not_judged)
+
+
+def sarif(reports: Sequence[Report], not_judged: Sequence[Lost] = ()) -> dict[str, Any]:
+    """The log of these reports."""
+    mentioned = {diagnostic.code for report in reports for diagnostic in report.diagnostics}
+    mentioned |= {code for report in reports for skipped in report.not_run for code in skipped.codes}
+    # Rules that need a run or a merge are listed only if a diagnostic mentions them.
+    rules = [rule for code, rule in all_rules().items() if code in mentioned or not rule.measured]
     numbers = {rule.code: number for number, rule in enumerate(rules)}
     return {
         "$schema": SCHEMA,
@@ -48,21 +53,21 @@ def sarif(found: Sequence[Report], lost: Sequence[Lost] = ()) -> dict[str, Any]:
                 },
                 "invocations": [
                     {
-                        "executionSuccessful": not lost,
-                        "toolExecutionNotifications": [*_not_run(found, numbers), *map(_not_judged, lost)],
+                        "executionSuccessful": not not_judged,
+                        "toolExecutionNotifications": [*_not_run(reports, numbers), *map(_not_judged, not_judged)],
                     }
                 ],
                 "columnKind": "unicodeCodePoints",
-                **_for(found),
-                "results": list(_results(found, numbers)),
+                **_version(reports),
+                "results": list(_results(reports, numbers)),
             }
         ],
     }
 
 
-def _for(found: Sequence[Report]) -> dict[str, Any]:
-    """The vLLM that the predictions are for, the same in all reports."""
-    versions = [report.vllm for report in found if report.vllm]
+def _version(reports: Sequence[Report]) -> dict[str, Any]:
+    """The vLLM version that the predictions are for, the same in all reports."""
+    versions = [report.vllm for report in reports if report.vllm]
     return {"properties": {"vllm_version": versions[0]}} if versions else {}
 
 
@@ -81,19 +86,19 @@ def _rule(rule: Rule) -> dict[str, Any]:
     }
 
 
-def _results(found: Iterable[Report], numbers: dict[str, int]) -> Iterable[dict[str, Any]]:
+def _results(reports: Iterable[Report], numbers: dict[str, int]) -> Iterable[dict[str, Any]]:
     seen: dict[str, int] = {}
-    for report in found:
+    for report in reports:
         for diagnostic in report.diagnostics:
-            print_of = _fingerprint(report, diagnostic)
-            seen[print_of] = seen.get(print_of, 0) + 1
+            fingerprint = _fingerprint(report, diagnostic)
+            seen[fingerprint] = seen.get(fingerprint, 0) + 1
             yield {
                 "ruleId": diagnostic.code,
                 **({"ruleIndex": numbers[diagnostic.code]} if diagnostic.code in numbers else {}),
                 "level": LEVELS[diagnostic.severity],
                 "message": {"text": _message(diagnostic)},
                 "locations": [_location(report, diagnostic)],
-                "partialFingerprints": {"loraProbeFinding/v1": f"{print_of}:{seen[print_of]}"},
+                "partialFingerprints": {"loraProbeFinding/v1": f"{fingerprint}:{seen[fingerprint]}"},
                 "properties": {"engines": list(diagnostic.engines), "adapter": str(report.adapter)},
             }
 
@@ -105,7 +110,7 @@ def _message(diagnostic: Diagnostic) -> str:
 
 
 def _text(text: str) -> str:
-    """One line. A viewer makes a link of `[words](address)`, and nothing in a file is an address of ours."""
+    """One line. Viewers turn `[text](address)` into a link, and nothing in a file may become one."""
     return one_line(text).replace("](", "] (")
 
 
@@ -121,18 +126,18 @@ def _location(report: Report, diagnostic: Diagnostic) -> dict[str, Any]:
 
 
 def _fingerprint(report: Report, diagnostic: Diagnostic) -> str:
-    """The same finding tomorrow has the same: neither numbers in the message nor lines are in it."""
-    what = [diagnostic.code, uri(file_of(report, diagnostic)), sorted(diagnostic.modules)]
-    return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]
+    """The same problem has the same fingerprint tomorrow: it depends neither on numbers in the message nor on lines."""
+    identity = [diagnostic.code, uri(file_of(report, diagnostic)), sorted(diagnostic.modules)]
+    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
 
 
-def _not_run(found: Sequence[Report], numbers: dict[str, int]) -> Iterable[dict[str, Any]]:
-    """One notification for each rule and reason, at all adapters that it holds for."""
+def _not_run(reports: Sequence[Report], numbers: dict[str, int]) -> Iterable[dict[str, Any]]:
+    """One notification for each rule and reason, with all adapters that it applies to."""
     places: dict[tuple[str, str], list[str]] = {}
-    for report in found:
-        for one in report.not_run:
-            for code in one.codes:
-                places.setdefault((code, one.why), []).append(uri(report.adapter))
+    for report in reports:
+        for skipped in report.not_run:
+            for code in skipped.codes:
+                places.setdefault((code, skipped.why), []).append(uri(report.adapter))
     for (code, why), adapters in places.items():
         yield {
             "level": "note",

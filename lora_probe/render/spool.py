@@ -1,27 +1,29 @@
-"""Texts that are kept on disk until they are printed: those of thousands of adapters are too long for the memory.
+"""Pages that wait on disk until they are printed: those of thousands of adapters do not fit into memory.
 
-In: texts, one after the other. Out: the same.
+In: pages, one after the other. Out: the same.
 """
 
 from __future__ import annotations
 
+import pickle
 import tempfile
 from collections.abc import Iterator
+from typing import Any
 
 
 class Spool:
-    """A list of texts in a file without a name, which is gone with the process."""
+    """Values in an unnamed file, which is gone when the process ends."""
 
     def __init__(self) -> None:
         self._file = tempfile.SpooledTemporaryFile(max_size=2**24)  # noqa: SIM115
-        self._sizes: list[int] = []
+        self._count = 0
 
-    def append(self, text: str) -> None:
-        data = text.encode("utf-8", "surrogatepass")
-        self._file.write(data)
-        self._sizes.append(len(data))
+    def append(self, page: Any) -> None:
+        # Only this process can read it, and it reads what it wrote.
+        pickle.dump(page, self._file, pickle.HIGHEST_PROTOCOL)
+        self._count += 1
 
-    def __iter__(self) -> Iterator[str]:
+    def __iter__(self) -> Iterator[Any]:
         self._file.seek(0)
-        for size in self._sizes:
-            yield self._file.read(size).decode("utf-8", "surrogatepass")
+        for _ in range(self._count):
+            yield pickle.load(self._file)

@@ -21,7 +21,7 @@ from lora_probe.rules.registry import AdapterFinding, Family, rule, survey
 if TYPE_CHECKING:
     from lora_probe.rules.subject import Subject
 
-FAMILY = Family("LP2", "the weights file", commands="check, and trace for what it measures", loading_step=2)
+FAMILY = Family("LP2", "the weights file", commands="check, some also by trace", loading_step=2)
 
 HEADS = ("score", "classifier")
 EMBEDDINGS = (*checkpoint.EMBEDDINGS, *view.HEADS)

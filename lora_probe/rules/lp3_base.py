@@ -14,7 +14,7 @@ from lora_probe.rules.registry import AdapterFinding, Family, survey
 if TYPE_CHECKING:
     from lora_probe.rules.subject import Subject
 
-FAMILY = Family("LP3", "the base", commands="check, and trace for what it measures", loading_step=3)
+FAMILY = Family("LP3", "the base", commands="check, some also by trace", loading_step=3)
 
 
 @survey(

@@ -13,7 +13,7 @@ from lora_probe.rules.registry import AdapterFinding, Family, rule, survey
 if TYPE_CHECKING:
     from lora_probe.rules.subject import Subject
 
-FAMILY = Family("LP4", "serving", commands="check, and trace for a refusal", loading_step=1)
+FAMILY = Family("LP4", "serving", commands="check, some also by trace", loading_step=1)
 
 DEFAULT_MAX_RANK = 16
 MAX_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)

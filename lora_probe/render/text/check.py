@@ -1,7 +1,7 @@
-"""What a person sees of `check`: for each adapter what the engines will make of it, what was found, what was not run.
+"""`check` as text: for each adapter the predicted ledgers, the diagnostics, and the rules that were not run.
 
-In: a `Report`, or many. Out: tables and sentences, as in `terminal.py`. Everything that is found stands in one line, so
-that nothing in a file's names looks like a line of ours.
+In: a `CheckResult`, whose pages are made here as well. Out: rich renderables. Everything from a file is on one line, so
+that no name in a file can look like a line of ours.
 """
 
 from __future__ import annotations
@@ -13,146 +13,147 @@ from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text as RichText
 
 from lora_probe.checking import NotRun, Report
 from lora_probe.ledger import Ledger, headline
 from lora_probe.names import name_modules
-from lora_probe.render.cells import add_row, assemble, one_line, words
+from lora_probe.render.cells import SEVERITIES, SHOWN, assemble, facts, one_line, words
 from lora_probe.render.places import relative
-from lora_probe.render.text import terminal
-from lora_probe.rules import Diagnostic, Severity, all_rules
+from lora_probe.render.results import CheckResult, CheckRun, Paged
+from lora_probe.render.text.ledger import alike, stations
+from lora_probe.rules import Diagnostic, all_rules
 
 FULL = 3
-"""Up to this many adapters are shown in full; of more, each gets a line, and those with findings their details."""
-STYLES: dict[Severity, str] = {"error": "bold red", "warning": "bold yellow", "info": "cyan"}
-ORDER: tuple[Severity, ...] = ("error", "warning", "info")
+"""Up to this many adapters are shown in full. Of more, each gets a line, and those with diagnostics their details."""
 WIDEST = 60
-"""Columns for the adapters' paths, where there are many."""
+"""The most columns for the adapters' paths, if there are many adapters."""
 
 
-def report(found: Report) -> RenderableType:
+def _page(report: Report, run: CheckRun) -> RenderableType | None:
+    return full_report(report) if run.adapters <= FULL else _details(report)
+
+
+def _whole(result: CheckResult) -> RenderableType:
+    reports, lost = result.reports, len(result.not_judged)
+    if not reports:
+        return Group()
+    if result.run.adapters > FULL:
+        parts = [part for page in result.pages if page is not None for part in (page, words(""))]
+        not_run = _not_run(_together(reports))
+        return Group(_lines(reports), words(""), *parts, *not_run, _summary(reports, lost))
+    if len(reports) == 1:
+        return Group(*result.pages)
+    return Group(*(part for page in result.pages for part in (page, words(""))), _summary(reports, lost))
+
+
+CHECK = Paged(_page, _whole)
+
+
+def full_report(report: Report) -> RenderableType:
     """One adapter in full."""
-    facts = Table.grid(padding=(0, 2))
-    facts.add_column(style="bold")
-    facts.add_column(overflow="fold")
-    add_row(facts, "adapter", relative(found.adapter))
-    add_row(facts, "base model", found.model or "not known")
-    if found.vllm:
-        add_row(facts, "predicted for", f"vLLM {found.vllm}")
-    parts: list[RenderableType] = [facts, *(words(f"note: {note}", "cyan") for note in found.notes), words("")]
-    parts += [*_headlines(found), *_tables(found), *([words("")] if found.ledgers else [])]
-    return Group(*parts, *_findings(found), _verdict(found))
+    pairs = [("adapter", relative(report.adapter)), ("base model", report.model or "unknown")]
+    if report.vllm:
+        pairs.append(("predicted for", f"vLLM {report.vllm}"))
+    parts: list[RenderableType] = [facts(*pairs)]
+    parts += [*(words(f"note: {note}", "cyan") for note in report.notes), words("")]
+    parts += [*_headlines(report), *_tables(report), *([words("")] if report.ledgers else [])]
+    return Group(*parts, *_findings(report), _verdict(report))
 
 
-def full(reports: Sequence[RenderableType], found: Sequence[Report], lost: int) -> RenderableType:
-    """A few adapters, each as `report` shows it."""
-    if len(found) == 1:
-        return Group(*reports)
-    return Group(*(part for one in reports for part in (one, words(""))), summary(found, lost))
-
-
-def compact(details: Sequence[RenderableType | None], found: Sequence[Report], lost: int) -> RenderableType:
-    """Many adapters: a line each, then the `details` of those that have any."""
-    parts = [part for one in details if one is not None for part in (one, words(""))]
-    return Group(lines(found), words(""), *parts, *_not_run(_together(found)), summary(found, lost))
-
-
-def lines(found: Sequence[Report]) -> RenderableType:
-    """A line for each adapter: how it is, how much was found, and the first of it."""
-    width = min(max(len(_name(report)) for report in found), WIDEST)
-    return Group(*(_summary_line(report, width) for report in found))
-
-
-def details(found: Report) -> RenderableType | None:
-    """One adapter of many: what was found of it, without the hints; None where that is nothing."""
-    if not found.diagnostics:
+def _details(report: Report) -> RenderableType | None:
+    """One adapter of many, without hints. None if it has no diagnostics."""
+    if not report.diagnostics:
         return None
     return Group(
-        words(_name(found), style="bold"), *_headlines(found, "  "), *_diagnostics(found.diagnostics, hints=False)
+        words(_name(report), style="bold"), *_headlines(report, "  "), *_diagnostics(report.diagnostics, hints=False)
     )
 
 
-def summary(found: Sequence[Report], lost: int = 0) -> RenderableType:
+def _lines(reports: Sequence[Report]) -> RenderableType:
+    """A line for each adapter: its state, the number of diagnostics, and the first of them."""
+    width = min(max(len(_name(report)) for report in reports), WIDEST)
+    return Group(*(_line(report, width) for report in reports))
+
+
+def _summary(reports: Sequence[Report], lost: int) -> RenderableType:
     """All adapters in one line, each counted once."""
-    kinds = Counter(map(_kind, found))
-    said = {"ok": "without a finding", "unknown": "not fully judged", "info": "with infos", "warning": "with warnings"}
-    said |= {"error": "with errors"}
-    parts = [f"{kinds[kind]} {what}" for kind, what in said.items() if kinds[kind]]
+    states = Counter(map(_state, reports))
+    texts = {"ok": "without findings", "unknown": "not fully judged", "info": "with infos", "warning": "with warnings"}
+    texts |= {"error": "with errors"}
+    parts = [f"{states[state]} {text}" for state, text in texts.items() if states[state]]
     parts += [f"{lost} not judged"] if lost else []
-    counts = _counts([diagnostic for report in found for diagnostic in report.diagnostics])
-    ignored = sum(report.ignored for report in found)
-    style = "bold red" if kinds["error"] or lost else "bold green" if kinds["ok"] == len(found) else "bold yellow"
-    sentence = f"{_plural(len(found), 'adapter')}: {', '.join(parts)}{counts and '; '}{counts}{_ignored(ignored)}"
+    counts = _counts([diagnostic for report in reports for diagnostic in report.diagnostics])
+    ignored = sum(report.ignored for report in reports)
+    style = "bold red" if states["error"] or lost else "bold green" if states["ok"] == len(reports) else "bold yellow"
+    sentence = f"{_plural(len(reports), 'adapter')}: {', '.join(parts)}{counts and '; '}{counts}{_ignored(ignored)}"
     return words(sentence, style)
 
 
-def next_command(found: Sequence[Report], model: str | None, mended: bool) -> str:
-    """What to do about the findings: the command that mends the first that can be, else the page of the first error.
-    `mended`: that has been done already."""
+def next_command(reports: Sequence[Report], model: str | None, fixed: bool) -> str:
+    """The command to run next: the one that fixes the first adapter that can be fixed (unless `fixed`: that has just
+    been done), else the page of the first error."""
     rules = all_rules()
-    for report in found if not mended else ():
+    for report in reports if not fixed else ():
         if any(rules[diagnostic.code].fixable for diagnostic in report.diagnostics):
             folder = relative(report.adapter)
             beside = folder if Path(folder).name not in ("", "..") else str(report.adapter.resolve())
             base = ["--model", model] if model else []
             return shlex.join(["lora-probe", "check", folder, *base, "--fix", "-o", f"{beside}-fixed"])
-    codes = [one.code for report in found for one in report.diagnostics if one.severity == "error"]
-    return f"lora-probe rule {codes[0]}" if codes else ""
+    errors = (diagnostic for report in reports for diagnostic in report.diagnostics if diagnostic.severity == "error")
+    first = next(errors, None)
+    return f"lora-probe rule {first.code}" if first is not None else ""
 
 
-def _kind(found: Report) -> str:
-    """The one word for an adapter: its gravest finding; if that is no error, whether some rule was not run."""
-    first = next(iter(_by_gravity(found.diagnostics)), None)
+def _state(report: Report) -> str:
+    """The adapter in one word: its worst diagnostic, or `unknown` if that is no error and rules were not run."""
+    first = next(iter(_worst_first(report.diagnostics)), None)
     if first is not None and first.severity == "error":
         return "error"
-    if _rules_not_run(found):
+    if _rules_not_run(report):
         return "unknown"
     return "ok" if first is None else first.severity
 
 
-def _rules_not_run(found: Report) -> int:
-    return len({code for one in found.not_run for code in one.codes})
+def _rules_not_run(report: Report) -> int:
+    return len({code for skipped in report.not_run for code in skipped.codes})
 
 
-def _summary_line(found: Report, width: int) -> RichText:
-    first = next(iter(_by_gravity(found.diagnostics)), None)
-    kind = _kind(found)
-    style = {"ok": "bold green", "unknown": "bold yellow"}.get(kind) or STYLES[first.severity if first else "info"]
-    said = [f"{_counts(found.diagnostics)}: {first.code} {first.name}"] if first is not None else []
-    if kind == "unknown":
-        said.append(f"({'; '.join(dict.fromkeys(one.why for one in found.not_run if one.codes))})")
-    said += [_ignored(found.ignored).strip()] if found.ignored else []
-    return assemble((f"{kind:7}  ", style), f"{_name(found):{width}}", *(f"  {one}" for one in said))
+def _line(report: Report, width: int) -> RichText:
+    first = next(iter(_worst_first(report.diagnostics)), None)
+    state = _state(report)
+    style = {"ok": "bold green", "unknown": "bold yellow"}.get(state) or SEVERITIES[first.severity if first else "info"]
+    parts = [f"{_counts(report.diagnostics)}: {first.code} {first.name}"] if first is not None else []
+    if state == "unknown":
+        parts.append(f"({'; '.join(dict.fromkeys(skipped.why for skipped in report.not_run if skipped.codes))})")
+    parts += [_ignored(report.ignored).strip()] if report.ignored else []
+    return assemble((f"{state:7}  ", style), f"{_name(report):{width}}", *(f"  {part}" for part in parts))
 
 
-def _name(found: Report) -> str:
-    return one_line(relative(found.adapter))
+def _name(report: Report) -> str:
+    return one_line(relative(report.adapter))
 
 
-def _headlines(found: Report, indent: str = "") -> Iterable[RenderableType]:
-    """What each engine will make of it; where they make the same of it, in one line."""
+def _headlines(report: Report, indent: str = "") -> Iterable[RenderableType]:
+    """The predicted headline of each engine. Engines with the same headline share a line."""
     same: dict[str, list[Ledger]] = {}
-    for ledger in found.ledgers.values():
+    for ledger in report.ledgers.values():
         same.setdefault(headline(replace(ledger, engine="both")), []).append(ledger)
-    for sentence, ledgers in same.items():
+    for common, ledgers in same.items():
         engines = ", ".join(ledger.engine for ledger in ledgers)
-        said = sentence if len(ledgers) > 1 else headline(ledgers[0])
-        yield assemble(indent, (f"{engines}  ", "" if indent else "bold"), (said, _style(ledgers[0])))
+        text = common if len(ledgers) > 1 else headline(ledgers[0])
+        yield assemble(indent, (f"{engines}  ", "" if indent else "bold"), (text, _style(ledgers[0])))
 
 
-def _tables(found: Report) -> Iterable[RenderableType]:
-    """The modules that do not take effect, by engine; engines that do the same with them share a table."""
+def _tables(report: Report) -> Iterable[RenderableType]:
+    """The stations of an adapter that does not take full effect, a table for engines with the same stations."""
     same: dict[str, list[Ledger]] = {}
-    for ledger in found.ledgers.values():
+    for ledger in report.ledgers.values():
         if ledger.rows and not ledger.healthy and not ledger.refused:
-            same.setdefault(repr(terminal.alike(ledger)), []).append(ledger)
+            same.setdefault(repr(alike(ledger)), []).append(ledger)
     for ledgers in same.values():
         engines = ", ".join(ledger.engine for ledger in ledgers)
-        yield terminal.stations(
-            ledgers[0], "modules" if len(ledgers) == len(found.ledgers) else f"modules in {engines}"
-        )
+        yield stations(ledgers[0], "modules" if len(ledgers) == len(report.ledgers) else f"modules in {engines}")
 
 
 def _style(ledger: Ledger) -> str:
@@ -161,18 +162,18 @@ def _style(ledger: Ledger) -> str:
     return "bold red" if ledger.refused or ledger.count("lost") or ledger.count("wrong") else "bold yellow"
 
 
-def _findings(found: Report) -> Iterable[RenderableType]:
-    yield from _diagnostics(found.diagnostics)
-    not_run = list(_not_run(found.not_run))
+def _findings(report: Report) -> Iterable[RenderableType]:
+    yield from _diagnostics(report.diagnostics)
+    not_run = list(_not_run(report.not_run))
     yield from not_run
-    if found.diagnostics or not_run:
+    if report.diagnostics or not_run:
         yield words("")
 
 
-def _diagnostics(found: Sequence[Diagnostic], hints: bool = True) -> Iterable[RenderableType]:
-    for diagnostic in _by_gravity(found):
+def _diagnostics(diagnostics: Sequence[Diagnostic], hints: bool = True) -> Iterable[RenderableType]:
+    for diagnostic in _worst_first(diagnostics):
         code = f"{diagnostic.severity} {diagnostic.code} {diagnostic.name}: "
-        yield assemble((code, STYLES[diagnostic.severity]), diagnostic.message)
+        yield assemble((code, SEVERITIES[diagnostic.severity]), diagnostic.message)
         if about := _about(diagnostic):
             yield words(f"  {about}")
         if diagnostic.hint and hints:
@@ -180,7 +181,7 @@ def _diagnostics(found: Sequence[Diagnostic], hints: bool = True) -> Iterable[Re
 
 
 def _about(diagnostic: Diagnostic) -> str:
-    """Which modules, in which engines, in which file."""
+    """The file, the engines and the modules."""
     modules = name_modules(diagnostic.modules) if not diagnostic.names_modules else ""
     where = ""
     if diagnostic.path:
@@ -188,47 +189,48 @@ def _about(diagnostic: Diagnostic) -> str:
     return ", ".join(filter(None, [where, "/".join(diagnostic.engines), modules]))
 
 
-def _by_gravity(found: Sequence[Diagnostic]) -> list[Diagnostic]:
-    return sorted(found, key=lambda diagnostic: ORDER.index(diagnostic.severity))
+def _worst_first(diagnostics: Sequence[Diagnostic]) -> list[Diagnostic]:
+    return sorted(diagnostics, key=lambda diagnostic: list(SEVERITIES).index(diagnostic.severity))
 
 
 def _not_run(every: Iterable[NotRun]) -> Iterable[RenderableType]:
-    found = [one for one in every if one.codes]
-    for one in found[: terminal.SHOWN]:
-        yield words(f"not run: {', '.join(one.codes)}: {one.why}", "yellow")
-    if len(found) > terminal.SHOWN:
-        yield words(f"not run, for {len(found) - terminal.SHOWN} more reasons: see --format json", style="yellow")
+    skipped = [reason for reason in every if reason.codes]
+    for reason in skipped[:SHOWN]:
+        yield words(f"not run: {', '.join(reason.codes)}: {reason.why}", "yellow")
+    if len(skipped) > SHOWN:
+        yield words(f"not run for {len(skipped) - SHOWN} more reasons: see --format json", style="yellow")
 
 
-def _together(found: Sequence[Report]) -> list[NotRun]:
+def _together(reports: Sequence[Report]) -> list[NotRun]:
     """The rules that were not run for any of the adapters, each reason once."""
-    adapters: Counter[NotRun] = Counter(one for report in found for one in report.not_run)
+    adapters: Counter[NotRun] = Counter(reason for report in reports for reason in report.not_run)
     return [
-        one if count == len(found) else NotRun(one.codes, f"{one.why} ({count} of {len(found)} adapters)")
-        for one, count in adapters.items()
+        reason if count == len(reports) else NotRun(reason.codes, f"{reason.why} ({count} of {len(reports)} adapters)")
+        for reason, count in adapters.items()
     ]
 
 
-def _verdict(found: Report) -> RenderableType:
-    where = f"in {_name(found).rstrip('/')}/{_ignored(found.ignored)}"
-    count = _rules_not_run(found)
+def _verdict(report: Report) -> RenderableType:
+    where = f"in {_name(report).rstrip('/')}/{_ignored(report.ignored)}"
+    count = _rules_not_run(report)
     if count:
         where += f"; {_plural(count, 'rule')} {'was' if count == 1 else 'were'} not run"
-    if not found.diagnostics:
-        return words(f"no finding {where}", style="bold yellow" if count else "bold green")
-    return words(f"{_counts(found.diagnostics)} {where}", style=STYLES[_by_gravity(found.diagnostics)[0].severity])
+    if not report.diagnostics:
+        return words(f"no findings {where}", style="bold yellow" if count else "bold green")
+    worst = _worst_first(report.diagnostics)[0]
+    return words(f"{_counts(report.diagnostics)} {where}", style=SEVERITIES[worst.severity])
 
 
 def _ignored(count: int) -> str:
-    """Findings that were there, and not to be said."""
+    """The diagnostics of rules that were not selected."""
     return f" ({count} ignored)" if count else ""
 
 
-def _counts(found: Iterable[Diagnostic]) -> str:
+def _counts(diagnostics: Iterable[Diagnostic]) -> str:
     """`2 errors, 1 warning`."""
-    counts = Counter(diagnostic.severity for diagnostic in found)
-    said = {one: f"{counts[one]} {one}" if one == "info" else _plural(counts[one], one) for one in ORDER}
-    return ", ".join(said[severity] for severity in ORDER if counts[severity])
+    counts = Counter(diagnostic.severity for diagnostic in diagnostics)
+    texts = {kind: f"{counts[kind]} {kind}" if kind == "info" else _plural(counts[kind], kind) for kind in SEVERITIES}
+    return ", ".join(text for kind, text in texts.items() if counts[kind])
 
 
 def _plural(count: int, word: str) -> str:

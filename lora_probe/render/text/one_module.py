@@ -1,63 +1,56 @@
-"""What `inspect --module` shows of one module: for a person, and for a program.
+"""`inspect --module` as text: one module with its values.
 
-In: a `Selected` module. Out: renderables, or the entry of the module in `inspect --format json` with its values.
+In: a `Selected` module. Out: rich renderables.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
-import numpy as np
 from rich.console import Group, RenderableType
-from rich.table import Table
 
 from lora_probe.adapter.one_module import Selected, TensorValues, label
 from lora_probe.files.weights import TensorHeader
-from lora_probe.render.cells import add_row, columns_of, words
-from lora_probe.render.json import inspect_json
+from lora_probe.render.cells import add_row, columns_of, facts, words
 
-_NUMBERS = 8
+_PER_LINE = 8
 """Singular values in a line."""
 
 
-def module(found: Selected) -> RenderableType:
-    """One module: names, shapes, scaling, all singular values, a corner of every tensor."""
-    one, config = found.module, found.adapter.config
-    facts = Table.grid(padding=(0, 2))
-    facts.add_column(style="bold")
-    facts.add_column(overflow="fold")
-    rank = f"{one.rank} in the tensors, {one.config_rank} in the config" if one.rank != one.config_rank else one.rank
-    how = "alpha / sqrt(r)" if config.rslora else "alpha / r"
-    for name, value in (
-        ("adapter", str(found.adapter.path)),
-        ("module", label(one)),
-        ("rank", str(rank)),
-        ("scaling", f"{one.scaling:g} ({how}, from the config)"),
-        ("‖ΔW‖", _effect(found)),
-    ):
-        add_row(facts, name, value)
+def module(selected: Selected) -> RenderableType:
+    """Names, shapes, scaling, all singular values, and a corner of every tensor."""
+    pair, config = selected.module, selected.adapter.config
+    rank = str(pair.rank)
+    if pair.rank != pair.config_rank:
+        rank = f"{pair.rank} in the tensors, {pair.config_rank} in the config"
+    formula = "alpha / sqrt(r)" if config.rslora else "alpha / r"
     table = columns_of("tensor", "shape", "dtype", "norm")
-    for values in found.tensors:
+    for values in selected.tensors:
         add_row(table, values.tensor.name, _shape(values.tensor), values.tensor.dtype, _norm(values))
     return Group(
-        *(words(f"note: {note}", style="cyan") for note in found.adapter.notes),
-        facts,
+        *(words(f"note: {note}", style="cyan") for note in selected.adapter.notes),
+        facts(
+            ("adapter", str(selected.adapter.path)),
+            ("module", label(pair)),
+            ("rank", rank),
+            ("scaling", f"{pair.scaling:g} ({formula}, from the config)"),
+            ("‖ΔW‖", _effect(selected)),
+        ),
         words(""),
         table,
-        *_missing(found),
-        *_singular(found),
-        *(part for values in found.tensors for part in _corner(values)),
+        *_missing(selected),
+        *_singular(selected),
+        *(part for values in selected.tensors for part in _corner(values)),
     )
 
 
-def _effect(found: Selected) -> str:
-    spectrum = found.spectrum
+def _effect(selected: Selected) -> str:
+    spectrum = selected.spectrum
     if spectrum is None:
-        return "none: A and B are no pair"
+        return "none: A and B do not form a pair"
     if not spectrum.finite:
-        return "not finite: A or B holds NaN or infinity"
-    return f"{spectrum.norm:.6g}, effective rank {spectrum.effective_rank:.2f} of {found.module.rank}"
+        return "not finite: A or B contains NaN or infinity"
+    return f"{spectrum.norm:.6g}, effective rank {spectrum.effective_rank:.2f} of {selected.module.rank}"
 
 
 def _shape(tensor: TensorHeader) -> str:
@@ -68,20 +61,20 @@ def _norm(values: TensorValues) -> str:
     return "not read" if values.norm is None else f"{values.norm:.6g}"
 
 
-def _missing(found: Selected) -> Iterable[RenderableType]:
-    for half, tensor in (("lora_A", found.module.a), ("lora_B", found.module.b)):
+def _missing(selected: Selected) -> Iterable[RenderableType]:
+    for half, tensor in (("lora_A", selected.module.a), ("lora_B", selected.module.b)):
         if tensor is None:
-            yield words(f"{half} is missing in the file", style="bold yellow")
+            yield words(f"{half} is not in the file", style="bold yellow")
 
 
-def _singular(found: Selected) -> Iterable[RenderableType]:
-    if found.spectrum is None or not found.spectrum.finite:
+def _singular(selected: Selected) -> Iterable[RenderableType]:
+    if selected.spectrum is None or not selected.spectrum.finite:
         return
-    values = [f"{value:.4g}" for value in found.spectrum.singular]
+    values = [f"{value:.4g}" for value in selected.spectrum.singular]
     yield words("")
-    yield words(f"singular values of s·B·A, all {len(values)}", style="bold")
-    for at in range(0, len(values), _NUMBERS):
-        yield words("  " + "  ".join(f"{value:>10}" for value in values[at : at + _NUMBERS]))
+    yield words(f"all {len(values)} singular values of s·B·A", style="bold")
+    for at in range(0, len(values), _PER_LINE):
+        yield words("  " + "  ".join(f"{value:>10}" for value in values[at : at + _PER_LINE]))
 
 
 def _corner(values: TensorValues) -> Iterable[RenderableType]:
@@ -95,26 +88,3 @@ def _corner(values: TensorValues) -> Iterable[RenderableType]:
     yield words(f"{name}{'' if whole else f', its first {rows} × {columns} values'}", style="bold")
     for row in values.corner:
         yield words("  " + "  ".join(f"{value:>12.5g}" for value in row))
-
-
-def module_json(found: Selected) -> dict[str, Any]:
-    """What `inspect --format json --norms` says, of this module alone, with the norm and a corner of each tensor as
-    `values`; null is what is no finite number."""
-    one = found.module
-    data = inspect_json(found.adapter, {one.stored_as: found.spectrum})
-    data["modules"] = [entry for entry in data["modules"] if entry["stored_as"] == one.stored_as]
-    data["modules"][0] |= {"config_rank": one.config_rank, "values": [_values(values) for values in found.tensors]}
-    return data
-
-
-def _values(values: TensorValues) -> dict[str, Any]:
-    corner = values.corner
-    return {
-        "tensor": values.tensor.name,
-        "norm": _finite(values.norm),
-        "corner": None if corner is None else [[_finite(value) for value in row] for row in corner.tolist()],
-    }
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and np.isfinite(value) else None

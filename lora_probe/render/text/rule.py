@@ -1,6 +1,6 @@
-"""What a person sees of `rule`: one page, several, or a line for each rule under the name of its family.
+"""`rule` as text: one page, several, or a line per rule under the name of its family.
 
-In: rules. Out: tables and sentences, as in `terminal.py`.
+In: a `RuleList`. Out: rich renderables.
 """
 
 from __future__ import annotations
@@ -11,35 +11,37 @@ from rich.console import Group, RenderableType
 
 from lora_probe.render.cells import add_row, assemble, columns_of, paragraphs, words
 from lora_probe.render.markdown import facts, families
+from lora_probe.render.results import RuleList
 from lora_probe.rules import Rule, family_of
 
 
-def rule(found: Rule) -> RenderableType:
-    """The page of a rule."""
-    head = assemble((f"{found.code} {found.name}", "bold"), f"  {facts(found)}")
-    return Group(head, words(""), paragraphs(found.page), words(""), words(f"hint: {found.hint}", style="cyan"))
+def rules(result: RuleList) -> RenderableType:
+    """The page of a single rule, or of every rule if pages are requested; else the list."""
+    if result.pages or len(result.rules) == 1:
+        parts = [part for rule in result.rules for part in (words(""), words(""), _page(rule))]
+        return Group(*parts[2:])
+    return _list(result.rules)
 
 
-def pages(found: Sequence[Rule]) -> RenderableType:
-    """The pages of several rules, one after another."""
-    parts = [part for one in found for part in (words(""), words(""), rule(one))]
-    return Group(*parts[2:])
+def _page(rule: Rule) -> RenderableType:
+    head = assemble((f"{rule.code} {rule.name}", "bold"), f"  {facts(rule)}")
+    return Group(head, words(""), paragraphs(rule.page), words(""), words(f"hint: {rule.hint}", style="cyan"))
 
 
-def rules(found: Sequence[Rule]) -> RenderableType:
-    """All rules, a line each, by families; the columns are the same in all."""
-    widths = [max(len(text) for text in column) for column in zip(*map(_facts, found), strict=True)]
+def _list(rules: Sequence[Rule]) -> RenderableType:
+    """A line per rule, by families. All families have the same columns."""
+    widths = [max(len(text) for text in column) for column in zip(*map(_cells, rules), strict=True)]
     parts: list[RenderableType] = []
-    for title, members in families(found).items():
-        table = columns_of("code", "name", "station", "severity", "says")
+    for title, members in families(rules).items():
+        table = columns_of("code", "name", "station", "severity", "reports")
         for column, width in zip(table.columns, widths, strict=False):
             column.min_width = width
-        for one in members:
-            add_row(table, *_facts(one), one.page.partition("\n")[0])
+        for rule in members:
+            add_row(table, *_cells(rule), rule.page.partition("\n")[0])
         by = family_of(members[0].code).commands
-        parts += [assemble((title, "bold"), f"  (from {by})" if by else ""), table, words("")]
+        parts += [assemble((title, "bold"), f"  (reported by {by})" if by else ""), table, words("")]
     return Group(*parts[:-1])
 
 
-def _facts(found: Rule) -> tuple[str, str, str, str]:
-    return found.code, found.name, found.station, found.severity
+def _cells(rule: Rule) -> tuple[str, str, str, str]:
+    return rule.code, rule.name, rule.station, rule.severity

@@ -1,0 +1,215 @@
+"""The registry of output formats: which format each command has, and the function that renders it.
+
+In: the names of a command and of a format. Out: a renderer, a function from the command's result to `Content`. The
+commands and their results, also with the options that change the result's type:
+
+    inspect           results.Inspection
+    inspect --module  adapter.one_module.Selected
+    check             results.CheckResult
+    check --fix       results.CheckResult, with `run.fixed`
+    check --diff      checking.renaming.Mending
+    trace, show       results.Recording
+    compare           comparison.Comparison
+    parity            merging.parity.Parity
+    rule              results.RuleList
+    env               Mapping[str, str]
+
+A format of this package is a file in `render/` and its lines in `FORMATS`. Another distribution adds a format, or an
+existing format to a command that does not have it, by an entry point in the group `lora_probe.formats`:
+
+    [options.entry_points]
+    lora_probe.formats =
+        csv = my_formats
+
+The entry point is a `Format`: any object, or a module such as this `my_formats`, with `name` and `renderers`:
+
+    def check(result):
+        for report in result.reports:
+            for diagnostic in report.diagnostics:
+                yield f"{report.adapter},{diagnostic.code}"
+
+    name, renderers = "csv", {"check": check}
+
+Then `lora-probe check ckpt/ --format csv` prints these lines, and `lora-probe check --help` lists the format. Other
+distributions are loaded only if a format that is not ours is requested, or if all formats are listed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache, partial
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Protocol
+
+from rich.console import RenderableType
+
+from lora_probe.errors import ProbeError
+from lora_probe.files import limits
+from lora_probe.render.console import emit
+from lora_probe.render.results import Paged
+
+GROUP = "lora_probe.formats"
+DEFAULT = "text"
+
+Content = Iterable[str] | dict[str, Any] | RenderableType
+"""What is printed: a text or lines of text, a dictionary as JSON, a rich renderable as a person sees it."""
+Renderer = Callable[[Any], Content] | Paged
+"""A function from a command's result to its content. `check` may have a `Paged` instead."""
+
+
+class Format(Protocol):
+    """An output format: the name that `--format` accepts, and its renderers by command."""
+
+    name: str
+    renderers: Mapping[str, Renderer]
+
+
+FORMATS: dict[str, dict[str, str]] = {
+    "text": {
+        "inspect": "text.inspect:inspection",
+        "inspect --module": "text.one_module:module",
+        "check": "text.check:CHECK",
+        "check --fix": "text.check:CHECK",
+        "check --diff": "text.fix:diff",
+        "trace": "text.trace:recording",
+        "show": "text.trace:recording",
+        "compare": "text.compare:comparison",
+        "parity": "text.parity:parity",
+        "rule": "text.rule:rules",
+        "env": "text.env:versions",
+    },
+    "json": {
+        "inspect": "json.inspect:inspection_json",
+        "inspect --module": "json.inspect:module_json",
+        "check": "json.check:CHECK",
+        "check --fix": "json.check:CHECK",
+        "check --diff": "json.fix:diff_json",
+        "trace": "json.trace:recording_json",
+        "show": "json.trace:recording_json",
+        "compare": "json.compare:comparison_json",
+        "parity": "json.parity:parity_json",
+        "rule": "json.rule:rules_json",
+        "env": "json.env:versions_json",
+    },
+    "sarif": {"check": "sarif:check"},
+    "github": {"check": "github:check"},
+    "markdown": {"rule": "markdown:rules"},
+}
+"""Format -> command -> renderer, as module of `lora_probe.render` and name. It is imported when it is used."""
+COMMANDS = frozenset(FORMATS[DEFAULT])
+
+
+class Names:
+    """The formats of a command, as choices for argparse. A format of this package is found without a search for other
+    distributions."""
+
+    def __init__(self, command: str) -> None:
+        self._command = command
+
+    def __contains__(self, name: object) -> bool:
+        return self._command in FORMATS.get(str(name), ()) or (self._command, name) in _installed()
+
+    def __iter__(self) -> Iterator[str]:
+        yield from (name for name, renderers in FORMATS.items() if self._command in renderers)
+        yield from sorted(name for command, name in _installed() if command == self._command)
+
+
+def renderer(command: str, name: str) -> Renderer:
+    """The renderer of a command's result.
+
+    Raises:
+        ProbeError: the command does not have this format, or its distribution cannot be loaded.
+    """
+    if place := FORMATS.get(name, {}).get(command):
+        module, _, attribute = place.partition(":")
+        with limits.importing():
+            function: Renderer = getattr(import_module(f"{__package__}.{module}"), attribute)
+        return function
+    if (command, name) not in _installed():
+        raise ProbeError(
+            f"`--format {name}` is not available for `{command}`", f"available formats: {', '.join(Names(command))}"
+        )
+    return _installed()[command, name]
+
+
+def present(command: str, name: str, result: Any) -> None:
+    """Print a command's result. Raises as `renderer` does."""
+    chosen = renderer(command, name)
+    emit((chosen.whole if isinstance(chosen, Paged) else chosen)(result))
+
+
+@cache
+def _installed() -> Mapping[tuple[str, str], Renderer]:
+    """The renderers of other distributions by command and format."""
+    renderers: dict[tuple[str, str], Renderer] = {}
+    owners: dict[tuple[str, str], str] = {}
+    for point in entry_points(group=GROUP):
+        name, every = _loaded(point)
+        for command, function in every.items():
+            key = command, name
+            if command in FORMATS.get(name, ()) or key in owners:
+                owner = owners.get(key, "lora-probe itself")
+                raise ProbeError(f"{_title(point)}: `{command}` already has a format `{name}`, from {owner}")
+            owners[key] = _title(point)
+            renderers[key] = _blamed(point, function)
+    return renderers
+
+
+def _loaded(point: EntryPoint) -> tuple[str, Mapping[str, Renderer]]:
+    """The format of an entry point, validated."""
+    with _blaming(point, "cannot be loaded"), limits.importing():
+        loaded = point.load()
+    name, renderers = getattr(loaded, "name", None), getattr(loaded, "renderers", None)
+    if not isinstance(name, str) or not name or not isinstance(renderers, Mapping):
+        raise ProbeError(
+            f"{_title(point)} is not a format: it needs a `name` and a mapping `renderers`",
+            "see the docstring of lora_probe/render/formats.py",
+        )
+    for command, function in renderers.items():
+        if command not in COMMANDS or not (callable(function) or isinstance(function, Paged)):
+            raise ProbeError(
+                f"{_title(point)}: `renderers` maps `{command}` to `{function!r}`",
+                f"expected a function for one of {', '.join(sorted(COMMANDS))}",
+            )
+    return name, renderers
+
+
+def _title(point: EntryPoint) -> str:
+    owner = f"{point.dist.name} {point.dist.version}" if point.dist is not None else "an unknown distribution"
+    return f"entry point `{point.name} = {point.value}` of {owner} ({GROUP})"
+
+
+@contextmanager
+def _blaming(point: EntryPoint, what: str) -> Iterator[None]:
+    """Report errors in the code of another distribution as its own."""
+    try:
+        yield
+    except (ProbeError, MemoryError):
+        raise
+    except Exception as error:
+        words = f"{type(error).__name__}: {error}"
+        raise ProbeError(f"{_title(point)} {what}: {words}", "fix or uninstall that distribution") from error
+
+
+def _blamed(point: EntryPoint, function: Renderer) -> Renderer:
+    if isinstance(function, Paged):
+        return Paged(partial(_call, point, function.page), partial(_rendered, point, function.whole))
+    return partial(_rendered, point, function)
+
+
+def _call(point: EntryPoint, function: Callable[..., Any], *arguments: Any) -> Any:
+    with _blaming(point, "failed"):
+        return function(*arguments)
+
+
+def _rendered(point: EntryPoint, function: Callable[..., Content], result: Any) -> Content:
+    content = _call(point, function, result)
+    # The code of a generator runs when its lines are printed.
+    return _lines(point, content) if isinstance(content, Iterator) else content
+
+
+def _lines(point: EntryPoint, lines: Iterator[str]) -> Iterator[str]:
+    with _blaming(point, "failed"):
+        yield from lines

@@ -1,0 +1,77 @@
+"""JSON of `compare`: two traces.
+
+In: a `Comparison`. Out: a plain dictionary.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lora_probe.ledger import as_json as ledger_json
+from lora_probe.precision import finite
+from lora_probe.render.json import SCHEMA_VERSION
+from lora_probe.render.json.trace import base_texts, request_json
+from lora_probe.rules import as_json as diagnostic_json
+from lora_probe.rules import diagnose
+
+if TYPE_CHECKING:
+    from lora_probe.comparison import Comparison
+
+
+def comparison_json(comparison: Comparison) -> dict[str, Any]:
+    """Verdict, first divergence, both ledgers, requests and modules. Two traces of one engine have their ledgers under
+    `ENGINE:reference` and `ENGINE:candidate`."""
+    traces, ledgers = (comparison.reference, comparison.candidate), comparison.ledgers
+    names = [trace.engine for trace in traces]
+    if names[0] == names[1]:
+        names = [f"{name}:{side}" for name, side in zip(names, ("reference", "candidate"), strict=True)]
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "verdict": comparison.verdict,
+        "reference": str(comparison.reference.path),
+        "candidate": str(comparison.candidate.path),
+        "dtype": comparison.dtype,
+        "tolerance": comparison.tolerance,
+        "rows": comparison.rows,
+        "first_divergence": _first_divergence(comparison),
+        "ledger": {name: ledger_json(ledger) for name, ledger in zip(names, ledgers, strict=True)},
+        "diagnostics": [diagnostic_json(diagnostic) for ledger in ledgers for diagnostic in diagnose(ledger)],
+        "requests": [
+            {
+                **request_json(request.reference, base_texts(comparison.reference)),
+                "candidate": request_json(request.candidate, base_texts(comparison.candidate)),
+                "same_tokens": request.same_tokens,
+                "logprob_error": finite(request.logprob_error),
+            }
+            for request in comparison.requests
+        ],
+        "modules": [
+            {
+                "module": diff.module,
+                "parameter": diff.key[1],
+                "expert": diff.key[2],
+                "status": diff.status,
+                "error": finite(diff.error),
+                "worst_row": finite(diff.worst_row),
+                "worst_at": diff.worst_at,
+                "exact": diff.exact,
+                "strength": [finite(value) for value in diff.strength],
+            }
+            for diff in comparison.modules
+        ],
+        "notes": list(comparison.notes),
+    }
+
+
+def _first_divergence(comparison: Comparison) -> dict[str, Any] | None:
+    first = comparison.first
+    if first is None:
+        return None
+    return {
+        "prompt": first.prompt,
+        "position": first.position,
+        "module": first.key[0],
+        "parameter": first.key[1],
+        "expert": first.key[2],
+        "error": finite(first.error),
+    }

@@ -1,0 +1,100 @@
+"""JSON of `trace` and `show`: a recorded run.
+
+In: a `Recording`. Out: a plain dictionary, and its parts that `compare` and the text format use as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import numpy as np
+
+from lora_probe.ledger import as_json as ledger_json
+from lora_probe.ledger import headline
+from lora_probe.precision import finite
+from lora_probe.render.json import SCHEMA_VERSION
+from lora_probe.rules import as_json as diagnostic_json
+from lora_probe.rules import diagnose
+
+if TYPE_CHECKING:
+    from lora_probe.recording import RequestRecord, Trace
+    from lora_probe.render.results import Recording
+
+
+def recording_json(recording: Recording) -> dict[str, Any]:
+    """The whole run; every step of the load timeline is in it, whatever `--events` is."""
+    return trace_json(recording.trace)
+
+
+def trace_json(trace: Trace) -> dict[str, Any]:
+    """Ledger, diagnostics, requests, contributions and events."""
+    ledgers = [ledger for _, ledger in trace.loads]
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "trace": str(trace.path),
+        "engine": trace.engine,
+        "complete": trace.complete,
+        "unclosed": list(trace.unclosed),
+        "run": msgspec.to_builtins(trace.run),
+        "processes": [msgspec.to_builtins(process.process) for process in trace.processes],
+        "headline": headline(ledgers[0]) if ledgers else None,
+        "ledger": {trace.engine: ledger_json(ledgers[0])} if ledgers else {},
+        "loads": [
+            {"load": msgspec.to_builtins(load), "ledger": ledger_json(ledger), "headline": headline(ledger)}
+            for load, ledger in trace.loads
+        ],
+        "diagnostics": [diagnostic_json(diagnostic) for ledger in ledgers for diagnostic in diagnose(ledger)],
+        "requests": requests_json(trace),
+        "modules": contributions_json(trace),
+        "events": [msgspec.to_builtins(event) for event in trace.events],
+    }
+
+
+def requests_json(trace: Trace) -> list[dict[str, Any]]:
+    """One entry for each answer of the adapter, with the base model's answer to the same prompt."""
+    base = base_texts(trace)
+    requests = [request for request in trace.requests if request.adapter is not None] or list(trace.requests)
+    return [request_json(request, base) for request in requests]
+
+
+def base_texts(trace: Trace) -> dict[int, str]:
+    """The base model's answers by the number of their prompt."""
+    return {request.prompt: request.text for request in trace.requests if request.adapter is None}
+
+
+def request_json(request: RequestRecord, base: Mapping[int, str]) -> dict[str, Any]:
+    """One answer; `base` is from `base_texts`."""
+    return {
+        "id": request.id,
+        "adapter": request.adapter,
+        "prompt_ids": request.prompt_ids,
+        "output_ids": request.output_ids,
+        "text": request.text,
+        "base_text": base.get(request.prompt),
+    }
+
+
+def contributions_json(trace: Trace) -> list[dict[str, Any]]:
+    """What each module contributed, over all rows of the adapter."""
+    rows = trace.rows
+    if rows is None:
+        return []
+    with_adapter = rows.load >= 0
+    entries = []
+    for number, (module, parameter, expert) in enumerate(rows.modules):
+        delta, base = rows.delta_norm[with_adapter, number], rows.base_norm[with_adapter, number]
+        norms = [float(np.sqrt(np.nansum(np.square(column, dtype=np.float64)))) for column in (delta, base)]
+        entries.append(
+            {
+                "module": module,
+                "parameter": parameter,
+                "expert": expert,
+                "rows": int(np.isfinite(delta).sum()),
+                "delta_norm": finite(norms[0]),
+                "base_norm": finite(norms[1]),
+                "strength": finite(norms[0] / norms[1]) if norms[1] else None,
+            }
+        )
+    return entries

@@ -1,0 +1,98 @@
+"""`inspect` as text: what an adapter checkpoint contains, from its headers, and with `--norms` from its values.
+
+In: an `Inspection`. Out: rich renderables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from rich.console import Group, RenderableType
+
+from lora_probe.adapter import Adapter
+from lora_probe.adapter.spectrum import Spectrum
+from lora_probe.names import Key, layer_of, natural, projection_of, ranges
+from lora_probe.render.cells import add_row, columns_of, facts, grid, size, words
+from lora_probe.render.results import Inspection
+
+
+def inspection(result: Inspection) -> RenderableType:
+    """The checkpoint, and the norms if they were read."""
+    if result.spectra is None:
+        return _checkpoint(result.adapter)
+    return Group(_checkpoint(result.adapter), words(""), _norms(result.adapter, result.spectra))
+
+
+def _checkpoint(adapter: Adapter) -> RenderableType:
+    config = adapter.config
+    kind = "LoRA" + "".join(f" + {variant}" for variant in config.variants)
+    dtypes = ", ".join(adapter.dtypes) or "empty"
+    return Group(
+        *(words(f"note: {note}", style="cyan") for note in adapter.notes),
+        facts(
+            ("adapter", str(adapter.path)),
+            ("kind", f"{kind}, rank {config.rank}, alpha {config.alpha:g}, scaling {config.scaling:g}"),
+            ("base model", config.base_model or "not set in the config"),
+            ("PEFT", config.peft_version or "version not in the config (older than 0.18)"),
+            ("targets", _targets(adapter)),
+            ("size", f"{size(adapter.weights.size)}, {adapter.parameters:,} parameters, {dtypes}"),
+            ("modules", f"{len(adapter.modules)} in {len(adapter.weights.tensors)} tensors"),
+        ),
+        words(""),
+        _by_projection(adapter),
+        *_other_tensors(adapter),
+    )
+
+
+def _targets(adapter: Adapter) -> str:
+    targets = adapter.config.target_modules
+    if targets is None:
+        return "none"
+    return f"regular expression {targets}" if isinstance(targets, str) else ", ".join(sorted(targets, key=natural))
+
+
+def _by_projection(adapter: Adapter) -> RenderableType:
+    table = columns_of("projection", "modules", "layers", "A", "B", "rank", "scaling", "dtype")
+    groups: dict[tuple[str, ...], list[int | None]] = {}
+    for module in adapter.modules:
+        name = projection_of(module.module) + ("" if module.parameter == "weight" else f" {module.parameter}")
+        pair = (module.a, module.b)
+        shapes = tuple("missing" if t is None else "×".join(map(str, t.shape)) or "scalar" for t in pair)
+        dtypes = ", ".join(dict.fromkeys(t.dtype for t in pair if t is not None))
+        cells = (name, *shapes, str(module.rank), f"{module.scaling:g}", dtypes)
+        groups.setdefault(cells, []).append(layer_of(module.module))
+    for cells in sorted(groups, key=lambda cells: natural(cells[0])):
+        layers = [layer for layer in groups[cells] if layer is not None]
+        add_row(table, cells[0], str(len(groups[cells])), ranges(layers) or "-", *cells[1:])
+    return table
+
+
+def _other_tensors(adapter: Adapter) -> Iterable[RenderableType]:
+    """Everything in the folder that is not lora_A or lora_B."""
+    kinds: dict[tuple[str, bool], list[str]] = {}
+    for other in adapter.others:
+        kinds.setdefault((other.what, other.understood), []).append(other.tensor.name)
+    for module in adapter.modules:
+        for extra in module.extras:
+            what = f"in addition to lora_A and lora_B: {extra.name.rpartition('.lora_')[2]}"
+            kinds.setdefault((what, True), []).append(extra.name)
+    for (what, understood), names in kinds.items():
+        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        style = "" if understood else "bold yellow"
+        yield words(f"{len(names)} other tensors: {what}: {shown}", style=style)
+    if adapter.files:
+        yield words(f"also in the folder: {', '.join(adapter.files)}", style="dim")
+
+
+def _norms(adapter: Adapter, spectra: Mapping[str, Spectrum | None]) -> RenderableType:
+    """‖ΔW‖ and the effective rank, as a table of layers by projections."""
+    cells: dict[Key, tuple[float | None, str]] = {}
+    for module in adapter.modules:
+        spectrum = spectra[module.stored_as]
+        if spectrum is None:
+            cells[module.key] = None, "not a pair"
+        elif not spectrum.finite:
+            cells[module.key] = None, "not finite"
+        else:
+            cells[module.key] = spectrum.norm, f"{spectrum.norm:.3g} r {spectrum.effective_rank:.1f}"
+    return grid("‖ΔW‖ = ‖s·B·A‖, and its effective rank r", cells)

@@ -1,0 +1,160 @@
+"""The registry of output formats, and formats of other distributions."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import call
+from reports import made_up
+
+from lora_probe.render import formats
+from lora_probe.render.results import Paged
+from lora_probe.render.spool import Spool
+
+CSV = """
+def findings(result):
+    for report in result.reports:
+        for diagnostic in report.diagnostics:
+            yield f"{report.adapter},{diagnostic.code},{len(diagnostic.modules)}"
+
+name, renderers = "csv", {"check": findings}
+"""
+LEDGERS = """
+from lora_probe.render.results import Paged
+
+class Ledgers:
+    name = "ledgers"
+    def page(report, run):
+        return {engine: len(ledger.rows) for engine, ledger in report.ledgers.items()}
+    def whole(result):
+        return {"adapters": result.run.adapters, "rows": list(result.pages)}
+    renderers = {"check": Paged(page, whole)}
+"""
+
+
+@pytest.fixture
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    return made_up(tmp_path, monkeypatch)
+
+
+def install(folder: Path, code: str, name: str = "my-formats", value: str = "csv = my_formats") -> None:
+    """A distribution with one module and one entry point, as an installer leaves it."""
+    (folder / "my_formats.py").write_text(code)
+    metadata = folder / f"{name.replace('-', '_')}-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text(f"[{formats.GROUP}]\n{value}\n")
+
+
+@pytest.fixture
+def installed(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., None]]:
+    """`install` into a folder on the search path."""
+    folder = tmp_path_factory.mktemp("site")
+    monkeypatch.syspath_prepend(str(folder))
+    formats._installed.cache_clear()
+
+    yield lambda *arguments, **options: install(folder, *arguments, **options)
+    formats._installed.cache_clear()
+    sys.modules.pop("my_formats", None)
+
+
+def test_every_format_of_this_package_has_its_renderers() -> None:
+    for name, renderers in formats.FORMATS.items():
+        assert renderers.keys() <= formats.COMMANDS
+        for command in renderers:
+            function = formats.renderer(command, name)
+            assert callable(function) or isinstance(function, Paged)
+
+
+def test_another_distribution_adds_a_format(runs: Path, installed: Callable[..., None], capsys: Any) -> None:
+    installed(CSV)
+    status, out, _ = call("check", "damaged", "healthy", "warned", "--format", "csv", capsys=capsys)
+    assert (status, out.splitlines()) == (1, ["damaged,LP204,3", "damaged,LP201,0", "warned,LP201,0"])
+    status, out, _ = call("check", "--help", capsys=capsys)
+    assert status == 0
+    assert "output format: text, json, sarif, github, csv" in " ".join(out.split())
+    for arguments in (["inspect", "damaged"], ["rule"]):
+        status, out, err = call(*arguments, "--format", "csv", capsys=capsys)
+        assert (status, out) == (2, "")
+        assert "invalid choice: 'csv'" in err
+    status, out, err = call("check", "damaged", "--diff", "--format", "csv", capsys=capsys)
+    assert (status, out) == (2, "")
+    assert "`--format csv` is not available for `check --diff`" in err
+
+
+def test_a_format_sees_the_ledgers_adapter_by_adapter(runs: Path, installed: Callable[..., None], capsys: Any) -> None:
+    installed(LEDGERS, value="ledgers = my_formats:Ledgers")
+    status, out, _ = call("check", "damaged", "healthy", "--format", "ledgers", capsys=capsys)
+    assert status == 1
+    assert json.loads(out) == {"adapters": 2, "rows": [{"peft": 90, "vllm": 90}] * 2}
+
+
+@pytest.mark.parametrize(
+    ("code", "value", "message"),
+    [
+        ("", "csv = no_such_module", "cannot be loaded: ModuleNotFoundError"),
+        ("1 / 0", "csv = my_formats", "cannot be loaded: ZeroDivisionError"),
+        ("", "csv = my_formats:csv", "cannot be loaded: AttributeError"),
+        ("name = 'csv'", "csv = my_formats", "is not a format: it needs a `name` and a mapping `renderers`"),
+        ("name, renderers = 'csv', {'chekc': print}", "csv = my_formats", "maps `chekc` to"),
+        ("name, renderers = 'csv', {'check': 3}", "csv = my_formats", "maps `check` to `3`"),
+        ("name, renderers = 'csv', {'check': lambda result: 1 / 0}", "csv = my_formats", "failed: ZeroDivisionError"),
+        (CSV.replace("diagnostic.code", "diagnostic.cod"), "csv = my_formats", "failed: AttributeError"),
+        (LEDGERS.replace('"ledgers"', '"csv"').replace("len(", "len(1 + "), "csv = my_formats:Ledgers", "TypeError"),
+        ("name, renderers = 'sarif', {'check': print}", "csv = my_formats", "`check` already has a format `sarif`"),
+    ],
+)
+def test_a_broken_format_is_one_error_that_names_its_distribution(
+    code: str, value: str, message: str, runs: Path, installed: Callable[..., None], capsys: Any
+) -> None:
+    installed(code, value=value)
+    status, out, err = call("check", "damaged", "--format", "csv", capsys=capsys)
+    assert (status, out) == (2, "")
+    assert err.count("error:") == 1
+    assert f"entry point `{value}` of my-formats 1.0 (lora_probe.formats)" in err
+    assert message in err
+    assert "Traceback" not in err
+    assert call("check", "damaged", "--format", "json", capsys=capsys)[0] == 1
+
+
+def test_two_distributions_cannot_have_one_format(runs: Path, installed: Callable[..., None], capsys: Any) -> None:
+    installed(CSV)
+    installed(CSV, "other-formats")
+    status, _, err = call("check", "damaged", "--format", "csv", capsys=capsys)
+    assert status == 2
+    assert err.count("error:") == 1
+    assert "of my-formats 1.0" in err
+    assert "of other-formats 1.0" in err
+
+
+def test_no_format_is_loaded_from_the_current_folder(tmp_path: Path) -> None:
+    """It may be a stranger's checkout. The same distribution on the search path is loaded."""
+    install(tmp_path, f"open({str(tmp_path / 'MARK')!r}, 'w').close()\n{CSV}")
+    command = [sys.executable, "-m", "lora_probe", "check", "--help"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "csv" not in run.stdout
+    assert not (tmp_path / "MARK").exists()
+    (tmp_path / "elsewhere").mkdir()
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    run = subprocess.run(
+        command, cwd=tmp_path / "elsewhere", env=environment, capture_output=True, text=True, check=True
+    )
+    assert "csv" in run.stdout
+
+
+def test_pages_wait_on_disk() -> None:
+    spool = Spool()
+    pages: list[Any] = ["x\udcff\n" * 10, None, {"a": 1}, "y" * 2**25]
+    for page in pages:
+        spool.append(page)
+    assert list(spool) == pages
+    assert list(spool) == pages
