@@ -199,7 +199,7 @@ class SharedEngine:
         folder.mkdir(parents=True)
         write_json(folder / "run.json", Run(SCHEMA, "2026-01-01T00:00:00+00:00", run, versions()))
         process = Process(SCHEMA, "client", "vllm", 0, os.getpid(), {})
-        self.llm.collective_rpc("lora_probe_begin", args=(str(folder), keep))
+        self.llm.collective_rpc("lora_probe_begin", args=(str(folder),))
         try:
             with TraceWriter(folder / "client", process) as writer:
                 ask(self.llm, run, writer, adapter_id=number)

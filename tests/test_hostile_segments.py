@@ -55,6 +55,14 @@ def _bounded() -> Iterator[None]:
         yield
 
 
+def both(*damages: Damage) -> Damage:
+    def damage(trace: Path) -> None:
+        for one in damages:
+            one(trace)
+
+    return damage
+
+
 SEGMENTS: list[tuple[str, Damage, str]] = [
     ("table of numbers", table("[1, 2, 3]"), "its table cannot be read: Expected `object`, got `array`"),
     ("table is a number", table("5"), "its table cannot be read: Expected `object`, got `int`"),
@@ -66,10 +74,21 @@ SEGMENTS: list[tuple[str, Damage, str]] = [
     ("modules are numbers", table(modules=[1, 2]), "Expected `array`, got `int`"),
     ("modules are pairs", table(modules=[["a", "b"], ["c", "d"]]), "Expected `array` of length 3"),
     ("an expert is text", table(modules=[["a", "b", "c"], *KEYS[1:]]), "Expected `int | null`, got `str`"),
-    ("too few modules", table(modules=KEYS[:1], placed=[]), "where F32 [4, 1] is meant"),
+    ("too few modules", table(modules=KEYS[:1], loads=[]), "where F32 [4, 1] is meant"),
     ("a module twice", table(modules=[*KEYS[:1], *KEYS[:1]]), f"names the module `{KEYS[0][0]}` twice"),
     ("a name of escapes", table(modules=[["\x1b\n", "b", None]] * 2), "names the module `\\x1b\\n` twice"),
-    ("digests", table(placed=["x"]), "its table has 1 digests for 2 modules"),
+    ("digests", table(loads=[{"load": 0, "placed": ["x"]}]), "its table has 1 digests for 2 modules"),
+    (
+        "old digests",
+        both(columns(grams=None), table(loads=None, placed=["x"])),
+        "its table has 1 digests for 2 modules",
+    ),
+    ("a load twice", table(loads=[{"load": 0}] * 2), "`grams` is F32 [1, 2, 2, 2] where F32 [2, 2"),
+    ("a load twice and no G", both(table(loads=[{"load": 0}] * 2), columns(grams=None)), "lists a load twice"),
+    ("a load of -1", table(loads=[{"load": -1}]), "or one with a negative number"),
+    ("loads are numbers", table(loads=[0]), "Expected `object`, got `int`"),
+    ("G of no load", table(loads=[]), "`grams` is F32 [1, 2, 2, 2] where F32 [0, 2"),
+    ("G of loads that the table lacks", tensor("grams", (3, 2, 2, 2)), "`grams` is F32 [3, 2, 2, 2] where F32 [1, 2"),
     ("no metadata", lambda trace: resaved(trace / SEGMENT, lambda _, meta: meta.clear()), "no `table`"),
     *((f"no {name}", columns(**{name: None}), f"it has no column `{name}`") for name in ("request", "load", "x_norm")),
     *((f"no {name}", columns(**{name: None}), f"no column `{name}`") for name in ("phase", "position", "delta_norm")),
@@ -87,8 +106,11 @@ SEGMENTS: list[tuple[str, Damage, str]] = [
     ("a scalar", columns(request=lambda a: a[0]), "`request` is I32 [] where I32 [rows] is meant"),
     ("flat shrink", tensor("shrink", (4, 2)), "`shrink` is F32 [4, 2] where F32 [4, 2, r] is meant"),
     ("a short sketch", tensor("sketch", (4, 2, 3)), "`sketch` is F32 [4, 2, 3] where F32 [4, 2, 32] is meant"),
-    ("G is no square", tensor("gram", (2, 2, 3)), "`gram` is F32 [2, 2, 3] where F32 [2, 2, 2] is meant"),
-    ("G is narrow", tensor("gram", (2, 1, 1)), "`gram` is of rank 1, `shrink` of rank 2"),
+    ("G is no square", tensor("grams", (1, 2, 2, 3)), "`grams` is F32 [1, 2, 2, 3] where F32 [1, 2, 2, 2] is meant"),
+    ("G is narrow", tensor("grams", (1, 2, 1, 1)), "G is of rank 1, `shrink` of rank 2"),
+    ("an old G is no square", tensor("gram", (2, 2, 3)), "`gram` is F32 [2, 2, 3] where F32 [2, 2, 2] is meant"),
+    ("an old G is narrow", columns(grams=None, gram=lambda _: np.ones((2, 1, 1), np.float32)), "G is of rank 1"),
+    ("another G", columns(SECOND, grams=lambda _: np.ones((1, 1, 3, 3), np.float32)), "its G is of another rank"),
     *(
         (f"tensor {name}", tensor(name), "belongs to none of its 2 modules")
         for name in ("x/2", "x/-1", "x/01", "x/٣", "base/", "delta/0/0", "x/" + "9" * 30, "base/\x1b")
@@ -119,7 +141,7 @@ def test_columns_that_nobody_knows_are_ignored(damaged: Path, good: Path) -> Non
     mine, theirs = open_trace(damaged).rows, open_trace(good).rows
     assert mine is not None
     assert theirs is not None
-    assert (mine.tensors or {}).keys() == (theirs.tensors or {}).keys()
+    assert [set(rows.x or ()) for rows in (mine, theirs)] == [set(KEYS)] * 2
     np.testing.assert_array_equal(mine.shrink, theirs.shrink)
 
 
@@ -150,12 +172,12 @@ def test_many_links_to_one_segment(damaged: Path, good: Path, capsys: pytest.Cap
 
 
 def scored(path: Path, change: Callable[[dict[str, Any], dict[str, Any]], object]) -> None:
-    def both(tensors: dict[str, Any], meta: dict[str, str]) -> None:
+    def with_score(tensors: dict[str, Any], meta: dict[str, str]) -> None:
         score = json.loads(meta["score"])
         change(tensors, score)
         meta["score"] = json.dumps(score)
 
-    resaved(path, both)
+    resaved(path, with_score)
 
 
 SCORES: list[tuple[str, Callable[[dict[str, Any], dict[str, Any]], object], str]] = [

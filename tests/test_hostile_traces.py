@@ -81,9 +81,9 @@ def test_the_trace_is_good(good: Path, capsys: pytest.CaptureFixture[str]) -> No
     found = open_trace(good).rows
     assert found is not None
     assert (len(found), found.modules) == (8, KEYS)
-    assert sorted(found.tensors or {}) == ["base/0", "base/1", "delta/0", "delta/1", "x/0", "x/1"]
+    assert [set(table or ()) for table in (found.x, found.base, found.delta)] == [set(KEYS)] * 3
     assert np.isnan(found.sketch[4:, 1]).all()
-    assert np.isnan(found.tensors["x/1"][4:]).all()
+    assert np.isnan(found.x[KEYS[1]][4:]).all()
 
 
 # Files that are no regular files, lie elsewhere, or are far too large.

@@ -64,13 +64,13 @@ def test_no_hook_is_left(adapter: Path, llama: Path, tmp_path: Path, monkeypatch
     from lora_probe.engines.peft import engine as engine
 
     seen = []
-    original = engine._attach
+    original = engine.attach
 
     def attach(model: Any, *rest: Any) -> Any:
         seen.append(model)
         return original(model, *rest)
 
-    monkeypatch.setattr(engine, "_attach", attach)
+    monkeypatch.setattr(engine, "attach", attach)
     record_peft(adapter, llama, tmp_path / "run")
     assert not any(module._forward_hooks for module in seen[0].modules())
 
@@ -117,7 +117,7 @@ def test_qwen2_with_biases_and_all_projections(qwen2: Path, tmp_path: Path) -> N
     wide = save_adapter(tmp_path / "wide", qwen2, target_modules="all-linear")
     trace = record_peft(wide, qwen2, tmp_path / "run", keep="tensors")
     assert headline(ledger_of(trace)) == f"{7 * LAYERS} of {7 * LAYERS} modules took effect"
-    assert len(trace.rows.tensors) == 3 * 7 * LAYERS
+    assert [len(table) for table in (trace.rows.x, trace.rows.base, trace.rows.delta)] == [7 * LAYERS] * 3
 
 
 def test_chat_prompts_go_through_the_template(adapter: Path, llama: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 from lora_probe import open_trace
 from lora_probe.errors import UnreadableFile
 from lora_probe.ledger import OK, Finding, headline
-from lora_probe.recording import SCHEMA, Load, ModuleRecord, Process, RequestRecord, Rows, TraceWriter
+from lora_probe.recording import SCHEMA, Load, ModuleRecord, Placed, Process, RequestRecord, Rows, TraceWriter
 
 KEYS = (("model.layers.0.q_proj", "weight", None), ("model.layers.0.experts", "down_proj", 3))
 
@@ -33,8 +33,7 @@ def rows(count: int = 4, request: str = "a", keys: Any = KEYS, start: int = 0) -
         delta_norm=np.full(shape, 2, np.float32),
         output_norm=np.ones(shape, np.float32),
         shrink=np.ones((*shape, 2), np.float32),
-        gram=np.ones((len(keys), 2, 2), np.float32),
-        placed=("x",) * len(keys),
+        placed={0: Placed(("x",) * len(keys), np.ones((len(keys), 2, 2), np.float32))},
     )
 
 
@@ -69,7 +68,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert [found.requests[n] for n in found.request] == ["a"] * 4 + ["b"] * 4
     assert found.position.tolist() == list(range(8))
     np.testing.assert_array_equal(found.delta_norm, np.full((8, 2), 2))
-    assert found.placed == ("x", "x")
+    assert found.placed[0].digests == ("x", "x")
 
 
 def test_an_unclosed_process_is_called_incomplete(tmp_path: Path) -> None:
@@ -192,7 +191,7 @@ def test_not_a_trace(tmp_path: Path) -> None:
 
 def test_rows_without_shrink(tmp_path: Path) -> None:
     with TraceWriter(tmp_path / "peft", process()) as writer:
-        writer.rows(replace(rows(), shrink=None, gram=None))
+        writer.rows(replace(rows(), shrink=None, placed={}))
     found = open_trace(tmp_path).rows
     assert found is not None
     assert found.shrink is None

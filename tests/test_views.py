@@ -73,13 +73,13 @@ def ask_vllm(folder: Path) -> EngineView:
 def test_peft_has_the_modules_of_the_live_model(kind: str, models: dict[str, Path]) -> None:
     from transformers import AutoModelForCausalLM
 
-    from lora_probe.engines.peft.engine import _shapes
+    from lora_probe.engines.peft.models import shapes_of
 
     live = AutoModelForCausalLM.from_pretrained(models[kind])
     view = ask_peft(models[kind])
     assert set(view.modules) == {name for name, _ in live.named_modules() if name}
     shapes = {name: module.shape for name, module in view.modules.items() if module.shape is not None}
-    assert shapes == _shapes(live)
+    assert shapes == shapes_of(live)
     assert (view.model, view.vocabulary, view.source) == (type(live).__name__, 288, "engine")
     kinds = {name: module.kind for name, module in view.modules.items() if module.kind in ("head", "experts")}
     fused = {f"model.layers.{n}.mlp.experts": ["gate_up_proj", "down_proj"] for n in range(3)}

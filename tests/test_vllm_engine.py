@@ -80,13 +80,13 @@ def test_shrink_and_gram_give_the_contribution(engine: SharedEngine, adapter: Pa
     for number, key in enumerate(rows.modules):
         pair = held[key]
         a, b = inspect(adapter).values(pair.a), inspect(adapter).values(pair.b)
-        x = rows.tensors[f"x/{number}"][mine]
+        x = rows.x[key][mine]
         delta = pair.scaling * (x @ a.T) @ b.T
-        np.testing.assert_allclose(rows.tensors[f"delta/{number}"][mine], delta, atol=2e-5)
+        np.testing.assert_allclose(rows.delta[key][mine], delta, atol=2e-5)
         np.testing.assert_allclose(rows.shrink[mine, number, : pair.rank], x @ a.T, atol=2e-5)
         np.testing.assert_allclose(rows.delta_norm[mine, number], np.linalg.norm(delta, axis=-1), rtol=1e-4)
         np.testing.assert_allclose(rows.x_norm[mine, number], np.linalg.norm(x, axis=-1), rtol=1e-5)
-        output = rows.tensors[f"base/{number}"][mine] + delta
+        output = rows.base[key][mine] + delta
         np.testing.assert_allclose(rows.output_norm[mine, number], np.linalg.norm(output, axis=-1), rtol=1e-4)
 
 
@@ -354,9 +354,13 @@ def test_a_second_load_under_the_same_id_is_a_load_of_its_own(
         assert headline(ledger) == f"{MODULES} of {MODULES} modules took effect", load
     assert len(trace.rows) == 3 * 3
     # G of each load goes with its own rows.
-    for segment in trace.workers[0].segments():
-        delta = np.sqrt(np.einsum("nmr,mrs,nms->nm", segment.shrink, segment.gram, segment.shrink))
-        np.testing.assert_allclose(delta, segment.delta_norm, rtol=1e-4)
+    rows = trace.rows
+    assert sorted(rows.placed) == [0, 1, 2]
+    assert rows.placed[0].digests == rows.placed[1].digests != rows.placed[2].digests
+    for load, placed in rows.placed.items():
+        mine = rows.load == load
+        delta = np.sqrt(np.einsum("nmr,mrs,nms->nm", rows.shrink[mine], placed.gram, rows.shrink[mine]))
+        np.testing.assert_allclose(delta, rows.delta_norm[mine], rtol=1e-4)
 
 
 def test_the_file_may_go_away_after_loading(engine: SharedEngine, adapter: Path, tmp_path: Path) -> None:

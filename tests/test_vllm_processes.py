@@ -187,7 +187,7 @@ def state():
     return {(n, m): vars(getattr(seams, n)).get(m) for n, methods in METHODS.items() for m in methods}
 
 before, names = state(), set(dir(seams.worker))
-with install(Path('unused'), 'events'):
+with install(Path('unused')):
     during = state()
     assert all(before[at] is not during[at] for at in before if at[0] in ('worker', 'runner', 'manager'))
     assert set(dir(seams.worker)) - names == {'lora_probe_begin', 'lora_probe_finish'}

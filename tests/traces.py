@@ -38,7 +38,7 @@ from lora_probe.recording.sketch import SKETCH
 GIB = 2**30
 SEGMENT, SECOND = "peft/000001.safetensors", "peft/000002.safetensors"
 SCORE = "peft/next-000001.safetensors"
-TABLE = {"modules": KEYS, "requests": ["a"], "placed": []}
+TABLE = {"modules": KEYS, "requests": ["a"]}
 
 Damage = Callable[[Path], None]
 
@@ -46,10 +46,9 @@ Damage = Callable[[Path], None]
 def whole(start: int, keys: Any = KEYS) -> Rows:
     """Rows with everything that a segment can hold."""
     count, modules = 4, len(keys)
-    names = [f"{what}/{number}" for what in ("x", "base", "delta") for number in range(modules)]
-    tensors = {name: np.ones((count, 3), np.float32) for name in names}
+    tables = dict.fromkeys(keys, np.ones((count, 3), np.float32))
     sketch = np.ones((count, modules, SKETCH), np.float32)
-    return replace(rows(count, start=start, keys=keys), sketch=sketch, tensors=tensors)
+    return replace(rows(count, start=start, keys=keys), sketch=sketch, x=tables, base=tables, delta=tables)
 
 
 def write(folder: Path, code: str = "") -> Path:

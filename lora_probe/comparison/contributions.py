@@ -6,19 +6,18 @@ the same tokens, the relative error of the contribution for every module, and bo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
-from lora_probe.adapter.spectrum import delta_norms
+from lora_probe.comparison.joined import Joined, RequestDiff, by_load, distances, join, matched_requests
 from lora_probe.errors import ProbeError
-from lora_probe.ledger import Ledger
+from lora_probe.ledger import Fate, Ledger
 from lora_probe.names import Key, natural
 from lora_probe.precision import ROW_SLACK, coarser, drift
-from lora_probe.recording import Floats, RequestRecord, Rows, Trace
-from lora_probe.recording.rows import places
+from lora_probe.recording import Floats, Trace
 
 Verdict = Literal["agree", "differ", "undecided"]
 Status = Literal["ok", "differs", "only in reference", "only in candidate"]
@@ -26,8 +25,9 @@ Status = Literal["ok", "differs", "only in reference", "only in candidate"]
 
 @dataclass(frozen=True)
 class ModuleDiff:
-    """One module in both runs. `error` is ‖Δdelta‖ / ‖delta‖ over all joined rows, `worst_row` that of one row;
-    `exact` says whether Δdelta was computed from equal B or from the deltas themselves, or bounded from norms."""
+    """One module in both runs. `error` is ‖Δdelta‖ / ‖delta‖ over all joined rows (those of several loads each by its
+    own ‖delta‖, so that a strong adapter hides no weak one), `worst_row` that of one row; `exact` says whether Δdelta
+    was computed from equal B or from the deltas themselves, or bounded from norms."""
 
     key: Key
     status: Status
@@ -40,29 +40,6 @@ class ModuleDiff:
     @property
     def module(self) -> str:
         return self.key[0]
-
-
-@dataclass(frozen=True)
-class RequestDiff:
-    """One prompt in both runs, and how many tokens of the answer are the same."""
-
-    reference: RequestRecord
-    candidate: RequestRecord
-    same_tokens: int
-    logprob_error: float | None
-
-    @property
-    def prompt(self) -> int:
-        return self.reference.prompt
-
-    @property
-    def equal(self) -> bool:
-        return self.reference.output_ids == self.candidate.output_ids
-
-    @property
-    def span(self) -> int:
-        """The number of positions at which both runs saw the same tokens up to there."""
-        return len(self.reference.prompt_ids) + self.same_tokens
 
 
 @dataclass(frozen=True)
@@ -117,18 +94,18 @@ def compare(reference: Trace, candidate: Trace, rtol: float | None = None) -> Co
     processes = [p.process for trace in (reference, candidate) for p in trace.workers]
     dtype = coarser(*(name for p in processes for name in (p.dtype, p.lora_dtype) if name))
     limit = drift(dtype) if rtol is None else rtol
-    requests = _requests(reference, candidate)
+    requests = matched_requests(reference, candidate)
     refused = [ledger for ledger in ledgers if ledger.refused]
     if not requests and not refused:
         raise ProbeError(
             f"`{reference.path}` and `{candidate.path}` have no prompt in common",
             "record both with the same --prompt options",
         )
-    joined = _join(reference, candidate, requests)
+    joined = join(reference, candidate, requests)
     modules: tuple[ModuleDiff, ...] = ()
     first, count = None, 0
     if joined is not None:
-        modules, first = _modules(joined, ledgers, limit)
+        modules, first = _modules(joined, _fates(reference), _fates(candidate), limit=limit)
         count = len(joined.where)
     notes = tuple(_notes(reference, candidate, joined is not None or bool(refused)))
     return Comparison(reference, candidate, ledgers, dtype, limit, count, modules, requests, first, notes)
@@ -157,65 +134,19 @@ def _ledger(trace: Trace) -> Ledger:
     return trace.loads[0][1]
 
 
-def _requests(reference: Trace, candidate: Trace) -> tuple[RequestDiff, ...]:
-    """The requests for the adapter that both runs made with the same prompt tokens."""
-    theirs = {tuple(request.prompt_ids): request for request in candidate.requests if request.adapter is not None}
-    diffs = []
-    for one in reference.requests:
-        two = theirs.get(tuple(one.prompt_ids))
-        if one.adapter is None or two is None:
-            continue
-        same = _common(one.output_ids, two.output_ids)
-        both = zip(one.logprobs[:same], two.logprobs[:same], strict=False)
-        errors = [abs(a - b) for a, b in both if a is not None and b is not None]
-        diffs.append(RequestDiff(one, two, same, max(errors, default=None)))
-    return tuple(diffs)
-
-
-def _common(one: list[int], two: list[int]) -> int:
-    """The length of the common beginning."""
-    count = 0
-    for a, b in zip(one, two, strict=False):
-        if a != b:
-            break
-        count += 1
-    return count
-
-
-@dataclass(frozen=True)
-class _Joined:
-    """Row numbers of both traces that belong together. `where`: (prompt, position, number of the token)."""
-
-    reference: Rows
-    candidate: Rows
-    mine: list[int]
-    theirs: list[int]
-    where: list[tuple[int, int, int]]
-
-
-def _join(reference: Trace, candidate: Trace, requests: Sequence[RequestDiff]) -> _Joined | None:
-    one, two = reference.rows, candidate.rows
-    if one is None or two is None:
-        return None
-    here, there = places(one), places(two)
-    mine, theirs, where = [], [], []
-    for request in requests:
-        begin = len(request.reference.prompt_ids)
-        for position in range(request.span):
-            a = here.get((request.reference.id, position))
-            b = there.get((request.candidate.id, position))
-            if a is not None and b is not None:
-                mine.append(a)
-                theirs.append(b)
-                where.append((request.prompt, position, position - begin))
-    return _Joined(one, two, mine, theirs, where) if mine else None
+def _fates(trace: Trace) -> dict[Key, set[Fate]]:
+    """What became of each module in the loads of a trace."""
+    fates: dict[Key, set[Fate]] = {}
+    for _, ledger in trace.loads:
+        for row in ledger.rows:
+            fates.setdefault(row.key, set()).add(row.fate)
+    return fates
 
 
 def _modules(
-    joined: _Joined, ledgers: tuple[Ledger, Ledger], limit: float
+    joined: Joined, *fates: dict[Key, set[Fate]], limit: float
 ) -> tuple[tuple[ModuleDiff, ...], Divergence | None]:
     columns = [{key: n for n, key in enumerate(rows.modules)} for rows in (joined.reference, joined.candidate)]
-    fates = [{row.key: row.fate for row in ledger.rows} for ledger in ledgers]
     expected = fates[0].keys() | fates[1].keys()
     diffs: list[ModuleDiff] = []
     errors: dict[Key, Floats] = {}
@@ -224,7 +155,7 @@ def _modules(
         if here is None and there is None:
             continue
         if here is None or there is None:
-            if any(fates[side].get(key) == "unknown" for side in (0, 1)):
+            if any("unknown" in of_trace.get(key, ()) for of_trace in fates):
                 # The other engine has it and did not record it: its ledger says so.
                 continue
             status: Status = "only in candidate" if here is None else "only in reference"
@@ -237,19 +168,21 @@ def _modules(
     return tuple(diffs), _first(joined, errors, limit)
 
 
-def _module(joined: _Joined, key: Key, here: int, there: int, limit: float) -> tuple[ModuleDiff, Floats]:
+def _module(joined: Joined, key: Key, here: int, there: int, limit: float) -> tuple[ModuleDiff, Floats]:
     """One module: its error over all rows against `limit`, and its worst row against `limit` times ROW_SLACK.
 
-    A row is measured against the module's usual row: a row of almost nothing says nothing. A row that is a number
-    in one run and none in the other is infinitely wrong; a row that is none in both is the ledgers' affair.
+    A row is measured against its load's usual row at the module: a row of almost nothing says nothing. A row that is a
+    number in one run and none in the other is infinitely wrong; a row that is none in both is the ledgers' affair.
     """
     one, two = joined.reference, joined.candidate
     norm_one, norm_two = one.delta_norm[joined.mine, here], two.delta_norm[joined.theirs, there]
-    distance, exact = _distance(joined, here, there)
+    distance, exact = distances(joined, here, there)
     numbers = np.isfinite(norm_one) | np.isfinite(norm_two)
     distance = np.where(numbers & ~np.isfinite(distance), np.float32(np.inf), distance)
-    total = float(np.sqrt(np.nansum(np.square(norm_one, dtype=np.float64))))
-    usual = total / np.sqrt(max(int(np.isfinite(norm_one).sum()), 1)) or 1.0
+    usual = np.ones(len(distance))
+    for _, chosen in by_load(joined):
+        total = float(np.sqrt(np.nansum(np.square(norm_one[chosen], dtype=np.float64))))
+        usual[chosen] = total / np.sqrt(max(int(np.isfinite(norm_one[chosen]).sum()), 1)) or 1.0
     row_errors = np.where(numbers, distance / usual, 0).astype(np.float32)
     error = float(np.sqrt(np.mean(np.square(row_errors, dtype=np.float64))))
     at = int(row_errors.argmax())
@@ -263,40 +196,13 @@ def _module(joined: _Joined, key: Key, here: int, there: int, limit: float) -> t
     return diff, row_errors
 
 
-def _distance(joined: _Joined, here: int, there: int) -> tuple[Floats, bool]:
-    """‖delta_candidate − delta_reference‖ of each joined row, and whether it is exact.
-
-    With the same placed B: `d·G·dᵀ` with d the difference of the shrinks. With another B: the part that the shrinks
-    explain, plus the difference of the norms that the two B give to the candidate's shrink (a lower bound).
-    """
-    one, two = joined.reference, joined.candidate
-    name = "delta/{}"
-    if one.tensors and two.tensors and name.format(here) in one.tensors and name.format(there) in two.tensors:
-        deltas = one.tensors[name.format(here)][joined.mine], two.tensors[name.format(there)][joined.theirs]
-        if deltas[0].shape == deltas[1].shape:
-            return np.linalg.norm(deltas[1] - deltas[0], axis=-1), True
-    if one.shrink is None or two.shrink is None or one.gram is None or two.gram is None:
-        norms = one.delta_norm[joined.mine, here], two.delta_norm[joined.theirs, there]
-        return np.abs(norms[1] - norms[0]), False
-    rank = min(one.shrink.shape[-1], two.shrink.shape[-1])
-    mine, theirs = one.shrink[joined.mine, here, :rank], two.shrink[joined.theirs, there, :rank]
-    g_one, g_two = one.gram[here, :rank, :rank], two.gram[there, :rank, :rank]
-    difference = theirs - mine
-    from_shrink = delta_norms(difference, g_one)
-    if one.placed and two.placed and one.placed[here] == two.placed[there] != "":
-        return from_shrink, True
-    norm_by = [delta_norms(theirs, g) for g in (g_one, g_two)]
-    result: Floats = from_shrink + np.abs(norm_by[1] - norm_by[0])
-    return result, False
-
-
 def _strength(delta: Floats, base: Floats) -> float | None:
     """sqrt(Σ‖delta‖²) / sqrt(Σ‖base‖²)."""
     below = float(np.sqrt(np.nansum(np.square(base, dtype=np.float64))))
     return float(np.sqrt(np.nansum(np.square(delta, dtype=np.float64)))) / below if below else None
 
 
-def _first(joined: _Joined, errors: Mapping[Key, Floats], limit: float) -> Divergence | None:
+def _first(joined: Joined, errors: Mapping[Key, Floats], limit: float) -> Divergence | None:
     """The first row beyond the tolerance of a module that differs: rows as the tokens come, modules as they run."""
     if not errors:
         return None

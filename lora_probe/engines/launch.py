@@ -89,7 +89,7 @@ def trace(
         model=base,
         prompts=asked,
         max_tokens=max_tokens if follow is None else 1,
-        keep=keep,  # type: ignore[arg-type]
+        keep=keep,
         options=_given(options),
         engine_args=absolute_flags(engine_args),
         chat=chat,

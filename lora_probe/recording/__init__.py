@@ -5,6 +5,7 @@ In, from engines: records and rows, through `TraceWriter`. Out, for people: a `T
 
 from __future__ import annotations
 
+from lora_probe.recording.placed import Floats, Placed
 from lora_probe.recording.reader import Scored, Trace, open_trace
 from lora_probe.recording.records import (
     DECODE,
@@ -24,7 +25,7 @@ from lora_probe.recording.records import (
     Score,
     StationRecord,
 )
-from lora_probe.recording.rows import Floats, Rows
+from lora_probe.recording.rows import Rows
 from lora_probe.recording.writer import TraceWriter, write_json
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "Load",
     "LoadEvent",
     "ModuleRecord",
+    "Placed",
     "Process",
     "Prompt",
     "Record",

@@ -24,6 +24,7 @@ from lora_probe.files.weights import MAX_VALUES, TensorHeader, WeightsFile
 from lora_probe.ledger import STATIONS, Finding, Ledger, Row, Station, graver
 from lora_probe.names import Key
 from lora_probe.recording.documents import decoded, document, lines, too_deep
+from lora_probe.recording.placed import Floats
 from lora_probe.recording.records import (
     SCHEMA,
     Load,
@@ -36,7 +37,7 @@ from lora_probe.recording.records import (
     Score,
     StationRecord,
 )
-from lora_probe.recording.rows import Floats, Rows
+from lora_probe.recording.rows import Rows
 from lora_probe.recording.segments import Segment, joined, open_recorded, open_segment, read_rows, values
 from lora_probe.rules import all_rules
 from lora_probe.rules.lp5_loading import not_measured

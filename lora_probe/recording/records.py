@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import msgspec
 
@@ -13,10 +13,10 @@ from lora_probe.ledger import Station, Value
 from lora_probe.names import Key
 
 SCHEMA = 1
-LEVELS = ("events", "norms", "shrink", "tensors")
 PREFILL, DECODE = 0, 1
 
 Level = Literal["events", "norms", "shrink", "tensors"]
+LEVELS: tuple[Level, ...] = get_args(Level)
 Kind = Literal["adapter", "base", "plain"]
 
 

@@ -1,59 +1,105 @@
 """Rows: what every module did for every position of every request, in columns.
 
 In: arrays of one step, or of many. Out: `Rows`, joined, widened to more modules, and found by request and position.
+What there is to know of a column stands in its field, and everything else asks COLUMNS.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields, replace
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from lora_probe.names import Key
+from lora_probe.recording.placed import Floats, Placed, joined_placed
+from lora_probe.recording.records import LEVELS, Level
 
-Floats = npt.NDArray[np.float32]
+Writer = Literal["every run", "runs of an adapter", "scored runs"]
+
+
+@dataclass(frozen=True)
+class Column:
+    """What a column is. An axis has the same length wherever its name stands; `dtype` is as safetensors spells it.
+
+    A column of single modules is a table for each module that ran, and every table has a width of its own.
+    """
+
+    dtype: str
+    axes: tuple[str, ...]
+    written_by: Writer
+    levels: tuple[Level, ...]
+    of_single_modules: bool = False
+
+
+def _column(
+    dtype: str,
+    *axes: str,
+    by: Writer = "every run",
+    levels: tuple[Level, ...] = LEVELS[1:],
+    of_single_modules: bool = False,
+) -> dict[str, Column]:
+    """The metadata of a column's field. By default every level keeps it but `events`, which keeps no rows."""
+    return {"column": Column(dtype, axes, by, levels, of_single_modules)}
+
+
+_NORM = _column("F32", "rows", "modules", by="runs of an adapter")
+_TABLE = _column("F32", "rows", "width", by="runs of an adapter", levels=("tensors",), of_single_modules=True)
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of one step or of many, in columns. Every array has the row first and the module second.
+    """Rows of one step or of many, in columns. NaN means that the row did not run there.
 
-    `request`, `position`, `phase` and `load` (-1: none) describe a row: `[rows]`. The norms are `[rows, modules]`,
-    `shrink` is `[rows, modules, r]` (None below its level). NaN means that the row did not run there.
-    `gram` (G of the placed s·B) is `[modules, r, r]`. `sketch` (scored runs) stands for the modules' whole outputs,
-    `[rows, modules, 32]`. `tensors` holds x, base and delta at level `tensors`,
-    each `[rows, width]` under `x/3`, `base/3`, `delta/3` for module 3.
+    `load` numbers the load that a row ran with, -1 for none, and `placed` has what each load multiplies with. `sketch`
+    stands for the modules' whole outputs. `x`, `base` and `delta` are whole tensors, by module.
     """
 
     modules: tuple[Key, ...]
     requests: tuple[str, ...]
-    request: npt.NDArray[np.int32]
-    position: npt.NDArray[np.int32]
-    phase: npt.NDArray[np.int8]
-    load: npt.NDArray[np.int32]
-    x_norm: Floats
-    base_norm: Floats
-    delta_norm: Floats
-    output_norm: Floats
-    shrink: Floats | None = None
-    sketch: Floats | None = None
-    gram: Floats | None = None
-    placed: tuple[str, ...] = ()
-    tensors: dict[str, Floats] | None = None
+    request: npt.NDArray[np.int32] = field(metadata=_column("I32", "rows"))
+    position: npt.NDArray[np.int32] = field(metadata=_column("I32", "rows"))
+    phase: npt.NDArray[np.int8] = field(metadata=_column("I8", "rows"))
+    load: npt.NDArray[np.int32] = field(metadata=_column("I32", "rows"))
+    x_norm: Floats = field(metadata=_NORM)
+    base_norm: Floats = field(metadata=_NORM)
+    delta_norm: Floats = field(metadata=_NORM)
+    output_norm: Floats = field(metadata=_column("F32", "rows", "modules"))
+    shrink: Floats | None = field(
+        default=None,
+        metadata=_column("F32", "rows", "modules", "r", by="runs of an adapter", levels=("shrink", "tensors")),
+    )
+    sketch: Floats | None = field(default=None, metadata=_column("F32", "rows", "modules", "sketch", by="scored runs"))
+    x: Mapping[Key, Floats] | None = field(default=None, metadata=_TABLE)
+    base: Mapping[Key, Floats] | None = field(default=None, metadata=_TABLE)
+    delta: Mapping[Key, Floats] | None = field(default=None, metadata=_TABLE)
+    placed: Mapping[int, Placed] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.request)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole tensors, beside which all else is small."""
+        return sum(table.nbytes for name in TABLES for table in (getattr(self, name) or {}).values())
 
-COMMON = ("request", "position", "phase", "load", "x_norm", "base_norm", "delta_norm", "output_norm")
-ROW_COLUMNS = (*COMMON, "shrink", "sketch")
+
+COLUMNS: dict[str, Column] = {f.name: f.metadata["column"] for f in fields(Rows) if "column" in f.metadata}
+REQUIRED = tuple(f.name for f in fields(Rows) if f.name in COLUMNS and f.default is MISSING)
+"""The columns that all rows have."""
+ARRAYS = tuple(name for name, column in COLUMNS.items() if not column.of_single_modules)
+TABLES = tuple(name for name, column in COLUMNS.items() if column.of_single_modules)
+
+
+def kept(name: str, level: Level) -> bool:
+    """Whether a level keeps a column."""
+    return level in COLUMNS[name].levels
 
 
 def concatenate(parts: Sequence[Rows]) -> Rows:
-    """Rows of the same modules as one. The table of requests is joined, later `gram` wins."""
+    """Rows of the same modules as one. The tables of requests and of loads are joined."""
     requests: dict[str, int] = {}
     numbers = []
     for part in parts:
@@ -63,26 +109,22 @@ def concatenate(parts: Sequence[Rows]) -> Rows:
         numbers.append(table[part.request] if len(part.requests) else part.request)
     columns: dict[str, Any] = {
         name: np.concatenate([getattr(part, name) for part in parts])
-        for name in ROW_COLUMNS[1:]
+        for name in ARRAYS
         if getattr(parts[0], name) is not None
     }
-    last = parts[-1]
-    return Rows(
-        last.modules,
-        tuple(requests),
-        np.concatenate(numbers),
-        gram=last.gram,
-        placed=last.placed,
-        tensors=_joined_tensors(parts),
-        **columns,
-    )
+    columns |= {name: _concatenated_tables(parts, name) for name in TABLES}
+    columns["request"] = np.concatenate(numbers)
+    modules = parts[0].modules
+    placed = joined_placed(((part.modules, part.placed) for part in parts), modules)
+    return Rows(modules, tuple(requests), placed=placed, **columns)
 
 
 def output_rows(modules: tuple[Key, ...], request: str, phases: Sequence[int], norm: Floats, sketch: Floats) -> Rows:
     """The first rows of a request of a model without LoRA layers: only what its modules gave, `norm: [rows, modules]`
     and `sketch: [rows, modules, 32]`."""
     count = len(phases)
-    nothing = np.full_like(norm, np.nan)
+    missing = [name for name in REQUIRED if COLUMNS[name].written_by == "runs of an adapter"]
+    nothing: dict[str, Any] = dict.fromkeys(missing, np.full_like(norm, np.nan))
     return Rows(
         modules=modules,
         requests=(request,),
@@ -90,11 +132,9 @@ def output_rows(modules: tuple[Key, ...], request: str, phases: Sequence[int], n
         position=np.arange(count, dtype=np.int32),
         phase=np.array(phases, np.int8),
         load=np.full(count, -1, np.int32),
-        x_norm=nothing,
-        base_norm=nothing,
-        delta_norm=nothing,
         output_norm=norm,
         sketch=sketch,
+        **nothing,
     )
 
 
@@ -104,47 +144,40 @@ def places(rows: Rows) -> dict[tuple[str, int], int]:
     return {at: number for number, at in enumerate(zip(names, rows.position.tolist(), strict=True))}
 
 
-def _joined_tensors(parts: Sequence[Rows]) -> dict[str, Floats] | None:
-    """x, base and delta of all parts; NaN in the rows of a part in which the module did not run."""
-    widths = {name: values.shape[1] for part in parts for name, values in (part.tensors or {}).items()}
-    if not widths:
-        return None
-    return {
-        name: np.concatenate(
-            [(part.tensors or {}).get(name, np.full((len(part), width), np.nan, np.float32)) for part in parts]
-        )
-        for name, width in widths.items()
-    }
-
-
 def widened(rows: Rows, keys: tuple[Key, ...]) -> Rows:
     """The same rows with columns for `keys`; modules that did not run are NaN."""
     if rows.modules == keys:
         return rows
     numbers = {key: number for number, key in enumerate(keys)}
     where = np.array([numbers[key] for key in rows.modules], dtype=np.intp)
+    wide = {name: _spread(getattr(rows, name), COLUMNS[name], where, len(keys)) for name in ARRAYS}
+    return replace(rows, modules=keys, placed=joined_placed([(rows.modules, rows.placed)], keys), **wide)
 
-    def spread(column: Any, axis: int) -> Any:
-        if column is None:
-            return None
-        shape = list(column.shape)
-        shape[axis] = len(keys)
-        wide = np.full(shape, np.nan, dtype=np.float32)
-        wide[(slice(None),) * axis + (where,)] = column
-        return wide
 
-    placed = [""] * len(keys)
-    for index, digest in zip(where, rows.placed, strict=False):
-        placed[index] = digest
-    tensors = None
-    if rows.tensors is not None:
-        parts = [(*name.partition("/"), values) for name, values in rows.tensors.items()]
-        tensors = {f"{what}/{where[int(number)]}": values for what, _, number, values in parts}
-    return replace(
-        rows,
-        modules=keys,
-        gram=spread(rows.gram, 0),
-        placed=tuple(placed),
-        tensors=tensors,
-        **{name: spread(getattr(rows, name), 1) for name in ROW_COLUMNS[4:]},
-    )
+def _spread(values: Any, column: Column, where: npt.NDArray[np.intp], count: int) -> Any:
+    """A column with places for `count` modules, its own at `where`."""
+    if values is None or "modules" not in column.axes:
+        return values
+    axis = column.axes.index("modules")
+    shape = list(values.shape)
+    shape[axis] = count
+    wide = np.full(shape, np.nan, dtype=np.float32)
+    wide[(slice(None),) * axis + (where,)] = values
+    return wide
+
+
+def _concatenated_tables(parts: Sequence[Rows], name: str) -> dict[Key, Floats] | None:
+    """x, base or delta of all parts; NaN in the rows of a part in which the module did not run."""
+    tables: list[Mapping[Key, Floats]] = [getattr(part, name) or {} for part in parts]
+    widths = {key: values.shape[1] for of_part in tables for key, values in of_part.items()}
+    if not widths:
+        return None
+    return {
+        key: np.concatenate(
+            [
+                of_part[key] if key in of_part else np.full((len(part), width), np.nan, np.float32)
+                for part, of_part in zip(parts, tables, strict=True)
+            ]
+        )
+        for key, width in widths.items()
+    }

@@ -1,18 +1,28 @@
-"""One segment of a trace: the rows of some steps, checked before they are believed.
+"""One segment of a trace: the rows of some steps, as they lie on disk, and checked before they are believed.
 
-In: a file that a `TraceWriter` wrote, or that somebody says it wrote. Out: a `Segment` from its header and its table,
-the values still on disk; `read_rows` reads them as `Rows`, `joined` those of several segments. Columns that nobody
-knows are left out. Whatever does not fit together is one `UnreadableFile`.
+In: `Rows` to be written; a file that a `TraceWriter` wrote, or that somebody claims it wrote. Out: the tensors and the
+metadata of a segment; a `Segment` from a file's header and its table, the values still on disk. `read_rows` reads them
+as `Rows`, `joined` those of several segments. Columns that are not known are left out. Whatever does not fit together
+is one `UnreadableFile`.
+
+What loads multiply with is the tensor `grams`, `[loads, modules, r, r]`, and a digest for each module in each of the
+table's `loads`. Before that, a segment held one `gram`, `[modules, r, r]`, and one list of digests, `placed`, both of
+whichever load ran last. Both layouts are schema 1, and the names differ on purpose: a reader from before ignores the
+new ones and bounds a difference from the norms, which holds for every row. Under the old names it would take one load's
+G for all, and be wrong by any factor. This reader takes an old `gram` for that of the loads whose rows the segment
+holds: the old writer closed a segment when the digests changed.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
+import numpy as np
 
 from lora_probe.errors import UnreadableFile, out_of_memory
 from lora_probe.files import brief, shown
@@ -20,7 +30,9 @@ from lora_probe.files.limits import step
 from lora_probe.files.weights import Raw, TensorHeader, WeightsFile, open_weights, stretch
 from lora_probe.names import Key
 from lora_probe.recording.documents import decoded
-from lora_probe.recording.rows import COMMON, Rows, concatenate, widened
+from lora_probe.recording.placed import Placed, joined_placed
+from lora_probe.recording.records import SCHEMA
+from lora_probe.recording.rows import ARRAYS, COLUMNS, REQUIRED, TABLES, Rows, concatenate, widened
 from lora_probe.recording.sketch import SKETCH
 
 MAX_SEGMENT = 2**35
@@ -29,42 +41,44 @@ norms and the shrink of 560 modules (80 layers) at rank 64 are 1.9 GB; level `te
 MAX_JOINED = 2**33
 """Values of all segments of a trace together: 32 GiB as float32, and joining them takes as much again."""
 
-_COLUMNS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "request": ("I32", ("rows",)),
-    "position": ("I32", ("rows",)),
-    "phase": ("I8", ("rows",)),
-    "load": ("I32", ("rows",)),
-    "x_norm": ("F32", ("rows", "modules")),
-    "base_norm": ("F32", ("rows", "modules")),
-    "delta_norm": ("F32", ("rows", "modules")),
-    "output_norm": ("F32", ("rows", "modules")),
-    "shrink": ("F32", ("rows", "modules", "r")),
-    "sketch": ("F32", ("rows", "modules", "sketch")),
+_TABLE_NAME = re.compile(rf"(?P<column>{'|'.join(TABLES)})/(?P<module>0|[1-9][0-9]{{0,8}})")
+"""What a table of a single module is called in a segment: `x/3`, for module 3."""
+_GRAMS = {
+    "grams": ("F32", ("loads", "modules", "rank of G", "rank of G")),
     "gram": ("F32", ("modules", "rank of G", "rank of G")),
 }
-"""The dtype and the axes of every column. An axis has the same length wherever its name stands."""
-_TENSORS = ("x", "base", "delta")
-_MODULE_NUMBER = re.compile(r"0|[1-9][0-9]{0,8}")
+"""G of the loads of a segment, and of the last of them, as it was written before."""
+
+
+class _LoadTable(msgspec.Struct, frozen=True):
+    """A load whose rows the segment holds, and the digest of what it multiplies with at each module."""
+
+    load: int
+    placed: list[str] = []
 
 
 class _Table(msgspec.Struct, frozen=True):
-    """The metadata `table`: what the numbers of modules and requests stand for."""
+    """The metadata `table`: what the numbers of modules, requests and loads stand for. `placed` is of old segments."""
 
     modules: list[Key]
     requests: list[str]
+    loads: list[_LoadTable] | None = None
     placed: list[str] = []
 
 
 @dataclass(frozen=True)
 class Segment:
-    """The header and the table of one segment. `tensors` are x, base and delta of single modules."""
+    """The header and the table of one segment. `tables` are x, base and delta of single modules, by column and module;
+    `digests` has a list for each of `loads`."""
 
     weights: WeightsFile
     modules: tuple[Key, ...]
     requests: tuple[str, ...]
-    placed: tuple[str, ...]
+    loads: tuple[int, ...]
+    digests: tuple[tuple[str, ...], ...]
     columns: dict[str, TensorHeader]
-    tensors: dict[str, TensorHeader]
+    tables: dict[tuple[str, Key], TensorHeader]
+    grams: TensorHeader | None
 
     @property
     def path(self) -> Path:
@@ -80,6 +94,21 @@ class Segment:
         return self.columns[name].shape[-1] if name in self.columns else None
 
 
+def contents(rows: Rows) -> tuple[dict[str, Any], dict[str, str]]:
+    """The tensors and the metadata of a segment that holds `rows`."""
+    columns = {name: getattr(rows, name) for name in ARRAYS}
+    tensors = {name: np.ascontiguousarray(column) for name, column in columns.items() if column is not None}
+    numbers = {key: number for number, key in enumerate(rows.modules)}
+    for name in TABLES:
+        tensors |= {f"{name}/{numbers[key]}": values for key, values in (getattr(rows, name) or {}).items()}
+    grams = [placed.gram for placed in rows.placed.values() if placed.gram is not None]
+    if grams and len(grams) == len(rows.placed):
+        tensors["grams"] = np.stack(grams)
+    loads = [_LoadTable(load, list(placed.digests)) for load, placed in rows.placed.items()]
+    table = msgspec.json.encode(_Table(list(rows.modules), list(rows.requests), loads)).decode()
+    return tensors, {"schema": str(SCHEMA), "table": table}
+
+
 def open_segment(path: Path) -> Segment:
     """Check the header and the table of a segment.
 
@@ -93,11 +122,10 @@ def open_segment(path: Path) -> Segment:
     modules = tuple(table.modules)
     if len(set(modules)) < len(modules):
         raise _damaged(path, f"its table names the module `{shown(_twice(modules)[0])}` twice")
-    if table.placed and len(table.placed) != len(modules):
-        raise _damaged(path, f"its table has {len(table.placed)} digests for {len(modules)} modules")
-    columns = _columns(weights, len(modules))
-    tensors = _tensors(weights, columns["request"].shape[0], len(modules))
-    return Segment(weights, modules, tuple(table.requests), tuple(table.placed), columns, tensors)
+    columns, grams = _columns(weights, len(modules), len(table.loads or ()))
+    loads, digests = _loads(weights, table, columns["load"])
+    tables = _tables(weights, columns["request"].shape[0], modules)
+    return Segment(weights, modules, tuple(table.requests), loads, digests, columns, tables, grams)
 
 
 def read_rows(segment: Segment) -> Rows:
@@ -106,16 +134,40 @@ def read_rows(segment: Segment) -> Rows:
     Raises:
         UnreadableFile: a row belongs to no request of the table, or the file was damaged since it was opened.
     """
+    return replace(_read_columns(segment), placed=_read_placed(segment))
+
+
+def _read_columns(segment: Segment) -> Rows:
+    """The rows of one segment without what their loads multiply with."""
     step("reading the rows", segment.path)
-    columns = {name: values(segment.weights, header) for name, header in segment.columns.items()}
+    columns: dict[str, Any] = {name: values(segment.weights, header) for name, header in segment.columns.items()}
     numbers, known = columns["request"], len(segment.requests)
     wrong = numbers[(numbers < 0) | (numbers >= known)]
     if wrong.size:
         raise _damaged(segment.path, f"a row belongs to request {wrong[0]}, and its table numbers {known} from 0")
-    tensors = {name: values(segment.weights, header) for name, header in segment.tensors.items()}
-    return Rows(
-        modules=segment.modules, requests=segment.requests, placed=segment.placed, tensors=tensors or None, **columns
-    )
+    for (name, key), header in segment.tables.items():
+        columns.setdefault(name, {})[key] = values(segment.weights, header)
+    return Rows(modules=segment.modules, requests=segment.requests, **columns)
+
+
+def _read_placed(segment: Segment) -> dict[int, Placed]:
+    grams: Any = [None] * len(segment.loads)
+    if segment.grams is not None:
+        read = values(segment.weights, segment.grams)
+        # An old G is of all the loads of its segment.
+        grams = read if read.ndim == len(_GRAMS["grams"][1]) else [read] * len(segment.loads)
+    return {load: Placed(*of_load) for load, *of_load in zip(segment.loads, segment.digests, grams, strict=True)}
+
+
+def _placed_parts(segments: Sequence[Segment]) -> Iterator[tuple[tuple[Key, ...], Mapping[int, Placed]]]:
+    """What the loads of each segment multiply with, one segment at a time. Most repeat what was there: they are not
+    read again."""
+    seen = set()
+    for segment in segments:
+        what = segment.modules, segment.loads, segment.digests, segment.grams is None
+        if what not in seen:
+            seen.add(what)
+            yield segment.modules, _read_placed(segment)
 
 
 def joined(segments: Sequence[Segment]) -> Rows:
@@ -126,13 +178,11 @@ def joined(segments: Sequence[Segment]) -> Rows:
     """
     keys = tuple(dict.fromkeys(key for segment in segments for key in segment.modules))
     _require_joinable(segments, len(keys))
-    *before, last = segments
-    # Of several G the last one counts: the others need not be read.
-    lean = [replace(s, columns={name: h for name, h in s.columns.items() if name != "gram"}) for s in before]
     try:
-        return concatenate([widened(read_rows(segment), keys) for segment in (*lean, last)])
+        rows = concatenate([widened(_read_columns(segment), keys) for segment in segments])
+        return replace(rows, placed=joined_placed(_placed_parts(segments), keys))
     except MemoryError as error:
-        raise out_of_memory(f"the rows of all segments in `{last.path.parent}`") from error
+        raise out_of_memory(f"the rows of all segments in `{segments[-1].path.parent}`") from error
 
 
 def open_recorded(path: Path, what: str) -> WeightsFile:
@@ -175,63 +225,90 @@ def _twice(modules: tuple[Key, ...]) -> Key:
     raise ValueError("every module stands in the table once")
 
 
-def _columns(weights: WeightsFile, modules: int) -> dict[str, TensorHeader]:
-    """The columns that are known, each with its dtype and all of the same rows and modules."""
-    lengths = {"modules": modules, "sketch": SKETCH}
-    found = {}
-    for name, (dtype, axes) in _COLUMNS.items():
+def _columns(weights: WeightsFile, modules: int, loads: int) -> tuple[dict[str, TensorHeader], TensorHeader | None]:
+    """The columns that are known, each with its dtype and all of the same rows and modules; and G, if it is there."""
+    lengths = {"modules": modules, "loads": loads, "sketch": SKETCH}
+    wanted = {name: (COLUMNS[name].dtype, COLUMNS[name].axes) for name in ARRAYS} | _GRAMS
+    headers = {}
+    for name, (dtype, axes) in wanted.items():
         header = weights.tensors.get(name)
         if header is None:
-            if name in COMMON:
+            if name in REQUIRED:
                 raise _damaged(weights.path, f"it has no column `{name}`")
             continue
         fits = header.dtype == dtype and len(header.shape) == len(axes)
         # `setdefault`: the first column with an axis says how long that axis is.
         if not fits or any(lengths.setdefault(a, n) != n for a, n in zip(axes, header.shape, strict=True)):
-            wanted = ", ".join(str(lengths.get(axis, axis)) for axis in axes)
+            shape = ", ".join(str(lengths.get(axis, axis)) for axis in axes)
             is_now = f"{header.dtype} {brief(list(header.shape))}"
-            raise _damaged(weights.path, f"the column `{name}` is {is_now} where {dtype} [{wanted}] is meant")
-        found[name] = header
+            raise _damaged(weights.path, f"the column `{name}` is {is_now} where {dtype} [{shape}] is meant")
+        headers[name] = header
     if lengths.get("rank of G", lengths.get("r", 0)) < lengths.get("r", 0):
-        raise _damaged(weights.path, f"`gram` is of rank {lengths['rank of G']}, `shrink` of rank {lengths['r']}")
-    return found
+        raise _damaged(weights.path, f"G is of rank {lengths['rank of G']}, `shrink` of rank {lengths['r']}")
+    old, new = headers.pop("gram", None), headers.pop("grams", None)
+    return headers, new or old
 
 
-def _tensors(weights: WeightsFile, rows: int, modules: int) -> dict[str, TensorHeader]:
-    """x, base and delta of single modules: `x/3` is `[rows, width]` of module 3."""
-    found = {}
-    for name, header in weights.tensors.items():
-        what, slash, number = name.partition("/")
-        if what not in _TENSORS or not slash:
+def _loads(
+    weights: WeightsFile, table: _Table, column: TensorHeader
+) -> tuple[tuple[int, ...], tuple[tuple[str, ...], ...]]:
+    """The loads of a segment with the digests of each. An old segment does not list them: its rows name them."""
+    modules = len(table.modules)
+    if table.loads is not None:
+        loads = tuple(of_load.load for of_load in table.loads)
+        lists = [of_load.placed for of_load in table.loads]
+        if len(set(loads)) < len(loads) or min(loads, default=0) < 0:
+            raise _damaged(weights.path, "its table lists a load twice, or one with a negative number")
+    else:
+        loads = tuple(np.unique(values(weights, column)).tolist())
+        loads = tuple(load for load in loads if load >= 0)
+        lists = [table.placed] * len(loads)
+    for digests in (*lists, table.placed):
+        if digests and len(digests) != modules:
+            raise _damaged(weights.path, f"its table has {len(digests)} digests for {modules} modules")
+    none = ("",) * modules
+    return loads, tuple(tuple(digests) or none for digests in lists)
+
+
+def _tables(weights: WeightsFile, rows: int, modules: tuple[Key, ...]) -> dict[tuple[str, Key], TensorHeader]:
+    """x, base and delta of single modules: `[rows, width]` each."""
+    starts = tuple(f"{name}/" for name in TABLES)
+    tables = {}
+    for text, header in weights.tensors.items():
+        if not text.startswith(starts):
             continue
-        if not _MODULE_NUMBER.fullmatch(number) or int(number) >= modules:
-            raise _damaged(weights.path, f"`{shown(name)}` belongs to none of its {modules} modules")
+        name = _TABLE_NAME.fullmatch(text)
+        if name is None or int(name["module"]) >= len(modules):
+            raise _damaged(weights.path, f"`{shown(text)}` belongs to none of its {len(modules)} modules")
         if header.dtype != "F32" or len(header.shape) != 2 or header.shape[0] != rows:
             is_now = f"{header.dtype} {brief(list(header.shape))}"
-            raise _damaged(weights.path, f"`{name}` is {is_now} where F32 [{rows}, width] is meant")
-        found[name] = header
-    return found
+            raise _damaged(weights.path, f"`{text}` is {is_now} where F32 [{rows}, width] is meant")
+        tables[name["column"], modules[int(name["module"])]] = header
+    return tables
 
 
 def _require_joinable(segments: Sequence[Segment], modules: int) -> None:
-    """Columns of the first segment are in all of them and as wide; the joined table can be held."""
+    """Columns of the first segment are in all of them and as wide; the joined rows can be held."""
     first = segments[0]
-    wide: list[str] = [name for name in ("shrink", "sketch") if name in first.columns]
-    tensors: dict[tuple[str, Key], int] = {}
+    wide = [name for name in ARRAYS if name not in REQUIRED and name in first.columns]
+    widths: dict[tuple[str, Key], int] = {}
+    rank, loads = 0, {load for segment in segments for load in segment.loads}
     for segment in segments:
         for name in wide:
             if segment.width(name) != first.width(name):
                 why = f"`{name}` is missing, or of another width than in {first.path.name}"
                 raise _damaged(segment.path, why)
-        for name, header in segment.tensors.items():
-            what, _, number = name.partition("/")
-            known = tensors.setdefault((what, segment.modules[int(number)]), header.shape[1])
-            if header.shape[1] != known:
-                raise _damaged(segment.path, f"`{name}` is of another width than in an earlier segment")
+        for at, header in segment.tables.items():
+            if header.shape[1] != widths.setdefault(at, header.shape[1]):
+                raise _damaged(segment.path, f"`{shown(header.name)}` is of another width than in an earlier segment")
+        if segment.grams is not None:
+            if rank not in (0, segment.grams.shape[-1]):
+                raise _damaged(segment.path, "its G is of another rank than in an earlier segment")
+            rank = segment.grams.shape[-1]
     # An axis of length 0 must not hide that another one is absurd.
     rows = max(sum(segment.count for segment in segments), 1)
-    widths = modules * (4 + sum(first.width(name) or 0 for name in wide)) + sum(tensors.values())
-    total = rows * widths + modules * (segments[-1].width("gram") or 0) ** 2
+    columns = modules * (4 + sum(first.width(name) or 0 for name in wide)) + sum(widths.values())
+    total = rows * columns + max(len(loads), 1) * modules * rank**2
     if total > MAX_JOINED:
         raise UnreadableFile(
             f"the segments in `{first.path.parent}` have {total} values together, more than the "

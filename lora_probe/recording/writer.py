@@ -7,7 +7,6 @@ only what is not closed.
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections.abc import Sequence
@@ -21,8 +20,10 @@ from safetensors.numpy import save_file
 
 from lora_probe.ledger import Finding, Station
 from lora_probe.names import Key
+from lora_probe.recording.placed import Floats, Placed, same_loads
 from lora_probe.recording.records import SCHEMA, LoadEvent, Process, Record, RequestRecord, Score, StationRecord
-from lora_probe.recording.rows import ROW_COLUMNS, Floats, Rows, concatenate
+from lora_probe.recording.rows import Rows, concatenate
+from lora_probe.recording.segments import contents
 
 MAX_ROWS, MAX_BYTES, MAX_SECONDS = 4096, 64_000_000, 5.0
 """A segment closes at this many rows, at this many bytes of x, base and delta, or after this time."""
@@ -36,6 +37,7 @@ class TraceWriter:
         self.folder, self.process = folder, process
         self._started = time.perf_counter()
         self._pending: list[Rows] = []
+        self._placed: dict[int, Placed] = {}
         self._flushed = time.monotonic()
         self._lock = threading.RLock()
         self._closing = threading.Event()
@@ -71,14 +73,15 @@ class TraceWriter:
         self._requests.write(msgspec.json.encode(request) + b"\n")
 
     def rows(self, rows: Rows) -> None:
-        """Take the rows of a step. A segment holds one table of modules and one G for each of them."""
+        """Add the rows of a step. A segment holds one table of modules, and for each load one G at each of them."""
         with self._lock:
             last = self._pending[-1] if self._pending else rows
-            if (last.modules, last.placed) != (rows.modules, rows.placed):
+            if last.modules != rows.modules or not same_loads(self._placed, rows.placed):
                 self.flush()
             self._pending.append(rows)
+            self._placed |= rows.placed
             count = sum(map(len, self._pending))
-            size = sum(values.nbytes for part in self._pending for values in (part.tensors or {}).values())
+            size = sum(part.nbytes for part in self._pending)
             if count >= MAX_ROWS or size >= MAX_BYTES or time.monotonic() - self._flushed >= MAX_SECONDS:
                 self.flush()
 
@@ -102,18 +105,10 @@ class TraceWriter:
         """Close the current segment."""
         with self._lock:
             self._flushed = time.monotonic()
-            rows, self._pending = self._pending, []
+            rows, self._pending, self._placed = self._pending, [], {}
             if rows:
                 self._segment += 1
-                self._write_segment(concatenate(rows))
-
-    def _write_segment(self, rows: Rows) -> None:
-        columns = {name: getattr(rows, name) for name in (*ROW_COLUMNS, "gram")}
-        tensors = {name: np.ascontiguousarray(column) for name, column in columns.items() if column is not None}
-        tensors |= rows.tensors or {}
-        table = {"modules": rows.modules, "requests": rows.requests, "placed": rows.placed}
-        meta = {"schema": str(SCHEMA), "table": json.dumps(table)}
-        _save(tensors, self.folder / f"{self._segment:06d}.safetensors", meta)
+                _save(*contents(concatenate(rows)), self.folder / f"{self._segment:06d}.safetensors")
 
     def score(self, score: Score, logprobs: Floats | None) -> None:
         """Write the next-token distributions of one pass. `logprobs: [answer tokens, vocabulary]`, row i predicting
@@ -121,7 +116,7 @@ class TraceWriter:
         self._scores += 1
         tensors = {} if logprobs is None else {"logprobs": np.ascontiguousarray(logprobs, dtype=np.float32)}
         meta = {"schema": str(SCHEMA), "score": msgspec.json.encode(score).decode()}
-        _save(tensors, self.folder / f"next-{self._scores:06d}.safetensors", meta)
+        _save(tensors, meta, self.folder / f"next-{self._scores:06d}.safetensors")
 
     def close(self, complete: bool = True) -> None:
         if self._events.closed:
@@ -138,7 +133,7 @@ class TraceWriter:
         write_json(self.folder / "process.json", self.process)
 
 
-def _save(tensors: dict[str, Any], path: Path, meta: dict[str, str]) -> None:
+def _save(tensors: dict[str, Any], meta: dict[str, str], path: Path) -> None:
     partial = path.with_suffix(".partial")
     save_file(tensors, partial, meta)
     partial.replace(path)

@@ -1,21 +1,23 @@
 """Forward hooks on PEFT's LoRA `Linear` layers, for the length of a `with` block.
 
-In: the live layers by their module key. Out: for each step the rows' norms and shrink, and on sampled rows x and
-delta. Tensors are used through their own methods, so this file needs no torch.
+In: the live layers by their module key. Out: for each step, itself a `with` block, the rows' norms and shrink, and on
+sampled rows x and delta. Tensors are used through their own methods, so this file needs no torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 
-from lora_probe.adapter.spectrum import gram
+from lora_probe.engines.peft.slots import ADAPTER
 from lora_probe.names import Key
-from lora_probe.recording import Floats, Level, Rows
+from lora_probe.recording import Floats, Level, Placed, Rows
+from lora_probe.recording.rows import TABLES, kept
 from lora_probe.recording.sketch import SKETCH, projection
 
 
@@ -25,31 +27,39 @@ def sketched(rows: Any) -> Floats:
     return values @ projection(values.shape[-1])
 
 
-class Capture:
-    """Hooks on `layers`, one adapter. With `sketching` their whole outputs are sketched as well. Leaving the block
-    removes every hook."""
+@dataclass
+class Step:
+    """What the hooks took of one forward pass: columns by their name and module, and x and delta of the sampled rows.
+    `ran` are the modules whose contribution was computed."""
 
-    def __init__(self, layers: Mapping[Key, Any], adapter_name: str, keep: Level, sketching: bool = False) -> None:
-        self.layers, self.adapter_name, self.keep = dict(layers), adapter_name, keep
-        self.sketching = sketching
+    sampled: list[int]
+    columns: dict[str, dict[Key, Floats]] = field(default_factory=dict)
+    samples: dict[Key, tuple[Floats, Floats]] = field(default_factory=dict)
+    ran: set[Key] = field(default_factory=set)
+    x: dict[Key, Any] = field(default_factory=dict)
+
+    def keep(self, name: str, key: Key, value: Any) -> None:
+        self.columns.setdefault(name, {})[key] = value.detach().float().cpu().numpy()
+
+
+class Capture:
+    """Hooks on `layers`. With `sketching` their whole outputs are sketched as well. Leaving the block removes every
+    hook; outside of a step they take nothing."""
+
+    def __init__(self, layers: Mapping[Key, Any], keep: Level, sketching: bool = False) -> None:
+        self.layers, self.keep, self.sketching = dict(layers), keep, sketching
         self.keys = tuple(self.layers)
-        self.rank = max((layer.r[adapter_name] for layer in self.layers.values()), default=0)
-        self.sampled: list[int] = []
-        self.samples: dict[Key, tuple[Floats, Floats]] = {}
-        self.ran: set[Key] = set()
-        self._columns: dict[str, dict[Key, Floats]] = {}
-        self._x: dict[Key, Any] = {}
+        self._rank = max((layer.r[ADAPTER] for layer in self.layers.values()), default=0)
+        self._step: Step | None = None
         self._stack = ExitStack()
-        grams = [self._gram(layer) for layer in self.layers.values()]
-        self.gram = np.stack(grams) if grams else np.zeros((0, 0, 0), np.float32)
 
     def __enter__(self) -> Capture:
         for key, layer in self.layers.items():
             for part, hook in (
-                (layer.lora_A[self.adapter_name], self._after_a(key)),
-                (layer.lora_B[self.adapter_name], self._after_b(key, layer.scaling[self.adapter_name])),
-                (layer.base_layer, self._after(key, "base")),
-                (layer, self._after(key, "output")),
+                (layer.lora_A[ADAPTER], self._after_a(key)),
+                (layer.lora_B[ADAPTER], self._after_b(key, layer.scaling[ADAPTER])),
+                (layer.base_layer, self._after_base(key)),
+                (layer, self._after_output(key)),
             ):
                 self._stack.callback(part.register_forward_hook(hook).remove)
         return self
@@ -59,101 +69,101 @@ class Capture:
     ) -> None:
         self._stack.close()
 
-    def begin(self, sampled: list[int]) -> None:
-        """Open a step; `sampled` are the row numbers on which x and delta are kept."""
-        self.sampled, self.samples, self.ran, self._columns, self._x = sampled, {}, set(), {}, {}
+    @contextmanager
+    def stepping(self, sampled: list[int]) -> Iterator[Step]:
+        """One forward pass; `sampled` are the row numbers on which x and delta are kept."""
+        self._step = Step(sampled)
+        try:
+            yield self._step
+        finally:
+            self._step = None
 
-    def rows(self, request: str, positions: list[int], phases: list[int], placed: tuple[str, ...]) -> Rows:
-        """Close the step: its rows, one for each of `positions`."""
+    def rows(
+        self, step: Step, request: str, positions: list[int], phases: list[int], placed: Mapping[int, Placed]
+    ) -> Rows:
+        """A step's rows, one for each of `positions`; all of them ran with the one load in `placed`."""
         count = len(positions)
-        wanted_shrink = self.keep in ("shrink", "tensors")
-        tensors = None
-        if self.keep == "tensors":
-            tensors = {
-                f"{what}/{number}": self._columns[what][key]
-                for what in ("x", "base", "delta")
-                for number, key in enumerate(self.keys)
-                if key in self._columns.get(what, {})
-            }
+        (load,) = placed
         return Rows(
             modules=self.keys,
             requests=(request,),
             request=np.zeros(count, np.int32),
             position=np.array(positions, np.int32),
             phase=np.array(phases, np.int8),
-            load=np.zeros(count, np.int32),
-            x_norm=self._stacked("x_norm", count),
-            base_norm=self._stacked("base_norm", count),
-            delta_norm=self._stacked("delta_norm", count),
-            output_norm=self._stacked("output_norm", count),
-            shrink=self._shrink(count) if wanted_shrink else None,
-            sketch=self._sketches(count) if self.sketching else None,
-            gram=self.gram if wanted_shrink else None,
+            load=np.full(count, load, np.int32),
+            x_norm=self._stacked(step, "x_norm", count),
+            base_norm=self._stacked(step, "base_norm", count),
+            delta_norm=self._stacked(step, "delta_norm", count),
+            output_norm=self._stacked(step, "output_norm", count),
+            shrink=self._shrink(step, count) if kept("shrink", self.keep) else None,
+            sketch=self._stacked(step, "sketch", count, SKETCH) if self.sketching else None,
             placed=placed,
-            tensors=tensors,
+            **{name: step.columns.get(name, {}) if kept(name, self.keep) else None for name in TABLES},
         )
 
-    def _gram(self, layer: Any) -> Floats:
-        weight = layer.lora_B[self.adapter_name].weight.detach().float().cpu().numpy()
-        rank = weight.shape[1]
-        wide = np.zeros((self.rank, self.rank), np.float32)
-        wide[:rank, :rank] = gram(weight, layer.scaling[self.adapter_name])
-        return wide
-
-    def _stacked(self, name: str, count: int) -> Floats:
-        column = self._columns.get(name, {})
-        missing = np.full(count, np.nan, np.float32)
+    def _stacked(self, step: Step, name: str, count: int, *shape: int) -> Floats:
+        column = step.columns.get(name, {})
+        missing = np.full((count, *shape), np.nan, np.float32)
         return np.stack([column.get(key, missing) for key in self.keys], axis=1)
 
-    def _shrink(self, count: int) -> Floats:
-        wide = np.full((count, len(self.keys), self.rank), np.nan, np.float32)
+    def _shrink(self, step: Step, count: int) -> Floats:
+        """`[rows, modules, r]` of the largest rank: zero beyond a module's own."""
+        column = step.columns.get("shrink", {})
+        wide = np.full((count, len(self.keys), self._rank), np.nan, np.float32)
         for number, key in enumerate(self.keys):
-            if (shrink := self._columns.get("shrink", {}).get(key)) is not None:
+            if (shrink := column.get(key)) is not None:
                 wide[:, number, :] = 0
                 wide[:, number, : shrink.shape[1]] = shrink
         return wide
 
-    def _sketches(self, count: int) -> Floats:
-        column = self._columns.get("sketch", {})
-        missing = np.full((count, SKETCH), np.nan, np.float32)
-        return np.stack([column.get(key, missing) for key in self.keys], axis=1)
-
-    def _keep(self, name: str, key: Key, value: Any) -> None:
-        self._columns.setdefault(name, {})[key] = value.detach().float().cpu().numpy()
-
     def _after_a(self, key: Key) -> Any:
         def hook(module: Any, args: tuple[Any, ...], output: Any) -> None:
+            if (step := self._step) is None:
+                return
             x = args[0].flatten(0, -2)
-            self._x[key] = x
-            self._keep("x_norm", key, x.detach().float().norm(dim=-1))
-            if self.keep in ("shrink", "tensors"):
-                self._keep("shrink", key, output.flatten(0, -2))
-            if self.keep == "tensors":
-                self._keep("x", key, x)
+            step.x[key] = x
+            step.keep("x_norm", key, x.detach().float().norm(dim=-1))
+            if kept("shrink", self.keep):
+                step.keep("shrink", key, output.flatten(0, -2))
+            if kept("x", self.keep):
+                step.keep("x", key, x)
 
         return hook
 
     def _after_b(self, key: Key, scaling: float) -> Any:
         def hook(module: Any, args: tuple[Any, ...], output: Any) -> None:
+            if (step := self._step) is None:
+                return
             # PEFT multiplies by the scaling after B, in the dtype of B's output.
             delta = output.flatten(0, -2) * scaling
-            self.ran.add(key)
-            self._keep("delta_norm", key, delta.detach().float().norm(dim=-1))
-            if self.keep == "tensors":
-                self._keep("delta", key, delta)
-            if self.sampled:
-                x = self._x[key][self.sampled].detach().float().cpu().numpy()
-                self.samples[key] = x, delta[self.sampled].detach().float().cpu().numpy()
+            step.ran.add(key)
+            step.keep("delta_norm", key, delta.detach().float().norm(dim=-1))
+            if kept("delta", self.keep):
+                step.keep("delta", key, delta)
+            if step.sampled:
+                x = step.x[key][step.sampled].detach().float().cpu().numpy()
+                step.samples[key] = x, delta[step.sampled].detach().float().cpu().numpy()
 
         return hook
 
-    def _after(self, key: Key, what: str) -> Any:
+    def _after_base(self, key: Key) -> Any:
         def hook(module: Any, args: tuple[Any, ...], output: Any) -> None:
+            if (step := self._step) is None:
+                return
             rows = output.flatten(0, -2)
-            self._keep(f"{what}_norm", key, rows.detach().float().norm(dim=-1))
-            if what == "base" and self.keep == "tensors":
-                self._keep("base", key, rows)
-            if what == "output" and self.sketching:
-                self._columns.setdefault("sketch", {})[key] = sketched(rows)
+            step.keep("base_norm", key, rows.detach().float().norm(dim=-1))
+            if kept("base", self.keep):
+                step.keep("base", key, rows)
+
+        return hook
+
+    def _after_output(self, key: Key) -> Any:
+        def hook(module: Any, args: tuple[Any, ...], output: Any) -> None:
+            if (step := self._step) is None:
+                return
+            rows = output.flatten(0, -2)
+            step.keep("output_norm", key, rows.detach().float().norm(dim=-1))
+            if self.sketching:
+                step.columns.setdefault("sketch", {})[key] = sketched(rows)
 
         return hook

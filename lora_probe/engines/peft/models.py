@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from lora_probe.base import Shapes
 from lora_probe.errors import EngineFailed
 from lora_probe.recording import Floats
 
@@ -47,6 +48,23 @@ def _cannot_load(what: str, name: str, error: Exception) -> EngineFailed:
         f"transformers cannot load the {what} `{name}`: {first_lines(error)}",
         "give a folder or a cached model with --model" if "base model" in what else "",
     )
+
+
+def shapes_of(model: Any) -> Shapes:
+    """The modules that PEFT can adapt, by the names of the live model: path -> (out, in)."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    shapes: dict[str, tuple[int, int] | None] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            # A quantised Linear packs its weight; the features are what they were.
+            shapes[name] = module.out_features, module.in_features
+        elif isinstance(module, torch.nn.Embedding):
+            shapes[name] = module.num_embeddings, module.embedding_dim
+        elif isinstance(module, Conv1D):
+            shapes[name] = int(module.weight.shape[1]), int(module.weight.shape[0])
+    return shapes
 
 
 def next_logprobs(logits: Any, count: int) -> Floats:

@@ -1,22 +1,21 @@
-"""Prompts run through a live PEFT or base model, one after the other, with or without a capture.
+"""Prompts run through a live PEFT or base model, one after the other: what vLLM's own engine does there.
 
-In: token ids. Out: answers, rows of every step, and the distributions of scored passes.
+In: token ids, and the `Steps` that record the forward passes, if they are to be recorded. Out: answers, and the
+distributions of scored passes.
 """
 
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from lora_probe.engines.account import Account, Sampler, placed_digest
-from lora_probe.engines.peft.capture import Capture
 from lora_probe.engines.peft.models import next_logprobs
+from lora_probe.engines.peft.steps import Steps
 from lora_probe.engines.prompts import forced
 from lora_probe.errors import ProbeError
-from lora_probe.recording import DECODE, PREFILL, RequestRecord, RunSpec, Score, TraceWriter
+from lora_probe.recording import RequestRecord, RunSpec, Score, TraceWriter
 from lora_probe.recording.records import Kind
 
 
@@ -27,23 +26,19 @@ def end_ids(generation: Any, tokenizer: Any) -> set[int]:
     return {token for token in (*ids, tokenizer.eos_token_id) if token is not None}
 
 
-@dataclass
+@dataclass(frozen=True)
 class Runner:
-    """Runs one prompt after the other through the model, with or without a capture."""
+    """Runs one prompt after the other through the model."""
 
     model: Any
     tokenizer: Any
     spec: RunSpec
     eos: set[int]
     writer: TraceWriter
-    capture: Capture | None = None
-    account: Account | None = None
 
-    def __post_init__(self) -> None:
-        self.sampler = Sampler()
-        self._placed: tuple[str, ...] | None = None
-
-    def run(self, request: str, prompt: int, ids: list[int], adapter: str | None) -> RequestRecord:
+    def run(
+        self, request: str, prompt: int, ids: list[int], adapter: str | None, steps: Steps | None = None
+    ) -> RequestRecord:
         """Greedy generation: the prompt in one forward pass, then a token at a time."""
         import torch
 
@@ -60,7 +55,7 @@ class Runner:
         with torch.inference_mode():
             while True:
                 position = len(ids) + len(output) - len(feed)
-                result = self._forward(request, feed, position, len(ids), cache)
+                result = self._forward(steps, request, feed, position, len(ids), cache)
                 cache = result.past_key_values
                 # One more row than there are forced tokens after it: the last row gives the next token.
                 scores = torch.log_softmax(result.logits[0, len(logprobs) - len(output) - 1 :].float(), dim=-1)
@@ -75,7 +70,9 @@ class Runner:
         seconds = round(time.perf_counter() - started, 3)
         return RequestRecord(request, prompt, adapter, ids, output, text, logprobs, seconds)
 
-    def score(self, request: str, kind: Kind, answer: RequestRecord, unmeasured: str = "") -> None:
+    def score(
+        self, request: str, kind: Kind, answer: RequestRecord, steps: Steps | None = None, unmeasured: str = ""
+    ) -> None:
         """The prompt and all but the last token of its answer in one pass: a distribution for every answer token."""
         import torch
 
@@ -84,42 +81,17 @@ class Runner:
         if not unmeasured:
             with torch.inference_mode():
                 feed = answer.prompt_ids + answer.output_ids[:-1]
-                result = self._forward(request, feed, 0, len(answer.prompt_ids), None)
+                result = self._forward(steps, request, feed, 0, len(answer.prompt_ids), None)
                 logprobs = next_logprobs(result.logits, count)
         score = Score(request, answer.prompt, kind, answer.prompt_ids, answer.output_ids, unmeasured)
         self.writer.score(score, logprobs)
 
-    def _forward(self, request: str, feed: list[int], position: int, prompt: int, cache: Any) -> Any:
+    def _forward(
+        self, steps: Steps | None, request: str, feed: list[int], position: int, prompt: int, cache: Any
+    ) -> Any:
         import torch
 
-        positions = list(range(position, position + len(feed)))
-        phases = [PREFILL if at < prompt else DECODE for at in positions]
         tensor = torch.tensor([feed], device=self.model.device)
-        capture, account = self.capture, self.account
-        if capture is not None:
-            capture.begin(self.sampler.pick([request] * len(feed), phases))
-        result = self.model(input_ids=tensor, past_key_values=cache, use_cache=True)
-        if capture is None or account is None:
-            return result
-        account.asked += len(feed)
-        account.ran(capture.ran, len(feed), {})
-        for row in account.expected:
-            pair = row.entry
-            if row.key in capture.samples and pair and pair.a and pair.b and row.spectrum:
-                a, b = account.adapter.values(pair.a), account.adapter.values(pair.b)
-                account.sample(row.key, *capture.samples[row.key], a, b, pair.scaling)
-        if capture.keys:
-            self.writer.rows(capture.rows(request, positions, phases, self._digests(capture)))
-        return result
-
-    def _digests(self, capture: Capture) -> tuple[str, ...]:
-        if self._placed is None:
-            name = capture.adapter_name
-            self._placed = tuple(
-                placed_digest(
-                    layer.lora_A[name].weight.detach().float().cpu().numpy(),
-                    layer.lora_B[name].weight.detach().float().cpu().numpy() * np.float32(layer.scaling[name]),
-                )
-                for layer in capture.layers.values()
-            )
-        return self._placed
+        positions = range(position, position + len(feed))
+        with steps.stepping(request, positions, prompt) if steps is not None else nullcontext():
+            return self.model(input_ids=tensor, past_key_values=cache, use_cache=True)

@@ -12,6 +12,7 @@ import os
 __version__ = "0.1.0"
 
 TRACE, KEEP = "LORA_PROBE_TRACE", "LORA_PROBE_KEEP"
+"""The folder of the trace; and, for a user's own vLLM, where there is no run.json, the level."""
 NOT_ARMED = "not-armed.txt"
 """Written into the trace folder by a process that could not arm the probe: why."""
 

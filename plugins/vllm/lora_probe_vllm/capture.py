@@ -7,8 +7,8 @@ the contribution is added, and the shrink of every slice. It calls vLLM's own sh
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from lora_probe.names import Key
-from lora_probe.recording import Floats, Level, Rows
+from lora_probe.recording import Floats, Level, Placed, Rows
+from lora_probe.recording.rows import TABLES, kept
 from lora_probe.recording.sketch import SKETCH, projection
 from lora_probe_vllm.seams import Patches, StepRows, token_slots
 
@@ -43,9 +44,11 @@ class Step:
     base_norm: dict[Key, Any] = field(default_factory=dict)
     output_norm: dict[Key, Any] = field(default_factory=dict)
     sketch: dict[Key, Any] = field(default_factory=dict)
-    delta: dict[Key, Any] = field(default_factory=dict)
+    written_norm: dict[Key, Any] = field(default_factory=dict)
     samples: dict[Key, tuple[Any, Any]] = field(default_factory=dict)
-    tensors: dict[tuple[str, Key], Any] = field(default_factory=dict)
+    x: dict[Key, Any] = field(default_factory=dict)
+    base: dict[Key, Any] = field(default_factory=dict)
+    delta: dict[Key, Any] = field(default_factory=dict)
 
 
 class StandIn:
@@ -101,9 +104,10 @@ class StandIn:
             base = bases[column.slice]
             step.x_norm[column.key] = x_norm
             step.base_norm[column.key] = _norm(base)
-            if self._capture.keep == "tensors":
-                step.tensors[("x", column.key)] = x[:count].clone()
-                step.tensors[("base", column.key)] = base.clone()
+            if kept("x", self._capture.keep):
+                step.x[column.key] = x[:count].clone()
+            if kept("base", self._capture.keep):
+                step.base[column.key] = base.clone()
 
     def _with_delta(
         self, step: Step, delta: torch.Tensor, x: torch.Tensor, output_slices: tuple[int, ...], count: int
@@ -111,13 +115,17 @@ class StandIn:
         deltas = delta[:count].split(list(output_slices), dim=-1)
         sampled_x = x[step.sampled] if step.sampled else None
         for column in self._columns:
-            mine = deltas[column.slice]
+            rows = deltas[column.slice]
             if sampled_x is not None:
-                step.samples[column.key] = sampled_x, mine[step.sampled]
+                step.samples[column.key] = sampled_x, rows[step.sampled]
             if step.mixed:
-                step.delta[column.key] = _norm(mine)
-            if self._capture.keep == "tensors":
-                step.tensors[("delta", column.key)] = mine.clone()
+                step.written_norm[column.key] = _norm(rows)
+            if kept("delta", self._capture.keep):
+                step.delta[column.key] = rows.clone()
+
+
+def _on_host(tables: dict[Key, Any]) -> dict[Key, Floats]:
+    return {key: values.float().cpu().numpy() for key, values in tables.items()}
 
 
 def _norm(rows: torch.Tensor) -> torch.Tensor:
@@ -131,7 +139,7 @@ class Capture:
         self, keep: Level, guard: Callable[[str], AbstractContextManager[None]], sketching: bool = False
     ) -> None:
         self.keep, self.guard, self.sketching = keep, guard, sketching
-        self.step: Step | None = None
+        self._step: Step | None = None
         self.bypassed: set[Key] = set()
         """Columns whose layer ran without calling the stand-in: it applies LoRA by a path that is not seen here."""
         self.columns: dict[Key, Column] = {}
@@ -162,30 +170,57 @@ class Capture:
     def close(self) -> None:
         """Take out every stand-in and hook."""
         self._patches.close()
-        self.columns, self._watched, self.step, self.bypassed = {}, {}, None, set()
+        self.columns, self._watched, self._step, self.bypassed = {}, {}, None, set()
+
+    @property
+    def step(self) -> Step | None:
+        """The step that is open."""
+        return self._step
+
+    @contextmanager
+    def stepping(self, model: Any, begin: Callable[[], Step]) -> Iterator[None]:
+        """One step of the model runner. It may load its adapters itself, so the step that `begin` makes is opened when
+        the model is called; it is closed when the block ends."""
+
+        def before(model: Any, args: Any) -> None:
+            if self.columns:
+                with self.guard("the start of a step"):
+                    self._step = begin()
+
+        handle = model.register_forward_pre_hook(before)
+        try:
+            yield
+        finally:
+            handle.remove()
+            self._step = None
+
+    def abandon(self) -> None:
+        """Take nothing more of the open step: the probe has failed."""
+        self._step = None
 
     def wants_delta(self, step: Step) -> bool:
         """Whether this step's contribution is captured in a buffer of its own before it is added."""
-        return bool(step.sampled) or step.mixed or self.keep == "tensors"
+        return bool(step.sampled) or step.mixed or kept("delta", self.keep)
 
     def _after(self, columns: list[Column], widths: list[int] | None = None) -> Callable[..., None]:
         """A hook that takes the output of each slice. Without `widths` the layer is a LoRA layer, and knows them."""
 
         def hook(layer: Any, args: Any, output: Any) -> None:
-            if self.step is None:
+            step = self._step
+            if step is None:
                 return
             with self.guard("a layer's output"):
                 if widths is None:
-                    self.bypassed.update(column.key for column in columns if column.key not in self.step.shrink)
+                    self.bypassed.update(column.key for column in columns if column.key not in step.shrink)
                 fused = output[0] if isinstance(output, tuple) else output
                 slices = widths or list(layer.output_slices)
                 if sum(slices) == fused.shape[-1]:
-                    parts = fused.flatten(0, -2)[: len(self.step.rows)].split(slices, dim=-1)
+                    parts = fused.flatten(0, -2)[: len(step.rows)].split(slices, dim=-1)
                     for column in columns:
-                        mine = parts[column.slice]
-                        self.step.output_norm[column.key] = _norm(mine)
+                        rows = parts[column.slice]
+                        step.output_norm[column.key] = _norm(rows)
                         if self.sketching:
-                            self.step.sketch[column.key] = self._sketch(mine)
+                            step.sketch[column.key] = self._sketch(rows)
 
         return hook
 
@@ -195,14 +230,12 @@ class Capture:
             self._signs[width] = torch.tensor(projection(width), device=rows.device)
         return rows.float() @ self._signs[width]
 
-    def rows(self, step: Step, loads: list[int], gram: Any, placed: tuple[str, ...], stacked: Stacked) -> Rows:
-        """The step's rows for the trace. `loads: [rows]`; `gram: [modules, r, r]`, None where it is not one load's."""
-        keys = tuple(self.columns)
+    def rows(self, step: Step, loads: list[int], placed: Mapping[int, Placed], stacked: Stacked) -> Rows:
+        """The step's rows for the trace. `loads: [rows]`; `placed` is what each of these loads multiplies with."""
         requests = tuple(dict.fromkeys(step.rows.requests))
         numbers = {request: number for number, request in enumerate(requests)}
-        wanted = self.keep in ("shrink", "tensors")
         return Rows(
-            modules=keys,
+            modules=tuple(self.columns),
             requests=requests,
             request=np.array([numbers[request] for request in step.rows.requests], np.int32),
             position=np.array(step.rows.positions, np.int32),
@@ -212,16 +245,11 @@ class Capture:
             base_norm=self._column(step.base_norm, len(loads)),
             delta_norm=stacked.delta_norm,
             output_norm=self._column(step.output_norm, len(loads)),
-            shrink=stacked.shrink if wanted else None,
+            shrink=stacked.shrink if kept("shrink", self.keep) else None,
             sketch=self._column(step.sketch, len(loads), SKETCH) if self.sketching else None,
-            gram=gram.cpu().numpy() if wanted and gram is not None else None,
             placed=placed,
-            tensors=self._tensors(step) if self.keep == "tensors" else None,
+            **{name: _on_host(getattr(step, name)) if kept(name, self.keep) else None for name in TABLES},
         )
-
-    def _tensors(self, step: Step) -> dict[str, Floats]:
-        number = {key: index for index, key in enumerate(self.columns)}
-        return {f"{what}/{number[key]}": value.float().cpu().numpy() for (what, key), value in step.tensors.items()}
 
     def _column(self, values: dict[Key, Any], count: int, *shape: int) -> Floats:
         """`[rows, modules, *shape]` of what some modules gave; NaN for the others."""
@@ -247,7 +275,7 @@ class Stacked:
 def stack(step: Step, keys: tuple[Key, ...], grams: dict[int, Any]) -> Stacked:
     """‖delta‖² = shrink·G·shrinkᵀ, one batched product for each slot that the step uses.
 
-    Rows without an adapter take what the kernel wrote (`step.delta`): for them it must be zero.
+    Rows without an adapter have what the kernel wrote (`step.written_norm`): for them it must be zero.
     """
     present = [(number, key) for number, key in enumerate(keys) if key in step.shrink]
     count = len(step.rows)
@@ -259,15 +287,14 @@ def stack(step: Step, keys: tuple[Key, ...], grams: dict[int, Any]) -> Stacked:
     slots = step.slots
     total = torch.zeros(shrink.shape[:2], dtype=torch.float32, device=shrink.device)
     for slot, gram in grams.items():
-        mine = gram[where]
-        squares = ((shrink @ mine) * shrink).sum(-1).clamp_(min=0)
+        squares = ((shrink @ gram[where]) * shrink).sum(-1).clamp_(min=0)
         total += squares * (slots == slot)
-    found = total.sqrt_()
+    computed = total.sqrt_()
     if step.mixed:
-        plain = torch.tensor([number == 0 for number in step.rows.lora], device=found.device)
-        written = torch.stack([step.delta[key] for _, key in present])
-        found = torch.where(plain, written, found)
-    norms[:, where] = found.T.cpu().numpy()
+        plain = torch.tensor([number == 0 for number in step.rows.lora], device=computed.device)
+        written = torch.stack([step.written_norm[key] for _, key in present])
+        computed = torch.where(plain, written, computed)
+    norms[:, where] = computed.T.cpu().numpy()
     wide = np.full((count, len(keys), shrink.shape[-1]), np.nan, np.float32)
     wide[:, where] = shrink.transpose(0, 1).cpu().numpy()
     return Stacked(wide, norms)

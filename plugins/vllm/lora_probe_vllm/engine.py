@@ -19,7 +19,7 @@ from lora_probe.base import Base, EngineView, open_base
 from lora_probe.engines.prompts import encode, forced
 from lora_probe.errors import EngineFailed, ProbeError, UnreadableFile
 from lora_probe.recording import SCHEMA, Process, RequestRecord, RunSpec, Score, TraceWriter
-from lora_probe_vllm import KEEP, NOT_ARMED, TRACE
+from lora_probe_vllm import NOT_ARMED, TRACE
 from lora_probe_vllm.seams import dense_logprobs, root_cause, vllm_version, vocabulary
 
 ENVIRONMENT = {
@@ -56,7 +56,8 @@ class VllmEngine:
         """See `lora_probe.engines.Engine.record`."""
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-        os.environ[TRACE], os.environ[KEEP] = str(folder.resolve()), spec.keep
+        # The workers find all else in the run.json there.
+        os.environ[TRACE] = str(folder.resolve())
         arguments = engine_arguments(spec)
         process = Process(
             schema=SCHEMA,

@@ -1,20 +1,23 @@
 """One load of an adapter in a worker: where its modules live, what its slot should hold, and what it holds.
 
-In: an `Account` and the engine's `Homes`. Out: findings for `read` and `placed`, G and digests of the slot, and the
-float32 reference of a module for `agrees`.
+In: a `LoadRecord` and the engine's `Homes`. Out: findings for `read` and `placed`, what the slot held when it was
+filled (G and digests), and the float32 reference of a module for `agrees`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from lora_probe.engines.account import Account, placed_digest
+from lora_probe.engines.load_record import LoadRecord
 from lora_probe.errors import ProbeError
 from lora_probe.ledger import OK, Finding
 from lora_probe.names import Key
+from lora_probe.recording import Placed
+from lora_probe.recording.placed import digest_of
 from lora_probe.rules.lp5_loading import name_without_home, no_lora_layer, not_measured, not_taken
 from lora_probe.rules.stored import Expected
 from lora_probe_vllm.slots import Home, Homes, Placement, judge, placement, slot_values
@@ -27,29 +30,28 @@ CACHED_PARAMETERS = 64_000_000
 class ActiveLoad:
     """A load from the moment its file is read until it is finished."""
 
-    account: Account
+    record: LoadRecord
     engine: Homes
     pairs: dict[Key, Expected]
     names: dict[Key, str]
     homes: dict[Key, Home]
     slot: int | None = None
-    digests: dict[Key, str] = field(default_factory=dict)
     _placements: dict[Key, Placement | None] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, account: Account, engine: Homes) -> ActiveLoad:
-        pairs = {row.key: row for row in account.expected if row.entry is not None}
+    def of(cls, record: LoadRecord, engine: Homes) -> ActiveLoad:
+        pairs = {row.key: row for row in record.expected if row.entry is not None}
         named = {key: engine.engine_name(row.entry) for key, row in pairs.items() if row.entry is not None}
         names = {key: name for key, name in named.items() if name is not None}
         homes = {key: engine.wrapped[name] for key, name in names.items() if name in engine.wrapped}
-        load = cls(account, engine, pairs, names, homes)
-        if account.adapter.parameters <= CACHED_PARAMETERS:
+        load = cls(record, engine, pairs, names, homes)
+        if record.adapter.parameters <= CACHED_PARAMETERS:
             load._placements = {key: load._read(key) for key in homes}
         return load
 
     @property
     def number(self) -> int:
-        return self.account.load.load
+        return self.record.number
 
     def placement(self, key: Key) -> Placement | None:
         """What the file says of a module on this rank; None for half a pair.
@@ -61,7 +63,7 @@ class ActiveLoad:
 
     def _read(self, key: Key) -> Placement | None:
         entry = self.pairs[key].entry
-        return placement(self.account.adapter, entry, self.homes[key]) if entry is not None else None
+        return placement(self.record.adapter, entry, self.homes[key]) if entry is not None else None
 
     def judge_read(self, lora: Any) -> None:
         """`read`: which pairs the loader took, and which of them name a module that exists.
@@ -70,11 +72,12 @@ class ActiveLoad:
         """
         read: dict[Key, Finding] = {}
         placed: dict[Key, Finding] = {}
+        elsewhere: set[Key] = set()
         for key, row in self.pairs.items():
             assert row.entry is not None
             name = self.names.get(key)
             if name is not None and self.engine.on_another_rank(name):
-                self.account.gone.add(key)
+                elsewhere.add(key)
             elif name is None or name not in self.engine.known:
                 meant = row.module if row.module != row.entry.module else None
                 read[key] = name_without_home(row.entry.stored_as, meant, "vLLM")
@@ -86,41 +89,54 @@ class ActiveLoad:
                     targets = self.engine.manager.lora_config.target_modules
                     wanted = f"--lora-target-modules is {' '.join(targets)}" if targets else "its class has none there"
                     placed[key] = no_lora_layer("vLLM", wanted)
-        self.account.station("read", read)
-        self.account.station("placed", placed)
+        self.record.leave_to_another_rank(elsewhere)
+        self.record.station("read", read)
+        self.record.station("placed", placed)
 
-    def judge_slot(self, moment: str) -> None:
+    def judge_slots(self, moment: str) -> None:
         """`placed`: the slot against a replay of the file."""
         assert self.slot is not None
         placed = {}
         for key, home in self.homes.items():
-            if key in self.account.gone:
+            if self.record.ended(key):
                 continue
             try:
                 placed[key] = judge(self.placement(key), home, self.slot, moment)
             except ProbeError as error:
                 placed[key] = not_measured(error.message)
-        self.account.station("placed", placed)
+        self.record.station("placed", placed)
 
-    def grams(self, keys: tuple[Key, ...]) -> torch.Tensor | None:
-        """G of what the slot holds for each of `keys`, `[modules, r, r]`, zero for modules that are not this load's.
-
-        Also takes the digests of the slot, by which two runs know that they hold the same numbers.
-        """
+    def contents(self, keys: Iterable[Key]) -> SlotContents:
+        """What the slot holds at `keys`, modules of this load. It is taken once, when the slot was filled."""
         assert self.slot is not None
-        rank = self.engine.manager.lora_config.max_lora_rank
-        found = []
+        grams, digests = {}, {}
         for key in keys:
-            held = slot_values(self.homes[key], self.slot) if key in self.homes else None
-            if held is None:
-                found.append(torch.zeros(rank, rank))
+            if (held := slot_values(self.homes[key], self.slot)) is None:
                 continue
             a, b = held[0].float(), held[1].float()
-            found.append(b.T @ b)
+            grams[key] = (b.T @ b).to(self.homes[key].layer.lora_a_stacked[0].device)
             entry = self.pairs[key].entry
-            own = (entry.rank if entry else None) or rank
-            self.digests[key] = placed_digest(a[:own].numpy(), b[:, :own].numpy())
-        if not found:
+            own = (entry.rank if entry else None) or b.shape[1]
+            digests[key] = digest_of(a[:own].numpy(), b[:, :own].numpy())
+        return SlotContents(grams, digests)
+
+
+@dataclass(frozen=True)
+class SlotContents:
+    """What a load multiplies with, module by module: G `[r, r]` where the layers run, and a digest by which two runs
+    know that they hold the same numbers."""
+
+    grams: dict[Key, torch.Tensor]
+    digests: dict[Key, str]
+
+    def stacked(self, keys: tuple[Key, ...]) -> torch.Tensor | None:
+        """G for each of `keys`, `[modules, r, r]`, zero for modules that are not this load's; None without any."""
+        if not self.grams:
             return None
-        device = next(iter(self.homes.values())).layer.lora_a_stacked[0].device
-        return torch.stack(found).to(device)
+        nothing = torch.zeros_like(next(iter(self.grams.values())))
+        return torch.stack([self.grams.get(key, nothing) for key in keys])
+
+    def placed(self, keys: tuple[Key, ...], gram: torch.Tensor | None) -> Placed:
+        """The same for the trace; `gram` is None below its level."""
+        digests = tuple(self.digests.get(key, "") for key in keys)
+        return Placed(digests, gram.cpu().numpy() if gram is not None else None)

@@ -1,6 +1,6 @@
 """The patches that let a `Probe` watch vLLM, all installed in one place and all taken back together.
 
-In: the folder and the level. Out: `Patches`; closing them leaves vLLM as it was. Each replacement calls the original
+In: the folder of the trace. Out: `Patches`; closing them leaves vLLM as it was. Each replacement calls the original
 exactly once, with what it was given, and returns what it returned.
 """
 
@@ -14,14 +14,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lora_probe.errors import ProbeError
 from lora_probe.recording import Level
-from lora_probe_vllm import KEEP, TRACE
+from lora_probe_vllm import TRACE
 from lora_probe_vllm.seams import Patches, seams
-from lora_probe_vllm.worker import Probe
+from lora_probe_vllm.worker import Probe, level_of
 
 
-class _Said(logging.Handler):
+class _LogLines(logging.Handler):
     """Collects what vLLM logs at INFO or above while an adapter is loaded."""
 
     def __init__(self) -> None:
@@ -39,7 +38,10 @@ def arm() -> None:
     """Put the probe's patches in place in this process, once. The worker that is built next will record."""
     global _armed
     if _armed is None:
-        _armed = install(Path(os.environ[TRACE]), _level())
+        folder = Path(os.environ[TRACE])
+        # A level that does not exist is reported before a worker is built.
+        level_of(folder)
+        _armed = install(folder)
 
 
 def disarm() -> None:
@@ -50,14 +52,7 @@ def disarm() -> None:
         _armed = None
 
 
-def _level() -> Level:
-    keep = os.environ.get(KEEP, "norms")
-    if keep not in ("events", "norms", "shrink", "tensors"):
-        raise ProbeError(f"{KEEP} is `{keep}`", "levels: events, norms, shrink, tensors")
-    return keep  # type: ignore[return-value]
-
-
-def install(folder: Path, keep: Level) -> Patches:
+def install(folder: Path) -> Patches:
     """Wrap what METHODS in `seams.py` lists. Each worker built from now on carries a probe.
 
     Raises:
@@ -82,7 +77,7 @@ def install(folder: Path, keep: Level) -> Patches:
         def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
             original(self, *args, **kwargs)
             try:
-                probes[id(self)] = Probe(self, folder, keep)
+                probes[id(self)] = Probe(self, folder)
             # Whatever it is, the engine must not pay for it; `trace` will say that no worker carries the probe.
             except Exception as error:
                 logging.getLogger("vllm.lora_probe").error("lora-probe cannot record into %s: %r", folder, error)
@@ -99,8 +94,9 @@ def install(folder: Path, keep: Level) -> Patches:
 
 
 def _begin(probes: dict[int, Probe]) -> Callable[..., str]:
-    def lora_probe_begin(self: Any, folder: str, keep: Level) -> str:
-        """RPC: close the recording that is open and begin another one in `folder`."""
+    def lora_probe_begin(self: Any, folder: str, keep: Level | None = None) -> str:
+        """RPC: close the recording that is open and begin another one in `folder`. Without a run.json there, `keep` is
+        its level."""
         probe = probes[id(self)]
         probe.open(Path(folder), keep)
         return f"vllm-rank-{probe.rank}"
@@ -163,20 +159,20 @@ def _patch_model(patches: Patches, probe_of: Find, probe_of_manager: Find) -> No
 
 
 def _patch_loading(patches: Patches, probe_of_manager: Find) -> None:
-    said = _Said()
+    log = _LogLines()
 
     def load_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
         def wrapper(self: Any, lora_request: Any, *args: Any, **kwargs: Any) -> Any:
             probe = probe_of_manager(self._adapter_manager)
             if probe is None or not probe.recording:
                 return original(self, lora_request, *args, **kwargs)
-            said.lines.clear()
+            log.lines.clear()
             active = None
             with probe.guard("reading the adapter's file"):
                 active = probe.reading(lora_request)
             started = time.perf_counter()
             try:
-                with _listening(said):
+                with _listening(log):
                     lora = original(self, lora_request, *args, **kwargs)
             except Exception as error:
                 if active is not None:
@@ -198,7 +194,7 @@ def _patch_loading(patches: Patches, probe_of_manager: Find) -> None:
             if probe is None or active is None:
                 return original(self, lora, *args, **kwargs)
             before, started = len(lora.loras), time.perf_counter()
-            with _refusing(probe, active, "packing the adapter"), _listening(said):
+            with _refusing(probe, active, "packing the adapter"), _listening(log):
                 result = original(self, lora, *args, **kwargs)
             with probe.guard("registering"):
                 probe.writer.event(
@@ -220,13 +216,13 @@ def _patch_loading(patches: Patches, probe_of_manager: Find) -> None:
             started = time.perf_counter()
             with (
                 _refusing(probe, active, "filling the slot"),
-                _listening(said),
+                _listening(log),
                 _watching_slots(probe, self.modules),
             ):
                 result = original(self, lora_id, *args, **kwargs)
             seconds = round(time.perf_counter() - started, 6)
             with probe.guard("the slot"):
-                probe.activated(lora_id, self.lora_index_to_id.index(lora_id), seconds, list(said.lines))
+                probe.activated(lora_id, self.lora_index_to_id.index(lora_id), seconds, list(log.lines))
             return result
 
         return wrapper
@@ -291,14 +287,14 @@ def _patch_packing(patches: Patches, current: Callable[[], Probe | None]) -> Non
 
 
 @contextmanager
-def _listening(said: _Said) -> Iterator[None]:
-    """Collect what vLLM's loggers say at INFO or above."""
+def _listening(log: _LogLines) -> Iterator[None]:
+    """Collect what vLLM's loggers report at INFO or above."""
     logger = logging.getLogger("vllm")
-    logger.addHandler(said)
+    logger.addHandler(log)
     try:
         yield
     finally:
-        logger.removeHandler(said)
+        logger.removeHandler(log)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import torch
 
 from lora_probe.adapter import Adapter, AdapterModule
 from lora_probe.base import Shapes
-from lora_probe.engines.account import relative_difference
+from lora_probe.engines.held import relative_difference
 from lora_probe.ledger import OK, Finding
 from lora_probe.recording import Floats
 from lora_probe.rules.lp5_loading import not_measured, placed_differs, placed_empty

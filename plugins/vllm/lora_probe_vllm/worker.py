@@ -18,12 +18,13 @@ import msgspec
 
 from lora_probe.adapter import open_adapter
 from lora_probe.base import Base, open_base
-from lora_probe.engines.account import Account
+from lora_probe.engines.load_record import LoadRecord
 from lora_probe.errors import ProbeError
 from lora_probe.names import Key
 from lora_probe.precision import coarser
-from lora_probe.recording import SCHEMA, Level, Load, Process, Run, RunSpec, TraceWriter
+from lora_probe.recording import LEVELS, SCHEMA, Level, Load, Process, Run, RunSpec, TraceWriter
 from lora_probe.rules.stored import expect
+from lora_probe_vllm import KEEP
 from lora_probe_vllm.loads import ActiveLoad
 from lora_probe_vllm.seams import engine_settings, manager_of, model_of, seams, vllm_version, why_not_recordable
 from lora_probe_vllm.slots import Homes
@@ -33,20 +34,19 @@ from lora_probe_vllm.steps import Steps
 class Probe:
     """Everything the probe holds in one worker, from the worker's construction until `finish`."""
 
-    def __init__(self, worker: Any, folder: Path, keep: Level) -> None:
-        self.worker, self.keep = worker, keep
+    def __init__(self, worker: Any, folder: Path) -> None:
+        self.worker = worker
         self.rank = int(worker.rank)
         self.homes: Homes | None = None
         self.base: Base | None = None
         self.loads: dict[int, ActiveLoad] = {}
         self.not_recorded: str | None = None
         self.broken = False
-        self.steps = Steps(keep, self.guard)
         self._generations: dict[int, int] = {}
         self._writer: TraceWriter | None = None
         self._numbers = 0
-        self._watch: list[str] = []
-        self.open(folder, keep)
+        self._outputs_of: list[str] = []
+        self.open(folder)
         # A script of the user's own ends without asking for the last stations.
         atexit.register(self.finish)
 
@@ -59,19 +59,23 @@ class Probe:
     def recording(self) -> bool:
         return self._writer is not None
 
-    def open(self, folder: Path, keep: Level) -> None:
-        """Begin to write into `folder`, or beside it under a number if this rank has written there before."""
+    def open(self, folder: Path, keep: Level | None = None) -> None:
+        """Begin to write into `folder`, or beside it under a number if this rank has written there before.
+
+        `keep` is the level where no run.json names one; by default it is the environment's.
+        """
         self.finish()
-        asked = _asked(folder)
         first, number = folder, 1
         while (folder / f"vllm-rank-{self.rank}").exists():
             number += 1
             folder = first.with_name(f"{first.stem}-{number}{first.suffix}")
         if number > 1:
             logging.getLogger("vllm.lora_probe").warning("%s exists; this recording goes to %s", first, folder)
-        self.keep, self.broken, self._numbers = keep, False, 0
-        self._watch = list(asked.watch) if asked is not None else []
-        self.steps = Steps(keep, self.guard, sketching=asked is not None and asked.score)
+        spec = _requested(folder)
+        self.keep = keep if keep is not None and spec is None else level_of(folder)
+        self.broken, self._numbers = False, 0
+        self._outputs_of = list(spec.watch) if spec is not None else []
+        self.steps = Steps(self.keep, self.guard, sketching=spec is not None and spec.score)
         config = self.worker.vllm_config
         settings = engine_settings(config)
         process = Process(
@@ -81,7 +85,7 @@ class Probe:
             rank=self.rank,
             pid=os.getpid(),
             versions={"vllm": vllm_version()},
-            keep=keep,
+            keep=self.keep,
             device=str(config.device_config.device_type),
             dtype=str(config.model_config.dtype).removeprefix("torch."),
             lora_dtype=settings.get("lora_dtype", ""),
@@ -103,7 +107,7 @@ class Probe:
         # Whatever it is, the request must not pay for it; it is written down and shown.
         except Exception as error:
             self.broken = True
-            self.steps.capture.step = None
+            self.steps.capture.abandon()
             text = f"the probe failed at `{stage}` and stepped aside: {error!r}"
             logging.getLogger("vllm.lora_probe").error(text)
             try:
@@ -170,9 +174,9 @@ class Probe:
             for pair in adapter.modules
             if (name := self.homes.engine_name(pair)) is not None and name in inverse
         }
-        account = Account(self.writer, load, adapter, expect(adapter, shapes, aliases), dtype)
-        active = ActiveLoad.of(account, self.homes)
-        account.announce({key: home.engine_as for key, home in active.homes.items()})
+        record = LoadRecord(self.writer, load, adapter, expect(adapter, shapes, aliases), dtype)
+        active = ActiveLoad.of(record, self.homes)
+        record.announce({key: home.engine_as for key, home in active.homes.items()})
         self.writer.event("read", f"{request.lora_name} from {path}", tensors=len(adapter.weights.tensors))
         return active
 
@@ -186,17 +190,15 @@ class Probe:
     def refused(self, active: ActiveLoad, error: BaseException, stage: str) -> None:
         message = " ".join(str(error).split()) or f"{type(error).__name__} without a message"
         self.writer.event("refused", f"while vLLM was {stage}: {message}")
-        active.account.load = msgspec.structs.replace(active.account.load, refused=True, message=message)
-        self.writer.record(active.account.load)
+        active.record.refused(message)
 
-    def activated(self, adapter_id: int, slot: int, seconds: float, said: list[str]) -> None:
+    def activated(self, adapter_id: int, slot: int, seconds: float, logged: list[str]) -> None:
         """The slot is filled: compare it with the file, and record the touched layers from now on."""
         active = self.loads[adapter_id]
         active.slot = slot
-        active.account.load = msgspec.structs.replace(active.account.load, slot=slot, said=said)
-        self.writer.record(active.account.load)
-        self.writer.event("activate", f"{active.account.load.name} is in slot {slot}", seconds=seconds)
-        active.judge_slot("at activation")
+        active.record.activated(slot, logged)
+        self.writer.event("activate", f"{active.record.load.name} is in slot {slot}", seconds=seconds)
+        active.judge_slots("at activation")
         if self.keep != "events" and not self.not_recorded:
             self.steps.activated(adapter_id, active)
 
@@ -204,14 +206,14 @@ class Probe:
         """The adapter loses its slot; what is in it afterwards is no longer this load's."""
         active = self.loads[adapter_id]
         if active.slot is not None:
-            self.writer.event("evict", f"{active.account.load.name} leaves slot {active.slot}")
-            active.judge_slot("when it was evicted")
+            self.writer.event("evict", f"{active.record.load.name} leaves slot {active.slot}")
+            active.judge_slots("when it was evicted")
             active.slot = None
             self.steps.deactivated(adapter_id)
 
     def stepping(self, runner: Any, scheduler_output: Any) -> Any:
         """Around one `execute_model`."""
-        if self._watch:
+        if self._outputs_of:
             with self.guard("the watched modules"):
                 self._begin_watching(runner)
         if self.broken or self.not_recorded or self.keep == "events":
@@ -220,7 +222,7 @@ class Probe:
 
     def _begin_watching(self, runner: Any) -> None:
         """The first step of a model without LoRA layers: nothing else has told of it before."""
-        names, self._watch = self._watch, []
+        names, self._outputs_of = self._outputs_of, []
         self.not_recorded = why_not_recordable(self.worker.vllm_config, runner)
         self.writer.describe(not_recorded=self.not_recorded)
         if self.not_recorded is None:
@@ -246,9 +248,9 @@ class Probe:
         if active is None:
             return
         if active.slot is not None:
-            active.judge_slot("when the run ended")
-        if not active.account.load.refused:
-            active.account.finish(lambda key: self._why_unmeasured(active, key))
+            active.judge_slots("when the run ended")
+        if not active.record.load.refused:
+            active.record.finish(lambda key: self._why_unmeasured(active, key))
         self.steps.deactivated(adapter_id)
 
     def _why_unmeasured(self, active: ActiveLoad, key: Key) -> str | None:
@@ -267,7 +269,21 @@ class Probe:
         return None
 
 
-def _asked(folder: Path) -> RunSpec | None:
-    """What the run that this trace belongs to was asked for; None for a server's."""
+def _requested(folder: Path) -> RunSpec | None:
+    """What the run that this trace belongs to was asked for; None for a user's own vLLM."""
     path = folder / "run.json"
     return msgspec.json.decode(path.read_bytes(), type=Run).spec if path.exists() else None
+
+
+def level_of(folder: Path) -> Level:
+    """The level of a recording: run.json's, and for a user's own vLLM, which has none, the environment's.
+
+    Raises:
+        ProbeError: the environment names no level.
+    """
+    if (spec := _requested(folder)) is not None:
+        return spec.keep
+    level = os.environ.get(KEEP, "norms")
+    if level not in LEVELS:
+        raise ProbeError(f"{KEEP} is `{level}`", f"levels: {', '.join(LEVELS)}")
+    return level

@@ -11,6 +11,7 @@ import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from msgspec.structs import replace
@@ -19,8 +20,9 @@ from lora_probe.adapter import Adapter, open_adapter
 from lora_probe.adapter.spectrum import gram
 from lora_probe.base import Base, EngineView, open_base
 from lora_probe.base.engine_view import of_headers
-from lora_probe.engines.account import Account, Sampler, placed_digest
+from lora_probe.engines.load_record import LoadRecord
 from lora_probe.engines.prompts import forced
+from lora_probe.engines.sampler import Sampler
 from lora_probe.errors import EngineFailed, ProbeError
 from lora_probe.files.weights import open_weights, read
 from lora_probe.ledger import OK
@@ -37,6 +39,8 @@ from lora_probe.recording import (
     RunSpec,
     TraceWriter,
 )
+from lora_probe.recording.placed import Placed, digest_of
+from lora_probe.recording.rows import kept
 from lora_probe.rules.lp5_loading import name_without_home
 from lora_probe.rules.stored import Expected, expect
 from lora_probe_example import __version__
@@ -110,7 +114,8 @@ class _Run:
     model: _Model
     spec: RunSpec
     placed: dict[Key, _Placed]
-    account: Account
+    record: LoadRecord
+    writer: TraceWriter
     sampler: Sampler = field(default_factory=Sampler)
 
     def answer(self, number: int, ids: list[int], name: str | None) -> RequestRecord:
@@ -136,21 +141,21 @@ class _Run:
         sampled = self.sampler.pick([request] * len(x), phases)
         added: Floats = np.zeros(x.shape[1], np.float32)
         columns: dict[str, list[Floats]] = {}
-        tensors: dict[str, Floats] = {}
-        for number, (key, pair) in enumerate(self.placed.items()):
+        tensors: dict[str, dict[Key, Floats]] = {}
+        for key, pair in self.placed.items():
             base, shrink = x @ pair.weight.T, x @ pair.a.T
             delta = (shrink @ pair.b.T * pair.scaling).astype(np.float32)
             parts = {"x": x, "base": base, "delta": delta, "output": base + delta}
             for part, values in parts.items():
                 columns.setdefault(f"{part}_norm", []).append(np.linalg.norm(values, axis=-1))
             columns.setdefault("shrink", []).append(_padded(shrink, self.rank))
-            tensors |= {f"{part}/{number}": parts[part] for part in ("x", "base", "delta")}
+            for part in ("x", "base", "delta"):
+                tensors.setdefault(part, {})[key] = parts[part]
             if sampled:
-                self.account.sample(key, x[sampled], delta[sampled], pair.a, pair.b, pair.scaling)
+                self.record.sample(key, x[sampled], delta[sampled], pair.a, pair.b, pair.scaling)
             if delta.shape[1] == len(added):
                 added += delta[-1]
-        self.account.asked += len(x)
-        self.account.ran(self.placed, len(x), {})
+        self.record.ran(len(x), self.placed, len(x), {})
         if self.placed and self.spec.keep != "events":
             self._write(request, positions, phases, columns, tensors)
         return added
@@ -165,13 +170,16 @@ class _Run:
         positions: list[int],
         phases: list[int],
         columns: dict[str, list[Floats]],
-        tensors: dict[str, Floats],
+        tensors: dict[str, dict[Key, Floats]],
     ) -> None:
         count = len(positions)
         shrink = np.stack(columns.pop("shrink"), axis=1)
         grams = [_padded(_padded(gram(pair.b, pair.scaling), self.rank).T, self.rank) for pair in self.placed.values()]
-        lean = self.spec.keep == "norms"
-        self.account.writer.rows(
+        digests = tuple(digest_of(pair.a, pair.b * np.float32(pair.scaling)) for pair in self.placed.values())
+        with_shrink = kept("shrink", self.spec.keep)
+        more: dict[str, Any] = {name: np.stack(values, axis=1) for name, values in columns.items()}
+        more |= {name: values for name, values in tensors.items() if kept(name, self.spec.keep)}
+        self.writer.rows(
             Rows(
                 modules=tuple(self.placed),
                 requests=(request,),
@@ -179,11 +187,9 @@ class _Run:
                 position=np.array(positions, np.int32),
                 phase=np.array(phases, np.int8),
                 load=np.zeros(count, np.int32),
-                shrink=None if lean else shrink,
-                gram=None if lean else np.stack(grams),
-                placed=tuple(placed_digest(p.a, p.b * np.float32(p.scaling)) for p in self.placed.values()),
-                tensors=tensors if self.spec.keep == "tensors" else None,
-                **{name: np.stack(values, axis=1) for name, values in columns.items()},
+                shrink=shrink if with_shrink else None,
+                placed={self.record.number: Placed(digests, np.stack(grams) if with_shrink else None)},
+                **more,
             )
         )
 
@@ -199,11 +205,11 @@ def _record(spec: RunSpec, adapter: Adapter, writer: TraceWriter) -> None:
     if misfits:
         writer.event("refused", misfits[0])
         load = replace(load, refused=True, message=misfits[0])
-    account = Account(writer, load, adapter, expected, "float32")
-    account.announce({row.key: row.module for row in adapted})
+    record = LoadRecord(writer, load, adapter, expected, "float32")
+    record.announce({row.key: row.module for row in adapted})
     if misfits:
         return
-    account.station(
+    record.station(
         "read",
         {
             row.key: OK if not row.homeless else name_without_home(row.entry.stored_as, None, "Example")
@@ -211,15 +217,15 @@ def _record(spec: RunSpec, adapter: Adapter, writer: TraceWriter) -> None:
             if row.entry is not None
         },
     )
-    account.station("placed", {row.key: not_adapted(projection_of(row.module)) or OK for row in pairs})
+    record.station("placed", {row.key: not_adapted(projection_of(row.module)) or OK for row in pairs})
     placed = {row.key: _placed(row, adapter, model) for row in adapted}
     writer.event("activate", f"{len(placed)} layers adapted")
-    run = _Run(model, spec, placed, account)
+    run = _Run(model, spec, placed, record, writer)
     prompts = [list(prompt.ids) or model.encode(prompt.text) for prompt in spec.prompts]
     for name in (None, spec.name):
         for number, ids in enumerate(prompts):
             writer.request(run.answer(number, ids, name))
-    account.finish(lambda key: None if spec.keep != "events" else "contributions were not recorded (--keep events)")
+    record.finish(lambda key: None if spec.keep != "events" else "contributions were not recorded (--keep events)")
 
 
 def _open_model(name: str) -> _Model:

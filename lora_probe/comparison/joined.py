@@ -1,0 +1,157 @@
+"""What two traces have in common: the requests that both made, and the rows of these.
+
+In: a reference and a candidate trace. Out: their requests with the same prompt, their rows joined on prompt and
+position as far as both runs saw the same tokens, and how far the contributions of joined rows lie apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from lora_probe.adapter.spectrum import delta_norms
+from lora_probe.recording import Floats, RequestRecord, Rows, Trace
+from lora_probe.recording.placed import Held, grams_of
+from lora_probe.recording.rows import places
+
+Bools = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class RequestDiff:
+    """One prompt in both runs, and how many tokens of the answer are the same."""
+
+    reference: RequestRecord
+    candidate: RequestRecord
+    same_tokens: int
+    logprob_error: float | None
+
+    @property
+    def prompt(self) -> int:
+        return self.reference.prompt
+
+    @property
+    def equal(self) -> bool:
+        return self.reference.output_ids == self.candidate.output_ids
+
+    @property
+    def span(self) -> int:
+        """The number of positions at which both runs saw the same tokens up to there."""
+        return len(self.reference.prompt_ids) + self.same_tokens
+
+
+def matched_requests(reference: Trace, candidate: Trace) -> tuple[RequestDiff, ...]:
+    """The requests for an adapter that both runs made with the same prompt tokens, one after the other where a run made
+    several. Where both runs know an adapter by the same name, its requests belong together."""
+    names = [{request.adapter for request in trace.requests} for trace in (reference, candidate)]
+    shared = names[0] & names[1]
+
+    def question(request: RequestRecord) -> tuple[tuple[int, ...], str | None]:
+        return tuple(request.prompt_ids), request.adapter if request.adapter in shared else None
+
+    answers: dict[object, list[RequestRecord]] = {}
+    for request in candidate.requests:
+        if request.adapter is not None:
+            answers.setdefault(question(request), []).append(request)
+    diffs = []
+    for one in reference.requests:
+        theirs = answers.get(question(one), [])
+        if one.adapter is None or not theirs:
+            continue
+        two = theirs.pop(0) if len(theirs) > 1 else theirs[0]
+        same = _common(one.output_ids, two.output_ids)
+        both = zip(one.logprobs[:same], two.logprobs[:same], strict=False)
+        errors = [abs(a - b) for a, b in both if a is not None and b is not None]
+        diffs.append(RequestDiff(one, two, same, max(errors, default=None)))
+    return tuple(diffs)
+
+
+def _common(one: list[int], two: list[int]) -> int:
+    """The length of the common beginning."""
+    count = 0
+    for a, b in zip(one, two, strict=False):
+        if a != b:
+            break
+        count += 1
+    return count
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Row numbers of both traces that belong together. `where`: (prompt, position, number of the token)."""
+
+    reference: Rows
+    candidate: Rows
+    mine: list[int]
+    theirs: list[int]
+    where: list[tuple[int, int, int]]
+
+
+def join(reference: Trace, candidate: Trace, requests: Sequence[RequestDiff]) -> Joined | None:
+    """The rows that both runs have of `requests`, as far as they saw the same tokens; None without any."""
+    one, two = reference.rows, candidate.rows
+    if one is None or two is None:
+        return None
+    here, there = places(one), places(two)
+    mine, theirs, where = [], [], []
+    for request in requests:
+        begin = len(request.reference.prompt_ids)
+        for position in range(request.span):
+            a = here.get((request.reference.id, position))
+            b = there.get((request.candidate.id, position))
+            if a is not None and b is not None:
+                mine.append(a)
+                theirs.append(b)
+                where.append((request.prompt, position, position - begin))
+    return Joined(one, two, mine, theirs, where) if mine else None
+
+
+def by_load(joined: Joined) -> Iterator[tuple[tuple[int, int], Bools]]:
+    """The joined rows by the loads that they ran with in both runs: the loads, and which rows."""
+    loads = joined.reference.load[joined.mine], joined.candidate.load[joined.theirs]
+    for one, two in sorted(set(zip(*(column.tolist() for column in loads), strict=True))):
+        yield (one, two), (loads[0] == one) & (loads[1] == two)
+
+
+def distances(joined: Joined, here: int, there: int) -> tuple[Floats, bool]:
+    """‖delta_candidate − delta_reference‖ of each joined row, and whether all of them are exact.
+
+    From the deltas themselves, or from the shrinks and the G of each row's own load. Where a row has none of them (it
+    ran with no load, or its level keeps none) the difference of the norms is a lower bound.
+    """
+    one, two = joined.reference, joined.candidate
+    key = one.modules[here]
+    if one.delta and two.delta and key in one.delta and key in two.delta:
+        deltas = one.delta[key][joined.mine], two.delta[key][joined.theirs]
+        if deltas[0].shape == deltas[1].shape:
+            return np.linalg.norm(deltas[1] - deltas[0], axis=-1), True
+    distance: Floats = np.abs(two.delta_norm[joined.theirs, there] - one.delta_norm[joined.mine, here])
+    if one.shrink is None or two.shrink is None:
+        return distance, False
+    rank = min(one.shrink.shape[-1], two.shrink.shape[-1])
+    mine, theirs = one.shrink[joined.mine, here, :rank], two.shrink[joined.theirs, there, :rank]
+    exact = True
+    for (load_one, load_two), chosen in by_load(joined):
+        held_one, held_two = grams_of(one.placed, load_one, here), grams_of(two.placed, load_two, there)
+        if held_one is None or held_two is None:
+            exact = False
+            continue
+        distance[chosen], same = _from_shrinks(mine[chosen], theirs[chosen], held_one, held_two)
+        exact = exact and same
+    return distance, exact
+
+
+def _from_shrinks(mine: Floats, theirs: Floats, held_one: Held, held_two: Held) -> tuple[Floats, bool]:
+    """With the same placed B: `d·G·dᵀ` with d the difference of the shrinks. With another B: the part that the shrinks
+    explain, plus the difference of the norms that the two B give to the candidate's shrink (a lower bound)."""
+    rank = mine.shape[-1]
+    grams = [held.gram[:rank, :rank] for held in (held_one, held_two)]
+    from_shrink = delta_norms(theirs - mine, grams[0])
+    if held_one.digest == held_two.digest != "":
+        return from_shrink, True
+    norm_by = [delta_norms(theirs, gram) for gram in grams]
+    bound: Floats = from_shrink + np.abs(norm_by[1] - norm_by[0])
+    return bound, False

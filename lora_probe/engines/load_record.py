@@ -1,0 +1,242 @@
+"""The record of one load of an adapter while an engine runs it: the part that is the same in every engine.
+
+In: the adapter, the rows that ran, samples of x and delta. Out: the load's records in the trace, from `stored`
+(judged from the file before the engine sees it) to `agrees` (recomputed from the file on the sampled rows).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from msgspec.structs import replace
+
+from lora_probe.adapter import Adapter
+from lora_probe.ledger import OK, STATIONS, Finding, Station
+from lora_probe.names import Key
+from lora_probe.precision import agrees as agrees_tolerance
+from lora_probe.precision import finite
+from lora_probe.recording import Floats, Load, ModuleRecord, TraceWriter
+from lora_probe.rules.lp5_loading import not_measured
+from lora_probe.rules.lp6_applying import contamination, kernel_differs, never_applied, not_finite_output, rows_missed
+from lora_probe.rules.stored import Expected
+
+ENOUGH_ROWS = 4
+"""Below this many sampled rows a relative error says little: x·A of a single row may cancel to almost nothing."""
+
+
+@dataclass
+class _Counters:
+    """What is summed up for one module. `applied` counts the rows that asked for the adapter and ran with it; `error`,
+    `reference` and `bound` are sums of squares over the sampled rows."""
+
+    applied: int = 0
+    contaminated: int = 0
+    sampled: int = 0
+    error: float = 0.0
+    reference: float = 0.0
+    worst_row: float = 0.0
+    bound: float = 0.0
+    finite: bool = True
+
+
+class LoadRecord:
+    """Writes one load's records, and counts its rows until `finish`. Its state changes through its methods alone."""
+
+    def __init__(
+        self, writer: TraceWriter, load: Load, adapter: Adapter, expected: tuple[Expected, ...], dtype: str
+    ) -> None:
+        self.adapter, self.expected = adapter, expected
+        self._writer, self._load, self._dtype = writer, load, dtype
+        self._requested = 0
+        self._counters: dict[Key, _Counters] = {}
+        self._ended: set[Key] = set()
+        self._written: dict[tuple[Station, Key], Finding] = {}
+
+    @property
+    def load(self) -> Load:
+        return self._load
+
+    @property
+    def number(self) -> int:
+        return self._load.load
+
+    def ended(self, key: Key) -> bool:
+        """Whether a module's journey has ended: it is absent at some station, or another rank's to judge."""
+        return key in self._ended
+
+    def has_run(self, key: Key) -> bool:
+        """Whether any row of a module was seen."""
+        return key in self._counters and self._counters[key].applied > 0
+
+    def announce(self, engine_as: Mapping[Key, str]) -> None:
+        """Write the load, its rows, and `stored`. A row without a pair in the file is absent at every station."""
+        self._writer.record(self._load)
+        for row in self.expected:
+            pair = row.entry
+            self._writer.record(
+                ModuleRecord(
+                    load=self.number,
+                    module=row.key[0],
+                    parameter=row.key[1],
+                    expert=row.key[2],
+                    expected_by=list(row.expected_by),
+                    stored_as=pair.stored_as if pair else None,
+                    engine_as=engine_as.get(row.key),
+                    rank=pair.rank if pair else None,
+                    scaling=pair.scaling if pair else None,
+                    norm=finite(row.spectrum.norm) if row.spectrum else None,
+                    effective_rank=finite(row.spectrum.effective_rank) if row.spectrum else None,
+                )
+            )
+        self._station_of("stored", {row.key: row.stored for row in self.expected})
+        absent = [row.key for row in self.expected if row.entry is None]
+        self._ended.update(absent)
+        for station in STATIONS[1:]:
+            if absent:
+                self._writer.station(self.number, station, Finding("absent"), absent)
+
+    def refused(self, message: str) -> None:
+        """The engine refuses the adapter, in its own words."""
+        self._replace(refused=True, message=message)
+
+    def activated(self, slot: int | None, logged: list[str]) -> None:
+        """The adapter is ready to run; `logged` is what the engine reported until then."""
+        self._replace(slot=slot, said=logged)
+
+    def leave_to_another_rank(self, keys: Iterable[Key]) -> None:
+        """These modules are another rank's: from here on nothing is written for them."""
+        self._ended.update(keys)
+
+    def station(self, station: Station, findings: Mapping[Key, Finding]) -> None:
+        """Write one station's findings; an absent module has ended its journey."""
+        self._station_of(station, findings)
+        self._ended.update(key for key, finding in findings.items() if finding.value == "absent")
+
+    def ran(self, requested: int, keys: Iterable[Key], applied: int, contaminated: Mapping[Key, int]) -> None:
+        """Rows of one step: `requested` asked for this load, `applied` of them ran with it at `keys`, and some that
+        did not ask got its contribution."""
+        self._requested += requested
+        for key in keys:
+            self._counters_of(key).applied += applied
+        for key, rows in contaminated.items():
+            self._counters_of(key).contaminated += rows
+
+    def sample(self, key: Key, x: Floats, delta: Floats, a: Floats, b: Floats, scaling: float) -> None:
+        """Compare what the kernel wrote with s·(x·Aᵀ)·Bᵀ of the file. `x: [rows, in]`, `delta: [rows, out]`."""
+        counters = self._counters_of(key)
+        reference = (x @ a.T) @ b.T * np.float32(scaling)
+        counters.sampled += len(x)
+        if not (np.isfinite(delta).all() and np.isfinite(reference).all()):
+            counters.finite = False
+            return
+        errors = np.linalg.norm(delta - reference, axis=-1)
+        sizes = np.linalg.norm(reference, axis=-1)
+        # What round-off could at most be a share of: the same product without any cancellation.
+        bound = np.linalg.norm((np.abs(x) @ np.abs(a).T) @ np.abs(b).T * np.float32(abs(scaling)), axis=-1)
+        counters.bound += float(np.square(bound, dtype=np.float64).sum())
+        counters.error += float(np.square(errors, dtype=np.float64).sum())
+        counters.reference += float(np.square(sizes, dtype=np.float64).sum())
+        rows = sizes > 0
+        if rows.any():
+            counters.worst_row = max(counters.worst_row, float((errors[rows] / sizes[rows]).max()))
+
+    def so_far(self) -> None:
+        """Write what `applied` and `agrees` show until now, where that is new.
+
+        Servers are usually killed without warning, so the last stations cannot wait for the end. Of several records
+        the gravest counts, so only what may stand is written: never that nothing has happened yet.
+        """
+        applied: dict[Key, Finding] = {}
+        agrees: dict[Key, Finding] = {}
+        for key, counters in self._counters.items():
+            if key in self._ended or not (counters.applied or counters.contaminated):
+                continue
+            applied[key] = self._applied(counters)
+            if counters.sampled >= ENOUGH_ROWS:
+                agrees[key] = self._agrees(counters)
+        both: tuple[tuple[Station, dict[Key, Finding]], ...] = (("applied", applied), ("agrees", agrees))
+        for station, findings in both:
+            new = {key: finding for key, finding in findings.items() if self._written.get((station, key)) != finding}
+            self._written |= {(station, key): finding for key, finding in new.items()}
+            self._station_of(station, new)
+
+    def finish(
+        self, unmeasured: Callable[[Key], str | None], unjudged: Callable[[Key], str | None] = lambda _: None
+    ) -> None:
+        """Write `applied` and `agrees`.
+
+        `unmeasured` says why a module's rows were not recorded, if they were not; `unjudged` why its contribution has
+        no reference, if it has none.
+        """
+        applied: dict[Key, Finding] = {}
+        agrees: dict[Key, Finding] = {}
+        facts: dict[str, list[float]] = {}
+        for row in self.expected:
+            if row.key in self._ended:
+                continue
+            why = unmeasured(row.key) or (None if self._requested else "no request asked for the adapter")
+            if why is not None:
+                applied[row.key] = agrees[row.key] = not_measured(why)
+                continue
+            counters = self._counters_of(row.key)
+            applied[row.key] = self._applied(counters)
+            if applied[row.key].value == "absent":
+                continue
+            if (reason := unjudged(row.key)) is not None:
+                agrees[row.key] = not_measured(reason)
+                continue
+            agrees[row.key] = self._agrees(counters)
+            facts[row.module] = [_relative(counters), counters.worst_row, counters.sampled]
+        self._station_of("applied", applied)
+        self._station_of("agrees", agrees)
+        if facts:
+            worst = max(facts.items(), key=lambda item: item[1][0])
+            self._writer.event(
+                "agree",
+                f"recomputed {len(facts)} modules from the file: worst relative error {worst[1][0]:.2g}",
+                module=worst[0],
+                errors=facts,
+                tolerance=agrees_tolerance(self._dtype),
+            )
+
+    def _applied(self, counters: _Counters) -> Finding:
+        if counters.contaminated:
+            return contamination(counters.contaminated)
+        if counters.applied == 0:
+            return never_applied(self._requested)
+        return rows_missed(counters.applied, self._requested) if counters.applied != self._requested else OK
+
+    def _agrees(self, counters: _Counters) -> Finding:
+        limit = agrees_tolerance(self._dtype)
+        if not counters.finite:
+            return not_finite_output()
+        if not counters.sampled:
+            return not_measured("no row of this module was sampled")
+        error = _relative(counters)
+        if error > limit and counters.sampled < ENOUGH_ROWS and counters.error <= limit**2 * counters.bound:
+            return not_measured(f"{counters.sampled} sampled rows are too few to judge an error of {error:.2g}")
+        return kernel_differs(error, limit, counters.sampled) if error > limit else OK
+
+    def _counters_of(self, key: Key) -> _Counters:
+        return self._counters.setdefault(key, _Counters())
+
+    def _replace(self, **changes: Any) -> None:
+        self._load = replace(self._load, **changes)
+        self._writer.record(self._load)
+
+    def _station_of(self, station: Station, findings: Mapping[Key, Finding]) -> None:
+        groups: dict[Finding, list[Key]] = {}
+        for key, finding in findings.items():
+            groups.setdefault(finding, []).append(key)
+        for finding, keys in groups.items():
+            self._writer.station(self.number, station, finding, keys)
+
+
+def _relative(counters: _Counters) -> float:
+    """Error over all sampled rows of a module; a zero reference with a non-zero delta is infinitely wrong."""
+    if counters.reference == 0:
+        return 0.0 if counters.error == 0 else float("inf")
+    return float(np.sqrt(counters.error / counters.reference))

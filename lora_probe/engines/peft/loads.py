@@ -1,0 +1,168 @@
+"""One load of an adapter in PEFT: attached to the base model, judged, and what its layers multiply with.
+
+In: a live base model, and the adapter's folder. Out: the live LoRA layers, or PEFT's refusal in its own words; findings
+for `read` and `placed`; G and a digest for each module.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from lora_probe.adapter import AdapterModule, adapter_in
+from lora_probe.adapter.spectrum import gram
+from lora_probe.base import Shapes
+from lora_probe.engines.load_record import LoadRecord
+from lora_probe.engines.peft.models import first_lines, short
+from lora_probe.engines.peft.slots import ADAPTER, judge, recordable, slot_values
+from lora_probe.ledger import OK, Finding
+from lora_probe.names import PREFIX, Key
+from lora_probe.recording import Placed, RunSpec, TraceWriter
+from lora_probe.recording.placed import digest_of
+from lora_probe.rules.lp2_names import odd_ending
+from lora_probe.rules.lp5_loading import name_without_home, no_lora_layer, not_taken
+from lora_probe.rules.stored import Expected
+
+
+@dataclass(frozen=True)
+class Attached:
+    """What PEFT made of an adapter: its model, the live LoRA layers by module, and what it warned of. `refused` is its
+    word on an adapter that it does not load."""
+
+    model: Any
+    layers: Mapping[str, Any]
+    logged: list[str]
+    refused: str | None = None
+
+    def lora_dtype(self, default: str) -> str:
+        """The dtype that the contribution is computed in: the live lora_B's."""
+        for layer in self.layers.values():
+            for part in getattr(layer, "lora_B", {}).values():
+                return str(part.weight.dtype).removeprefix("torch.")
+        return default
+
+
+def attach(model: Any, spec: RunSpec, writer: TraceWriter) -> Attached:
+    """Let PEFT load the adapter."""
+    from peft import PeftModel
+    from peft.tuners.lora import LoraLayer
+
+    writer.event("read", f"PeftModel.from_pretrained({spec.adapter!r})")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        started = time.perf_counter()
+        try:
+            peft_model = PeftModel.from_pretrained(model, spec.adapter, adapter_name=ADAPTER)
+        # A refusal is an answer: whatever PEFT raises here is recorded as its word on the adapter.
+        except Exception as error:
+            message = first_lines(error)
+            writer.event("refused", message, seconds=round(time.perf_counter() - started, 3))
+            return Attached(None, {}, [], message)
+    _cast(peft_model, spec.options.get("lora_dtype", "auto"))
+    peft_model.eval()
+    root = peft_model.get_base_model()
+    layers = {name: layer for name, layer in root.named_modules() if isinstance(layer, LoraLayer)}
+    for name, layer in layers.items():
+        writer.event("wrap", f"{type(layer.base_layer).__name__} -> {type(layer).__name__}", module=name)
+    writer.event(
+        "activate",
+        f"{len(layers)} layers replaced, adapter `{spec.name}` active as `{ADAPTER}`",
+        seconds=round(time.perf_counter() - started, 3),
+    )
+    logged = [short(str(warning.message)) for warning in caught if issubclass(warning.category, UserWarning)]
+    return Attached(peft_model, layers, logged)
+
+
+def _cast(peft_model: Any, dtype: str) -> None:
+    """From the float32 that PEFT loads to the dtype that was requested, so that every value is rounded once."""
+    if dtype == "auto":
+        return
+    import torch
+
+    for name, parameter in peft_model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.to(getattr(torch, dtype))
+
+
+@dataclass(frozen=True)
+class ActiveLoad:
+    """A load from the moment PEFT has it. `layers` are the live ones by module, `shapes` the modules of the base."""
+
+    record: LoadRecord
+    layers: Mapping[str, Any]
+    shapes: Shapes
+
+    @property
+    def number(self) -> int:
+        return self.record.number
+
+    @cached_property
+    def pairs(self) -> dict[Key, AdapterModule]:
+        """The pairs of the file by the module that they are for."""
+        return {row.key: row.entry for row in self.record.expected if row.entry is not None}
+
+    def judge_read(self) -> None:
+        """`read`: which pairs PEFT took, and which of them name a module that exists and has a LoRA layer."""
+        read: dict[Key, Finding] = {}
+        placed: dict[Key, Finding] = {}
+        for row in self.record.expected:
+            if row.entry is None:
+                continue
+            read[row.key] = self._judge_name(row)
+            if read[row.key] == OK and row.module not in self.layers:
+                placed[row.key] = no_lora_layer("PEFT", "the config does not target it")
+        self.record.station("read", read)
+        self.record.station("placed", placed)
+
+    def _judge_name(self, row: Expected) -> Finding:
+        assert row.entry is not None
+        # A module that PEFT wraps exists, though the shapes may not show it (those of fused experts do not).
+        wrapped = row.module == row.entry.module and row.module in self.layers
+        if not wrapped and (row.homeless or row.module not in self.shapes):
+            meant = row.module if row.module != row.entry.module else None
+            return name_without_home(row.entry.stored_as, meant, "PEFT")
+        if not all(tensor.name.startswith(PREFIX) for tensor in row.entry.tensors):
+            return not_taken("PEFT", f"its name does not begin with `{PREFIX}`")
+        if not {adapter_in(tensor) for tensor in row.entry.tensors} <= {None, ADAPTER}:
+            return not_taken("PEFT", "another adapter's name stands in its name")
+        embedded = bool(getattr(self.layers.get(row.module), "lora_embedding_A", None))
+        half = row.entry.a or row.entry.b
+        if half is not None and (ending := odd_ending(half.name, embedded, adapter_in(half))) is not None:
+            return ending
+        return OK
+
+    def judge_slots(self, moment: str) -> None:
+        """`placed`: the live layers against the file."""
+        self.record.station(
+            "placed",
+            {
+                key: judge(self.record.adapter, pair, self.layers[key[0]], moment)
+                for key, pair in self.pairs.items()
+                if not self.record.ended(key)
+            },
+        )
+
+    def recordable(self) -> Iterator[Key]:
+        """The rows whose layer the hooks understand."""
+        for key in self.pairs:
+            layer = self.layers.get(key[0])
+            if key[1] == "weight" and layer is not None and recordable(layer):
+                yield key
+
+    def placed(self, keys: tuple[Key, ...]) -> Placed:
+        """G and digests of what the live layers hold at `keys`, padded to the largest rank."""
+        held = [(*slot_values(self.layers[key[0]]), self.layers[key[0]].scaling[ADAPTER]) for key in keys]
+        rank = max((b.shape[1] for _, b, _ in held), default=0)
+        grams, digests = np.zeros((len(keys), rank, rank), np.float32), []
+        for number, (a, b, scaling) in enumerate(held):
+            a, b = (weight.float().cpu().numpy() for weight in (a, b))
+            own = b.shape[1]
+            grams[number, :own, :own] = gram(b, scaling)
+            digests.append(digest_of(a, b * np.float32(scaling)))
+        return Placed(tuple(digests), grams)

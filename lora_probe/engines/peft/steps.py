@@ -1,0 +1,46 @@
+"""The rows of every forward pass of a live PEFT model, while one load runs.
+
+In: the forward passes, each in a `with` block, and what the hooks of a `Capture` took of them. Out: rows for the trace,
+counts for `applied`, samples for `agrees`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+from lora_probe.engines.peft.capture import Capture, Step
+from lora_probe.engines.peft.loads import ActiveLoad
+from lora_probe.engines.sampler import Sampler
+from lora_probe.recording import DECODE, PREFILL, TraceWriter
+from lora_probe.recording.rows import kept
+
+
+class Steps:
+    """Records steps of `load`, whose layers `capture` has its hooks on."""
+
+    def __init__(self, load: ActiveLoad, capture: Capture, writer: TraceWriter) -> None:
+        self._load, self._capture, self._writer = load, capture, writer
+        self._sampler = Sampler()
+        self._comparable = {row.key for row in load.record.expected if row.spectrum is not None}
+        placed = load.placed(capture.keys)
+        self._placed = {load.number: placed if kept("shrink", capture.keep) else replace(placed, gram=None)}
+
+    @contextmanager
+    def stepping(self, request: str, positions: Sequence[int], prompt: int) -> Iterator[None]:
+        """One forward pass over `positions` of a request, of which the first `prompt` are the prompt's."""
+        phases = [PREFILL if at < prompt else DECODE for at in positions]
+        with self._capture.stepping(self._sampler.pick([request] * len(phases), phases)) as step:
+            yield
+        self._load.record.ran(len(phases), step.ran, len(phases), {})
+        self._sample(step)
+        if self._capture.keys:
+            self._writer.rows(self._capture.rows(step, request, list(positions), phases, self._placed))
+
+    def _sample(self, step: Step) -> None:
+        record = self._load.record
+        for key, (x, delta) in step.samples.items():
+            pair = self._load.pairs[key]
+            if key in self._comparable and pair.a is not None and pair.b is not None:
+                record.sample(key, x, delta, record.adapter.values(pair.a), record.adapter.values(pair.b), pair.scaling)

@@ -1,0 +1,93 @@
+"""What the plugin makes of one step, with torch alone: contributions, and rows that should have none. No vLLM runs."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from lora_probe_vllm.capture import Step, stack
+from lora_probe_vllm.seams import StepRows
+from lora_probe_vllm.steps import contaminated_rows
+
+KEYS = (("q_proj", "weight", None), ("v_proj", "weight", None))
+INPUTS, OUTPUTS, RANK = 16, 24, 4
+BASE, FIRST, SECOND = 0, 1, 2
+"""vLLM's adapter ids. Their slots are one less."""
+
+
+def weights(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(seed)
+    return torch.randn(RANK, INPUTS), torch.randn(OUTPUTS, RANK)
+
+
+PAIRS = {FIRST: weights(1), SECOND: weights(2)}
+GRAMS = {adapter - 1: torch.stack([b.T @ b] * len(KEYS)) for adapter, (_, b) in PAIRS.items()}
+
+
+def step(requested: list[int], multiplied: list[int]) -> Step:
+    """A step whose rows asked for one adapter and whose kernel multiplied with another. The kernel's table names a slot
+    of its own for rows of the base, as on a backend that has none for them."""
+    count = len(requested)
+    x = torch.randn(count, INPUTS, generator=torch.Generator().manual_seed(0))
+    rows = StepRows([f"request-{number}" for number in range(count)], [0] * count, [1] * count, requested)
+    shrink, written = torch.zeros(count, RANK), torch.zeros(count, OUTPUTS)
+    for number, adapter in enumerate(multiplied):
+        if adapter != BASE:
+            a, b = PAIRS[adapter]
+            shrink[number] = x[number] @ a.T
+            written[number] = shrink[number] @ b.T
+    found = Step(rows, [0] * count, [], mixed=BASE in requested)
+    found.slots = torch.tensor([adapter - 1 for adapter in requested])
+    for key in KEYS:
+        found.shrink[key] = shrink
+        found.written_norm[key] = written.norm(dim=-1)
+    return found
+
+
+def contaminated(one: Step, adapter: int) -> list[int]:
+    """How many rows got the contribution of `adapter`, module by module."""
+    norms = stack(one, KEYS, GRAMS).delta_norm
+    return [contaminated_rows(one, KEYS, GRAMS[adapter - 1], norms).get(key, 0) for key in KEYS]
+
+
+def test_rows_of_the_base_without_a_contribution() -> None:
+    one = step([BASE, FIRST, BASE, SECOND], [BASE, FIRST, BASE, SECOND])
+    norms = stack(one, KEYS, GRAMS).delta_norm
+    assert (norms[[0, 2]] == 0).all()
+    assert (norms[[1, 3]] > 0).all()
+    assert contaminated(one, FIRST) == contaminated(one, SECOND) == [0, 0]
+
+
+@pytest.mark.parametrize("adapter", [FIRST, SECOND])
+def test_rows_of_the_base_that_got_one_are_counted_for_the_adapter_that_it_is_of(adapter: int) -> None:
+    one = step([BASE, FIRST, BASE, SECOND, BASE], [adapter, FIRST, BASE, SECOND, adapter])
+    assert contaminated(one, adapter) == [2, 2]
+    assert contaminated(one, FIRST + SECOND - adapter) == [0, 0]
+
+
+def test_a_step_without_rows_of_the_base() -> None:
+    assert contaminated(step([FIRST, SECOND], [FIRST, SECOND]), FIRST) == [0, 0]
+
+
+def test_a_module_that_did_not_run() -> None:
+    one = step([BASE, FIRST], [FIRST, FIRST])
+    for values in (one.shrink, one.written_norm):
+        del values[KEYS[1]]
+    assert contaminated(one, FIRST) == [1, 0]
+    assert np.isnan(stack(one, KEYS, GRAMS).delta_norm[:, 1]).all()
+
+
+def test_each_row_is_weighed_with_its_own_slot() -> None:
+    one = step([FIRST, SECOND, FIRST], [FIRST, SECOND, FIRST])
+    norms = stack(one, KEYS, GRAMS).delta_norm
+    for row, adapter in enumerate(one.rows.lora):
+        b = PAIRS[adapter][1]
+        np.testing.assert_allclose(norms[row], (one.shrink[KEYS[0]][row] @ b.T).norm(), rtol=1e-5)
+
+
+def test_a_slot_that_no_load_holds_has_no_contribution() -> None:
+    one = step([FIRST, SECOND], [FIRST, SECOND])
+    norms = stack(one, KEYS, {0: GRAMS[0]}).delta_norm
+    assert norms[0, 0] > 0
+    assert (norms[1] == 0).all()
