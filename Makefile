@@ -2,7 +2,7 @@
 # make test    set up, run the tests
 # make check   lint, types, import layers
 # make bench   throughput with and without the probe, the cost of checking a merge
-# make rules   write lora_probe/rules/RULES.md out of the rules' docstrings
+# make rules   write lora_probe/rules/RULES.md from the rules' docstrings
 # Needs Linux on x86-64 and CPython 3.11, 3.12 or 3.13; on macOS and Windows use a Linux container.
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c

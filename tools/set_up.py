@@ -87,8 +87,8 @@ def install(folder: Path, progress: Callable[[str], None], *arguments: str) -> N
     warnings = dict.fromkeys(line for line in lines if line.startswith(HARMLESS))
     print("", *warnings, *(line for line in lines if line not in warnings), sep="\n", file=sys.stderr)
     sys.exit(
-        f"error: pip ended with status {pip.returncode}, and {folder} is incomplete. Check the network, the package index "
-        f"(`{folder}/bin/pip config list`) and the free disk space, then run make again."
+        f"error: pip ended with status {pip.returncode}, and {folder} is incomplete. Check the network, "
+        f"the package index (`{folder}/bin/pip config list`) and the free disk space, then run make again."
     )
 
 
