@@ -14,7 +14,7 @@ import pytest
 from lora_probe.engines.child import child_environment
 
 ROOT = Path(__file__).parent.parent
-SCRIPT = ROOT / "tools" / "set_up.py"
+SCRIPT = ROOT / ".ci" / "set_up.py"
 
 
 def wheel(folder: Path, name: str, code: str = "", *, version: str = "1.0", requires: str = "") -> None:
@@ -101,8 +101,8 @@ def test_a_python_without_ensurepip_is_told_what_to_install(tmp_path: Path) -> N
 def make(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """`make setup` with the Makefile and the set-up script alone, and no other programs than those in `folder`/bin."""
     shutil.copy(ROOT / "Makefile", folder)
-    (folder / "tools").mkdir(exist_ok=True)
-    shutil.copy(SCRIPT, folder / "tools")
+    (folder / ".ci").mkdir(exist_ok=True)
+    shutil.copy(SCRIPT, folder / ".ci")
     (folder / "requirements.lock").write_text("torch==1.0\n")
     for settings in ("setup.cfg", "pyproject.toml"):
         shutil.copy(ROOT / settings, folder)
