@@ -88,7 +88,9 @@ def install(folder: Path) -> Patches:
     patches.add(seams.worker, "lora_probe_begin", _begin(probes))
     patches.add(seams.worker, "lora_probe_finish", _finish(probes))
     _patch_model(patches, probe_of, probe_of_manager)
-    _patch_loading(patches, probe_of_manager)
+    log = _LogLines()
+    _patch_loading(patches, probe_of_manager, log)
+    _patch_slots(patches, probe_of_manager, log)
     _patch_packing(patches, recording)
     return patches
 
@@ -158,8 +160,8 @@ def _patch_model(patches: Patches, probe_of: Find, probe_of_manager: Find) -> No
     patches.wrap(seams.runner, "execute_model", execute_model)
 
 
-def _patch_loading(patches: Patches, probe_of_manager: Find) -> None:
-    log = _LogLines()
+def _patch_loading(patches: Patches, probe_of_manager: Find, log: _LogLines) -> None:
+    """What vLLM reads from the file, and what it makes of it."""
 
     def load_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
         def wrapper(self: Any, lora_request: Any, *args: Any, **kwargs: Any) -> Any:
@@ -206,6 +208,13 @@ def _patch_loading(patches: Patches, probe_of_manager: Find) -> None:
 
         return wrapper
 
+    patches.wrap(seams.worker_manager, "_load_adapter", load_adapter)
+    patches.wrap(seams.manager, "_add_adapter", add_adapter)
+
+
+def _patch_slots(patches: Patches, probe_of_manager: Find, log: _LogLines) -> None:
+    """What vLLM puts into a slot, and when it takes it out again."""
+
     def activate_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
         def wrapper(self: Any, lora_id: int, *args: Any, **kwargs: Any) -> Any:
             probe = probe_of_manager(self)
@@ -237,8 +246,6 @@ def _patch_loading(patches: Patches, probe_of_manager: Find) -> None:
 
         return wrapper
 
-    patches.wrap(seams.worker_manager, "_load_adapter", load_adapter)
-    patches.wrap(seams.manager, "_add_adapter", add_adapter)
     patches.wrap(seams.manager, "activate_adapter", activate_adapter)
     patches.wrap(seams.manager, "_deactivate_adapter", deactivate_adapter)
 
