@@ -83,7 +83,7 @@ def test_damage_is_named(tmp_path: Path, header: Any, data: bytes, word: str) ->
         (struct.pack("<Q", 500) + b"{}", "claims"),
     ],
 )
-def test_impostors_are_named(tmp_path: Path, content: bytes, word: str) -> None:
+def test_wrong_file_types_are_named(tmp_path: Path, content: bytes, word: str) -> None:
     path = tmp_path / "x.safetensors"
     path.write_bytes(content)
     with pytest.raises(UnreadableFile, match=word):

@@ -20,10 +20,13 @@ from lora_probe.names import PREFIX
 SCHEMA = 4
 """Raised when a view is built or written in another way, so that none of before is taken for one of today."""
 
-HEADS = ("lm_head", "embed_out")
+LM_HEADS = ("lm_head", "embed_out")
 """What transformers' models call the output head over the vocabulary."""
 
-PACKED = frozenset({"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"})
+CLASSIFIER_HEADS = ("score", "classifier")
+"""What transformers' models call the head of a classifier; vLLM reads a trained one of these names only."""
+
+FUSED_IN_VLLM = frozenset({"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"})
 """Projections that vLLM fuses in nearly all of its classes."""
 
 Shapes = Mapping[str, tuple[int, int] | None]
@@ -34,7 +37,7 @@ TRANSPOSED = ("gpt2", "openai-gpt")
 
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 
-Kind = Literal["linear", "embedding", "head", "experts", "other"]
+ModuleKind = Literal["linear", "embedding", "head", "experts", "other"]
 
 
 class Rename(msgspec.Struct, frozen=True):
@@ -57,7 +60,7 @@ class ModuleView(msgspec.Struct, frozen=True):
     why the engine makes no LoRA layer of it; it is empty where it does.
     """
 
-    kind: Kind
+    kind: ModuleKind
     shape: tuple[int, int] | None
     engine_as: str
     packed: bool = False
@@ -163,13 +166,13 @@ def _of_header(name: str, shape: tuple[int, int] | None, base: Base, vllm: bool)
     last = name.rpartition(".")[2]
     if last in EMBEDDINGS:
         return ModuleView("embedding", shape, name)
-    if last in HEADS:
+    if last in LM_HEADS:
         return ModuleView("head", shape, name)
     if _EXPERT.search(name):
         return ModuleView("experts", shape, name, packed=vllm)
     if shape is not None and base.config.get("model_type") in TRANSPOSED and last.startswith("c_"):
         shape = shape[::-1]
-    return ModuleView("linear", shape, name, packed=vllm and last in PACKED)
+    return ModuleView("linear", shape, name, packed=vllm and last in FUSED_IN_VLLM)
 
 
 def _from_experts_on(name: str) -> str:

@@ -123,7 +123,7 @@ class Account:
         """Write what `applied` and `agrees` show until now, where that is new.
 
         A server's worker is ended without a word, so the last stations cannot wait for the end. Of several records
-        the gravest counts, so only what may stand is written: never that nothing has happened yet.
+        the worst counts, so only what may stand is written: never that nothing has happened yet.
         """
         applied: dict[Key, Finding] = {}
         agrees: dict[Key, Finding] = {}

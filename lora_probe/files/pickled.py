@@ -20,7 +20,7 @@ from lora_probe.errors import NeedsLibrary, TooLarge, UnreadableFile, out_of_mem
 from lora_probe.files.limits import importing, make_room, step
 from lora_probe.files.pickle_opcodes import require_harmless
 from lora_probe.files.pickle_zip import PickleRecord, pickle_record
-from lora_probe.files.untrusted import brief, impostor, is_text, opened, shown
+from lora_probe.files.untrusted import brief, is_text, opened, shown, wrong_file_type
 from lora_probe.files.weights import DTYPES, Raw, TensorHeader, WeightsFile, require_real_name
 
 ZIP, PROTOCOL = b"PK\x03\x04", b"\x80"
@@ -125,7 +125,7 @@ def load(path: Path, largest_legacy: int | None = None) -> Any:
     step("checking the pickle", path)
     with opened(path) as (file, size):
         start = file.read(64)
-        if wrong := impostor(start, "the weights"):
+        if wrong := wrong_file_type(start, "the weights"):
             raise UnreadableFile(f"`{path}` {wrong[0]}", wrong[1])
         _refuse_others(path, start)
         mapped = start.startswith(ZIP)

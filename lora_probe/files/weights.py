@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from lora_probe.errors import TooLarge, UnreadableFile, out_of_memory
 from lora_probe.files.limits import step
-from lora_probe.files.untrusted import brief, impostor, is_text, opened, shown
+from lora_probe.files.untrusted import brief, is_text, opened, shown, wrong_file_type
 
 MAX_HEADER = 100_000_000
 """Bytes; the limit of the reference implementation."""
@@ -100,7 +100,7 @@ def open_weights(path: Path) -> WeightsFile:
     step("reading the header", path)
     with opened(path) as (file, size):
         prefix = file.read(8)
-        _refuse_impostors(path, prefix, prefix + file.read(64))
+        _refuse_wrong_file_type(path, prefix, prefix + file.read(64))
         (length,) = struct.unpack("<Q", prefix)
         if length > MAX_HEADER or length > size - 8:
             raise UnreadableFile(
@@ -114,8 +114,8 @@ def open_weights(path: Path) -> WeightsFile:
     return WeightsFile(path, size, metadata, tensors)
 
 
-def _refuse_impostors(path: Path, prefix: bytes, start: bytes) -> None:
-    if wrong := impostor(start, "the weights"):
+def _refuse_wrong_file_type(path: Path, prefix: bytes, start: bytes) -> None:
+    if wrong := wrong_file_type(start, "the weights"):
         raise UnreadableFile(f"`{path}` {wrong[0]}", wrong[1])
     if start.startswith((b"PK\x03\x04", b"\x80\x02")):
         raise UnreadableFile(
@@ -259,14 +259,14 @@ def read(file: WeightsFile, tensor: TensorHeader) -> npt.NDArray[np.float32]:
             "is the file damaged, or a whole model?",
         )
     try:
-        raw = stretch(file, tensor, 0, tensor.parameters).reshape(tensor.shape)
+        raw = read_chunk(file, tensor, 0, tensor.parameters).reshape(tensor.shape)
         # What is held must stay as it is, whatever is done to the values.
         return widen(raw if file.held is None else raw.copy(), tensor.dtype)
     except MemoryError as error:
         raise out_of_memory(f"{where}, which has {tensor.parameters:,} values,") from error
 
 
-def stretch(file: WeightsFile, tensor: TensorHeader, start: int, stop: int, into: Bytes | None = None) -> Raw:
+def read_chunk(file: WeightsFile, tensor: TensorHeader, start: int, stop: int, into: Bytes | None = None) -> Raw:
     """Values of `tensor` as they lie in the file, as one row; in `into` if that is large enough and of use."""
     if file.held is not None:
         return file.held(tensor.name, start, stop)

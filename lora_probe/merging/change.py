@@ -1,7 +1,7 @@
 """What an adapter does to the rows of one site, in numbers: `Change` (ΔW = s·left·right) and `Origin` (W before it).
 
-In: a site, the adapter, the base's checkpoint. Out: stretches of B·A in float32 with a bound on what the order of its
-sums can change, and stretches of W. The products are never formed whole.
+In: a site, the adapter, the base's checkpoint. Out: blocks of rows of B·A in float32, with a bound on what
+the order of its sums can change, and blocks of rows of W. The products are never formed whole.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lora_probe.merging.rounding import Floats, through
 from lora_probe.merging.sites import Site
 
 Origin = Callable[[int, int], Floats]
-"""W of a stretch of the site's rows, in float32, not yet rounded to the dtype that is merged in."""
+"""W of a block of the site's rows, in float32, not yet rounded to the dtype that is merged in."""
 
 Indices = npt.NDArray[np.intp]
 UNIT = 2.0**-24

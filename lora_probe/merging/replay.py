@@ -19,7 +19,7 @@ import numpy.typing as npt
 from lora_probe.files.weights import Raw, widen
 from lora_probe.merging.change import Change, Indices, Origin
 from lora_probe.merging.rounding import Floats, narrow, through
-from lora_probe.merging.sites import Kind
+from lora_probe.merging.sites import SiteKind
 
 NORM_SLACK = 2.0**-19
 """How far two float32 sums of a DoRA norm may lie apart, relatively: 32 units of round-off."""
@@ -37,7 +37,7 @@ class Order:
     delta: str | None = None
 
 
-def orders(kind: Kind, base: str, merged: str, adapter: str, dora: bool) -> list[Order]:
+def orders(kind: SiteKind, base: str, merged: str, adapter: str, dora: bool) -> list[Order]:
     """The orders that are known for these dtypes, PEFT's own first; of orders that do the same only the first."""
     known: dict[tuple[str | None, ...], Order] = {}
     early = kind in ("embedding", "expert", "transposed expert") and not dora

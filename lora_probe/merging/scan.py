@@ -24,7 +24,8 @@ BLOCK = 1 << 18
 """Values in a block of rows: 1 MB in float32, which stays in the processor's cache."""
 SAMPLE = 1 << 17
 """Values of a site that a diagnosis looks at, spread over all of it."""
-STRETCHES = 8
+BLOCKS = 8
+"""Blocks of rows that the sample consists of."""
 FEW = 1 << 12
 """Values of the sample that reject what explains too little of them."""
 FOREIGN = 1e-2
@@ -162,9 +163,9 @@ def under(found: Measured, order: Order, adapter: Adapter | None = None) -> Meas
 
 
 def take(origin: Origin, target: Target, height: int) -> Sample:
-    """Up to SAMPLE values in STRETCHES stretches of rows."""
+    """Up to SAMPLE values in BLOCKS blocks of rows."""
     wanted = max(1, min(height, SAMPLE // target.tensor.matrix[1]))
-    pieces = min(STRETCHES, wanted)
+    pieces = min(BLOCKS, wanted)
     each = wanted // pieces
     starts = np.linspace(0, height - each, pieces).astype(int)
     spans = [(int(start), int(start) + each) for start in starts]

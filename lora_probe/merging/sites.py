@@ -1,4 +1,4 @@
-"""Where an adapter changes a model: `Site`s, each a stretch of rows of one tensor of the base.
+"""Where an adapter changes a model: `Site`s, each a block of rows of one tensor of the base.
 
 In: an adapter, and the base as it is seen (`overlay.py`). Out: the sites, and every tensor of it that has none,
 with why. Names and layouts are those of PEFT 0.21 (`tuners/lora/layer.py`) and of transformers' checkpoints: a Conv1D
@@ -18,13 +18,13 @@ from lora_probe.files.weights import TensorHeader
 from lora_probe.merging.names import HEAD, Names, embeddings_of, tied_place
 from lora_probe.names import PREFIX, Key, projection_of
 
-Kind = Literal["linear", "conv1d", "embedding", "expert", "transposed expert", "bias", "whole", "tokens"]
+SiteKind = Literal["linear", "conv1d", "embedding", "expert", "transposed expert", "bias", "whole", "tokens"]
 
 REBASING = ("pissa", "olora")
 """Initialisations that take a part out of the base; PEFT takes it out again whenever it loads the adapter."""
 _CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 """Model types whose layers are transformers' Conv1D, but for the heads; PEFT asks the live layer."""
-_HEADS = ("lm_head", "score", "classifier", "qa_outputs")
+_LINEAR_HEADS = ("lm_head", "score", "classifier", "qa_outputs")
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Site:
 
     key: Key
     tensor: str
-    kind: Kind
+    kind: SiteKind
     start: int
     stop: int
     scaling: float = 1.0
@@ -109,7 +109,7 @@ def of_pair(adapter: Adapter, module: AdapterModule, base: Checkpoint, names: Na
         yield Unplaced(module.module, f"what `{what}` does is not known")
 
 
-def _kind(adapter: Adapter, module: AdapterModule, tensor: StoredTensor, base: Checkpoint) -> Kind | None:
+def _kind(adapter: Adapter, module: AdapterModule, tensor: StoredTensor, base: Checkpoint) -> SiteKind | None:
     """How the weight lies in the file; None where s·B·A does not fit it.
 
     PEFT corrects `fan_in_fan_out` from the live layer's class. The shape shows it, or the model's type if it is square.
@@ -122,7 +122,7 @@ def _kind(adapter: Adapter, module: AdapterModule, tensor: StoredTensor, base: C
     if shape[0] == shape[1] and tensor.shape == shape:
         known = base.config.get("model_type")
         flag = bool(adapter.config.raw.get("fan_in_fan_out"))
-        turned = known in _CONV1D and projection_of(module.module) not in _HEADS if known else flag
+        turned = known in _CONV1D and projection_of(module.module) not in _LINEAR_HEADS if known else flag
         return "conv1d" if turned else "linear"
     if tensor.shape == shape:
         return "linear"

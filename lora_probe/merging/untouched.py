@@ -99,7 +99,7 @@ def equal(one: StoredTensor, two: StoredTensor) -> bool:
 
 
 def chunks(tensor: StoredTensor) -> Iterator[tuple[int, int]]:
-    """Stretches of rows of about CHUNK bytes."""
+    """Blocks of rows of about CHUNK bytes."""
     height, _ = tensor.matrix
     step = max(1, CHUNK * height // max(tensor.size, 1))
     for start in range(0, height, step):

@@ -121,7 +121,7 @@ class _Work:
         progress: Callable[[Progress], None],
     ) -> None:
         self.adapter, self.base, self.names, self.merged, self.plan = adapter, seen.base, seen.names, merged, found
-        self.torn = seen.torn
+        self.inconsistent = seen.inconsistent
         self.progress, self.done, self.compared = progress, 0, 0
         self.untouched, self.foreign = 0, 0
         self.total = self.base.size + merged.size
@@ -144,8 +144,8 @@ class _Work:
                     tensors.append(TensorFinding(name, finding))
         self.compared = len(jobs)
         self.foreign = sum(one.finding.code == "LP708" for one in tensors)
-        if self.torn is not None:
-            tensors.insert(0, TensorFinding(HEAD, self.torn))
+        if self.inconsistent is not None:
+            tensors.insert(0, TensorFinding(HEAD, self.inconsistent))
         ordered = [
             modules.get((site.label, site.tensor)) or unmeasured(site.key, site.label, site.tensor, "differs")
             for site in self.plan.sites

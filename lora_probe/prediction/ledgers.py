@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from lora_probe.adapter import adapter_in
 from lora_probe.adapter.spectrum import Spectrum, pair_spectrum
 from lora_probe.files.limits import step
-from lora_probe.ledger import OK, Finding, Ledger, Row, Station, graver
+from lora_probe.ledger import OK, Finding, Ledger, Row, Station, worse
 from lora_probe.names import PREFIX, Key
 from lora_probe.rules import ENGINES, Found, Needs, Rule, surveys
 from lora_probe.rules.lp1_config import not_targeted
@@ -103,7 +103,7 @@ def _ledger(
         key = row.entry.key if row.entry is not None else row.key
         for rule, one, keys in mine:
             if key in keys:
-                stations[one.station] = graver(stations[one.station], Finding(one.value, rule.code, one.message))
+                stations[one.station] = worse(stations[one.station], Finding(one.value, rule.code, one.message))
         stored_as = row.entry.stored_as if row.entry is not None else None
         engine_as = place.module.engine_as if place is not None and place.module is not None else None
         rows.append(Row(row.key, stations, row.expected_by, stored_as, engine_as))
@@ -204,11 +204,12 @@ def _passes(place: Place, targets: tuple[str, ...]) -> bool:
         return True
     # One named part of a packed layer wraps the whole layer.
     return place.module.packed and any(
-        target in parts for target in targets for parts in PACKED if place.name.rpartition(".")[2] in parts
+        target in parts for target in targets for parts in PARTS_OF_ONE_LAYER if place.name.rpartition(".")[2] in parts
     )
 
 
-PACKED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
+PARTS_OF_ONE_LAYER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
+"""Projections that vLLM holds in one layer: a filter that names one of them lets the whole layer pass."""
 
 
 def _shape_refusals(case: Case, engine: str, expected: Sequence[Expected]) -> list[tuple[str, str]]:

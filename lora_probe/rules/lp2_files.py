@@ -14,15 +14,14 @@ from lora_probe.base import engine_view as view
 from lora_probe.errors import ProbeError
 from lora_probe.files import brief, shown
 from lora_probe.files.json_object import read_json
-from lora_probe.files.weights import TensorHeader, stretch
+from lora_probe.files.weights import TensorHeader, read_chunk
 from lora_probe.names import PREFIX, layer_of, ranges
 from lora_probe.rules.registry import Found, rule, survey
 
 if TYPE_CHECKING:
     from lora_probe.rules.subject import Case
 
-HEADS = ("score", "classifier")
-EMBEDDINGS = (*checkpoint.EMBEDDINGS, *view.HEADS)
+EMBEDDINGS = (*checkpoint.EMBEDDINGS, *view.LM_HEADS)
 """What modules of input embeddings and of output heads are called."""
 
 
@@ -133,7 +132,7 @@ def _vllm_parses(name: str, case: Case) -> bool:
         return False
     if parts[-2] in ("lora_A", "lora_B"):
         return parts[-1] == "weight" or case.serving.vllm.drops_bias_of_b
-    return parts[-2] in HEADS and case.serving.vllm.classification_heads
+    return parts[-2] in view.CLASSIFIER_HEADS and case.serving.vllm.classification_heads
 
 
 @survey(
@@ -241,12 +240,12 @@ def _equal(case: Case, one: TensorHeader, other: TensorHeader) -> bool:
     file = case.adapter.weights
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
-    stretches = range(0, one.parameters, STRETCH)
-    ends = ((start, min(start + STRETCH, one.parameters)) for start in stretches)
-    return all(np.array_equal(stretch(file, one, *end), stretch(file, other, *end)) for end in ends)
+    starts = range(0, one.parameters, CHUNK)
+    ends = ((start, min(start + CHUNK, one.parameters)) for start in starts)
+    return all(np.array_equal(read_chunk(file, one, *end), read_chunk(file, other, *end)) for end in ends)
 
 
-STRETCH = 2**20
+CHUNK = 2**20
 """Values that are compared at once."""
 
 

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from lora_probe.adapter.pattern_index import beginnings
+from lora_probe.base.engine_view import CLASSIFIER_HEADS
 from lora_probe.files import brief, shown
 from lora_probe.names import PREFIX
-from lora_probe.rules.lp2_files import EMBEDDINGS, HEADS
+from lora_probe.rules.lp2_files import EMBEDDINGS
 from lora_probe.rules.registry import Found, survey
 
 if TYPE_CHECKING:
@@ -128,7 +129,7 @@ def _variants(case: Case) -> dict[str, tuple[str, list[str]]]:
             found["kasa_config"][1].append(name)
         elif ".lora_" in name:
             continue
-        elif name.endswith(".bias") and not any(f".{head}." in name for head in HEADS):
+        elif name.endswith(".bias") and not any(f".{head}." in name for head in CLASSIFIER_HEADS):
             found["bias"][1].append(name)
         elif name.endswith(".weight") and name not in resized:
             found["modules_to_save"][1].append(name)

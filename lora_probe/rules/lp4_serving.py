@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from lora_probe.adapter import AdapterModule
+from lora_probe.base.engine_view import CLASSIFIER_HEADS
 from lora_probe.files import brief, shown
 from lora_probe.names import Key
 from lora_probe.rules.registry import Found, rule, survey
@@ -160,7 +161,7 @@ def variant_refused(case: Case) -> Iterator[Found]:
 
 def _refusals(raw: Any, variants: bool, heads: bool) -> Iterator[tuple[str, str]]:
     saved = raw.get("modules_to_save") or ()
-    unsupported = [name for name in saved if not heads or name not in ("classifier", "score")]
+    unsupported = [name for name in saved if not heads or name not in CLASSIFIER_HEADS]
     if unsupported:
         names = ", ".join(map(shown, unsupported[:MOST_NAMES]))
         more = f" and {len(unsupported) - MOST_NAMES} more" if len(unsupported) > MOST_NAMES else ""
@@ -278,7 +279,7 @@ def head_without_home(case: Case) -> Iterator[Found]:
     homes = {name.rpartition(".")[2] for name, module in view.modules.items() if not module.why_not}
     for name in case.adapter.weights.tensors:
         parts = name.split(".")
-        if len(parts) > 1 and parts[-2] in ("score", "classifier") and parts[-2] in saved and parts[-2] not in homes:
+        if len(parts) > 1 and parts[-2] in CLASSIFIER_HEADS and parts[-2] in saved and parts[-2] not in homes:
             yield Found(f"`{shown(name)}`: vLLM's {shown(view.model)} has no classification head", refuses=True)
             return
 

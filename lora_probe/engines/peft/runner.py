@@ -17,7 +17,7 @@ from lora_probe.engines.peft.models import next_logprobs
 from lora_probe.engines.prompts import forced
 from lora_probe.errors import ProbeError
 from lora_probe.recording import DECODE, PREFILL, RequestRecord, RunSpec, Score, TraceWriter
-from lora_probe.recording.records import Kind
+from lora_probe.recording.records import ScoreKind
 
 
 def end_ids(generation: Any, tokenizer: Any) -> set[int]:
@@ -75,7 +75,7 @@ class Runner:
         seconds = round(time.perf_counter() - started, 3)
         return RequestRecord(request, prompt, adapter, ids, output, text, logprobs, seconds)
 
-    def score(self, request: str, kind: Kind, answer: RequestRecord, unmeasured: str = "") -> None:
+    def score(self, request: str, kind: ScoreKind, answer: RequestRecord, unmeasured: str = "") -> None:
         """The prompt and all but the last token of its answer in one pass: a distribution for every answer token."""
         import torch
 

@@ -104,7 +104,7 @@ def next_command(found: Sequence[Report], model: str | None, mended: bool) -> st
 
 
 def _kind(found: Report) -> str:
-    """The one word for an adapter: its gravest finding; if that is no error, whether some rule was not run."""
+    """The one word for an adapter: its worst finding; if that is no error, whether some rule was not run."""
     first = next(iter(_by_gravity(found.diagnostics)), None)
     if first is not None and first.severity == "error":
         return "error"

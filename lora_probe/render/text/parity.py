@@ -175,8 +175,8 @@ def _diagnostic(found: Diagnostic) -> Iterable[RenderableType]:
 def _verdict(found: Parity) -> RenderableType:
     weights, outputs = found.weights, found.outputs
     if found.verdict != "verified":
-        gravest = sorted(found.diagnostics, key=lambda diagnostic: diagnostic.severity != "error")
-        about = gravest[0].message if gravest else "the adapter has no module that could be compared"
+        worst = sorted(found.diagnostics, key=lambda diagnostic: diagnostic.severity != "error")
+        about = worst[0].message if worst else "the adapter has no module that could be compared"
         return words(f"{found.verdict}: {about}", style="bold red")
     text = f"verified: {len(weights.modules)} of {len(weights.modules)} modules merged rightly"
     if weights.effect_kept is not None:
