@@ -22,8 +22,9 @@ from lora_probe.adapter.folder import inside, listed, weights_path
 from lora_probe.files import is_text, sha256
 from lora_probe.files.limits import step
 from lora_probe.files.pickled import open_pickle
-from lora_probe.files.weights import FLOATS, TensorHeader, WeightsFile, open_weights, read
+from lora_probe.files.weights import TensorHeader, WeightsFile, open_weights, read
 from lora_probe.names import PREFIX, Key, natural
+from lora_probe.precision import FLOATS
 
 _PAIR = re.compile(
     r"^(?P<path>.+)\.(?P<half>lora_A|lora_B|lora_embedding_A|lora_embedding_B)"

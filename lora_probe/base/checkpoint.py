@@ -20,8 +20,9 @@ from lora_probe.errors import TooLarge, UnreadableFile
 from lora_probe.files import opened, shown
 from lora_probe.files.json_object import read_json
 from lora_probe.files.pickled import load, plain, require_own_values, values_of
-from lora_probe.files.weights import DTYPES, Bytes, Raw, TensorHeader, WeightsFile, open_weights, read_chunk
+from lora_probe.files.weights import Bytes, Raw, TensorHeader, WeightsFile, open_weights, read_chunk
 from lora_probe.names import layer_of, ranges
+from lora_probe.precision import STORED
 
 MAX_INDEX = 100_000_000
 """Bytes of an index; a model of hundreds of experts has one of ten millions."""
@@ -61,7 +62,7 @@ class StoredTensor:
     @property
     def size(self) -> int:
         """Bytes."""
-        return int(np.prod(self.shape, dtype=np.int64)) * DTYPES[self.dtype][1]
+        return int(np.prod(self.shape, dtype=np.int64)) * STORED[self.dtype].width
 
 
 @dataclass(frozen=True)

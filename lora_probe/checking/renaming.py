@@ -24,8 +24,9 @@ from lora_probe.adapter.folder import inside
 from lora_probe.base import Shapes
 from lora_probe.errors import ProbeError, UnreadableFile
 from lora_probe.files import opened
-from lora_probe.files.weights import DTYPES, read_chunk
+from lora_probe.files.weights import read_chunk
 from lora_probe.names import PREFIX
+from lora_probe.precision import STORED
 from lora_probe.rules.lp2_names import unwrapped
 from lora_probe.rules.stored import expect
 
@@ -126,7 +127,7 @@ def _save(mending: Mending, path: Path) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **weights.metadata}}
     end = 0
     for name, tensor in weights.tensors.items():
-        start, end = end, end + tensor.parameters * DTYPES[tensor.dtype][1]
+        start, end = end, end + tensor.parameters * STORED[tensor.dtype].width
         new = mending.renamed.get(name, name)
         header[new] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header, ensure_ascii=False).encode()

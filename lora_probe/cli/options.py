@@ -15,12 +15,12 @@ from typing import Any
 
 from rich_argparse import RawDescriptionRichHelpFormatter
 
-from lora_probe import __version__
+from lora_probe import __version__, precision
 from lora_probe.cli.budget import add_limits
 from lora_probe.errors import ProbeError
 from lora_probe.rules.vllm_versions import ENGINE_OPTIONS
 
-DTYPES = ("auto", "float32", "float16", "bfloat16")
+DTYPES = ("auto", *(dtype.name for dtype in precision.DTYPES if dtype.fits_float32))
 
 
 class UsageError(ProbeError):

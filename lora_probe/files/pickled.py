@@ -21,7 +21,8 @@ from lora_probe.files.limits import importing, make_room, step
 from lora_probe.files.pickle_opcodes import require_harmless
 from lora_probe.files.pickle_zip import PickleRecord, pickle_record
 from lora_probe.files.untrusted import brief, is_text, opened, shown, wrong_file_type
-from lora_probe.files.weights import DTYPES, Raw, TensorHeader, WeightsFile, require_real_name
+from lora_probe.files.weights import Raw, TensorHeader, WeightsFile, require_real_name
+from lora_probe.precision import DTYPES, STORED
 
 ZIP, PROTOCOL = b"PK\x03\x04", b"\x80"
 MAX_LEGACY = 2**30
@@ -31,21 +32,6 @@ _LEGACY_HEAD = 8_000_000
 MOST_SHARED = 16
 """How often the bytes of a file may be values of its tensors: those of several tensors can be the same bytes. A model
 with tied embeddings has some of them twice."""
-
-_TORCH = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-    "I8": "int8",
-    "U8": "uint8",
-    "BOOL": "bool",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-}
 
 
 def open_pickle(path: Path) -> WeightsFile:
@@ -231,7 +217,7 @@ def plain(found: dict[Any, Any], path: Path, hint: str) -> Iterator[tuple[Tensor
     import torch
 
     # A pickle gives its objects attributes of any name: what is called is a method of the class.
-    names = {str(getattr(torch, long)): short for short, long in _TORCH.items() if hasattr(torch, long)}
+    names = {f"torch.{dtype.name}": dtype.stored for dtype in DTYPES}
     for name, tensor in dict.items(found):
         if not isinstance(tensor, torch.Tensor):
             continue
@@ -243,7 +229,7 @@ def plain(found: dict[Any, Any], path: Path, hint: str) -> Iterator[tuple[Tensor
             raise UnreadableFile(f"`{path}`: tensor {brief(name)} {why}", hint)
         require_real_name(path, name)
         shape = tuple(tensor.shape)
-        yield TensorHeader(name, dtype, shape, 0, math.prod(shape) * DTYPES[dtype][1]), tensor
+        yield TensorHeader(name, dtype, shape, 0, math.prod(shape) * STORED[dtype].width), tensor
 
 
 def _not_plain(tensor: Any) -> str:
@@ -263,7 +249,7 @@ def values_of(tensor: Any, dtype: str, start: int, stop: int) -> Raw:
     """Values of a torch tensor as they would lie in a file: as one row, in numpy's storage type for `dtype`."""
     import torch
 
-    storage = np.dtype(DTYPES[dtype][0])
+    storage = np.dtype(STORED[dtype].storage)
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[storage.itemsize]
     values: Raw = torch.Tensor.detach(tensor).reshape(-1)[start:stop].resolve_neg().view(bits).numpy().view(storage)
     return values

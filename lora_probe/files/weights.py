@@ -24,34 +24,13 @@ import numpy.typing as npt
 from lora_probe.errors import TooLarge, UnreadableFile, out_of_memory
 from lora_probe.files.limits import step
 from lora_probe.files.untrusted import brief, is_text, opened, shown, wrong_file_type
+from lora_probe.precision import FLOATS, STORED
 
 MAX_HEADER = 100_000_000
 """Bytes; the limit of the reference implementation."""
 
-DTYPES: dict[str, tuple[str, int]] = {
-    "F64": ("<f8", 8),
-    "F32": ("<f4", 4),
-    "F16": ("<f2", 2),
-    "BF16": ("<u2", 2),
-    "I64": ("<i8", 8),
-    "I32": ("<i4", 4),
-    "I16": ("<i2", 2),
-    "I8": ("<i1", 1),
-    "U64": ("<u8", 8),
-    "U32": ("<u4", 4),
-    "U16": ("<u2", 2),
-    "U8": ("<u1", 1),
-    "BOOL": ("|b1", 1),
-    "F8_E4M3": ("<u1", 1),
-    "F8_E5M2": ("<u1", 1),
-    "F8_E8M0": ("<u1", 1),
-}
-"""Name in the file: numpy storage type, bytes a value. BF16 and F8 are raw bits to numpy."""
-
 Bytes = npt.NDArray[np.uint8]
 Raw = npt.NDArray[Any]
-FLOATS = ("F64", "F32", "F16", "BF16")
-"""The dtypes whose values `read` gives."""
 
 MAX_TENSORS = 500_000
 """Tensors of one file; an adapter on every expert of a model with 61 layers of 384 experts has 140,000."""
@@ -225,14 +204,14 @@ def _entry(name: str, entry: object, data: int, room: int) -> TensorHeader:
     if not isinstance(entry, _Entry):
         raise ValueError(f"the entry of `{shown(name)}` is not an object")
     dtype, shape, offsets = entry
-    if not isinstance(dtype, str) or dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in STORED:
         raise ValueError(f"`{shown(name)}` has the unknown dtype {brief(dtype)}")
     if not isinstance(shape, list) or len(shape) > 64 or not all(type(n) is int and 0 <= n < 2**63 for n in shape):
         raise ValueError(f"`{shown(name)}` has the impossible shape {brief(shape)}")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(n) is int for n in offsets):
         raise ValueError(f"`{shown(name)}` has the impossible offsets {brief(offsets)}")
     start, end = offsets
-    width = DTYPES[dtype][1]
+    width = STORED[dtype].width
     # An axis of length 0 must not hide that the others are impossible: numpy multiplies them all.
     if math.prod(n or 1 for n in shape) * width >= 2**63:
         raise ValueError(f"`{shown(name)}` has the impossible shape {brief(shape)}")
@@ -270,8 +249,8 @@ def read_chunk(file: WeightsFile, tensor: TensorHeader, start: int, stop: int, i
     """Values of `tensor` as they lie in the file, as one row; in `into` if that is large enough and of use."""
     if file.held is not None:
         return file.held(tensor.name, start, stop)
-    storage, width = DTYPES[tensor.dtype]
-    return read_bytes(file.path, tensor, start * width, stop * width, into).view(storage)
+    dtype = STORED[tensor.dtype]
+    return read_bytes(file.path, tensor, start * dtype.width, stop * dtype.width, into).view(dtype.storage)
 
 
 def widen(raw: npt.NDArray[Any], dtype: str) -> npt.NDArray[np.float32]:

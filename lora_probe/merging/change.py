@@ -17,12 +17,12 @@ from lora_probe.base import Checkpoint
 from lora_probe.files.weights import widen
 from lora_probe.merging.rounding import Floats, through
 from lora_probe.merging.sites import Site
+from lora_probe.precision import FLOAT32
 
 Origin = Callable[[int, int], Floats]
 """W of a block of the site's rows, in float32, not yet rounded to the dtype that is merged in."""
 
 Indices = npt.NDArray[np.intp]
-UNIT = 2.0**-24
 DENSE = 8
 """From one value in this many on, a whole product is cheaper than picking rows and columns."""
 
@@ -61,7 +61,7 @@ class Change:
     def gamma(self) -> float:
         """|fl(Σ) − Σ| ≤ γ·Σ|left|·|right| for any order of summing r products in float32, a rounding of the scaling
         included: γ = (r + 2)·u (Higham, Accuracy and Stability, 3.1); twice that for two orders."""
-        return 2 * (self.rank + 2) * UNIT
+        return 2 * (self.rank + 2) * FLOAT32.round_off
 
     def rounded(self, dtype: str | None) -> Change:
         """The same with both factors rounded to `dtype` first."""

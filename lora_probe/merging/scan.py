@@ -1,6 +1,6 @@
 """One site of a merge, measured: every value against what PEFT's merge gives there.
 
-In: a site, base, merged model and adapter. Out: `Sums` over all of the site's values under the order of rounding that
+In: a site, base, merged model and adapter. Out: `Sums` over all of the site's values under the rounding mode that
 explains a sample of them best, and a `Sample` for whoever has to find out what went wrong. Memory: blocks of rows.
 """
 
@@ -16,9 +16,10 @@ from lora_probe.adapter import Adapter
 from lora_probe.base import Checkpoint, StoredTensor
 from lora_probe.files.weights import Raw, widen
 from lora_probe.merging.change import Change, Indices, Origin, change_of, origin_of, rebased, values_of
-from lora_probe.merging.replay import Magnitude, Order, magnitude, orders, possible, replay
+from lora_probe.merging.replay import Magnitude, RoundingMode, magnitude, possible, replay, rounding_modes
 from lora_probe.merging.rounding import Floats, narrow, spacing, through
 from lora_probe.merging.sites import Site
+from lora_probe.precision import coarser
 
 BLOCK = 1 << 18
 """Values in a block of rows: 1 MB in float32, which stays in the processor's cache."""
@@ -29,7 +30,7 @@ BLOCKS = 8
 FEW = 1 << 12
 """Values of the sample that reject what explains too little of them."""
 FOREIGN = 1e-2
-"""The share of values that may be foreign to an order of rounding that the others follow."""
+"""The share of values that may be foreign to a rounding mode that the others follow."""
 STEPS, DORA_STEPS = 2.01, 12.01
 """Steps of the grid that another arithmetic may be off: its sum is rounded, and so is what it adds; for DoRA the
 magnitude, the norm, their quotient and its product as well (up to 9 steps were seen of PEFT in bfloat16)."""
@@ -42,7 +43,7 @@ REBASED = 2.0**-15
 
 @dataclass
 class Sums:
-    """Over all values of a site. ΔW is the exact change in float32; W and ΔW as `order` sees them.
+    """Over all values of a site. ΔW is the exact change in float32; W and ΔW as `mode` sees them.
 
     `energy` ‖ΔW‖², `applied` ⟨merged − W, ΔW⟩, `kept` ⟨replay − W, ΔW⟩, `residual` ‖merged − W − ΔW‖², `error`
     ‖merged − replay‖²; `changed` values differ from W, `other` from the replay, `unexplained` from all that the order
@@ -76,14 +77,14 @@ class Sample:
 
 @dataclass(frozen=True)
 class Measured:
-    """A site after its pass. `raw` are the factors as stored, `change` as `order` rounds them. `explained`: hardly a
-    value of the sample lies outside of what `order` gives. `on_rebased`: W is without the part that the initialisation
+    """A site after its pass. `raw` are the factors as stored, `change` as `mode` rounds them. `explained`: hardly a
+    value of the sample lies outside of what `mode` gives. `on_rebased`: W is without the part that the initialisation
     takes out."""
 
     site: Site
     stored: str
-    order: Order
-    orders: tuple[Order, ...]
+    mode: RoundingMode
+    modes: tuple[RoundingMode, ...]
     raw: Change
     change: Change
     origin: Origin
@@ -106,7 +107,7 @@ class Target:
 
 
 def measure(site: Site, base: Checkpoint, merged: StoredTensor, adapter: Adapter) -> Measured:
-    """Choose the order of rounding on a sample, then pass over all values of the site once.
+    """Choose the rounding mode on a sample, then pass over all values of the site once.
 
     An initialisation that takes a part out of the base is undone first, as PEFT does; where that explains nothing and
     the whole base does, `on_rebased` is False.
@@ -115,11 +116,12 @@ def measure(site: Site, base: Checkpoint, merged: StoredTensor, adapter: Adapter
     change, origin = change_of(site, adapter), origin_of(site, base)
     header = site.source or (site.pair.a if site.pair is not None else None)
     assert header is not None
-    known = orders(site.kind, base.tensors[site.tensor].dtype, merged.dtype, header.dtype, site.magnitude is not None)
+    stored = base.tensors[site.tensor].dtype
+    modes = rounding_modes(site.kind, stored, merged.dtype, header.dtype, site.magnitude is not None)
 
     def choose(origin: Origin) -> Measured:
         sample = take(origin, target, change.shape[0])
-        blank = Measured(site, merged.dtype, known[0], tuple(known), change, change, origin, sample, None)
+        blank = Measured(site, merged.dtype, modes[0], tuple(modes), change, change, origin, sample, None)
         return _choose(blank, adapter)
 
     found = choose(origin)
@@ -136,8 +138,8 @@ def measure(site: Site, base: Checkpoint, merged: StoredTensor, adapter: Adapter
 def _choose(blank: Measured, adapter: Adapter) -> Measured:
     """The first order that explains the sample; else the one that explains nearly all; else PEFT's."""
     best, fewest = None, 0
-    for order in blank.orders:
-        found = under(blank, order, adapter)
+    for mode in blank.modes:
+        found = under(blank, mode, adapter)
         few = thinned(found, FEW)
         count = int(unexplained(few).sum())
         if count <= 2 * FOREIGN * few.sample.w.size:
@@ -151,15 +153,15 @@ def _choose(blank: Measured, adapter: Adapter) -> Measured:
     return best
 
 
-def under(found: Measured, order: Order, adapter: Adapter | None = None) -> Measured:
-    """The same site with another order of rounding; the norms of DoRA are computed anew if `adapter` is given."""
-    change = found.raw.rounded(order.factors)
+def under(found: Measured, mode: RoundingMode, adapter: Adapter | None = None) -> Measured:
+    """The same site with another rounding mode; the norms of DoRA are computed anew if `adapter` is given."""
+    change = found.raw.rounded(mode.factors)
     norms = found.magnitude
     if found.site.magnitude is not None and adapter is not None:
         columns = found.site.kind in ("conv1d", "embedding")
         m, step = adapter.values(found.site.magnitude), max(1, BLOCK // change.shape[1])
-        norms = magnitude(m, found.origin, change, columns, order.compute, step)
-    return replace(found, order=order, change=change, magnitude=norms)
+        norms = magnitude(m, found.origin, change, columns, mode.compute, step)
+    return replace(found, mode=mode, change=change, magnitude=norms)
 
 
 def take(origin: Origin, target: Target, height: int) -> Sample:
@@ -184,7 +186,7 @@ def thinned(found: Measured, values: int) -> Measured:
 
 def observed_change(found: Measured) -> Floats:
     """merged − W on the sample."""
-    return widen(found.sample.raw, found.stored) - through(found.sample.w, found.order.compute)
+    return widen(found.sample.raw, found.stored) - through(found.sample.w, found.mode.compute)
 
 
 def sampled(found: Measured) -> Callable[[float], Raw]:
@@ -192,13 +194,13 @@ def sampled(found: Measured) -> Callable[[float], Raw]:
     w, product = _parts(found)
 
     def merge(f: float) -> Raw:
-        return replay(w, product, found.change.scaling * f, found.order, found.stored, _turn(found, f))
+        return replay(w, product, found.change.scaling * f, found.mode, found.stored, _turn(found, f))
 
     return merge
 
 
 def _parts(found: Measured) -> tuple[Floats, Floats]:
-    return through(found.sample.w, found.order.compute), found.change.product(found.sample.rows)
+    return through(found.sample.w, found.mode.compute), found.change.product(found.sample.rows)
 
 
 def _turn(found: Measured, f: float) -> Floats | None:
@@ -209,7 +211,7 @@ def unexplained(found: Measured, f: float = 1.0, times: int = 1) -> npt.NDArray[
     """Which values of the sample no order of the sums explains: `[values that differ from the replay]`."""
     (w, product), factor = _parts(found), _turn(found, f)
     scaling = found.change.scaling * f
-    raw = replay(w, product, scaling, found.order, found.stored, factor, times)
+    raw = replay(w, product, scaling, found.mode, found.stored, factor, times)
     at = np.nonzero(found.sample.raw != raw)
     magnitudes = found.change.magnitudes(found.sample.rows, *at)
     return _outside(found, scaling, w, product, factor, found.sample.raw, at, magnitudes, times)
@@ -231,7 +233,7 @@ def _outside(
         return np.zeros(0, np.bool_)
     turned = None if factor is None else np.broadcast_to(factor, w.shape)[at]
     slack = (found.change.gamma * magnitudes).astype(np.float32)
-    low, high = possible(w[at], product[at], slack, scaling, found.order, found.stored, turned, times)
+    low, high = possible(w[at], product[at], slack, scaling, found.mode, found.stored, turned, times)
     value = widen(merged[at], found.stored)
     return ~((low <= value) & (value <= high))
 
@@ -245,13 +247,13 @@ def _distance(found: Measured) -> float:
 
 def _add(sums: Sums, found: Measured, target: Target, start: int, stop: int) -> None:
     """Take one block of rows into the sums."""
-    order, stored, change = found.order, found.stored, found.change
-    w = through(found.origin(start, stop), order.compute)
+    mode, stored, change = found.mode, found.stored, found.change
+    w = through(found.origin(start, stop), mode.compute)
     rows = slice(start, stop)
     product = change.product(rows)
     factor = found.magnitude.factor(np.arange(start, stop)) if found.magnitude is not None else None
     merged = target.rows(start, stop)
-    wanted = replay(w, product, change.scaling, order, stored, factor)
+    wanted = replay(w, product, change.scaling, mode, stored, factor)
     value = widen(merged, stored)
     delta = product * np.float32(change.scaling)
     delta_w = factor * (w + delta) - w if factor is not None else delta
@@ -278,15 +280,11 @@ def _add(sums: Sums, found: Measured, target: Target, start: int, stop: int) -> 
     outside = _outside(found, change.scaling, w, product, factor, merged, at, magnitudes)
     sums.unexplained += int(np.count_nonzero(outside))
     largest = np.maximum.reduce([np.abs(value[at]), np.abs(w[at]), np.abs(delta[at])])
-    steps = spacing(largest, _coarser(stored, order.compute))
+    steps = spacing(largest, coarser(stored, mode.compute))
     allowed = (STEPS if factor is None else DORA_STEPS) * steps + COARSE * abs(change.scaling) * magnitudes
     if found.on_rebased:
         allowed += REBASED * np.sqrt(np.mean(np.square(delta)))
     sums.far += int(np.count_nonzero(outside & ~(np.abs(observed[at]) <= allowed)))
-
-
-def _coarser(one: str, other: str) -> str:
-    return max(one, other, key=("F32", "F16", "BF16").index)
 
 
 def _dot(one: Floats, other: Floats) -> float:

@@ -26,10 +26,10 @@ from lora_probe.merging.neighbours import Neighbours
 from lora_probe.merging.overlay import View, view
 from lora_probe.merging.plan import Plan, plan
 from lora_probe.merging.report import MergeReport, ModuleMerge, TensorFinding, unmeasured
-from lora_probe.merging.rounding import UNIT
 from lora_probe.merging.scan import measure, replaced
 from lora_probe.merging.sites import Site
 from lora_probe.merging.untouched import absent_and_added, rounded_on_the_way, untouched
+from lora_probe.precision import STORED
 from lora_probe.rules.lp7_merging import another_base, not_judged, tied_changed_too
 
 PASSES = 10
@@ -179,7 +179,7 @@ class _Work:
         sites = self.sites.get(name, [])
         finding = None
         judged: list[ModuleMerge] = []
-        if sites and merged.dtype in UNIT and tensor.dtype in UNIT:
+        if sites and STORED[merged.dtype].fits_float32 and STORED[tensor.dtype].fits_float32:
             judged = self._tied([self._site(site, merged) for site in sites], sites, name)
         elif sites:
             finding = not_judged(f"it is {tensor.dtype} in the base and {merged.dtype} in the merged model")

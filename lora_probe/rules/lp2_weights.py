@@ -5,7 +5,7 @@ from __future__ import annotations
 from lora_probe.adapter import AdapterConfig, AdapterModule
 from lora_probe.adapter.spectrum import Spectrum
 from lora_probe.files import brief
-from lora_probe.files.weights import FLOATS
+from lora_probe.precision import FLOATS
 from lora_probe.rules.registry import rule
 
 

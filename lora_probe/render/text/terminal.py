@@ -326,7 +326,7 @@ def comparison(found: Comparison) -> RenderableType:
         }
         title = (
             f"relative error of s·x·A·B, {found.candidate.engine} against {found.reference.engine}, "
-            f"{found.rows} rows; tolerance {found.tolerance:.1e} ({found.dtype})"
+            f"{found.rows} rows; tolerance {found.tolerance:.1e} ({found.dtype or 'no dtype recorded'})"
         )
         parts += [grid(title, cells), *_measure_notes(found), words("")]
     if found.requests:
