@@ -19,6 +19,7 @@ from lora_probe.adapter.folder import CONFIG as CONFIG
 from lora_probe.adapter.folder import WEIGHTS as WEIGHTS
 from lora_probe.adapter.folder import find_checkpoint as find_checkpoint
 from lora_probe.adapter.folder import inside, listed, weights_path
+from lora_probe.adapter.variants import EXTRAS
 from lora_probe.files import is_text, sha256
 from lora_probe.files.limits import step
 from lora_probe.files.pickled import open_pickle
@@ -30,7 +31,7 @@ _PAIR = re.compile(
     r"^(?P<path>.+)\.(?P<half>lora_A|lora_B|lora_embedding_A|lora_embedding_B)"
     r"(?:\.(?P<adapter>(?!weight$|bias$)[^.]+))?(?:\.weight)?$"
 )
-_EXTRA = re.compile(r"^(?P<path>.+)\.(?P<what>lora_magnitude_vector|lora_B\.bias|lora_diag)(?:\.weight)?$")
+_EXTRA = re.compile(rf"^(?P<path>.+)\.(?:{'|'.join(re.escape(extra.name) for extra in EXTRAS.values())})(?:\.weight)?$")
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from typing import Any
 from lora_probe.adapter.not_peft import foreign
 from lora_probe.adapter.pattern_index import PatternIndex, ending, is_word, plain_pattern
 from lora_probe.adapter.targets import Targets, numbering, saving
+from lora_probe.adapter.variants import initialisation, variants_of
 from lora_probe.errors import NotLora, ProbeError, TooLarge, UnreadableFile
 from lora_probe.files import brief, is_text, shown
 from lora_probe.files.json_object import parsed, read_text, top_level
@@ -35,28 +36,6 @@ MAX_CHARACTERS = 1_000_000
 
 PEFT_DEFAULT_RANK = 8
 PEFT_DEFAULT_ALPHA = 8
-
-VARIANTS = {
-    "use_rslora": "rsLoRA",
-    "use_dora": "DoRA",
-    "use_qalora": "QALoRA",
-    "use_bdlora": "BD-LoRA",
-    "lora_bias": "lora_bias",
-    "rank_pattern": "rank_pattern",
-    "alpha_pattern": "alpha_pattern",
-    "modules_to_save": "modules_to_save",
-    "trainable_token_indices": "trainable tokens",
-    "target_parameters": "target_parameters",
-    "layers_to_transform": "layers_to_transform",
-    "exclude_modules": "exclude_modules",
-    "layer_replication": "layer_replication",
-    "alora_invocation_tokens": "aLoRA",
-    "arrow_config": "Arrow",
-    "kasa_config": "KaSA",
-    "monteclora_config": "MonteCLoRA",
-    "velora_config": "VeLoRA",
-}
-"""Fields that make an adapter more than plain LoRA when they hold a value, and the name people know them by."""
 
 
 @dataclass(frozen=True)
@@ -92,13 +71,14 @@ class AdapterConfig:
     @property
     def variants(self) -> tuple[str, ...]:
         """What makes it more than plain LoRA, in the words of PEFT's documentation."""
-        found = [word for key, word in VARIANTS.items() if self.raw.get(key)]
+        titles = [variant.title for variant in variants_of(self.raw)]
         init = self.raw.get("init_lora_weights")
-        if isinstance(init, str) and init != "gaussian":
-            found.append(f"init {shown(init)}")
+        known = initialisation(init)
+        if isinstance(init, str) and not (known is not None and known.plain and init == known.name):
+            titles.append(f"init {shown(init)}")
         if self.raw.get("bias", "none") != "none":
-            found.append(f"bias {_plain(self.raw['bias'])}")
-        return tuple(found)
+            titles.append(f"bias {_plain(self.raw['bias'])}")
+        return tuple(titles)
 
     @property
     def scaling(self) -> float:

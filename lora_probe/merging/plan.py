@@ -10,26 +10,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from lora_probe.adapter import Adapter, AdapterModule
+from lora_probe.adapter.variants import initialisation, variants_of
 from lora_probe.base import Checkpoint
+from lora_probe.files import brief
 from lora_probe.merging.experts import of_experts
 from lora_probe.merging.names import Names
 from lora_probe.merging.overlay import View
 from lora_probe.merging.sites import Placed, Site, Unplaced, of_other, of_pair
 from lora_probe.names import natural
-
-UNMERGEABLE = {
-    "alora_invocation_tokens": "aLoRA, which PEFT does not merge",
-    "arrow_config": "Arrow, which PEFT does not merge",
-    "use_qalora": "QALoRA",
-    "use_bdlora": "BD-LoRA",
-    "kasa_config": "KaSA",
-    "monteclora_config": "MonteCLoRA",
-    "velora_config": "VeLoRA",
-    "layer_replication": "layer_replication: the model has layers that the base's files lack",
-}
-"""Fields of the config whose merge is not s·B·A, and what they are."""
-_OTHER_BASES = ("corda", "loftq", "lora_ga")
-"""Initialisations that change the base by data that is gone."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +44,7 @@ def plan(adapter: Adapter, seen: View) -> Plan:
     for other in seen.others:
         placed += of_other(adapter, other, seen.base, names)
     sites = sorted((one for one in placed if isinstance(one, Site)), key=lambda site: natural(site.label))
-    return Plan(tuple(sites), tuple(one for one in placed if isinstance(one, Unplaced)), tuple(_refusals(adapter)))
+    return Plan(tuple(sites), tuple(one for one in placed if isinstance(one, Unplaced)), tuple(refusals(adapter)))
 
 
 def _of_module(adapter: Adapter, module: AdapterModule, base: Checkpoint, names: Names) -> Placed:
@@ -71,13 +59,14 @@ def _of_module(adapter: Adapter, module: AdapterModule, base: Checkpoint, names:
         yield from of_experts(module, base, names)
 
 
-def _refusals(adapter: Adapter) -> Iterator[str]:
+def refusals(adapter: Adapter) -> Iterator[str]:
     raw = adapter.config.raw
-    for key, what in UNMERGEABLE.items():
-        if raw.get(key):
-            yield f"the adapter is {what}"
-    init = str(raw.get("init_lora_weights", "")).lower()
-    if init.startswith(_OTHER_BASES):
-        yield f"init_lora_weights is {init}: it changed the base by data that is not here"
-    if "_niter_" in init:
-        yield f"init_lora_weights is {init}: what it took out of the base is random"
+    for variant in variants_of(raw):
+        if variant.unmerged:
+            yield f"the adapter uses {variant.title}: {variant.unmerged}"
+    init = raw.get("init_lora_weights")
+    row = initialisation(init)
+    if row is not None and row.base in ("of data", "in training"):
+        yield f"init_lora_weights is {brief(init)}: it changed the base by data that is not here"
+    if row is not None and row.base == "random":
+        yield f"init_lora_weights is {brief(init)}: the part that it took out of the base is random"

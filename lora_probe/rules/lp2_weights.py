@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lora_probe.adapter import AdapterConfig, AdapterModule
 from lora_probe.adapter.spectrum import Spectrum
+from lora_probe.adapter.variants import EXTRAS
 from lora_probe.files import brief
 from lora_probe.precision import FLOATS
 from lora_probe.rules.registry import rule
@@ -81,19 +82,10 @@ def variant_missing(pair: AdapterModule, config: AdapterConfig) -> str | None:
     """
     if pair.parameter != "weight" or pair.embedding:
         return None
-    held = {extra.name.removesuffix(".weight").rpartition(".lora_")[2] for extra in pair.extras}
-    for field, tensor, what in THIRD:
-        if config.raw.get(field) and tensor not in held:
-            return f"`{field}` is set, and the file has no {what} for it"
+    for field, extra in EXTRAS.items():
+        if config.raw.get(field) and not any(extra.is_named(tensor.name) for tensor in pair.extras):
+            return f"`{field}` is set, and the file has no {extra.word} for it"
     return None
-
-
-THIRD = (
-    ("use_dora", "magnitude_vector", "magnitude vector"),
-    ("lora_bias", "B.bias", "bias of lora_B"),
-    ("kasa_config", "diag", "diagonal"),
-)
-"""Field of the config, the end of the tensor's name, what it is called."""
 
 
 @rule(
