@@ -143,7 +143,7 @@ def _vllm_parses(name: str, case: Case) -> bool:
 def adapter_name_in_keys(case: Case) -> Iterator[Found]:
     """The keys carry the name that the adapter had in the live model: `lora_A.default.weight`.
 
-    Why it matters: the state dict of the model was saved in place of PEFT's `save_pretrained`. vLLM (0.30 to 0.33)
+    Why it matters: the state dict of the model was saved in place of PEFT's `save_pretrained`. vLLM ({vllm})
     refuses it (`... is unsupported LoRA weight`). PEFT 0.21 loads `default`, which is what it calls an adapter unless
     told otherwise, and drops any other name without a word.
 
@@ -174,7 +174,7 @@ def module_twice(case: Case) -> Iterator[Found]:
 
     What it does: where their values differ, vLLM's modules are called wrong.
 
-    Why it matters: vLLM (0.30 to 0.33) takes the last one that it reads, PEFT 0.21 the one with `base_model.model.`.
+    Why it matters: vLLM ({vllm}) takes the last one that it reads, PEFT 0.21 the one with `base_model.model.`.
 
     Example: a script that saved the adapter with and without the prefix into one file.
     """
@@ -261,7 +261,7 @@ def gap_in_layers(case: Case) -> Iterator[Found]:
     What it does: looks for gaps in the layer numbers that no layers_to_transform, no expression and no regular step
     (hybrid models adapt every fourth layer) explains.
 
-    Why it matters: a shard or a pipeline stage was not saved. vLLM (0.30 to 0.33) serves the base there and says
+    Why it matters: a shard or a pipeline stage was not saved. vLLM ({vllm}) serves the base there and says
     nothing.
     """
     config = case.adapter.config

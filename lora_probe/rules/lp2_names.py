@@ -54,7 +54,7 @@ def wrapper_in_name(words: tuple[str, ...]) -> str | None:
 
     What it does: looks for words of a path that belong to no model.
 
-    Why it matters: the adapter was saved from the wrapped model. vLLM (0.30 to 0.33) takes the keys, finds no module
+    Why it matters: the adapter was saved from the wrapped model. vLLM ({vllm}) takes the keys, finds no module
     for them and serves the base without a word; where only attention was wrapped, half the adapter works. PEFT 0.21
     warns of missing keys and serves the base.
 
@@ -78,7 +78,7 @@ def wrapper_in_name(words: tuple[str, ...]) -> str | None:
 def doubled_prefix(bare: str) -> str | None:
     """The keys begin with `base_model.model.` twice: the model was wrapped with PEFT a second time.
 
-    Why it matters: the engines disagree. vLLM (0.30 to 0.33) takes every occurrence of the prefix away and applies the
+    Why it matters: the engines disagree. vLLM ({vllm}) takes every occurrence of the prefix away and applies the
     adapter; PEFT 0.21 warns of missing keys and serves the base.
 
     Example: a script calls `get_peft_model`, and the trainer does it again. References: huggingface/trl#926.
@@ -99,7 +99,7 @@ def doubled_prefix(bare: str) -> str | None:
 def prefix_missing(stored_as: str, prefix: str) -> str | None:
     """The keys do not begin with `base_model.model.`.
 
-    Why it matters: the engines disagree. vLLM (0.30 to 0.33) takes them as they are and applies the adapter;
+    Why it matters: the engines disagree. vLLM ({vllm}) takes them as they are and applies the adapter;
     `PeftModel.from_pretrained` (0.21) warns of missing keys and serves the base.
 
     Example: saved through transformers' own adapter methods.
@@ -126,7 +126,7 @@ def odd_ending(stored: str, embedding: bool, adapter: str | None) -> str | None:
     `lora_embedding_B`.
 
     Why it matters: PEFT 0.21 drops a key that names none of its parameters, warns that its own are missing, and serves
-    the base there. vLLM (0.30 to 0.33) refuses most such endings (LP210), and takes `lora_A.weight` on an embedding.
+    the base there. vLLM ({vllm}) refuses most such endings (LP210), and takes `lora_A.weight` on an embedding.
 
     Example: `...q_proj.lora_A`, as loralib saves it.
     """
@@ -152,8 +152,8 @@ def other_class(file_start: str, base_start: str) -> str:
 
     Why it matters: the best known way to serve the base model: a text adapter (`model.layers.0...`) on a multimodal
     wrapper (`language_model.model.layers.0...`), or the reverse. vLLM compares the last word of a name alone, so it
-    takes the adapter, answers 200, and no module asks for it (0.30 to 0.32; 0.33 tries text names on multimodal
-    models). PEFT 0.21 warns of missing keys and serves the base.
+    takes the adapter, answers 200, and no module asks for it (before 0.33, which tries text names on
+    multimodal models). PEFT 0.21 warns of missing keys and serves the base.
 
     References: vllm-project/vllm#34186, #48019, #41754, huggingface/peft#2566.
     """
@@ -173,7 +173,7 @@ def no_such_module(model: str) -> str:
 
     What it does: looks the name up as the engine does, after its own renaming.
 
-    Why it matters: the pair is dropped. vLLM (0.30 to 0.33) refuses only a last word that it does not know at all;
+    Why it matters: the pair is dropped. vLLM ({vllm}) refuses only a last word that it does not know at all;
     a layer that the base does not have, a layer that shares another's keys and values, or a word that exists
     elsewhere in the model (`fc1` of a vision tower) goes in silence. PEFT 0.21 is silent as well.
 
@@ -193,7 +193,7 @@ def no_such_module(model: str) -> str:
 def no_lora_layer_there(why: str) -> str:
     """The module exists, and the engine makes no LoRA layer of it.
 
-    Why it matters: the pair is read and has nowhere to go. vLLM (0.30 to 0.33) adapts the language model of a
+    Why it matters: the pair is read and has nowhere to go. vLLM ({vllm}) adapts the language model of a
     multimodal one unless `--enable-tower-connector-lora` is given, and embeddings only for classes that name them.
 
     Example: `target_modules="all-linear"` on a vision-language model. References: vllm-project/vllm#23796, #40307.

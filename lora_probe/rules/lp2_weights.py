@@ -21,7 +21,7 @@ def rank_differs(pair: AdapterModule, config: AdapterConfig) -> str | None:
     """The tensors have another rank than the config gives their module.
 
     Why it matters: the scaling is `lora_alpha / r` of the *config*, so an engine that believes both runs the pair
-    at the wrong strength. vLLM (0.30 to 0.33) never compares the two: it answers normally, at the wrong scale.
+    at the wrong strength. vLLM ({vllm}) never compares the two: it answers normally, at the wrong scale.
     PEFT 0.21 refuses the checkpoint with a size mismatch.
 
     Example: `r: 8`, `lora_alpha: 16`, and `lora_A` of shape `[4, 576]`: trained with scaling 4, served with 2.
@@ -119,7 +119,7 @@ def zero_delta(pair: AdapterModule, spectrum: Spectrum) -> str | None:
 def not_in_file() -> str:
     """The config targets a module of the base, and the file holds no pair for it.
 
-    Why it matters: vLLM (0.30 to 0.33) serves the base there and says nothing; PEFT 0.21 warns of missing keys and
+    Why it matters: vLLM ({vllm}) serves the base there and says nothing; PEFT 0.21 warns of missing keys and
     runs an untrained pair, which is the base as well.
 
     Example: one layer of thirty lost in a sharded save: 87 of 90 modules took effect.

@@ -115,7 +115,7 @@ def outside_filter(targets: tuple[str, ...]) -> str:
     """`--lora-target-modules` leaves the module out.
 
     Why it matters: the option limits which layers vLLM wraps; loading an adapter never consults it, so the pair is
-    dropped without a word (0.30 to 0.33), partly or altogether.
+    dropped without a word ({vllm}), partly or altogether.
 
     References: vllm-project/vllm#55193.
     """

@@ -1,7 +1,8 @@
 """Rules: each one way in which an adapter goes wrong, with a stable code and a page.
 
-In: a rule is a function, and its docstring is its page. Most go from facts about one module to a sentence, or None
-where they have nothing to say, and become a `Finding` at a station. Others look at a whole adapter and give `Found`s.
+In: a rule is a function, and its docstring is its page; `{vllm}` in it stands for the supported versions of vLLM. Most
+go from facts about one module to a sentence, or None where they have nothing to say, and become a `Finding` at a
+station. Others look at a whole adapter and give `Found`s.
 Out: `diagnose` turns a ledger into `Diagnostic`s, `diagnostic` a `Found` into one.
 """
 
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, ParamSpec, overload
 
 from lora_probe.ledger import Finding, Station, Value
 from lora_probe.names import Key
+from lora_probe.rules.vllm_versions import SUPPORTED
 
 if TYPE_CHECKING:
     from lora_probe.rules.subject import Case
@@ -94,7 +96,7 @@ class _Register:
     def __call__(self, judge: Callable[P, str | None]) -> Callable[P, Finding | None]: ...
 
     def __call__(self, judge: Callable[P, str | None]) -> Callable[P, Finding | None]:
-        known = Rule(page=inspect.getdoc(judge) or "", **self.facts)
+        known = Rule(page=_page(judge), **self.facts)
         if known.code in _registry:
             raise ValueError(f"two rules are called {known.code}")
         _registry[known.code] = known
@@ -105,6 +107,11 @@ class _Register:
             return None if message is None else Finding(known.value, known.code, message)
 
         return finding
+
+
+def _page(judge: Callable[..., Any]) -> str:
+    """The docstring of a rule, with the versions of vLLM that are known in place of `{vllm}`."""
+    return (inspect.getdoc(judge) or "").replace("{vllm}", SUPPORTED)
 
 
 def rule(
@@ -139,8 +146,7 @@ def survey(
     def register(judge: Callable[[Case], Iterable[Found]]) -> Callable[[Case], Iterable[Found]]:
         if code in _registry:
             raise ValueError(f"two rules are called {code}")
-        page = inspect.getdoc(judge) or ""
-        _registry[code] = Rule(code, name, "adapter", "wrong", severity, hint, page, engines, needs)
+        _registry[code] = Rule(code, name, "adapter", "wrong", severity, hint, _page(judge), engines, needs)
         _surveys[code] = judge
         return judge
 

@@ -50,6 +50,8 @@ TABLE = (
     Behaviour("0.33", False, True, True, "read: lora/model_manager.py (`_get_text_lora_names`) of 0.33.0"),
 )
 """Oldest first. What is newer than the last row is taken to behave like it."""
+SUPPORTED = f"{TABLE[0].version} to {TABLE[-1].version}"
+"""In words, for texts: a rule's docstring writes `{vllm}`."""
 
 
 def installed() -> str | None:
