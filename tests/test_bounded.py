@@ -73,7 +73,7 @@ def test_a_key_that_stands_twice_among_many(tmp_path: Path) -> None:
     folder = adapter(tmp_path / "a", (), header=("{" + ",".join([*entries, entries[-1]]) + "}").encode())
     status, said = answer("check", folder)
     assert status == 1
-    assert "the key `k119999` stands twice" in " ".join(said.split())
+    assert "the key `k119999` appears twice" in " ".join(said.split())
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ def test_more_expressions_than_any_config_has(tmp_path: Path, field: str) -> Non
     with pytest.raises(TooLarge) as caught:
         open_adapter(folder)
     path = folder / "adapter_config.json"
-    expected = f"`{path}`: `{field}` holds 1,001 regular expressions, more than the 1,000 that are judged"
+    expected = f"`{path}`: `{field}` holds 1,001 regular expressions, more than the limit of 1,000"
     assert caught.value.message == expected
 
 

@@ -24,7 +24,7 @@ Origin = Callable[[int, int], Floats]
 
 Indices = npt.NDArray[np.intp]
 DENSE = 8
-"""From one value in this many on, a whole product is cheaper than picking rows and columns."""
+"""Where more than one value in this many is wanted, the whole product is cheaper than picking rows and columns."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,9 @@ class Change:
         return int(self.left.shape[1])
 
     def product(self, rows: slice | Indices) -> Floats:
-        """left @ right for some rows, in float32, without the scaling: PEFT multiplies by it afterwards."""
-        found: Floats = self.left[rows] @ self.right
-        return found
+        """left @ right for some rows, in float32, without the scaling, by which PEFT multiplies afterwards."""
+        product: Floats = self.left[rows] @ self.right
+        return product
 
     def magnitudes(self, rows: slice | Indices, at: Indices, columns: Indices) -> Floats:
         """Σ|left|·|right| at the places (index in `rows`, column) of some values."""
@@ -60,7 +60,7 @@ class Change:
     @property
     def gamma(self) -> float:
         """|fl(Σ) − Σ| ≤ γ·Σ|left|·|right| for any order of summing r products in float32, a rounding of the scaling
-        included: γ = (r + 2)·u (Higham, Accuracy and Stability, 3.1); twice that for two orders."""
+        included: γ = (r + 2)·u (Higham, Accuracy and Stability, 3.1); twice that for the difference of two orders."""
         return 2 * (self.rank + 2) * FLOAT32.round_off
 
     def rounded(self, dtype: str | None) -> Change:

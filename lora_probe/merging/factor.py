@@ -80,7 +80,7 @@ def _candidates(
 
 
 def searched_factor(found: Measured, known: Sequence[float]) -> tuple[float, Finding] | None:
-    """The factor with the smallest ‖merged − replay(f)‖ over the first known orders, or None if it explains too
+    """The factor with the smallest ‖merged − replay(f)‖ over the first rounding modes, or None if it explains too
     little.
 
     To as many digits as the search can tell; one of `known` is preferred.

@@ -1,7 +1,7 @@
 """Everything that an adapter does to a base: `Plan`.
 
 In: an adapter and a `View` of the base. Out: its sites in the order of computing, what has no site and why, and why no
-merge of this adapter can be judged at all, if so.
+merge of this adapter can be judged, if there is a reason.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from lora_probe.names import natural
 
 @dataclass(frozen=True)
 class Plan:
-    """`refusals`: why nothing that the merged model holds can be called wrong."""
+    """`refusals` are the reasons why nothing in the merged model can be judged."""
 
     sites: tuple[Site, ...]
     unplaced: tuple[Unplaced, ...]
     refusals: tuple[str, ...]
 
     def by_tensor(self) -> dict[str, list[Site]]:
-        found: dict[str, list[Site]] = {}
+        sites: dict[str, list[Site]] = {}
         for site in self.sites:
-            found.setdefault(site.tensor, []).append(site)
-        return found
+            sites.setdefault(site.tensor, []).append(site)
+        return sites
 
 
 def plan(adapter: Adapter, seen: View) -> Plan:
@@ -43,8 +43,9 @@ def plan(adapter: Adapter, seen: View) -> Plan:
         placed += _of_module(adapter, module, seen.base, names)
     for other in seen.others:
         placed += of_other(adapter, other, seen.base, names)
-    sites = sorted((one for one in placed if isinstance(one, Site)), key=lambda site: natural(site.label))
-    return Plan(tuple(sites), tuple(one for one in placed if isinstance(one, Unplaced)), tuple(refusals(adapter)))
+    sites = sorted((place for place in placed if isinstance(place, Site)), key=lambda site: natural(site.label))
+    unplaced = tuple(place for place in placed if isinstance(place, Unplaced))
+    return Plan(tuple(sites), unplaced, tuple(refusals(adapter)))
 
 
 def _of_module(adapter: Adapter, module: AdapterModule, base: Checkpoint, names: Names) -> Placed:
@@ -52,7 +53,7 @@ def _of_module(adapter: Adapter, module: AdapterModule, base: Checkpoint, names:
         yield Unplaced(module.module, "half of its pair is missing")
     elif len(module.a.shape) != 2 or len(module.b.shape) != 2:
         shapes = f"A is {list(module.a.shape)} and B {list(module.b.shape)}"
-        yield Unplaced(module.module, f"{shapes}: it is no linear layer")
+        yield Unplaced(module.module, f"{shapes}: it is not a linear layer")
     elif module.parameter == "weight":
         yield from of_pair(adapter, module, base, names)
     else:
@@ -60,6 +61,7 @@ def _of_module(adapter: Adapter, module: AdapterModule, base: Checkpoint, names:
 
 
 def refusals(adapter: Adapter) -> Iterator[str]:
+    """Why a merge of `adapter` cannot be judged."""
     raw = adapter.config.raw
     for variant in variants_of(raw):
         if variant.unmerged:

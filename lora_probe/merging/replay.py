@@ -1,6 +1,6 @@
 """How a merge rounds: `RoundingMode`s of casting, adding and rounding, and the bits that each of them gives.
 
-In: W, B·A, the scaling and an mode. Out: the merged values as they would lie in the file, and the interval in which
+In: W, B·A, the scaling and a rounding mode. Out: the merged values as they would lie in the file, and the interval in which
 they may lie whatever the order of the sums in B·A. Rounding is monotone: rounding both ends of an interval bounds it.
 
 PEFT 0.21 (`Linear.merge`, `Embedding.merge`, `ParamWrapper.merge` and `DoraLinearVariant` in `tuners/lora`) keeps A
@@ -38,7 +38,7 @@ class RoundingMode:
 
 
 def rounding_modes(kind: SiteKind, base: str, merged: str, adapter: str, dora: bool) -> list[RoundingMode]:
-    """The orders that are known for these dtypes, PEFT's own first; of orders that do the same only the first."""
+    """The rounding modes that these dtypes allow, PEFT's own first; of those with the same result only the first."""
     known: dict[tuple[str | None, ...], RoundingMode] = {}
     early = kind in ("embedding", "expert", "transposed expert") and not dora
     for compute in dict.fromkeys((merged, base, "F32", "BF16", "F16")):

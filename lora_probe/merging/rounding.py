@@ -1,6 +1,6 @@
-"""The grids that weights lie on: float32 values rounded to a file's dtype as torch rounds them, to nearest even.
+"""The grids that weights lie on: float32 values rounded to a file's dtype as torch rounds them (to nearest even).
 
-In: float32 arrays and a dtype's name in a safetensors file (F32, F16, BF16). Out: values as they lie in a file, or
+In: float32 arrays and the name of a dtype in safetensors files (F32, F16, BF16). Out: values as they lie in a file, or
 widened again. numpy has no bfloat16: it is the upper half of a float32, rounded by hand.
 """
 
@@ -27,7 +27,7 @@ def narrow(values: Floats, dtype: str) -> Raw:
         wide += bits
         wide >>= 16
         result = wide.astype(np.uint16)
-        # The carry would turn some NaNs into numbers. Their sum is a NaN, and one pass is all that it costs.
+        # The carry would turn some NaNs into numbers. The sum shows in one cheap pass whether there are any.
         with np.errstate(invalid="ignore", over="ignore"):
             suspicious = np.isnan(values.sum(dtype=np.float32))
         if suspicious:

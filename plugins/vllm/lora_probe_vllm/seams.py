@@ -22,7 +22,7 @@ from lora_probe.errors import EngineFailed
 from lora_probe.recording import Floats
 
 SUPPORTED = ("0.30", "0.31", "0.32", "0.33")
-"""The versions of vLLM that have all of these names; `lora_probe/rules/vllm_versions.py` holds what each of them does."""
+"""The versions of vLLM that have all of these names. What each does is in `lora_probe/rules/vllm_versions.py`."""
 
 NAMES = {
     "worker": ("vllm.v1.worker.worker_base", "WorkerBase"),
