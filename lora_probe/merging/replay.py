@@ -1,7 +1,8 @@
 """How a merge rounds: `RoundingMode`s of casting, adding and rounding, and the bits that each of them gives.
 
-In: W, B·A, the scaling and a rounding mode. Out: the merged values as they would lie in the file, and the interval in which
-they may lie whatever the order of the sums in B·A. Rounding is monotone: rounding both ends of an interval bounds it.
+In: W, B·A, the scaling and a rounding mode. Out: the merged values as they would lie in the file, and the interval in
+which they may lie whatever the order of the sums in B·A. Rounding is monotone: rounding both ends of an interval bounds
+it.
 
 PEFT 0.21 (`Linear.merge`, `Embedding.merge`, `ParamWrapper.merge` and `DoraLinearVariant` in `tuners/lora`) keeps A
 and B in float32 unless told otherwise (`autocast_adapter_dtype`), adds a Linear's ΔW in float32 and rounds the sum. An
