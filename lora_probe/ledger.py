@@ -40,7 +40,7 @@ class Finding:
 OK = Finding("ok")
 
 
-def graver(one: Finding, other: Finding) -> Finding:
+def worse(one: Finding, other: Finding) -> Finding:
     """The one of two findings that decides; the first where they weigh the same."""
     return other if _GRAVITY[other.value] > _GRAVITY[one.value] else one
 

@@ -73,16 +73,16 @@ def test_a_key_that_stands_twice_among_many(tmp_path: Path) -> None:
     folder = adapter(tmp_path / "a", (), header=("{" + ",".join([*entries, entries[-1]]) + "}").encode())
     status, said = answer("check", folder)
     assert status == 1
-    assert "the key `k119999` stands twice" in " ".join(said.split())
+    assert "the key `k119999` appears twice" in " ".join(said.split())
 
 
 @pytest.mark.parametrize(
     ("name", "found"),
     [
-        (".".join("a" * 51_200) + ".q_proj", "has 102,406 characters, more than the 2,000"),
-        ("." * 200_000, "has 200,000 characters, more than the 2,000"),
-        ("a" * (MAX_NAME + 1), "has 2,001 characters, more than the 2,000"),
-        ("." * MAX_PARTS, "has 65 parts, more than the 64"),
+        (".".join("a" * 51_200) + ".q_proj", "has 102,406 characters, more than the limit of 2,000"),
+        ("." * 200_000, "has 200,000 characters, more than the limit of 2,000"),
+        ("a" * (MAX_NAME + 1), "has 2,001 characters, more than the limit of 2,000"),
+        ("." * MAX_PARTS, "has 65 parts, more than the limit of 64"),
     ],
 )
 def test_a_name_that_no_tensor_has(tmp_path: Path, name: str, found: str) -> None:
@@ -180,13 +180,13 @@ def test_more_expressions_than_any_config_has(tmp_path: Path, field: str) -> Non
     with pytest.raises(TooLarge) as caught:
         open_adapter(folder)
     path = folder / "adapter_config.json"
-    expected = f"`{path}`: `{field}` holds 1,001 regular expressions, more than the 1,000 that are judged"
+    expected = f"`{path}`: `{field}` holds 1,001 regular expressions, more than the limit of 1,000"
     assert caught.value.message == expected
 
 
 def test_an_expression_of_a_million_characters(tmp_path: Path) -> None:
     folder = adapter(tmp_path / "a", halves(1), {"target_modules": "a" * 1_000_000})
-    with pytest.raises(TooLarge, match=r"in `target_modules` has 1,000,000 characters, more than the 100,000"):
+    with pytest.raises(TooLarge, match=r"in `target_modules` has 1,000,000 characters, more than the limit of 100,000"):
         open_adapter(folder)
 
 
@@ -556,7 +556,7 @@ def test_one_clear_error_and_no_verdict(tmp_path: Path, capsys: pytest.CaptureFi
     out, err = capsys.readouterr()
     assert out == ""
     assert err.count("error: ") == 1
-    assert "has 3,000 characters, more than the 2,000" in err
+    assert "has 3,000 characters, more than the limit of 2,000" in err
     assert main(["inspect", str(large)]) == 2
     assert "has 3,000 characters" in capsys.readouterr().err
     adapter(tmp_path / "small", halves(1))

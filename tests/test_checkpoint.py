@@ -65,7 +65,7 @@ def test_a_file_without_tensors(tmp_path: Path, role: str) -> None:
         (lambda: torch.empty(3, 3, device="meta"), "is on the meta device: it has no values"),
         (lambda: torch.nested.nested_tensor([torch.ones(3), torch.ones(2)]), "is a nested tensor"),
         (lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8), r"is quantised \(torch\.qint8\)"),
-        (lambda: torch.ones(3, dtype=torch.complex64), r"is torch\.complex64, which is not understood"),
+        (lambda: torch.ones(3, dtype=torch.complex64), r"is torch\.complex64, which is not supported"),
     ],
 )
 def test_a_pickled_tensor_that_is_no_plain_array(tmp_path: Path, make: Callable[[], Any], words: str) -> None:
@@ -141,7 +141,7 @@ def test_what_torch_says_is_told_in_whole_sentences(tmp_path: Path) -> None:
     assert refused(folder).message.startswith(f"{prefix}unexpected EOF, expected ")
     assert refused(folder).message.endswith(" more bytes")
     file.write_bytes(b"hello")
-    assert refused(folder).message == f"`{file}` is not a pickle of torch: it begins with b'hello'"
+    assert refused(folder).message == f"`{file}` is not a torch pickle: it begins with b'hello'"
 
 
 def test_a_bin_that_is_none(tmp_path: Path) -> None:

@@ -14,9 +14,10 @@ import pytest
 from conftest import PROMPTS, SharedEngine, edited, record_peft, save_adapter
 
 from lora_probe import open_trace
-from lora_probe.comparison.effect import as_json, divergence, effect, floor
+from lora_probe.comparison.effect import as_json, divergence, effect
 from lora_probe.engines.launch import Merged, merge, trace_plain
 from lora_probe.errors import EngineFailed, ProbeError
+from lora_probe.precision import floor
 from lora_probe.recording import SCHEMA, Process, Score, TraceWriter
 from lora_probe.recording.sketch import SKETCH, projection
 

@@ -102,7 +102,7 @@ def test_a_bin_without_torch(adapter: Path, tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert "is a pickle, and torch is not installed" in done.stderr
+    assert "is a pickle, which needs torch, and torch is not installed" in done.stderr
     assert "pip install 'lora-probe[peft]'" in done.stderr
 
 

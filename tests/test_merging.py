@@ -110,7 +110,7 @@ def test_every_tensor_of_both_is_looked_at(bases: Bases, tmp_path: Path) -> None
         ({"autocast": False}, "an adapter cast to BF16"),
     ],
 )
-def test_other_orders_of_rounding_are_named(
+def test_other_rounding_modes_are_named(
     options: dict[str, bool], arithmetic: str, bases: Bases, tmp_path: Path
 ) -> None:
     base = bases("llama", "bfloat16")

@@ -220,8 +220,8 @@ def test_one_tied_place_only(tmp_path: Path) -> None:
     )
     merged = merge_by_peft(tmp_path / "merged", adapter, base, "float32")
     pristine = load_file(base / "model.safetensors")["model.embed_tokens.weight"]
-    torn = damaged(merged, tmp_path / "torn", lambda t: t | {"lm_head.weight": pristine})
-    report = check_merge(adapter, torn, model=str(base))
+    inconsistent = damaged(merged, tmp_path / "inconsistent", lambda t: t | {"lm_head.weight": pristine})
+    report = check_merge(adapter, inconsistent, model=str(base))
     codes = found(report)
     assert codes["LP712"] == ("lm_head.weight",)
     assert codes["LP719"] == ("lm_head",)

@@ -105,11 +105,11 @@ BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {
         "claims 400000000000 bytes",
     ),
     "no dictionary": (lambda: World.pickled([torch.ones(2)]), "holds a list, not a dictionary"),
-    "scalars": (lambda: World.pickled({f"{n}": float(n) for n in range(606)}), "its 606 entries are of the kind float"),
-    "a dictionary inside": (lambda: World.pickled({"model": {"a": torch.ones(2)}}), "inside of 'model'"),
-    "names that are none": (lambda: World.pickled({3: torch.ones(2)}), "has a name that is no text"),
-    "half a surrogate pair": (lambda: World.pickled({"\ud800": torch.ones(2)}), "has a name that is no text"),
-    "safetensors": (lambda: struct.pack("<Q", 2) + b"{}", "is a safetensors file, not a pickle"),
+    "scalars": (lambda: World.pickled({f"{n}": float(n) for n in range(606)}), "its 606 entries are of type float"),
+    "a dictionary inside": (lambda: World.pickled({"model": {"a": torch.ones(2)}}), "under the key 'model'"),
+    "names that are none": (lambda: World.pickled({3: torch.ones(2)}), "has a name that is not valid text"),
+    "half a surrogate pair": (lambda: World.pickled({"\ud800": torch.ones(2)}), "has a name that is not valid text"),
+    "safetensors": (lambda: struct.pack("<Q", 2) + b"{}", "is a safetensors file, not a torch pickle"),
     "a web page": (lambda: b"<!DOCTYPE html><html>", "is a web page"),
     "a pointer": (lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a Git LFS pointer"),
     "nothing": (lambda: b"", "is empty (0 bytes)"),
@@ -147,7 +147,7 @@ def test_an_empty_state_dict_is_no_error(world: World) -> None:
 def test_a_pickle_under_the_name_of_safetensors(world: World) -> None:
     for content in (world.zipped, world.legacy):
         with world.folder(content) as folder:
-            assert "is a pickle of torch, not a safetensors file" in judge(folder)
+            assert "is a torch pickle, not a safetensors file" in judge(folder)
 
 
 # What would take for ever, or be believed.
@@ -256,10 +256,10 @@ def test_attributes_of_pickled_objects_are_not_called(tmp_path: Path) -> None:
 
 def test_dictionaries_of_other_kinds(tmp_path: Path) -> None:
     content = Parts(OrderedDict, (), {"items": 1, "values": 1}, None, iter([("a", 1)]))
-    with pytest.raises(UnreadableFile, match="its 1 entries are of the kind int"):
+    with pytest.raises(UnreadableFile, match="its 1 entries are of type int"):
         open_pickle(pickled(tmp_path / "a.bin", content))
     for number, other in enumerate((Counter({"a": 3}), OrderedDict({"x": OrderedDict({"a": torch.ones(2)})}))):
-        with pytest.raises(UnreadableFile, match=r"holds no tensors|holds its tensors inside of 'x'"):
+        with pytest.raises(UnreadableFile, match=r"holds no tensors|holds its tensors under the key 'x'"):
             open_pickle(pickled(tmp_path / f"{number}.bin", other))
 
 

@@ -170,7 +170,7 @@ def test_a_segment_closes_by_time_though_no_row_comes(tmp_path: Path, monkeypatc
     writer.close()
 
 
-def test_the_gravest_finding_of_all_ranks_counts(tmp_path: Path) -> None:
+def test_the_worst_finding_of_all_ranks_counts(tmp_path: Path) -> None:
     for rank, value in enumerate((OK, Finding("wrong", "LP504", "x"))):
         with TraceWriter(tmp_path / f"vllm-rank-{rank}", process(role="worker", engine="vllm", rank=rank)) as writer:
             writer.record(Load(0, "a", "/a", "d"))

@@ -47,19 +47,19 @@ def test_empty_file_of_tensors_is_no_error(tmp_path: Path) -> None:
         ({"a": entry([2], 0, 8)}, b"\0" * 4, "truncated"),
         ({"a": entry([2], 0, 8)}, b"\0" * 12, "belong to no tensor"),
         ({"a": entry([2], 0, 8), "b": entry([2], 4, 12)}, b"\0" * 12, "overlaps"),
-        ({"a": entry([2], 4, 12)}, b"\0" * 12, "hole"),
-        ({"a": entry([2], 0, 4)}, b"\0" * 4, "needs another number"),
-        ({"a": entry([2], -8, 0)}, b"\0" * 8, "needs another number"),
+        ({"a": entry([2], 4, 12)}, b"\0" * 12, "gap"),
+        ({"a": entry([2], 0, 4)}, b"\0" * 4, "needs 8 bytes"),
+        ({"a": entry([2], -8, 0)}, b"\0" * 8, "needs 8 bytes"),
         ({"a": entry([-1], 0, 8)}, b"\0" * 8, "impossible shape"),
         ({"a": entry([2], 0, 8, "F99")}, b"\0" * 8, "unknown dtype"),
         ({"a": {"dtype": "F32", "shape": [2]}}, b"", "impossible offsets"),
         ({"a": 3}, b"", "not an object"),
         ([1, 2], b"", "does not begin with `{`"),
-        (b'{"a": 1, "a": 2}', b"", "stands twice"),
-        ({"__metadata__": {"a": 1}}, b"", "not an object of texts"),
+        (b'{"a": 1, "a": 2}', b"", "appears twice"),
+        ({"__metadata__": {"a": 1}}, b"", "not an object of strings"),
         ({"a": entry([0, 2**62, 2**62], 0, 0)}, b"", "impossible shape"),
         ({"a\x1b[31m" + "x" * 1000: entry([-1], 0, 8)}, b"", r"`a\\x1b\[31mx{100,110}\.\.\.` has the impossible shape"),
-        (b'{"\\ud800": {}}', b"", "no name that can be written"),
+        (b'{"\\ud800": {}}', b"", "not a name that UTF-8 can encode"),
         (b'{"a": [' + b'"data_offsets",' * 500_001 + b"0]}", b"", "names 500,001 tensors"),
         (b"{" * 20000, b"", "damaged"),
         (b"\xff\xfe", b"", "damaged"),
@@ -83,7 +83,7 @@ def test_damage_is_named(tmp_path: Path, header: Any, data: bytes, word: str) ->
         (struct.pack("<Q", 500) + b"{}", "claims"),
     ],
 )
-def test_impostors_are_named(tmp_path: Path, content: bytes, word: str) -> None:
+def test_wrong_file_types_are_named(tmp_path: Path, content: bytes, word: str) -> None:
     path = tmp_path / "x.safetensors"
     path.write_bytes(content)
     with pytest.raises(UnreadableFile, match=word):

@@ -1,8 +1,8 @@
 """An adapter checkpoint on disk: `Adapter` and its `AdapterModule`s.
 
 In: a folder with `adapter_config.json` and `adapter_model.safetensors` (or `.bin`, or vLLM's `.pt`), or a training
-output folder. Out: the config, and every tensor of the file in exactly one place: half of a module's pair, an extra of
-a module, or `others` with the reason why it is not LoRA. Values are read lazily; only a `.bin` needs torch.
+output folder. Out: the config, and every tensor of the file in exactly one place: half of a module's pair, an extra
+of a module, or `others` with the reason why it is not LoRA. Values are read lazily; only a `.bin` needs torch.
 """
 
 from __future__ import annotations
@@ -19,17 +19,19 @@ from lora_probe.adapter.folder import CONFIG as CONFIG
 from lora_probe.adapter.folder import WEIGHTS as WEIGHTS
 from lora_probe.adapter.folder import find_checkpoint as find_checkpoint
 from lora_probe.adapter.folder import inside, listed, weights_path
+from lora_probe.adapter.variants import EXTRAS
 from lora_probe.files import is_text, sha256
 from lora_probe.files.limits import step
 from lora_probe.files.pickled import open_pickle
-from lora_probe.files.weights import FLOATS, TensorHeader, WeightsFile, open_weights, read
+from lora_probe.files.weights import TensorHeader, WeightsFile, open_weights, read
 from lora_probe.names import PREFIX, Key, natural
+from lora_probe.precision import FLOATS
 
 _PAIR = re.compile(
     r"^(?P<path>.+)\.(?P<half>lora_A|lora_B|lora_embedding_A|lora_embedding_B)"
     r"(?:\.(?P<adapter>(?!weight$|bias$)[^.]+))?(?:\.weight)?$"
 )
-_EXTRA = re.compile(r"^(?P<path>.+)\.(?P<what>lora_magnitude_vector|lora_B\.bias|lora_diag)(?:\.weight)?$")
+_EXTRA = re.compile(rf"^(?P<path>.+)\.(?:{'|'.join(re.escape(extra.name) for extra in EXTRAS.values())})(?:\.weight)?$")
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class AdapterModule:
 
     @property
     def rank(self) -> int | None:
-        """The rank of the tensors, whatever the config says."""
+        """The rank of the tensors, which may differ from the config's."""
         if self.a is not None and self.a.shape:
             return self.a.shape[0]
         return self.b.shape[-1] if self.b is not None and self.b.shape else None
@@ -81,8 +83,8 @@ class AdapterModule:
 
 @dataclass(frozen=True)
 class OtherTensor:
-    """A tensor of the file that is not half of a LoRA pair, and what it is instead. `of_pair`: it would be half of one,
-    and another tensor of the file is that already."""
+    """A tensor of the file that is not half of a LoRA pair, and what it is instead. `of_pair`: it would be half of one
+    that another tensor of the file is half of already."""
 
     tensor: TensorHeader
     what: str
@@ -125,23 +127,23 @@ def open_adapter(path: str | Path) -> Adapter:
     """Open an adapter folder, or the last checkpoint of a training output folder.
 
     Raises:
-        NotLora: the config is that of something else.
-        MissingWeights: there is a config, and no weights where loaders look.
-        UnreadableFile: the folder, the config or the weights are missing or damaged, with what to do.
+        NotLora: it is the config of something other than a LoRA adapter.
+        MissingWeights: there is a config, but no weights where loaders look.
+        UnreadableFile: the folder, the config or the weights are missing or damaged.
     """
     folder, notes = find_checkpoint(Path(path))
     config = open_config(inside(folder, CONFIG))
-    file, said = weights_path(folder)
+    file, more = weights_path(folder)
     weights = open_weights(file) if file.name == WEIGHTS else open_pickle(file)
     step("sorting the tensors", file)
     modules, others = _sort(weights.tensors, config)
-    known = {CONFIG, file.name}
-    files = tuple(_text(entry.name) for entry in listed(folder) if entry.name not in known)
-    return Adapter(folder, config, weights, modules, others, files, notes + said)
+    used = {CONFIG, file.name}
+    files = tuple(_text(entry.name) for entry in listed(folder) if entry.name not in used)
+    return Adapter(folder, config, weights, modules, others, files, notes + more)
 
 
 def _text(name: str) -> str:
-    """A file's name as text; the bytes of some are none."""
+    """A file's name as text; the bytes of some names are not valid UTF-8."""
     return name if is_text(name) else name.encode(errors="surrogateescape").decode(errors="replace")
 
 
@@ -151,7 +153,7 @@ def _sort(
     halves: dict[str, dict[str, TensorHeader]] = {}
     extras: dict[str, list[TensorHeader]] = {}
     others: list[OtherTensor] = []
-    # Of two tensors that are the same half PEFT takes the one with its prefix; names as PEFT saves them come first.
+    # Of two tensors for the same half PEFT uses the one with its prefix, so names as PEFT saves them come first.
     for name, tensor in sorted(
         tensors.items(), key=lambda item: (not item[0].startswith(PREFIX), bool(adapter_in(item[1])))
     ):
@@ -197,17 +199,17 @@ def _pattern_name(module: str, parameter: str) -> str:
 
 
 def _expert_parameter(path: str, config: AdapterConfig) -> tuple[str, str]:
-    """The module and the parameter that a path names: fused experts are parameters (`target_parameters`).
+    """The module and the parameter of a path: fused experts are parameters (`target_parameters`).
 
     PEFT wraps one parameter inside the other (`ParamWrapper`): gate_up_proj is stored as `<module>.base_layer`,
     down_proj as `<module>`; vLLM's `PEFTHelper.get_rank_and_scaling` reads them the same way.
     """
     module = path.removesuffix(".base_layer")
-    mine = config.targets.parameters_of(module)
-    if not mine:
+    parameters = config.targets.parameters_of(module)
+    if not parameters:
         return path, "weight"
-    if len(mine) == 1:
-        return module, mine[0]
+    if len(parameters) == 1:
+        return module, parameters[0]
     return module, "gate_up_proj" if path != module else "down_proj"
 
 
@@ -223,6 +225,6 @@ def _other(path: str, tensor: TensorHeader) -> OtherTensor:
 
 
 def adapter_in(tensor: TensorHeader) -> str | None:
-    """The name of an adapter inside a tensor's name, as it stands in a live PEFT model: `lora_A.default.weight`."""
+    """The name of an adapter inside a tensor's name, as in a live PEFT model: `lora_A.default.weight`."""
     match = _PAIR.match(tensor.name)
     return match["adapter"] if match else None

@@ -1,6 +1,6 @@
-"""What `adapter_config.json` says: `AdapterConfig`.
+"""The contents of `adapter_config.json`: `AdapterConfig`.
 
-In: the file of an adapter folder. Out: its fields, checked for kind, and the lines they stand on; the rank and the
+In: the file of an adapter folder. Out: its fields, their types checked, and the lines they are on; the rank and the
 scaling of a module (patterns, rsLoRA); which modules of a base it targets (`targets.py`). Patterns are those of PEFT
 0.21: `get_pattern_key` in `peft/utils/other.py`.
 """
@@ -20,6 +20,7 @@ from typing import Any
 from lora_probe.adapter.not_peft import foreign
 from lora_probe.adapter.pattern_index import PatternIndex, ending, is_word, plain_pattern
 from lora_probe.adapter.targets import Targets, numbering, saving
+from lora_probe.adapter.variants import initialisation, variants_of
 from lora_probe.errors import NotLora, ProbeError, TooLarge, UnreadableFile
 from lora_probe.files import brief, is_text, shown
 from lora_probe.files.json_object import parsed, read_text, top_level
@@ -29,34 +30,12 @@ from lora_probe.files.regexes import Expressions, compiled
 MAX_PATTERN = 100_000
 """Characters of one regular expression: compiling takes time and memory."""
 MAX_EXPRESSIONS = 1_000
-"""Regular expressions in one field; plain names are no expressions."""
+"""Regular expressions in one field; plain names do not count."""
 MAX_CHARACTERS = 1_000_000
 """Characters of all expressions in one field."""
 
 PEFT_DEFAULT_RANK = 8
 PEFT_DEFAULT_ALPHA = 8
-
-VARIANTS = {
-    "use_rslora": "rsLoRA",
-    "use_dora": "DoRA",
-    "use_qalora": "QALoRA",
-    "use_bdlora": "BD-LoRA",
-    "lora_bias": "lora_bias",
-    "rank_pattern": "rank_pattern",
-    "alpha_pattern": "alpha_pattern",
-    "modules_to_save": "modules_to_save",
-    "trainable_token_indices": "trainable tokens",
-    "target_parameters": "target_parameters",
-    "layers_to_transform": "layers_to_transform",
-    "exclude_modules": "exclude_modules",
-    "layer_replication": "layer_replication",
-    "alora_invocation_tokens": "aLoRA",
-    "arrow_config": "Arrow",
-    "kasa_config": "KaSA",
-    "monteclora_config": "MonteCLoRA",
-    "velora_config": "VeLoRA",
-}
-"""Fields that make an adapter more than plain LoRA when they hold a value, and the name people know them by."""
 
 
 @dataclass(frozen=True)
@@ -74,39 +53,40 @@ class AdapterConfig:
     target_modules: str | tuple[str, ...] | None
     raw: Mapping[str, Any] = field(repr=False)
     lines: Mapping[str, int] = field(default_factory=dict, repr=False)
-    """Top-level key: the line, from 1, on which it stands last. That one counts, for Python's json as well."""
+    """Top-level key: the line, from 1, of its last occurrence. That one counts, also for Python's json."""
     repeated: tuple[str, ...] = ()
-    """Top-level keys that stand in the file more than once."""
+    """Top-level keys that appear more than once in the file."""
 
     def base_or(self, model: str | None) -> str:
-        """`model` if one is given, else the base that the config names.
+        """`model` if it is set, else the config's base model.
 
         Raises:
-            ProbeError: neither is there.
+            ProbeError: neither is set.
         """
         name = model or self.base_model
         if name is None:
-            raise ProbeError(f"`{self.path}` names no base model", "give its folder or id with --model")
+            raise ProbeError(f"`{self.path}` does not name a base model", "pass its folder or id with --model")
         return name
 
     @property
     def variants(self) -> tuple[str, ...]:
-        """What makes it more than plain LoRA, in the words of PEFT's documentation."""
-        found = [word for key, word in VARIANTS.items() if self.raw.get(key)]
+        """What makes it more than plain LoRA, in the terms of PEFT's documentation."""
+        titles = [variant.title for variant in variants_of(self.raw)]
         init = self.raw.get("init_lora_weights")
-        if isinstance(init, str) and init != "gaussian":
-            found.append(f"init {shown(init)}")
+        known = initialisation(init)
+        if isinstance(init, str) and not (known is not None and known.plain and init == known.name):
+            titles.append(f"init {shown(init)}")
         if self.raw.get("bias", "none") != "none":
-            found.append(f"bias {_plain(self.raw['bias'])}")
-        return tuple(found)
+            titles.append(f"bias {_plain(self.raw['bias'])}")
+        return tuple(titles)
 
     @property
     def scaling(self) -> float:
-        """The scaling of every module that no pattern names: `alpha / r`, with rsLoRA `alpha / sqrt(r)`."""
+        """The scaling of every module that no pattern matches: `alpha / r`, with rsLoRA `alpha / sqrt(r)`."""
         return self._scaling(self.rank, self.alpha)
 
     def rank_of(self, module: str) -> int:
-        """The rank that the config gives to `module` (`rank_pattern` first, then `r`)."""
+        """The rank of `module` in the config (`rank_pattern` first, then `r`)."""
         pattern = self.ranks.first(module)
         return self.rank if pattern is None else self.rank_pattern[pattern]
 
@@ -127,7 +107,7 @@ class AdapterConfig:
         return alpha / math.sqrt(rank) if self.rslora else alpha / rank
 
     def targeted(self, names: Iterable[str]) -> list[str]:
-        """Those of `names` (modules of a base) that PEFT would give an adapter for this config."""
+        """Those of `names` (modules of a base) that PEFT would adapt with this config."""
         step("matching the names of modules", self.path)
         return [name for name in names if self.targets.module(name)]
 
@@ -159,35 +139,35 @@ def open_config(path: Path) -> AdapterConfig:
     """Read `adapter_config.json`.
 
     Raises:
-        NotLora: it is the config of something else.
-        UnreadableFile: it is missing, not JSON (with the line), or a field is of the wrong kind (with its key).
+        NotLora: it is the config of something other than a LoRA adapter.
+        UnreadableFile: it is missing, not JSON (with the line), or a field has the wrong type (with its key).
     """
     text = read_text(path)
     raw = parsed(path, text)
     step("checking the fields", path)
-    standing = top_level(text)
-    source = _Source(path, raw, dict(standing))
+    occurrences = top_level(text)
+    source = _Source(path, raw, dict(occurrences))
     if (other := foreign(raw)) is not None:
         line = source.lines.get(other.key) if other.key else None
         raise NotLora(f"`{path}` {other.what}", other.hint, line=line, key=other.key)
     if _HALF.search(text) and not is_text(json.dumps(raw, ensure_ascii=False)):
         raise UnreadableFile(
-            f"`{path}` holds half of a surrogate pair (\\ud800 to \\udfff), which is no text",
-            "write the characters out",
+            f"`{path}` holds half of a surrogate pair (\\ud800 to \\udfff), which is not valid text",
+            "replace the escape with the character that is meant",
         )
     rank = _number(source, "r", PEFT_DEFAULT_RANK)
     if rank != int(rank) or rank < 1:
         raise source.error(
             "r",
-            f"`r` is {brief(raw['r'])}, a rank is a whole number from 1",
+            f"`r` is {brief(raw['r'])}; a rank must be a whole number, at least 1",
             "write the rank that the adapter was trained with: the first axis of its lora_A",
         )
     ranks = _table(source, "rank_pattern")
     if any(value != int(value) or value < 1 for value in ranks.values()):
         raise source.error(
             "rank_pattern",
-            f"`rank_pattern` holds a value that is no rank: {brief(ranks)}",
-            "a rank is a whole number from 1",
+            f"`rank_pattern` holds a value that is not a rank: {brief(ranks)}",
+            "a rank must be a whole number, at least 1",
         )
     return AdapterConfig(
         path=path,
@@ -201,13 +181,13 @@ def open_config(path: Path) -> AdapterConfig:
         target_modules=_targets(source),
         raw=_checked(source),
         lines=source.lines,
-        repeated=tuple(key for key, count in Counter(key for key, _ in standing).items() if count > 1),
+        repeated=tuple(key for key, count in Counter(key for key, _ in occurrences).items() if count > 1),
     )
 
 
 @dataclass(frozen=True)
 class _Source:
-    """The fields of a config, and the lines on which they stand."""
+    """The fields of a config, and the lines that they are on."""
 
     path: Path
     raw: Mapping[str, Any]
@@ -219,7 +199,7 @@ class _Source:
 
 
 def _checked(source: _Source) -> Mapping[str, Any]:
-    """The other fields that decide which modules are meant: each of a kind that the rest can rely on."""
+    """The other fields that decide which modules are meant, their types checked."""
     raw = source.raw
     for key, (kinds, what) in _KINDS.items():
         value = raw.get(key)
@@ -247,11 +227,11 @@ _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
 
 
 def _compile(source: _Source, key: str, pattern: str, *forms: str) -> None:
-    """Compile an expression as it stands and in the forms in which it will be used (PEFT wraps it)."""
+    """Compile an expression as written and in the forms in which it will be used (PEFT wraps it)."""
     if len(pattern) > MAX_PATTERN:
         raise TooLarge(
-            f"`{source.path}`: {brief(pattern)} in `{key}` has {len(pattern):,} characters, more than the "
-            f"{MAX_PATTERN:,} of an expression that is judged",
+            f"`{source.path}`: {brief(pattern)} in `{key}` has {len(pattern):,} characters, more than the limit of "
+            f"{MAX_PATTERN:,} for one expression",
             "write a list of names, or a shorter expression",
         )
     try:
@@ -259,11 +239,11 @@ def _compile(source: _Source, key: str, pattern: str, *forms: str) -> None:
             compiled(form)
     # A repetition too large for re is an OverflowError, one nested too deep a RecursionError.
     except (re.error, ValueError, OverflowError, RecursionError) as error:
-        why = "it is nested too deep" if isinstance(error, RecursionError) else error
+        why = "it is nested too deeply" if isinstance(error, RecursionError) else error
         raise source.error(
             key,
-            f"{brief(pattern)} in `{key}` is a broken regular expression: {why}",
-            "PEFT matches module names with Python's re; write an expression that it compiles",
+            f"{brief(pattern)} in `{key}` is not a valid regular expression: {why}",
+            "PEFT matches module names with Python's re; write one that it compiles",
         ) from error
 
 
@@ -275,7 +255,7 @@ def _compile_all(source: _Source, key: str, patterns: Sequence[str], form: Calla
     ):
         if count > most:
             raise TooLarge(
-                f"`{source.path}`: `{key}` holds {count:,} {what}, more than the {most:,} that are judged",
+                f"`{source.path}`: `{key}` holds {count:,} {what}, more than the limit of {most:,}",
                 "write names, or one expression for many modules",
             )
     for pattern in patterns:
@@ -299,10 +279,10 @@ def _number(source: _Source, key: str, default: float) -> float:
 
 def _as_number(source: _Source, key: str, name: str, value: Any) -> float:
     """`value` if it is a number; `name` is what it is called in the field `key`."""
-    # JSON has integers of any length; beyond this no rank and no alpha was ever meant.
+    # JSON has integers of any length. No real rank or alpha is this large.
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e12:
         raise source.error(
-            key, f"`{shown(name)}` is {brief(value)}, not a number", f"write the number that `{shown(name)}` had"
+            key, f"`{shown(name)}` is {brief(value)}, not a number", "write the number that was used in training"
         )
     return value
 

@@ -17,7 +17,7 @@ from lora_probe.adapter.checkpoint import Adapter, AdapterModule
 from lora_probe.errors import UnreadableFile
 from lora_probe.files import shown
 from lora_probe.files.limits import step
-from lora_probe.files.weights import TensorHeader, WeightsFile, stretch, widen
+from lora_probe.files.weights import TensorHeader, WeightsFile, read_chunk, widen
 
 Array = npt.NDArray[np.float32]
 
@@ -140,7 +140,7 @@ def _columns(file: WeightsFile, tensor: TensorHeader) -> Iterator[Double]:
     width = max(1, BLOCK // rows)
     for start in range(0, columns, width):
         stop = min(start + width, columns)
-        parts = [stretch(file, tensor, row * columns + start, row * columns + stop) for row in range(rows)]
+        parts = [read_chunk(file, tensor, row * columns + start, row * columns + stop) for row in range(rows)]
         yield np.stack([widen(part, tensor.dtype) for part in parts]).astype(np.float64)
 
 
@@ -149,7 +149,7 @@ def _rows(file: WeightsFile, tensor: TensorHeader) -> Iterator[Double]:
     height = max(1, BLOCK // columns)
     for start in range(0, rows, height):
         stop = min(start + height, rows)
-        values = stretch(file, tensor, start * columns, stop * columns)
+        values = read_chunk(file, tensor, start * columns, stop * columns)
         yield widen(values, tensor.dtype).reshape(stop - start, columns).astype(np.float64)
 
 

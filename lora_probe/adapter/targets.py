@@ -14,7 +14,7 @@ from lora_probe.adapter.pattern_index import ends, is_word, parts
 from lora_probe.files.regexes import Expressions
 
 ALL_LINEAR = "all-linear"
-_HEADS = ("lm_head", "embed_tokens", "score", "classifier")
+_NOT_IN_ALL_LINEAR = ("lm_head", "embed_tokens", "score", "classifier")
 """What `all-linear` leaves out."""
 _ANY_LAYER = r".*?\.[^.]*\.(?P<idx>\d+)\."
 
@@ -64,7 +64,7 @@ class Targets:
         if not self._modules or self._is_excluded(name) or self._is_saved(name):
             return False
         if self._modules == ALL_LINEAR:
-            return name.rpartition(".")[2] not in _HEADS
+            return name.rpartition(".")[2] not in _NOT_IN_ALL_LINEAR
         if isinstance(self._modules, str):
             return self._expressions.fullmatch(self._modules, name, "target_modules") is not None
         # A whole path is meant whatever the layers are.

@@ -1,4 +1,4 @@
-"""A whole model on disk: every tensor of it, sharded or not, read in stretches of rows.
+"""A whole model on disk: every tensor of it, sharded or not, read in blocks of rows.
 
 In: a folder with `model.safetensors`, shards of it, or `pytorch_model.bin` (through torch's weights-only loader). Out:
 a `Checkpoint`. Which files count is decided as transformers decides it: the single safetensors file, then the index of
@@ -20,8 +20,9 @@ from lora_probe.errors import TooLarge, UnreadableFile
 from lora_probe.files import opened, shown
 from lora_probe.files.json_object import read_json
 from lora_probe.files.pickled import load, plain, require_own_values, values_of
-from lora_probe.files.weights import DTYPES, Bytes, Raw, TensorHeader, WeightsFile, open_weights, stretch
+from lora_probe.files.weights import Bytes, Raw, TensorHeader, WeightsFile, open_weights, read_chunk
 from lora_probe.names import layer_of, ranges
+from lora_probe.precision import STORED
 
 MAX_INDEX = 100_000_000
 """Bytes of an index; a model of hundreds of experts has one of ten millions."""
@@ -39,7 +40,7 @@ _SHARD = re.compile(r"-(\d+)-of-(\d+)\.")
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of a checkpoint. `read(start, stop, into)` gives values of that stretch as they lie in the file."""
+    """One tensor of a checkpoint. `read(start, stop, into)` gives these values as they lie in the file."""
 
     name: str
     dtype: str
@@ -61,7 +62,7 @@ class StoredTensor:
     @property
     def size(self) -> int:
         """Bytes."""
-        return int(np.prod(self.shape, dtype=np.int64)) * DTYPES[self.dtype][1]
+        return int(np.prod(self.shape, dtype=np.int64)) * STORED[self.dtype].width
 
 
 @dataclass(frozen=True)
@@ -263,7 +264,7 @@ def of_header(file: WeightsFile, header: TensorHeader, name: str) -> StoredTenso
     """A tensor of a file of weights, as `name`."""
 
     def read(start: int, stop: int, into: Bytes | None) -> Raw:
-        return stretch(file, header, start, stop, into)
+        return read_chunk(file, header, start, stop, into)
 
     return StoredTensor(name, header.dtype, header.shape, file.path, read)
 

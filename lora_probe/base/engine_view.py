@@ -20,8 +20,11 @@ from lora_probe.names import PREFIX
 SCHEMA = 4
 """Raised when a view is built or written in another way, so that none of before is taken for one of today."""
 
-HEADS = ("lm_head", "embed_out")
+LM_HEADS = ("lm_head", "embed_out")
 """What transformers' models call the output head over the vocabulary."""
+
+CLASSIFIER_HEADS = ("score", "classifier")
+"""What transformers' models call the head of a classifier; vLLM reads a trained one of these names only."""
 
 Shapes = Mapping[str, tuple[int, int] | None]
 """Module path in the base: (out, in) of its weight, None where it is not known."""
@@ -32,7 +35,7 @@ TRANSPOSED = ("gpt2", "openai-gpt")
 EXPERT = re.compile(r"\.experts\.\d+\.")
 """What stands in the name of a projection of a single expert."""
 
-Kind = Literal["linear", "embedding", "head", "experts", "other"]
+ModuleKind = Literal["linear", "embedding", "head", "experts", "other"]
 
 
 class Rename(msgspec.Struct, frozen=True):
@@ -55,7 +58,7 @@ class ModuleView(msgspec.Struct, frozen=True):
     why the engine makes no LoRA layer of it; it is empty where it does.
     """
 
-    kind: Kind
+    kind: ModuleKind
     shape: tuple[int, int] | None
     engine_as: str
     packed: bool = False
@@ -154,7 +157,7 @@ def _of_header(name: str, shape: tuple[int, int] | None, base: Base) -> ModuleVi
     last = name.rpartition(".")[2]
     if last in EMBEDDINGS:
         return ModuleView("embedding", shape, name)
-    if last in HEADS:
+    if last in LM_HEADS:
         return ModuleView("head", shape, name)
     if EXPERT.search(name):
         return ModuleView("experts", shape, name)

@@ -15,7 +15,8 @@ from typing import Any
 from lora_probe.errors import MissingModel, TooLarge, UnreadableFile
 from lora_probe.files import brief, shown
 from lora_probe.files.json_object import read_json
-from lora_probe.files.weights import FLOATS, open_weights
+from lora_probe.files.weights import open_weights
+from lora_probe.precision import FLOATS
 
 OPTIONS = {"base model": "--model", "merged model": "--merged"}
 """What a model is asked for as, and the option that names it."""

@@ -24,8 +24,9 @@ from lora_probe.adapter.folder import inside
 from lora_probe.base import Shapes
 from lora_probe.errors import ProbeError, UnreadableFile
 from lora_probe.files import opened
-from lora_probe.files.weights import DTYPES, stretch
+from lora_probe.files.weights import read_chunk
 from lora_probe.names import PREFIX
+from lora_probe.precision import STORED
 from lora_probe.rules.paths import unwrapped
 from lora_probe.rules.stored import expect
 
@@ -121,12 +122,12 @@ def write(mending: Mending, folder: Path) -> list[str]:
 
 
 def _save(mending: Mending, path: Path) -> None:
-    """A safetensors file of the same bytes under other names, a stretch at a time (the format: see `weights.py`)."""
+    """A safetensors file of the same bytes under other names, a chunk at a time (the format: see `weights.py`)."""
     weights = mending.adapter.weights
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **weights.metadata}}
     end = 0
     for name, tensor in weights.tensors.items():
-        start, end = end, end + tensor.parameters * DTYPES[tensor.dtype][1]
+        start, end = end, end + tensor.parameters * STORED[tensor.dtype].width
         new = mending.renamed.get(name, name)
         header[new] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header, ensure_ascii=False).encode()
@@ -134,12 +135,12 @@ def _save(mending: Mending, path: Path) -> None:
     with path.open("xb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for tensor in weights.tensors.values():
-            for begin in range(0, tensor.parameters, STRETCH):
-                values = stretch(weights, tensor, begin, min(begin + STRETCH, tensor.parameters))
+            for begin in range(0, tensor.parameters, CHUNK):
+                values = read_chunk(weights, tensor, begin, min(begin + CHUNK, tensor.parameters))
                 file.write(np.ascontiguousarray(values).tobytes())
 
 
-STRETCH = 2**24
+CHUNK = 2**24
 """Values that are copied at once."""
 
 

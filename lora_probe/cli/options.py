@@ -15,13 +15,14 @@ from typing import Any
 
 from rich_argparse import RawDescriptionRichHelpFormatter
 
+from lora_probe import precision
 from lora_probe.errors import ProbeError
 from lora_probe.files import limits
 from lora_probe.files.limits import MEMORY, SECONDS, Budget
 from lora_probe.render.formats import DEFAULT, Names
 from lora_probe.rules.vllm_versions import ENGINE_OPTIONS
 
-DTYPES = ("auto", "float32", "float16", "bfloat16")
+DTYPES = ("auto", *(dtype.name for dtype in precision.DTYPES if dtype.fits_float32))
 LEAST = 1 / 16
 """GiB of memory without which Python itself does not run."""
 MOST = 1e6

@@ -13,10 +13,11 @@ from typing import Literal
 import numpy as np
 
 from lora_probe.comparison.joined import Joined, RequestDiff, by_load, distances, join, matched_requests
+from lora_probe.comparison.tolerance import NOT_RECORDED_NOTE, judged_dtype
 from lora_probe.errors import ProbeError
 from lora_probe.ledger import Fate, Ledger
 from lora_probe.names import Key, natural
-from lora_probe.precision import ROW_SLACK, coarser, drift
+from lora_probe.precision import NOT_RECORDED, ROW_SLACK, drift
 from lora_probe.recording import Floats, Trace
 
 Verdict = Literal["agree", "differ", "undecided"]
@@ -89,10 +90,11 @@ def compare(reference: Trace, candidate: Trace, rtol: float | None = None) -> Co
 
     Raises:
         ProbeError: nothing is comparable: no load of an adapter on one side, or no prompt in common.
+        UnreadableFile: a trace records an unknown dtype.
     """
     ledgers = _ledger(reference), _ledger(candidate)
-    processes = [p.process for trace in (reference, candidate) for p in trace.workers]
-    dtype = coarser(*(name for p in processes for name in (p.dtype, p.lora_dtype) if name))
+    workers = (*reference.workers, *candidate.workers)
+    dtype = judged_dtype((w, name) for w in workers for name in (w.process.dtype, w.process.lora_dtype) if name)
     limit = drift(dtype) if rtol is None else rtol
     requests = matched_requests(reference, candidate)
     refused = [ledger for ledger in ledgers if ledger.refused]
@@ -108,6 +110,8 @@ def compare(reference: Trace, candidate: Trace, rtol: float | None = None) -> Co
         modules, first = _modules(joined, _fates(reference), _fates(candidate), limit=limit)
         count = len(joined.where)
     notes = tuple(_notes(reference, candidate, joined is not None or bool(refused)))
+    if dtype == NOT_RECORDED:
+        notes = (*notes, NOT_RECORDED_NOTE)
     return Comparison(reference, candidate, ledgers, dtype, limit, count, modules, requests, first, notes)
 
 

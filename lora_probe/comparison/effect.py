@@ -15,25 +15,13 @@ import numpy as np
 import numpy.typing as npt
 
 from lora_probe.comparison.outputs import Parting, WorstModule, modules_part
+from lora_probe.comparison.tolerance import NOT_RECORDED_NOTE, judged_dtype
 from lora_probe.errors import ProbeError
 from lora_probe.names import Key
-from lora_probe.precision import ROUND_OFF, coarser, drift, finite
+from lora_probe.precision import NOT_RECORDED, drift, finite, floor
 from lora_probe.recording import Floats, Score, Scored, Trace
 
 Doubles = npt.NDArray[np.float64]
-
-FLOOR_SLACK = {"float32": 128.0, "float16": 32.0, "bfloat16": 32.0}
-
-
-def floor(dtype: str) -> float:
-    """Below this KL of base and unmerged, in nats per token, there is no effect to keep that round-off does not blur.
-
-    KL is quadratic in a small change, so this is the square of FLOOR_SLACK units of round-off: 5.8e-11 in float32 and
-    1.6e-2 in bfloat16. Right merges of SmolLM2-135M lie 8e-13 and 3.6e-4 from the unmerged adapter in PEFT, 4.3e-12 and
-    9.4e-4 in vLLM. float16 has not been measured.
-    """
-    known = dtype if dtype in FLOOR_SLACK else "bfloat16"
-    return (ROUND_OFF[known] * FLOOR_SLACK[known]) ** 2
 
 
 @dataclass(frozen=True)
@@ -96,11 +84,13 @@ def effect(unmerged: Trace, merged: Trace) -> Effect:
     Raises:
         ProbeError: a trace without scores, no prompt in common, other answer tokens for the same prompt, or
             vocabularies of different sizes.
-        UnreadableFile: a damaged trace.
+        UnreadableFile: a damaged trace, or one that records an unknown dtype.
     """
     pairs, notes = _pairs(unmerged, merged)
     bases = {_tokens(scored.score): scored for scored in unmerged.scores if scored.score.kind == "base"}
-    dtype = coarser(*_dtypes(unmerged), *_dtypes(merged))
+    dtype = judged_dtype((w, w.process.dtype) for trace in (unmerged, merged) for w in trace.workers)
+    if dtype == NOT_RECORDED:
+        notes.append(NOT_RECORDED_NOTE)
     prompts, tables = [], []
     for one, two in pairs:
         table = _table(one, two, bases.get(_tokens(one.score)), notes)
@@ -122,10 +112,6 @@ def effect(unmerged: Trace, merged: Trace) -> Effect:
         worst_module=worst,
         notes=tuple(dict.fromkeys(notes)),
     )
-
-
-def _dtypes(trace: Trace) -> list[str]:
-    return [worker.process.dtype for worker in trace.workers] or [""]
 
 
 def _tokens(score: Score) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -147,7 +147,7 @@ class LoadRecord:
         """Write what `applied` and `agrees` show until now, where that is new.
 
         Servers are usually killed without warning, so the last stations cannot wait for the end. Of several records
-        the gravest counts, so only what may stand is written: never that nothing has happened yet.
+        the worst counts, so only what may stand is written: never that nothing has happened yet.
         """
         applied: dict[Key, Finding] = {}
         agrees: dict[Key, Finding] = {}

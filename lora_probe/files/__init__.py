@@ -6,14 +6,14 @@ weights (`weights`, `pickled`), and the limits within which all of that happens 
 
 from __future__ import annotations
 
-from lora_probe.files.untrusted import brief, impostor, is_text, opened, sha256, shown, storage_of
+from lora_probe.files.untrusted import brief, is_text, opened, sha256, shown, storage_of, wrong_file_type
 
 __all__ = [
     "brief",
-    "impostor",
     "is_text",
     "opened",
     "sha256",
     "shown",
     "storage_of",
+    "wrong_file_type",
 ]

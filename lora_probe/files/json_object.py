@@ -13,7 +13,7 @@ from typing import Any
 
 from lora_probe.errors import UnreadableFile, out_of_memory
 from lora_probe.files.limits import step
-from lora_probe.files.untrusted import impostor, opened
+from lora_probe.files.untrusted import opened, wrong_file_type
 
 MAX_CONFIG = 10_000_000
 """Bytes; real ones have about a thousand."""
@@ -59,7 +59,7 @@ def read_text(path: Path, limit: int = MAX_CONFIG) -> str:
         raise UnreadableFile(
             f"`{path}` has {size} bytes, more than {limit}; no config is so large", "is it another file under its name?"
         )
-    if wrong := impostor(data[:64], "JSON"):
+    if wrong := wrong_file_type(data[:64], "JSON"):
         raise UnreadableFile(f"`{path}` {wrong[0]}", wrong[1])
     if data.startswith(b"\xef\xbb\xbf"):
         raise UnreadableFile(

@@ -1,8 +1,8 @@
 """A `.bin`: weights that torch pickled, through torch's weights-only loader. Nothing of the file is executed.
 
 In: a path. Out: a `WeightsFile` whose values torch holds; or, for whole models, the dictionary itself. The file is
-mapped, and little of it is in memory, unless it is in the format of before torch 1.6, which cannot be. What the loader
-would believe is bounded first: the archive's directory, its records, and the pickle (`pickle_opcodes.py`).
+mapped, so that little of it is in memory, unless it has the format used before torch 1.6, which cannot be mapped. What
+the loader trusts is bounded first: the archive's directory, its records, and the pickle (`pickle_opcodes.py`).
 """
 
 from __future__ import annotations
@@ -20,52 +20,38 @@ from lora_probe.errors import NeedsLibrary, TooLarge, UnreadableFile, out_of_mem
 from lora_probe.files.limits import importing, make_room, step
 from lora_probe.files.pickle_opcodes import require_harmless
 from lora_probe.files.pickle_zip import PickleRecord, pickle_record
-from lora_probe.files.untrusted import brief, impostor, is_text, opened, shown
-from lora_probe.files.weights import DTYPES, Raw, TensorHeader, WeightsFile, require_real_name
+from lora_probe.files.untrusted import brief, is_text, opened, shown, wrong_file_type
+from lora_probe.files.weights import Raw, TensorHeader, WeightsFile, require_real_name
+from lora_probe.precision import DTYPES, STORED
 
 ZIP, PROTOCOL = b"PK\x03\x04", b"\x80"
 MAX_LEGACY = 2**30
-"""Bytes of an adapter in the format of before torch 1.6, which is read into memory as a whole."""
+"""Bytes of an adapter in the format used before torch 1.6, which is read into memory as a whole."""
 _LEGACY_HEAD = 8_000_000
 """Bytes in which the pickles of such a file must end, before its values begin."""
 MOST_SHARED = 16
 """How often the bytes of a file may be values of its tensors: those of several tensors can be the same bytes. A model
 with tied embeddings has some of them twice."""
 
-_TORCH = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-    "I8": "int8",
-    "U8": "uint8",
-    "BOOL": "bool",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-}
-
 
 def open_pickle(path: Path) -> WeightsFile:
     """The weights of an adapter in a `.bin` or `.pt`.
 
     Raises:
-        UnreadableFile: torch is missing or refuses the file, or it holds something other than named tensors.
-        TooLarge: its tensors share their values, and have far more together than the file.
+        UnreadableFile: torch refuses the file, or it holds something other than named tensors.
+        TooLarge: its tensors share their values, and claim far more together than the file has.
     """
-    found = load(path, MAX_LEGACY)
-    if not isinstance(found, dict):
+    state = load(path, MAX_LEGACY)
+    if not isinstance(state, dict):
         raise UnreadableFile(
-            f"`{path}` holds a {type(found).__name__}, not a dictionary of tensors",
+            f"`{path}` holds a {type(state).__name__}, not a dictionary of tensors",
             "save the state dict: torch.save(get_peft_model_state_dict(model), path)",
         )
     with opened(path) as (_, size):
         pass
-    tensors = dict(_named(found, path, size))
-    if found and not tensors:
-        raise _no_tensors(found, path)
+    tensors = dict(_named(state, path, size))
+    if state and not tensors:
+        raise _no_tensors(state, path)
     require_own_values(path, [header.end for header, _ in tensors.values()], size)
     held = {name: tensor for name, (_, tensor) in tensors.items()}
 
@@ -76,8 +62,8 @@ def open_pickle(path: Path) -> WeightsFile:
     return WeightsFile(path, size, {}, headers, values)
 
 
-def _named(found: dict[Any, Any], path: Path, size: int) -> Iterator[tuple[str, tuple[TensorHeader, Any]]]:
-    for header, tensor in plain(found, path, "save the adapter again"):
+def _named(state: dict[Any, Any], path: Path, size: int) -> Iterator[tuple[str, tuple[TensorHeader, Any]]]:
+    for header, tensor in plain(state, path, "save the adapter again"):
         # A tensor that repeats its values (stride 0) can claim any number of them.
         if header.end > max(size, 1024):
             raise UnreadableFile(
@@ -88,10 +74,10 @@ def _named(found: dict[Any, Any], path: Path, size: int) -> Iterator[tuple[str, 
 
 
 def require_own_values(path: Path, claimed: Sequence[int], size: int) -> None:
-    """A file of `size` bytes has tensors that take these bytes.
+    """Refuse a file of `size` bytes whose tensors claim far more bytes than that.
 
     Raises:
-        TooLarge: many tensors have the same bytes.
+        TooLarge: many tensors share the same bytes.
     """
     if sum(claimed) > MOST_SHARED * max(size, 1024):
         raise TooLarge(
@@ -101,16 +87,16 @@ def require_own_values(path: Path, claimed: Sequence[int], size: int) -> None:
         )
 
 
-def _no_tensors(found: dict[Any, Any], path: Path) -> UnreadableFile:
-    for key, value in dict.items(found):
+def _no_tensors(state: dict[Any, Any], path: Path) -> UnreadableFile:
+    for key, value in dict.items(state):
         if isinstance(value, dict) and any(hasattr(inner, "layout") for inner in dict.values(value)):
             return UnreadableFile(
-                f"`{path}` holds its tensors inside of {brief(key)}, where no loader looks",
-                f"save that part by itself: torch.save(found[{brief(key)}], path)",
+                f"`{path}` holds its tensors under the key {brief(key)}, where no loader looks",
+                f"save that part by itself: torch.save(state[{brief(key)}], path)",
             )
-    kinds = sorted({type(value).__name__ for value in dict.values(found)})
+    kinds = sorted({type(value).__name__ for value in dict.values(state)})
     return UnreadableFile(
-        f"`{path}` holds no tensors: its {len(found)} entries are of the kind {', '.join(kinds[:5])}",
+        f"`{path}` holds no tensors: its {len(state)} entries are of type {', '.join(kinds[:5])}",
         "save the state dict of the adapter again",
     )
 
@@ -120,12 +106,12 @@ def load(path: Path, largest_legacy: int | None = None) -> Any:
 
     Raises:
         NeedsLibrary: torch is not installed.
-        UnreadableFile: the file is none that its weights-only loader takes.
+        UnreadableFile: torch's weights-only loader does not accept the file.
     """
     step("checking the pickle", path)
     with opened(path) as (file, size):
         start = file.read(64)
-        if wrong := impostor(start, "the weights"):
+        if wrong := wrong_file_type(start, "the weights"):
             raise UnreadableFile(f"`{path}` {wrong[0]}", wrong[1])
         _refuse_others(path, start)
         mapped = start.startswith(ZIP)
@@ -139,41 +125,41 @@ def load(path: Path, largest_legacy: int | None = None) -> Any:
             import torch
     except ImportError as error:
         raise NeedsLibrary(
-            f"`{path}` is a pickle, and torch is not installed", "pip install 'lora-probe[peft]'"
+            f"`{path}` is a pickle, which needs torch, and torch is not installed", "pip install 'lora-probe[peft]'"
         ) from error
     if mapped:
         make_room(size)
     step("loading the pickle with torch", path)
     try:
-        # It warns of what it will not keep for ever: typed storages, sparse tensors.
+        # It warns of features that torch plans to drop: typed storages, sparse tensors.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            found = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except MemoryError as error:
         raise out_of_memory(f"`{path}`") from error
-    # torch raises what its unpickler meets: UnpicklingError, RuntimeError, EOFError, KeyError ...
+    # torch lets the errors of its unpickler through: UnpicklingError, RuntimeError, EOFError, KeyError ...
     except Exception as error:
         if "alloc_cpu" in str(error):
             raise out_of_memory(f"`{path}`") from error
         raise UnreadableFile(
             f"torch's weights-only loader refuses `{path}`: {_reason(error)}",
-            "copy or download it again; a file that calls for code is to be trusted by nobody",
+            "copy or download it again; never load a file that executes code",
         ) from error
-    if record is not None and isinstance(found, dict):
-        _require_own_records(path, found, record)
-    return found
+    if record is not None and isinstance(state, dict):
+        _require_own_records(path, state, record)
+    return state
 
 
-def _require_own_records(path: Path, found: dict[Any, Any], record: PickleRecord) -> None:
-    """A mapped file gives whatever lies at the place of a record, as much of it as the pickle asks for."""
+def _require_own_records(path: Path, state: dict[Any, Any], record: PickleRecord) -> None:
+    """torch maps as many bytes at the offset of a record as the pickle asks for, so the sizes must be compared."""
     import torch
 
-    for name, tensor in dict.items(found):
+    for name, tensor in dict.items(state):
         if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or _not_plain(tensor):
             continue
         if (size := torch.Tensor.untyped_storage(tensor).nbytes()) not in record.storages:
             raise UnreadableFile(
-                f"`{path}`: tensor {brief(name)} claims a record of {size} bytes, and there is none of that size",
+                f"`{path}`: tensor {brief(name)} claims a record of {size} bytes, and the file has none of that size",
                 "copy or download it again, or save it again with torch.save",
             )
 
@@ -183,9 +169,9 @@ def _refuse_others(path: Path, start: bytes) -> None:
         return
     if start[8:9] == b"{" and start[:8].endswith(b"\0\0\0\0"):
         name = path.with_suffix(".safetensors").name
-        raise UnreadableFile(f"`{path}` is a safetensors file, not a pickle of torch", f"rename it to {name}")
+        raise UnreadableFile(f"`{path}` is a safetensors file, not a torch pickle", f"rename it to {name}")
     raise UnreadableFile(
-        f"`{path}` is not a pickle of torch: it begins with {brief(start[:8])}", "copy or download it again"
+        f"`{path}` is not a torch pickle: it begins with {brief(start[:8])}", "copy or download it again"
     )
 
 
@@ -197,7 +183,7 @@ def _check_archive(path: Path, file: BinaryIO, record: PickleRecord) -> None:
 def _check_legacy(path: Path, file: BinaryIO, size: int, largest: int | None) -> None:
     if largest is not None and size > largest:
         raise UnreadableFile(
-            f"`{path}` has {size} bytes in the format of before torch 1.6, which cannot be mapped",
+            f"`{path}` has {size} bytes in the format used before torch 1.6, which cannot be memory-mapped",
             "save it again with torch.save or as safetensors",
         )
     file.seek(0)
@@ -211,39 +197,39 @@ _SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
 
 
 def _reason(error: Exception) -> str:
-    """The first sentence of what torch says, or, where it explains itself at length, the first that names a cause."""
+    """The first sentence of torch's message or, in a long one, the first that names a cause."""
     text = str(error)
     if cause := _CAUSE.search(text):
         text = text[cause.end() :]
     words = " ".join(_PARAGRAPH.split(text.strip())[0].split())
     sentence = shown(_SENTENCE.split(words)[0].rstrip("."), 300)
-    # A KeyError says the key alone, an EOFError nothing.
+    # The message of a KeyError is the key alone, that of an EOFError is empty.
     return sentence if " " in sentence else ": ".join(filter(None, (type(error).__name__, sentence)))
 
 
-def plain(found: dict[Any, Any], path: Path, hint: str) -> Iterator[tuple[TensorHeader, Any]]:
-    """The tensors of a dictionary with their headers; other entries are passed over.
+def plain(state: dict[Any, Any], path: Path, hint: str) -> Iterator[tuple[TensorHeader, Any]]:
+    """The tensors of a dictionary with their headers; other entries are skipped.
 
     Raises:
-        UnreadableFile: one is not a plain array of values: sparse, nested, quantised, on the meta device.
-        TooLarge: one has a name that is longer than any.
+        UnreadableFile: a tensor is not a plain array of values: sparse, nested, quantised, on the meta device.
+        TooLarge: the name of a tensor is too long.
     """
     import torch
 
-    # A pickle gives its objects attributes of any name: what is called is a method of the class.
-    names = {str(getattr(torch, long)): short for short, long in _TORCH.items() if hasattr(torch, long)}
-    for name, tensor in dict.items(found):
+    # A pickle can give its objects attributes of any name, so methods are called through their class.
+    names = {f"torch.{dtype.name}": dtype.stored for dtype in DTYPES}
+    for name, tensor in dict.items(state):
         if not isinstance(tensor, torch.Tensor):
             continue
         dtype = names.get(str(tensor.dtype))
-        why = _not_plain(tensor) or (f"is {tensor.dtype}, which is not understood" if dtype is None else "")
+        why = _not_plain(tensor) or (f"is {tensor.dtype}, which is not supported" if dtype is None else "")
         if not isinstance(name, str) or not is_text(name):
-            why = "has a name that is no text"
+            why = "has a name that is not valid text"
         if dtype is None or why:
             raise UnreadableFile(f"`{path}`: tensor {brief(name)} {why}", hint)
         require_real_name(path, name)
         shape = tuple(tensor.shape)
-        yield TensorHeader(name, dtype, shape, 0, math.prod(shape) * DTYPES[dtype][1]), tensor
+        yield TensorHeader(name, dtype, shape, 0, math.prod(shape) * STORED[dtype].width), tensor
 
 
 def _not_plain(tensor: Any) -> str:
@@ -253,17 +239,17 @@ def _not_plain(tensor: Any) -> str:
     if tensor.is_meta:
         return "is on the meta device: it has no values"
     if tensor.is_nested:
-        return "is a nested tensor, which is not understood"
+        return "is a nested tensor, which is not supported"
     if tensor.is_quantized:
-        return f"is quantised ({tensor.dtype}), which is not understood"
-    return "" if tensor.layout == torch.strided else f"is sparse ({tensor.layout}), which is not understood"
+        return f"is quantised ({tensor.dtype}), which is not supported"
+    return "" if tensor.layout == torch.strided else f"is sparse ({tensor.layout}), which is not supported"
 
 
 def values_of(tensor: Any, dtype: str, start: int, stop: int) -> Raw:
     """Values of a torch tensor as they would lie in a file: as one row, in numpy's storage type for `dtype`."""
     import torch
 
-    storage = np.dtype(DTYPES[dtype][0])
+    storage = np.dtype(STORED[dtype].storage)
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[storage.itemsize]
     values: Raw = torch.Tensor.detach(tensor).reshape(-1)[start:stop].resolve_neg().view(bits).numpy().view(storage)
     return values

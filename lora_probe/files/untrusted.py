@@ -64,7 +64,7 @@ _KINDS = {
 }
 
 
-def impostor(start: bytes, what: str) -> tuple[str, str] | None:
+def wrong_file_type(start: bytes, what: str) -> tuple[str, str] | None:
     """What a file is instead of `what`, by its first bytes, and what to do about it."""
     if not start:
         return "is empty (0 bytes)", "the save or the download was cut short; repeat it"

@@ -1,7 +1,7 @@
 """What an adapter does to the rows of one site, in numbers: `Change` (ΔW = s·left·right) and `Origin` (W before it).
 
-In: a site, the adapter, the base's checkpoint. Out: stretches of B·A in float32 with a bound on what the order of its
-sums can change, and stretches of W. The products are never formed whole.
+In: a site, the adapter, the base's checkpoint. Out: blocks of rows of B·A in float32, with a bound on what
+the order of its sums can change, and blocks of rows of W. The products are never formed whole.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from lora_probe.base import Checkpoint
 from lora_probe.files.weights import widen
 from lora_probe.merging.rounding import Floats, through
 from lora_probe.merging.sites import Site
+from lora_probe.precision import FLOAT32
 
 Origin = Callable[[int, int], Floats]
-"""W of a stretch of the site's rows, in float32, not yet rounded to the dtype that is merged in."""
+"""W of a block of the site's rows, in float32, not yet rounded to the dtype that is merged in."""
 
 Indices = npt.NDArray[np.intp]
-UNIT = 2.0**-24
 DENSE = 8
-"""From one value in this many on, a whole product is cheaper than picking rows and columns."""
+"""Where more than one value in this many is wanted, the whole product is cheaper than picking rows and columns."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,9 @@ class Change:
         return int(self.left.shape[1])
 
     def product(self, rows: slice | Indices) -> Floats:
-        """left @ right for some rows, in float32, without the scaling: PEFT multiplies by it afterwards."""
-        found: Floats = self.left[rows] @ self.right
-        return found
+        """left @ right for some rows, in float32, without the scaling, by which PEFT multiplies afterwards."""
+        product: Floats = self.left[rows] @ self.right
+        return product
 
     def magnitudes(self, rows: slice | Indices, at: Indices, columns: Indices) -> Floats:
         """Σ|left|·|right| at the places (index in `rows`, column) of some values."""
@@ -60,8 +60,8 @@ class Change:
     @property
     def gamma(self) -> float:
         """|fl(Σ) − Σ| ≤ γ·Σ|left|·|right| for any order of summing r products in float32, a rounding of the scaling
-        included: γ = (r + 2)·u (Higham, Accuracy and Stability, 3.1); twice that for two orders."""
-        return 2 * (self.rank + 2) * UNIT
+        included: γ = (r + 2)·u (Higham, Accuracy and Stability, 3.1); twice that for the difference of two orders."""
+        return 2 * (self.rank + 2) * FLOAT32.round_off
 
     def rounded(self, dtype: str | None) -> Change:
         """The same with both factors rounded to `dtype` first."""

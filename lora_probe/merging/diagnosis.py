@@ -103,7 +103,7 @@ def _module(
         kept,
         None if factor is None else factor * scaling,
         exact,
-        found.order.name if exact else ("unknown, to the same effect" if right else "unknown"),
+        found.mode.name if exact else ("unknown, to the same effect" if right else "unknown"),
         found.sums.other if exact else 0,
         found.sums.energy if math.isfinite(found.sums.energy) else 0.0,
     )
@@ -126,4 +126,4 @@ def _rightly(found: Measured) -> bool:
         return False
     if found.magnitude is not None and abs(sums.longer) > LONGER * sums.weight:
         return False
-    return found.stored != "F32" or found.order.compute != "F32" or sums.error <= UNKNOWN_ARITHMETIC**2 * sums.energy
+    return found.stored != "F32" or found.mode.compute != "F32" or sums.error <= UNKNOWN_ARITHMETIC**2 * sums.energy

@@ -11,7 +11,7 @@ import re
 from lora_probe.adapter import AdapterModule
 from lora_probe.base import Checkpoint, StoredTensor
 from lora_probe.merging.names import Names
-from lora_probe.merging.sites import Kind, Placed, Site, Unplaced
+from lora_probe.merging.sites import Placed, Site, SiteKind, Unplaced
 from lora_probe.names import layer_of
 
 _TRANSPOSED = ("gpt_oss", "llama4", "llama4_text")
@@ -43,7 +43,7 @@ def _fused(module: AdapterModule, tensor: StoredTensor, model_type: str) -> Plac
         return
     square = shape[0] == shape[1]
     transposed = model_type in _TRANSPOSED if square else tensor.shape[1:] != shape
-    kind: Kind = "transposed expert" if transposed else "expert"
+    kind: SiteKind = "transposed expert" if transposed else "expert"
     height = tensor.shape[1]
     for expert in range(count):
         key = (module.module, module.parameter, expert)

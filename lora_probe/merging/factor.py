@@ -33,7 +33,7 @@ AS_GOOD = 1.05
 UNRELATED = 0.05
 """Below this cosine of the change and ΔW no factor can explain it: chance gives 0.01 on a sample."""
 SOME, FIRST = 1 << 14, 3
-"""Values of the sample that the search runs on, and the orders of rounding that it tries: the others differ by less
+"""Values of the sample that the search runs on, and the rounding modes that it tries: the others differ by less
 than a step of the grid."""
 _START = (-2.0, -1.0, -0.5, 0.0, 0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 3.0, 4.0)
 _GOLDEN = (math.sqrt(5) - 1) / 2
@@ -45,8 +45,8 @@ def named_factor(found: Measured, config: AdapterConfig, known: Sequence[float])
         return 1.0, magnitude_ignored()
     few = thinned(found, FEW)
     for factor, times, finding in _candidates(found.site, found.raw.rank, config, known):
-        for order in found.orders:
-            if _explains(under(few, order), factor, times) and _explains(under(found, order), factor, times):
+        for mode in found.modes:
+            if _explains(under(few, mode), factor, times) and _explains(under(found, mode), factor, times):
                 return factor * times, finding
     return None
 
@@ -80,7 +80,7 @@ def _candidates(
 
 
 def searched_factor(found: Measured, known: Sequence[float]) -> tuple[float, Finding] | None:
-    """The factor with the smallest ‖merged − replay(f)‖ over the first known orders, or None if it explains too
+    """The factor with the smallest ‖merged − replay(f)‖ over the first rounding modes, or None if it explains too
     little.
 
     To as many digits as the search can tell; one of `known` is preferred.
@@ -90,11 +90,11 @@ def searched_factor(found: Measured, known: Sequence[float]) -> tuple[float, Fin
         return None
     some = thinned(found, SOME)
     tried, factor, least = found, 1.0, math.inf
-    for order in found.orders[:FIRST]:
-        candidate = under(some, order)
+    for mode in found.modes[:FIRST]:
+        candidate = under(some, mode)
         at, error = _minimum(_distance(candidate))
         if error < least:
-            tried, factor, least = under(found, order), at, error
+            tried, factor, least = under(found, mode), at, error
     distance = _distance(tried)
     if not distance(factor) <= EXPLAINS * min(distance(0.0), distance(1.0)):
         return None

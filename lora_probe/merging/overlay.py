@@ -30,18 +30,18 @@ _BASE_LAYER = re.compile(r"\.(token_adapter\.)?base_layer\.(?=weight$)")
 @dataclass(frozen=True)
 class View:
     """`names`: base name -> name in the merged model. `others`: the adapter's tensors that are not the base's own;
-    `torn` is what is wrong with tied embeddings."""
+    `inconsistent` is what is wrong with tied embeddings."""
 
     base: Checkpoint
     names: dict[str, str]
     others: tuple[OtherTensor, ...]
-    torn: Finding | None
+    inconsistent: Finding | None
 
 
 def view(adapter: Adapter, base: Checkpoint, merged: Checkpoint) -> View:
     """The base to check against. Raises UnreadableFile as `names.aligned` does."""
     names = aligned(base, merged)
-    base, torn = _with_head(base, merged, names)
+    base, inconsistent = _with_head(base, merged, names)
     known = Names(base.tensors)
     overlaid: dict[str, StoredTensor] = {}
     others = []
@@ -57,7 +57,7 @@ def view(adapter: Adapter, base: Checkpoint, merged: Checkpoint) -> View:
                 overlaid[home] = _of(adapter, home, other.tensor)
     for home in overlaid:
         names.setdefault(home, home)
-    return View(replace(base, tensors={**base.tensors, **overlaid}), names, tuple(others), torn)
+    return View(replace(base, tensors={**base.tensors, **overlaid}), names, tuple(others), inconsistent)
 
 
 def _plain_names(adapter: Adapter) -> Iterator[tuple[OtherTensor, str]]:
@@ -90,5 +90,5 @@ def _with_head(base: Checkpoint, merged: Checkpoint, names: dict[str, str]) -> t
     if one is None or equal(one, two):
         return base, None
     names[HEAD] = HEAD
-    torn = tied_places_differ(HEAD, embeddings) if merged.tied else None
-    return replace(base, tensors={HEAD: replace(base.tensors[embeddings], name=HEAD), **base.tensors}), torn
+    inconsistent = tied_places_differ(HEAD, embeddings) if merged.tied else None
+    return replace(base, tensors={HEAD: replace(base.tensors[embeddings], name=HEAD), **base.tensors}), inconsistent

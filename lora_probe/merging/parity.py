@@ -17,7 +17,7 @@ from typing import Any
 
 from lora_probe.adapter import open_adapter
 from lora_probe.base import find_model, open_checkpoint
-from lora_probe.comparison.effect import Effect, effect, floor
+from lora_probe.comparison.effect import Effect, effect
 from lora_probe.engines import launch, require
 from lora_probe.errors import EngineFailed, ProbeError
 from lora_probe.files import limits
@@ -25,6 +25,7 @@ from lora_probe.ledger import Finding
 from lora_probe.merging.report import MergeReport, Verdict
 from lora_probe.merging.weights import Progress, check_merge
 from lora_probe.names import name_modules
+from lora_probe.precision import STORED, floor
 from lora_probe.rules import Diagnostic, all_rules
 from lora_probe.rules.lp7_merging import effect_lost, effect_not_measured
 
@@ -32,7 +33,6 @@ SURVIVES = 0.9
 """The share of the adapter's effect on the outputs that must survive."""
 REPORT = "parity.json"
 """What the command line writes into a kept folder; a folder without it is never overwritten."""
-TORCH = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,8 @@ def parity(
         if weights_only:
             return Parity(weights, None, None, made, said, ())
         if dtype == "auto":
-            wanted["dtype"] = TORCH.get(weights.merged_dtype, "auto")
+            stored = STORED.get(weights.merged_dtype)
+            wanted["dtype"] = stored.name if stored is not None and stored.fits_float32 else "auto"
         try:
             unmerged = launch.trace(
                 adapter,

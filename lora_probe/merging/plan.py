@@ -1,7 +1,7 @@
 """Everything that an adapter does to a base: `Plan`.
 
 In: an adapter and a `View` of the base. Out: its sites in the order of computing, what has no site and why, and why no
-merge of this adapter can be judged at all, if so.
+merge of this adapter can be judged, if there is a reason.
 """
 
 from __future__ import annotations
@@ -10,41 +10,29 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from lora_probe.adapter import Adapter, AdapterModule
+from lora_probe.adapter.variants import initialisation, variants_of
 from lora_probe.base import Checkpoint
+from lora_probe.files import brief
 from lora_probe.merging.experts import of_experts
 from lora_probe.merging.names import Names
 from lora_probe.merging.overlay import View
 from lora_probe.merging.sites import Placed, Site, Unplaced, of_other, of_pair
 from lora_probe.names import natural
 
-UNMERGEABLE = {
-    "alora_invocation_tokens": "aLoRA, which PEFT does not merge",
-    "arrow_config": "Arrow, which PEFT does not merge",
-    "use_qalora": "QALoRA",
-    "use_bdlora": "BD-LoRA",
-    "kasa_config": "KaSA",
-    "monteclora_config": "MonteCLoRA",
-    "velora_config": "VeLoRA",
-    "layer_replication": "layer_replication: the model has layers that the base's files lack",
-}
-"""Fields of the config whose merge is not s·B·A, and what they are."""
-_OTHER_BASES = ("corda", "loftq", "lora_ga")
-"""Initialisations that change the base by data that is gone."""
-
 
 @dataclass(frozen=True)
 class Plan:
-    """`refusals`: why nothing that the merged model holds can be called wrong."""
+    """`refusals` are the reasons why nothing in the merged model can be judged."""
 
     sites: tuple[Site, ...]
     unplaced: tuple[Unplaced, ...]
     refusals: tuple[str, ...]
 
     def by_tensor(self) -> dict[str, list[Site]]:
-        found: dict[str, list[Site]] = {}
+        sites: dict[str, list[Site]] = {}
         for site in self.sites:
-            found.setdefault(site.tensor, []).append(site)
-        return found
+            sites.setdefault(site.tensor, []).append(site)
+        return sites
 
 
 def plan(adapter: Adapter, seen: View) -> Plan:
@@ -55,8 +43,9 @@ def plan(adapter: Adapter, seen: View) -> Plan:
         placed += _of_module(adapter, module, seen.base, names)
     for other in seen.others:
         placed += of_other(adapter, other, seen.base, names)
-    sites = sorted((one for one in placed if isinstance(one, Site)), key=lambda site: natural(site.label))
-    return Plan(tuple(sites), tuple(one for one in placed if isinstance(one, Unplaced)), tuple(_refusals(adapter)))
+    sites = sorted((place for place in placed if isinstance(place, Site)), key=lambda site: natural(site.label))
+    unplaced = tuple(place for place in placed if isinstance(place, Unplaced))
+    return Plan(tuple(sites), unplaced, tuple(refusals(adapter)))
 
 
 def _of_module(adapter: Adapter, module: AdapterModule, base: Checkpoint, names: Names) -> Placed:
@@ -64,20 +53,22 @@ def _of_module(adapter: Adapter, module: AdapterModule, base: Checkpoint, names:
         yield Unplaced(module.module, "half of its pair is missing")
     elif len(module.a.shape) != 2 or len(module.b.shape) != 2:
         shapes = f"A is {list(module.a.shape)} and B {list(module.b.shape)}"
-        yield Unplaced(module.module, f"{shapes}: it is no linear layer")
+        yield Unplaced(module.module, f"{shapes}: it is not a linear layer")
     elif module.parameter == "weight":
         yield from of_pair(adapter, module, base, names)
     else:
         yield from of_experts(module, base, names)
 
 
-def _refusals(adapter: Adapter) -> Iterator[str]:
+def refusals(adapter: Adapter) -> Iterator[str]:
+    """Why a merge of `adapter` cannot be judged."""
     raw = adapter.config.raw
-    for key, what in UNMERGEABLE.items():
-        if raw.get(key):
-            yield f"the adapter is {what}"
-    init = str(raw.get("init_lora_weights", "")).lower()
-    if init.startswith(_OTHER_BASES):
-        yield f"init_lora_weights is {init}: it changed the base by data that is not here"
-    if "_niter_" in init:
-        yield f"init_lora_weights is {init}: what it took out of the base is random"
+    for variant in variants_of(raw):
+        if variant.unmerged:
+            yield f"the adapter uses {variant.title}: {variant.unmerged}"
+    init = raw.get("init_lora_weights")
+    row = initialisation(init)
+    if row is not None and row.base in ("of data", "in training"):
+        yield f"init_lora_weights is {brief(init)}: it changed the base by data that is not here"
+    if row is not None and row.base == "random":
+        yield f"init_lora_weights is {brief(init)}: the part that it took out of the base is random"

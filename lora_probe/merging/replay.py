@@ -1,7 +1,8 @@
-"""How a merge rounds: `Order`s of casting, adding and rounding, and the bits that each of them gives.
+"""How a merge rounds: `RoundingMode`s of casting, adding and rounding, and the bits that each of them gives.
 
-In: W, B·A, the scaling and an order. Out: the merged values as they would lie in the file, and the interval in which
-they may lie whatever the order of the sums in B·A. Rounding is monotone: rounding both ends of an interval bounds it.
+In: W, B·A, the scaling and a rounding mode. Out: the merged values as they would lie in the file, and the interval in
+which they may lie whatever the order of the sums in B·A. Rounding is monotone: rounding both ends of an interval bounds
+it.
 
 PEFT 0.21 (`Linear.merge`, `Embedding.merge`, `ParamWrapper.merge` and `DoraLinearVariant` in `tuners/lora`) keeps A
 and B in float32 unless told otherwise (`autocast_adapter_dtype`), adds a Linear's ΔW in float32 and rounds the sum. An
@@ -19,14 +20,14 @@ import numpy.typing as npt
 from lora_probe.files.weights import Raw, widen
 from lora_probe.merging.change import Change, Indices, Origin
 from lora_probe.merging.rounding import Floats, narrow, through
-from lora_probe.merging.sites import Kind
+from lora_probe.merging.sites import SiteKind
 
 NORM_SLACK = 2.0**-19
 """How far two float32 sums of a DoRA norm may lie apart, relatively: 32 units of round-off."""
 
 
 @dataclass(frozen=True)
-class Order:
+class RoundingMode:
     """One way to merge. W is cast to `compute`, A and B to `factors`, B·A to `product`, ΔW to `delta` (None: float32),
     the sum to `compute`; at last it is stored in the file's dtype."""
 
@@ -37,9 +38,9 @@ class Order:
     delta: str | None = None
 
 
-def orders(kind: Kind, base: str, merged: str, adapter: str, dora: bool) -> list[Order]:
-    """The orders that are known for these dtypes, PEFT's own first; of orders that do the same only the first."""
-    known: dict[tuple[str | None, ...], Order] = {}
+def rounding_modes(kind: SiteKind, base: str, merged: str, adapter: str, dora: bool) -> list[RoundingMode]:
+    """The rounding modes that these dtypes allow, PEFT's own first; of those with the same result only the first."""
+    known: dict[tuple[str | None, ...], RoundingMode] = {}
     early = kind in ("embedding", "expert", "transposed expert") and not dora
     for compute in dict.fromkeys((merged, base, "F32", "BF16", "F16")):
         where = "" if compute == merged else f" in {compute}, saved in {merged}"
@@ -56,8 +57,8 @@ def orders(kind: Kind, base: str, merged: str, adapter: str, dora: bool) -> list
             if factors in (adapter, "F32") and product is None:
                 # A and B lie on this grid already: another line says the same.
                 continue
-            order = Order(name + where, compute, _grid(factors), _grid(product), _grid(delta))
-            known.setdefault((compute, order.factors, order.product, order.delta), order)
+            mode = RoundingMode(name + where, compute, _grid(factors), _grid(product), _grid(delta))
+            known.setdefault((compute, mode.factors, mode.product, mode.delta), mode)
     return list(known.values())
 
 
@@ -104,20 +105,20 @@ def replay(
     w: Floats,
     product: Floats,
     scaling: float,
-    order: Order,
+    mode: RoundingMode,
     stored: str,
     factor: Floats | None = None,
     times: int = 1,
 ) -> Raw:
-    """The merged values as they lie in a file of dtype `stored`. `w` lies on the grid of `order.compute`; the change
+    """The merged values as they lie in a file of dtype `stored`. `w` lies on the grid of `mode.compute`; the change
     goes in `times` times."""
-    delta = through(through(product, order.product) * np.float32(scaling), order.delta)
+    delta = through(through(product, mode.product) * np.float32(scaling), mode.delta)
     merged: Floats = w + delta
     if factor is not None:
         merged = factor * merged
     for _ in range(times - 1):
-        merged = through(merged, order.compute) + delta
-    return narrow(merged if order.compute == stored else through(merged, order.compute), stored)
+        merged = through(merged, mode.compute) + delta
+    return narrow(merged if mode.compute == stored else through(merged, mode.compute), stored)
 
 
 def possible(
@@ -125,7 +126,7 @@ def possible(
     product: Floats,
     slack: Floats,
     scaling: float,
-    order: Order,
+    mode: RoundingMode,
     stored: str,
     factor: Floats | None,
     times: int = 1,
@@ -135,5 +136,5 @@ def possible(
     for moved in (product - slack, product + slack):
         for turn in (1.0,) if factor is None else (1 - NORM_SLACK, 1 + NORM_SLACK):
             turned = None if factor is None else factor * np.float32(turn)
-            ends.append(widen(replay(w, moved, scaling, order, stored, turned, times), stored))
+            ends.append(widen(replay(w, moved, scaling, mode, stored, turned, times), stored))
     return np.minimum.reduce(ends), np.maximum.reduce(ends)

@@ -1,6 +1,6 @@
-"""The grids that weights lie on: float32 values rounded to a file's dtype as torch rounds them, to nearest even.
+"""The grids that weights lie on: float32 values rounded to a file's dtype as torch rounds them (to nearest even).
 
-In: float32 arrays and a dtype's name in a safetensors file (F32, F16, BF16). Out: values as they lie in a file, or
+In: float32 arrays and the name of a dtype in safetensors files (F32, F16, BF16). Out: values as they lie in a file, or
 widened again. numpy has no bfloat16: it is the upper half of a float32, rounded by hand.
 """
 
@@ -9,14 +9,11 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from lora_probe.files.weights import DTYPES, Raw, widen
+from lora_probe.files.weights import Raw, widen
+from lora_probe.precision import STORED, rounding
 
 Floats = npt.NDArray[np.float32]
 
-UNIT = {"F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-8}
-"""Unit round-off of the dtypes that weights are merged in."""
-_SMALLEST = {"F32": 2.0**-149, "F16": 2.0**-24, "BF16": 2.0**-133}
-"""The spacing of each grid around zero."""
 _QUIET_NAN = np.uint16(0x7FC0)
 
 
@@ -30,14 +27,14 @@ def narrow(values: Floats, dtype: str) -> Raw:
         wide += bits
         wide >>= 16
         result = wide.astype(np.uint16)
-        # The carry would turn some NaNs into numbers. Their sum is a NaN, and one pass is all that it costs.
+        # The carry would turn some NaNs into numbers. The sum shows in one cheap pass whether there are any.
         with np.errstate(invalid="ignore", over="ignore"):
             suspicious = np.isnan(values.sum(dtype=np.float32))
         if suspicious:
             result[np.isnan(values)] = _QUIET_NAN
         return result
     with np.errstate(over="ignore"):
-        rounded: Raw = values.astype(DTYPES[dtype][0], copy=False)
+        rounded: Raw = values.astype(STORED[dtype].storage, copy=False)
     return rounded
 
 
@@ -48,8 +45,9 @@ def through(values: Floats, dtype: str | None) -> Floats:
 
 def spacing(values: Floats, dtype: str) -> Floats:
     """The distance between neighbours of the grid of `dtype` at each of `values`."""
-    exponent = np.frexp(np.abs(values))[1]
+    smallest = np.float32(rounding(dtype).smallest)
+    exponent = np.frexp(np.maximum(np.abs(values), smallest))[1]
     with np.errstate(under="ignore"):
-        steps = np.ldexp(np.float32(2 * UNIT[dtype]), exponent - 1)
-    result: Floats = np.maximum(steps, np.float32(_SMALLEST[dtype])).astype(np.float32)
+        steps = np.ldexp(np.float32(2 * rounding(dtype).round_off), exponent - 1)
+    result: Floats = np.maximum(steps, smallest).astype(np.float32)
     return result

@@ -1,7 +1,7 @@
-"""One site of a merge, measured: every value against what PEFT's merge gives there.
+"""One site of a merge, measured: every value is compared with that of PEFT's merge.
 
-In: a site, base, merged model and adapter. Out: `Sums` over all of the site's values under the order of rounding that
-explains a sample of them best, and a `Sample` for whoever has to find out what went wrong. Memory: blocks of rows.
+In: a site, base, merged model and adapter. Out: `Sums` over all of the site's values under the rounding mode that
+explains a sample of them best, and a `Sample` for the diagnosis. Only blocks of rows are in memory.
 """
 
 from __future__ import annotations
@@ -16,37 +16,39 @@ from lora_probe.adapter import Adapter
 from lora_probe.base import Checkpoint, StoredTensor
 from lora_probe.files.weights import Raw, widen
 from lora_probe.merging.change import Change, Indices, Origin, change_of, origin_of, rebased, values_of
-from lora_probe.merging.replay import Magnitude, Order, magnitude, orders, possible, replay
+from lora_probe.merging.replay import Magnitude, RoundingMode, magnitude, possible, replay, rounding_modes
 from lora_probe.merging.rounding import Floats, narrow, spacing, through
 from lora_probe.merging.sites import Site
+from lora_probe.precision import coarser
 
 BLOCK = 1 << 18
 """Values in a block of rows: 1 MB in float32, which stays in the processor's cache."""
 SAMPLE = 1 << 17
 """Values of a site that a diagnosis looks at, spread over all of it."""
-STRETCHES = 8
+BLOCKS = 8
+"""Blocks of rows that the sample consists of."""
 FEW = 1 << 12
-"""Values of the sample that reject what explains too little of them."""
-FOREIGN = 1e-2
-"""The share of values that may be foreign to an order of rounding that the others follow."""
+"""Values of the sample on which a rounding mode that explains too little is rejected."""
+UNEXPLAINED = 1e-2
+"""The share of values that a rounding mode may leave unexplained."""
 STEPS, DORA_STEPS = 2.01, 12.01
-"""Steps of the grid that another arithmetic may be off: its sum is rounded, and so is what it adds; for DoRA the
-magnitude, the norm, their quotient and its product as well (up to 9 steps were seen of PEFT in bfloat16)."""
+"""How far another arithmetic may be off, in steps of the grid: its sum is rounded, and so is what it adds; for DoRA the
+magnitude, the norm, their quotient and its product as well (up to 9 steps were measured for PEFT in bfloat16)."""
 COARSE = 2.0**-9
 """The error of a product whose factors have 10 bits (TF32 on a GPU), relative to the sum of its magnitudes: twice that
 of one factor."""
 REBASED = 2.0**-15
-"""What two ways to compute a singular value decomposition in float32 leave, relative to a usual value of ΔW."""
+"""How far two ways to compute a singular value decomposition in float32 differ, relative to a typical value of ΔW."""
 
 
 @dataclass
 class Sums:
-    """Over all values of a site. ΔW is the exact change in float32; W and ΔW as `order` sees them.
+    """Sums over all values of a site. ΔW is the exact change in float32; W and ΔW are as `mode` rounds them.
 
     `energy` ‖ΔW‖², `applied` ⟨merged − W, ΔW⟩, `kept` ⟨replay − W, ΔW⟩, `residual` ‖merged − W − ΔW‖², `error`
-    ‖merged − replay‖²; `changed` values differ from W, `other` from the replay, `unexplained` from all that the order
-    of the sums can give; `far` lie further from W + ΔW than another arithmetic would put them. `longer` is ⟨merged −
-    replay, replay⟩, of a `weight` of ‖replay‖².
+    ‖merged − replay‖²; `changed` values differ from W, `other` from the replay, `unexplained` from all results that
+    an order of the sums can have; `far` lie further from W + ΔW than another arithmetic would put them. `longer` is
+    ⟨merged − replay, replay⟩, of a `weight` of ‖replay‖².
     """
 
     count: int = 0
@@ -75,14 +77,14 @@ class Sample:
 
 @dataclass(frozen=True)
 class Measured:
-    """A site after its pass. `raw` are the factors as stored, `change` as `order` rounds them. `explained`: hardly a
-    value of the sample lies outside of what `order` gives. `on_rebased`: W is without the part that the initialisation
-    takes out."""
+    """A site after its pass. `raw` are the factors as stored, `change` as `mode` rounds them. `explained`: few
+    values of the sample are outside of what `mode` can give. `on_rebased`: W is without the part that the
+    initialisation takes out."""
 
     site: Site
     stored: str
-    order: Order
-    orders: tuple[Order, ...]
+    mode: RoundingMode
+    modes: tuple[RoundingMode, ...]
     raw: Change
     change: Change
     origin: Origin
@@ -105,66 +107,67 @@ class Target:
 
 
 def measure(site: Site, base: Checkpoint, merged: StoredTensor, adapter: Adapter) -> Measured:
-    """Choose the order of rounding on a sample, then pass over all values of the site once.
+    """Choose the rounding mode on a sample, then pass over all values of the site once.
 
-    An initialisation that takes a part out of the base is undone first, as PEFT does; where that explains nothing and
-    the whole base does, `on_rebased` is False.
+    An initialisation that takes a part out of the base is undone first, as PEFT does; where only the
+    whole base explains the merge, `on_rebased` is False.
     """
     target = Target(merged, site.start)
     change, origin = change_of(site, adapter), origin_of(site, base)
     header = site.source or (site.pair.a if site.pair is not None else None)
     assert header is not None
-    known = orders(site.kind, base.tensors[site.tensor].dtype, merged.dtype, header.dtype, site.magnitude is not None)
+    stored = base.tensors[site.tensor].dtype
+    modes = rounding_modes(site.kind, stored, merged.dtype, header.dtype, site.magnitude is not None)
 
     def choose(origin: Origin) -> Measured:
         sample = take(origin, target, change.shape[0])
-        blank = Measured(site, merged.dtype, known[0], tuple(known), change, change, origin, sample, None)
+        blank = Measured(site, merged.dtype, modes[0], tuple(modes), change, change, origin, sample, None)
         return _choose(blank, adapter)
 
-    found = choose(origin)
+    measured = choose(origin)
     if site.rebased is not None:
         other = replace(choose(rebased(site, origin, change, merged.dtype)), on_rebased=True)
-        found = other if _distance(other) <= _distance(found) else found
+        measured = other if _distance(other) <= _distance(measured) else measured
     sums = Sums()
     step = max(1, BLOCK // merged.matrix[1])
     for start in range(0, change.shape[0], step):
-        _add(sums, found, target, start, min(start + step, change.shape[0]))
-    return replace(found, sums=sums)
+        _add(sums, measured, target, start, min(start + step, change.shape[0]))
+    return replace(measured, sums=sums)
 
 
 def _choose(blank: Measured, adapter: Adapter) -> Measured:
-    """The first order that explains the sample; else the one that explains nearly all; else PEFT's."""
+    """The first mode that explains the sample, else the one that explains nearly all of it, else PEFT's."""
     best, fewest = None, 0
-    for order in blank.orders:
-        found = under(blank, order, adapter)
-        few = thinned(found, FEW)
+    for mode in blank.modes:
+        measured = under(blank, mode, adapter)
+        few = thinned(measured, FEW)
         count = int(unexplained(few).sum())
-        if count <= 2 * FOREIGN * few.sample.w.size:
-            count = int(unexplained(found).sum())
-            found = replace(found, explained=count <= FOREIGN * found.sample.w.size)
-        if best is None or (found.explained and (count < fewest or not best.explained)):
-            best, fewest = found, count
-        if found.explained and count == 0:
+        if count <= 2 * UNEXPLAINED * few.sample.w.size:
+            count = int(unexplained(measured).sum())
+            measured = replace(measured, explained=count <= UNEXPLAINED * measured.sample.w.size)
+        if best is None or (measured.explained and (count < fewest or not best.explained)):
+            best, fewest = measured, count
+        if measured.explained and count == 0:
             break
     assert best is not None
     return best
 
 
-def under(found: Measured, order: Order, adapter: Adapter | None = None) -> Measured:
-    """The same site with another order of rounding; the norms of DoRA are computed anew if `adapter` is given."""
-    change = found.raw.rounded(order.factors)
-    norms = found.magnitude
-    if found.site.magnitude is not None and adapter is not None:
-        columns = found.site.kind in ("conv1d", "embedding")
-        m, step = adapter.values(found.site.magnitude), max(1, BLOCK // change.shape[1])
-        norms = magnitude(m, found.origin, change, columns, order.compute, step)
-    return replace(found, order=order, change=change, magnitude=norms)
+def under(measured: Measured, mode: RoundingMode, adapter: Adapter | None = None) -> Measured:
+    """The same site with another rounding mode; the norms of DoRA are computed again if `adapter` is passed."""
+    change = measured.raw.rounded(mode.factors)
+    norms = measured.magnitude
+    if measured.site.magnitude is not None and adapter is not None:
+        columns = measured.site.kind in ("conv1d", "embedding")
+        m, step = adapter.values(measured.site.magnitude), max(1, BLOCK // change.shape[1])
+        norms = magnitude(m, measured.origin, change, columns, mode.compute, step)
+    return replace(measured, mode=mode, change=change, magnitude=norms)
 
 
 def take(origin: Origin, target: Target, height: int) -> Sample:
-    """Up to SAMPLE values in STRETCHES stretches of rows."""
+    """Up to SAMPLE values in BLOCKS blocks of rows."""
     wanted = max(1, min(height, SAMPLE // target.tensor.matrix[1]))
-    pieces = min(STRETCHES, wanted)
+    pieces = min(BLOCKS, wanted)
     each = wanted // pieces
     starts = np.linspace(0, height - each, pieces).astype(int)
     spans = [(int(start), int(start) + each) for start in starts]
@@ -174,48 +177,48 @@ def take(origin: Origin, target: Target, height: int) -> Sample:
     return Sample(rows, w, raw)
 
 
-def thinned(found: Measured, values: int) -> Measured:
+def thinned(measured: Measured, values: int) -> Measured:
     """The same site with a sample of about `values` values."""
-    sample = found.sample
+    sample = measured.sample
     step = max(1, sample.w.size // values)
-    return replace(found, sample=Sample(sample.rows[::step], sample.w[::step], sample.raw[::step]))
+    return replace(measured, sample=Sample(sample.rows[::step], sample.w[::step], sample.raw[::step]))
 
 
-def observed_change(found: Measured) -> Floats:
+def observed_change(measured: Measured) -> Floats:
     """merged − W on the sample."""
-    return widen(found.sample.raw, found.stored) - through(found.sample.w, found.order.compute)
+    return widen(measured.sample.raw, measured.stored) - through(measured.sample.w, measured.mode.compute)
 
 
-def sampled(found: Measured) -> Callable[[float], Raw]:
+def sampled(measured: Measured) -> Callable[[float], Raw]:
     """What the merge with a factor times the scaling gives on the sample. B·A is formed once for all factors."""
-    w, product = _parts(found)
+    w, product = _parts(measured)
 
     def merge(f: float) -> Raw:
-        return replay(w, product, found.change.scaling * f, found.order, found.stored, _turn(found, f))
+        return replay(w, product, measured.change.scaling * f, measured.mode, measured.stored, _turn(measured, f))
 
     return merge
 
 
-def _parts(found: Measured) -> tuple[Floats, Floats]:
-    return through(found.sample.w, found.order.compute), found.change.product(found.sample.rows)
+def _parts(measured: Measured) -> tuple[Floats, Floats]:
+    return through(measured.sample.w, measured.mode.compute), measured.change.product(measured.sample.rows)
 
 
-def _turn(found: Measured, f: float) -> Floats | None:
-    return found.magnitude.factor(found.sample.rows, f) if found.magnitude is not None else None
+def _turn(measured: Measured, f: float) -> Floats | None:
+    return measured.magnitude.factor(measured.sample.rows, f) if measured.magnitude is not None else None
 
 
-def unexplained(found: Measured, f: float = 1.0, times: int = 1) -> npt.NDArray[np.bool_]:
-    """Which values of the sample no order of the sums explains: `[values that differ from the replay]`."""
-    (w, product), factor = _parts(found), _turn(found, f)
-    scaling = found.change.scaling * f
-    raw = replay(w, product, scaling, found.order, found.stored, factor, times)
-    at = np.nonzero(found.sample.raw != raw)
-    magnitudes = found.change.magnitudes(found.sample.rows, *at)
-    return _outside(found, scaling, w, product, factor, found.sample.raw, at, magnitudes, times)
+def unexplained(measured: Measured, f: float = 1.0, times: int = 1) -> npt.NDArray[np.bool_]:
+    """Which values of the sample no order of the sums can explain: `[values that differ from the replay]`."""
+    (w, product), factor = _parts(measured), _turn(measured, f)
+    scaling = measured.change.scaling * f
+    raw = replay(w, product, scaling, measured.mode, measured.stored, factor, times)
+    at = np.nonzero(measured.sample.raw != raw)
+    magnitudes = measured.change.magnitudes(measured.sample.rows, *at)
+    return _outside(measured, scaling, w, product, factor, measured.sample.raw, at, magnitudes, times)
 
 
 def _outside(
-    found: Measured,
+    measured: Measured,
     scaling: float,
     w: Floats,
     product: Floats,
@@ -225,32 +228,32 @@ def _outside(
     magnitudes: Floats,
     times: int = 1,
 ) -> npt.NDArray[np.bool_]:
-    """Whether the merged values at `at` lie outside of what any order of the sums gives."""
+    """Whether the merged values at `at` are outside of what any order of the sums can give."""
     if not at[0].size:
         return np.zeros(0, np.bool_)
     turned = None if factor is None else np.broadcast_to(factor, w.shape)[at]
-    slack = (found.change.gamma * magnitudes).astype(np.float32)
-    low, high = possible(w[at], product[at], slack, scaling, found.order, found.stored, turned, times)
-    value = widen(merged[at], found.stored)
+    slack = (measured.change.gamma * magnitudes).astype(np.float32)
+    low, high = possible(w[at], product[at], slack, scaling, measured.mode, measured.stored, turned, times)
+    value = widen(merged[at], measured.stored)
     return ~((low <= value) & (value <= high))
 
 
-def _distance(found: Measured) -> float:
+def _distance(measured: Measured) -> float:
     """‖merged − replay‖ on the sample."""
     with np.errstate(invalid="ignore", over="ignore"):
-        difference = widen(sampled(found)(1.0), found.stored) - widen(found.sample.raw, found.stored)
+        difference = widen(sampled(measured)(1.0), measured.stored) - widen(measured.sample.raw, measured.stored)
         return float(np.linalg.norm(np.nan_to_num(difference, nan=np.inf, posinf=np.inf)))
 
 
-def _add(sums: Sums, found: Measured, target: Target, start: int, stop: int) -> None:
-    """Take one block of rows into the sums."""
-    order, stored, change = found.order, found.stored, found.change
-    w = through(found.origin(start, stop), order.compute)
+def _add(sums: Sums, measured: Measured, target: Target, start: int, stop: int) -> None:
+    """Add one block of rows to the sums."""
+    mode, stored, change = measured.mode, measured.stored, measured.change
+    w = through(measured.origin(start, stop), mode.compute)
     rows = slice(start, stop)
     product = change.product(rows)
-    factor = found.magnitude.factor(np.arange(start, stop)) if found.magnitude is not None else None
+    factor = measured.magnitude.factor(np.arange(start, stop)) if measured.magnitude is not None else None
     merged = target.rows(start, stop)
-    wanted = replay(w, product, change.scaling, order, stored, factor)
+    wanted = replay(w, product, change.scaling, mode, stored, factor)
     value = widen(merged, stored)
     delta = product * np.float32(change.scaling)
     delta_w = factor * (w + delta) - w if factor is not None else delta
@@ -274,18 +277,14 @@ def _add(sums: Sums, found: Measured, target: Target, start: int, stop: int) -> 
     sums.other += len(at[0])
     sums.not_finite += int(np.count_nonzero(~np.isfinite(value)))
     magnitudes = change.magnitudes(rows, *at)
-    outside = _outside(found, change.scaling, w, product, factor, merged, at, magnitudes)
+    outside = _outside(measured, change.scaling, w, product, factor, merged, at, magnitudes)
     sums.unexplained += int(np.count_nonzero(outside))
     largest = np.maximum.reduce([np.abs(value[at]), np.abs(w[at]), np.abs(delta[at])])
-    steps = spacing(largest, _coarser(stored, order.compute))
+    steps = spacing(largest, coarser(stored, mode.compute))
     allowed = (STEPS if factor is None else DORA_STEPS) * steps + COARSE * abs(change.scaling) * magnitudes
-    if found.on_rebased:
+    if measured.on_rebased:
         allowed += REBASED * np.sqrt(np.mean(np.square(delta)))
     sums.far += int(np.count_nonzero(outside & ~(np.abs(observed[at]) <= allowed)))
-
-
-def _coarser(one: str, other: str) -> str:
-    return max(one, other, key=("F32", "F16", "BF16").index)
 
 
 def _dot(one: Floats, other: Floats) -> float:

@@ -1,4 +1,4 @@
-"""Where an adapter changes a model: `Site`s, each a stretch of rows of one tensor of the base.
+"""Where an adapter changes a model: `Site`s, each a block of rows of one tensor of the base.
 
 In: an adapter, and the base as it is seen (`overlay.py`). Out: the sites, and every tensor of it that has none,
 with why. Names and layouts are those of PEFT 0.21 (`tuners/lora/layer.py`) and of transformers' checkpoints: a Conv1D
@@ -13,18 +13,17 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lora_probe.adapter import Adapter, AdapterModule, OtherTensor
+from lora_probe.adapter.variants import DORA, EXTRAS, LORA_BIAS, initialisation
 from lora_probe.base import Checkpoint, StoredTensor
 from lora_probe.files.weights import TensorHeader
 from lora_probe.merging.names import HEAD, Names, embeddings_of, tied_place
 from lora_probe.names import PREFIX, Key, projection_of
 
-Kind = Literal["linear", "conv1d", "embedding", "expert", "transposed expert", "bias", "whole", "tokens"]
+SiteKind = Literal["linear", "conv1d", "embedding", "expert", "transposed expert", "bias", "whole", "tokens"]
 
-REBASING = ("pissa", "olora")
-"""Initialisations that take a part out of the base; PEFT takes it out again whenever it loads the adapter."""
 _CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 """Model types whose layers are transformers' Conv1D, but for the heads; PEFT asks the live layer."""
-_HEADS = ("lm_head", "score", "classifier", "qa_outputs")
+_LINEAR_HEADS = ("lm_head", "score", "classifier", "qa_outputs")
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class Site:
 
     key: Key
     tensor: str
-    kind: Kind
+    kind: SiteKind
     start: int
     stop: int
     scaling: float = 1.0
@@ -86,11 +85,12 @@ def of_pair(adapter: Adapter, module: AdapterModule, base: Checkpoint, names: Na
         yield Unplaced(module.module, f"s·B·A is {shape}, the base's weight {list(tensor.shape)}", misfit=True)
         return
     extras = {extra.name.removeprefix(PREFIX).removeprefix(f"{module.stored_as}."): extra for extra in module.extras}
-    magnitude = next((extra for what, extra in extras.items() if what.startswith("lora_magnitude_vector")), None)
-    if adapter.config.raw.get("use_dora") and magnitude is None:
-        yield Unplaced(module.module, "the config says DoRA, and its magnitude vector is missing")
+    magnitudes = [extras.pop(what) for what in list(extras) if EXTRAS[DORA.field].is_named(what)]
+    if adapter.config.raw.get(DORA.field) and not magnitudes:
+        yield Unplaced(module.module, f"the config asks for {DORA.title}, and its magnitude vector is missing")
         return
-    init = str(adapter.config.raw.get("init_lora_weights", "")).lower()
+    init = initialisation(adapter.config.raw.get("init_lora_weights"))
+    recomputed = init.name if init is not None and init.base == "recomputed" else None
     yield Site(
         key=module.key,
         tensor=name,
@@ -99,17 +99,17 @@ def of_pair(adapter: Adapter, module: AdapterModule, base: Checkpoint, names: Na
         stop=tensor.matrix[0],
         scaling=module.scaling,
         pair=module,
-        magnitude=magnitude,
-        rebased=init if init in REBASING and not module.embedding else None,
+        magnitude=magnitudes[0] if magnitudes else None,
+        rebased=None if module.embedding else recomputed,
     )
-    bias = extras.pop("lora_B.bias", None)
+    bias = extras.pop(EXTRAS[LORA_BIAS.field].name, None)
     if bias is not None:
         yield from _of_bias(module, bias, tensor, base)
-    for what in extras.keys() - {"lora_magnitude_vector", "lora_magnitude_vector.weight"}:
+    for what in extras:
         yield Unplaced(module.module, f"what `{what}` does is not known")
 
 
-def _kind(adapter: Adapter, module: AdapterModule, tensor: StoredTensor, base: Checkpoint) -> Kind | None:
+def _kind(adapter: Adapter, module: AdapterModule, tensor: StoredTensor, base: Checkpoint) -> SiteKind | None:
     """How the weight lies in the file; None where s·B·A does not fit it.
 
     PEFT corrects `fan_in_fan_out` from the live layer's class. The shape shows it, or the model's type if it is square.
@@ -122,7 +122,7 @@ def _kind(adapter: Adapter, module: AdapterModule, tensor: StoredTensor, base: C
     if shape[0] == shape[1] and tensor.shape == shape:
         known = base.config.get("model_type")
         flag = bool(adapter.config.raw.get("fan_in_fan_out"))
-        turned = known in _CONV1D and projection_of(module.module) not in _HEADS if known else flag
+        turned = known in _CONV1D and projection_of(module.module) not in _LINEAR_HEADS if known else flag
         return "conv1d" if turned else "linear"
     if tensor.shape == shape:
         return "linear"

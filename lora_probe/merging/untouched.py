@@ -14,10 +14,11 @@ import numpy as np
 
 from lora_probe.base import Checkpoint, StoredTensor
 from lora_probe.base.checkpoint import EMBEDDINGS
-from lora_probe.files.weights import FLOATS, Raw, widen
+from lora_probe.files.weights import Raw, widen
 from lora_probe.ledger import Finding
 from lora_probe.merging.report import TensorFinding
 from lora_probe.merging.rounding import narrow, through
+from lora_probe.precision import FLOATS
 from lora_probe.rules.lp7_merging import not_judged
 from lora_probe.rules.lp7_untouched import tensor_added, tensor_missing, untouched_changed
 
@@ -100,7 +101,7 @@ def equal(one: StoredTensor, two: StoredTensor) -> bool:
 
 
 def chunks(tensor: StoredTensor) -> Iterator[tuple[int, int]]:
-    """Stretches of rows of about CHUNK bytes."""
+    """Blocks of rows of about CHUNK bytes."""
     height, _ = tensor.matrix
     step = max(1, CHUNK * height // max(tensor.size, 1))
     for start in range(0, height, step):

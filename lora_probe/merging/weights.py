@@ -26,10 +26,10 @@ from lora_probe.merging.neighbours import Neighbours
 from lora_probe.merging.overlay import View, view
 from lora_probe.merging.plan import Plan, plan
 from lora_probe.merging.report import MergeReport, ModuleMerge, TensorFinding, unmeasured
-from lora_probe.merging.rounding import UNIT
 from lora_probe.merging.scan import measure, replaced
 from lora_probe.merging.sites import Site
 from lora_probe.merging.untouched import absent_and_added, rounded_on_the_way, untouched
+from lora_probe.precision import STORED
 from lora_probe.rules.lp7_merging import not_judged
 from lora_probe.rules.lp7_untouched import merged_into_another_base, tied_changed_too
 
@@ -122,7 +122,7 @@ class _Work:
         progress: Callable[[Progress], None],
     ) -> None:
         self.adapter, self.base, self.names, self.merged, self.plan = adapter, seen.base, seen.names, merged, found
-        self.torn = seen.torn
+        self.inconsistent = seen.inconsistent
         self.progress, self.done, self.compared = progress, 0, 0
         self.untouched, self.foreign = 0, 0
         self.total = self.base.size + merged.size
@@ -145,8 +145,8 @@ class _Work:
                     tensors.append(TensorFinding(name, finding))
         self.compared = len(jobs)
         self.foreign = sum(one.finding.code == "LP708" for one in tensors)
-        if self.torn is not None:
-            tensors.insert(0, TensorFinding(HEAD, self.torn))
+        if self.inconsistent is not None:
+            tensors.insert(0, TensorFinding(HEAD, self.inconsistent))
         ordered = [
             modules.get((site.label, site.tensor)) or unmeasured(site.key, site.label, site.tensor, "differs")
             for site in self.plan.sites
@@ -180,7 +180,7 @@ class _Work:
         sites = self.sites.get(name, [])
         finding = None
         judged: list[ModuleMerge] = []
-        if sites and merged.dtype in UNIT and tensor.dtype in UNIT:
+        if sites and STORED[merged.dtype].fits_float32 and STORED[tensor.dtype].fits_float32:
             judged = self._tied([self._site(site, merged) for site in sites], sites, name)
         elif sites:
             finding = not_judged(f"it is {tensor.dtype} in the base and {merged.dtype} in the merged model")

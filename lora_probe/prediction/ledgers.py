@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from lora_probe.adapter.spectrum import Spectrum, pair_spectrum
 from lora_probe.files.limits import step
-from lora_probe.ledger import Finding, Ledger, Row, Station, graver
+from lora_probe.ledger import Finding, Ledger, Row, Station, worse
 from lora_probe.names import Key
 from lora_probe.prediction.places import aliases, engine_names
 from lora_probe.prediction.predictor import Predictor, Refusal, predictors
@@ -81,7 +81,7 @@ def _ledger(
         for rule, finding, keys in wrong:
             if key in keys:
                 judged = rule.finding(finding.value, finding.message, finding.field)
-                stations[finding.station] = graver(stations[finding.station], judged)
+                stations[finding.station] = worse(stations[finding.station], judged)
         stored_as = row.entry.stored_as if row.entry is not None else None
         engine_as = place.module.engine_as if place is not None and place.module is not None else None
         rows.append(Row(row.key, stations, row.expected_by, stored_as, engine_as))

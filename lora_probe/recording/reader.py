@@ -21,7 +21,7 @@ from lora_probe.adapter.folder import inside, listed
 from lora_probe.errors import UnreadableFile
 from lora_probe.files import brief, shown
 from lora_probe.files.weights import MAX_VALUES, TensorHeader, WeightsFile
-from lora_probe.ledger import STATIONS, Finding, Ledger, Row, Station, graver
+from lora_probe.ledger import STATIONS, Finding, Ledger, Row, Station, worse
 from lora_probe.names import Key
 from lora_probe.recording.documents import decoded, document, lines, too_deep
 from lora_probe.recording.placed import Floats
@@ -151,7 +151,7 @@ class Trace:
 
     @cached_property
     def loads(self) -> tuple[tuple[Load, Ledger], ...]:
-        """Each load of an adapter with its ledger, ranks joined: of several findings the gravest counts."""
+        """Each load of an adapter with its ledger, ranks joined: of several findings the worst counts."""
         numbers: dict[int, Load] = {}
         for process in self.workers:
             for load in process.of(Load):
@@ -196,7 +196,7 @@ class Trace:
                 stations = found.setdefault(record.load, {})
                 for key in record.keys:
                     mine = stations.setdefault(key, {})
-                    mine[record.station] = graver(mine.get(record.station, finding), finding)
+                    mine[record.station] = worse(mine.get(record.station, finding), finding)
         return found
 
     def _modules_of_loads(self) -> dict[int, list[ModuleRecord]]:

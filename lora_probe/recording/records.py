@@ -17,7 +17,7 @@ PREFILL, DECODE = 0, 1
 
 Level = Literal["events", "norms", "shrink", "tensors"]
 LEVELS: tuple[Level, ...] = get_args(Level)
-Kind = Literal["adapter", "base", "plain"]
+ScoreKind = Literal["adapter", "base", "plain"]
 
 
 class Prompt(msgspec.Struct, frozen=True):
@@ -128,7 +128,7 @@ class ModuleRecord(msgspec.Struct, frozen=True, tag="module", tag_field="kind"):
 
 
 class StationRecord(msgspec.Struct, frozen=True, tag="station", tag_field="kind"):
-    """What one station showed for some modules of a load. Of several records the gravest counts."""
+    """What one station showed for some modules of a load. Of several records the worst counts."""
 
     load: int
     station: Station
@@ -161,7 +161,7 @@ class Score(msgspec.Struct, frozen=True):
 
     request: str
     prompt: int
-    kind: Kind
+    kind: ScoreKind
     prompt_ids: list[int]
     answer_ids: list[int]
     unmeasured: str = ""

@@ -27,7 +27,7 @@ import numpy as np
 from lora_probe.errors import UnreadableFile, out_of_memory
 from lora_probe.files import brief, shown
 from lora_probe.files.limits import step
-from lora_probe.files.weights import Raw, TensorHeader, WeightsFile, open_weights, stretch
+from lora_probe.files.weights import Raw, TensorHeader, WeightsFile, open_weights, read_chunk
 from lora_probe.names import Key
 from lora_probe.recording.documents import decoded
 from lora_probe.recording.placed import Placed, joined_placed
@@ -196,7 +196,7 @@ def open_recorded(path: Path, what: str) -> WeightsFile:
 def values(weights: WeightsFile, header: TensorHeader) -> Raw:
     """The values of a tensor in the dtype and the shape that its header names."""
     try:
-        return stretch(weights, header, 0, header.parameters).reshape(header.shape)
+        return read_chunk(weights, header, 0, header.parameters).reshape(header.shape)
     except MemoryError as error:
         raise out_of_memory(f"`{weights.path}`") from error
 

@@ -15,7 +15,8 @@ import numpy.typing as npt
 from lora_probe.adapter import Adapter, AdapterModule
 from lora_probe.base import Base
 from lora_probe.errors import UnreadableFile
-from lora_probe.files.weights import FLOATS, open_weights, read
+from lora_probe.files.weights import open_weights, read
+from lora_probe.precision import FLOATS
 
 Floats = npt.NDArray[np.float32]
 

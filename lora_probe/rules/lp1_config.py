@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from lora_probe.adapter.variants import BY_FIELD, INITIALISATIONS, initialisation
 from lora_probe.files import brief, shown
 from lora_probe.rules.paths import listed
 from lora_probe.rules.registry import AdapterFinding, Family, rule, survey
@@ -138,13 +138,14 @@ def init_lost(subject: Subject) -> Iterator[AdapterFinding]:
     References: huggingface/peft#1929.
     """
     init = subject.adapter.config.raw.get("init_lora_weights")
-    if not isinstance(init, str):
+    row = initialisation(init)
+    if row is None:
         return
-    if init.lower() == "lora_ga":
-        yield AdapterFinding("init_lora_weights is `lora_ga`: the part taken out of the base is lost")
-    elif init.lower().startswith("pissa_niter"):
+    if row.base == "in training":
+        yield AdapterFinding(f"init_lora_weights is `{shown(str(init))}`: the part taken out of the base is lost")
+    elif row.base == "random":
         yield AdapterFinding(
-            f"init_lora_weights is `{shown(init)}`: PEFT computes another base at every load",
+            f"init_lora_weights is `{shown(str(init))}`: PEFT computes another base at every load",
             engines=("peft",),
         )
 
@@ -167,15 +168,9 @@ def unknown_init(subject: Subject) -> Iterator[AdapterFinding]:
     init = subject.adapter.config.raw.get("init_lora_weights")
     if not init or init is True:
         return
-    if isinstance(init, str) and (init in INITS or init.lower() in ANY_CASE or _NITER.fullmatch(init)):
+    if isinstance(init, str) and any(row.accepts(init) for row in INITIALISATIONS):
         return
     yield AdapterFinding(f"PEFT does not know init_lora_weights {brief(init)}", refuses=True)
-
-
-INITS = ("pissa", "eva", "loftq", "orthogonal", "lora_ga")
-ANY_CASE = ("gaussian", "olora", "mica")
-"""What PEFT 0.21 takes when it loads an adapter. `corda` needs what was measured in training, and is refused."""
-_NITER = re.compile(r"pissa_niter_\d+")
 
 
 @survey(
@@ -247,11 +242,7 @@ def variant_not_read(subject: Subject) -> Iterator[AdapterFinding]:
 
     Example: `"arrow_config": {...}`, `"kasa_config": {...}`.
     """
-    fields = [
-        field
-        for field, value in subject.adapter.config.raw.items()
-        if value and field not in READ_BY_VLLM | HARMLESS and (field.endswith("_config") or field.startswith("use_"))
-    ]
+    fields = [field for field, value in subject.adapter.config.raw.items() if value and _is_unread(field)]
     plain = "vLLM never reads it: it runs the adapter as plain LoRA"
     for field in fields[:MOST_KEYS]:
         yield AdapterFinding(f"`{shown(field)}` has a value, and {plain}", engines=("vllm",), field=field)
@@ -263,26 +254,15 @@ def variant_not_read(subject: Subject) -> Iterator[AdapterFinding]:
         yield AdapterFinding("PEFT cannot load an Arrow router by itself", engines=("peft",), refuses=True, field=field)
 
 
-READ_BY_VLLM = frozenset(
-    (
-        "r",
-        "lora_alpha",
-        "target_modules",
-        "bias",
-        "modules_to_save",
-        "use_rslora",
-        "use_dora",
-        "lora_bias",
-        "init_lora_weights",
-        "alora_invocation_tokens",
-        "layer_replication",
-        "use_bdlora",
-        "use_qalora",
-        "rank_pattern",
-        "alpha_pattern",
-    )
-)
-HARMLESS = frozenset(
-    ("eva_config", "corda_config", "lora_ga_config", "loftq_config", "megatron_config", "runtime_config")
+def _is_unread(field: str) -> bool:
+    """Whether vLLM never reads a field that changes what the adapter is. Of a variant that is not known, its name
+    decides."""
+    if field in BY_FIELD:
+        return BY_FIELD[field].vllm_ignores
+    return field not in HARMLESS and (field.endswith("_config") or field.startswith("use_"))
+
+
+HARMLESS = frozenset(("megatron_config", "runtime_config")) | frozenset(
+    row.settings for row in INITIALISATIONS if row.settings
 )
 """About the training, the initialisation or the machine. What an initialisation does to the base is LP109 and LP406."""

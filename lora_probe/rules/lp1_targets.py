@@ -55,7 +55,7 @@ def not_targeted() -> str:
     holds them against the names in the file.
 
     Why it matters: the engines run different adapters, and both look healthy. PEFT 0.21 makes layers for the config's
-    modules alone and drops the other tensors without a word; vLLM (0.30 to 0.33) never looks at the config for
+    modules alone and drops the other tensors without a word; vLLM ({vllm}) never looks at the config for
     that and applies every tensor.
 
     Example: adapter_config.json of another run beside the right weights. References: hiyouga/LlamaFactory#10662.

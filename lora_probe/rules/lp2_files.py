@@ -14,7 +14,7 @@ from lora_probe.base import engine_view as view
 from lora_probe.errors import ProbeError
 from lora_probe.files import brief, shown
 from lora_probe.files.json_object import read_json
-from lora_probe.files.weights import TensorHeader, stretch
+from lora_probe.files.weights import TensorHeader, read_chunk
 from lora_probe.names import PREFIX, layer_of, ranges
 from lora_probe.rules.registry import AdapterFinding, Family, rule, survey
 
@@ -23,8 +23,7 @@ if TYPE_CHECKING:
 
 FAMILY = Family("LP2", "the weights file", commands="check, some also by trace", loading_step=2)
 
-HEADS = ("score", "classifier")
-EMBEDDINGS = (*checkpoint.EMBEDDINGS, *view.HEADS)
+EMBEDDINGS = (*checkpoint.EMBEDDINGS, *view.LM_HEADS)
 """What modules of input embeddings and of output heads are called."""
 
 
@@ -135,7 +134,7 @@ def _vllm_parses(name: str, subject: Subject) -> bool:
         return False
     if parts[-2] in ("lora_A", "lora_B"):
         return parts[-1] == "weight" or subject.serving.vllm.drops_bias_of_b
-    return parts[-2] in HEADS and subject.serving.vllm.classification_heads
+    return parts[-2] in view.CLASSIFIER_HEADS and subject.serving.vllm.classification_heads
 
 
 @survey(
@@ -147,7 +146,7 @@ def _vllm_parses(name: str, subject: Subject) -> bool:
 def adapter_name_in_keys(subject: Subject) -> Iterator[AdapterFinding]:
     """The keys carry the name that the adapter had in the live model: `lora_A.default.weight`.
 
-    Why it matters: the state dict of the model was saved in place of PEFT's `save_pretrained`. vLLM (0.30 to 0.33)
+    Why it matters: the state dict of the model was saved in place of PEFT's `save_pretrained`. vLLM ({vllm})
     refuses it (`... is unsupported LoRA weight`). PEFT 0.21 loads `default`, which is what it calls an adapter unless
     told otherwise, and drops any other name without a word.
 
@@ -178,7 +177,7 @@ def module_twice(subject: Subject) -> Iterator[AdapterFinding]:
 
     What it does: where their values differ, vLLM's modules are called wrong.
 
-    Why it matters: vLLM (0.30 to 0.33) takes the last one that it reads, PEFT 0.21 the one with `base_model.model.`.
+    Why it matters: vLLM ({vllm}) takes the last one that it reads, PEFT 0.21 the one with `base_model.model.`.
 
     Example: a script that saved the adapter with and without the prefix into one file.
     """
@@ -247,12 +246,12 @@ def _equal(subject: Subject, one: TensorHeader, other: TensorHeader) -> bool:
     file = subject.adapter.weights
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
-    stretches = range(0, one.parameters, STRETCH)
-    ends = ((start, min(start + STRETCH, one.parameters)) for start in stretches)
-    return all(np.array_equal(stretch(file, one, *end), stretch(file, other, *end)) for end in ends)
+    starts = range(0, one.parameters, CHUNK)
+    ends = ((start, min(start + CHUNK, one.parameters)) for start in starts)
+    return all(np.array_equal(read_chunk(file, one, *end), read_chunk(file, other, *end)) for end in ends)
 
 
-STRETCH = 2**20
+CHUNK = 2**20
 """Values that are compared at once."""
 
 
@@ -268,7 +267,7 @@ def gap_in_layers(subject: Subject) -> Iterator[AdapterFinding]:
     What it does: looks for gaps in the layer numbers that no layers_to_transform, no expression and no regular step
     (hybrid models adapt every fourth layer) explains.
 
-    Why it matters: a shard or a pipeline stage was not saved. vLLM (0.30 to 0.33) serves the base there and says
+    Why it matters: a shard or a pipeline stage was not saved. vLLM ({vllm}) serves the base there and says
     nothing.
     """
     config = subject.adapter.config

@@ -18,7 +18,7 @@ def wrapper_in_name(words: tuple[str, ...]) -> str | None:
 
     What it does: looks for words of a path that belong to no model.
 
-    Why it matters: the adapter was saved from the wrapped model. vLLM (0.30 to 0.33) takes the keys, finds no module
+    Why it matters: the adapter was saved from the wrapped model. vLLM ({vllm}) takes the keys, finds no module
     for them and serves the base without a word; where only attention was wrapped, half the adapter works. PEFT 0.21
     warns of missing keys and serves the base.
 
@@ -43,7 +43,7 @@ def wrapper_in_name(words: tuple[str, ...]) -> str | None:
 def doubled_prefix(bare: str) -> str | None:
     """The keys begin with `base_model.model.` twice: the model was wrapped with PEFT a second time.
 
-    Why it matters: the engines disagree. vLLM (0.30 to 0.33) takes every occurrence of the prefix away and applies the
+    Why it matters: the engines disagree. vLLM ({vllm}) takes every occurrence of the prefix away and applies the
     adapter; PEFT 0.21 warns of missing keys and serves the base.
 
     Example: a script calls `get_peft_model`, and the trainer does it again. References: huggingface/trl#926.
@@ -65,7 +65,7 @@ def doubled_prefix(bare: str) -> str | None:
 def prefix_missing(stored_as: str, prefix: str) -> str | None:
     """The keys do not begin with `base_model.model.`.
 
-    Why it matters: the engines disagree. vLLM (0.30 to 0.33) takes them as they are and applies the adapter;
+    Why it matters: the engines disagree. vLLM ({vllm}) takes them as they are and applies the adapter;
     `PeftModel.from_pretrained` (0.21) warns of missing keys and serves the base.
 
     Example: saved through transformers' own adapter methods.
@@ -92,7 +92,7 @@ def odd_ending(stored: str, embedding: bool, adapter: str | None) -> str | None:
     `lora_embedding_B`.
 
     Why it matters: PEFT 0.21 drops a key that names none of its parameters, warns that its own are missing, and serves
-    the base there. vLLM (0.30 to 0.33) refuses most such endings (LP210), and takes `lora_A.weight` on an embedding.
+    the base there. vLLM ({vllm}) refuses most such endings (LP210), and takes `lora_A.weight` on an embedding.
 
     Example: `...q_proj.lora_A`, as loralib saves it.
     """

@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from lora_probe.adapter.pattern_index import beginnings
+from lora_probe.adapter.variants import EXTRAS
+from lora_probe.base.engine_view import CLASSIFIER_HEADS
 from lora_probe.files import brief, shown
 from lora_probe.names import PREFIX
-from lora_probe.rules.lp2_files import EMBEDDINGS, HEADS
+from lora_probe.rules.lp2_files import EMBEDDINGS
 from lora_probe.rules.registry import AdapterFinding, survey
 
 if TYPE_CHECKING:
@@ -108,27 +110,22 @@ def _list(value: Any) -> list[str]:
 
 def _variants(subject: Subject) -> dict[str, tuple[str, list[str]]]:
     """Field of the config -> what it makes PEFT save, and the tensors of the file that are such."""
-    found: dict[str, tuple[str, list[str]]] = {
-        "use_dora": ("magnitude vectors of DoRA", []),
-        "lora_bias": ("biases of lora_B", []),
+    found: dict[str, tuple[str, list[str]]] = {field: (extra.plural, []) for field, extra in EXTRAS.items()}
+    found |= {
         "bias": ("biases of the base", []),
         "trainable_token_indices": ("trained tokens", []),
         "modules_to_save": ("whole modules", []),
-        "kasa_config": ("diagonals of KaSA", []),
     }
     resized = _resized_embeddings(subject)
     for name in subject.adapter.weights.tensors:
-        if ".lora_magnitude_vector" in name:
-            found["use_dora"][1].append(name)
-        elif name.endswith("lora_B.bias"):
-            found["lora_bias"][1].append(name)
+        field = next((field for field, extra in EXTRAS.items() if extra.is_named(name)), None)
+        if field is not None:
+            found[field][1].append(name)
         elif "trainable_tokens" in name:
             found["trainable_token_indices"][1].append(name)
-        elif name.rpartition(".")[2] == "lora_diag" or ".lora_diag." in name:
-            found["kasa_config"][1].append(name)
         elif ".lora_" in name:
             continue
-        elif name.endswith(".bias") and not any(f".{head}." in name for head in HEADS):
+        elif name.endswith(".bias") and not any(f".{head}." in name for head in CLASSIFIER_HEADS):
             found["bias"][1].append(name)
         elif name.endswith(".weight") and name not in resized:
             found["modules_to_save"][1].append(name)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from lora_probe.adapter import AdapterConfig, AdapterModule
 from lora_probe.adapter.spectrum import Spectrum
+from lora_probe.adapter.variants import EXTRAS
 from lora_probe.files import brief
-from lora_probe.files.weights import FLOATS
+from lora_probe.precision import FLOATS
 from lora_probe.rules.registry import Sentence, rule
 
 
@@ -20,7 +21,7 @@ def rank_differs(pair: AdapterModule, config: AdapterConfig) -> Sentence | None:
     """The tensors have another rank than the config gives their module.
 
     Why it matters: the scaling is `lora_alpha / r` of the *config*, so an engine that believes both runs the pair
-    at the wrong strength. vLLM (0.30 to 0.33) never compares the two: it answers normally, at the wrong scale.
+    at the wrong strength. vLLM ({vllm}) never compares the two: it answers normally, at the wrong scale.
     PEFT 0.21 refuses the checkpoint with a size mismatch.
 
     Example: `r: 8`, `lora_alpha: 16`, and `lora_A` of shape `[4, 576]`: trained with scaling 4, served with 2.
@@ -82,19 +83,10 @@ def variant_missing(pair: AdapterModule, config: AdapterConfig) -> Sentence | No
     """
     if pair.parameter != "weight" or pair.embedding:
         return None
-    held = {extra.name.removesuffix(".weight").rpartition(".lora_")[2] for extra in pair.extras}
-    for field, tensor, what in THIRD:
-        if config.raw.get(field) and tensor not in held:
-            return Sentence(f"`{field}` is set, and the file has no {what} for it", field)
+    for field, extra in EXTRAS.items():
+        if config.raw.get(field) and not any(extra.is_named(tensor.name) for tensor in pair.extras):
+            return Sentence(f"`{field}` is set, and the file has no {extra.word} for it", field)
     return None
-
-
-THIRD = (
-    ("use_dora", "magnitude_vector", "magnitude vector"),
-    ("lora_bias", "B.bias", "bias of lora_B"),
-    ("kasa_config", "diag", "diagonal"),
-)
-"""Field of the config, the end of the tensor's name, what it is called."""
 
 
 @rule(
@@ -134,7 +126,7 @@ def zero_delta(pair: AdapterModule, spectrum: Spectrum, config: AdapterConfig) -
 def not_in_file() -> str:
     """The config targets a module of the base, and the file holds no pair for it.
 
-    Why it matters: vLLM (0.30 to 0.33) serves the base there and says nothing; PEFT 0.21 warns of missing keys and
+    Why it matters: vLLM ({vllm}) serves the base there and says nothing; PEFT 0.21 warns of missing keys and
     runs an untrained pair, which is the base as well.
 
     Example: one layer of thirty lost in a sharded save: 87 of 90 modules took effect.

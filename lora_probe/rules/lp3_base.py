@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from lora_probe.base.engine_view import CLASSIFIER_HEADS
 from lora_probe.files import brief, shown
 from lora_probe.names import PREFIX, layer_of, projection_of
-from lora_probe.rules.lp2_files import EMBEDDINGS, HEADS
+from lora_probe.rules.lp2_files import EMBEDDINGS
 from lora_probe.rules.paths import listed
 from lora_probe.rules.registry import AdapterFinding, Family, survey
 
@@ -50,7 +51,12 @@ def unexpected_module(subject: Subject) -> Iterator[AdapterFinding]:
     saved = set(subject.adapter.config.raw.get("modules_to_save") or ())
     for name in subject.adapter.weights.tensors:
         parts = name.split(".")
-        if len(parts) > 1 and parts[-1] in ("weight", "bias") and parts[-2] in HEADS and parts[-2] not in saved:
+        if (
+            len(parts) > 1
+            and parts[-1] in ("weight", "bias")
+            and parts[-2] in CLASSIFIER_HEADS
+            and parts[-2] not in saved
+        ):
             names.append(parts[-2])
     if names:
         words = sorted(map(shown, expected))

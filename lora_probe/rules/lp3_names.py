@@ -23,8 +23,8 @@ def other_class(file_start: str, base_start: str) -> str:
 
     Why it matters: the best known way to serve the base model: a text adapter (`model.layers.0...`) on a multimodal
     wrapper (`language_model.model.layers.0...`), or the reverse. vLLM compares the last word of a name alone, so it
-    takes the adapter, answers 200, and no module asks for it (0.30 to 0.32; 0.33 tries text names on multimodal
-    models). PEFT 0.21 warns of missing keys and serves the base.
+    takes the adapter, answers 200, and no module asks for it (before 0.33, which tries text names on
+    multimodal models). PEFT 0.21 warns of missing keys and serves the base.
 
     References: vllm-project/vllm#34186, #48019, #41754, huggingface/peft#2566.
     """
@@ -45,7 +45,7 @@ def no_such_module(model: str) -> str:
 
     What it does: looks the name up as the engine does, after its own renaming.
 
-    Why it matters: the pair is dropped. vLLM (0.30 to 0.33) refuses only a last word that it does not know at all;
+    Why it matters: the pair is dropped. vLLM ({vllm}) refuses only a last word that it does not know at all;
     a layer that the base does not have, a layer that shares another's keys and values, or a word that exists
     elsewhere in the model (`fc1` of a vision tower) goes in silence. PEFT 0.21 is silent as well.
 
@@ -65,7 +65,7 @@ def no_such_module(model: str) -> str:
 def no_lora_layer_there(why: str) -> str:
     """The module exists, and the engine makes no LoRA layer of it.
 
-    Why it matters: the pair is read and has nowhere to go. vLLM (0.30 to 0.33) adapts the language model of a
+    Why it matters: the pair is read and has nowhere to go. vLLM ({vllm}) adapts the language model of a
     multimodal one unless `--enable-tower-connector-lora` is given, and embeddings only for classes that name them.
 
     Example: `target_modules="all-linear"` on a vision-language model. References: vllm-project/vllm#23796, #40307.

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lora_probe.adapter.variants import initialisation
 from lora_probe.errors import ProbeError
 from lora_probe.files import brief, shown
 from lora_probe.files.json_object import read_json
 from lora_probe.rules.initialisation import alignments
-from lora_probe.rules.lp4_serving import CHANGES_BASE
 from lora_probe.rules.registry import AdapterFinding, survey
 
 if TYPE_CHECKING:
@@ -176,7 +176,8 @@ def part_of_the_base(subject: Subject) -> Iterator[AdapterFinding]:
     References: huggingface/transformers#34468.
     """
     init = subject.adapter.config.raw.get("init_lora_weights")
-    if isinstance(init, str) and init.lower().startswith(CHANGES_BASE):
+    row = initialisation(init)
+    if row is not None and row.changes_base:
         return
     assert subject.base is not None
     found = list(alignments(subject.adapter, subject.base))

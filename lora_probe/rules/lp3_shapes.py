@@ -16,7 +16,7 @@ from lora_probe.rules.registry import rule
 def shape_differs(pair: AdapterModule, shape: tuple[int, int], transposed: bool) -> str | None:
     """A or B does not fit the weight that it adapts.
 
-    Why it matters: vLLM (0.30 to 0.33) pads a pair that is too small with zeros and serves it without a word; a
+    Why it matters: vLLM ({vllm}) pads a pair that is too small with zeros and serves it without a word; a
     pair that is too large dies with a broadcasting error that names no module. PEFT 0.21 says size mismatch.
 
     Example: an adapter of the 0.5B model served on the 7B model.

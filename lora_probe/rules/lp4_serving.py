@@ -6,9 +6,18 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from lora_probe.adapter import AdapterModule
+from lora_probe.adapter.variants import (
+    ALPHA_PATTERN,
+    RANK_PATTERN,
+    UNKNOWN_INITIALISATION_REFUSED,
+    initialisation,
+    variants_of,
+)
+from lora_probe.base.engine_view import CLASSIFIER_HEADS
 from lora_probe.files import brief, shown
 from lora_probe.names import Key
 from lora_probe.rules.registry import AdapterFinding, Family, rule, survey
+from lora_probe.rules.vllm_versions import Behaviour
 
 if TYPE_CHECKING:
     from lora_probe.rules.subject import Subject
@@ -74,8 +83,8 @@ def _held_rank(pair: AdapterModule) -> int:
 
 def _config_rank(subject: Subject) -> tuple[int, str]:
     """The largest rank that the config asks this vLLM for, and the key that holds it."""
-    config = subject.adapter.config
-    patterns = config.rank_pattern.values() if subject.serving.vllm.patterns else ()
+    config, version = subject.adapter.config, subject.serving.vllm
+    patterns = config.rank_pattern.values() if version.at_least(RANK_PATTERN.vllm_applies) else ()
     largest = max(patterns, default=0)
     return (largest, "rank_pattern") if largest > config.rank else (config.rank, "r")
 
@@ -112,7 +121,7 @@ def outside_filter(targets: tuple[str, ...]) -> str:
     """`--lora-target-modules` leaves the module out.
 
     Why it matters: the option limits which layers vLLM wraps; loading an adapter never consults it, so the pair is
-    dropped without a word (0.30 to 0.33), partly or altogether.
+    dropped without a word ({vllm}), partly or altogether.
 
     References: vllm-project/vllm#55193.
     """
@@ -160,46 +169,34 @@ def variant_refused(subject: Subject) -> Iterator[AdapterFinding]:
     References: vllm-project/vllm#10849, #4186, #9280, huggingface/transformers#34468.
     """
     raw, version = subject.adapter.config.raw, subject.serving.vllm
-    for field, message in _refusals(raw, version.refuses_variants, version.classification_heads):
+    for field, message in _refusals(raw, version):
         yield AdapterFinding(message, refuses=True, field=field)
 
 
-def _refusals(raw: Any, variants: bool, heads: bool) -> Iterator[tuple[str, str]]:
+def _refusals(raw: Any, vllm: Behaviour) -> Iterator[tuple[str, str]]:
     saved = raw.get("modules_to_save") or ()
-    unsupported = [name for name in saved if not heads or name not in ("classifier", "score")]
+    unsupported = [name for name in saved if not vllm.classification_heads or name not in CLASSIFIER_HEADS]
     if unsupported:
         names = ", ".join(map(shown, unsupported[:MOST_NAMES]))
         more = f" and {len(unsupported) - MOST_NAMES} more" if len(unsupported) > MOST_NAMES else ""
         yield "modules_to_save", f"vLLM does not take modules_to_save {names}{more}"
-    if raw.get("use_dora"):
-        yield "use_dora", "vLLM does not yet support DoRA"
     if raw.get("bias", "none") != "none":
         yield "bias", f"vLLM does not support an adapter's bias (`bias` is {brief(raw['bias'])})"
-    if not variants:
-        return
     floats = [key for key, value in (raw.get("rank_pattern") or {}).items() if not isinstance(value, int)]
-    if floats:
+    if floats and vllm.at_least(RANK_PATTERN.vllm_applies):
         where = f"for `{shown(floats[0])}`"
         yield "rank_pattern", f"vLLM takes whole numbers as ranks, and rank_pattern has another {where}"
-    for field, name in VARIANTS:
-        if raw.get(field):
-            yield field, f"vLLM does not support {name}"
+    for variant in variants_of(raw):
+        if vllm.at_least(variant.vllm_refuses):
+            yield variant.field, f"vLLM does not support {variant.described}"
     init = raw.get("init_lora_weights")
-    if isinstance(init, str) and init.lower() not in ("gaussian", "eva", "orthogonal", "mica", "lora_ga"):
+    row = initialisation(init)
+    if isinstance(init, str) and vllm.at_least(row.vllm_refuses if row is not None else UNKNOWN_INITIALISATION_REFUSED):
         yield "init_lora_weights", f"vLLM does not support init_lora_weights {brief(init)}"
 
 
 MOST_NAMES = 10
 """Names of a list that a message holds."""
-CHANGES_BASE = ("pissa", "olora", "corda", "loftq")
-"""Initialisations that take a part out of the base when PEFT loads the adapter."""
-VARIANTS = (
-    ("lora_bias", "a bias on lora_B (lora_bias)"),
-    ("alora_invocation_tokens", "Activated LoRA (aLoRA)"),
-    ("layer_replication", "layer_replication"),
-    ("use_bdlora", "block-diagonal LoRA (BD-LoRA)"),
-    ("use_qalora", "QALoRA"),
-)
 
 
 @survey(
@@ -219,18 +216,20 @@ def ignored_by_version(subject: Subject) -> Iterator[AdapterFinding]:
     honours the patterns and refuses the others.
     """
     config, version = subject.adapter.config, subject.serving.vllm
-    if not version.patterns:
-        for field, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
-            keys = tuple(_scaled_otherwise(subject)) if patterns else ()
-            if keys:
-                message = f"vLLM {version.version} ignores {field} and scales by {config.scaling:g}"
-                yield AdapterFinding(message, keys=keys, value="wrong", field=field)
-                break
-    if version.refuses_variants:
-        return
-    ignored = [(field, name) for field, name in VARIANTS if config.raw.get(field)]
+    for pattern in (RANK_PATTERN, ALPHA_PATTERN):
+        keys = tuple(_scaled_otherwise(subject)) if config.raw.get(pattern.field) else ()
+        if keys and not version.at_least(pattern.vllm_applies):
+            message = f"vLLM {version.version} ignores {pattern.field} and scales by {config.scaling:g}"
+            yield AdapterFinding(message, keys=keys, value="wrong", field=pattern.field)
+            break
+    ignored = [
+        (variant.field, variant.described)
+        for variant in variants_of(config.raw)
+        if variant.vllm_refuses and not version.at_least(variant.vllm_refuses)
+    ]
     init = config.raw.get("init_lora_weights")
-    if isinstance(init, str) and init.lower().startswith(CHANGES_BASE):
+    row = initialisation(init)
+    if row is not None and row.changes_base and not version.at_least(row.vllm_refuses):
         ignored.append(("init_lora_weights", f"init_lora_weights {brief(init)}, which changes the base"))
     for field, name in ignored:
         yield AdapterFinding(f"vLLM {version.version} ignores {name}, and runs the adapter as plain LoRA", field=field)
@@ -284,7 +283,7 @@ def head_without_home(subject: Subject) -> Iterator[AdapterFinding]:
     homes = {name.rpartition(".")[2] for name, module in view.modules.items() if not module.why_not}
     for name in subject.adapter.weights.tensors:
         parts = name.split(".")
-        if len(parts) > 1 and parts[-2] in ("score", "classifier") and parts[-2] in saved and parts[-2] not in homes:
+        if len(parts) > 1 and parts[-2] in CLASSIFIER_HEADS and parts[-2] in saved and parts[-2] not in homes:
             yield AdapterFinding(
                 f"`{shown(name)}`: vLLM's {shown(view.model)} has no classification head", refuses=True
             )

@@ -36,7 +36,7 @@ def not_measured(why: str) -> str:
 def name_without_home(stored_as: str, meant: str | None, engine: str) -> str:
     """The pair's name is no module of the model that the engine runs.
 
-    Why it matters: vLLM (0.30 to 0.33) looks only at the last word of a name (`q_proj`), so it takes the pair,
+    Why it matters: vLLM ({vllm}) looks only at the last word of a name (`q_proj`), so it takes the pair,
     never asks for it, answers 200 and serves the base; its only line is at DEBUG. PEFT 0.21 drops the pair
     without a word and warns that its own keys are missing.
 
@@ -61,7 +61,7 @@ def name_without_home(stored_as: str, meant: str | None, engine: str) -> str:
 def no_lora_layer(engine: str, why: str) -> str:
     """The module exists, but the engine made no LoRA layer of it.
 
-    Why it matters: the pair was read and has nowhere to go. vLLM (0.30 to 0.33) drops it in silence when
+    Why it matters: the pair was read and has nowhere to go. vLLM ({vllm}) drops it in silence when
     `--lora-target-modules` leaves its module out; PEFT 0.21 makes layers for target_modules only.
 
     Mend: widen the option, or correct target_modules.

@@ -1,8 +1,9 @@
 """The registry of rules: each one way in which an adapter goes wrong, with a stable code and a page.
 
-In: functions under `@rule` or `@survey`, which hold every fact about a rule; the docstring is its page. Most rules go
-from facts about one module to a sentence, or None where nothing is wrong, and become a `Finding` at a station. Others
-look at a whole adapter and yield `AdapterFinding`s. Out: `all_rules`, `surveys` and `families`.
+In: functions under `@rule` or `@survey`, which hold every fact about a rule; the docstring is its page, and `{vllm}` in
+it stands for the supported versions of vLLM. Most rules go from facts about one module to a sentence, or None where
+nothing is wrong, and become a `Finding` at a station. Others look at a whole adapter and yield `AdapterFinding`s. Out:
+`all_rules`, `surveys` and `families`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from lora_probe.errors import ProbeError
 from lora_probe.files.extensions import RULES, broken, engine_names, load, points
 from lora_probe.ledger import Finding, Station, Value
 from lora_probe.names import Key
+from lora_probe.rules.vllm_versions import SUPPORTED
 
 if TYPE_CHECKING:
     from lora_probe.rules.subject import Subject
@@ -160,7 +162,7 @@ class _Register:
     def __call__(self, judge: Callable[P, str | Sentence | None]) -> Callable[P, Finding | None]: ...
 
     def __call__(self, judge: Callable[P, str | Sentence | None]) -> Callable[P, Finding | None]:
-        registered = _register(Rule(page=inspect.getdoc(judge) or "", module=judge.__module__, **self.facts))
+        registered = _register(Rule(page=_page(judge), module=judge.__module__, **self.facts))
 
         @wraps(judge)
         def finding(*args: P.args, **kwargs: P.kwargs) -> Finding | None:
@@ -170,6 +172,11 @@ class _Register:
             return None if sentence is None else registered.finding(registered.value, sentence)
 
         return finding
+
+
+def _page(judge: Callable[..., Any]) -> str:
+    """The docstring of a rule, with the versions of vLLM that are known in place of `{vllm}`."""
+    return (inspect.getdoc(judge) or "").replace("{vllm}", SUPPORTED)
 
 
 def rule(
@@ -242,7 +249,7 @@ def survey(
                 "wrong",
                 severity,
                 hint,
-                inspect.getdoc(judge) or "",
+                _page(judge),
                 engines,
                 needs,
                 field,

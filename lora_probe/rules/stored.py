@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from lora_probe.adapter import Adapter, AdapterModule
 from lora_probe.adapter.spectrum import Spectrum, pair_spectrum
 from lora_probe.base import Shapes
-from lora_probe.ledger import OK, Finding, graver
+from lora_probe.ledger import OK, Finding, worse
 from lora_probe.names import LAYER, PREFIX, Key, natural
 from lora_probe.rules.lp2_weights import (
     half_missing,
@@ -90,7 +90,7 @@ def judge_stored(
     shape: tuple[int, int] | None,
     transposed: bool = False,
 ) -> Finding:
-    """Run the LP2xx and LP3xx rules over one pair; the gravest finding, the first where they weigh the same."""
+    """Run the LP2xx and LP3xx rules over one pair; the worst finding, the first where they weigh the same."""
     findings = [not_a_matrix(pair), half_missing(pair)]
     if not any(findings):
         findings += [rank_differs(pair, adapter.config), variant_missing(pair, adapter.config)]
@@ -98,11 +98,11 @@ def judge_stored(
             findings.append(shape_differs(pair, shape, transposed))
     if found is not None:
         findings += [not_finite(found), zero_delta(pair, found, adapter.config)]
-    gravest = OK
+    worst = OK
     for finding in findings:
         if finding is not None:
-            gravest = graver(gravest, finding)
-    return gravest
+            worst = worse(worst, finding)
+    return worst
 
 
 def _homes(entries: Mapping[Key, AdapterModule], shapes: Shapes, taken: set[str]) -> dict[Key, str]:

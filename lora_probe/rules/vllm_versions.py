@@ -26,30 +26,32 @@ ENGINE_OPTIONS = (
 class Behaviour:
     """What one version of vLLM does.
 
-    `patterns`: it honours rank_pattern and alpha_pattern, where others ignore them in silence. `refuses_variants`: it
-    refuses lora_bias, aLoRA, layer_replication, BD-LoRA, QALoRA and initialisations that change the base, where others
-    run them as plain LoRA. `drops_bias_of_b`: it takes a bias of lora_B for lora_B itself, and drops it, where others
-    refuse the tensor. `classification_heads`: it reads a trained `score` or `classifier`, where others refuse any
-    modules_to_save. `text_names_on_multimodal`: it tries a text model's names on the language model of a multimodal
-    one.
+    `drops_bias_of_b`: it takes a bias of lora_B for lora_B itself, and drops it, where others refuse the tensor.
+    `classification_heads`: it reads a trained `score` or `classifier`, where others refuse any modules_to_save.
+    `text_names_on_multimodal`: it tries a text model's names on the language model of a multimodal one. What it does
+    with each variant of LoRA is in `adapter/variants.py`.
     """
 
     version: str
-    patterns: bool
-    refuses_variants: bool
     drops_bias_of_b: bool
     classification_heads: bool
     text_names_on_multimodal: bool
     seen: str
 
+    def at_least(self, first: str) -> bool:
+        """Whether this is version `first` or a newer one; never where `first` is empty, which stands for none."""
+        return bool(first) and _number(self.version) >= _number(first)
+
 
 TABLE = (
-    Behaviour("0.30", False, False, False, False, False, "run: 79 adapters on 0.30.0; read: lora/peft_helper.py"),
-    Behaviour("0.31", False, False, True, True, False, "run: 79 adapters on 0.31.0; read: lora/utils.py"),
-    Behaviour("0.32", True, True, False, True, False, "run: the tests of this repository on 0.32.0"),
-    Behaviour("0.33", True, True, False, True, True, "read: lora/model_manager.py (`_get_text_lora_names`) of 0.33.0"),
+    Behaviour("0.30", False, False, False, "run: 79 adapters on 0.30.0; read: lora/peft_helper.py"),
+    Behaviour("0.31", True, True, False, "run: 79 adapters on 0.31.0; read: lora/utils.py"),
+    Behaviour("0.32", False, True, False, "run: the tests of this repository on 0.32.0"),
+    Behaviour("0.33", False, True, True, "read: lora/model_manager.py (`_get_text_lora_names`) of 0.33.0"),
 )
 """Oldest first. What is newer than the last row is taken to behave like it."""
+SUPPORTED = f"{TABLE[0].version} to {TABLE[-1].version}"
+"""In words, for texts: a rule's docstring writes `{vllm}`."""
 
 
 def installed() -> str | None:

@@ -16,7 +16,7 @@ from lora_probe.engines.peft.steps import Steps
 from lora_probe.engines.prompts import forced
 from lora_probe.errors import ProbeError
 from lora_probe.recording import RequestRecord, RunSpec, Score, TraceWriter
-from lora_probe.recording.records import Kind
+from lora_probe.recording.records import ScoreKind
 
 
 def end_ids(generation: Any, tokenizer: Any) -> set[int]:
@@ -71,7 +71,7 @@ class Runner:
         return RequestRecord(request, prompt, adapter, ids, output, text, logprobs, seconds)
 
     def score(
-        self, request: str, kind: Kind, answer: RequestRecord, steps: Steps | None = None, unmeasured: str = ""
+        self, request: str, kind: ScoreKind, answer: RequestRecord, steps: Steps | None = None, unmeasured: str = ""
     ) -> None:
         """The prompt and all but the last token of its answer in one pass: a distribution for every answer token."""
         import torch

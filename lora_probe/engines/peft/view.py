@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from lora_probe.base import Base, EngineView, ModuleView, Rename
-from lora_probe.base.engine_view import Kind
+from lora_probe.base.engine_view import ModuleKind
 from lora_probe.engines.peft.models import first_lines
 from lora_probe.errors import EngineFailed
 
@@ -100,7 +100,7 @@ def _view(name: str, module: Any, head: bool, experts: bool) -> ModuleView:
     if isinstance(module, nn.Embedding):
         return ModuleView("embedding", (module.num_embeddings, module.embedding_dim), name)
     if isinstance(module, nn.Linear):
-        kind: Kind = "head" if head else "linear"
+        kind: ModuleKind = "head" if head else "linear"
         return ModuleView(kind, (module.out_features, module.in_features), name)
     if isinstance(module, Conv1D):
         return ModuleView("linear", (int(module.weight.shape[1]), int(module.weight.shape[0])), name)

@@ -37,7 +37,7 @@ def comparison(result: Comparison) -> RenderableType:
 def _errors(result: Comparison) -> RenderableType:
     title = (
         f"relative error of s·x·A·B, {result.candidate.engine} against {result.reference.engine}, "
-        f"{result.rows} rows; tolerance {result.tolerance:.1e} ({result.dtype})"
+        f"{result.rows} rows; tolerance {result.tolerance:.1e} ({result.dtype or 'no dtype recorded'})"
     )
     cells = {
         diff.key: (diff.error, f"{diff.error:.1e}" + ("" if diff.status == "ok" else "!"))

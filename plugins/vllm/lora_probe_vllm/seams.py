@@ -1,8 +1,8 @@
 """Every vLLM name that lora-probe touches, and the only place that knows them.
 
 In: an installed vLLM. Out: its classes and functions by our names, patches that can be taken back, and the rows of a
-step of its model runner. A name that moved is a `SeamMoved` error with that name and the version. Seen in vLLM 0.30
-to 0.33; 0.32 is what the tests run.
+step of its model runner. A name that moved is a `SeamMoved` error with that name and the version. The names are
+those of the versions in SUPPORTED; the tests run 0.32.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from lora_probe.errors import EngineFailed
 from lora_probe.recording import Floats
 
 SUPPORTED = ("0.30", "0.31", "0.32", "0.33")
+"""The versions of vLLM that have all of these names. What each does is in `lora_probe/rules/vllm_versions.py`."""
 
 NAMES = {
     "worker": ("vllm.v1.worker.worker_base", "WorkerBase"),

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 
 from lora_probe.base import Base, EngineView, ModuleView, Rename
-from lora_probe.base.engine_view import Kind
+from lora_probe.base.engine_view import ModuleKind
 from lora_probe.engines.peft.view import renaming
 from lora_probe.errors import EngineFailed
 from lora_probe.recording import write_json
@@ -225,7 +225,7 @@ def _bare(manager: Any) -> Iterator[tuple[str, ModuleView]]:
             yield name, ModuleView(kind, _shape(manager, name, module), name, why_not=why_not)
 
 
-def _why_not(manager: Any, name: str, module: Any, kind: Kind) -> str:
+def _why_not(manager: Any, name: str, module: Any, kind: ModuleKind) -> str:
     """Why `_create_lora_modules` passes a module by."""
     cls = type(manager.model).__name__
     if not manager.supported_lora_modules:
@@ -242,7 +242,7 @@ def _why_not(manager: Any, name: str, module: Any, kind: Kind) -> str:
     return f"vLLM has no LoRA layer for this {type(module).__name__}"
 
 
-def _kind(module: Any) -> Kind:
+def _kind(module: Any) -> ModuleKind:
     base = getattr(module, "base_layer", module)
     if isinstance(base, seams.experts):
         return "experts"
