@@ -37,15 +37,16 @@ def test_the_plugin_was_not_loaded(adapter: Path, tmp_path: Path) -> None:
 def test_engine_and_worker_in_their_own_processes(qwen2: Path, tmp_path: Path) -> None:
     """Qwen2, all projections, bfloat16, standard output that must hold JSON alone."""
     wide = save_adapter(tmp_path / "wide", qwen2, target_modules="all-linear", r=4, lora_alpha=6)
-    run = trace(
-        wide, tmp_path / "run.lptrace", "--dtype", "bfloat16", "--format", "json", VLLM_ENABLE_V1_MULTIPROCESSING="1"
-    )
+    more = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "LORA_PROBE_KEEP": "events"}
+    run = trace(wide, tmp_path / "run.lptrace", "--dtype", "bfloat16", "--format", "json", **more)
     assert run.returncode == 0, run.stderr
     data = json.loads(run.stdout)
     assert data["headline"] == f"{7 * LAYERS} of {7 * LAYERS} modules took effect"
     client, worker = data["processes"]
     assert client["pid"] != worker["pid"]
     assert worker["dtype"] == "bfloat16"
+    # What the run asks for counts, not the environment.
+    assert worker["keep"] == "shrink"
 
 
 def test_two_tensor_parallel_ranks(qwen2: Path, tmp_path: Path) -> None:

@@ -1,14 +1,22 @@
-"""What the plugin makes of one step, with torch alone: contributions, and rows that should have none. No vLLM runs."""
+"""The plugin with torch alone: contributions of one step, rows that should have none, and the level that is recorded.
+
+No vLLM runs.
+"""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from lora_probe.errors import ProbeError
+from lora_probe.recording import SCHEMA, Run, RunSpec, write_json
 from lora_probe_vllm.capture import Step, stack
 from lora_probe_vllm.seams import StepRows
 from lora_probe_vllm.steps import contaminated_rows
+from lora_probe_vllm.worker import level_of
 
 KEYS = (("q_proj", "weight", None), ("v_proj", "weight", None))
 INPUTS, OUTPUTS, RANK = 16, 24, 4
@@ -91,3 +99,22 @@ def test_a_slot_that_no_load_holds_has_no_contribution() -> None:
     norms = stack(one, KEYS, {0: GRAMS[0]}).delta_norm
     assert norms[0, 0] > 0
     assert (norms[1] == 0).all()
+
+
+def test_the_level_is_that_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine that `trace` starts is asked through run.json alone; the variable is for a user's own."""
+    monkeypatch.setenv("LORA_PROBE_KEEP", "events")
+    assert level_of(tmp_path) == "events"
+    spec = RunSpec("vllm", "/a", "a", "/model", [], 1, keep="tensors")
+    write_json(tmp_path / "run.json", Run(SCHEMA, "2026-01-01T00:00:00+00:00", spec, {}))
+    assert level_of(tmp_path) == "tensors"
+    monkeypatch.setenv("LORA_PROBE_KEEP", "everything")
+    assert level_of(tmp_path) == "tensors"
+
+
+def test_the_level_of_a_users_own_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LORA_PROBE_KEEP", raising=False)
+    assert level_of(tmp_path) == "norms"
+    monkeypatch.setenv("LORA_PROBE_KEEP", "everything")
+    with pytest.raises(ProbeError, match="LORA_PROBE_KEEP is `everything`"):
+        level_of(tmp_path)
