@@ -135,6 +135,7 @@ def test_axes_that_hide_how_large_others_are(damaged: Path, good: Path, capsys: 
     refused(damaged, good, "values together, more than the", capsys)
 
 
+@pytest.mark.slow
 def test_many_links_to_one_segment(damaged: Path, good: Path, capsys: pytest.CaptureFixture[str]) -> None:
     many = {name: np.zeros((2000, 2), np.float32) for name in ("x_norm", "base_norm", "delta_norm", "output_norm")}
     many |= {name: np.zeros(2000, np.int32) for name in ("request", "position", "load")}
