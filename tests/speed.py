@@ -22,7 +22,7 @@ FAST = "not slow"
 """The expression with which pytest is called for the fast tests alone."""
 HEAVY = ("torch", "transformers", "peft", "vllm", "safetensors.torch", "lora_probe.engines.peft", "lora_probe_vllm")
 STARTING = ("lora_probe.engines.launch", "lora_probe.engines.describing", "lora_probe.merging.parity")
-"""Modules of ours whose functions start processes that import these."""
+"""Modules of ours whose public functions start processes that import these."""
 WHY = "a fast test imports {name}: mark it slow (pytest.mark.slow), or take what it needs from tests/written.py"
 
 
@@ -43,7 +43,7 @@ def _imports_heavy(thing: Any, seen: set[Any]) -> bool:
     if not isinstance(thing, FunctionType) or thing in seen:
         return False
     if not _of_tests(thing):
-        return thing.__module__ in STARTING
+        return thing.__module__ in STARTING and not thing.__name__.startswith("_")
     seen.add(thing)
     for code in _codes(thing.__code__):
         imports = [op.argval for op in dis.get_instructions(code) if op.opname == "IMPORT_NAME"]

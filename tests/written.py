@@ -107,7 +107,7 @@ def recorded_view(kind: str, engine: str, task: str = "CAUSAL_LM") -> EngineView
 def write_adapter(folder: Path, base: Path, seed: int = 1, trained: float = 0.05, **settings: Any) -> Path:
     """An adapter as PEFT saves it, with a lora_B that has learned something: `trained` is how far it has moved."""
     raw = json.loads((DATA / "adapter_config.json").read_text()) | {"base_model_name_or_path": str(base)} | settings
-    weights = load_file(base / "model.safetensors")
+    weights = _weights(base)
     modules = [name.removesuffix(".weight") for name, values in weights.items() if values.ndim == 2]
     targets = [name for name in modules if _targets(raw, name)]
     if raw["target_modules"] == "all-linear":
@@ -131,6 +131,15 @@ def write_adapter(folder: Path, base: Path, seed: int = 1, trained: float = 0.05
     stored = {PREFIX + name: tensor.astype(np.float32) for name, tensor in tensors.items()}
     save_file(stored, folder / WEIGHTS, {"format": "pt"})
     return folder
+
+
+def _weights(base: Path) -> Tensors:
+    """Those of a base; of one that has a config alone, zeros in the shapes that PEFT has."""
+    if (base / "model.safetensors").exists():
+        return load_file(base / "model.safetensors")
+    kind = next(kind for folder, kind in _written if folder == base)
+    modules = recorded_view(kind, "peft").modules.items()
+    return {f"{name}.weight": np.zeros(m.shape or ()) for name, m in modules if m.kind == "linear" and not m.why_not}
 
 
 def _targets(raw: dict[str, Any], name: str) -> bool:
@@ -181,7 +190,7 @@ def _begun(
         return root[:, None] * v[:rank], u[:, :rank] * root
     if init == "olora":
         q, r = np.linalg.qr(weight)
-        return r[:rank] / scaling, q[:, :rank]
+        return r[:rank], q[:, :rank]
     return _normal(numbers, (rank, wide), wide**-0.5), np.zeros((out, rank))
 
 
