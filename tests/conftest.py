@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -175,6 +176,29 @@ def paligemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def adapter(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A healthy adapter: q, k, v of every layer, r 8, scaling 2."""
     return write_adapter(tmp_path_factory.mktemp("adapters") / "healthy", llama)
+
+
+@pytest.fixture(scope="session")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A healthy trace that holds everything that a trace can."""
+    from traces import write
+
+    return write(tmp_path_factory.mktemp("traces") / "good.lptrace")
+
+
+@pytest.fixture
+def damaged(good: Path, tmp_path: Path) -> Path:
+    """A copy of it to be damaged."""
+    return Path(shutil.copytree(good, tmp_path / "damaged.lptrace"))
+
+
+@pytest.fixture
+def bounded() -> Iterator[None]:
+    """What reads without bounds fails, and the machine goes on."""
+    from traces import little_memory
+
+    with little_memory():
+        yield
 
 
 @dataclass
