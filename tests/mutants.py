@@ -16,7 +16,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from itertools import zip_longest
@@ -178,10 +178,10 @@ class Hunt:
         if session.testsfailed:
             raise session.Interrupted("the tests cannot be collected")
         items = {item.nodeid: item for item in session.items}
-        kept = Kept(digest())
-        if not kept.users:
-            print("recording which tests run which function", flush=True)
-            kept.record(items)
+        kept = Kept()
+        if new := {test: item for test, item in items.items() if file_of(test) in kept.changed}:
+            print(f"recording which functions {len(new)} tests run", flush=True)
+            kept.record(new)
         todo = [one for one in mutants() if not self.wanted or any(word in one.name for word in self.wanted)]
         running: dict[int, Mutant] = {}
         while todo or running:
@@ -218,15 +218,25 @@ class Hunt:
 
 
 class Kept:
-    """What is known already: the tests that run each function, their seconds, and who caught which mutant."""
+    """What is known already: the tests that run each function, their seconds, and who caught which mutant.
 
-    def __init__(self, key: str) -> None:
-        self.key = key
+    Only what has changed is done again: the tests of a file that is another one, and the mutants that these had caught
+    or that nobody had. Other code than that of tests changes all.
+    """
+
+    def __init__(self) -> None:
+        self.key = digest(path for path in sources() if not path.name.startswith("test_"))
+        self.files = {path.name: digest([path]) for path in sources() if path.name.startswith("test_")}
         self.users: dict[str, list[str]] = {}
         self.seconds: dict[str, float] = {}
         self.caught: dict[str, str] = {}
-        if KEPT.exists() and (found := json.loads(KEPT.read_text()))["key"] == key:
-            self.users, self.seconds, self.caught = found["users"], found["seconds"], found["caught"]
+        self.changed = set(self.files)
+        if KEPT.exists() and (known := json.loads(KEPT.read_text()))["key"] == self.key:
+            self.changed = {name for name in self.files if known["files"].get(name) != self.files[name]}
+            stays = set(self.files) - self.changed
+            self.users = {f: [t for t in tests if file_of(t) in stays] for f, tests in known["users"].items()}
+            self.seconds = {test: seconds for test, seconds in known["seconds"].items() if file_of(test) in stays}
+            self.caught = {mutant: test for mutant, test in known["caught"].items() if file_of(test) in stays}
 
     def add(self, name: str, caught: str) -> None:
         self.caught[name] = caught
@@ -234,10 +244,10 @@ class Kept:
 
     def write(self) -> None:
         KEPT.parent.mkdir(exist_ok=True)
-        KEPT.write_text(json.dumps(vars(self)))
+        KEPT.write_text(json.dumps({name: value for name, value in vars(self).items() if name != "changed"}))
 
     def record(self, items: dict[str, pytest.Item]) -> None:
-        """Run all tests once, unbroken, in a fork; what its own forks run counts as well."""
+        """Run the tests once, unbroken, in a fork; what its own forks run counts as well."""
         with tempfile.NamedTemporaryFile("r", suffix=".tsv") as log:
             pid = os.fork()
             if pid == 0:
@@ -262,7 +272,7 @@ class Kept:
                     begun, current = time.monotonic(), names.pop(0)
                 os._exit(0)
             assert os.waitpid(pid, 0)[1] == 0
-            users: dict[str, set[str]] = {}
+            users = {function: set(tests) for function, tests in self.users.items()}
             for line in log:
                 # Names of tests hold anything, also tabs.
                 test, function, seconds = line.rstrip("\n").rsplit("\t", 2)
@@ -314,10 +324,20 @@ def run(tests: list[pytest.Item]) -> Iterator[tuple[pytest.Item, bool]]:
         yield item, all(report.passed or report.skipped for report in reports)
 
 
-def digest() -> str:
-    found = hashlib.sha256()
+def file_of(test: str) -> str:
+    return Path(test.partition("::")[0]).name
+
+
+def sources() -> Iterator[Path]:
     for folder in ("lora_probe", "tests"):
-        for path in sorted((ROOT / folder).rglob("*.py")):
+        yield from sorted((ROOT / folder).rglob("*.py"))
+
+
+def digest(paths: Iterable[Path]) -> str:
+    """This file decides nothing about what tests do."""
+    found = hashlib.sha256()
+    for path in paths:
+        if path != Path(__file__).resolve():
             found.update(path.read_bytes())
     return found.hexdigest()
 

@@ -85,7 +85,7 @@ def record(target: Path) -> None:
             path = Path(name) / f"{engine}.json"
             environment = os.environ | {"HF_HUB_OFFLINE": "1"}
             command = [sys.executable, __file__, engine, str(bases), str(path)]
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
             assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
             answers[engine] = json.loads(path.read_text())
         for folder in bases.iterdir():

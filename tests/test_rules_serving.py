@@ -119,3 +119,11 @@ def test_biases_of_the_base_with_and_without_the_flag(adapter: Path, qwen2: Path
             adapter, tmp_path / said, lambda tensors: tensors | bias, lambda raw, said=said: raw | {"bias": said}
         )
         assert errors(check(made, model=str(qwen2), options=LIMIT)) == expected
+
+
+def test_a_target_that_peft_cannot_adapt(adapter: Path, llama: Path, tmp_path: Path) -> None:
+    block = edited(adapter, tmp_path / "a", config=lambda raw: raw | {"target_modules": ["q_proj", "self_attn"]})
+    report = check(block, model=str(llama), options=LIMIT)
+    assert "LP307" in errors(report)
+    assert report.ledgers["peft"].refused
+    assert not report.ledgers["vllm"].refused

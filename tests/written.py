@@ -107,6 +107,11 @@ def recorded_view(kind: str, engine: str, task: str = "CAUSAL_LM") -> EngineView
 def write_adapter(folder: Path, base: Path, seed: int = 1, trained: float = 0.05, **settings: Any) -> Path:
     """An adapter as PEFT saves it, with a lora_B that has learned something: `trained` is how far it has moved."""
     raw = json.loads((DATA / "adapter_config.json").read_text()) | {"base_model_name_or_path": str(base)} | settings
+    if raw["task_type"] is None:
+        # PEFT keeps the class of the base where no task implies one.
+        model = json.loads((base / "config.json").read_text())
+        library = "transformers.models.{0}.modeling_{0}".format(model["model_type"])
+        raw["auto_mapping"] = {"base_model_class": model["architectures"][0], "parent_library": library}
     weights = _weights(base)
     modules = [name.removesuffix(".weight") for name, values in weights.items() if values.ndim == 2]
     targets = [name for name in modules if _targets(raw, name)]
