@@ -1,5 +1,7 @@
 # make demo    set up, train a small adapter, follow it through PEFT and vLLM, check its merge
 # make test    set up, run the tests
+# make test-fast  the tests without engines and training, in under a minute
+# make mutants    break each rule and each judgement on purpose: the fast tests must notice
 # make check   lint, types, import layers
 # make bench   throughput with and without the probe, the cost of checking a merge
 # make rules   write lora_probe/rules/RULES.md from the rules' docstrings
@@ -17,10 +19,10 @@ digest = $(shell cat $(1) | sha256sum | cut -c1-16)
 LOCKED := $(VENV)/.lock-$(call digest,requirements.lock)
 READY := $(VENV)/.ready-$(call digest,requirements.lock setup.cfg pyproject.toml plugins/vllm/setup.cfg plugins/vllm/pyproject.toml)
 
-.PHONY: help setup demo test check bench rules clean
+.PHONY: help setup demo test test-fast mutants check bench rules clean
 
 help:
-	@sed -n '1,6s/^# //p' Makefile
+	@sed -n '1,8s/^# //p' Makefile
 
 setup: $(READY)
 
@@ -41,6 +43,12 @@ demo: $(READY)
 
 test: $(READY)
 	@$(BIN)/python -m pytest
+
+test-fast: $(READY)
+	@$(BIN)/python -m pytest -m "not slow"
+
+mutants: $(READY)
+	@$(BIN)/python tests/mutants.py
 
 check: $(READY)
 	@$(BIN)/ruff check .

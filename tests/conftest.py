@@ -8,17 +8,20 @@ with a fresh id, and are removed after use.
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import shutil
 import signal
+import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from speed import FAST, forbid_torch, is_slow, is_slow_file
+from written import edited as edited
+from written import keep_answers, write_adapter, write_base
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "2")
@@ -41,18 +44,38 @@ SIZES = {
 }
 
 
-def pytest_configure() -> None:
-    """Answers of engines are remembered for this run alone: a stale one in the user's cache would hide a mistake.
+def pytest_configure(config: pytest.Config) -> None:
+    """Engines' answers are cached for this run only: a stale one in the user's cache would hide a mistake.
 
     vLLM's own cache (what its classes are, by the digest of their source) stays where the user has it.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     os.environ.setdefault("VLLM_CACHE_ROOT", str(cache / "vllm"))
     os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="lora-probe-tests-")
+    if config.option.markexpr == FAST:
+        forbid_torch(Path(tempfile.mkdtemp(prefix="lora-probe-tests-")))
 
 
 def pytest_unconfigure() -> None:
     shutil.rmtree(os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """A file that says itself that all of it is slow may import torch at its top."""
+    return (config.option.markexpr == FAST and is_slow_file(collection_path)) or None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("engine") or (isinstance(item, pytest.Function) and is_slow(item)):
+            item.add_marker("slow")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    heavy = {"torch", "transformers", "peft", "vllm"} & set(sys.modules)
+    if session.config.option.markexpr == FAST and heavy:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        print(f"\nthe fast tests imported {', '.join(sorted(heavy))}", file=sys.stderr)
 
 
 def save_tokenizer(folder: Path) -> None:
@@ -71,7 +94,7 @@ def save_tokenizer(folder: Path) -> None:
 
 
 def save_base(folder: Path, architecture: str = "llama", layers: int = LAYERS) -> Path:
-    """A tiny random model of a real architecture, in float32."""
+    """A tiny random model of a real architecture, in float32, as Transformers saves it."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
@@ -104,26 +127,6 @@ def save_adapter(folder: Path, base: Path, seed: int = 1, trained: float | None 
     return folder
 
 
-Edit = Callable[[dict[str, Any]], dict[str, Any]]
-
-
-def edited(source: Path, target: Path, tensors: Edit | None = None, config: Edit | None = None) -> Path:
-    """A copy of an adapter with other tensors or another config. `tensors` maps names to torch tensors."""
-    from safetensors.torch import load_file, save_file
-
-    shutil.copytree(source, target)
-    if tensors is not None:
-        changed = tensors(load_file(target / "adapter_model.safetensors"))
-        save_file(
-            {name: tensor.clone().contiguous() for name, tensor in changed.items()},
-            target / "adapter_model.safetensors",
-        )
-    if config is not None:
-        path = target / "adapter_config.json"
-        path.write_text(json.dumps(config(json.loads(path.read_text()))))
-    return target
-
-
 def call(*arguments: object, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
     """`lora-probe` in this process: status, standard output, standard error."""
     from lora_probe.cli.main import main
@@ -141,18 +144,7 @@ def heed_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-@pytest.fixture(scope="session")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_base(tmp_path_factory.mktemp("models") / "llama")
-
-
-@pytest.fixture(scope="session")
-def qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_base(tmp_path_factory.mktemp("models") / "qwen2", "qwen2")
-
-
-@pytest.fixture(scope="session")
-def paligemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def save_paligemma(folder: Path) -> Path:
     """A multimodal base of which there is nothing but the config."""
     from transformers import PaliGemmaConfig
 
@@ -165,15 +157,58 @@ def paligemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
         image_token_index=280,
     )
     config.architectures = ["PaliGemmaForConditionalGeneration"]
-    folder = tmp_path_factory.mktemp("paligemma") / "base"
     config.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _answers() -> None:
+    keep_answers()
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_base(tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.fixture(scope="session")
+def qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_base(tmp_path_factory.mktemp("models") / "qwen2", "qwen2")
+
+
+@pytest.fixture(scope="session")
+def paligemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A multimodal base of which there is nothing but the config."""
+    return write_base(tmp_path_factory.mktemp("paligemma") / "base", "paligemma")
 
 
 @pytest.fixture(scope="session")
 def adapter(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A healthy adapter: q, k, v of every layer, r 8, scaling 2."""
-    return save_adapter(tmp_path_factory.mktemp("adapters") / "healthy", llama)
+    return write_adapter(tmp_path_factory.mktemp("adapters") / "healthy", llama)
+
+
+@pytest.fixture(scope="session")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A healthy trace that holds everything that a trace can."""
+    from traces import write
+
+    return write(tmp_path_factory.mktemp("traces") / "good.lptrace")
+
+
+@pytest.fixture
+def damaged(good: Path, tmp_path: Path) -> Path:
+    """A copy of it to be damaged."""
+    return Path(shutil.copytree(good, tmp_path / "damaged.lptrace"))
+
+
+@pytest.fixture
+def bounded() -> Iterator[None]:
+    """What reads without bounds fails, and the machine goes on."""
+    from traces import little_memory
+
+    with little_memory():
+        yield
 
 
 @dataclass

@@ -6,13 +6,12 @@ import contextlib
 import io
 import itertools
 import shutil
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from conftest import save_adapter
-from safetensors.torch import load_file
 
 from lora_probe.adapter import Adapter, open_adapter
 from lora_probe.cli.main import main
@@ -25,6 +24,8 @@ class World:
     """A real adapter in both forms, and a fresh folder for every mutation of it."""
 
     def __init__(self, root: Path, source: Path) -> None:
+        from safetensors.torch import load_file
+
         self.root, self.numbers = root, itertools.count()
         self.config = (source / CONFIG).read_bytes()
         self.safetensors = (source / WEIGHTS).read_bytes()
@@ -33,6 +34,8 @@ class World:
 
     @staticmethod
     def pickled(content: Any, legacy: bool = False) -> bytes:
+        import torch
+
         buffer = io.BytesIO()
         torch.save(content, buffer, _use_new_zipfile_serialization=not legacy)
         return buffer.getvalue()
@@ -45,6 +48,26 @@ class World:
         (folder / name).write_bytes(weights)
         yield folder
         shutil.rmtree(folder)
+
+
+def zipped(pickled: bytes, compression: int = zipfile.ZIP_STORED, **records: bytes) -> bytes:
+    """An archive as torch writes it, with a pickle of one's own."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", compression) as archive:
+        for name, content in ({"data.pkl": pickled, "version": b"3\n", "byteorder": b"little"} | records).items():
+            archive.writestr(f"archive/{name}", content)
+    return buffer.getvalue()
+
+
+def pickled(path: Path, content: Any) -> Path:
+    """A file of these bytes, or of this object as torch saves it."""
+    import torch
+
+    if isinstance(content, bytes | bytearray):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    return path
 
 
 def world_in(root: Path, base: Path) -> World:

@@ -7,16 +7,17 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-import torch
 from conftest import LAYERS, edited, save_adapter
-from safetensors.torch import load_file, save_file
+from safetensors.numpy import load_file, save_file
 
 from lora_probe import inspect
 from lora_probe.adapter import open_config
 from lora_probe.errors import UnreadableFile
 from lora_probe.names import layer_of, natural, ranges
 
+ONES = np.ones(3, np.float32)
 CONFIGS: dict[str, dict[str, Any]] = {
     "list": {},
     "one layer": {"layers_to_transform": [1]},
@@ -61,7 +62,7 @@ def test_every_tensor_is_in_the_account_once(adapter: Path, tmp_path: Path) -> N
         "hello": "not understood",
     }
     extra = "base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector"
-    changed = edited(adapter, tmp_path / "strange", lambda t: t | {name: torch.ones(3) for name in (*strange, extra)})
+    changed = edited(adapter, tmp_path / "strange", lambda t: t | dict.fromkeys((*strange, extra), ONES))
     found = inspect(changed)
     account = [t.name for m in found.modules for t in m.tensors] + [o.tensor.name for o in found.others]
     assert sorted(account) == sorted(load_file(changed / "adapter_model.safetensors"))
@@ -154,7 +155,8 @@ def test_bad_configs_are_named(tmp_path: Path, text: str, word: str) -> None:
 def test_fused_expert_parameters(tmp_path: Path) -> None:
     """Names and patterns as PEFT's ParamWrapper stores them: gate_up_proj under base_layer, down_proj outside."""
     home = "base_model.model.model.layers.0.mlp.experts"
-    tensors = {f"{home}{inner}.lora_{half}.weight": torch.ones(4, 4) for inner in ("", ".base_layer") for half in "AB"}
+    names = [f"{home}{inner}.lora_{half}.weight" for inner in ("", ".base_layer") for half in "AB"]
+    tensors = {name: np.ones((4, 4), np.float32) for name in names}
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     config = {
         "peft_type": "LORA",

@@ -16,12 +16,12 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-import torch
+from hostile import pickled, zipped
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
-from test_pickled import pickled, zipped
+from safetensors.numpy import save_file
 
 from lora_probe import check
 from lora_probe.adapter import AdapterConfig, open_adapter
@@ -68,6 +68,7 @@ def answer(*arguments: object) -> tuple[int, str]:
 # Names of tensors.
 
 
+@pytest.mark.slow
 def test_a_key_that_stands_twice_among_many(tmp_path: Path) -> None:
     entries = [f'"k{n}":{json.dumps(EMPTY)}' for n in range(120_000)]
     folder = adapter(tmp_path / "a", (), header=("{" + ",".join([*entries, entries[-1]]) + "}").encode())
@@ -86,6 +87,8 @@ def test_a_key_that_stands_twice_among_many(tmp_path: Path) -> None:
     ],
 )
 def test_a_name_that_no_tensor_has(tmp_path: Path, name: str, found: str) -> None:
+    import torch
+
     weights = adapter(tmp_path / "a", [name]) / "adapter_model.safetensors"
     bin_file = pickled(tmp_path / "b.bin", {name: torch.ones(2)})
     for path, read in ((weights, open_weights), (bin_file, open_pickle)):
@@ -97,11 +100,14 @@ def test_a_name_that_no_tensor_has(tmp_path: Path, name: str, found: str) -> Non
 
 
 def test_the_longest_names_that_are_judged(tmp_path: Path) -> None:
+    import torch
+
     for name in ("a" * MAX_NAME, "." * (MAX_PARTS - 1)):
         assert list(open_weights(adapter(tmp_path / str(len(name)), [name]) / "adapter_model.safetensors").tensors)
         assert open_pickle(pickled(tmp_path / f"{len(name)}.bin", {name: torch.ones(2)})).tensors
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_empty_tensors(tmp_path: Path) -> None:
     names = [f"base_model.model.l{n}.lora_A.weight" for n in range(100_000)]
     status, said = answer("check", adapter(tmp_path / "a", names))
@@ -130,6 +136,7 @@ KEYS = st.lists(st.text("ab.^\\-*|?$()\n", max_size=5) | st.text("ab.", max_size
 NAMES = st.lists(st.text("ab.-\n", max_size=7) | st.text("ab.", max_size=7), max_size=6)
 
 
+@pytest.mark.slow
 @fuzzed
 @given(KEYS, NAMES)
 @example(["b.a", "^b.a", "a"], ["b.a", "bba", "x.b.a", "b.a\n", "\n.a", "a\n\n"])
@@ -149,6 +156,7 @@ def test_what_is_plain() -> None:
         assert plain_pattern(key) is None, key
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_plain_patterns(tmp_path: Path) -> None:
     table = {f"k{n}": 1 for n in range(100_000)} | {"model.layers.7.self_attn.q_proj": 8, "^model": 3}
     folder = adapter(tmp_path / "a", halves(400), {"alpha_pattern": table, "rank_pattern": dict(table)})
@@ -160,6 +168,7 @@ def test_a_hundred_thousand_plain_patterns(tmp_path: Path) -> None:
     assert config.rank_of("model") == 3
 
 
+@pytest.mark.slow
 def test_as_many_shapes_of_keys_as_there_are(tmp_path: Path) -> None:
     """Each dot stands for any character, so that every place of the dots is a comparison of its own."""
     keys = ["".join("." if number >> place & 1 else "a" for place in range(13)) + "b" for number in range(2**13)]
@@ -200,6 +209,7 @@ def targets(modules: Any = ("a",), **raw: Any) -> Targets:
     return Targets(raw, modules, Expressions(Path("adapter_config.json")))
 
 
+@pytest.mark.slow
 @fuzzed
 @given(st.lists(st.text("ab.*|\n", max_size=4), max_size=5), PATHS)
 @example(["a", "b"], ["a\nb", "b.a\n", "a\n\n", "x.a\ny", "", "\n"])
@@ -211,6 +221,7 @@ def test_modules_to_save_are_found_as_peft_finds_them(saved: list[str], names: l
         assert found.module(name) != any(re.match(rf"(^|.*\.){part}($|\..*)", name) for part in saved), name
 
 
+@pytest.mark.slow
 def test_three_thousand_modules_to_save(tmp_path: Path) -> None:
     folder = adapter(tmp_path / "a", halves(400), {"modules_to_save": [f"s{n}" for n in range(3_000)]})
     status, said = answer("check", folder)
@@ -218,6 +229,7 @@ def test_three_thousand_modules_to_save(tmp_path: Path) -> None:
     assert "modules_to_save s0, s1, s2, s3, s4, s5, s6, s7, s8, s9 and 2990 more (LP406)" in " ".join(said.split())
 
 
+@pytest.mark.slow
 @fuzzed
 @given(WORDS, WORDS, WORDS, PATHS)
 def test_lists_of_names_are_found_as_peft_finds_them(
@@ -234,6 +246,7 @@ def test_lists_of_names_are_found_as_peft_finds_them(
         assert found.module(name) == (by_name or held(parameters, f"{name}.weight"))
 
 
+@pytest.mark.slow
 @fuzzed
 @given(st.lists(st.text("ab.", max_size=4) | st.sampled_from(["experts.w", "w", "w2"]), max_size=5), PATHS)
 @example(["w", "w"], ["experts", "a.experts"])
@@ -250,6 +263,7 @@ def test_parameters_of_a_module_are_those_of_the_scan(parameters: list[str], nam
             assert found.parameters_of(module) == mine
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_target_parameters(tmp_path: Path) -> None:
     parameters = [f"m{n}.experts.w{n}" for n in range(100_000)]
     names = halves(1_000, "m{}.experts")
@@ -269,6 +283,7 @@ def test_ends_and_beginnings() -> None:
     assert not is_word("q.proj")
 
 
+@pytest.mark.slow
 @fuzzed
 @given(PATHS, PATHS)
 def test_the_engines_names_are_those_of_all_ends(modules: list[str], names: list[str]) -> None:
@@ -306,6 +321,7 @@ def test_values_are_printed_in_part(tmp_path: Path) -> None:
         assert all(len(one.message) < 500 for one in report.diagnostics)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("key", "code"), [("k{}", "LP104"), ("use_{}", "LP110"), ("{}_config", "LP110")])
 def test_a_hundred_thousand_keys_have_a_dozen_findings(tmp_path: Path, key: str, code: str) -> None:
     folder = adapter(tmp_path / "a", halves(1))
@@ -346,6 +362,7 @@ def test_expressions_that_are_slow_together(monkeypatch: pytest.MonkeyPatch) -> 
         all(expressions.match(rf".*(a|aa)+{number}", "a" * 24) is None for number in range(200))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("endless", [r"(a+)+$", r"(?i)(a+)+$"])
 def test_an_expression_without_an_end(endless: str) -> None:
     with pytest.raises(EndlessPattern, match="does not come to an end on a module's name"):
@@ -427,6 +444,7 @@ PIECES = [
 ]
 
 
+@pytest.mark.slow
 @settings(fuzzed, max_examples=2_000)
 @given(
     st.lists(st.sampled_from(PIECES), max_size=8).map("".join),
@@ -455,12 +473,12 @@ def test_which_expressions_are_alike() -> None:
 
 def test_a_fuzzy_expression_targets_nothing(tmp_path: Path) -> None:
     folder = adapter(tmp_path / "a", (), {"target_modules": "(?:zz){e}"})
-    save_file(
-        {name: torch.ones(2, 2) for name in halves(1, "model.layers.{}.zz")}, folder / "adapter_model.safetensors"
-    )
+    ones = {name: np.ones((2, 2), np.float32) for name in halves(1, "model.layers.{}.zz")}
+    save_file(ones, folder / "adapter_model.safetensors")
     assert [one.code for one in check(folder).diagnostics] == ["LP106"]
 
 
+@pytest.mark.slow
 def test_the_timer_is_put_back() -> None:
     def mine(*_: object) -> None: ...
 
@@ -532,6 +550,7 @@ def test_a_name_that_counts_all_the_shards_there_could_be(tmp_path: Path) -> Non
     assert caught.value.message == expected
 
 
+@pytest.mark.slow
 def test_an_index_of_twenty_thousand_missing_files(tmp_path: Path) -> None:
     folder = model(tmp_path / "model")
     placed = {f"model.layers.{n}.w": f"model-{n:05}.safetensors" for n in range(20_000)}

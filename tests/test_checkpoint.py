@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from merges import SIZES, damaged, save_model
-from safetensors.torch import load_file, save_file
+from safetensors.numpy import save_file
 
 from lora_probe.base import Checkpoint, find_model, open_base, open_checkpoint
 from lora_probe.base.checkpoint import EMBEDDINGS
@@ -20,6 +19,7 @@ from lora_probe.base.dequantised import dequantised
 from lora_probe.errors import ProbeError, UnreadableFile
 
 INDEX = "model.safetensors.index.json"
+ONES, MATRIX = np.ones(2, np.float32), np.ones((2, 2), np.float32)
 
 
 def model(folder: Path, tensors: dict[str, Any] | None = None, **config: Any) -> Path:
@@ -32,6 +32,8 @@ def model(folder: Path, tensors: dict[str, Any] | None = None, **config: Any) ->
 
 
 def pickled(folder: Path, content: Any, legacy: bool = False) -> Path:
+    import torch
+
     model(folder)
     torch.save(content, folder / "pytorch_model.bin", _use_new_zipfile_serialization=not legacy)
     return folder
@@ -60,16 +62,18 @@ def test_a_file_without_tensors(tmp_path: Path, role: str) -> None:
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: torch.eye(3).to_sparse(), r"is sparse \(torch\.sparse_coo\)"),
-        (lambda: torch.eye(3).to_sparse_csr(), r"is sparse \(torch\.sparse_csr\)"),
-        (lambda: torch.empty(3, 3, device="meta"), "is on the meta device: it has no values"),
-        (lambda: torch.nested.nested_tensor([torch.ones(3), torch.ones(2)]), "is a nested tensor"),
-        (lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8), r"is quantised \(torch\.qint8\)"),
-        (lambda: torch.ones(3, dtype=torch.complex64), r"is torch\.complex64, which is not supported"),
+        (lambda torch: torch.eye(3).to_sparse(), r"is sparse \(torch\.sparse_coo\)"),
+        (lambda torch: torch.eye(3).to_sparse_csr(), r"is sparse \(torch\.sparse_csr\)"),
+        (lambda torch: torch.empty(3, 3, device="meta"), "is on the meta device: it has no values"),
+        (lambda torch: torch.nested.nested_tensor([torch.ones(3), torch.ones(2)]), "is a nested tensor"),
+        (lambda torch: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8), r"is quantised \(torch\.qint8\)"),
+        (lambda torch: torch.ones(3, dtype=torch.complex64), r"is torch\.complex64, which is not supported"),
     ],
 )
-def test_a_pickled_tensor_that_is_no_plain_array(tmp_path: Path, make: Callable[[], Any], words: str) -> None:
-    odd = make()
+def test_a_pickled_tensor_that_is_no_plain_array(tmp_path: Path, make: Callable[[Any], Any], words: str) -> None:
+    import torch
+
+    odd = make(torch)
     # Torch itself cannot read a nested tensor in its old format.
     for legacy in (False, True)[: 1 if odd.is_nested else 2]:
         folder = pickled(tmp_path / "model", {"fine": torch.ones(2), "odd": odd}, legacy)
@@ -81,6 +85,8 @@ def test_a_pickled_tensor_that_is_no_plain_array(tmp_path: Path, make: Callable[
 @pytest.mark.parametrize("legacy", [False, True])
 def test_pickled_values(tmp_path: Path, legacy: bool) -> None:
     """Parameters, transposed, negated in passing, without axes, empty: as torch would give them."""
+    import torch
+
     torch.manual_seed(0)
     wide = torch.randn(4, 6)
     content = {
@@ -113,6 +119,8 @@ class Payload:
 
 @pytest.mark.parametrize("legacy", [False, True])
 def test_a_pickle_that_would_execute_is_refused(tmp_path: Path, legacy: bool) -> None:
+    import torch
+
     executed = tmp_path / "executed"
     folder = pickled(tmp_path / "model", {"a": torch.ones(2), "b": Payload(executed)}, legacy)
     message = refused(folder).message
@@ -126,6 +134,8 @@ def test_a_pickle_that_would_execute_is_refused(tmp_path: Path, legacy: bool) ->
 
 
 def test_what_torch_says_is_told_in_whole_sentences(tmp_path: Path) -> None:
+    import torch
+
     file = tmp_path / "model" / "pytorch_model.bin"
     prefix = f"torch's weights-only loader refuses `{file}`: "
     folder = pickled(tmp_path / "model", torch.nn.Linear(2, 2))
@@ -178,7 +188,7 @@ def test_a_bin_that_is_none(tmp_path: Path) -> None:
 def test_an_index_with_an_impossible_entry(tmp_path: Path, tensor: str, file: str, why: str) -> None:
     folder = model(tmp_path / "model")
     (folder / "sub").mkdir()
-    save_file({"fine": torch.ones(2)}, folder / "x.safetensors")
+    save_file({"fine": ONES}, folder / "x.safetensors")
     (folder / INDEX).write_text(json.dumps({"weight_map": {"fine": "x.safetensors", tensor: file}}))
     message = refused(folder).message
     assert message.startswith(f"`{folder / INDEX}` places the tensor {tensor!r} in the file {repr(file)[:117]}")
@@ -197,7 +207,7 @@ def test_a_model_that_is_not_there(tmp_path: Path, role: str, option: str) -> No
     bare = refused(tmp_path, role)
     assert bare.message == f"`{tmp_path}` holds no config.json: it is not a model folder"
     assert bare.hint == f"give the {role} with {option}"
-    file = model(tmp_path / "model", {"a": torch.ones(2)}) / "model.safetensors"
+    file = model(tmp_path / "model", {"a": ONES}) / "model.safetensors"
     single = refused(file, role)
     assert single.message == f"`{file}` is a file, and a {role} is a folder"
     assert single.hint == f"give its folder with {option}: `{file.parent}`"
@@ -245,12 +255,12 @@ def test_tied_where_the_config_is_silent(tmp_path: Path, kind: str, tied: bool) 
     ],
 )
 def test_heads_and_embeddings(tmp_path: Path, name: str, head: str, tied: bool) -> None:
-    one = {f"model.{name}.weight": torch.ones(2, 2), head: torch.ones(2)}
+    one = {f"model.{name}.weight": MATRIX, head: ONES}
     assert open_checkpoint(model(tmp_path / "a", one)).tied is tied
     assert open_checkpoint(model(tmp_path / "b", one, tie_word_embeddings=not tied)).tied is not tied
     inner = open_checkpoint(model(tmp_path / "c", one, text_config={"tie_word_embeddings": not tied}))
     assert inner.tied is not tied
-    other = {f"h.0.{name}.weight": torch.ones(2, 2), f"x{name}.weight": torch.ones(2, 2)}
+    other = {f"h.0.{name}.weight": MATRIX, f"x{name}.weight": MATRIX}
     assert open_checkpoint(model(tmp_path / "d", other)).tied is False
 
 
@@ -259,6 +269,7 @@ FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_schem
 
 def gemma3(folder: Path) -> Path:
     """A tiny model with a language model and a vision tower in it, and one config for each."""
+    import torch
     from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
     text = SIZES | {"num_key_value_heads": 4, "head_dim": 32, "pad_token_id": 0}
@@ -278,6 +289,8 @@ def gemma3(folder: Path) -> Path:
 
 def in_fp8(tensors: dict[str, Any]) -> dict[str, Any]:
     """The projections of the language model, in blocks of 128 × 128."""
+    import torch
+
     found = dict(tensors)
     for name, tensor in tensors.items():
         if name.startswith("language_model") and name.endswith("proj.weight"):
@@ -288,6 +301,9 @@ def in_fp8(tensors: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_a_quantisation_that_the_inner_config_names(tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file
+
     plain = gemma3(tmp_path / "plain")
     text = json.loads((plain / "config.json").read_text())["text_config"]
     inner = text | {"quantization_config": FP8 | {"modules_to_not_convert": ["lm_head", "vision_tower"]}}

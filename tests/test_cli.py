@@ -167,6 +167,7 @@ def bad_inputs(adapter: Path, llama: Path, tmp_path: Path) -> dict[str, tuple[li
     }
 
 
+@pytest.mark.slow
 def test_bad_input_is_one_error_and_status_2(
     adapter: Path, llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -191,6 +192,7 @@ def test_a_trace_is_never_overwritten(peft_trace: Any, adapter: Path, tmp_path: 
     assert (tmp_path / "mine" / "thesis.txt").exists()
 
 
+@pytest.mark.slow
 def test_trace_in_a_process_of_its_own(adapter: Path, tmp_path: Path) -> None:
     """Nothing but JSON on standard output; a refusal is status 1; a pipe that closes early is no error."""
     command = [sys.executable, "-m", "lora_probe", "trace", str(adapter), "--engine", "peft", "--max-tokens", "3"]
@@ -224,6 +226,7 @@ def test_no_colour_in_a_pipe(peft_trace: Any) -> None:
     assert "\x1b[" not in run.stdout
 
 
+@pytest.mark.slow
 def test_interrupting_a_trace_leaves_nothing_running(adapter: Path, tmp_path: Path) -> None:
     import os
     import signal

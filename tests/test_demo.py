@@ -51,6 +51,7 @@ def test_the_demo_from_training_to_the_merge(
     assert demo.fingerprint(options) != demo.fingerprint(argparse.Namespace(**vars(options) | {"max_steps": 5}))
 
 
+@pytest.mark.slow
 def test_training_keeps_what_is_there_and_what_is_unfinished_apart(llama: Path, tmp_path: Path) -> None:
     script = [sys.executable, str(DEMO.with_name("train.py")), "--model", str(llama)]
     (tmp_path / "mine").mkdir()

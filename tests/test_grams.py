@@ -35,6 +35,7 @@ def test_blocks_give_the_spectrum_of_the_whole(block: int, adapter: Path, monkey
         assert blocks.norm == pytest.approx(whole.norm, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_check_of_six_gigabytes_stays_small(tmp_path: Path) -> None:
     """Three pairs of 2 GiB each, as a header may claim and a sparse file may hold."""
     folder = write_config(tmp_path / "a", {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "target_modules": ["q_proj"]})

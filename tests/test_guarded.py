@@ -45,6 +45,7 @@ def test_what_is_handed_over_comes_in_order() -> None:
     assert list(results(lambda send: [send(number) for number in range(1000)] and None, Budget())) == list(range(1000))
 
 
+@pytest.mark.slow
 def test_a_hang_in_c_ends_with_the_budget() -> None:
     with pytest.raises(OverBudget) as raised:
         list(results(hang, LITTLE))
@@ -89,6 +90,7 @@ def test_room_for_a_mapped_file_is_added_once() -> None:
         next(handed)
 
 
+@pytest.mark.slow
 def test_each_piece_of_work_has_a_budget_of_its_own(tmp_path: Path) -> None:
     def turns(send: Send) -> None:
         for number in range(3):
@@ -166,6 +168,7 @@ def test_a_process_that_dies_in_the_middle_of_a_message_is_an_error() -> None:
         [time.sleep(0.05) for _ in results(die, Budget())]
 
 
+@pytest.mark.slow
 def test_a_limit_that_the_shell_has_ignored_holds() -> None:
     before = signal.signal(signal.SIGXCPU, signal.SIG_IGN)
     try:
@@ -203,6 +206,7 @@ def report(folder: Path) -> Report:
     return Report(folder, None, {}, ())
 
 
+@pytest.mark.slow
 def test_others_are_judged_when_one_takes_too_much(tmp_path: Path) -> None:
     def check(folders: Any, **_: Any) -> Iterator[Report]:
         for folder in folders:
@@ -242,6 +246,7 @@ def test_a_death_between_two_folders_costs_one_of_them() -> None:
     assert [type(outcome) for outcome in outcomes] == [Judged, Lost, Judged]
 
 
+@pytest.mark.slow
 def test_what_is_wrong_before_the_first_folder_is_wrong_for_all() -> None:
     def check(folders: Any, **_: Any) -> Iterator[Report]:
         limits.step("opening the base")
@@ -267,6 +272,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_hang_obeys_the_user(number: signal.Signals, status: int, adapter: Path) -> None:
     run = subprocess.Popen(
@@ -283,6 +289,7 @@ def test_a_hang_obeys_the_user(number: signal.Signals, status: int, adapter: Pat
     assert (run.returncode, out, err) == (status, "", "error: interrupted\n")
 
 
+@pytest.mark.slow
 def test_a_command_that_is_killed_leaves_no_process(adapter: Path) -> None:
     run = subprocess.Popen(
         [sys.executable, "-c", HANGING.replace("hash(value)", "import time; time.sleep(60)"), "inspect", str(adapter)],
@@ -301,6 +308,7 @@ def test_a_command_that_is_killed_leaves_no_process(adapter: Path) -> None:
     assert not Path(f"/proc/{children[0]}").exists()
 
 
+@pytest.mark.slow
 def test_limits_are_options_of_every_command_that_reads(
     adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -356,6 +364,7 @@ def test_a_full_disk_is_one_error(adapter: Path) -> None:
     assert run.stderr.splitlines()[-1] == "error: cannot write the output: No space left on device"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("closed", "status"), [(">&-", 0), (">&- 2>&-", 0), ("2>/dev/full", 0), ("2>&-", 0)])
 def test_streams_that_are_closed(closed: str, status: int, adapter: Path) -> None:
     command = f"{sys.executable} -m lora_probe inspect {adapter} {closed}"
@@ -366,6 +375,7 @@ def test_streams_that_are_closed(closed: str, status: int, adapter: Path) -> Non
     assert run.returncode == 2
 
 
+@pytest.mark.slow
 def test_reports_of_many_adapters_are_not_kept_in_memory(tmp_path: Path) -> None:
     """Only the process that prints is looked at: it has no limit."""
     names = [f"base_model.model.model.layers.{n}.q_proj.lora_{half}.weight" for n in range(8_000) for half in "AB"]

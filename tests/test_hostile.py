@@ -24,6 +24,8 @@ ROOM = 300
 TORCH = 250
 """MiB that importing torch takes by itself."""
 
+pytestmark = pytest.mark.slow
+
 fuzzed = settings(
     derandomize=True,
     deadline=None,

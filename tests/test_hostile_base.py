@@ -96,6 +96,7 @@ KEYS = (
 )
 
 
+@pytest.mark.slow
 @settings(
     derandomize=True,
     deadline=None,
@@ -122,6 +123,7 @@ def _not_installed(name: str) -> None:
     raise ProbeError(f"the engine `{name}` is not installed")
 
 
+@pytest.mark.slow
 def test_an_engine_that_takes_too_long_is_stopped(llama: Path, tmp_path: Path) -> None:
     """A real one: nothing describes a base in a second."""
     folder = tmp_path / "asked"

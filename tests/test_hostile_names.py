@@ -61,7 +61,7 @@ def evil(adapter: Path, tmp_path: Path) -> Path:
 
     def tensors(held: dict[str, Any]) -> dict[str, Any]:
         renamed = {old.replace("layers.0.self_attn.q_proj", name): value for old, value in held.items()}
-        return renamed | {EVIL: next(iter(held.values())).clone()}
+        return renamed | {EVIL: next(iter(held.values()))}
 
     changes = {
         "base_model_name_or_path": EVIL,
@@ -122,6 +122,7 @@ def test_names_and_values_are_no_orders(
         assert any(EVIL in text for text in texts(json.loads(out)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [20, 79, 160])
 def test_no_fold_of_a_table_makes_an_order(width: int, adapter: Path, tmp_path: Path) -> None:
     """A long name is broken at any column; what follows is indented, and a runner passes over blanks."""
@@ -144,6 +145,7 @@ def test_no_fold_of_a_table_makes_an_order(width: int, adapter: Path, tmp_path: 
         require_clean(run.stdout + run.stderr)
 
 
+@pytest.mark.slow
 def test_a_value_of_two_megabytes_is_not_printed(
     adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

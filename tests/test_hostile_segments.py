@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,37 +21,18 @@ from traces import (
     as_type,
     columns,
     header,
-    little_memory,
     refused,
     replaced,
     resaved,
     table,
     tensor,
     without,
-    write,
 )
 
 from lora_probe import open_trace
 from lora_probe.errors import UnreadableFile
 
-pytestmark = pytest.mark.timeout(60)
-
-
-@pytest.fixture(scope="module")
-def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write(tmp_path_factory.mktemp("traces") / "good.lptrace")
-
-
-@pytest.fixture
-def damaged(good: Path, tmp_path: Path) -> Path:
-    """A copy to be damaged."""
-    return Path(shutil.copytree(good, tmp_path / "damaged.lptrace"))
-
-
-@pytest.fixture(autouse=True)
-def _bounded() -> Iterator[None]:
-    with little_memory():
-        yield
+pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("bounded")]
 
 
 def both(*damages: Damage) -> Damage:
@@ -157,6 +137,7 @@ def test_axes_that_hide_how_large_others_are(damaged: Path, good: Path, capsys: 
     refused(damaged, good, "values together, more than the", capsys)
 
 
+@pytest.mark.slow
 def test_many_links_to_one_segment(damaged: Path, good: Path, capsys: pytest.CaptureFixture[str]) -> None:
     many = {name: np.zeros((2000, 2), np.float32) for name in ("x_norm", "base_norm", "delta_norm", "output_norm")}
     many |= {name: np.zeros(2000, np.int32) for name in ("request", "position", "load")}

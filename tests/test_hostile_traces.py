@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,6 @@ from traces import (
     TABLE,
     Damage,
     header,
-    little_memory,
     refused,
     replaced,
     sparse,
@@ -45,7 +43,7 @@ from lora_probe.render.results import Recording
 from lora_probe.render.text.compare import comparison
 from lora_probe.render.text.trace import recording
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("bounded")]
 
 fuzzed = settings(
     derandomize=True,
@@ -54,23 +52,6 @@ fuzzed = settings(
     max_examples=60,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-
-
-@pytest.fixture(scope="module")
-def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write(tmp_path_factory.mktemp("traces") / "good.lptrace")
-
-
-@pytest.fixture
-def damaged(good: Path, tmp_path: Path) -> Path:
-    """A copy to be damaged."""
-    return Path(shutil.copytree(good, tmp_path / "damaged.lptrace"))
-
-
-@pytest.fixture(autouse=True)
-def _bounded() -> Iterator[None]:
-    with little_memory():
-        yield
 
 
 def test_the_trace_is_good(good: Path, capsys: pytest.CaptureFixture[str]) -> None:

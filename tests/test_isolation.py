@@ -101,6 +101,7 @@ def test_trace_show_and_compare_in_a_strangers_folder(engine: str, checkout: Pat
     assert call(checkout, "compare", "r.lptrace", "r.lptrace").returncode == 0
 
 
+@pytest.mark.slow
 def test_parity_and_inspect_in_a_strangers_folder(checkout: Path) -> None:
     done = call(checkout, "parity", "a", "--prompt", "hi", "--max-tokens", "2")
     assert done.returncode == 0, done.stderr

@@ -12,10 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from conftest import LAYERS, TARGETS, record_peft
 from merges import merge_by_peft, save_adapter_of, save_model
-from safetensors.torch import load_file
 
 from lora_probe import inspect
 from lora_probe.adapter import open_config
@@ -30,6 +28,9 @@ WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 def as_pickle(source: Path, target: Path, name: str = PICKLE, legacy: bool = False) -> Path:
     """A copy of an adapter with its weights as torch pickles them: what PEFT before 0.5 wrote, under PEFT's names."""
     shutil.copytree(source, target)
+    import torch
+    from safetensors.torch import load_file
+
     tensors = load_file(target / WEIGHTS)
     (target / WEIGHTS).unlink()
     torch.save(tensors, target / name, _use_new_zipfile_serialization=not legacy)

@@ -54,6 +54,7 @@ def test_steps_on_modules_are_one_line_until_another_step(trace: Path, capsys: p
     assert told == groups * 2
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("kind", ["one text each", "one module each"])
 def test_a_million_steps(trace: Path, kind: str) -> None:

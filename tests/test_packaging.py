@@ -21,6 +21,7 @@ def build(source: Path, target: Path) -> Path:
     return wheel
 
 
+@pytest.mark.slow
 def test_wheels_hold_their_package_and_nothing_else(tmp_path: Path) -> None:
     for source, package in ((ROOT, "lora_probe"), (ROOT / "plugins" / "vllm", "lora_probe_vllm")):
         wheel = build(source, tmp_path / package)

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from hostile import PICKLE, World, judge, world_in
+from hostile import PICKLE, World, judge, pickled, world_in, zipped
 
 from lora_probe.adapter import open_adapter
 from lora_probe.base import open_checkpoint
@@ -22,6 +22,8 @@ from lora_probe.errors import TooLarge, UnreadableFile
 from lora_probe.files.pickle_opcodes import require_harmless
 from lora_probe.files.pickle_zip import pickle_record
 from lora_probe.files.pickled import open_pickle
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -57,24 +59,6 @@ def test_nothing_is_executed(world: World, tmp_path: Path, legacy: bool, place: 
     assert f"torch's weights-only loader refuses `{folder / name}`: " in message
     assert "GLOBAL" in message
     assert not mark.exists()
-
-
-def zipped(pickled: bytes, compression: int = zipfile.ZIP_STORED, **records: bytes) -> bytes:
-    """An archive as torch writes it, with a pickle of one's own."""
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", compression) as archive:
-        for name, content in ({"data.pkl": pickled, "version": b"3\n", "byteorder": b"little"} | records).items():
-            archive.writestr(f"archive/{name}", content)
-    return buffer.getvalue()
-
-
-def pickled(path: Path, content: Any) -> Path:
-    """A file of these bytes, or of this object as torch saves it."""
-    if isinstance(content, bytes | bytearray):
-        path.write_bytes(content)
-    else:
-        torch.save(content, path)
-    return path
 
 
 LONG = b"\x80\x02}X" + struct.pack("<I", 2_000_000) + b"x" * 2_000_000 + b"K\x01s."

@@ -3,14 +3,17 @@ is what `check` had said, module by module, refusals included."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import SharedEngine, record_peft, save_adapter
-from failures import FAILURES, HEALTHY, as_bin, in_dtype
+from failures import FAILURES, HEALTHY, Save, as_bin
+from written import in_dtype, write_adapter
 
 from lora_probe import check
+from lora_probe.adapter import open_adapter
 from lora_probe.checking import Report
 from lora_probe.ledger import Ledger, Row
 from lora_probe.names import Key
@@ -51,63 +54,122 @@ def errors(report: Report) -> set[str]:
     return {one.code for one in report.diagnostics if one.severity == "error"}
 
 
-@pytest.fixture(scope="session")
-def failing(adapter: Path, llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("failures")
-    return {name: one.make(adapter, llama, folder / name) for name, one in FAILURES.items()}
+@dataclass
+class Corpus:
+    """The adapters that go wrong and those that do not, each made once, and checked once for all tests of it."""
+
+    folder: Path
+    healthy: Path
+    base: Path
+    save: Save
+    reports: dict[str, Report] = field(default_factory=dict)
+
+    def adapter(self, name: str) -> Path:
+        target = self.folder / name
+        if not target.exists():
+            self._make(name, target)
+        return target
+
+    def _make(self, name: str, target: Path) -> None:
+        if name in FAILURES:
+            FAILURES[name].make(self.healthy, self.base, target, self.save)
+        elif name in IN_DTYPE:
+            in_dtype(self.adapter(IN_DTYPE[name]), target, name)
+        else:
+            self.save(target, self.base, **HEALTHY[name])
+
+    def report(self, name: str) -> Report:
+        if name not in self.reports:
+            self.reports[name] = check(self.adapter(name), model=str(self.base), options=LIMIT)
+        return self.reports[name]
+
+
+IN_DTYPE = {"bfloat16": "q-k-v", "float16": "all-linear"}
 
 
 @pytest.fixture(scope="session")
-def healthy(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("healthy")
-    made = {name: save_adapter(folder / name, llama, **settings) for name, settings in HEALTHY.items()}
-    made["bin"] = as_bin(made["q-k-v"], folder / "bin")
-    made["bfloat16"] = in_dtype(made["q-k-v"], folder / "bfloat16", "bfloat16")
-    made["float16"] = in_dtype(made["all-linear"], folder / "float16", "float16")
-    return made
+def written(adapter: Path, llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    """Written as PEFT saves them."""
+    return Corpus(tmp_path_factory.mktemp("written"), adapter, llama, write_adapter)
+
+
+@pytest.fixture(scope="session")
+def saved(adapter: Path, llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    """Saved by PEFT, and one of them as a pickle."""
+    corpus = Corpus(tmp_path_factory.mktemp("saved"), adapter, llama, save_adapter)
+    as_bin(corpus.adapter("q-k-v"), corpus.folder / "bin")
+    return corpus
 
 
 @pytest.mark.parametrize("name", FAILURES)
-def test_a_failure_is_named(name: str, failing: dict[str, Path], llama: Path) -> None:
-    report = check(failing[name], model=str(llama), options=LIMIT)
+def test_a_failure_is_named(name: str, written: Corpus) -> None:
+    report = written.report(name)
+    assert errors(report) == set(FAILURES[name].codes), [one.message for one in report.diagnostics]
+
+
+@pytest.mark.parametrize("name", [name for name, one in FAILURES.items() if one.trained])
+def test_a_failure_that_peft_saved_is_named(name: str, saved: Corpus) -> None:
+    report = saved.report(name)
     assert errors(report) == set(FAILURES[name].codes), [one.message for one in report.diagnostics]
 
 
 @pytest.mark.parametrize("name", FAILURES)
-def test_peft_does_what_was_predicted(name: str, failing: dict[str, Path], llama: Path, tmp_path: Path) -> None:
-    report = check(failing[name], model=str(llama), options=LIMIT)
-    trace = record_peft(failing[name], llama, tmp_path / "peft.lptrace", prompts=("Hi",), max_tokens=1)
-    assert_predicted(report.ledgers["peft"], trace)
+def test_peft_does_what_was_predicted(name: str, saved: Corpus, tmp_path: Path) -> None:
+    trace = record_peft(saved.adapter(name), saved.base, tmp_path / "peft.lptrace", prompts=("Hi",), max_tokens=1)
+    assert_predicted(saved.report(name).ledgers["peft"], trace)
 
 
 @pytest.mark.engine
 @pytest.mark.parametrize("name", FAILURES)
-def test_vllm_does_what_was_predicted(
-    name: str, failing: dict[str, Path], engine: SharedEngine, llama: Path, tmp_path: Path
-) -> None:
-    report = check(failing[name], model=str(llama), options=LIMIT)
-    trace = engine.record(failing[name], tmp_path / "vllm.lptrace", prompts=("Hi",), max_tokens=1)
-    assert_predicted(report.ledgers["vllm"], trace)
+def test_vllm_does_what_was_predicted(name: str, saved: Corpus, engine: SharedEngine, tmp_path: Path) -> None:
+    trace = engine.record(saved.adapter(name), tmp_path / "vllm.lptrace", prompts=("Hi",), max_tokens=1)
+    assert_predicted(saved.report(name).ledgers["vllm"], trace)
 
 
-@pytest.mark.engine
-@pytest.mark.parametrize("name", [*HEALTHY, "bin", "bfloat16", "float16"])
-def test_no_rule_speaks_of_a_healthy_adapter(
-    name: str, healthy: dict[str, Path], engine: SharedEngine, llama: Path, tmp_path: Path
-) -> None:
-    report = check(healthy[name], model=str(llama), options=LIMIT)
+def assert_no_rule_speaks(report: Report) -> None:
     assert report.diagnostics == ()
     assert report.not_run == ()
     assert all(ledger.healthy for ledger in report.ledgers.values())
-    assert_predicted(
-        report.ledgers["peft"], record_peft(healthy[name], llama, tmp_path / "p", prompts=("Hi",), max_tokens=1)
-    )
-    assert_predicted(
-        report.ledgers["vllm"], engine.record(healthy[name], tmp_path / "v", prompts=("Hi",), max_tokens=1)
-    )
 
 
-def test_no_rule_speaks_without_a_base(healthy: dict[str, Path], tmp_path: Path) -> None:
-    for name, folder in healthy.items():
-        report = check(folder)
-        assert report.diagnostics == (), name
+@pytest.mark.parametrize("name", [*HEALTHY, *IN_DTYPE])
+def test_no_rule_speaks_of_a_healthy_adapter(name: str, written: Corpus) -> None:
+    assert_no_rule_speaks(written.report(name))
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("name", [*HEALTHY, "bin", *IN_DTYPE])
+def test_a_healthy_adapter_takes_effect(name: str, saved: Corpus, engine: SharedEngine, tmp_path: Path) -> None:
+    report, folder = saved.report(name), saved.adapter(name)
+    assert_no_rule_speaks(report)
+    peft = record_peft(folder, saved.base, tmp_path / "p", prompts=("Hi",), max_tokens=1)
+    assert_predicted(report.ledgers["peft"], peft)
+    vllm = engine.record(folder, tmp_path / "v", prompts=("Hi",), max_tokens=1)
+    assert_predicted(report.ledgers["vllm"], vllm)
+
+
+@pytest.mark.parametrize("name", [*HEALTHY, *IN_DTYPE])
+def test_no_rule_speaks_without_a_base(name: str, written: Corpus) -> None:
+    assert check(written.adapter(name)).diagnostics == ()
+
+
+@pytest.mark.slow
+def test_no_rule_speaks_of_what_peft_saved_without_a_base(saved: Corpus) -> None:
+    for name in (*HEALTHY, "bin", *IN_DTYPE):
+        assert check(saved.adapter(name)).diagnostics == (), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*HEALTHY, *(name for name, one in FAILURES.items() if one.trained)])
+def test_what_is_written_is_what_peft_saves(name: str, written: Corpus, saved: Corpus) -> None:
+    """Without this, the fast tests would be about adapters that nobody has."""
+    mine, pefts = open_adapter(written.adapter(name)), open_adapter(saved.adapter(name))
+    headers = [
+        {tensor.name: (tensor.dtype, tensor.shape) for tensor in one.weights.tensors.values()} for one in (mine, pefts)
+    ]
+    assert headers[0] == headers[1]
+    configs = [
+        {key: sorted(value) if isinstance(value, list) else value for key, value in one.config.raw.items()}
+        for one in (mine, pefts)
+    ]
+    assert configs[0] == configs[1]

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import LAYERS, SharedEngine, edited, record_peft, save_adapter, save_base, save_tokenizer
+from conftest import LAYERS, SharedEngine, edited, record_peft, save_adapter, save_base
 from failures import write_config
-from merges import save_adapter_of, save_model
+from merges import save_adapter_of
 from other_engine import record_all
 from test_predictions import LIMIT, assert_predicted, errors
+from written import write_base
 
 from lora_probe import check
 from lora_probe.checking.check import mending_of
@@ -31,9 +32,7 @@ def codes(report: Any) -> set[str]:
 
 @pytest.fixture(scope="session")
 def moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    base = save_model(tmp_path_factory.mktemp("models") / "moe", "moe")
-    save_tokenizer(base)
-    return base
+    return write_base(tmp_path_factory.mktemp("models") / "moe", "moe")
 
 
 @pytest.fixture(scope="session")
@@ -323,7 +322,7 @@ def test_rules_without_a_base_are_not_run_and_not_passed(adapter: Path, tmp_path
 
 def test_no_rule_speaks_of_what_peft_makes(tmp_path: Path) -> None:
     for kind in ("tied", "qwen2"):
-        base = save_model(tmp_path / kind, kind)
+        base = write_base(tmp_path / kind, kind)
         made = save_adapter_of(tmp_path / f"{kind}-a", base, target_modules="all-linear")
         report = check(made, model=str(base))
         assert codes(report) == set(), [one.message for one in report.diagnostics]
@@ -331,51 +330,26 @@ def test_no_rule_speaks_of_what_peft_makes(tmp_path: Path) -> None:
 
 
 def test_a_class_that_takes_no_adapters(tmp_path: Path) -> None:
-    base = save_model(tmp_path / "gpt2", "gpt2")
+    base = write_base(tmp_path / "gpt2", "gpt2")
     report = check(save_adapter_of(tmp_path / "a", base, target_modules=["c_attn"]), model=str(base))
     assert errors(report) == {"LP411"}
     assert report.ledgers["vllm"].refused
     assert report.ledgers["peft"].healthy
 
 
-def _on_config(folder: Path, base: Path, **more: Any) -> Path:
-    """A base of which there is nothing but the config, changed."""
-    folder.mkdir(parents=True)
-    config = json.loads((base / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | more))
-    return folder
-
-
 def test_a_vocabulary_beyond_vllms_limit(adapter: Path, llama: Path, tmp_path: Path) -> None:
-    base = _on_config(tmp_path / "big", llama, vocab_size=300_000)
+    base = write_base(tmp_path / "big", "large")
     report = check(adapter, model=str(base))
     assert errors(report) == {"LP408"}
     assert report.ledgers["vllm"].refused
 
 
 def test_names_that_vllms_class_skips(adapter: Path, tmp_path: Path) -> None:
-    from transformers import NemotronHConfig
-
-    config = NemotronHConfig(
-        vocab_size=288,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=3,
-        hybrid_override_pattern="M*-",
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        mamba_num_heads=8,
-        mamba_head_dim=32,
-        ssm_state_size=16,
-        n_groups=2,
-    )
-    config.architectures = ["NemotronHForCausalLM"]
-    config.save_pretrained(tmp_path / "base")
+    base = write_base(tmp_path / "base", "nemotron")
     mtp = edited(
         adapter, tmp_path / "a", lambda ts: {n.replace("model.layers", "mtp.layers"): t for n, t in ts.items()}
     )
-    report = check(mtp, model=str(tmp_path / "base"))
+    report = check(mtp, model=str(base))
     assert "LP305" in errors(report)
     assert report.ledgers["vllm"].count("took effect") == 0
 
@@ -496,6 +470,7 @@ def test_a_tower_that_vllm_does_not_adapt(on_multimodal: dict[str, Path], palige
     assert "LP304" in errors(report)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("field", ["target_modules", "exclude_modules"])
 def test_an_expression_without_an_end_is_a_finding(field: str, adapter: Path, llama: Path, tmp_path: Path) -> None:
     endless = r"(?:[a-z]+|\w+|[\w.]+)+[A-Z]"

@@ -246,7 +246,7 @@ def test_a_pair_that_is_too_small_is_seen_though_vllm_pads_it(
     engine: SharedEngine, adapter: Path, tmp_path: Path
 ) -> None:
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
-    wrong = edited(adapter, tmp_path / "small", lambda tensors: tensors | {name: tensors[name][:, :64].clone()})
+    wrong = edited(adapter, tmp_path / "small", lambda tensors: tensors | {name: tensors[name][:, :64]})
     ledger = ledger_of(engine.record(wrong, tmp_path / "run"))
     (row,) = [row for row in ledger.rows if row.fate == "wrong"]
     assert row.stations["stored"].code == "LP301"

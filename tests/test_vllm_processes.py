@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import LAYERS, edited, save_adapter
 
@@ -69,7 +70,7 @@ def test_two_tensor_parallel_ranks(qwen2: Path, tmp_path: Path) -> None:
 def test_a_pair_that_is_too_large_is_a_refusal(adapter: Path, tmp_path: Path) -> None:
     """It dies while the slot is filled, and leaves the adapter half registered: not for a shared engine."""
     name = "base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"
-    large = edited(adapter, tmp_path / "large", lambda t: t | {name: t[name].repeat(2, 1)})
+    large = edited(adapter, tmp_path / "large", lambda t: t | {name: np.tile(t[name], (2, 1))})
     run = trace(large, tmp_path / "run.lptrace", "--dtype", "float32")
     assert run.returncode == 1, run.stderr
     assert "refused by vllm: The size of tensor a (128) must match" in run.stdout

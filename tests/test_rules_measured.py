@@ -1,0 +1,46 @@
+"""What the rules on running engines make of their facts: the station, the value and the sentence of each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from lora_probe.ledger import Finding
+from lora_probe.rules import all_rules, lp5_loading, lp6_applying
+from lora_probe.rules.lp4_serving import refused
+
+CASES: dict[str, tuple[Any, tuple[Any, ...], str, str]] = {
+    "LP401": (refused, ("rank 64 is too large",), "absent", "rank 64 is too large"),
+    "LP500": (lp5_loading.not_measured, ("no rows",), "unknown", "no rows"),
+    "LP501": (lp5_loading.name_without_home, ("a.b", None, "vLLM"), "absent", "vLLM has no module of that name"),
+    "LP502": (lp5_loading.no_lora_layer, ("PEFT", "not targeted"), "absent", "PEFT made no LoRA layer of it"),
+    "LP503": (lp5_loading.not_taken, ("vLLM", "it is skipped"), "absent", "vLLM's loader did not take it"),
+    "LP504": (lp5_loading.placed_differs, ("lora_A", 0.5, "at the end"), "wrong", "differs from the file by 0.5"),
+    "LP505": (lp5_loading.placed_empty, ("after loading",), "absent", "nothing but zeros after loading"),
+    "LP601": (lp6_applying.never_applied, (7,), "absent", "none of the 7 rows"),
+    "LP602": (lp6_applying.contamination, (3,), "wrong", "3 rows that did not ask"),
+    "LP603": (lp6_applying.rows_missed, (2, 5), "wrong", "2 of 5 rows"),
+    "LP604": (lp6_applying.kernel_differs, (0.1, 1e-3, 4), "wrong", "differs by 0.1 relative on 4 sampled rows"),
+    "LP605": (lp6_applying.not_finite_output, (), "wrong", "NaN or infinity"),
+}
+
+
+@pytest.mark.parametrize("code", CASES)
+def test_a_rule_makes_a_finding_of_its_facts(code: str) -> None:
+    judge, facts, value, words = CASES[code]
+    finding = judge(*facts)
+    assert (finding.code, finding.value) == (code, value)
+    assert words in finding.message
+
+
+def test_every_rule_on_running_engines_is_here() -> None:
+    assert {code for code in all_rules() if code.startswith(("LP5", "LP6"))} <= set(CASES)
+
+
+def test_two_names_are_told_apart_by_their_beginnings() -> None:
+    names = ("language_model.model.layers.0.q_proj", "model.layers.0.q_proj", "vLLM")
+    finding = lp5_loading.name_without_home(*names)
+    assert isinstance(finding, Finding)
+    assert "`language_model.model.layers`" in finding.message
+    assert "`model.layers`" in finding.message
