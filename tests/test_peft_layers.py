@@ -26,6 +26,8 @@ from lora_probe.recording import DECODE, PREFILL, SCHEMA, Load, Process, RunSpec
 from lora_probe.recording.placed import grams_of
 from lora_probe.rules.stored import expect
 
+pytestmark = pytest.mark.slow
+
 Q, V = (("q_proj", "weight", None), ("v_proj", "weight", None))
 WIDTH, RANK, SCALING = 16, 4, 2.0
 

@@ -18,6 +18,8 @@ from lora_probe_vllm.seams import StepRows
 from lora_probe_vllm.steps import contaminated_rows
 from lora_probe_vllm.worker import level_of
 
+pytestmark = pytest.mark.slow
+
 KEYS = (("q_proj", "weight", None), ("v_proj", "weight", None))
 INPUTS, OUTPUTS, RANK = 16, 24, 4
 BASE, FIRST, SECOND = 0, 1, 2
