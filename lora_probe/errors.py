@@ -22,6 +22,10 @@ class UnreadableFile(ProbeError):
     """A file that is missing, damaged, or not what its name promises."""
 
 
+class ModelNotFound(UnreadableFile):
+    """A model that is neither a folder nor in the local cache."""
+
+
 class NotLora(UnreadableFile):
     """An `adapter_config.json` of something that is no PEFT LoRA adapter: another method, another library, a model."""
 

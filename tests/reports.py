@@ -35,7 +35,7 @@ def finding(code: str, message: str, **more: Any) -> Diagnostic:
 
 
 def healthy(folder: Path) -> Report:
-    note = "`runs` holds checkpoint-1, checkpoint-2; this is the last, checkpoint-2"
+    note = "`runs` holds checkpoint-1, checkpoint-2; using the last, checkpoint-2"
     ledgers = {name: ledger(name) for name in ("peft", "vllm")}
     return Report(folder, "base", ledgers, (), (), (note,), vllm="0.32")
 

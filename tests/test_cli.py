@@ -152,7 +152,7 @@ def bad_inputs(adapter: Path, llama: Path, tmp_path: Path) -> dict[str, tuple[li
         "no prompts": ([*trace, adapter, "--prompt-file", tmp_path / "empty.txt"], "holds no prompt"),
         "no prompt file": ([*trace, adapter, "--prompt-file", tmp_path / "nope.txt"], "nope.txt"),
         "no tokens": ([*trace, adapter, "--max-tokens", "0"], "--max-tokens"),
-        "flags for peft": ([*trace, adapter, "--", "--seed", "1"], "flags after `--` are vLLM's"),
+        "flags for peft": ([*trace, adapter, "--", "--seed", "1"], "remove the flags after `--`"),
         "flags for show": (["show", tmp_path, "--", "--seed"], "unrecognized arguments: ./--seed"),
         "two sources of prompts": ([*trace, adapter, "--follow", tmp_path, "--prompt", "x"], "takes its prompts from"),
         "nothing to follow": ([*trace, adapter, "--follow", tmp_path / "lost"], "lost"),

@@ -18,7 +18,7 @@ import pytest
 from conftest import heed_interrupts
 
 from lora_probe.checking import Report
-from lora_probe.checking.folders import Lost
+from lora_probe.checking.folders import NotJudged
 from lora_probe.checking.judging import Judged, judged
 from lora_probe.errors import ProbeError, UnreadableFile
 from lora_probe.files import guarded, limits
@@ -218,8 +218,8 @@ def test_others_are_judged_when_one_takes_too_much(tmp_path: Path) -> None:
     folders = [tmp_path / name for name in ("one", "hangs", "fails", "faults", "two")]
     outcomes = list(judged(folders, check, None, LITTLE, lambda _: None))
     kinds = [type(outcome) for outcome in outcomes]
-    assert kinds == [Judged, Lost, Lost, Lost, Judged]
-    assert [one.error.message.partition(" while ")[0] for one in outcomes if isinstance(one, Lost)] == [
+    assert kinds == [Judged, NotJudged, NotJudged, NotJudged, Judged]
+    assert [one.error.message.partition(" while ")[0] for one in outcomes if isinstance(one, NotJudged)] == [
         f"`{tmp_path / 'hangs'}`: used up its CPU time",
         "`fails` is damaged",
         f"`{tmp_path / 'faults'}`: lora-probe failed: ValueError: x (test_guarded.py:{fault_line()})",
@@ -239,7 +239,7 @@ def test_a_death_between_two_folders_costs_one_of_them() -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     outcomes = list(judged([Path(name) for name in ("one", "two", "three")], check, None, LITTLE, lambda _: None))
-    assert [type(outcome) for outcome in outcomes] == [Judged, Lost, Judged]
+    assert [type(outcome) for outcome in outcomes] == [Judged, NotJudged, Judged]
 
 
 def test_what_is_wrong_before_the_first_folder_is_wrong_for_all() -> None:

@@ -92,14 +92,14 @@ BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {
     "a long string": (lambda: zipped(LONG, **{f"data/{n}": b"" for n in range(1000)}), "a string of 2000000 bytes"),
     "nested tuples": (lambda: zipped(b"\x80\x02})" + b"\x85" * 500_000 + b"K\x01s."), "nested more than 100 deep"),
     "nested lists": (lambda: zipped(b"\x80\x02" + b"]" * 9000 + b"a" * 8999 + b"."), "nested more than 100 deep"),
-    "a bytearray": (lambda: zipped(pickle.dumps({"x": Payload(bytearray, 10**11)}, 2)), "it makes a `bytearray`"),
+    "a bytearray": (lambda: zipped(pickle.dumps({"x": Payload(bytearray, 10**11)}, 2)), "it creates a `bytearray`"),
     "two pickles": (lambda: zipped(b"\x80\x02}.", **{"DATA.pkl": b"\x80\x02}."}), "with 2 pickles"),
     "no pickle": (lambda: zipped(b"").replace(b"data.pkl", b"data.xyz"), "with 0 pickles"),
     "an empty pickle": (lambda: zipped(b""), "a damaged pickle"),
     "an empty stack": (lambda: zipped(b"\x80\x02."), "refuses"),
     "marks without end": (lambda: zipped(b"\x80\x02t."), "a damaged pickle"),
     "nested tuples, legacy": (lambda: b"\x80\x02})" + b"\x85" * 500_000 + b"K\x01s.", "nested more than 100 deep"),
-    "a bytearray, legacy": (lambda: World.pickled(Payload(bytearray, 10**11), True), "it makes a `bytearray`"),
+    "a bytearray, legacy": (lambda: World.pickled(Payload(bytearray, 10**11), True), "it creates a `bytearray`"),
     "a tensor of one value repeated": (
         lambda: World.pickled({"a.lora_A.weight": torch.ones(1, 1).expand(10**5, 10**6)}),
         "claims 400000000000 bytes",
@@ -155,17 +155,17 @@ def test_a_pickle_under_the_name_of_safetensors(world: World) -> None:
 TWICE = b"q\x00h\x00\x86"
 NAME = b"X\x01\x00\x00\x00a"
 TUPLE = "it holds a tuple of more than 200 values"
-CALL = "which weights do not need and which may take for ever to hash"
+CALL = "which weights do not need and which may take forever to hash"
 DOUBLED: dict[str, tuple[bytes, str]] = {
     "a key": (b"\x80\x02}()" + TWICE * 60 + b"K\x01u.", TUPLE),
     "a key, one by one": (b"\x80\x02})" + TWICE * 60 + b"K\x01s.", TUPLE),
     "a small key": (b"\x80\x02}K\x01\x85K\x01s.", "a key of a dictionary in it is a tuple"),
     "small keys": (b"\x80\x02}(K\x01K\x01K\x02\x85K\x01u.", "a key of a dictionary in it is a tuple"),
     "long numbers": (b"\x80\x02}\x8a\x09" + b"\x01" * 9 + b"K\x01s.", "a number of many digits"),
-    "a set": (b"\x80\x02}" + NAME + b"cbuiltins\nset\n](K\x01e\x85Rs.", f"it makes a `set`, {CALL}"),
-    "a set of Python 2": (b"\x80\x02}" + NAME + b"c__builtin__\nset\n]\x85Rs.", f"it makes a `set`, {CALL}"),
-    "a frozen set": (b"\x80\x02}" + NAME + b"cbuiltins\nfrozenset\n]\x85Rs.", f"it makes a `frozenset`, {CALL}"),
-    "a complex number": (b"\x80\x02}" + NAME + b"cbuiltins\ncomplex\nK\x01\x85Rs.", f"it makes a `complex`, {CALL}"),
+    "a set": (b"\x80\x02}" + NAME + b"cbuiltins\nset\n](K\x01e\x85Rs.", f"it creates a `set`, {CALL}"),
+    "a set of Python 2": (b"\x80\x02}" + NAME + b"c__builtin__\nset\n]\x85Rs.", f"it creates a `set`, {CALL}"),
+    "a frozen set": (b"\x80\x02}" + NAME + b"cbuiltins\nfrozenset\n]\x85Rs.", f"it creates a `frozenset`, {CALL}"),
+    "a complex number": (b"\x80\x02}" + NAME + b"cbuiltins\ncomplex\nK\x01\x85Rs.", f"it creates a `complex`, {CALL}"),
     "a list for a tensor": (
         b"\x80\x02}" + NAME + b"ctorch\nTensor\n]" + b"q\x00](h\x00h\x00e" * 40 + b"\x85Rs.",
         TUPLE,

@@ -347,8 +347,7 @@ def test_headers_stand_in_for_an_engine(models: dict[str, Path], tmp_path: Path)
     assert view is not None
     assert view.source == "headers"
     assert (
-        view.notes[0]
-        == "vllm was not asked what it has (because): names and shapes are from the headers of the base's files"
+        view.notes[0] == "vllm did not describe the base (because); names and shapes are from the headers of its files"
     )
     assert view.modules["model.layers.0.self_attn.k_proj"].packed
     assert view.modules["model.layers.0.self_attn.k_proj"].shape == (64, 128)

@@ -17,7 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lora_probe.adapter.not_peft import foreign
+from lora_probe.adapter.not_peft import not_peft
 from lora_probe.adapter.pattern_index import PatternIndex, ending, is_word, plain_pattern
 from lora_probe.adapter.targets import Targets, numbering, saving
 from lora_probe.errors import NotLora, ProbeError, TooLarge, UnreadableFile
@@ -157,7 +157,7 @@ def open_config(path: Path) -> AdapterConfig:
     text = read_text(path)
     raw = parsed(path, text)
     step("checking the fields", path)
-    if found := foreign(raw):
+    if found := not_peft(raw):
         raise NotLora(f"`{path}` {found[0]}", found[1])
     if _HALF.search(text) and not is_text(json.dumps(raw, ensure_ascii=False)):
         raise UnreadableFile(

@@ -15,7 +15,7 @@ from lora_probe.adapter import Adapter
 from lora_probe.base import Base, EngineView, open_base
 from lora_probe.base.engine_view import of_headers
 from lora_probe.engines.describing import views_of
-from lora_probe.errors import ProbeError
+from lora_probe.errors import ModelNotFound, ProbeError
 from lora_probe.rules import ENGINES
 
 
@@ -52,7 +52,7 @@ class Bases:
                 self._bases[name] = error
         found = self._bases[name]
         if isinstance(found, ProbeError):
-            missing = found.message.startswith("there is no")
+            missing = isinstance(found, ModelNotFound)
             why = "is not here" if missing else f"cannot be read ({found.message})"
             return None, name, (f"the base `{name}`, which the config names, {why}: give it with --model",)
         return found, name, ()
@@ -68,7 +68,7 @@ class Bases:
                 if (view := of_headers(base, engine, why)) is not None:
                     views[engine] = view
                 else:
-                    notes.append(f"{engine} was not asked what it has ({why}), and the base has no safetensors files")
+                    notes.append(f"{engine} did not describe the base ({why}), and the base has no safetensors files")
             notes += [note for view in views.values() for note in view.notes]
             self._views[asked] = Asked(views, found.missing, tuple(notes))
         return self._views[asked]

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_probe.checking.folders import Lost, asked
+from lora_probe.checking.folders import NotJudged, requested
 from lora_probe.cli.budget import budget
 from lora_probe.cli.ending import CLEAN, FOUND, UNJUDGED
 from lora_probe.cli.options import engine_options, refuse_unmendable
@@ -40,7 +40,7 @@ def _judge(options: argparse.Namespace, mended: dict[str, Any] | None = None) ->
     from lora_probe.render import check_json as report
     from lora_probe.render.text import check as checked
 
-    wanted = asked(options.checkpoints or ["."], options.recursive)
+    wanted = requested(options.checkpoints or ["."], options.recursive)
     if options.recursive and wanted.folders:
         say(f"{len(wanted.folders)} adapters below {', '.join(options.checkpoints) or '.'}")
     full = len(wanted.folders) <= checked.FULL
@@ -59,21 +59,21 @@ def _judge(options: argparse.Namespace, mended: dict[str, Any] | None = None) ->
     )
     found: list[Report] = []
     pages: list[Any] | Spool = Spool() if options.format == "json" else []
-    lost = list(wanted.lost)
+    lost = list(wanted.not_judged)
     with telling("reading") as tell:
 
         def passing(text: str) -> None:
             tell(text if wanted.single else f"{len(found) + 1} of {len(wanted.folders)}: {text}", passing=True)
 
         for outcome in judged(wanted.folders, judge, page, budget(options), passing):
-            if isinstance(outcome, Lost):
+            if isinstance(outcome, NotJudged):
                 lost.append(outcome)
             else:
                 found.append(outcome.report)
                 pages.append(outcome.page)
-    for path in wanted.passed:
-        say(f"{path} lies beside no adapter: nothing to check")
-    if found or (wanted.passed and not lost and options.format != "text"):
+    for path in wanted.skipped:
+        say(f"{path} is not next to an adapter; skipped")
+    if found or (wanted.skipped and not lost and options.format != "text"):
         _report(found, pages, lost, options.format, single=wanted.single, full=full)
     if options.format == "text" and (command := checked.next_command(found, options.model, mended is not None)):
         hint(command)
@@ -84,25 +84,25 @@ def _judge(options: argparse.Namespace, mended: dict[str, Any] | None = None) ->
 
 def _mend(options: argparse.Namespace) -> int:
     """`--diff`: what would be renamed. `--fix`: write it, and check what was written."""
-    from lora_probe.checking.check import mending_of
-    from lora_probe.checking.renaming import write as write_mended
+    from lora_probe.checking.check import fix_for
+    from lora_probe.checking.renaming import write as write_fix
     from lora_probe.render.text import fix as mended
 
     refuse_unmendable(options)
-    wanted = asked(options.checkpoints or ["."], options.recursive)
-    for missing in wanted.lost:
+    wanted = requested(options.checkpoints or ["."], options.recursive)
+    for missing in wanted.not_judged:
         raise missing.error
     if len(wanted.folders) != 1:
         raise ProbeError(f"{len(wanted.folders)} adapters: --fix and --diff take one", "name one folder")
     with telling("reading") as tell:
-        found = mending_of(wanted.folders[0], options.model, lambda text: tell(text, passing=True))
+        found = fix_for(wanted.folders[0], options.model, lambda text: tell(text, passing=True))
     if options.diff:
         if options.format == "json":
             dump(mended.mending_json(found))
         else:
             show(mended.diff(found))
         return CLEAN
-    skipped = write_mended(found, Path(options.output)) if found.needed else []
+    skipped = write_fix(found, Path(options.output)) if found.needed else []
     say(mended.story(found, options.output, skipped))
     options.checkpoints = [options.output if found.needed else str(found.adapter.path)]
     options.recursive = False
@@ -110,7 +110,7 @@ def _mend(options: argparse.Namespace) -> int:
 
 
 def _report(
-    found: list[Report], pages: list[Any] | Spool, lost: list[Lost], form: str, *, single: bool, full: bool
+    found: list[Report], pages: list[Any] | Spool, lost: list[NotJudged], form: str, *, single: bool, full: bool
 ) -> None:
     """Print what was found. `pages` is what the format makes of each adapter by itself, if anything."""
     from lora_probe.render import check_json as report
@@ -128,7 +128,7 @@ def _report(
         show(checked.full(each, found, len(lost)) if full else checked.compact(each, found, len(lost)))
 
 
-def _status(found: list[Report], lost: list[Lost], options: argparse.Namespace) -> int:
+def _status(found: list[Report], lost: list[NotJudged], options: argparse.Namespace) -> int:
     """What `check` returns: 2 if a folder could not be judged, else 1 for errors; with --strict for less, too."""
     if lost:
         return UNJUDGED

@@ -32,7 +32,7 @@ from textwrap import indent
 from typing import Any
 
 from lora_probe.checking import Report
-from lora_probe.checking.folders import Lost
+from lora_probe.checking.folders import NotJudged
 from lora_probe.ledger import as_json as ledger_json
 from lora_probe.render.console import as_json
 from lora_probe.render.json import SCHEMA_VERSION
@@ -54,7 +54,7 @@ def report_json(found: Report) -> dict[str, Any]:
     }
 
 
-def reports_text(each: Iterable[str], found: Sequence[Report], lost: Sequence[Lost]) -> Iterator[str]:
+def reports_text(each: Iterable[str], found: Sequence[Report], lost: Sequence[NotJudged]) -> Iterator[str]:
     """Several adapters, as lines of JSON. `each` holds the text of every one of `found`."""
     head, key, tail = as_json(_frame(found, lost)).partition('"reports": []')
     if not found:
@@ -69,7 +69,7 @@ def reports_text(each: Iterable[str], found: Sequence[Report], lost: Sequence[Lo
     yield f"{before}\n  ]{tail}"
 
 
-def _frame(found: Sequence[Report], lost: Sequence[Lost]) -> dict[str, Any]:
+def _frame(found: Sequence[Report], lost: Sequence[NotJudged]) -> dict[str, Any]:
     """The object around the reports."""
     codes = Counter(code for report in found for code in {diagnostic.code for diagnostic in report.diagnostics})
     return {

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 from lora_probe.checking import Report
-from lora_probe.checking.folders import Lost
+from lora_probe.checking.folders import NotJudged
 from lora_probe.render.cells import CONTROL, one_line
 from lora_probe.render.places import file_of, relative
 from lora_probe.rules import Diagnostic, Severity
@@ -18,7 +18,7 @@ from lora_probe.rules import Diagnostic, Severity
 COMMANDS: dict[Severity, str] = {"error": "error", "warning": "warning", "info": "notice"}
 
 
-def commands(found: Iterable[Report], lost: Sequence[Lost] = ()) -> Iterator[str]:
+def commands(found: Iterable[Report], lost: Sequence[NotJudged] = ()) -> Iterator[str]:
     """A line for each finding, then for each reason why rules were not run, then for what was not judged."""
     for report in found:
         yield from (_finding(report, diagnostic) for diagnostic in report.diagnostics)

@@ -241,7 +241,7 @@ def parity_json(found: Parity) -> dict[str, Any]:
             for module in weights.modules
         ],
         "outputs": None if found.outputs is None else {"engine": found.engine, **effect_json(found.outputs)},
-        "said": list(found.said),
+        "said": list(found.warnings),
     }
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from lora_probe import __version__
 from lora_probe.checking import Report
-from lora_probe.checking.folders import Lost
+from lora_probe.checking.folders import NotJudged
 from lora_probe.names import name_modules
 from lora_probe.render.cells import one_line
 from lora_probe.render.markdown import first_sentence, page
@@ -27,7 +27,7 @@ MEASURED = ("applied", "agrees", "merge")
 """Stations that only a run or a merge has: rules of these are listed if they were found, else not."""
 
 
-def sarif(found: Sequence[Report], lost: Sequence[Lost] = ()) -> dict[str, Any]:
+def sarif(found: Sequence[Report], lost: Sequence[NotJudged] = ()) -> dict[str, Any]:
     """The log of one call of `check`."""
     mentioned = {d.code for report in found for d in report.diagnostics}
     mentioned |= {code for report in found for one in report.not_run for code in one.codes}
@@ -144,5 +144,5 @@ def _not_run(found: Sequence[Report], numbers: dict[str, int]) -> Iterable[dict[
         }
 
 
-def _not_judged(lost: Lost) -> dict[str, Any]:
+def _not_judged(lost: NotJudged) -> dict[str, Any]:
     return {"level": "error", "message": {"text": _text(lost.error.message)}}

@@ -1,6 +1,6 @@
 """What mending an adapter renames: as lines of a diff, as a sentence, as JSON.
 
-In: a `Mending`. Out: text for a person, a dictionary for a program.
+In: a `Fix`. Out: text for a person, a dictionary for a program.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from typing import Any
 
 from rich.console import Group, RenderableType
 
-from lora_probe.checking.renaming import Mending
+from lora_probe.checking.renaming import Fix
 from lora_probe.render.cells import words
 
 
-def diff(found: Mending) -> RenderableType:
+def diff(found: Fix) -> RenderableType:
     """Each kind of change with an example, then every name that changes, and those that cannot."""
     weights = found.adapter.weights.path
     parts: list[RenderableType] = [*_summary(found)]
@@ -29,7 +29,7 @@ def diff(found: Mending) -> RenderableType:
     return Group(*parts, *(words(f"stays: {name}: {why}") for name, why in found.left.items()))
 
 
-def _summary(found: Mending) -> Iterable[RenderableType]:
+def _summary(found: Fix) -> Iterable[RenderableType]:
     kinds: dict[str, list[str]] = {}
     for old, new in found.renamed.items():
         kinds.setdefault(change(old, new), []).append(old)
@@ -56,7 +56,7 @@ def change(old: str, new: str) -> str:
     return ", ".join(changes)
 
 
-def story(found: Mending, folder: str, skipped: list[str]) -> str:
+def story(found: Fix, folder: str, skipped: list[str]) -> str:
     """What was done, in a few sentences."""
     if not found.needed:
         return "nothing to mend: every tensor has the name that engines look for; nothing was written"
@@ -75,7 +75,7 @@ def story(found: Mending, folder: str, skipped: list[str]) -> str:
     return "; ".join(said)
 
 
-def mending_json(found: Mending) -> dict[str, Any]:
+def mending_json(found: Fix) -> dict[str, Any]:
     """What `--diff --format json` prints."""
     return {
         "schema_version": 1,
@@ -86,7 +86,7 @@ def mending_json(found: Mending) -> dict[str, Any]:
     }
 
 
-def mended_json(found: Mending, folder: str, skipped: list[str]) -> dict[str, Any]:
+def mended_json(found: Fix, folder: str, skipped: list[str]) -> dict[str, Any]:
     """What was done, as a member of the report of `--fix --format json`; `folder` is null where nothing was written."""
     return {
         "folder": folder if found.needed else None,

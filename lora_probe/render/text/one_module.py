@@ -1,6 +1,6 @@
 """What `inspect --module` shows of one module: for a person, and for a program.
 
-In: a `Selected` module. Out: renderables, or the entry of the module in `inspect --format json` with its values.
+In: a `OneModule` module. Out: renderables, or the entry of the module in `inspect --format json` with its values.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from lora_probe.adapter.one_module import Selected, TensorValues, label
+from lora_probe.adapter.one_module import OneModule, TensorValues, label
 from lora_probe.files.weights import TensorHeader
 from lora_probe.render.cells import add_row, columns_of, words
 from lora_probe.render.json import inspect_json
@@ -21,7 +21,7 @@ _NUMBERS = 8
 """Singular values in a line."""
 
 
-def module(found: Selected) -> RenderableType:
+def module(found: OneModule) -> RenderableType:
     """One module: names, shapes, scaling, all singular values, a corner of every tensor."""
     one, config = found.module, found.adapter.config
     facts = Table.grid(padding=(0, 2))
@@ -51,7 +51,7 @@ def module(found: Selected) -> RenderableType:
     )
 
 
-def _effect(found: Selected) -> str:
+def _effect(found: OneModule) -> str:
     spectrum = found.spectrum
     if spectrum is None:
         return "none: A and B are no pair"
@@ -68,13 +68,13 @@ def _norm(values: TensorValues) -> str:
     return "not read" if values.norm is None else f"{values.norm:.6g}"
 
 
-def _missing(found: Selected) -> Iterable[RenderableType]:
+def _missing(found: OneModule) -> Iterable[RenderableType]:
     for half, tensor in (("lora_A", found.module.a), ("lora_B", found.module.b)):
         if tensor is None:
             yield words(f"{half} is missing in the file", style="bold yellow")
 
 
-def _singular(found: Selected) -> Iterable[RenderableType]:
+def _singular(found: OneModule) -> Iterable[RenderableType]:
     if found.spectrum is None or not found.spectrum.finite:
         return
     values = [f"{value:.4g}" for value in found.spectrum.singular]
@@ -97,7 +97,7 @@ def _corner(values: TensorValues) -> Iterable[RenderableType]:
         yield words("  " + "  ".join(f"{value:>12.5g}" for value in row))
 
 
-def module_json(found: Selected) -> dict[str, Any]:
+def module_json(found: OneModule) -> dict[str, Any]:
     """What `inspect --format json --norms` says, of this module alone, with the norm and a corner of each tensor as
     `values`; null is what is no finite number."""
     one = found.module

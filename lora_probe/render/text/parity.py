@@ -39,7 +39,7 @@ def parity(found: Parity) -> RenderableType:
     """Everything: the weights, the outputs, the verdict."""
     parts = [_facts(found), words(""), _modules(found.weights), *_counts(found.weights)]
     parts += [words(f"note: {note}", style="cyan") for note in found.weights.notes]
-    parts += [words(f"PEFT said: {line}") for line in found.said]
+    parts += [words(f"PEFT warned: {line}") for line in found.warnings]
     if found.outputs is not None:
         parts += [words(""), *_outputs(found.outputs)]
     if found.diagnostics:
