@@ -152,9 +152,12 @@ def bad_inputs(adapter: Path, llama: Path, tmp_path: Path) -> dict[str, tuple[li
         "no prompts": ([*trace, adapter, "--prompt-file", tmp_path / "empty.txt"], "holds no prompt"),
         "no prompt file": ([*trace, adapter, "--prompt-file", tmp_path / "nope.txt"], "nope.txt"),
         "no tokens": ([*trace, adapter, "--max-tokens", "0"], "--max-tokens"),
-        "flags for peft": ([*trace, adapter, "--", "--seed", "1"], "remove the flags after `--`"),
+        "flags for peft": ([*trace, adapter, "--", "--seed", "1"], "flags after `--`"),
         "flags for show": (["show", tmp_path, "--", "--seed"], "unrecognized arguments: ./--seed"),
-        "two sources of prompts": ([*trace, adapter, "--follow", tmp_path, "--prompt", "x"], "takes its prompts from"),
+        "two sources of prompts": (
+            [*trace, adapter, "--follow", tmp_path, "--prompt", "x"],
+            "uses the prompts of the followed trace",
+        ),
         "nothing to follow": ([*trace, adapter, "--follow", tmp_path / "lost"], "lost"),
         "a tolerance that is none": (["compare", tmp_path, tmp_path, "--rtol", "nan"], "no relative tolerance"),
         "a prompt that is no text": ([*trace, adapter, "--prompt", "\udcff"], "not valid UTF-8"),
@@ -187,7 +190,7 @@ def test_a_trace_is_never_overwritten(peft_trace: Any, adapter: Path, tmp_path: 
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     status, _, err = call("trace", adapter, "--engine", "peft", "-o", tmp_path / "mine", "--force", capsys=capsys)
     assert status == 2
-    assert "it is not overwritten" in err
+    assert "is not overwritten" in err
     assert (tmp_path / "mine" / "thesis.txt").exists()
 
 
