@@ -1,7 +1,7 @@
 """The cost of checking a merge: time relative to reading both checkpoints, and peak memory, each in its own process.
 
-The models have the shapes of a 1.5B model in bfloat16, in shards of 3.1 GB in total each; the float32 adapter has rank
-16 on q, k, v and o. Rounds alternate, so that both see the same state of the machine; files are in the page cache.
+Both models have the shapes of a 1.5B model in bfloat16, 3.1 GB in shards; the float32 adapter has rank 16 on q, k, v
+and o. Rounds alternate, so that both see the same state of the machine; files are in the page cache.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Reports that are made up, the folders that get them, and `lora-probe` as a user calls it."""
+"""Constructed reports, the folders that they are for, and `lora-probe` as a user calls it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LOST = Finding("absent", "LP204", "not in the file")
 
 
 def ledger(engine: str, hole: bool = False) -> Ledger:
-    """A predicted one; with `hole` layer 5 is lost."""
+    """A predicted ledger; with `hole`, layer 5 is lost."""
 
     def row(module: str) -> Row:
         finding = LOST if hole and ".5." in module else OK
@@ -41,7 +41,7 @@ def healthy(folder: Path) -> Report:
 
 
 def baseless(folder: Path) -> Report:
-    """Nothing wrong in the files, and a base that is not here."""
+    """No problems in the files, and a base model that was not found."""
     unknown = Finding("unknown", message="the base is not known")
     stations = dict(zip(STATIONS[:3], (OK, OK, unknown), strict=True))
     rows = tuple(Row((module, "weight", None), stations) for module in MODULES)
@@ -68,7 +68,7 @@ def warned(folder: Path) -> Report:
 
 
 def made_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Folders that are adapters by their files' names; what `check` finds of each follows from its own name."""
+    """Folders with the file names of adapters; the name of each decides what `check` finds."""
     for name in ("damaged", "healthy", "warned", "deep/damaged-2", "deep/healthy-10", "deep/healthy-9"):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "adapter_config.json").touch()

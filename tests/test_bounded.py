@@ -1,4 +1,4 @@
-"""Small files that would take minutes, or all memory: each is judged in linear time, or refused by its size.
+"""Small files that would take minutes or all memory: each is judged in linear time, or refused because of its size.
 
 What took hours runs in a process with a generous limit; where a scan became a look-up, the look-up is compared with the
 scan.
@@ -39,12 +39,12 @@ from lora_probe.rules.subject import engine_names
 CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
 EMPTY = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
 SECONDS = 60
-"""What is generous for any of these: most took hours."""
+"""A generous limit in seconds for all of these: most took hours."""
 fuzzed = settings(derandomize=True, deadline=None, database=None, max_examples=300)
 
 
 def adapter(folder: Path, names: Any, config: dict[str, Any] | None = None, header: bytes | None = None) -> Path:
-    """A folder whose file holds tensors of these names, each without values."""
+    """A folder whose file holds tensors with these names and no values."""
     folder.mkdir(parents=True)
     (folder / "adapter_config.json").write_text(json.dumps(CONFIG | (config or {})))
     text = header if header is not None else json.dumps(dict.fromkeys(names, EMPTY)).encode()
@@ -161,7 +161,7 @@ def test_a_hundred_thousand_plain_patterns(tmp_path: Path) -> None:
 
 
 def test_as_many_shapes_of_keys_as_there_are(tmp_path: Path) -> None:
-    """Each dot stands for any character, so that every place of the dots is a comparison of its own."""
+    """A dot matches any character, so every combination of dot positions needs its own comparison."""
     keys = ["".join("." if number >> place & 1 else "a" for place in range(13)) + "b" for number in range(2**13)]
     names = [f"{'a' * 13}{n:06}"[-14:] for n in range(10_000)]
     index = PatternIndex("rank_pattern", keys, Expressions(tmp_path / "adapter_config.json"))

@@ -170,7 +170,7 @@ def test_json_of_several(runs: Path, capsys: Any) -> None:
 
 
 def valid(log: dict[str, Any]) -> dict[str, Any]:
-    """The one run of a log that the official schema accepts, and whose URIs are such."""
+    """The only run of a log, after checking the log against the official schema, and its URIs."""
     Draft4Validator.check_schema(load_schema())
     assert "oasis-open.org/sarif/sarif/v2.1.0" in load_schema()["id"]
     errors = [f"{list(error.path)}: {error.message}" for error in Draft4Validator(load_schema()).iter_errors(log)]
@@ -267,7 +267,7 @@ def test_commands_escape_as_the_toolkit_does() -> None:
 
 @pytest.mark.parametrize("form", ["text", "json", "sarif", "github"])
 def test_names_in_files_cannot_speak_for_us(form: str, runs: Path, capsys: Any, monkeypatch: Any) -> None:
-    """Neither a terminal nor a runner of workflows takes anything in a file's names for an order."""
+    """Neither a terminal nor a workflow runner executes anything in a file's names."""
 
     def hostile(folders: Sequence[Path], **_: Any) -> Iterator[Report]:
         for folder in folders:
@@ -324,7 +324,7 @@ def test_which_folders_are_meant(runs: Path) -> None:
 
 
 def test_a_snapshot_of_links_to_files_is_found(tmp_path: Path) -> None:
-    """As the hub's cache keeps them."""
+    """As in a Hugging Face cache."""
     (tmp_path / "blobs").mkdir()
     (tmp_path / "blobs" / "c0ffee").touch()
     snapshot = tmp_path / "snapshots" / "main"
@@ -363,7 +363,7 @@ def test_options_reach_the_checker(runs: Path, capsys: Any, monkeypatch: pytest.
 
 
 def test_real_adapters(adapter: Path, llama: Path, tmp_path: Path, capsys: Any) -> None:
-    """Without anything made up: a healthy adapter, one with a hole, one that is no adapter at all."""
+    """With real files: a healthy adapter, one with a missing layer, and a folder that is not an adapter."""
     name = "base_model.model.model.layers.1.self_attn.k_proj.lora_"
     hole = edited(adapter, tmp_path / "hole", lambda t: {n: v for n, v in t.items() if not n.startswith(name)})
     torn = edited(adapter, tmp_path / "torn")

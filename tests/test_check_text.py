@@ -152,7 +152,7 @@ def test_what_was_printed_comes_before_what_is_said(tmp_path: Path) -> None:
 
 
 def test_a_narrow_terminal_and_no_colour(runs: Path) -> None:
-    """In 60 columns no table is wider, and no sentence unless a word is."""
+    """In 60 columns no table is wider, and no sentence unless one word is."""
     script = (
         "import sys; sys.path.insert(0, sys.argv.pop(1)); import reports as t\n"
         "from pathlib import Path; from lora_probe.render.text import check as checked\n"

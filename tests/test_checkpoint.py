@@ -1,4 +1,4 @@
-"""A whole model on disk as `checkpoint.py` opens it: what it holds, and what is said where it cannot be opened."""
+"""A whole model on disk as `checkpoint.py` opens it: its contents, and the errors if it cannot be opened."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ INDEX = "model.safetensors.index.json"
 
 
 def model(folder: Path, tensors: dict[str, Any] | None = None, **config: Any) -> Path:
-    """A folder with a config and, if given, one safetensors file."""
+    """A folder with a config and, if passed, one safetensors file."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     if tensors is not None:
@@ -80,7 +80,7 @@ def test_a_pickled_tensor_that_is_no_plain_array(tmp_path: Path, make: Callable[
 
 @pytest.mark.parametrize("legacy", [False, True])
 def test_pickled_values(tmp_path: Path, legacy: bool) -> None:
-    """Parameters, transposed, negated in passing, without axes, empty: as torch would give them."""
+    """Parameters, transposed, lazily negated, without axes, empty: as torch would return them."""
     torch.manual_seed(0)
     wide = torch.randn(4, 6)
     content = {

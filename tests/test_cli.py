@@ -1,4 +1,4 @@
-"""The command line as a user calls it, in processes of its own where that matters."""
+"""The command line as a user calls it, in separate processes if that matters."""
 
 from __future__ import annotations
 
@@ -195,7 +195,7 @@ def test_a_trace_is_never_overwritten(peft_trace: Any, adapter: Path, tmp_path: 
 
 
 def test_trace_in_a_process_of_its_own(adapter: Path, tmp_path: Path) -> None:
-    """Nothing but JSON on standard output; a refusal is status 1; a pipe that closes early is no error."""
+    """Only JSON on standard output; a refusal is status 1; a pipe that closes early is not an error."""
     command = [sys.executable, "-m", "lora_probe", "trace", str(adapter), "--engine", "peft", "--max-tokens", "3"]
     run = subprocess.run([*command, "--format", "json"], cwd=tmp_path, capture_output=True, text=True, check=True)
     data = json.loads(run.stdout)
@@ -296,7 +296,7 @@ def test_the_last_hint_is_the_same_command_for_the_other_engine() -> None:
 
 
 def test_a_closed_pipe_hides_no_finding(peft_trace: Any) -> None:
-    """Status 1 stays 1 when the reader has seen enough."""
+    """Status 1 stays 1 if the reader closes the pipe early."""
     process = peft_trace.path / "peft" / "process.json"
     process.write_text(process.read_text().replace('"closed": true', '"closed": false'))
     for more in ("", "--format json"):

@@ -1,4 +1,4 @@
-"""The process of its own in which untrusted files are read: its limits hold whatever the work does."""
+"""The separate process in which untrusted files are read: its limits hold whatever the work does."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LITTLE = Budget(seconds=1, memory=64 * 2**20)
 
 
 def doubled(times: int = 60) -> tuple[Any, ...]:
-    """A tuple whose hash takes 2^times steps in C, where no signal is heard."""
+    """A tuple whose hash takes 2^times steps in C, where Python handles no signals."""
     value: tuple[Any, ...] = ()
     for _ in range(times):
         value = (value, value)
@@ -367,7 +367,7 @@ def test_streams_that_are_closed(closed: str, status: int, adapter: Path) -> Non
 
 
 def test_reports_of_many_adapters_are_not_kept_in_memory(tmp_path: Path) -> None:
-    """Only the process that prints is looked at: it has no limit."""
+    """Only the process that prints is checked: it has no limit."""
     names = [f"base_model.model.model.layers.{n}.q_proj.lora_{half}.weight" for n in range(8_000) for half in "AB"]
     header = json.dumps({name: {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for name in names}).encode()
     for number in range(6):

@@ -1,4 +1,4 @@
-"""Bases that ask for more than any model has, or say nonsense: refused before an engine builds them, or stopped."""
+"""Base models larger than any real one, or with nonsense in them: refused before an engine builds them, or stopped."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ KEYS = (
 def test_any_config_of_a_base(
     changes: dict[str, Any], llama: Path, adapter: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Judged from the headers of its files, as where no engine is installed."""
+    """Judged from the headers of its files, as if no engine were installed."""
     base = base_with(tmp_path_factory.mktemp("odd") / "base", llama, **changes)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lora_probe.engines.describing.require", _not_installed)
@@ -123,7 +123,7 @@ def _not_installed(name: str) -> None:
 
 
 def test_an_engine_that_takes_too_long_is_stopped(llama: Path, tmp_path: Path) -> None:
-    """A real one: nothing describes a base in a second."""
+    """A real engine: none can describe a base model within a second."""
     folder = tmp_path / "asked"
     folder.mkdir()
     write_json(folder / DESCRIBE, DescribeSpec("peft", str(llama), "CAUSAL_LM"))

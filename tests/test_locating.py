@@ -1,4 +1,4 @@
-"""Which files of a folder are an adapter, and what is said where they are not: the config, the weights, a pickle."""
+"""Which files of a folder are an adapter, and the errors if they are not: the config, the weights, a pickle."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 
 
 def as_pickle(source: Path, target: Path, name: str = PICKLE, legacy: bool = False) -> Path:
-    """A copy of an adapter with its weights as torch pickles them: what PEFT before 0.5 wrote, under PEFT's names."""
+    """A copy of an adapter with its weights pickled by torch, as PEFT before 0.5 wrote them, under PEFT's names."""
     shutil.copytree(source, target)
     tensors = load_file(target / WEIGHTS)
     (target / WEIGHTS).unlink()

@@ -1,4 +1,4 @@
-"""Both distributions as they are installed: what they contain, what they ask for, what works without the rest."""
+"""Both distributions as installed: what they contain, what they require, and what works without the rest."""
 
 from __future__ import annotations
 

@@ -210,7 +210,7 @@ def test_prompts_are_matched_by_their_tokens(adapter: Path, llama: Path, tmp_pat
 
 
 def spoiled(trace: Any, spoil: Any) -> Any:
-    """The trace with other rows, as if it had been read so."""
+    """The trace with other rows, as if it had been read with them."""
     rows = trace.rows
     changed = {name: getattr(rows, name).copy() for name in ("shrink", "delta_norm")}
     spoil(changed["shrink"], changed["delta_norm"])
@@ -277,7 +277,7 @@ def test_an_adapter_called_like_a_method_of_torch(adapter: Path, llama: Path, tm
 
 
 def test_conv1d_bases(tmp_path: Path) -> None:
-    """GPT-2: weights the other way round, and a prefix that the checkpoint's names lack."""
+    """GPT-2: transposed weights, and a prefix that the checkpoint's names lack."""
     import torch
     from conftest import save_tokenizer
     from transformers import GPT2Config, GPT2LMHeadModel

@@ -1,4 +1,4 @@
-"""A `.bin` that means harm: nothing of it is executed, and nothing that it claims is believed."""
+"""A malicious `.bin`: no code in it is executed, and none of its claims is trusted."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_nothing_is_executed(world: World, tmp_path: Path, legacy: bool, place: 
 
 
 def zipped(pickled: bytes, compression: int = zipfile.ZIP_STORED, **records: bytes) -> bytes:
-    """An archive as torch writes it, with a pickle of one's own."""
+    """An archive as torch writes it, with a custom pickle."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", compression) as archive:
         for name, content in ({"data.pkl": pickled, "version": b"3\n", "byteorder": b"little"} | records).items():
@@ -139,7 +139,7 @@ def test_a_storage_that_runs_into_its_neighbours(world: World, size: int) -> Non
 
 
 def test_an_empty_state_dict_is_no_error(world: World) -> None:
-    """What a save that filtered too much leaves; what that means is for the rules to say."""
+    """The result of a save that filtered out too much; the rules report what that means."""
     with world.folder(world.pickled({}), PICKLE) as folder:
         assert open_adapter(folder).modules == ()
 
@@ -183,7 +183,7 @@ DOUBLED: dict[str, tuple[bytes, str]] = {
 
 @pytest.mark.parametrize("name", DOUBLED)
 def test_what_would_be_hashed_for_ever(name: str) -> None:
-    """Not through torch, which nothing would end: no signal is heard while it hashes."""
+    """Not through torch, which could not be stopped: Python handles no signals while it hashes."""
     content, words = DOUBLED[name]
     with pytest.raises(UnreadableFile) as caught:
         require_harmless(content, Path("a.bin"))
@@ -234,7 +234,7 @@ def test_tensors_that_share_their_values(tmp_path: Path) -> None:
 
 
 class Parts:
-    """Pickles as a call, a state and what else `__reduce__` can return."""
+    """Pickles as a call, a state and everything else that `__reduce__` can return."""
 
     def __init__(self, *parts: Any) -> None:
         self.parts = parts
@@ -277,7 +277,7 @@ def test_two_zip64_fields_of_one_record(tmp_path: Path) -> None:
 
 
 def test_a_sparse_file_of_the_old_format_makes_no_budget_larger(tmp_path: Path) -> None:
-    """Such a file is read whole: what it claims must not be what it may take."""
+    """Such a file is read whole: its claims must not decide how much memory is used."""
     from lora_probe.errors import ProbeError
     from lora_probe.files.guarded import results
     from lora_probe.files.limits import Budget

@@ -339,7 +339,7 @@ def test_a_class_that_takes_no_adapters(tmp_path: Path) -> None:
 
 
 def _on_config(folder: Path, base: Path, **more: Any) -> Path:
-    """A base of which there is nothing but the config, changed."""
+    """A base model with a changed config and no weights."""
     folder.mkdir(parents=True)
     config = json.loads((base / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | more))
@@ -520,7 +520,7 @@ def test_a_field_that_vllm_never_reads_is_pefts_alone(adapter: Path, llama: Path
 
 
 def record_peft_refusal(adapter: Path, base: Path) -> str:
-    """PEFT's own words on an adapter that cannot be opened here."""
+    """PEFT's own message about an adapter that lora-probe cannot open."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
