@@ -151,8 +151,8 @@ class PatternIndex:
             self._compared += len(text) if dots else 0
             if self._compared > MOST_CHARACTERS:
                 raise TooLarge(
-                    f"`{self._expressions.path}`: matching the {len(self._patterns):,} keys of `{self._field}` against the "
-                    f"module names takes more than {MOST_CHARACTERS:,} comparisons",
+                    f"`{self._expressions.path}`: matching the {len(self._patterns):,} keys of `{self._field}` with "
+                    f"the module names takes more than {MOST_CHARACTERS:,} comparisons",
                     "write one expression for many modules; no adapter needs this many keys",
                 )
             order = orders.get(_dotted(text, dots) if dots else text)
