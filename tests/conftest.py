@@ -153,7 +153,7 @@ def qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def paligemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A multimodal base of which there is nothing but the config."""
+    """A multimodal base model with a config but no weights."""
     from transformers import PaliGemmaConfig
 
     text = {key: value for key, value in SIZES.items() if value is not None} | {"model_type": "gemma", "head_dim": 32}
@@ -185,7 +185,7 @@ class SharedEngine:
     numbers: Iterator[int]
 
     def record(self, adapter: Path, folder: Path, **spec: Any) -> Any:
-        """What `trace --engine vllm` records, without starting another engine. Returns the opened trace."""
+        """The same recording as `trace --engine vllm`, without starting another engine. Returns the opened trace."""
         from lora_probe import open_trace
         from lora_probe.engines.launch import versions
         from lora_probe.recording import SCHEMA, Process, Prompt, Run, RunSpec, TraceWriter, write_json
@@ -247,7 +247,7 @@ def peft_trace(adapter: Path, llama: Path, tmp_path: Path) -> Any:
 
 
 def record_peft(adapter: Path, base: Path, folder: Path, **changes: Any) -> Any:
-    """What `trace --engine peft` records, in this process."""
+    """The same recording as `trace --engine peft`, in this process."""
     from lora_probe import open_trace
     from lora_probe.engines.launch import versions
     from lora_probe.engines.peft.engine import PeftEngine

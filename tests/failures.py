@@ -1,4 +1,4 @@
-"""Adapters that go wrong, as people have met them: each made from a healthy one by the damage that did it.
+"""Adapters with known real-world failures, each made from a healthy one by the damage that caused it.
 
 `FAILURES` maps a name to a maker, the codes of the rules that must speak, and what is known of it in the catalogue of
 real failures. `HEALTHY` maps a name to the settings of adapters of which no rule may speak.
@@ -69,7 +69,7 @@ def _each(change: Callable[[str, Any], Any]) -> Callable[[Tensors], Tensors]:
 
 Q0 = "model.layers.0.self_attn.q_proj"
 LAST = f"model.layers.{LAYERS - 1}.self_attn.q_proj"
-"""Where NaN spoils the input of no other module."""
+"""A module whose NaN does not reach the input of any other module."""
 
 # A. the file
 _by_tensors("A01-empty", _only(lambda name: False), "LP209", "LP204")
@@ -207,7 +207,7 @@ _by_config("D01-rank-above-limit", "LP402", "LP201", r=64)
 
 
 def _resized(tensors: Tensors) -> Tensors:
-    """Tokens were added before training, and PEFT saved both embeddings along."""
+    """Tokens were added before training, and PEFT saved both embeddings with the adapter."""
     import torch
 
     more = {f"base_model.model.{name}.weight": torch.randn(300, 128) for name in ("model.embed_tokens", "lm_head")}
@@ -267,7 +267,7 @@ HEALTHY: dict[str, dict[str, Any]] = {
 
 
 def as_bin(source: Path, target: Path) -> Path:
-    """The same adapter with a pickle in place of its safetensors file."""
+    """The same adapter with a pickle instead of its safetensors file."""
     import torch
     from safetensors.torch import load_file
 
@@ -292,7 +292,7 @@ def write_config(folder: Path, raw: dict[str, Any]) -> Path:
 
 
 def _scrubbed(init: str) -> Callable[[Path, Path, Path], Path]:
-    """Someone wrote `true` over the initialisation, so that vLLM takes the adapter."""
+    """The initialisation was overwritten with `true`, so that vLLM accepts the adapter."""
 
     def make(healthy: Path, base: Path, folder: Path) -> Path:
         whole = save_adapter(folder.with_name(f"{folder.name}-whole"), base, init_lora_weights=init, trained=0.02)
