@@ -1,4 +1,4 @@
-"""Options and the table of ratios. Every number comes from one run on one machine; only ratios mean anything.
+"""Options and the tables of results. All numbers are from one run on one machine; only ratios can be compared.
 
 pytest benchmarks/ --benchmark-only --adapter CKPT --model BASE
 """
@@ -27,7 +27,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured: the same prompts and lengths in every mode."""
+    """The settings of a measurement: all modes use the same prompts and lengths."""
 
     adapter: str
     model: str
@@ -47,7 +47,7 @@ def settings(request: pytest.FixtureRequest) -> Settings:
     try:
         adapter = inspect(options.adapter)
     except ProbeError as error:
-        pytest.exit(f"{error.message}; run `make demo` first or give --adapter", returncode=2)
+        pytest.exit(f"{error.message}; run `make demo` first or pass --adapter", returncode=2)
     model = options.model or adapter.config.base_model
     rank = max(module.rank or 1 for module in adapter.modules)
     allowed = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -57,9 +57,9 @@ def settings(request: pytest.FixtureRequest) -> Settings:
 
 @dataclass
 class Speeds:
-    """Tokens per second by mode, and what each is a ratio of."""
+    """Tokens per second by mode, and the mode that each is compared with."""
 
-    found: dict[str, float] = field(default_factory=dict)
+    measured: dict[str, float] = field(default_factory=dict)
     against: dict[str, str] = field(default_factory=dict)
 
 
@@ -73,7 +73,7 @@ def speeds() -> Speeds:
 
 @dataclass
 class Costs:
-    """Lines of a table: seconds, MiB a second, what else is known."""
+    """Lines of a table: seconds, MiB per second, and optionally a ratio and peak memory."""
 
     lines: list[str] = field(default_factory=list)
 
@@ -98,10 +98,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section("checking a merge (median round)")
         for line in COSTS.lines:
             terminalreporter.write_line(line)
-    if not SPEEDS.found:
+    if not SPEEDS.measured:
         return
     terminalreporter.section("throughput, tokens generated per second (median round)")
-    for mode, speed in SPEEDS.found.items():
+    for mode, speed in SPEEDS.measured.items():
         other = SPEEDS.against.get(mode)
-        ratio = f"   {speed / SPEEDS.found[other]:.3f} of {other}" if other in SPEEDS.found else ""
+        ratio = f"   {speed / SPEEDS.measured[other]:.3f} of {other}" if other in SPEEDS.measured else ""
         terminalreporter.write_line(f"{mode:<38}{speed:9.1f}{ratio}")

@@ -1,7 +1,7 @@
-"""What checking a merge costs: time against just reading both checkpoints, and peak memory, each in its own process.
+"""The cost of checking a merge: time relative to reading both checkpoints, and peak memory, each in its own process.
 
-The pair has the shapes of a 1.5B model in bfloat16, in shards: 3.1 GB each, a float32 adapter of rank 16 on q, k, v and
-o. Rounds alternate, so that both see the same state of the machine; files are in the page cache.
+Both models have the shapes of a 1.5B model in bfloat16, 3.1 GB in shards; the float32 adapter has rank 16 on q, k, v
+and o. Rounds alternate, so that both see the same state of the machine; files are in the page cache.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ _, status, usage = os.wait4(child, 0)
 print(usage.ru_maxrss, file=sys.stderr)
 sys.exit(os.waitstatus_to_exitcode(status))
 """
-"""A small parent: a child's peak counts what its parent held when it was spawned."""
+"""A small parent process: a child's peak includes the memory of its parent when it was spawned."""
 
 
 def shapes(layer: int) -> dict[str, tuple[int, ...]]:
     inner = {"gate_proj": (INNER, HIDDEN), "up_proj": (INNER, HIDDEN), "down_proj": (HIDDEN, INNER)}
-    found = {f"model.layers.{layer}.self_attn.{name}.weight": (width, HIDDEN) for name, width in ADAPTED.items()}
-    found |= {f"model.layers.{layer}.mlp.{name}.weight": shape for name, shape in inner.items()}
-    return found | {f"model.layers.{layer}.input_layernorm.weight": (HIDDEN,)}
+    tensors = {f"model.layers.{layer}.self_attn.{name}.weight": (width, HIDDEN) for name, width in ADAPTED.items()}
+    tensors |= {f"model.layers.{layer}.mlp.{name}.weight": shape for name, shape in inner.items()}
+    return tensors | {f"model.layers.{layer}.input_layernorm.weight": (HIDDEN,)}
 
 
 def save_pair(root: Path) -> tuple[Path, Path, Path]:
-    """Base, adapter and merged model; the merge is PEFT's arithmetic, by torch."""
+    """Base, adapter and merged model; the merge is PEFT's arithmetic, done with torch."""
     import torch
     from safetensors.torch import save_file
 
@@ -95,7 +95,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
 
 
 def run(*command: str) -> tuple[float, float, str]:
-    """Seconds and peak MiB of a process, and what it printed."""
+    """Seconds and peak MiB of a process, and its output."""
     started = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", MEASURE, *command], capture_output=True, text=True, check=True)
     seconds = time.perf_counter() - started
@@ -113,10 +113,10 @@ def test_weights_only(pair: tuple[Path, Path, Path], benchmark: Any, costs: Cost
 
     def once() -> None:
         _, peak, printed = run(*check, "--format", "json")
-        found = json.loads(printed)
-        assert found["verdict"] == "verified"
-        assert len(found["modules"]) == LAYERS * len(ADAPTED)
-        assert all(module["bit_exact"] for module in found["modules"])
+        report = json.loads(printed)
+        assert report["verdict"] == "verified"
+        assert len(report["modules"]) == LAYERS * len(ADAPTED)
+        assert all(module["bit_exact"] for module in report["modules"])
         peaks.append(peak)
 
     benchmark.pedantic(once, setup=lambda: reading.append(run(*read)[0]), rounds=ROUNDS, iterations=1)

@@ -1,8 +1,8 @@
-"""How many tokens a second, with and without the adapter, with and without the probe, in vLLM and in PEFT.
+"""Tokens per second with and without the adapter, with and without the probe, in vLLM and in PEFT.
 
-Each round answers the same prompts with the same number of tokens; each mode first shows that it measures what it
-says: that the tokens were made, that the adapter changed them, that rows were recorded. One vLLM engine at a time is
-alive; modes that share an engine differ by requests alone.
+Each round answers the same prompts with the same number of tokens. Each mode checks that it measures the right thing:
+that the tokens were generated, that the adapter changed them, that rows were recorded. Only one vLLM engine is alive at
+a time; modes that share an engine differ only in their requests.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ Ask = Callable[[Any], list[tuple[int, ...]]]
 
 @contextmanager
 def vllm_engine(settings: Settings, lora: bool, trace: Path | None = None) -> Iterator[Any]:
-    """An engine in this process, with the probe armed if `trace` is given."""
+    """An engine in this process, with the probe armed if `trace` is passed."""
     if trace is not None:
         os.environ["LORA_PROBE_TRACE"] = str(trace)
     import vllm.plugins
     from vllm import LLM
 
-    # A process loads its plugins once; an engine that is armed needs them again.
+    # A process loads its plugins only once, but an armed engine has to load them again.
     vllm.plugins.plugins_loaded = False
     llm = LLM(
         model=settings.model,
@@ -60,7 +60,7 @@ def vllm_engine(settings: Settings, lora: bool, trace: Path | None = None) -> It
 
 
 def asker(llm: Any, settings: Settings) -> Ask:
-    """A function that answers one batch, with or without a LoRARequest, and gives the token ids."""
+    """A function that answers one batch, with or without a LoRARequest, and returns the token ids."""
     from vllm import SamplingParams
 
     parameters = SamplingParams(temperature=0, max_tokens=settings.tokens, ignore_eos=True)
@@ -82,15 +82,15 @@ def lora_request(settings: Settings, number: int = 1) -> Any:
 def measure(
     benchmark: Any, speeds: Speeds, settings: Settings, mode: str, run: Callable[[], Any], against: str | None = None
 ) -> list[tuple[int, ...]]:
-    """Time `run`, check that it made its tokens, and note the speed."""
+    """Time `run`, check that it generated all tokens, and store the speed."""
     answers: list[tuple[int, ...]] = benchmark.pedantic(run, rounds=ROUNDS, warmup_rounds=1)
     assert len(answers) == settings.batch
     assert {len(answer) for answer in answers} == {settings.tokens}
-    made = settings.batch * settings.tokens
-    speeds.found[mode] = made / benchmark.stats.stats.median
+    generated = settings.batch * settings.tokens
+    speeds.measured[mode] = generated / benchmark.stats.stats.median
     if against is not None:
         speeds.against[mode] = against
-    benchmark.extra_info.update(mode=mode, tokens_per_second=speeds.found[mode], batch=settings.batch)
+    benchmark.extra_info.update(mode=mode, tokens_per_second=speeds.measured[mode], batch=settings.batch)
     return answers
 
 
@@ -101,7 +101,7 @@ def test_vllm_without_lora(benchmark: Any, speeds: Speeds, settings: Settings) -
 
 
 def test_vllm_with_the_probe_idle(benchmark: Any, speeds: Speeds, settings: Settings) -> None:
-    """The plugin is installed and not asked: what every server pays."""
+    """The plugin is installed but not activated: the cost for every server."""
     with vllm_engine(settings, lora=True) as llm:
         ask, request = asker(llm, settings), lora_request(settings)
         llm.llm_engine.add_lora(request)

@@ -29,16 +29,16 @@ class UnreadableFile(ProbeError):
         self.key = key
 
 
+class ModelNotFound(UnreadableFile):
+    """A model that is neither a folder nor in the local cache."""
+
+
 class NotLora(UnreadableFile):
     """An `adapter_config.json` of something that is no PEFT LoRA adapter: another method, another library, a model."""
 
 
 class MissingWeights(UnreadableFile):
     """An adapter's config without weights where loaders look for them."""
-
-
-class MissingModel(UnreadableFile):
-    """A model that is neither a folder here nor in the local cache."""
 
 
 class TooLarge(ProbeError):

@@ -220,7 +220,7 @@ class SharedEngine:
     numbers: Iterator[int]
 
     def record(self, adapter: Path, folder: Path, **spec: Any) -> Any:
-        """What `trace --engine vllm` records, without starting another engine. Returns the opened trace."""
+        """The same recording as `trace --engine vllm`, without starting another engine. Returns the opened trace."""
         from lora_probe import open_trace
         from lora_probe.engines.launch import versions
         from lora_probe.recording import SCHEMA, Process, Prompt, Run, RunSpec, TraceWriter, write_json
@@ -282,7 +282,7 @@ def peft_trace(adapter: Path, llama: Path, tmp_path: Path) -> Any:
 
 
 def record_peft(adapter: Path, base: Path, folder: Path, **changes: Any) -> Any:
-    """What `trace --engine peft` records, in this process."""
+    """The same recording as `trace --engine peft`, in this process."""
     from lora_probe import open_trace
     from lora_probe.engines.launch import versions
     from lora_probe.engines.peft.engine import PeftEngine

@@ -1,4 +1,4 @@
-"""Adapters that go wrong, as people have met them: each made from a healthy one by the damage that did it.
+"""Adapters with known real-world failures, each made from a healthy one by the damage that caused it.
 
 `FAILURES` maps a name to a maker, the codes of the rules that must speak, and what is known of it in the catalogue of
 real failures. `HEALTHY` maps a name to the settings of adapters of which no rule may speak. Adapters of other settings
@@ -81,7 +81,7 @@ def _each(change: Callable[[str, Any], Any]) -> Callable[[Tensors], Tensors]:
 
 Q0 = "model.layers.0.self_attn.q_proj"
 LAST = f"model.layers.{LAYERS - 1}.self_attn.q_proj"
-"""Where NaN spoils the input of no other module."""
+"""A module whose NaN does not reach the input of any other module."""
 
 # A. the file
 _by_tensors("A01-empty", _only(lambda name: False), "LP209", "LP204")
@@ -275,7 +275,7 @@ HEALTHY: dict[str, dict[str, Any]] = {
 
 
 def as_bin(source: Path, target: Path) -> Path:
-    """The same adapter with a pickle in place of its safetensors file."""
+    """The same adapter with a pickle instead of its safetensors file."""
     import torch
     from safetensors.torch import load_file
 

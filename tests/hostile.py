@@ -1,4 +1,4 @@
-"""A real adapter to be damaged, and the judge of every damage: one clear error or a right answer, nothing else."""
+"""A real adapter to damage, and the check for every damage: one clear error or a correct answer, nothing else."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "a
 
 
 class World:
-    """A real adapter in both forms, and a fresh folder for every mutation of it."""
+    """A real adapter in both formats, and a fresh folder for every mutation of it."""
 
     def __init__(self, root: Path, source: Path) -> None:
         from safetensors.torch import load_file
@@ -82,7 +82,7 @@ def opened(folder: Path) -> Adapter | ProbeError:
 
 
 def judge(folder: Path) -> str:
-    """Open, read every value, inspect in every form: the error's words, or nothing. Any other exception fails."""
+    """Open, read every value, inspect in every format: the error message, or nothing. Any other exception fails."""
     found = opened(folder)
     if isinstance(found, ProbeError):
         assert found.message.isprintable(), found.message
@@ -103,7 +103,7 @@ def judge(folder: Path) -> str:
 
 
 def call(*arguments: object) -> int:
-    """The command line, what it prints encoded as it would be on a terminal."""
+    """The command line, with its output encoded as on a terminal."""
     out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
         status = main([str(argument) for argument in arguments])

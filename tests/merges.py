@@ -42,7 +42,7 @@ def save_model(folder: Path, kind: str, dtype: str = "float32", seed: int = 0) -
 def save_adapter_of(
     folder: Path, base: Path, dtype: str = "float32", strength: float = 0.05, seed: int = 1, **config: Any
 ) -> Path:
-    """An adapter that has learned something in all that it may train. `strength`: the deviation of lora_B."""
+    """An adapter with nonzero values in all trainable tensors. `strength`: the standard deviation of lora_B."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -67,7 +67,7 @@ def save_adapter_of(
 def merge_by_peft(
     folder: Path, adapter: Path, base: Path, dtype: str, safe: bool = False, autocast: bool = True, **save: Any
 ) -> Path:
-    """What a user does: load, merge_and_unload, save_pretrained."""
+    """Merge as a user does: load, merge_and_unload, save_pretrained."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM

@@ -1,4 +1,4 @@
-"""Reports that are made up, the folders that get them, and `lora-probe` as a user calls it."""
+"""Constructed reports, the folders that they are for, and `lora-probe` as a user calls it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LOST = not_in_file()
 
 
 def ledger(engine: str, hole: bool = False) -> Ledger:
-    """A predicted one; with `hole` layer 5 is lost."""
+    """A predicted ledger; with `hole`, layer 5 is lost."""
 
     def row(module: str) -> Row:
         finding = LOST if hole and ".5." in module else OK
@@ -36,13 +36,13 @@ def finding(code: str, message: str, **more: Any) -> Diagnostic:
 
 
 def healthy(folder: Path) -> Report:
-    note = "`runs` holds checkpoint-1, checkpoint-2; this is the last, checkpoint-2"
+    note = "`runs` holds checkpoint-1, checkpoint-2; using the last, checkpoint-2"
     ledgers = {name: ledger(name) for name in ("peft", "vllm")}
     return Report(folder, "base", ledgers, (), (), (note,), vllm="0.32")
 
 
 def baseless(folder: Path) -> Report:
-    """Nothing wrong in the files, and a base that is not here."""
+    """No problems in the files, and a base model that was not found."""
     unknown = Finding("unknown", message="the base is not known")
     stations = dict(zip(STATIONS[:3], (OK, OK, unknown), strict=True))
     rows = tuple(Row((module, "weight", None), stations) for module in MODULES)
@@ -69,7 +69,7 @@ def warned(folder: Path) -> Report:
 
 
 def made_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Folders that are adapters by their files' names; what `check` finds of each follows from its own name."""
+    """Folders with the file names of adapters; the name of each decides what `check` finds."""
     for name in ("damaged", "healthy", "warned", "deep/damaged-2", "deep/healthy-10", "deep/healthy-9"):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "adapter_config.json").touch()

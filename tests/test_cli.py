@@ -1,4 +1,4 @@
-"""The command line as a user calls it, in processes of its own where that matters."""
+"""The command line as a user calls it, in separate processes if that matters."""
 
 from __future__ import annotations
 
@@ -152,9 +152,12 @@ def bad_inputs(adapter: Path, llama: Path, tmp_path: Path) -> dict[str, tuple[li
         "no prompts": ([*trace, adapter, "--prompt-file", tmp_path / "empty.txt"], "contains no prompts"),
         "no prompt file": ([*trace, adapter, "--prompt-file", tmp_path / "nope.txt"], "nope.txt"),
         "no tokens": ([*trace, adapter, "--max-tokens", "0"], "--max-tokens"),
-        "flags for peft": ([*trace, adapter, "--", "--seed", "1"], "flags after `--` are vLLM's"),
+        "flags for peft": ([*trace, adapter, "--", "--seed", "1"], "flags after `--`"),
         "flags for show": (["show", tmp_path, "--", "--seed"], "unrecognized arguments: ./--seed"),
-        "two sources of prompts": ([*trace, adapter, "--follow", tmp_path, "--prompt", "x"], "takes its prompts from"),
+        "two sources of prompts": (
+            [*trace, adapter, "--follow", tmp_path, "--prompt", "x"],
+            "uses the prompts of the followed trace",
+        ),
         "nothing to follow": ([*trace, adapter, "--follow", tmp_path / "lost"], "lost"),
         "a tolerance that is none": (["compare", tmp_path, tmp_path, "--rtol", "nan"], "not a valid relative"),
         "a prompt that is no text": ([*trace, adapter, "--prompt", "\udcff"], "not valid UTF-8"),
@@ -188,13 +191,13 @@ def test_a_trace_is_never_overwritten(peft_trace: Any, adapter: Path, tmp_path: 
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     status, _, err = call("trace", adapter, "--engine", "peft", "-o", tmp_path / "mine", "--force", capsys=capsys)
     assert status == 2
-    assert "it is not overwritten" in err
+    assert "is not overwritten" in err
     assert (tmp_path / "mine" / "thesis.txt").exists()
 
 
 @pytest.mark.slow
 def test_trace_in_a_process_of_its_own(adapter: Path, tmp_path: Path) -> None:
-    """Nothing but JSON on standard output; a refusal is status 1; a pipe that closes early is no error."""
+    """Only JSON on standard output; a refusal is status 1; a pipe that closes early is not an error."""
     command = [sys.executable, "-m", "lora_probe", "trace", str(adapter), "--engine", "peft", "--max-tokens", "3"]
     run = subprocess.run([*command, "--format", "json"], cwd=tmp_path, capture_output=True, text=True, check=True)
     data = json.loads(run.stdout)
@@ -296,7 +299,7 @@ def test_the_last_hint_is_the_same_command_for_the_other_engine() -> None:
 
 
 def test_a_closed_pipe_hides_no_finding(peft_trace: Any) -> None:
-    """Status 1 stays 1 when the reader has seen enough."""
+    """Status 1 stays 1 if the reader closes the pipe early."""
     process = peft_trace.path / "peft" / "process.json"
     process.write_text(process.read_text().replace('"closed": true', '"closed": false'))
     for more in ("", "--format json"):

@@ -1,4 +1,4 @@
-"""What the README says of the repository is true of it."""
+"""Statements of the README about the repository are true."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def plain(merged: Merged, unmerged: Any, home: Path) -> Any:
 
 
 def changed(model: Path, folder: Path, change: Callable[[dict[str, Any]], None]) -> Path:
-    """A copy of a model with other weights; `change` gets torch tensors by name."""
+    """A copy of a model with other weights; `change` receives torch tensors by name."""
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(model, folder)
@@ -57,7 +57,7 @@ def changed(model: Path, folder: Path, change: Callable[[dict[str, Any]], None])
 
 
 def rerun(follow: Any, model: Path, folder: Path) -> Any:
-    """What `trace_plain` records in the PEFT engine, in this process."""
+    """The same recording as `trace_plain` in the PEFT engine, in this process."""
     from lora_probe.engines.peft.engine import PeftEngine
 
     shutil.copytree(follow.path, folder, ignore=shutil.ignore_patterns("peft"))
@@ -204,7 +204,7 @@ def test_what_is_missing_is_said(unmerged: Any, plain: Any, tmp_path: Path) -> N
 
 
 def write_scores(folder: Path, **tables: Any) -> Any:
-    """A trace that holds nothing but one scored prompt for each kind."""
+    """A trace with only one scored prompt for each kind."""
     process = Process(SCHEMA, "engine", "peft", 0, 1, {}, dtype="float32")
     with TraceWriter(folder / "peft", process) as writer:
         for kind, table in tables.items():

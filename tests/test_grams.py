@@ -17,7 +17,7 @@ from lora_probe.adapter import spectrum as grams
 from lora_probe.adapter.spectrum import spectrum
 
 ROOM = 300
-"""MiB that a check may take, whatever it is given."""
+"""MiB that a check may use for any input."""
 GIB = 2**30
 
 
@@ -37,7 +37,7 @@ def test_blocks_give_the_spectrum_of_the_whole(block: int, adapter: Path, monkey
 
 @pytest.mark.slow
 def test_a_check_of_six_gigabytes_stays_small(tmp_path: Path) -> None:
-    """Three pairs of 2 GiB each, as a header may claim and a sparse file may hold."""
+    """Three pairs of 2 GiB each, as a header may claim and a sparse file may contain."""
     folder = write_config(tmp_path / "a", {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "target_modules": ["q_proj"]})
     header: dict[str, object] = {}
     end = 0

@@ -1,4 +1,4 @@
-"""The process of its own in which untrusted files are read: its limits hold whatever the work does."""
+"""The separate process in which untrusted files are read: its limits hold whatever the work does."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import pytest
 from conftest import heed_interrupts
 
 from lora_probe.checking import Report
-from lora_probe.checking.folders import Lost
+from lora_probe.checking.folders import NotJudged
 from lora_probe.checking.judging import Judged, judged
 from lora_probe.errors import ProbeError, UnreadableFile
 from lora_probe.files import guarded, limits
@@ -29,7 +29,7 @@ LITTLE = Budget(seconds=1, memory=64 * 2**20)
 
 
 def doubled(times: int = 60) -> tuple[Any, ...]:
-    """A tuple whose hash takes 2^times steps in C, where no signal is heard."""
+    """A tuple whose hash takes 2^times steps in C, where Python handles no signals."""
     value: tuple[Any, ...] = ()
     for _ in range(times):
         value = (value, value)
@@ -222,8 +222,8 @@ def test_others_are_judged_when_one_takes_too_much(tmp_path: Path) -> None:
     folders = [tmp_path / name for name in ("one", "hangs", "fails", "faults", "two")]
     outcomes = list(judged(folders, check, None, LITTLE, lambda _: None))
     kinds = [type(outcome) for outcome in outcomes]
-    assert kinds == [Judged, Lost, Lost, Lost, Judged]
-    assert [one.error.message.partition(" while ")[0] for one in outcomes if isinstance(one, Lost)] == [
+    assert kinds == [Judged, NotJudged, NotJudged, NotJudged, Judged]
+    assert [one.error.message.partition(" while ")[0] for one in outcomes if isinstance(one, NotJudged)] == [
         f"`{tmp_path / 'hangs'}`: used up its CPU time",
         "`fails` is damaged",
         f"`{tmp_path / 'faults'}`: lora-probe failed: ValueError: x (test_guarded.py:{fault_line()})",
@@ -243,7 +243,7 @@ def test_a_death_between_two_folders_costs_one_of_them() -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     outcomes = list(judged([Path(name) for name in ("one", "two", "three")], check, None, LITTLE, lambda _: None))
-    assert [type(outcome) for outcome in outcomes] == [Judged, Lost, Judged]
+    assert [type(outcome) for outcome in outcomes] == [Judged, NotJudged, Judged]
 
 
 @pytest.mark.slow
@@ -377,7 +377,7 @@ def test_streams_that_are_closed(closed: str, status: int, adapter: Path) -> Non
 
 @pytest.mark.slow
 def test_reports_of_many_adapters_are_not_kept_in_memory(tmp_path: Path) -> None:
-    """Only the process that prints is looked at: it has no limit."""
+    """Only the process that prints is checked: it has no limit."""
     names = [f"base_model.model.model.layers.{n}.q_proj.lora_{half}.weight" for n in range(8_000) for half in "AB"]
     header = json.dumps({name: {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for name in names}).encode()
     for number in range(6):

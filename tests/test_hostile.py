@@ -1,4 +1,4 @@
-"""Folders that were damaged at random, or that want all the memory: one clear error or a right answer.
+"""Folders that were damaged at random, or that would use all memory: one clear error or a correct answer.
 
 What the fuzzing found stands here as an explicit example. The profile is deterministic: the same mutations every time.
 """
@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 GIB = 2**30
 ROOM = 300
-"""MiB that reading any file may take, the interpreter and numpy included."""
+"""MiB that reading any file may use, including the interpreter and numpy."""
 TORCH = 250
 """MiB that importing torch takes by itself."""
 
@@ -44,7 +44,7 @@ def world(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 def peak(folder: Path, *, reads: bool = True) -> tuple[int, str]:
-    """MiB of a process that opens an adapter and reads it, and what it said."""
+    """MiB of a process that opens an adapter and reads it, and its output."""
     script = (
         "import sys\n"
         "from lora_probe.adapter.checkpoint import open_adapter\n"
@@ -214,7 +214,7 @@ def test_any_header(world: World, edits: list[tuple[Any, Any, Any]]) -> None:
 @settings(fuzzed, max_examples=150)
 @given(st.data())
 def test_any_bytes(world: World, data: st.DataObject) -> None:
-    """Bytes overwritten, cut out or put in, mostly where the structure is."""
+    """Bytes overwritten, removed or inserted, mostly in the structure of the file."""
     name, content = data.draw(
         st.sampled_from(
             [(WEIGHTS, world.safetensors), (PICKLE, world.zipped), (PICKLE, world.legacy), (CONFIG, world.config)]

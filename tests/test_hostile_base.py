@@ -1,4 +1,4 @@
-"""Bases that ask for more than any model has, or say nonsense: refused before an engine builds them, or stopped."""
+"""Base models larger than any real one, or with nonsense in them: refused before an engine builds them, or stopped."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_no_engine_is_asked_to_build_it(
 
 def test_layers_of_experts_count_together(llama: Path, tmp_path: Path) -> None:
     base = base_with(tmp_path / "base", llama, num_hidden_layers=900, num_experts=900)
-    with pytest.raises(TooLarge, match="900 layers of 900 experts, and no model has more than 500,000"):
+    with pytest.raises(TooLarge, match="900 layers of 900 experts, but no model has more than 500,000"):
         open_base(str(base))
 
 
@@ -108,7 +108,7 @@ KEYS = (
 def test_any_config_of_a_base(
     changes: dict[str, Any], llama: Path, adapter: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Judged from the headers of its files, as where no engine is installed."""
+    """Judged from the headers of its files, as if no engine were installed."""
     base = base_with(tmp_path_factory.mktemp("odd") / "base", llama, **changes)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lora_probe.engines.describing.require", _not_installed)
@@ -125,11 +125,11 @@ def _not_installed(name: str) -> None:
 
 @pytest.mark.slow
 def test_an_engine_that_takes_too_long_is_stopped(llama: Path, tmp_path: Path) -> None:
-    """A real one: nothing describes a base in a second."""
+    """A real engine: none can describe a base model within a second."""
     folder = tmp_path / "asked"
     folder.mkdir()
     write_json(folder / DESCRIBE, DescribeSpec("peft", str(llama), "CAUSAL_LM"))
-    with pytest.raises(EngineStopped, match="the engine's process took more than 1 s while it was at `start`"):
+    with pytest.raises(EngineStopped, match="the engine's process took more than 1 s while it was in stage `start`"):
         run_child(folder, 0, lambda _: None, Allowed(seconds=1))
     assert not [
         line for line in Path("/proc").glob("[0-9]*/cmdline") if str(folder) in line.read_text(errors="replace")
@@ -157,7 +157,7 @@ def test_memory_of_an_engine_counts_with_all_that_it_starts(kind: str) -> None:
         while not why and time.monotonic() < deadline:
             why = watched.exceeds(0)
             time.sleep(0.1)
-        assert why.startswith("the engine's process took 0.")
+        assert why.startswith("the engine's process used 0.")
         assert why.endswith(" of 0.2 GiB of memory")
     finally:
         os.killpg(child.pid, 9)
@@ -170,4 +170,4 @@ def test_an_engine_that_gets_on_may_take_its_time() -> None:
         assert watched.exceeds(written) == ""
         time.sleep(0.05)
     time.sleep(0.3)
-    assert watched.exceeds(9) == "the engine's process has done nothing for 0 s"
+    assert watched.exceeds(9) == "the engine's process made no progress for 0 s"

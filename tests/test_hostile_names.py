@@ -1,4 +1,4 @@
-"""Names and values of files on screens: nothing of them begins a line, moves a cursor or is an order to a runner."""
+"""Names and values from files in the output: none begins a line, moves the cursor or is a workflow command."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ FORBIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u2
 
 
 def require_clean(text: str, *, ours: str = "") -> None:
-    """No line is an order, but for those that begin with `ours`; nothing moves a cursor."""
+    """No line is a workflow command, except those that begin with `ours`; nothing moves the cursor."""
     assert not FORBIDDEN.search(text), repr(FORBIDDEN.search(text))
     assert "##[" not in text
     for line in text.split("\n"):
@@ -56,7 +56,7 @@ def texts(value: Any) -> Iterator[str]:
 
 @pytest.fixture
 def evil(adapter: Path, tmp_path: Path) -> Path:
-    """An adapter whose folder, files, tensors, keys and values all hold orders."""
+    """An adapter whose folder, files, tensors, keys and values all contain workflow commands."""
     name = "layers.0.self_attn." + EVIL.replace(".", "") + ".q_proj"
 
     def tensors(held: dict[str, Any]) -> dict[str, Any]:
@@ -125,7 +125,7 @@ def test_names_and_values_are_no_orders(
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [20, 79, 160])
 def test_no_fold_of_a_table_makes_an_order(width: int, adapter: Path, tmp_path: Path) -> None:
-    """A long name is broken at any column; what follows is indented, and a runner passes over blanks."""
+    """A long name may wrap at any column; the rest is indented, and a runner skips leading blanks."""
     name = "".join(f"{'x' * number}::error::" for number in range(40))
     odd = edited(
         adapter,

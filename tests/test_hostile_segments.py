@@ -1,4 +1,4 @@
-"""Segments and scored passes of traces that somebody else sent: one clear error, or the rows as they were written."""
+"""Segments and scored passes of untrusted traces: one clear error, or the rows as they were written."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_columns_that_nobody_knows_are_ignored(damaged: Path, good: Path) -> Non
 
 
 def test_axes_that_hide_how_large_others_are(damaged: Path, good: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Without rows every shape takes no byte, and a column for another module would be 2 EiB."""
+    """Without rows any shape takes no bytes, and a column for another module would be 2 EiB."""
     found = {"request": ("I32", [0]), "position": ("I32", [0]), "phase": ("I8", [0]), "load": ("I32", [0])}
     found |= {name: ("F32", [0, 1]) for name in ("x_norm", "base_norm", "delta_norm", "output_norm")}
     found |= {"shrink": ("F32", [0, 1, 2**59])}

@@ -1,4 +1,4 @@
-"""Traces that somebody else sent: `show` and `compare` answer with one clear error, or rightly.
+"""Untrusted traces: `show` and `compare` print one clear error, or a correct answer.
 
 Here: which files are opened, their text, and whatever else damage may do. `test_hostile_segments.py` has the rows.
 """
@@ -155,7 +155,7 @@ def test_sparse_files(
 
 
 def changed(name: str, **changes: Any) -> Damage:
-    """Another value for fields of a JSON document."""
+    """Other values for fields of a JSON document."""
 
     def damage(trace: Path) -> None:
         path = trace / name
@@ -233,7 +233,7 @@ FILES = ("run.json", "peft/process.json", "peft/events.jsonl", "peft/requests.js
 
 
 def judge(trace: Path, good: Path) -> str:
-    """Everything that is made of a trace: the error's words, or nothing. Any other exception fails."""
+    """Every output for a trace: the error message, or nothing. Any other exception fails."""
     console = Console(file=open(os.devnull, "w"), width=160)  # noqa: PTH123, SIM115
     try:
         found = open_trace(trace)
@@ -255,7 +255,7 @@ def judge(trace: Path, good: Path) -> str:
 @given(st.data())
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_any_bytes(good: Path, tmp_path: Path, data: st.DataObject) -> None:
-    """Bytes overwritten, cut out or put in, mostly where the structure is."""
+    """Bytes overwritten, removed or inserted, mostly in the structure of the file."""
     name = data.draw(st.sampled_from(FILES))
     content = bytearray((good / name).read_bytes())
     for _ in range(data.draw(st.integers(1, 4))):

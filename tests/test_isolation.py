@@ -1,4 +1,4 @@
-"""Commands that are called in a stranger's folder: nothing of the folder, of an adapter or of a model is imported."""
+"""Commands in an untrusted folder: no code of the folder, of an adapter or of a model is imported."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ COMMAND = Path(sys.executable).parent / "lora-probe"
 
 @pytest.fixture
 def checkout(llama: Path, adapter: Path, tmp_path: Path) -> Path:
-    """A repository with a base that brings code, an adapter that names it, and a module of every name in use."""
+    """A repository with a base model that contains code, an adapter that names it, and a module for every import."""
     shutil.copytree(llama, tmp_path / "pr" / "base")
     shutil.copytree(adapter, tmp_path / "pr" / "a")
     path = tmp_path / "pr" / "a" / "adapter_config.json"
@@ -55,7 +55,7 @@ def checkout(llama: Path, adapter: Path, tmp_path: Path) -> Path:
 
 
 def remote(base: Path, name: str, **changes: str) -> None:
-    """Code of the folder for everything that transformers builds."""
+    """Code in the folder for everything that transformers builds."""
     path = base / name
     names = ("AutoConfig", "AutoModel", "AutoModelForCausalLM")
     code = {"auto_map": dict.fromkeys(names, "evil.E") | {"AutoTokenizer": ["evil.E", "evil.E"]}}
@@ -111,7 +111,7 @@ def test_parity_and_inspect_in_a_strangers_folder(checkout: Path) -> None:
 
 @pytest.mark.engine
 def test_interrupting_a_check_leaves_nothing(checkout: Path) -> None:
-    """Ctrl-C in a terminal reaches every process of the group, while both engines are asked."""
+    """Ctrl-C in a terminal reaches every process of the group, while both engines describe a base model."""
     temporary = checkout.parent / "tmp"
     temporary.mkdir()
     run = subprocess.Popen(
@@ -139,9 +139,9 @@ def test_interrupting_a_check_leaves_nothing(checkout: Path) -> None:
 
 @pytest.mark.engine
 def test_a_base_of_an_unknown_kind_brings_no_code(checkout: Path) -> None:
-    """Nobody is asked whether it may be run: nobody is there to answer."""
+    """There is no prompt whether the code may run, because nobody could answer it."""
     remote(checkout / "base", "config.json", model_type="evil")
-    assert "peft was not asked what it has (transformers cannot build" in call(checkout, "check", "a").stdout
+    assert "peft did not describe the base (transformers cannot build" in call(checkout, "check", "a").stdout
     done = call(checkout, "trace", "a", "--engine", "peft", "--prompt", "hi", "--max-tokens", "2", "-o", "r.lptrace")
     assert done.returncode == 2
     assert "Do you wish to run the custom code" not in (checkout / "r.lptrace" / "engine.log").read_text()
@@ -159,7 +159,7 @@ def test_a_module_that_an_adapter_names_is_not_imported(checkout: Path) -> None:
 
 
 def test_reading_uses_no_network(adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not even for a base that is nowhere here."""
+    """Not even for a base model that is not found."""
     import socket
 
     from conftest import edited

@@ -97,7 +97,7 @@ def test_a_dead_prefix_shares_the_row_of_its_module(adapter: Path, llama: Path, 
 
 
 def test_two_names_for_one_module_do_not_share(adapter: Path, llama: Path, tmp_path: Path) -> None:
-    """A name without a home gets a row to itself when its module has an entry of its own."""
+    """A name without a module gets a separate row if the module already has an entry."""
 
     def double(tensors: dict[str, Any]) -> dict[str, Any]:
         more = {n.replace("layers.0", "x.layers.0"): t for n, t in tensors.items() if "layers.0.self_attn.q" in n}

@@ -1,4 +1,4 @@
-"""Which files of a folder are an adapter, and what is said where they are not: the config, the weights, a pickle."""
+"""Which files of a folder are an adapter, and the errors if they are not: the config, the weights, a pickle."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 
 
 def as_pickle(source: Path, target: Path, name: str = PICKLE, legacy: bool = False) -> Path:
-    """A copy of an adapter with its weights as torch pickles them: what PEFT before 0.5 wrote, under PEFT's names."""
+    """A copy of an adapter with its weights pickled by torch, as PEFT before 0.5 wrote them, under PEFT's names."""
     shutil.copytree(source, target)
     import torch
     from safetensors.torch import load_file
@@ -112,10 +112,10 @@ def test_which_file_is_read(adapter: Path, tmp_path: Path) -> None:
     shutil.copy(adapter / WEIGHTS, folder)
     found = inspect(folder)
     assert found.weights.path.name == WEIGHTS
-    assert found.notes == (f"{PICKLE} lies beside {WEIGHTS}, and no loader reads it",)
+    assert found.notes == (f"{PICKLE} is ignored: loaders read {WEIGHTS} first",)
     found = inspect(as_pickle(adapter, tmp_path / "pt", "adapter_model.pt"))
     assert found.weights.path.name == "adapter_model.pt"
-    assert found.notes == (f"adapter_model.pt is read by vLLM alone: PEFT looks for {WEIGHTS} and {PICKLE}",)
+    assert found.notes == (f"only vLLM reads adapter_model.pt; PEFT looks for {WEIGHTS} and {PICKLE}",)
 
 
 def renamed(adapter: Path, target: Path, *names: str) -> Path:
@@ -131,22 +131,26 @@ def renamed(adapter: Path, target: Path, *names: str) -> Path:
 @pytest.mark.parametrize(
     ("names", "message", "hint"),
     [
-        (["sft/" + WEIGHTS], "the weights are in the sub-folder sft, where no loader looks", "move the weights out of"),
+        (["sft/" + WEIGHTS], "the weights are in the subfolder sft, where no loader looks", "move the weights out of"),
         (
             ["adapter_model-00001-of-00002.safetensors", "adapter_model-00002-of-00002.safetensors"],
             "the weights are in shards (adapter_model-00001-of-00002.safetensors, adapter_model-00002-of-00002",
-            f"join their tensors in one file, {WEIGHTS}",
+            f"merge their tensors into one file, {WEIGHTS}",
         ),
         (["adapter_model-00001-of-00001.safetensors"], "in shards", f"rename it to {WEIGHTS}"),
-        (["adapter_model (5).bin"], "adapter_model (5).bin is a name that a browser", f"rename it to {PICKLE}"),
-        (["adapter_model(1).safetensors"], "a browser or a copy gave", f"rename it to {WEIGHTS}"),
-        (["adapter_model copy.safetensors", "adapter_model (1).safetensors"], "a copy gave", "of the 2 copies"),
+        (
+            ["adapter_model (5).bin"],
+            "looks for adapter_model (5).bin, named like a duplicate download",
+            f"rename it to {PICKLE}",
+        ),
+        (["adapter_model(1).safetensors"], "named like a duplicate download or a copy", f"rename it to {WEIGHTS}"),
+        (["adapter_model copy.safetensors", "adapter_model (1).safetensors"], "or a copy", "there are 2 copies"),
         (["adapters.safetensors"], "adapters.safetensors, MLX's name", "convert it"),
-        (["model.safetensors"], "the name of a whole model", "merged already"),
-        (["lora.safetensors"], "no loader looks for lora.safetensors", f"rename it to {WEIGHTS}"),
-        (["lora.pt"], "no loader looks for lora.pt", f"rename it to {PICKLE}"),
-        (["training_args.bin", "optimizer.pt"], "nor anything else that could be weights", "cut short"),
-        ([], "nor anything else that could be weights", "cut short"),
+        (["model.safetensors"], "the name of a whole model", "merged model"),
+        (["lora.safetensors"], "no loader looks for lora.safetensors", f"rename lora.safetensors to {WEIGHTS}"),
+        (["lora.pt"], "no loader looks for lora.pt", f"rename lora.pt to {PICKLE}"),
+        (["training_args.bin", "optimizer.pt"], "no other file that could be weights", "save or download"),
+        ([], "no other file that could be weights", "save or download"),
     ],
 )
 def test_weights_where_no_loader_looks(
@@ -155,7 +159,7 @@ def test_weights_where_no_loader_looks(
     folder = renamed(adapter, tmp_path / "a", *names)
     with pytest.raises(MissingWeights) as caught:
         inspect(folder)
-    assert caught.value.message.startswith(f"`{folder}` holds adapter_config.json and no {WEIGHTS}")
+    assert caught.value.message.startswith(f"`{folder}` holds adapter_config.json but no {WEIGHTS}")
     assert message in caught.value.message
     assert hint in caught.value.hint
 
@@ -165,17 +169,17 @@ def test_a_whole_adapter_in_a_sub_folder_is_pointed_at(adapter: Path, tmp_path: 
     shutil.copytree(adapter, folder / "sft")
     with pytest.raises(MissingWeights) as caught:
         inspect(folder)
-    assert caught.value.hint == f"give `{folder / 'sft'}`"
+    assert caught.value.hint == f"pass `{folder / 'sft'}`"
 
 
 def test_weights_without_a_config(adapter: Path, tmp_path: Path) -> None:
     shutil.copy(adapter / WEIGHTS, tmp_path)
-    with pytest.raises(UnreadableFile, match=f"no adapter_config.json beside {WEIGHTS}") as caught:
+    with pytest.raises(UnreadableFile, match=f"holds {WEIGHTS} but no adapter_config.json") as caught:
         inspect(tmp_path)
     assert "copy adapter_config.json" in caught.value.hint
     (tmp_path / WEIGHTS).unlink()
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(UnreadableFile, match="not an adapter folder but a model's"):
+    with pytest.raises(UnreadableFile, match="is the folder of a model, not of an adapter"):
         inspect(tmp_path)
 
 
@@ -189,15 +193,15 @@ OTHERS: list[tuple[dict[str, Any], str]] = [
     (MODEL, "of a whole model (Qwen2ForCausalLM)"),
     ({"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 20}, "a PREFIX_TUNING adapter, not LoRA: prefix tuning"),
     ({"peft_type": "IA3"}, "describes a IA3 adapter, not LoRA"),
-    ({"peft_type": "GRALORA"}, "another method of PEFT's"),
-    ({"peft_type": "HOMEMADE"}, "PEFT 0.21 knows no such method"),
-    ({"peft_type": "lora", "r": 8}, "which PEFT does not know: it knows LORA"),
-    ({"peft_type": ["LORA"]}, "which is no method of PEFT's"),
+    ({"peft_type": "GRALORA"}, "another PEFT method"),
+    ({"peft_type": "HOMEMADE"}, "PEFT 0.21 has no such method"),
+    ({"peft_type": "lora", "r": 8}, "which PEFT does not accept: it must be LORA"),
+    ({"peft_type": ["LORA"]}, "which is not a PEFT method"),
     ({"_class_name": "UNet2DConditionModel", "_diffusers_version": "0.30"}, "of an image model's LoRA"),
     ({"network_module": "networks.lora", "network_dim": 32}, "of an image model's LoRA"),
     ({"jax_dtype": "bfloat16", "lora_rank": 8}, "made with JAX"),
     ({"base_model": "a/b", "datasets": [], "learning_rate": 1e-4}, "the recipe of a training run"),
-    ({"lora_rank": 8, "lora_scale": 2}, "keys of somebody's own (`lora_rank`)"),
+    ({"lora_rank": 8, "lora_scale": 2}, "it has custom keys (`lora_rank`)"),
     ({"hello": 1}, "no `peft_type`, `r` or `target_modules` (it has hello)"),
     ({}, "an empty object"),
 ]
@@ -265,7 +269,11 @@ def test_lines_and_repeated_keys(tmp_path: Path) -> None:
 def test_links(adapter: Path, tmp_path: Path, name: str) -> None:
     folder = shutil.copytree(adapter, tmp_path / "a")
     (folder / name).unlink()
-    for target, words in ((name, "leads nowhere: "), ("gone", "which is not there"), (adapter / name, "leads out of")):
+    for target, words in (
+        (name, "leads nowhere: "),
+        ("gone", "which does not exist"),
+        (adapter / name, "leads out of"),
+    ):
         (folder / name).unlink(missing_ok=True)
         (folder / name).symlink_to(target)
         with pytest.raises(UnreadableFile, match=words):

@@ -1,4 +1,4 @@
-"""Traces of very many steps and loads: what is shown of them, in how much time and memory."""
+"""Traces with very many steps and loads: what is shown, and in how much time and memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Merged models against base plus adapter: what PEFT merges is verified, in every kind and dtype, and bit for bit."""
+"""Merged models against base plus adapter: PEFT's merges are verified bit for bit, in every kind and dtype."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ ON_ANOTHER_BASE = ("pissa", "olora")
 
 
 class Bases:
-    """Bases by kind and dtype, made when they are asked for."""
+    """Base models by kind and dtype, made on first use."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -171,7 +171,7 @@ def test_a_product_in_16_bits_is_named(bases: Bases, tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("strength", [0.05, 5e-3, 5e-4, 5e-5])
 def test_another_arithmetic_to_the_same_effect(dtype: str, strength: float, bases: Bases, tmp_path: Path) -> None:
-    """TF32, as a GPU may multiply: 10 bits of each factor. Other bits, the same effect, and no wrong scaling."""
+    """TF32, as a GPU may multiply: 10 bits of each factor. Other bits, the same effect, no wrong scaling."""
     import torch
 
     adapter = save_adapter_of(tmp_path / "adapter", bases("llama"), strength=strength, target_modules=QKV)
@@ -228,7 +228,7 @@ def test_rounding_is_called_rounding(
 
 
 def test_a_quantised_base_is_what_transformers_makes_of_it(bases: Bases, tmp_path: Path) -> None:
-    """Blockwise FP8: merged into what `dequantize=True` gives, and checked against that."""
+    """Blockwise FP8: merged into the result of `dequantize=True`, and checked against that."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, FineGrainedFP8Config
@@ -283,7 +283,7 @@ def quantised_to_fp8(tensors: dict[str, Any]) -> dict[str, Any]:
 
 
 def train_and_merge(make: Callable[[], Any], folder: Path, **config: Any) -> None:
-    """An adapter on a model that only code can make, and PEFT's merge of the two, in `adapter` and `merged`."""
+    """An adapter on a model that is built in code, and PEFT's merge of the two, in `adapter` and `merged`."""
     import torch
     from peft import LoraConfig, PeftModel, get_peft_model
 
@@ -297,7 +297,7 @@ def train_and_merge(make: Callable[[], Any], folder: Path, **config: Any) -> Non
 
 @pytest.mark.parametrize("saved", [(), ("embed_tokens", "lm_head")])
 def test_a_vocabulary_that_grew(saved: tuple[str, ...], bases: Bases, tmp_path: Path) -> None:
-    """Tokens were added before the training: the adapter carries the embeddings of its own size."""
+    """Tokens were added before training: the adapter stores embeddings of another size."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -359,7 +359,7 @@ def test_a_base_that_was_rounded_on_the_way(bases: Bases, tmp_path: Path) -> Non
 
 
 def test_dora_all_in_16_bits(bases: Bases, tmp_path: Path) -> None:
-    """Without autocast the magnitude, the norm and their quotient are rounded as well: the effect is there."""
+    """Without autocast the magnitude, the norm and their quotient are rounded as well; the effect is the same."""
     base = bases("llama", "bfloat16")
     adapter = save_adapter_of(tmp_path / "adapter", base, target_modules=QKV, use_dora=True)
     report = check_merge(

@@ -1,4 +1,4 @@
-"""Damaged merges: each is named rightly, with the layer, and nothing but what is damaged is blamed."""
+"""Damaged merges: each damage is reported correctly, with the layer, and nothing else is reported."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def found(report: MergeReport) -> dict[str, tuple[str, ...]]:
-    """What it says: code -> modules or tensors."""
+    """The findings: code -> modules or tensors."""
     assert report.verdict == "differs"
     return {diagnostic.code: diagnostic.modules for diagnostic in report.diagnostics}
 
@@ -149,7 +149,7 @@ def test_noise_in_one_tensor(world: World) -> None:
 
 
 def test_one_value(world: World) -> None:
-    """A single value out of a tensor that is right otherwise."""
+    """A single value of a tensor is wrong."""
 
     def edit(tensors: dict[str, Any]) -> dict[str, Any]:
         changed = tensors[f"{Q.format(2)}.weight"].clone()
@@ -211,7 +211,7 @@ def test_an_adapter_that_is_not_finite(world: World) -> None:
 
 
 def test_one_tied_place_only(tmp_path: Path) -> None:
-    """Both places in the files, one of them pristine, and the config says that they are one."""
+    """Both embeddings are in the files, one of them unchanged, and the config ties them."""
     from safetensors.torch import load_file
 
     base = save_model(tmp_path / "base", "tied")
@@ -228,7 +228,7 @@ def test_one_tied_place_only(tmp_path: Path) -> None:
 
 
 def test_a_head_untied_by_the_merge(tmp_path: Path) -> None:
-    """An adapter on the embeddings alone, merged into an untied copy: the head keeps the base's matrix, rightly."""
+    """An adapter on the embeddings only, merged into an untied copy: the head correctly keeps the base's matrix."""
     base = save_model(tmp_path / "base", "tied")
     adapter = save_adapter_of(tmp_path / "adapter", base, target_modules=["embed_tokens", "q_proj"])
     merged = merge_by_peft(tmp_path / "merged", adapter, base, "float32")
@@ -281,7 +281,7 @@ def test_a_part_of_one_expert(value: float | None, code: str, tmp_path: Path) ->
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_the_part_that_an_initialisation_takes_out(init: str, tmp_path: Path) -> None:
-    """Added to the whole base, as by a tool that knows plain LoRA only."""
+    """Added to the whole base, as by a tool that supports only plain LoRA."""
     from safetensors.torch import load_file
 
     base = save_model(tmp_path / "base", "llama")
@@ -328,7 +328,7 @@ def test_biases_that_were_dropped(tmp_path: Path) -> None:
 
 
 def test_what_has_no_place_puts_nothing_else_in_the_wrong(tmp_path: Path) -> None:
-    """A module that nobody can name in the files: the tensor that it changed is not called foreign."""
+    """A module that cannot be matched to the files: the tensor that it changed is not reported as another base's."""
     from conftest import edited
 
     base = save_model(tmp_path / "base", "llama")

@@ -148,8 +148,8 @@ def test_an_engine_that_cannot_run_the_merged_model_leaves_the_weights_judged(wo
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["nowhere"], "there is no folder `nowhere`"),
-        (["{adapter}", "--merged", "nowhere"], "there is no merged model `nowhere`"),
+        (["nowhere"], "folder `nowhere` does not exist"),
+        (["{adapter}", "--merged", "nowhere"], "merged model `nowhere` was not found"),
         (["{adapter}", "--merged", "{adapter}"], "is an adapter, not a merged model"),
         (["{adapter}", "--merged", "{base}", "--weights-only"], "are the same folder"),
         (
@@ -160,11 +160,11 @@ def test_an_engine_that_cannot_run_the_merged_model_leaves_the_weights_judged(wo
             ["{adapter}", "--merged", "{merged}", "--weights-only", "--prompt", "a", "--engine", "vllm"],
             "no engine runs with --weights-only",
         ),
-        (["{adapter}", "--merged", "{merged}", "--", "--seed", "1"], "peft takes no engine flags (--seed 1)"),
+        (["{adapter}", "--merged", "{merged}", "--", "--seed", "1"], "peft accepts no engine flags (--seed 1)"),
         (["{adapter}", "--merged", "{merged}", "--prompt", ""], "a prompt is empty"),
-        (["{adapter}", "--merged", "{merged}", "--model", "{adapter}"], "holds no config.json"),
+        (["{adapter}", "--merged", "{merged}", "--model", "{adapter}"], "it has no config.json"),
         (["{adapter}", "--engine", "sglang"], "there is no engine `sglang`"),
-        (["{adapter}", "--max-tokens", "0"], "an answer has at least one token"),
+        (["{adapter}", "--max-tokens", "0"], "--max-tokens must be at least 1, not 0"),
         (["{adapter}", "--max-tokens", "many"], "invalid int value"),
         (["{adapter}", "-o", "{base}", "--force"], "was not written by parity"),
     ],
@@ -209,7 +209,7 @@ def test_a_module_that_is_not_there_counts(world: World, tmp_path: Path) -> None
     done = run(world.adapter, "--merged", hole, "--weights-only", status=1)
     assert f"{MODULES - 1} of {MODULES} modules: bit for bit" in done.stdout
     assert "missing" in done.stdout
-    assert f"differs: {name}: it is not in the merged model" in done.stdout
+    assert f"differs: {name}: missing from the merged model" in done.stdout
 
 
 def test_the_wrong_base_is_called_that(world: World, tmp_path: Path) -> None:

@@ -140,7 +140,7 @@ def test_a_forced_continuation_begins_the_answer(adapter: Path, llama: Path, tmp
 def test_what_it_cannot_run(adapter: Path, llama: Path, tmp_path: Path) -> None:
     with pytest.raises(EngineFailed, match="cannot load the base model"):
         record_peft(adapter, tmp_path, tmp_path / "a")
-    with pytest.raises(ProbeError, match="takes no engine flags"):
+    with pytest.raises(ProbeError, match="accepts no engine flags"):
         trace(adapter, engine="peft", out=tmp_path / "b", engine_args=["--seed", "1"])
     assert not (tmp_path / "b").exists()
     with pytest.raises(ProbeError, match="has no tokens"):
@@ -211,7 +211,7 @@ def test_prompts_are_matched_by_their_tokens(adapter: Path, llama: Path, tmp_pat
 
 
 def spoiled(trace: Any, spoil: Any) -> Any:
-    """The trace with other rows, as if it had been read so."""
+    """The trace with other rows, as if it had been read with them."""
     rows = trace.rows
     changed = {name: getattr(rows, name).copy() for name in ("shrink", "delta_norm")}
     spoil(changed["shrink"], changed["delta_norm"])
@@ -278,7 +278,7 @@ def test_an_adapter_called_like_a_method_of_torch(adapter: Path, llama: Path, tm
 
 
 def test_conv1d_bases(tmp_path: Path) -> None:
-    """GPT-2: weights the other way round, and a prefix that the checkpoint's names lack."""
+    """GPT-2: transposed weights, and a prefix that the checkpoint's names lack."""
     import torch
     from conftest import save_tokenizer
     from transformers import GPT2Config, GPT2LMHeadModel

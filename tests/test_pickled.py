@@ -1,4 +1,4 @@
-"""A `.bin` that means harm: nothing of it is executed, and nothing that it claims is believed."""
+"""A malicious `.bin`: no code in it is executed, and none of its claims is trusted."""
 
 from __future__ import annotations
 
@@ -76,14 +76,14 @@ BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {
     "a long string": (lambda: zipped(LONG, **{f"data/{n}": b"" for n in range(1000)}), "a string of 2000000 bytes"),
     "nested tuples": (lambda: zipped(b"\x80\x02})" + b"\x85" * 500_000 + b"K\x01s."), "nested more than 100 deep"),
     "nested lists": (lambda: zipped(b"\x80\x02" + b"]" * 9000 + b"a" * 8999 + b"."), "nested more than 100 deep"),
-    "a bytearray": (lambda: zipped(pickle.dumps({"x": Payload(bytearray, 10**11)}, 2)), "it makes a `bytearray`"),
+    "a bytearray": (lambda: zipped(pickle.dumps({"x": Payload(bytearray, 10**11)}, 2)), "it creates a `bytearray`"),
     "two pickles": (lambda: zipped(b"\x80\x02}.", **{"DATA.pkl": b"\x80\x02}."}), "with 2 pickles"),
     "no pickle": (lambda: zipped(b"").replace(b"data.pkl", b"data.xyz"), "with 0 pickles"),
     "an empty pickle": (lambda: zipped(b""), "a damaged pickle"),
     "an empty stack": (lambda: zipped(b"\x80\x02."), "refuses"),
     "marks without end": (lambda: zipped(b"\x80\x02t."), "a damaged pickle"),
     "nested tuples, legacy": (lambda: b"\x80\x02})" + b"\x85" * 500_000 + b"K\x01s.", "nested more than 100 deep"),
-    "a bytearray, legacy": (lambda: World.pickled(Payload(bytearray, 10**11), True), "it makes a `bytearray`"),
+    "a bytearray, legacy": (lambda: World.pickled(Payload(bytearray, 10**11), True), "it creates a `bytearray`"),
     "a tensor of one value repeated": (
         lambda: World.pickled({"a.lora_A.weight": torch.ones(1, 1).expand(10**5, 10**6)}),
         "claims 400000000000 bytes",
@@ -123,7 +123,7 @@ def test_a_storage_that_runs_into_its_neighbours(world: World, size: int) -> Non
 
 
 def test_an_empty_state_dict_is_no_error(world: World) -> None:
-    """What a save that filtered too much leaves; what that means is for the rules to say."""
+    """The result of a save that filtered out too much; the rules report what that means."""
     with world.folder(world.pickled({}), PICKLE) as folder:
         assert open_adapter(folder).modules == ()
 
@@ -139,17 +139,17 @@ def test_a_pickle_under_the_name_of_safetensors(world: World) -> None:
 TWICE = b"q\x00h\x00\x86"
 NAME = b"X\x01\x00\x00\x00a"
 TUPLE = "it holds a tuple of more than 200 values"
-CALL = "which weights do not need and which may take for ever to hash"
+CALL = "which weights do not need and which may take forever to hash"
 DOUBLED: dict[str, tuple[bytes, str]] = {
     "a key": (b"\x80\x02}()" + TWICE * 60 + b"K\x01u.", TUPLE),
     "a key, one by one": (b"\x80\x02})" + TWICE * 60 + b"K\x01s.", TUPLE),
     "a small key": (b"\x80\x02}K\x01\x85K\x01s.", "a key of a dictionary in it is a tuple"),
     "small keys": (b"\x80\x02}(K\x01K\x01K\x02\x85K\x01u.", "a key of a dictionary in it is a tuple"),
     "long numbers": (b"\x80\x02}\x8a\x09" + b"\x01" * 9 + b"K\x01s.", "a number of many digits"),
-    "a set": (b"\x80\x02}" + NAME + b"cbuiltins\nset\n](K\x01e\x85Rs.", f"it makes a `set`, {CALL}"),
-    "a set of Python 2": (b"\x80\x02}" + NAME + b"c__builtin__\nset\n]\x85Rs.", f"it makes a `set`, {CALL}"),
-    "a frozen set": (b"\x80\x02}" + NAME + b"cbuiltins\nfrozenset\n]\x85Rs.", f"it makes a `frozenset`, {CALL}"),
-    "a complex number": (b"\x80\x02}" + NAME + b"cbuiltins\ncomplex\nK\x01\x85Rs.", f"it makes a `complex`, {CALL}"),
+    "a set": (b"\x80\x02}" + NAME + b"cbuiltins\nset\n](K\x01e\x85Rs.", f"it creates a `set`, {CALL}"),
+    "a set of Python 2": (b"\x80\x02}" + NAME + b"c__builtin__\nset\n]\x85Rs.", f"it creates a `set`, {CALL}"),
+    "a frozen set": (b"\x80\x02}" + NAME + b"cbuiltins\nfrozenset\n]\x85Rs.", f"it creates a `frozenset`, {CALL}"),
+    "a complex number": (b"\x80\x02}" + NAME + b"cbuiltins\ncomplex\nK\x01\x85Rs.", f"it creates a `complex`, {CALL}"),
     "a list for a tensor": (
         b"\x80\x02}" + NAME + b"ctorch\nTensor\n]" + b"q\x00](h\x00h\x00e" * 40 + b"\x85Rs.",
         TUPLE,
@@ -167,7 +167,7 @@ DOUBLED: dict[str, tuple[bytes, str]] = {
 
 @pytest.mark.parametrize("name", DOUBLED)
 def test_what_would_be_hashed_for_ever(name: str) -> None:
-    """Not through torch, which nothing would end: no signal is heard while it hashes."""
+    """Not through torch, which could not be stopped: Python handles no signals while it hashes."""
     content, words = DOUBLED[name]
     with pytest.raises(UnreadableFile) as caught:
         require_harmless(content, Path("a.bin"))
@@ -218,7 +218,7 @@ def test_tensors_that_share_their_values(tmp_path: Path) -> None:
 
 
 class Parts:
-    """Pickles as a call, a state and what else `__reduce__` can return."""
+    """Pickles as a call, a state and everything else that `__reduce__` can return."""
 
     def __init__(self, *parts: Any) -> None:
         self.parts = parts
@@ -261,7 +261,7 @@ def test_two_zip64_fields_of_one_record(tmp_path: Path) -> None:
 
 
 def test_a_sparse_file_of_the_old_format_makes_no_budget_larger(tmp_path: Path) -> None:
-    """Such a file is read whole: what it claims must not be what it may take."""
+    """Such a file is read whole: its claims must not decide how much memory is used."""
     from lora_probe.errors import ProbeError
     from lora_probe.files.guarded import results
     from lora_probe.files.limits import Budget

@@ -140,7 +140,7 @@ def test_the_engine_runs_and_compares(installed: Path, padded: Path, llama: Path
 def test_it_refuses_what_does_not_fit(installed: Path, padded: Path, qwen2: Path, tmp_path: Path) -> None:
     done = call(installed, "trace", padded, "--engine", "example", "--model", qwen2, "--", "--seed", "1", cwd=tmp_path)
     assert done.returncode == 2
-    assert "example takes no engine flags" in done.stderr
+    assert "example accepts no engine flags" in done.stderr
     assert not list(tmp_path.iterdir())
 
 
@@ -157,7 +157,7 @@ def test_a_predictor_without_an_engine_predicts_from_headers(padded: Path, llama
     site = install(altered(tmp_path, "engines", ""), tmp_path / "made")
     report = json.loads(run(site, "check", padded, "--model", llama, "--format", "json", status=1))
     assert report["ledger"]["example"]["took_effect"] == 3
-    assert "example was not asked what it has (the engine `example` is not installed)" in report["notes"][0]
+    assert "example did not describe the base (the engine `example` is not installed)" in report["notes"][0]
     done = call(site, "trace", padded, "--engine", "example", "--model", llama)
     assert done.returncode == 2
     assert "pip install lora-probe-example" in done.stderr

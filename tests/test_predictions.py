@@ -19,11 +19,11 @@ from lora_probe.ledger import Ledger, Row
 from lora_probe.names import Key
 
 LIMIT = {"max_lora_rank": 16}
-"""What the shared engine was started with."""
+"""The options of the shared engine."""
 
 
 def outcome(row: Row) -> str:
-    """What became of a module, as far as files decide: where a run measured no more, `placed` is the end."""
+    """The fate of a module as far as files decide it: if a run measured nothing later, `placed` is the last station."""
     if row.fate != "unknown":
         return row.fate
     return {"ok": "took effect", "unknown": "unknown"}.get(row.stations["placed"].value, "lost")

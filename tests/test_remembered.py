@@ -1,4 +1,4 @@
-"""Remembered answers of engines: what decides an answer decides its key, and only what was written is believed."""
+"""Cached answers of engines: everything that an answer depends on is in its key, and changed files are not used."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_what_decides_an_answer_decides_its_key(base: Base, tmp_path: Path, monk
 
 
 def test_a_long_config_decides_by_its_content(base: Base) -> None:
-    """Not by its size, which two configs can share."""
+    """Not by its size, which can be the same for two configs."""
     config = base.path / "config.json"
     text = config.read_text()
     keys = set()

@@ -18,7 +18,7 @@ import lora_probe
 from lora_probe import check
 from lora_probe.adapter import open_config
 from lora_probe.base import open_base
-from lora_probe.errors import MissingModel, NotLora, UnreadableFile
+from lora_probe.errors import ModelNotFound, NotLora, UnreadableFile
 from lora_probe.ledger import OK, STATIONS, clauses, headline
 from lora_probe.recording import Load, ModuleRecord, TraceWriter, open_trace
 from lora_probe.rules import AdapterFinding, Diagnostic, all_rules, family_of, rule, survey
@@ -212,11 +212,11 @@ def test_an_error_of_reading_carries_where_it_is(tmp_path: Path) -> None:
 
 
 def test_a_missing_model_has_an_error_of_its_own(tmp_path: Path) -> None:
-    with pytest.raises(MissingModel):
+    with pytest.raises(ModelNotFound):
         open_base("nobody/nothing")
     with pytest.raises(UnreadableFile) as caught:
         open_base(str(tmp_path))
-    assert not isinstance(caught.value, MissingModel)
+    assert not isinstance(caught.value, ModelNotFound)
     for name, words in (("nobody/nothing", "is not here"), (str(tmp_path), "cannot be read")):
         folder = adapter(tmp_path / words, {"base_model_name_or_path": name})
         assert any(words in note for note in check(folder).notes)

@@ -18,7 +18,7 @@ from test_predictions import LIMIT, assert_predicted, errors
 from written import write_base
 
 from lora_probe import check
-from lora_probe.checking.check import mending_of
+from lora_probe.checking.check import fix_for
 from lora_probe.errors import ProbeError
 from lora_probe.rules import all_rules
 
@@ -442,9 +442,9 @@ def test_names_on_a_multimodal_model(on_multimodal: dict[str, Path], paligemma: 
     # The vision tower has layers of the same numbers and projections: the file's beginning is decided once for all.
     (said,) = [one for one in text.diagnostics if one.code == "LP302"]
     assert len(said.modules) == 3 * LAYERS
-    mended = mending_of(on_multimodal["text"], str(paligemma))
-    assert len(mended.renamed) == 6 * LAYERS
-    assert all("model.language_model.layers" in new for new in mended.renamed.values())
+    fix = fix_for(on_multimodal["text"], str(paligemma))
+    assert len(fix.renamed) == 6 * LAYERS
+    assert all("model.language_model.layers" in new for new in fix.renamed.values())
     newer = check(on_multimodal["text"], model=str(paligemma), vllm_version="0.33")
     assert newer.ledgers["vllm"].count("took effect") == 3 * LAYERS
     assert {"LP302", "LP410"} <= errors(newer)
@@ -476,7 +476,7 @@ def test_an_expression_without_an_end_is_a_finding(field: str, adapter: Path, ll
     endless = r"(?:[a-z]+|\w+|[\w.]+)+[A-Z]"
     report = check(edited(adapter, tmp_path / "a", config=lambda raw: raw | {field: endless}), model=str(llama))
     assert codes(report) == {"LP101"}
-    assert "does not come to an end" in report.diagnostics[0].message
+    assert "takes more than 1 s on one module name" in report.diagnostics[0].message
 
 
 @pytest.mark.parametrize("options", [{"max_lora_rank": 17}, {"max_lora_rank": 0}, {"max_lora_rnk": 16}])
@@ -495,7 +495,7 @@ def test_a_field_that_vllm_never_reads_is_pefts_alone(adapter: Path, llama: Path
 
 
 def record_peft_refusal(adapter: Path, base: Path) -> str:
-    """PEFT's own words on an adapter that cannot be opened here."""
+    """PEFT's own message about an adapter that lora-probe cannot open."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 

@@ -30,11 +30,11 @@ def test_a_module_by_the_end_of_its_path(adapter: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "message", "hint"),
     [
-        ("q_proj", "`q_proj` is the end of 3 modules", "say which: model.layers.0.self_attn.q_proj, model.layers.1."),
-        ("1.self_attn.o_proj", "no module in", "the closest: model.layers.1.self_attn."),
-        ("f_attn.q_proj", "no module in", "the closest: model.layers."),
+        ("q_proj", "`q_proj` matches 3 modules", "pass one of: model.layers.0.self_attn.q_proj, model.layers.1."),
+        ("1.self_attn.o_proj", "no module in", "try one of: model.layers.1.self_attn."),
+        ("f_attn.q_proj", "no module in", "try one of: model.layers."),
         ("", "no module in", ""),
-        ("\x1b[31mq" + "x" * 500, r"ends in `\x1b[31mqxxx", "the closest"),
+        ("\x1b[31mq" + "x" * 500, r"ends in `\x1b[31mqxxx", "try one of"),
     ],
 )
 def test_no_module_and_several(adapter: Path, name: str, message: str, hint: str) -> None:
@@ -62,7 +62,7 @@ def test_fused_experts_are_named_by_their_parameter(tmp_path: Path) -> None:
     found = inspect(tmp_path)
     assert find(found, "experts.down_proj").parameter == "down_proj"
     assert find(found, "0.mlp.experts.gate_up_proj").parameter == "gate_up_proj"
-    with pytest.raises(ProbeError, match="the end of 2 modules"):
+    with pytest.raises(ProbeError, match="matches 2 modules"):
         find(found, "mlp.experts")
 
 
@@ -98,7 +98,7 @@ def test_text_and_json(adapter: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert len(module["singular_values"]) == 8
     assert [len(values["corner"]) for values in module["values"]] == [4, 4]
     assert main(["inspect", str(adapter), "--module", "q_proj"]) == 2
-    assert "say which" in capsys.readouterr().err
+    assert "pass one of" in capsys.readouterr().err
 
 
 def test_what_is_no_number_and_what_is_missing(

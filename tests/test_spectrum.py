@@ -1,4 +1,4 @@
-"""The low-rank arithmetic against the plain one."""
+"""The low-rank arithmetic against numpy's SVD."""
 
 from __future__ import annotations
 

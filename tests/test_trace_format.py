@@ -1,4 +1,4 @@
-"""The trace on disk: written, cut off anywhere, read again."""
+"""The trace on disk: written, truncated anywhere, read again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each engine says that it has for a base, held against the live model and the running engine."""
+"""Each engine's description of a base model, compared with the live model and the running engine."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def models(tmp_path_factory: pytest.TempPathFactory, llama: Path, qwen2: Path) -
 
 @pytest.fixture(scope="session")
 def asked(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Views, Path, Path]:
-    """Both engines asked as `check` asks them, of a folder that holds config.json alone. And the cache it left."""
+    """Descriptions by both engines, as `check` requests them, of a folder with only config.json, and their cache."""
     folder, cache = tmp_path_factory.mktemp("asked"), tmp_path_factory.mktemp("cache")
     _variables.update(variables_of_vllm())
     base = only_config(llama, folder / "llama")
@@ -63,7 +63,7 @@ def ask_peft(folder: Path, task: str = TASK) -> EngineView:
 
 
 def ask_vllm(folder: Path) -> EngineView:
-    """In this process, beside the shared engine."""
+    """In this process, next to the shared engine."""
     from lora_probe_vllm.engine import VllmEngine
 
     return VllmEngine().describe(open_base(str(folder)), TASK)
@@ -348,8 +348,7 @@ def test_headers_stand_in_for_an_engine(models: dict[str, Path], tmp_path: Path)
     assert view is not None
     assert view.source == "headers"
     assert (
-        view.notes[0]
-        == "vllm was not asked what it has (because): names and shapes are from the headers of the base's files"
+        view.notes[0] == "vllm did not describe the base (because); names and shapes are from the headers of its files"
     )
     assert view.modules["model.layers.0.self_attn.k_proj"].packed
     assert view.modules["model.layers.0.self_attn.k_proj"].shape == (64, 128)

@@ -1,4 +1,4 @@
-"""The vLLM engine with the probe in it, against PEFT and against damage made on purpose. One engine for all."""
+"""The vLLM engine with the probe in it, compared with PEFT and tested with deliberate damage. One engine for all."""
 
 from __future__ import annotations
 
@@ -392,7 +392,7 @@ def test_keys_without_the_prefix_are_taken_by_vllm(engine: SharedEngine, adapter
 def test_a_layer_that_goes_round_the_stand_in_is_unknown_not_lost(
     engine: SharedEngine, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As fully sharded layers do: they call the kernels themselves."""
+    """Like fully sharded layers, which call the kernels themselves."""
     from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 
     def around(self: Any, x: Any, output: Any) -> Any:

@@ -36,7 +36,7 @@ def test_the_plugin_was_not_loaded(adapter: Path, tmp_path: Path) -> None:
 
 
 def test_engine_and_worker_in_their_own_processes(qwen2: Path, tmp_path: Path) -> None:
-    """Qwen2, all projections, bfloat16, standard output that must hold JSON alone."""
+    """Qwen2, all projections, bfloat16; standard output must contain only JSON."""
     wide = save_adapter(tmp_path / "wide", qwen2, target_modules="all-linear", r=4, lora_alpha=6)
     more = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "LORA_PROBE_KEEP": "events"}
     run = trace(wide, tmp_path / "run.lptrace", "--dtype", "bfloat16", "--format", "json", **more)
@@ -68,7 +68,7 @@ def test_two_tensor_parallel_ranks(qwen2: Path, tmp_path: Path) -> None:
 
 
 def test_a_pair_that_is_too_large_is_a_refusal(adapter: Path, tmp_path: Path) -> None:
-    """It dies while the slot is filled, and leaves the adapter half registered: not for a shared engine."""
+    """The engine dies while the slot is filled, with a half registered adapter, so it cannot be shared."""
     name = "base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"
     large = edited(adapter, tmp_path / "large", lambda t: t | {name: np.tile(t[name], (2, 1))})
     run = trace(large, tmp_path / "run.lptrace", "--dtype", "float32")
@@ -199,7 +199,7 @@ assert set(dir(seams.worker)) == names
 
 
 def test_patches_are_taken_back() -> None:
-    """In a process of its own: the shared engine's worker carries the probe."""
+    """In a separate process, because the shared engine's worker contains the probe."""
     run = subprocess.run([sys.executable, "-c", PATCHES], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-2000:]
 

@@ -1,4 +1,4 @@
-"""An adapter folder, as it lies on disk.
+"""An adapter folder on disk.
 
 In: a path. Out: an `Adapter` with its config and its pairs of tensors, and what follows from them without an engine:
 the modules that it targets and the spectrum of every ΔW.

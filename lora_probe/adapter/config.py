@@ -17,7 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lora_probe.adapter.not_peft import foreign
+from lora_probe.adapter.not_peft import not_peft
 from lora_probe.adapter.pattern_index import PatternIndex, ending, is_word, plain_pattern
 from lora_probe.adapter.targets import Targets, numbering, saving
 from lora_probe.adapter.variants import initialisation, variants_of
@@ -147,7 +147,7 @@ def open_config(path: Path) -> AdapterConfig:
     step("checking the fields", path)
     occurrences = top_level(text)
     source = _Source(path, raw, dict(occurrences))
-    if (other := foreign(raw)) is not None:
+    if (other := not_peft(raw)) is not None:
         line = source.lines.get(other.key) if other.key else None
         raise NotLora(f"`{path}` {other.what}", other.hint, line=line, key=other.key)
     if _HALF.search(text) and not is_text(json.dumps(raw, ensure_ascii=False)):

@@ -1,7 +1,7 @@
-"""Where an adapter lies: the folder that is meant, and the files of it that loaders read.
+"""Finds an adapter on disk: its folder, and the files in it that loaders read.
 
-In: a path that somebody gave. Out: the folder with `adapter_config.json`, and the file that holds the weights. Where
-weights lie under a name or in a place in which no loader looks, the error says which, and what to rename.
+In: a path. Out: the folder with `adapter_config.json`, and the file with the weights. If the weights have a name or a
+place that no loader looks for, the error names them and says what to rename.
 """
 
 from __future__ import annotations
@@ -16,44 +16,44 @@ from lora_probe.files import shown, storage_of
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PICKLE, VLLM_PICKLE = "adapter_model.bin", "adapter_model.pt"
 LOADED = (WEIGHTS, PICKLE, VLLM_PICKLE)
-"""The names that loaders look for, in their order. PEFT takes the first two, vLLM all three."""
+"""The names that loaders look for, in order. PEFT accepts the first two, vLLM all three."""
 
 _SHARD = re.compile(r"adapter_model-\d+-of-\d+\.(safetensors|bin)|adapter_model\.(safetensors|bin)\.index\.json")
 _COPY = re.compile(r"adapter_model\s*(?:\(\d+\)|- copy|copy)?\s*(?:\(\d+\))?\.(safetensors|bin|pt)", re.IGNORECASE)
 _OTHERS: dict[str, tuple[str, str]] = {
     "adapters.safetensors": (
         "MLX's name",
-        "convert it: MLX stores lora_a and lora_b transposed, renaming is not enough",
+        "convert it; renaming is not enough, because MLX stores lora_a and lora_b transposed",
     ),
-    "adapters.npz": ("MLX's name", "convert it: MLX stores lora_a and lora_b transposed"),
+    "adapters.npz": ("MLX's name", "convert it; MLX stores lora_a and lora_b transposed"),
     "pytorch_lora_weights.safetensors": ("diffusers' name", f"load it with diffusers; PEFT reads {WEIGHTS}"),
     "pytorch_adapter.bin": ("AdapterHub's name", "load it with the adapters library; PEFT reads another format"),
-    "model.safetensors": ("the name of a whole model", "is the model merged already? then serve it by itself"),
-    "pytorch_model.bin": ("the name of a whole model", f"if it holds lora_A and lora_B, rename it to {PICKLE}"),
+    "model.safetensors": ("the name of a whole model", "serve it without an adapter if it is a merged model"),
+    "pytorch_model.bin": ("the name of a whole model", f"rename it to {PICKLE} if it holds lora_A and lora_B"),
 }
 _WEIGHTS_LIKE = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".npz", ".gguf")
 _NOT_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|rng_state.*|scaler|random_states.*)\.(bin|pt|pth)")
 
 
 def find_checkpoint(path: Path) -> tuple[Path, tuple[str, ...]]:
-    """The adapter folder that `path` stands for, and a note where a choice was made.
+    """The adapter folder that `path` refers to, and a note if there was a choice.
 
     Raises:
-        UnreadableFile: it is none, with what it is instead.
+        UnreadableFile: it is not an adapter folder; the message says what it is instead.
     """
     try:
         return _find(path)
-    # A path too long, a NUL in it, a folder that may not be entered.
+    # The path is too long, contains a NUL, or leads into a folder without permission.
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or error
-        raise UnreadableFile(f"cannot look at `{shown(str(path), 300)}`: {why}") from error
+        raise UnreadableFile(f"cannot read `{shown(str(path), 300)}`: {why}") from error
 
 
 def _find(path: Path) -> tuple[Path, tuple[str, ...]]:
     if not path.exists():
-        raise UnreadableFile(f"there is no folder `{path}`", "give the folder that holds adapter_config.json")
+        raise UnreadableFile(f"folder `{path}` does not exist", "pass the folder with adapter_config.json")
     if not path.is_dir():
-        raise UnreadableFile(f"`{path}` is a file, not an adapter folder", f"give its folder: `{path.parent}`")
+        raise UnreadableFile(f"`{path}` is a file, not an adapter folder", f"pass its folder: `{path.parent}`")
     if (path / CONFIG).exists() or (path / CONFIG).is_symlink():
         return path, ()
     entries = listed(path)
@@ -64,7 +64,7 @@ def _find(path: Path) -> tuple[Path, tuple[str, ...]]:
     )
     if checkpoints:
         names = ", ".join(entry.name for entry in checkpoints)
-        return checkpoints[-1], (f"`{path}` holds {names}; this is the last, {checkpoints[-1].name}",)
+        return checkpoints[-1], (f"`{path}` holds {names}; using the last, {checkpoints[-1].name}",)
     raise _no_config(path, folders, [entry.name for entry in entries])
 
 
@@ -72,22 +72,22 @@ def _no_config(path: Path, folders: list[Path], names: list[str]) -> UnreadableF
     if folders:
         which = _several([folder.name for folder in folders])
         return UnreadableFile(
-            f"`{path}` holds no {CONFIG}: it is not an adapter folder, {which} in it {_are(folders)}",
-            f"try `{folders[0]}`",
+            f"`{path}` is not an adapter folder: {CONFIG} is not in it but in {which}",
+            f"pass `{folders[0]}`",
         )
     weights = [name for name in names if name in LOADED or _SHARD.fullmatch(name) or _COPY.fullmatch(name)]
     if weights:
         return UnreadableFile(
-            f"`{path}` holds no {CONFIG} beside {_several(weights)}: rank, scaling and targets are in no other file",
-            f"copy {CONFIG} from where the adapter was trained; PEFT's save_pretrained writes both",
+            f"`{path}` holds {_several(weights)} but no {CONFIG}, the only file with rank, scaling and targets",
+            f"copy {CONFIG} from the training output; PEFT's save_pretrained writes both files",
         )
     if "config.json" in names:
         return UnreadableFile(
-            f"`{path}` holds no {CONFIG}: it is not an adapter folder but a model's",
-            "give the folder that PEFT's save_pretrained wrote; the model is --model",
+            f"`{path}` is the folder of a model, not of an adapter: it has a config.json and no {CONFIG}",
+            "pass the folder that PEFT's save_pretrained wrote, and the model with --model",
         )
-    hint = "give the folder that PEFT's save_pretrained wrote"
-    return UnreadableFile(f"`{path}` holds no {CONFIG}: it is not an adapter folder", hint)
+    hint = "pass the folder that PEFT's save_pretrained wrote"
+    return UnreadableFile(f"`{path}` is not an adapter folder: it has no {CONFIG}", hint)
 
 
 def listed(folder: Path) -> list[Path]:
@@ -98,7 +98,7 @@ def listed(folder: Path) -> list[Path]:
 
 
 def inside(folder: Path, name: str) -> Path:
-    """`folder/name`, refused when a symbolic link leads out of the folder's own storage, or nowhere.
+    """`folder/name`, unless it is a symbolic link that leads nowhere or out of the folder's storage.
 
     A Hugging Face cache links `snapshots/<commit>/<file>` to `blobs/` of the same repository: that is inside.
     """
@@ -106,95 +106,85 @@ def inside(folder: Path, name: str) -> Path:
     if not path.is_symlink():
         return path
     try:
-        target, home = path.resolve(), folder.resolve()
-    # Python says RuntimeError where a link leads in a circle.
+        target, resolved = path.resolve(), folder.resolve()
+    # Python raises RuntimeError for a cycle of links.
     except (OSError, RuntimeError) as error:
-        why = getattr(error, "strerror", None) or "a circle of links"
+        why = getattr(error, "strerror", None) or "a cycle of links"
         raise UnreadableFile(
-            f"`{path}` is a symbolic link that leads nowhere: {why}", "put the file itself in its place"
+            f"`{path}` is a symbolic link that leads nowhere: {why}", "replace it with the file itself"
         ) from error
-    if not target.is_relative_to(storage_of(home)):
+    if not target.is_relative_to(storage_of(resolved)):
         raise UnreadableFile(
             f"`{path}` is a symbolic link that leads out of its folder, to `{target}`",
             "copy the file into the folder if you trust it",
         )
     if not path.exists():
         raise UnreadableFile(
-            f"`{path}` is a symbolic link to `{target}`, which is not there",
-            "put the file itself in its place, or download it again",
+            f"`{path}` is a symbolic link to `{target}`, which does not exist",
+            "replace it with the file itself, or download it again",
         )
     return path
 
 
 def weights_path(folder: Path) -> tuple[Path, tuple[str, ...]]:
-    """The file that loaders read the weights from, and what is to be noted about the choice.
+    """The file from which loaders read the weights, and notes about the choice.
 
     Raises:
-        MissingWeights: there is none under a name that a loader knows, with what lies there instead.
+        MissingWeights: no file has a name that loaders look for; the message says what is there instead.
         UnreadableFile: it is a symbolic link out of the folder.
     """
-    there = [name for name in LOADED if os.path.lexists(folder / name)]
-    if not there:
+    names = [name for name in LOADED if os.path.lexists(folder / name)]
+    if not names:
         raise _missing(folder, [entry for entry in listed(folder) if entry.name != CONFIG])
-    path, rest = inside(folder, there[0]), there[1:]
+    path, rest = inside(folder, names[0]), names[1:]
     notes = []
-    if there[0] == VLLM_PICKLE:
-        notes.append(f"{VLLM_PICKLE} is read by vLLM alone: PEFT looks for {WEIGHTS} and {PICKLE}")
+    if names[0] == VLLM_PICKLE:
+        notes.append(f"only vLLM reads {VLLM_PICKLE}; PEFT looks for {WEIGHTS} and {PICKLE}")
     if rest:
-        notes.append(
-            f"{_several(rest)} {'lies' if len(rest) == 1 else 'lie'} beside {there[0]}, and no loader reads it"
-        )
+        notes.append(f"{_several(rest)} {'is' if len(rest) == 1 else 'are'} ignored: loaders read {names[0]} first")
     return path, tuple(notes)
 
 
 def _missing(folder: Path, entries: list[Path]) -> MissingWeights:
     names = [entry.name for entry in entries]
-    say = f"`{folder}` holds {CONFIG} and no {WEIGHTS}"
-    homes = [entry for entry in entries if entry.is_dir() and any(os.path.lexists(entry / name) for name in LOADED)]
-    if homes:
-        whose = [home.name for home in homes]
+    start = f"`{folder}` holds {CONFIG} but no {WEIGHTS}"
+    folders = [entry for entry in entries if entry.is_dir() and any(os.path.lexists(entry / name) for name in LOADED)]
+    if folders:
         return MissingWeights(
-            f"{say}: the weights are in the sub-folder {_several(whose)}, where no loader looks",
-            f"give `{homes[0]}`"
-            if (homes[0] / CONFIG).exists()
-            else f"move the weights out of `{homes[0]}`; PEFT saves an adapter that is not called `default` there",
+            f"{start}: the weights are in the subfolder {_several([sub.name for sub in folders])}, "
+            "where no loader looks",
+            f"pass `{folders[0]}`"
+            if (folders[0] / CONFIG).exists()
+            else f"move the weights out of `{folders[0]}`; PEFT saves adapters with a name other than `default` there",
         )
     if shards := [name for name in names if _SHARD.fullmatch(name)]:
         return MissingWeights(
-            f"{say}: the weights are in shards ({_several(shards)}), and no loader takes an adapter in shards",
-            f"join their tensors in one file, {WEIGHTS}"
+            f"{start}: the weights are in shards ({_several(shards)}), and no loader accepts a sharded adapter",
+            f"merge their tensors into one file, {WEIGHTS}"
             if len([name for name in shards if not name.endswith(".json")]) != 1
             else f"rename it to adapter_model{Path(shards[0]).suffix}",
         )
     if copies := [name for name in names if _COPY.fullmatch(name)]:
         suffix = Path(copies[0]).suffix.lower()
         return MissingWeights(
-            f"{say}: {_several(copies)} is a name that a browser or a copy gave, and no loader looks for it",
+            f"{start}: no loader looks for {_several(copies)}, named like a duplicate download or a copy",
             f"rename it to adapter_model{suffix}"
-            + (f"; of the {len(copies)} copies, look which one is meant" if len(copies) > 1 else ""),
+            + (f"; there are {len(copies)} copies, check which one is right" if len(copies) > 1 else ""),
         )
-    for name, (whose_name, hint) in _OTHERS.items():
+    for name, (origin, hint) in _OTHERS.items():
         if name in names:
-            return MissingWeights(
-                f"{say}: {name}, {whose_name}, is not looked for by any loader of PEFT adapters", hint
-            )
+            return MissingWeights(f"{start}: no loader of PEFT adapters looks for {name}, {origin}", hint)
     others = [name for name in names if name.endswith(_WEIGHTS_LIKE) and not _NOT_WEIGHTS.fullmatch(name)]
     if others:
         like = others[0]
         to = "safetensors" if like.endswith(".safetensors") else "bin"
         return MissingWeights(
-            f"{say}: no loader looks for {_several(others)}",
-            f"if {shown(like)} holds the adapter, rename it to adapter_model.{to}",
+            f"{start}: no loader looks for {_several(others)}",
+            f"rename {shown(like)} to adapter_model.{to} if it holds the adapter",
         )
-    return MissingWeights(
-        f"{say}, nor anything else that could be weights", "was the save or the download cut short? save it again"
-    )
+    return MissingWeights(f"{start} and no other file that could be weights", "save or download the adapter again")
 
 
 def _several(names: list[str]) -> str:
     head = ", ".join(shown(name) for name in names[:4])
     return head if len(names) <= 4 else f"{head} and {len(names) - 4} more"
-
-
-def _are(folders: list[Path]) -> str:
-    return "is one" if len(folders) == 1 else "are"

@@ -1,7 +1,7 @@
-"""One module of an adapter, looked at closely.
+"""One module of an adapter, in detail.
 
-In: an adapter, and the end of a module's path as somebody writes it. Out: the module that is meant, or an error that
-names the candidates; and what its values say: singular values of s·B·A, norms and a corner of A and B.
+In: an adapter, and the end of a module's path. Out: the matching module, or an error that lists the candidates; and
+facts about its values: singular values of s·B·A, norms, and a corner of A and B.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from lora_probe.files.weights import TensorHeader
 from lora_probe.names import PREFIX
 
 CORNER = (4, 6)
-"""Rows and columns of a tensor that are shown."""
+"""How many rows and columns of a tensor are shown."""
 _CANDIDATES = 8
 _HALVES = (".weight", ".lora_A", ".lora_B", ".lora_embedding_A", ".lora_embedding_B")
 
 
 @dataclass(frozen=True)
 class TensorValues:
-    """What the values of one tensor say; `why` they say nothing (integers, absurdly many)."""
+    """Norm and corner of one tensor; `why` they are missing (not floats, or too many values)."""
 
     tensor: TensorHeader
     norm: float | None
@@ -36,8 +36,8 @@ class TensorValues:
 
 
 @dataclass(frozen=True)
-class Selected:
-    """One module with its values. `tensors`: A, B and the extras; `spectrum` is None where A and B are no pair."""
+class OneModule:
+    """One module with its values. `tensors`: A, B and the extras; `spectrum` is None if A and B are not a pair."""
 
     adapter: Adapter
     module: AdapterModule
@@ -45,15 +45,15 @@ class Selected:
     spectrum: Spectrum | None
 
 
-def select(adapter: Adapter, name: str) -> Selected:
-    """The module that `name` means, with its values.
+def select(adapter: Adapter, name: str) -> OneModule:
+    """The module that matches `name`, with its values.
 
     Raises:
         ProbeError: no module ends in `name`, or several do.
     """
     module = find(adapter, name)
     tensors = tuple(_values(adapter, tensor) for tensor in module.tensors)
-    return Selected(adapter, module, tensors, pair_spectrum(adapter, module))
+    return OneModule(adapter, module, tensors, pair_spectrum(adapter, module))
 
 
 def find(adapter: Adapter, name: str) -> AdapterModule:
@@ -64,37 +64,37 @@ def find(adapter: Adapter, name: str) -> AdapterModule:
     named = {path: module for module in adapter.modules for path in _paths(module)}
     exact = [module for module in adapter.modules if wanted in _paths(module)]
     ends = [module for module in adapter.modules if any(path.endswith(f".{wanted}") for path in _paths(module))]
-    for found in (exact, ends):
-        if len(found) == 1 and wanted:
-            return found[0]
-        if found and wanted:
+    for matches in (exact, ends):
+        if len(matches) == 1 and wanted:
+            return matches[0]
+        if matches and wanted:
             raise ProbeError(
-                f"`{shown(name)}` is the end of {len(found)} modules in `{adapter.path}`", _list(found, "say which")
+                f"`{shown(name)}` matches {len(matches)} modules in `{adapter.path}`", _list(matches, "pass one of")
             )
     if not adapter.modules:
         raise ProbeError(
-            f"`{adapter.path}` holds no module with lora_A or lora_B", f"lora-probe inspect {adapter.path}"
+            f"`{adapter.path}` holds no module with lora_A or lora_B", f"run lora-probe inspect {adapter.path}"
         )
     if whole := [other for other in adapter.others if _same(other.tensor.name, wanted)]:
         raise ProbeError(
             f"`{shown(name)}` is in `{adapter.path}`, but not as lora_A and lora_B: {whole[0].what}",
-            f"lora-probe inspect {adapter.path}",
+            f"run lora-probe inspect {adapter.path}",
         )
     last = wanted.rpartition(".")[2]
     alike = [path for path in named if path.endswith(f".{last}")] or list(named)
     close = difflib.get_close_matches(wanted[:200], [path[:200] for path in alike[:5000]], _CANDIDATES, 0.0)
-    matches = [named[path] for path in close if path in named]
-    raise ProbeError(f"no module in `{adapter.path}` ends in `{shown(name)}`", _list(matches, "the closest"))
+    closest = [named[path] for path in close if path in named]
+    raise ProbeError(f"no module in `{adapter.path}` ends in `{shown(name)}`", _list(closest, "try one of"))
 
 
 def _paths(module: AdapterModule) -> tuple[str, ...]:
-    """What a module may be called: fused experts by their parameter as well."""
+    """The names of a module that are accepted: for fused experts also that of their parameter."""
     names = (label(module), module.stored_as) if module.parameter != "weight" else (module.module, module.stored_as)
     return tuple(dict.fromkeys((*names, module.module)))
 
 
 def label(module: AdapterModule) -> str:
-    """The path of a module, with its parameter where that is not the weight."""
+    """The path of a module, with its parameter if that is not the weight."""
     return module.module if module.parameter == "weight" else f"{module.module}.{module.parameter}"
 
 

@@ -1,8 +1,8 @@
-"""Names and patterns of a config, looked up rather than tried one after the other.
+"""Names and patterns of a config, looked up instead of tried one after the other.
 
-In: the keys of `rank_pattern` or `alpha_pattern`, in their order. Out: a `PatternIndex` with the key that PEFT's
-`get_pattern_key` takes for a module, and the keys that match none. A config may hold a hundred thousand names, and
-most are plain: no operator but a dot, which stands for any character, and `^` at the beginning.
+In: the keys of `rank_pattern` or `alpha_pattern`, in order. Out: a `PatternIndex` with the key that PEFT's
+`get_pattern_key` returns for a module, and the keys that match none. A config may hold a hundred thousand names, most
+of them plain: no operator but a dot, which matches any character, and `^` at the beginning.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from lora_probe.errors import TooLarge
 from lora_probe.files.regexes import Expressions
 
 MOST_CHARACTERS = 200_000_000
-"""Characters that are compared to find plain patterns with dots; a table with a path for each of 140,000 experts takes
-a fifth of it."""
+"""Limit for the characters compared to find plain patterns with dots; a table with a path for each of 140,000 experts
+needs a fifth of it."""
 
 _ORDINARY = r"[^\\^$*+?{}\[\]|()\n]"
 _ESCAPED = r"\\[!-/:-@\[-`{-~]"
@@ -27,8 +27,8 @@ _WORD = re.compile(r"[^\\^$*+?{}\[\]|()\n.]*")
 
 @dataclass(frozen=True, slots=True)
 class PlainPattern:
-    """A pattern without operators. `dots` are the places in `text` at which any character may stand; with `whole` it
-    matches a whole path, else an end of it as well."""
+    """A pattern without operators. `dots` are the positions in `text` that match any character. With `whole` it matches
+    only a whole path, otherwise also the end of one."""
 
     text: str
     dots: tuple[int, ...]
@@ -36,18 +36,18 @@ class PlainPattern:
 
 
 def plain_pattern(pattern: str) -> PlainPattern | None:
-    """The pattern as a plain one; None for an expression."""
-    found = _PLAIN.fullmatch(pattern)
-    if found is None:
+    """The pattern as a `PlainPattern`; None for an expression with operators."""
+    match = _PLAIN.fullmatch(pattern)
+    if match is None:
         return None
-    text = found[2]
+    text = match[2]
     pieces: Sequence[str] = [piece[0] for piece in _PIECE.finditer(text)] if "\\" in text else text
     dots = tuple(place for place, piece in enumerate(pieces) if piece == ".")
-    return PlainPattern("".join(piece[-1] for piece in pieces), dots, bool(found[1]))
+    return PlainPattern("".join(piece[-1] for piece in pieces), dots, bool(match[1]))
 
 
 def is_word(pattern: str) -> bool:
-    """Whether an expression is a name that can be one part of a path, without operators and dots."""
+    """Whether an expression is a single part of a path, without operators and dots."""
     return _WORD.fullmatch(pattern) is not None
 
 
@@ -61,7 +61,7 @@ def ends(path: str) -> Iterator[str]:
 
 
 def beginnings(path: str) -> Iterator[str]:
-    """What stands before each dot: `a.b`, `a` of `a.b.c`."""
+    """The path up to each dot: `a.b` and `a` for `a.b.c`."""
     end = path.rfind(".")
     while end >= 0:
         yield path[:end]
@@ -69,19 +69,19 @@ def beginnings(path: str) -> Iterator[str]:
 
 
 def parts(path: str) -> list[str]:
-    """The parts of a path that `(^|.*\\.)part($|\\..*)` matches: a dot of an expression stands for no newline, so that
-    nothing behind one is a part, and what stands before one only where the path ends with it."""
+    """The parts of a path that `(^|.*\\.)part($|\\..*)` matches. A dot does not match a newline, so nothing after a
+    newline is a part, and the text right before it is one only if the path ends there."""
     head, newline, rest = path.partition("\n")
-    found = head.split(".")
-    return found[:-1] if newline and rest else found
+    names = head.split(".")
+    return names[:-1] if newline and rest else names
 
 
 _Table = dict[int, dict[tuple[int, ...], dict[str, int]]]
-"""Length of a plain pattern, places of its dots, its text -> its place among the patterns."""
+"""Length of a plain pattern -> positions of its dots -> its text -> its place among the patterns."""
 
 
 class PatternIndex:
-    """The keys of one table, and the modules that were looked up in it."""
+    """The keys of one table, and the results of earlier lookups."""
 
     def __init__(self, field: str, patterns: Collection[str], expressions: Expressions) -> None:
         self._field, self._patterns, self._expressions = field, tuple(patterns), expressions
@@ -137,8 +137,8 @@ class PatternIndex:
         return self._patterns[earliest] if earliest < len(self._patterns) else None
 
     def _matching(self, module: str) -> Iterator[int]:
-        """The places of the plain keys that match."""
-        # `$` matches before a newline at the end as well, and a dot matches none.
+        """The places of the matching plain keys."""
+        # `$` also matches before a newline at the end, and a dot does not match a newline.
         path = module.removesuffix("\n")
         if "\n" in path:
             return
@@ -151,9 +151,9 @@ class PatternIndex:
             self._compared += len(text) if dots else 0
             if self._compared > MOST_CHARACTERS:
                 raise TooLarge(
-                    f"`{self._expressions.path}`: the {len(self._patterns):,} keys of `{self._field}` and the names of "
-                    f"the modules take more than {MOST_CHARACTERS:,} comparisons of characters",
-                    "no adapter needs as many keys: write one expression for many modules",
+                    f"`{self._expressions.path}`: matching the {len(self._patterns):,} keys of `{self._field}` with "
+                    f"the module names takes more than {MOST_CHARACTERS:,} comparisons",
+                    "write one expression for many modules; no adapter needs this many keys",
                 )
             order = orders.get(_dotted(text, dots) if dots else text)
             if order is not None:
@@ -161,12 +161,12 @@ class PatternIndex:
 
 
 def ending(pattern: str) -> str:
-    """The expression with which PEFT's `get_pattern_key` looks for a key in a module's path."""
+    """The expression that PEFT's `get_pattern_key` uses to match a key against a module's path."""
     return rf"(.*\.)?({pattern})$"
 
 
 def _dotted(text: str, dots: Iterable[int]) -> str:
-    """The text with a dot at each of these places."""
+    """The text with a dot at each of these positions."""
     characters = list(text)
     for dot in dots:
         characters[dot] = "."

@@ -22,12 +22,12 @@ from lora_probe.files.weights import TensorHeader, WeightsFile, read_chunk, wide
 Array = npt.NDArray[np.float32]
 
 FLOAT32_FLOOR = 1e-3
-"""Gram matrices in float32 give singular values down to this share of the largest; below it float64 is used."""
+"""float32 Gram matrices resolve singular values down to this share of the largest; below it, float64 is used."""
 
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Singular values of s·B·A, largest first, and what follows from them. All of it is NaN for a NaN input."""
+    """Singular values of s·B·A, largest first, with norm and effective rank. All are NaN if A or B is not finite."""
 
     singular: npt.NDArray[np.float64]
     norm: float
@@ -55,7 +55,7 @@ def spectrum(a: Array, b: Array, scaling: float) -> Spectrum:
 
 
 def spectrum_of_grams(gram_a: npt.NDArray[np.float64], gram_b: npt.NDArray[np.float64], scaling: float) -> Spectrum:
-    """The spectrum from `A·Aᵀ` and `Bᵀ·B`, both `[r, r]`, where A and B themselves are not at hand."""
+    """The spectrum from `A·Aᵀ` and `Bᵀ·B`, both `[r, r]`, without A and B themselves."""
     singular = _of_grams(gram_a, gram_b) * abs(scaling)
     return Spectrum(singular, float(np.sqrt(np.square(singular).sum())), effective_rank(singular))
 
@@ -66,9 +66,9 @@ def _singular(a: npt.NDArray[np.floating], b: npt.NDArray[np.floating]) -> npt.N
         if rank > least:
             # An r×r matrix would be larger than A and B; their product is smaller than the larger of them.
             product = b.astype(np.float64) @ a
-            found = np.zeros(rank)
-            found[:least] = _roots(product @ product.T if b.shape[0] == least else product.T @ product)
-            return found
+            singular = np.zeros(rank)
+            singular[:least] = _roots(product @ product.T if b.shape[0] == least else product.T @ product)
+            return singular
         return _of_grams((a @ a.T).astype(np.float64), (b.T @ b).astype(np.float64))
 
 
@@ -82,13 +82,13 @@ def _of_grams(gram_a: npt.NDArray[np.float64], gram_b: npt.NDArray[np.float64]) 
 
 
 def _roots(squares: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """The roots of the eigenvalues of a Gram matrix, largest first."""
+    """The square roots of the eigenvalues of a Gram matrix, largest first."""
     result: npt.NDArray[np.float64] = np.sqrt(np.linalg.eigvalsh(squares).clip(0))[::-1]
     return result
 
 
 def effective_rank(singular: npt.NDArray[np.float64]) -> float:
-    """exp(entropy) of the singular values taken as shares; 0 where all are zero."""
+    """exp(entropy) of the singular values as shares of their sum; 0 if all are zero."""
     total = singular.sum()
     if not total > 0:
         return 0.0
@@ -113,15 +113,15 @@ def delta_norms(shrink: npt.NDArray[np.float32], g: npt.NDArray[np.float32]) -> 
 Double = npt.NDArray[np.float64]
 
 LARGE = 2**24
-"""Values of A and B together that are held at once: 64 MiB as float32. Real pairs are smaller by far."""
+"""Most values of A and B together that are in memory at once: 64 MiB as float32. Real pairs are far smaller."""
 BLOCK = 2**20
 """Values of a block."""
 MOST_RANK = 4096
-"""A rank whose Gram matrices still fit: 128 MiB each."""
+"""The highest rank whose Gram matrices are computed: 128 MiB each."""
 
 
 def spectrum_in_blocks(file: WeightsFile, a: TensorHeader, b: TensorHeader, scaling: float) -> Spectrum | None:
-    """`a: [r, in]`, `b: [out, r]`. None where the rank is absurd."""
+    """The spectrum of `a: [r, in]`, `b: [out, r]`, read in blocks. None above MOST_RANK."""
     rank = a.shape[0]
     if rank > MOST_RANK:
         return None
@@ -135,7 +135,7 @@ def spectrum_in_blocks(file: WeightsFile, a: TensorHeader, b: TensorHeader, scal
 
 
 def _columns(file: WeightsFile, tensor: TensorHeader) -> Iterator[Double]:
-    """Blocks `[rows, some columns]` of a matrix that lies row by row."""
+    """Blocks `[rows, some columns]` of a matrix that is stored row by row."""
     rows, columns = tensor.shape
     width = max(1, BLOCK // rows)
     for start in range(0, columns, width):
@@ -154,7 +154,7 @@ def _rows(file: WeightsFile, tensor: TensorHeader) -> Iterator[Double]:
 
 
 def pair_spectrum(adapter: Adapter, pair: AdapterModule) -> Spectrum | None:
-    """None where A and B are no pair of float matrices."""
+    """The spectrum of a pair; None if A and B are not a pair of float matrices."""
     if pair.a is None or pair.b is None or not pair.matrices:
         return None
     step(f"computing ‖ΔW‖ of {shown(pair.stored_as)}", adapter.weights.path)

@@ -1,8 +1,8 @@
-"""Which modules of a base, and which parameters, a config means.
+"""Which modules and parameters of a base model a config targets.
 
-In: the fields of `adapter_config.json` that name modules. Out: `Targets`, which is asked for one name after the other.
-The rules mirror PEFT 0.21: `check_target_module_exists` in `peft/tuners/tuners_utils.py`. A config may hold a hundred
-thousand names, so names are looked up, and only expressions are tried.
+In: the fields of `adapter_config.json` that name modules. Out: `Targets`, which answers for one name at a time. The
+rules mirror PEFT 0.21: `check_target_module_exists` in `peft/tuners/tuners_utils.py`. A config may hold a hundred
+thousand names, so plain names are looked up, and only expressions are tried.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from lora_probe.files.regexes import Expressions
 
 ALL_LINEAR = "all-linear"
 _NOT_IN_ALL_LINEAR = ("lm_head", "embed_tokens", "score", "classifier")
-"""What `all-linear` leaves out."""
+"""Modules that `all-linear` leaves out."""
 _ANY_LAYER = r".*?\.[^.]*\.(?P<idx>\d+)\."
 
 
 class Targets:
-    """What one config targets. A module that was asked for is remembered."""
+    """The targets of one config. Results for modules are cached."""
 
     def __init__(self, raw: Mapping[str, Any], modules: str | tuple[str, ...] | None, expressions: Expressions) -> None:
         self._modules, self._expressions = modules, expressions
@@ -32,33 +32,34 @@ class Targets:
         self._saving = [saving(name) for name in saved if not is_word(name)]
         parameters = raw.get("target_parameters") or ()
         self._parameters = frozenset([parameters] if isinstance(parameters, str) else parameters)
-        self._homes: dict[str, list[str]] = {}
+        self._parameters_by_module: dict[str, list[str]] = {}
         for parameter in parameters:
-            home, _, name = parameter.rpartition(".")
-            self._homes.setdefault(home, []).append(name)
+            module, _, name = parameter.rpartition(".")
+            self._parameters_by_module.setdefault(module, []).append(name)
         layers = raw.get("layers_to_transform")
         self._any_layer = layers is None or layers == []
         self._layers = frozenset([layers] if isinstance(layers, int) else layers or ())
         patterns = raw.get("layers_pattern") or ()
         patterns = [patterns] if isinstance(patterns, str) else patterns
         self._numbering = [numbering(pattern) for pattern in patterns] or [_ANY_LAYER]
-        self._asked: dict[str, bool] = {}
+        self._results: dict[str, bool] = {}
 
     def module(self, name: str) -> bool:
-        """Whether PEFT would adapt a module of this name."""
-        if name not in self._asked:
-            self._asked[name] = self.parameter(f"{name}.weight") or self._is_module(name)
-        return self._asked[name]
+        """Whether PEFT would adapt the module with this name."""
+        if name not in self._results:
+            self._results[name] = self.parameter(f"{name}.weight") or self._is_module(name)
+        return self._results[name]
 
     def parameter(self, path: str) -> bool:
-        """Whether target_parameters names the parameter of this path."""
+        """Whether target_parameters names the parameter with this path."""
         return bool(self._parameters) and not self._parameters.isdisjoint(ends(path))
 
     def parameters_of(self, module: str) -> list[str]:
-        """Parameters of `module` that target_parameters names: all of them, or two of more."""
-        # PEFT takes a bare `down_proj` as well (it writes them itself for `all-linear`): parameters of `experts`.
-        homes = [*filter(None, ends(module)), *([""] if module.rpartition(".")[2] == "experts" else [])]
-        return [name for home in homes if home in self._homes for name in self._homes[home][:2]][:2]
+        """The parameters of `module` that target_parameters names, at most two."""
+        # PEFT also accepts a bare `down_proj` (and writes it for `all-linear`): a parameter of `experts`.
+        paths = [*filter(None, ends(module)), *([""] if module.rpartition(".")[2] == "experts" else [])]
+        named = self._parameters_by_module
+        return [name for path in paths if path in named for name in named[path][:2]][:2]
 
     def _is_module(self, name: str) -> bool:
         if not self._modules or self._is_excluded(name) or self._is_saved(name):
@@ -67,17 +68,17 @@ class Targets:
             return name.rpartition(".")[2] not in _NOT_IN_ALL_LINEAR
         if isinstance(self._modules, str):
             return self._expressions.fullmatch(self._modules, name, "target_modules") is not None
-        # A whole path is meant whatever the layers are.
+        # A whole path is targeted whatever the layers are.
         return name in self._wanted or (not self._wanted.isdisjoint(ends(name)) and self._is_in_layers(name))
 
     def _is_excluded(self, name: str) -> bool:
-        """PEFT's rule: a string is a regular expression for the whole name, a list holds names or their ends."""
+        """PEFT's rule: a string is a regular expression for the whole name; a list holds names or ends of names."""
         if isinstance(self._excluded, str):
             return self._expressions.fullmatch(self._excluded, name, "exclude_modules") is not None
         return bool(self._excluded) and not self._excluded.isdisjoint(ends(name))
 
     def _is_saved(self, name: str) -> bool:
-        """Whether modules_to_save names the module, or one around it."""
+        """Whether modules_to_save names the module, or a module that contains it."""
         if self._saved and not self._saved.isdisjoint(parts(name)):
             return True
         return any(self._expressions.match(expression, name, "modules_to_save") for expression in self._saving)
@@ -86,17 +87,18 @@ class Targets:
         if self._any_layer:
             return True
         for expression in self._numbering:
-            # Python converts no number of thousands of digits.
-            if (found := self._expressions.match(expression, name, "layers_pattern")) and len(found["idx"]) < 20:
-                return int(found["idx"]) in self._layers
+            # Python refuses to convert numbers with thousands of digits.
+            match = self._expressions.match(expression, name, "layers_pattern")
+            if match and len(match["idx"]) < 20:
+                return int(match["idx"]) in self._layers
         return False
 
 
 def saving(name: str) -> str:
-    """The expression with which PEFT looks for a name of modules_to_save in a path."""
+    """The expression that PEFT uses to match a name of modules_to_save against a path."""
     return rf"(^|.*\.){name}($|\..*)"
 
 
 def numbering(layers: str) -> str:
-    """The expression with which PEFT looks for the number behind a name of layers_pattern."""
+    """The expression that PEFT uses to find the layer number after a name of layers_pattern."""
     return rf"(?:^|.*?\.){layers}\.(?P<idx>\d+)\."

@@ -1,8 +1,8 @@
-"""A whole model on disk: every tensor of it, sharded or not, read in blocks of rows.
+"""A whole model on disk: all its tensors, sharded or not, read in chunks of rows.
 
 In: a folder with `model.safetensors`, shards of it, or `pytorch_model.bin` (through torch's weights-only loader). Out:
-a `Checkpoint`. Which files count is decided as transformers decides it: the single safetensors file, then the index of
-its shards, then the same for `.bin`.
+a `Checkpoint`. Files are chosen as transformers does: the single safetensors file, then the index of its shards, then
+the same for `.bin`.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from lora_probe.names import layer_of, ranges
 from lora_probe.precision import STORED
 
 MAX_INDEX = 100_000_000
-"""Bytes of an index; a model of hundreds of experts has one of ten millions."""
+"""Bytes of an index; that of a model with hundreds of experts has 10 MB."""
 MAX_SHARDS = 10_000
-"""Files of one model; the largest known have some hundreds."""
+"""Files of one model; the largest known models have a few hundred."""
 MOST_NAMED = 5
-"""Files that a message names."""
+"""Most files that one message names."""
 SAFETENSORS, PICKLES = ("model", ".safetensors"), ("pytorch_model", ".bin")
 EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "shared")
-"""What transformers' models call the module of the input embeddings."""
+"""transformers' names for the module of the input embeddings."""
 
 _HEAD = re.compile(r"(?:^|\.)(?:(?:lm_head|embed_out|output|score)\.(?:weight|qweight|weight_packed)|classifier\..+)$")
 _SHARD = re.compile(r"-(\d+)-of-(\d+)\.")
@@ -40,7 +40,7 @@ _SHARD = re.compile(r"-(\d+)-of-(\d+)\.")
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of a checkpoint. `read(start, stop, into)` gives these values as they lie in the file."""
+    """One tensor of a checkpoint. `read(start, stop, into)` returns a chunk of its values as stored in the file."""
 
     name: str
     dtype: str
@@ -50,12 +50,12 @@ class StoredTensor:
 
     @property
     def matrix(self) -> tuple[int, int]:
-        """The shape as rows and columns: leading axes are joined, a vector is one row."""
+        """The shape as rows and columns: leading axes are merged, a vector is one row."""
         columns = self.shape[-1] if self.shape else 1
         return int(np.prod(self.shape[:-1], dtype=np.int64)), columns
 
     def rows(self, start: int, stop: int, into: Bytes | None = None) -> Raw:
-        """Rows of the matrix as they lie in the file: `[stop - start, columns]`; in `into` if that is large enough."""
+        """Rows of the matrix as stored: `[stop - start, columns]`; written to `into` if that is large enough."""
         columns = self.matrix[1]
         return self.read(start * columns, stop * columns, into).reshape(stop - start, columns)
 
@@ -81,8 +81,8 @@ class Checkpoint:
     def tied(self) -> bool:
         """Whether output and input embeddings are one tensor.
 
-        A config need not say it, and the default depends on the kind of model (GPT-2 and Gemma: yes, Llama: no). Where
-        it does not, they are one if the files hold input embeddings and no output head.
+        A config may leave it out, and the default depends on the model type (GPT-2 and Gemma: yes, Llama: no). Then
+        they are tied if the files hold input embeddings and no output head.
         """
         for settings in (self.config, self._text):
             if "tie_word_embeddings" in settings:
@@ -98,53 +98,53 @@ class Checkpoint:
 
     @property
     def quantization_config(self) -> Mapping[str, Any] | None:
-        """What the config says of the quantisation: of the whole model, or of the language model in it."""
+        """The config's quantisation settings, for the whole model or for its language model."""
         for settings in (self.config, self._text):
-            if isinstance(found := settings.get("quantization_config"), dict) and found:
-                return found
+            if isinstance(quantization := settings.get("quantization_config"), dict) and quantization:
+                return quantization
         return None
 
     @property
     def quantisation(self) -> str | None:
-        """How the weights are quantised, if they are."""
-        found = self.quantization_config
-        return None if found is None else str(found.get("quant_method", "an unnamed method"))
+        """The quantisation method of the weights, if they are quantised."""
+        settings = self.quantization_config
+        return None if settings is None else str(settings.get("quant_method", "an unnamed method"))
 
 
 def open_checkpoint(name: str | Path, *, role: str = "base model") -> Checkpoint:
-    """Open the weights of a model by folder, or by id where the local cache holds it. `role`: as `find_model` has it.
+    """Open the weights of a model by folder, or by id if it is in the local cache. `role`: as in `find_model`.
 
     Raises:
-        UnreadableFile: no model, no weights in it, a shard that is missing or damaged, with the layers it holds.
-        TooLarge: it has more files, longer names, or more tensors of the same bytes than any model.
+        UnreadableFile: no model, no weights in it, or a missing or damaged shard, with the layers that it holds.
+        TooLarge: more files, longer names, or more tensors of the same bytes than any model has.
     """
     folder = find_model(str(name), role=role)
     files, placed = _files(folder, role)
     expected: dict[str, list[str]] = {}
-    for stored, home in placed.items():
-        expected.setdefault(home, []).append(stored)
+    for stored, file_name in placed.items():
+        expected.setdefault(file_name, []).append(stored)
     tensors: dict[str, StoredTensor] = {}
     for file in files:
         for tensor in _tensors(file, expected.get(file.name, ())):
             if tensor.name in tensors:
                 raise UnreadableFile(
-                    f"`{folder}` holds the tensor `{shown(tensor.name)}` twice: {tensor.file.name} and another"
+                    f"`{folder}` holds the tensor `{shown(tensor.name)}` twice: in {tensor.file.name} and another file"
                 )
             tensors[tensor.name] = tensor
     absent = [tensor for tensor in placed if tensor not in tensors]
     if absent:
         raise UnreadableFile(
-            f"`{folder}`: {placed[absent[0]]} lacks the tensor `{shown(absent[0])}` that the index places in it"
+            f"`{folder}`: {placed[absent[0]]} lacks the tensor `{shown(absent[0])}`, which the index places in it"
             + (f", and {len(absent) - 1} more" if len(absent) > 1 else ""),
             "copy or download the whole folder again",
         )
     if not tensors:
-        raise UnreadableFile(f"`{folder}` holds no tensors", "was the save cut short? save or download the model again")
+        raise UnreadableFile(f"`{folder}` holds no tensors", "save or download the model again")
     return Checkpoint(folder, read_json(folder / "config.json"), tensors)
 
 
 def _files(folder: Path, role: str) -> tuple[list[Path], dict[str, str]]:
-    """The files that hold the weights, and where the index says that each tensor is (empty without one)."""
+    """The files with the weights, and the file of each tensor according to the index (empty without one)."""
     for stem, suffix in (SAFETENSORS, PICKLES):
         whole, index = folder / f"{stem}{suffix}", folder / f"{stem}{suffix}.index.json"
         if whole.exists():
@@ -160,11 +160,11 @@ def _files(folder: Path, role: str) -> tuple[list[Path], dict[str, str]]:
             return shards, {}
     if (folder / "adapter_config.json").exists():
         raise UnreadableFile(
-            f"`{folder}` is an adapter, not a model", f"give the folder of the {role} with {OPTIONS[role]}"
+            f"`{folder}` is an adapter, not a model", f"pass the folder of the {role} with {OPTIONS[role]}"
         )
     raise UnreadableFile(
         f"`{folder}` holds no weights: neither model.safetensors nor pytorch_model.bin, whole or in shards",
-        "was the download or the save cut short?",
+        "save or download the model again",
     )
 
 
@@ -172,9 +172,9 @@ def _index(path: Path) -> dict[str, str]:
     placed = read_json(path, MAX_INDEX).get("weight_map")
     if not isinstance(placed, dict) or not all(isinstance(name, str) for name in placed.values()) or not placed:
         raise UnreadableFile(f"`{path}` has no `weight_map` from tensors to files", "save the model again")
-    wrong = {name: _no_file(path.parent, name) for name in set(placed.values())}
+    wrong = {name: _wrong_file(path.parent, name) for name in set(placed.values())}
     for tensor, name in placed.items():
-        if why := _no_name(tensor) or wrong[name]:
+        if why := _wrong_name(tensor) or wrong[name]:
             raise UnreadableFile(
                 f"`{path}` places the tensor {_shown(tensor)} in the file {_shown(name)}: {why}",
                 "save or download the model again",
@@ -182,41 +182,40 @@ def _index(path: Path) -> dict[str, str]:
     return placed
 
 
-def _no_name(tensor: str) -> str:
-    return "" if tensor and tensor.isprintable() else "that is no name of a tensor"
+def _wrong_name(tensor: str) -> str:
+    return "" if tensor and tensor.isprintable() else "this is not a valid tensor name"
 
 
-def _no_file(folder: Path, name: str) -> str:
-    """Why an index cannot mean `name`, if so. That it is missing is told elsewhere, with all that are."""
+def _wrong_file(folder: Path, name: str) -> str:
+    """Why `name` cannot be a file of an index; empty if it can. Missing files are reported elsewhere, together."""
     if name in ("", ".", "..") or not name.isprintable():
-        return "that is no name of a file"
+        return "this is not a valid file name"
     if Path(name).name != name:
-        return "that is outside of the folder"
+        return "the file is outside of the folder"
     try:
-        return "that is a folder" if (folder / name).is_dir() else ""
+        return "this is a folder" if (folder / name).is_dir() else ""
     except OSError as error:
         return str(error.strerror or error)
 
 
 def _shown(name: str) -> str:
-    """A name that nobody vouches for: control characters escaped, not too long."""
+    """An untrusted name in quotes: control characters escaped, cut to length."""
     text = repr(name)
     return text if len(text) <= 120 else f"{text[:117]}..."
 
 
 def _absent_shards(shards: Sequence[Path]) -> list[Path]:
-    """The shards that the names of the others count and that are not there.
+    """The missing shards, according to the names of the others (`-of-00005`).
 
     Raises:
-        TooLarge: a name counts more than any model has.
+        TooLarge: a name counts more files than any model has.
     """
     counts = {int(match[2]): shard for shard in shards if (match := _SHARD.search(shard.name))}
     names = {shard.name for shard in shards}
     pattern, total = shards[0].name, max(counts, default=0)
     if total > MAX_SHARDS:
         raise TooLarge(
-            f"`{counts[total]}` is one of {total:,} files by its name, more than the {MAX_SHARDS:,} of a model that "
-            "are judged",
+            f"`{counts[total]}` is one of {total:,} files according to its name, more than the limit of {MAX_SHARDS:,}",
             "save or download the model again",
         )
     head, _, tail = pattern.partition(match[0]) if (match := _SHARD.search(pattern)) else (pattern, "", "")
@@ -231,15 +230,15 @@ def _require(folder: Path, absent: Sequence[Path], placed: Mapping[str, str]) ->
     names = ", ".join(shown(file.name) for file in absent[:MOST_NAMED])
     more = f" and {len(absent) - MOST_NAMED:,} more files" if len(absent) > MOST_NAMED else ""
     missing = {file.name for file in absent}
-    held = [tensor for tensor, home in placed.items() if home in missing]
+    held = [tensor for tensor, name in placed.items() if name in missing]
     raise UnreadableFile(
-        f"`{folder}` is not whole: {names}{more} {'is' if len(absent) == 1 else 'are'} missing{_about(held)}",
+        f"`{folder}` is incomplete: {names}{more} {'is' if len(absent) == 1 else 'are'} missing{_about(held)}",
         "copy or download the missing files",
     )
 
 
 def _about(tensors: Sequence[str]) -> str:
-    """What a shard holds, in a few words: `, which holds layers 3-5 and model.norm.weight`."""
+    """The contents of a shard, for a message: `, which holds layers 3-5 and model.norm.weight`."""
     if not tensors:
         return ""
     layers = sorted({layer for tensor in tensors if (layer := layer_of(tensor)) is not None})
@@ -256,12 +255,12 @@ def _tensors(file: Path, expected: Sequence[str]) -> list[StoredTensor]:
 
 
 def _of_safetensors(file: Path) -> list[StoredTensor]:
-    found = open_weights(file)
-    return [of_header(found, header, header.name) for header in found.tensors.values()]
+    weights = open_weights(file)
+    return [of_header(weights, header, header.name) for header in weights.tensors.values()]
 
 
 def of_header(file: WeightsFile, header: TensorHeader, name: str) -> StoredTensor:
-    """A tensor of a file of weights, as `name`."""
+    """A tensor of a weights file under the name `name`."""
 
     def read(start: int, stop: int, into: Bytes | None) -> Raw:
         return read_chunk(file, header, start, stop, into)
@@ -270,8 +269,8 @@ def of_header(file: WeightsFile, header: TensorHeader, name: str) -> StoredTenso
 
 
 def _of_pickle(file: Path) -> list[StoredTensor]:
-    found = load(file)
-    tensors = of_torch(found if isinstance(found, dict) else {}, file)
+    loaded = load(file)
+    tensors = of_torch(loaded if isinstance(loaded, dict) else {}, file)
     if not tensors:
         raise UnreadableFile(f"`{file}` holds no tensors")
     with opened(file) as (_, size):
@@ -279,18 +278,19 @@ def _of_pickle(file: Path) -> list[StoredTensor]:
     return tensors
 
 
-def of_torch(found: dict[str, Any], file: Path) -> list[StoredTensor]:
-    """The torch tensors of a dictionary, read where they are.
+def of_torch(state: dict[str, Any], file: Path) -> list[StoredTensor]:
+    """The torch tensors of a dictionary, which are read from memory.
 
     Raises:
-        UnreadableFile: one is not a plain array of values: sparse, nested, quantised, on the meta device.
+        UnreadableFile: one is not a plain array of values: sparse, nested, quantised, or on the meta device.
     """
     return [
-        _held(header, tensor, file) for header, tensor in plain(found, file, "save the model with plain dense tensors")
+        _in_memory(header, tensor, file)
+        for header, tensor in plain(state, file, "save the model with plain dense tensors")
     ]
 
 
-def _held(header: TensorHeader, tensor: Any, file: Path) -> StoredTensor:
+def _in_memory(header: TensorHeader, tensor: Any, file: Path) -> StoredTensor:
     def read(start: int, stop: int, into: Bytes | None) -> Raw:
         return values_of(tensor, header.dtype, start, stop)
 

@@ -1,8 +1,8 @@
 """A quantised model as the plain weights that transformers makes of it.
 
-In: a checkpoint. Out: the same if it is not quantised; otherwise one whose tensors lie in memory, under the names of
-the live model, as its own `dequantize` gives them. Nothing is dequantised by hand: what transformers cannot undo here
-is refused by name.
+In: a checkpoint. Out: the same if it is not quantised; otherwise one whose tensors are in memory, under the names of
+the live model, as its own `dequantize` returns them. Nothing is dequantised by hand: a method that transformers cannot
+undo here is an error that names it.
 """
 
 from __future__ import annotations
@@ -15,41 +15,41 @@ from lora_probe.errors import ProbeError
 from lora_probe.files.limits import importing
 
 
-def dequantised(found: Checkpoint) -> Checkpoint:
-    """`found` with plain weights.
+def dequantised(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with plain weights.
 
     Raises:
         ProbeError: it is quantised, and transformers, or a library that it needs, cannot undo that here.
     """
-    method = found.quantisation
+    method = checkpoint.quantisation
     if method is None:
-        return found
+        return checkpoint
     try:
-        model = _load(found)
-    # transformers and the libraries of the methods raise whatever they like; the reason is passed on.
+        model = _load(checkpoint)
+    # transformers and the libraries of the methods raise exceptions of any type; the reason is passed on.
     except Exception as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ProbeError(
-            f"the weights in `{found.path}` are quantised ({method}), and transformers cannot dequantise them here: "
-            f"{reason}",
-            "install what the method needs, or give --model (or --merged) a copy that is not quantised",
+            f"the weights in `{checkpoint.path}` are quantised ({method}), and transformers cannot dequantise them "
+            f"here: {reason}",
+            "install what the method needs, or pass a copy that is not quantised with --model or --merged",
         ) from error
-    tensors = of_torch(model.state_dict(), found.path)
-    # A live model has a tensor for the output head where the files of a tied one have none.
-    config = {**found.config, "tie_word_embeddings": found.tied}
-    return replace(found, config=config, tensors={tensor.name: tensor for tensor in tensors})
+    tensors = of_torch(model.state_dict(), checkpoint.path)
+    # A live model has a tensor for a tied output head; its files have none.
+    config = {**checkpoint.config, "tie_word_embeddings": checkpoint.tied}
+    return replace(checkpoint, config=config, tensors={tensor.name: tensor for tensor in tensors})
 
 
-def _load(found: Checkpoint) -> Any:
-    """The live model: dequantised while it is loaded where the method can, by `dequantize()` afterwards elsewhere."""
+def _load(checkpoint: Checkpoint) -> Any:
+    """The live model: dequantised during loading if the method can do that, else by `dequantize()` afterwards."""
     with importing():
         from transformers import AutoModelForCausalLM
         from transformers.quantizers.auto import AutoQuantizationConfig
 
-    settings = AutoQuantizationConfig.from_dict(dict(found.quantization_config or {}))
+    settings = AutoQuantizationConfig.from_dict(dict(checkpoint.quantization_config or {}))
     if hasattr(settings, "dequantize"):
         settings.dequantize = True
         return AutoModelForCausalLM.from_pretrained(
-            found.path, quantization_config=settings, dtype="auto", trust_remote_code=False
+            checkpoint.path, quantization_config=settings, dtype="auto", trust_remote_code=False
         )
-    return AutoModelForCausalLM.from_pretrained(found.path, dtype="auto", trust_remote_code=False).dequantize()
+    return AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype="auto", trust_remote_code=False).dequantize()

@@ -1,8 +1,8 @@
-"""What an engine has for a base: `EngineView`, which modules under which names, of which shapes, which it adapts.
+"""What an engine has for a base model: `EngineView`, with each module's name and shape, and whether it can be adapted.
 
-In: an engine's own account (`Engine.describe`), or, where the engine is not installed, the headers of the base's
-files. Out: for a tensor's name in an adapter file, the name that the engine makes of it, and the module behind that.
-No weights and no running engine are needed.
+In: the engine's own description (`Engine.describe`), or, if the engine is not installed, the headers of the base's
+files. Out: for a tensor name in an adapter file, the engine's name for it, and the module behind that name. Neither
+weights nor a running engine are needed.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from lora_probe.base.model import Base
 from lora_probe.names import PREFIX
 
 SCHEMA = 4
-"""Raised when a view is built or written in another way, so that none of before is taken for one of today."""
+"""Incremented when views are built or written in another way, so that older ones are not reused."""
 
 LM_HEADS = ("lm_head", "embed_out")
-"""What transformers' models call the output head over the vocabulary."""
+"""transformers' names for the output head over the vocabulary."""
 
 CLASSIFIER_HEADS = ("score", "classifier")
 """What transformers' models call the head of a classifier; vLLM reads a trained one of these names only."""
 
 Shapes = Mapping[str, tuple[int, int] | None]
-"""Module path in the base: (out, in) of its weight, None where it is not known."""
+"""Module path in the base -> (out, in) of its weight, None if unknown."""
 
 TRANSPOSED = ("gpt2", "openai-gpt")
-"""Kinds of models whose projections are transformers' `Conv1D`: (in, out) in the file."""
+"""Model types whose projections are transformers' `Conv1D`: (in, out) in the file."""
 
 EXPERT = re.compile(r"\.experts\.\d+\.")
 """What stands in the name of a projection of a single expert."""
@@ -39,10 +39,10 @@ ModuleKind = Literal["linear", "embedding", "head", "experts", "other"]
 
 
 class Rename(msgspec.Struct, frozen=True):
-    """One step of an engine's mapping of names, applied in order to the whole name of a tensor without PEFT's prefix.
+    """One step of an engine's name mapping. Steps apply in order to the whole tensor name without PEFT's prefix.
 
     `regex`: `re.sub(old, new, name)`. `substr`, `prefix`, `suffix`: the first (for `suffix` the last) occurrence of
-    `old` becomes `new`. `new` is None where the engine drops such names.
+    `old` becomes `new`. `new` is None if the engine drops such names.
     """
 
     kind: Literal["regex", "substr", "prefix", "suffix"]
@@ -53,9 +53,9 @@ class Rename(msgspec.Struct, frozen=True):
 class ModuleView(msgspec.Struct, frozen=True):
     """One module, or one projection of a layer that fuses several (`packed`).
 
-    `shape` is (out, in) of its weight as Transformers counts it, (vocabulary, hidden) for embeddings and heads, None
-    where nobody knows. `engine_as` is what the engine calls it (`model.layers.0.self_attn.qkv_proj[1]`). `why_not` says
-    why the engine makes no LoRA layer of it; it is empty where it does.
+    `shape` is (out, in) of its weight in Transformers' convention, (vocabulary, hidden) for embeddings and heads, None
+    if unknown. `engine_as` is its name in the engine (`model.layers.0.self_attn.qkv_proj[1]`). `why_not` is the reason
+    why the engine makes no LoRA layer of it, empty if it does.
     """
 
     kind: ModuleKind
@@ -66,18 +66,17 @@ class ModuleView(msgspec.Struct, frozen=True):
 
 
 class EngineView(msgspec.Struct, frozen=True):
-    """What an engine has for one base.
+    """What an engine has for one base model.
 
-    `modules` maps the names that an adapter's tensors may lead to (after `renames`, fused layers taken apart) to what
-    stands there; modules that cannot be adapted are in it too, with why. `suffixes` are the last words of a name that
-    the loader takes (vLLM's check of unexpected modules), empty for an engine without such a check. `skip_prefixes`
-    are names that the model's class skips in silence. `experts` is how fused experts are adapted: "2d" each expert by
-    itself, "3d" as the two fused parameters. `parameters` maps a module to its fused parameters (PEFT:
-    `{"model.layers.0.mlp.experts": ["gate_up_proj", "down_proj"]}`). `refuses` holds the engine's words where it takes
-    no adapter for this class at all; no module is adapted then. `default_targets` are
-    PEFT's own for a config that names none. `takes_back`: a name stays as it is where `renames`
-    would only shorten it at its beginning, PEFT's prefix included (PEFT). `source` is "engine", or "headers" where the
-    engine was not there to be asked.
+    `modules` maps the names that an adapter's tensors may have (after `renames`, with fused layers split) to modules,
+    including those that cannot be adapted, with the reason. `suffixes` are the last parts of names that the loader
+    accepts (vLLM's check for unexpected modules), empty for an engine without such a check. `skip_prefixes` are names
+    that the model class skips silently. `experts` is how fused experts are adapted: "2d" each expert by itself, "3d" as
+    the two fused parameters. `parameters` maps a module to its fused parameters (PEFT:
+    `{"model.layers.0.mlp.experts": ["gate_up_proj", "down_proj"]}`). `refuses` is the engine's message if it accepts no
+    adapter for this model class; then no module is adapted. `default_targets` are PEFT's targets for a config without
+    any. `takes_back`: a name stays unchanged if `renames` would only shorten it at the beginning, PEFT's prefix
+    included (PEFT). `source` is "engine", or "headers" if the engine could not describe the base.
     """
 
     engine: str
@@ -97,18 +96,18 @@ class EngineView(msgspec.Struct, frozen=True):
     notes: tuple[str, ...] = ()
 
     def skips(self, name: str) -> bool:
-        """Whether the model's class skips tensors of that name (vLLM's `LoRAModel._should_skip_module`)."""
+        """Whether the model class skips tensors with this name (vLLM's `LoRAModel._should_skip_module`)."""
         return any(name.startswith(skip) or f".{skip}" in name for skip in self.skip_prefixes)
 
     def renamed(self, name: str) -> str | None:
-        """The engine's name for a tensor's, both without PEFT's prefix; None where the engine drops it."""
-        found = name
+        """The engine's name for a tensor name, both without PEFT's prefix; None if the engine drops it."""
+        result = name
         for step in self.renames:
-            after = _apply(step, found)
+            after = _apply(step, result)
             if after is None:
                 return None
-            found = after
-        return name if self.takes_back and f"{PREFIX}{name}".endswith(found) else found
+            result = after
+        return name if self.takes_back and f"{PREFIX}{name}".endswith(result) else result
 
 
 def _apply(step: Rename, name: str) -> str | None:
@@ -129,19 +128,19 @@ def _apply(step: Rename, name: str) -> str | None:
 
 
 def of_headers(base: Base, engine: str, why: str) -> EngineView | None:
-    """What is known of `base` where `engine` cannot be asked: the matrices in the headers of its files.
+    """The view of `base` if `engine` cannot describe it: the matrices in the headers of its files.
 
-    None for a base without safetensors files. Names are the files', which are the engine's for most text models. `why`
-    is the reason for not asking.
+    None for a base without safetensors files. The names are the files', which for most text models are the engine's.
+    `why` is the reason why the engine did not describe the base.
     """
     if not base.shapes:
         return None
     modules = {name: _of_header(name, shape, base) for name, shape in base.shapes.items()}
     embedding = next((view.shape for view in modules.values() if view.kind == "embedding"), None)
     if embedding is not None and not any(view.kind == "head" for view in modules.values()) and _is_causal(base):
-        # A tied head is not in the files.
+        # The files do not contain a tied head.
         modules["lm_head"] = ModuleView("head", embedding, "lm_head")
-    note = f"{engine} was not asked what it has ({why}): names and shapes are from the headers of the base's files"
+    note = f"{engine} did not describe the base ({why}); names and shapes are from the headers of its files"
     return EngineView(
         engine=engine,
         version="",

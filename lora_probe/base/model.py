@@ -1,7 +1,7 @@
 """The base model on disk: its `config.json` and the names and shapes of its weights.
 
 In: a folder, or the id of a model in the local Hugging Face cache. Out: `Base`. Only headers are read. A base
-without safetensors files has no `shapes`, and what needs them is left unjudged.
+without safetensors files has no `shapes`, and rules that need them are not run.
 """
 
 from __future__ import annotations
@@ -12,25 +12,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_probe.errors import MissingModel, TooLarge, UnreadableFile
+from lora_probe.errors import ModelNotFound, TooLarge, UnreadableFile
 from lora_probe.files import brief, shown
 from lora_probe.files.json_object import read_json
 from lora_probe.files.weights import open_weights
 from lora_probe.precision import FLOATS
 
 OPTIONS = {"base model": "--model", "merged model": "--merged"}
-"""What a model is asked for as, and the option that names it."""
+"""The role of a model, and the option that sets it."""
 LARGEST = {("layer", "layers"): 1_000, ("expert", "experts"): 10_000, ("vocab_size",): 10_000_000}
-"""What a key of `config.json` counts, by the ends of its name, and how much of it no model has. The largest known have
-about 200 layers, 512 experts and a million words."""
+"""Limits for keys of `config.json` with these endings; no model has more. The largest known models have about 200
+layers, 512 experts and a vocabulary of a million."""
 MOST_EXPERTS = 500_000
-"""Experts of all layers together; the largest known model has 23,000."""
+"""Limit for the experts of all layers together; the largest known model has 23,000."""
 
 
 @dataclass(frozen=True)
 class Base:
-    """A base model. `shapes` maps the path of each module with a matrix to `(out, in)`, None where the file does not
-    say it (a quantised weight)."""
+    """A base model. `shapes` maps the path of each module with a matrix to `(out, in)`, None if the file does not show
+    it (a quantised weight)."""
 
     path: Path
     config: Mapping[str, Any]
@@ -38,24 +38,24 @@ class Base:
 
     @property
     def architecture(self) -> str:
-        """The first class that the config names; empty where it names none."""
+        """The first class in the config's `architectures`; empty if there is none."""
         names = self.config.get("architectures")
         first = names[0] if isinstance(names, list) and names else None
         return first if isinstance(first, str) else ""
 
     @property
     def text(self) -> Mapping[str, Any]:
-        """The config of the language model: of a multimodal one its inner config, laid over the outer."""
+        """The config of the language model: for a multimodal model, the outer config updated with the inner one."""
         inner = self.config.get("text_config")
         return {**self.config, **inner} if isinstance(inner, dict) else self.config
 
 
 def open_base(name: str) -> Base:
-    """Open a base by folder or by id.
+    """Open a base model by folder or by id.
 
     Raises:
-        MissingModel: neither a folder nor a model in the local cache.
-        UnreadableFile: the folder is not a model's, or a file in it is damaged.
+        ModelNotFound: neither a folder nor a model in the local cache.
+        UnreadableFile: the folder is not a model folder, or one of its files is damaged.
     """
     folder = find_model(name)
     config = read_json(folder / "config.json")
@@ -73,10 +73,10 @@ def open_base(name: str) -> Base:
 
 
 def _require_real_sizes(path: Path, config: Mapping[str, Any]) -> None:
-    """An engine would build whatever the config asks for.
+    """Check the sizes in the config, because an engine would allocate whatever it asks for.
 
     Raises:
-        TooLarge: it asks for more layers, experts or words than any model has.
+        TooLarge: more layers, experts or words than any model has.
     """
     most = dict.fromkeys(LARGEST, 0.0)
     waiting: list[tuple[str, object]] = list(config.items())
@@ -98,15 +98,15 @@ def _require_real_sizes(path: Path, config: Mapping[str, Any]) -> None:
 
 def _unreal(path: Path, what: str, most: int) -> TooLarge:
     return TooLarge(
-        f"`{path}`: {what}, and no model has more than {most:,}",
-        "no engine is asked to build such a model: write the number that the model has",
+        f"`{path}`: {what}, but no model has more than {most:,}",
+        "set it to the number that the model has; no engine is started with this one",
     )
 
 
 def find_model(name: str, *, role: str = "base model") -> Path:
-    """The folder of a model that is given by folder or by id. Raises as `open_base` does.
+    """The folder of a model that is passed as a folder or an id. Raises as `open_base` does.
 
-    `role` is what the model is asked for as, "base model" or "merged model": the words of an error, and its option.
+    `role` is "base model" or "merged model": error messages name it and its option.
     """
     option = OPTIONS[role]
     local = Path(name)
@@ -114,23 +114,23 @@ def find_model(name: str, *, role: str = "base model") -> Path:
         exists, folder, configured = local.exists(), local.is_dir(), (local / "config.json").exists()
     except OSError as error:
         raise UnreadableFile(
-            f"cannot read `{name}`: {error.strerror or error}", f"give the {role} with {option}"
+            f"cannot read `{name}`: {error.strerror or error}", f"pass the {role} with {option}"
         ) from error
     if folder:
         if not configured:
             raise UnreadableFile(
-                f"`{name}` holds no config.json: it is not a model folder", f"give the {role} with {option}"
+                f"`{name}` is not a model folder: it has no config.json", f"pass the {role} with {option}"
             )
         return local
     if exists:
         raise UnreadableFile(
-            f"`{name}` is a file, and a {role} is a folder", f"give its folder with {option}: `{local.parent}`"
+            f"`{name}` is a file, but a {role} is a folder", f"pass its folder with {option}: `{local.parent}`"
         )
     cached = _cached(name)
     if cached is None:
-        raise MissingModel(
-            f"there is no {role} `{name}`: neither a folder here nor a model in {_cache()}",
-            f"give a folder or a cached model with {option}",
+        raise ModelNotFound(
+            f"{role} `{name}` was not found: it is neither a folder nor a model in {_cache()}",
+            f"pass a folder or a cached model with {option}",
         )
     return cached
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from lora_probe.adapter import Adapter
 from lora_probe.base import Base, EngineView, open_base
 from lora_probe.engines.describing import views_of
-from lora_probe.errors import MissingModel, ProbeError
+from lora_probe.errors import ModelNotFound, ProbeError
 from lora_probe.prediction import predictors
 
 
@@ -51,7 +51,7 @@ class Bases:
                 self._bases[name] = error
         found = self._bases[name]
         if isinstance(found, ProbeError):
-            why = "is not here" if isinstance(found, MissingModel) else f"cannot be read ({found.message})"
+            why = "is not here" if isinstance(found, ModelNotFound) else f"cannot be read ({found.message})"
             return None, name, (f"the base `{name}`, which the config names, {why}: give it with --model",)
         return found, name, ()
 
@@ -66,7 +66,7 @@ class Bases:
                 if (view := predictors()[engine].view_of_headers(base, engine, why)) is not None:
                     views[engine] = view
                 else:
-                    notes.append(f"{engine} was not asked what it has ({why}), and the base has no safetensors files")
+                    notes.append(f"{engine} did not describe the base ({why}), and the base has no safetensors files")
             notes += [note for view in views.values() for note in view.notes]
             self._views[asked] = Asked(views, answers.missing, tuple(notes))
         return self._views[asked]

@@ -14,7 +14,7 @@ from typing import Any
 
 from lora_probe.adapter import CONFIG, WEIGHTS, Adapter, find_checkpoint, open_adapter, open_config
 from lora_probe.checking.bases import Asked, Bases
-from lora_probe.checking.renaming import Mending, mend
+from lora_probe.checking.renaming import Fix, find_fix
 from lora_probe.errors import MissingWeights, NotLora, ProbeError, UnreadableFile
 from lora_probe.files import limits
 from lora_probe.files.regexes import EndlessPattern
@@ -122,10 +122,8 @@ def _holds_weights(folder: Path) -> bool:
         return False
 
 
-def mending_of(
-    adapter: str | Path, model: str | None = None, progress: Callable[[str], None] = lambda _: None
-) -> Mending:
-    """What mending the names in one adapter would do; `model` as `check_all` has it.
+def fix_for(adapter: str | Path, model: str | None = None, progress: Callable[[str], None] = lambda _: None) -> Fix:
+    """What `--fix` would change in one adapter; `model` as in `check_all`.
 
     Raises:
         ProbeError: the adapter cannot be read, or there is no such base.
@@ -136,7 +134,7 @@ def mending_of(
     bases = Bases(model, progress)
     base, _, _ = bases.base(opened)
     views = bases.views(base, _task(opened)).views if base is not None else {}
-    return mend(opened, subject_of(opened, _serving({}, None), base, views).shapes)
+    return find_fix(opened, subject_of(opened, _serving({}, None), base, views).shapes)
 
 
 def selection(select: Sequence[str], ignore: Sequence[str]) -> frozenset[str]:

@@ -1,7 +1,7 @@
-"""Which adapter folders a command line means.
+"""Which adapter folders a command line requests.
 
-In: the paths that were given, and whether the trees below them are meant. Out: the folders, each once, and an error for
-every path that leads to none. Nothing is opened here: a folder counts by the names of the files in it.
+In: paths, and whether to search the trees below them. Out: the folders, each once, and an error for every path without
+an adapter. Nothing is opened here: the file names in a folder decide whether it is an adapter.
 """
 
 from __future__ import annotations
@@ -16,50 +16,50 @@ from lora_probe.errors import ProbeError, UnreadableFile
 
 _ADAPTER_FILE = re.compile(r"adapter_config\.json|adapter_model[-.](?:.*\.)?(?:safetensors|bin)(?:\.index\.json)?")
 _BESIDE = ("chat_template.jinja", "tokenizer_config.json", "trainer_state.json")
-"""Files that are judged where an adapter lies beside them, and that a model has as well."""
+"""Files that stand for their folder if an adapter is in it. Full models have them as well."""
 _NUMBERS = re.compile(r"(\d+)")
 
 
 @dataclass(frozen=True)
-class Lost:
-    """A path that was asked for and that leads to no adapter folder."""
+class NotJudged:
+    """A requested path without an adapter, or a folder that could not be judged."""
 
     path: Path
     error: ProbeError
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What a command line asks for. `single`: the answer is about one folder, whether it is there or not. `passed` are
-    files that are judged with an adapter, and have none beside them."""
+class Requested:
+    """What a command line requests. `single`: the report is about one folder, whether it exists or not. `skipped` are
+    files that are only judged with an adapter, and have none next to them."""
 
     folders: tuple[Path, ...]
-    lost: tuple[Lost, ...]
+    not_judged: tuple[NotJudged, ...]
     single: bool
-    passed: tuple[Path, ...] = ()
+    skipped: tuple[Path, ...] = ()
 
 
-def asked(paths: Sequence[str], recursive: bool = False) -> Asked:
-    """The folders of `paths`. A file of an adapter (as a commit hook gives it) means its folder.
+def requested(paths: Sequence[str], recursive: bool = False) -> Requested:
+    """The folders of `paths`. A file of an adapter (commit hooks pass files) stands for its folder.
 
-    With `recursive` a path means every adapter folder in the tree below it. Links to folders are not followed there.
+    With `recursive`, a path stands for every adapter folder in the tree below it, where links are not followed.
     """
-    found: dict[str, Path] = {}
-    lost: list[Lost] = []
-    passed: list[Path] = []
+    folders: dict[str, Path] = {}
+    not_judged: list[NotJudged] = []
+    skipped: list[Path] = []
     for path in map(Path, paths):
         try:
             if path.name in _BESIDE and path.is_file() and not _holds_adapter(path.parent):
-                passed.append(path)
+                skipped.append(path)
                 continue
-            for folder in _below(path, lost) if recursive else (_folder(path),):
-                found.setdefault(os.path.realpath(folder), folder)
+            for folder in _below(path, not_judged) if recursive else (_folder(path),):
+                folders.setdefault(os.path.realpath(folder), folder)
         except ProbeError as error:
-            lost.append(Lost(path, error))
+            not_judged.append(NotJudged(path, error))
         except OSError as error:
-            lost.append(Lost(path, UnreadableFile(f"`{path}` cannot be read: {error.strerror or error}")))
-    single = not recursive and len(found) + len(lost) == 1
-    return Asked(tuple(found.values()), tuple(lost), single, tuple(passed))
+            not_judged.append(NotJudged(path, UnreadableFile(f"cannot read `{path}`: {error.strerror or error}")))
+    single = not recursive and len(folders) + len(not_judged) == 1
+    return Requested(tuple(folders.values()), tuple(not_judged), single, tuple(skipped))
 
 
 def is_adapter_file(name: str) -> bool:
@@ -72,39 +72,41 @@ def _folder(path: Path) -> Path:
         if path.is_dir():
             return path
         if path.is_file() or path.is_symlink():
-            ours = path.name in _BESIDE or path.name.startswith("adapter_model")
-            if is_adapter_file(path.name) or (ours and _holds_adapter(path.parent)):
+            beside = path.name in _BESIDE or path.name.startswith("adapter_model")
+            if is_adapter_file(path.name) or (beside and _holds_adapter(path.parent)):
                 return path.parent
             raise UnreadableFile(
-                f"`{path}` is a file, and none of an adapter's",
-                "give the folder of the adapter, or its adapter_config.json, or its weights",
+                f"`{path}` is not a file of an adapter",
+                "pass the adapter's folder, its adapter_config.json or its weights",
             )
     except (OSError, ValueError) as error:
-        raise UnreadableFile(f"`{path}` cannot be read: {error}") from error
-    raise UnreadableFile(f"there is no folder `{path}`", f"in `{Path.cwd()}`" if not path.is_absolute() else "")
+        raise UnreadableFile(f"cannot read `{path}`: {error}") from error
+    where = "" if path.is_absolute() else f"; the current folder is `{Path.cwd()}`"
+    raise UnreadableFile(f"folder `{path}` does not exist", f"check the path{where}")
 
 
 def _holds_adapter(folder: Path) -> bool:
     return any(is_adapter_file(other.name) for other in folder.iterdir())
 
 
-def _below(root: Path, lost: list[Lost]) -> Iterator[Path]:
-    """The adapter folders of a tree in the order of their names, `checkpoint-20` before `checkpoint-100`."""
+def _below(root: Path, not_judged: list[NotJudged]) -> Iterator[Path]:
+    """The adapter folders of a tree by name, `checkpoint-20` before `checkpoint-100`."""
     root = _folder(root)
 
     def unreadable(error: OSError) -> None:
-        lost.append(Lost(Path(error.filename), UnreadableFile(f"`{error.filename}` cannot be read: {error.strerror}")))
+        why = UnreadableFile(f"cannot read `{error.filename}`: {error.strerror}")
+        not_judged.append(NotJudged(Path(error.filename), why))
 
-    some = False
+    any_adapter = False
     for folder, below, files in os.walk(root, onerror=unreadable):
         below.sort(key=_by_number)
         if any(map(is_adapter_file, files)):
-            some = True
+            any_adapter = True
             yield Path(folder)
-    if not some:
+    if not any_adapter:
         raise UnreadableFile(
-            f"no adapter in `{root}` or below it",
-            "an adapter is a folder with adapter_config.json or adapter_model.safetensors",
+            f"no adapter in `{root}` or its subfolders",
+            "pass a folder with adapter_config.json or adapter_model.safetensors in it",
         )
 
 

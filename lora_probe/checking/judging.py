@@ -1,7 +1,7 @@
-"""Adapters judged one after the other, in a process of their own, each within a budget of its own.
+"""Judges adapters one after the other in a separate process, each within its own budget.
 
-In: folders, and a function that judges several of them in turn. Out: for each a `Judged` or a `Lost`, in their order. A
-folder that uses up its budget, or on which the process dies, is lost; the others are judged.
+In: folders, and a function that judges several of them in turn. Out: for each a `Judged` or a `NotJudged`, in order. A
+folder that uses up its budget, or on which the process dies, is `NotJudged`; the others are still judged.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_probe.checking.check import Report
-from lora_probe.checking.folders import Lost
+from lora_probe.checking.folders import NotJudged
 from lora_probe.errors import ProbeError
 from lora_probe.files import limits
 from lora_probe.files.guarded import OverBudget, Send, fault, results
@@ -26,8 +26,8 @@ Page = Callable[[Report], Any]
 
 @dataclass(frozen=True)
 class Judged:
-    """One adapter: its report, and what a format makes of it. What has an entry for every module is in the page alone:
-    the ledgers, and with a page the modules of each finding."""
+    """One adapter: its report, and its page in the output format. Data for each module is only in the page: the
+    ledgers, and, if there is a page, the modules of each diagnostic."""
 
     report: Report
     page: Any
@@ -35,28 +35,28 @@ class Judged:
 
 @dataclass(frozen=True)
 class _Passing:
-    """What goes on at the moment."""
+    """A progress message."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class _Begun:
-    """The next folder is looked at."""
+    """The next folder is being judged."""
 
 
 def judged(
-    folders: Sequence[Path], check: Check, page: Page | None, budget: Budget, tell: Callable[[str], None]
-) -> Iterator[Judged | Lost]:
-    """Judge `folders`; `page` is called for each report where the ledgers still are, `tell` with what goes on.
+    folders: Sequence[Path], check: Check, page: Page | None, budget: Budget, progress: Callable[[str], None]
+) -> Iterator[Judged | NotJudged]:
+    """Judge `folders`. `page` is called for each report while it still has its ledgers, `progress` with messages.
 
     Raises:
-        OverBudget: as below, or one folder alone was too much for this process, which has a budget itself.
-        ProbeError: the options or the base that was asked for are wrong, so that nothing can be judged.
+        OverBudget: the budget was used up before the first folder, or by the only one if this process has a budget.
+        ProbeError: the options or the requested base are wrong, so nothing can be judged.
     """
     rest = list(folders)
     if len(rest) == 1 and limits.active():
-        yield from (item for item in _judge(rest, check, page, tell) if not isinstance(item, _Begun))
+        yield from (item for item in _judge(rest, check, page, progress) if not isinstance(item, _Begun))
         return
     begun = False
     while True:
@@ -65,17 +65,17 @@ def judged(
                 if isinstance(item, _Begun):
                     begun = True
                 elif isinstance(item, _Passing):
-                    tell(item.text)
+                    progress(item.text)
                 else:
                     rest.pop(0)
                     yield item
             return
         except OverBudget as error:
-            # Before the first folder it is the options or the base that was asked for.
+            # Before the first folder, the options or the requested base are the cause.
             if not begun or not rest:
                 raise
             folder = rest.pop(0)
-            yield Lost(folder, OverBudget(f"`{folder}`: {error.message}", error.hint))
+            yield NotJudged(folder, OverBudget(f"`{folder}`: {error.message}", error.hint))
             if not rest:
                 return
 
@@ -86,13 +86,13 @@ def _hand_over(folders: Sequence[Path], check: Check, page: Page | None, send: S
 
 
 def _judge(
-    folders: Sequence[Path], check: Check, page: Page | None, tell: Callable[[str], None]
-) -> Iterator[Judged | Lost | _Begun]:
-    # What is wrong with the options is wrong for all, and raised here.
-    list(check((), progress=tell))
+    folders: Sequence[Path], check: Check, page: Page | None, progress: Callable[[str], None]
+) -> Iterator[Judged | NotJudged | _Begun]:
+    # Wrong options are wrong for all folders: they are raised here.
+    list(check((), progress=progress))
     rest = list(folders)
     while rest:
-        reports = iter(check(tuple(rest), progress=tell))
+        reports = iter(check(tuple(rest), progress=progress))
         try:
             while rest:
                 yield _Begun()
@@ -103,12 +103,14 @@ def _judge(
             raise
         except Exception as error:
             folder = rest.pop(0)
-            yield Lost(folder, error if isinstance(error, ProbeError) else _in(folder, fault(error)))
+            yield NotJudged(folder, error if isinstance(error, ProbeError) else _in(folder, fault(error)))
 
 
 def _lean(report: Report, shown: bool) -> Report:
-    found = tuple(replace(one, modules=()) for one in report.diagnostics) if shown else report.diagnostics
-    return replace(report, ledgers={}, diagnostics=found)
+    diagnostics = report.diagnostics
+    if shown:
+        diagnostics = tuple(replace(diagnostic, modules=()) for diagnostic in diagnostics)
+    return replace(report, ledgers={}, diagnostics=diagnostics)
 
 
 def _in(folder: Path, error: ProbeError) -> ProbeError:

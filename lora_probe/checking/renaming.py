@@ -1,8 +1,8 @@
-"""Mending: an adapter's tensors under the names that engines look for, in a folder of its own.
+"""`check --fix`: the adapter's tensors under the names that engines look for, in a new folder.
 
-In: an adapter, and the modules of its base where they are known. Out: `Mending`, what would be renamed and what cannot
-be; `write` makes the folder. No value is touched: bytes are copied as they lie in the file, and a `.bin` becomes
-safetensors. The folder that was read stays as it is.
+In: an adapter, and the modules of its base if they are known. Out: a `Fix`, which names can be renamed and which
+cannot; `write` makes the folder. Values do not change: bytes are copied as stored, and a `.bin` becomes safetensors.
+The original folder stays as it is.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from lora_probe.rules.stored import expect
 
 _NAMED = re.compile(r"\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B)\.(?!weight$|bias$)([^.]+)(\.weight)?$")
 TRAINING = ("optimizer.pt", "scheduler.pt", "rng_state", "training_args.bin", "scaler.pt", "pytorch_model")
-"""Files of a training run that are no part of an adapter: they are not copied."""
+"""Files of a training run that are not part of an adapter and are not copied."""
 
 
 @dataclass(frozen=True)
-class Mending:
-    """What mending does: new names by old ones, in the order of the file; `converted` from a pickle to safetensors.
+class Fix:
+    """What `--fix` changes: new names by old names, in the order of the file; `converted` from a pickle to safetensors.
 
-    `left` holds names that stay as they are, and why.
+    `left` holds the names that cannot be fixed, and why.
     """
 
     adapter: Adapter
@@ -52,58 +52,57 @@ class Mending:
         return bool(self.renamed) or self.converted
 
 
-def mend(adapter: Adapter, shapes: Shapes | None) -> Mending:
-    """Find a name for every tensor of the file.
+def find_fix(adapter: Adapter, shapes: Shapes | None) -> Fix:
+    """Find the correct name of every tensor of the file.
 
-    Wrappers, doubled and missing prefixes, and an adapter's name inside the keys can be told from the names alone. A
-    prefix of another class of the model can be told where the base is known: the module that ends in the same path
-    from the layer's number on. Two tensors that would get one name both stay.
+    Wrappers, doubled and missing prefixes, and an adapter's name inside the keys are visible in the names alone. The
+    prefix of another class of the model can be fixed if the base is known: the right module is the one with the same
+    path from the layer's number on. Tensors that would get the same name are left as they are.
     """
-    known = shapes or {}
-    rows = expect(adapter, known, spectra={pair.key: None for pair in adapter.modules}) if known else ()
-    homes = {
+    modules = shapes or {}
+    rows = expect(adapter, modules, spectra={pair.key: None for pair in adapter.modules}) if modules else ()
+    paths = {
         row.entry.stored_as: row.module
         for row in rows
-        if row.entry is not None and row.entry.parameter == "weight" and row.module in known
+        if row.entry is not None and row.entry.parameter == "weight" and row.module in modules
     }
-    wanted = {name: _better(name, homes) for name in adapter.weights.tensors}
+    names = {name: _fixed(name, paths) for name in adapter.weights.tensors}
     owners: dict[str, list[str]] = {}
-    for name, new in wanted.items():
+    for name, new in names.items():
         owners.setdefault(new, []).append(name)
     renamed, left = {}, {}
-    for name, new in wanted.items():
+    for name, new in names.items():
         if new == name:
             continue
         if len(owners[new]) > 1:
-            left[name] = f"{len(owners[new])} tensors of the file would be called `{new}`"
+            left[name] = f"{len(owners[new])} tensors would be renamed to `{new}`"
         else:
             renamed[name] = new
-    return Mending(adapter, renamed, left, converted=adapter.weights.path.name != WEIGHTS)
+    return Fix(adapter, renamed, left, converted=adapter.weights.path.name != WEIGHTS)
 
 
-def _better(name: str, homes: Mapping[str, str]) -> str:
-    """PEFT's prefix once, no wrappers, no name of an adapter, and the path that the base has."""
+def _fixed(name: str, paths: Mapping[str, str]) -> str:
+    """The name with PEFT's prefix once, without wrappers and the adapter's name, and with the base's path (`paths`)."""
     bare = unwrapped(name.replace(PREFIX, ""))
     bare = _NAMED.sub(lambda match: f".{match[1]}{'' if match[1].startswith('lora_emb') else '.weight'}", bare)
     stored = name.removeprefix(PREFIX)
     path = next((stored[: match.start()] for match in re.finditer(r"\.lora_", stored)), "")
-    if path in homes:
-        tail = bare[bare.index(".lora_") :]
-        bare = homes[path] + tail
+    if path in paths:
+        bare = paths[path] + bare[bare.index(".lora_") :]
     return PREFIX + bare
 
 
-def write(mending: Mending, folder: Path) -> list[str]:
-    """Make `folder` with the mended adapter in it. Returns the names of files that were not copied.
+def write(fix: Fix, folder: Path) -> list[str]:
+    """Write the fixed adapter to the new folder `folder`. Returns the names of files that were not copied.
 
     Raises:
-        ProbeError: the folder is there, or cannot be made.
+        ProbeError: the folder exists already, or cannot be created.
     """
-    adapter = mending.adapter
+    adapter = fix.adapter
     if folder.exists():
-        raise ProbeError(f"`{folder}` exists; nothing is overwritten", "give another folder with -o")
+        raise ProbeError(f"`{folder}` already exists and is not overwritten", "pass another folder with -o")
     if folder.resolve().is_relative_to(adapter.path.resolve()):
-        raise ProbeError(f"`{folder}` lies in the adapter's own folder", "give a folder outside of it with -o")
+        raise ProbeError(f"`{folder}` is inside the adapter's own folder", "pass a folder outside of it with -o")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
@@ -111,7 +110,7 @@ def write(mending: Mending, folder: Path) -> list[str]:
         raise ProbeError(f"cannot write `{folder}`: {error.strerror or error}") from error
     try:
         skipped = _copy(adapter, partial)
-        _save(mending, partial / WEIGHTS)
+        _save(fix, partial / WEIGHTS)
         partial.chmod(0o755)
         partial.rename(folder)
     except OSError as error:
@@ -121,14 +120,14 @@ def write(mending: Mending, folder: Path) -> list[str]:
     return skipped
 
 
-def _save(mending: Mending, path: Path) -> None:
-    """A safetensors file of the same bytes under other names, a chunk at a time (the format: see `weights.py`)."""
-    weights = mending.adapter.weights
+def _save(fix: Fix, path: Path) -> None:
+    """Write the same bytes under the new names as safetensors, in chunks (for the format see `weights.py`)."""
+    weights = fix.adapter.weights
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **weights.metadata}}
     end = 0
     for name, tensor in weights.tensors.items():
         start, end = end, end + tensor.parameters * STORED[tensor.dtype].width
-        new = mending.renamed.get(name, name)
+        new = fix.renamed.get(name, name)
         header[new] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header, ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
@@ -141,13 +140,13 @@ def _save(mending: Mending, path: Path) -> None:
 
 
 CHUNK = 2**24
-"""Values that are copied at once."""
+"""Values copied at a time."""
 
 
 def _copy(adapter: Adapter, target: Path) -> list[str]:
-    """Everything beside the weights but the state of a training run, folders, and links out of the adapter's storage.
+    """Copy everything next to the weights except training state, folders, and links out of the adapter's storage.
 
-    The files of a hub's cache are links within it: those are followed.
+    Links inside a Hugging Face cache, from a snapshot to its blobs, are followed. Returns the names left out.
     """
     skipped = []
     for entry in sorted(adapter.path.iterdir()):

@@ -21,7 +21,7 @@ from lora_probe.render.spool import Spool
 
 if TYPE_CHECKING:
     from lora_probe.checking import Report
-    from lora_probe.checking.folders import Asked, Lost
+    from lora_probe.checking.folders import NotJudged, Requested
     from lora_probe.checking.judging import Check
 
 
@@ -60,10 +60,10 @@ def _codes(word: str) -> list[str]:
 
 
 def run(options: argparse.Namespace) -> int:
-    from lora_probe.checking.folders import asked
+    from lora_probe.checking.folders import requested
 
     apply_limits(options)
-    wanted = asked(options.checkpoints or ["."], options.recursive)
+    wanted = requested(options.checkpoints or ["."], options.recursive)
     if options.fix or options.diff or options.output:
         return _fix(wanted, options)
     if options.recursive and wanted.folders:
@@ -71,7 +71,7 @@ def run(options: argparse.Namespace) -> int:
     return _check(wanted, options)
 
 
-def _check(wanted: Asked, options: argparse.Namespace, fixed: FixResult | None = None) -> int:
+def _check(wanted: Requested, options: argparse.Namespace, fixed: FixResult | None = None) -> int:
     """Check the adapters. `fixed` is what `--fix` has done before."""
     from lora_probe.checking.check import check_all
 
@@ -84,9 +84,9 @@ def _check(wanted: Asked, options: argparse.Namespace, fixed: FixResult | None =
         ignore=options.ignore or [],
     )
     result = _read(wanted, check, options, fixed)
-    for path in wanted.passed:
+    for path in wanted.skipped:
         note(f"{path} is not next to an adapter; skipped")
-    if result.reports or (wanted.passed and not result.not_judged):
+    if result.reports or (wanted.skipped and not result.not_judged):
         present(_view(fixed), options.format, result)
     if options.format == DEFAULT:
         from lora_probe.render.text.check import next_command
@@ -103,9 +103,9 @@ def _view(fixed: FixResult | None) -> str:
     return "check" if fixed is None else "check --fix"
 
 
-def _read(wanted: Asked, check: Check, options: argparse.Namespace, fixed: FixResult | None) -> CheckResult:
+def _read(wanted: Requested, check: Check, options: argparse.Namespace, fixed: FixResult | None) -> CheckResult:
     """Read all adapters, each in turn, in a process of their own, which makes the pages as well."""
-    from lora_probe.checking.folders import Lost
+    from lora_probe.checking.folders import NotJudged
     from lora_probe.checking.judging import judged
 
     checkrun = CheckRun(len(wanted.folders), wanted.single, fixed)
@@ -113,14 +113,14 @@ def _read(wanted: Asked, check: Check, options: argparse.Namespace, fixed: FixRe
     page = partial(_paged, chosen, checkrun) if isinstance(chosen, Paged) else None
     reports: list[Report] = []
     pages = Spool()
-    not_judged: list[Lost] = list(wanted.lost)
+    not_judged: list[NotJudged] = list(wanted.not_judged)
     with status_line("reading") as report:
 
         def passing(text: str) -> None:
             report(text if wanted.single else f"{len(reports) + 1} of {len(wanted.folders)}: {text}", passing=True)
 
         for outcome in judged(wanted.folders, check, page, budget(options), passing):
-            if isinstance(outcome, Lost):
+            if isinstance(outcome, NotJudged):
                 not_judged.append(outcome)
             else:
                 reports.append(outcome.report)
@@ -132,31 +132,31 @@ def _paged(chosen: Paged, checkrun: CheckRun, report: Report) -> object:
     return chosen.page(report, checkrun)
 
 
-def _fix(wanted: Asked, options: argparse.Namespace) -> int:
+def _fix(wanted: Requested, options: argparse.Namespace) -> int:
     """`--diff`: print what would be renamed. `--fix`: write it, and check what was written."""
-    from lora_probe.checking.check import mending_of
-    from lora_probe.checking.folders import asked
+    from lora_probe.checking.check import fix_for
+    from lora_probe.checking.folders import requested
     from lora_probe.checking.renaming import write
     from lora_probe.render.text.fix import summary
 
     if options.fix == options.diff or bool(options.output) != options.fix:
         raise ProbeError("--fix needs -o FIXED, and --diff writes nothing", "pass --fix -o FIXED, or --diff")
     renderer("check --diff" if options.diff else "check --fix", options.format)
-    for missing in wanted.lost:
+    for missing in wanted.not_judged:
         raise missing.error
     if len(wanted.folders) != 1:
         raise ProbeError(
             f"--fix and --diff accept one adapter, not {len(wanted.folders)}", "pass the folder of one adapter"
         )
     with status_line("reading") as report:
-        fix = mending_of(wanted.folders[0], options.model, lambda text: report(text, passing=True))
+        fix = fix_for(wanted.folders[0], options.model, lambda text: report(text, passing=True))
     if options.diff:
         present("check --diff", options.format, fix)
         return CLEAN
     not_copied = write(fix, Path(options.output)) if fix.needed else []
     fixed = FixResult(fix, options.output, tuple(not_copied))
     note(summary(fixed))
-    return _check(asked([options.output if fix.needed else str(fix.adapter.path)]), options, fixed)
+    return _check(requested([options.output if fix.needed else str(fix.adapter.path)]), options, fixed)
 
 
 def _status(result: CheckResult, options: argparse.Namespace) -> int:

@@ -74,7 +74,9 @@ def require(name: str, flags: Sequence[str] = ()) -> EntryPoint:
         if find_spec(module) is None:
             raise EngineFailed(f"the engine `{name}` needs the module `{module}`", install)
     if flags and not getattr(facts, "has_flags", True):
-        raise ProbeError(f"{name} takes no engine flags ({' '.join(flags)})", "flags after `--` are vLLM's")
+        raise ProbeError(
+            f"{name} accepts no engine flags ({' '.join(flags)})", "remove the flags after `--`; they are for vLLM"
+        )
     return engine
 
 

@@ -1,7 +1,7 @@
-"""What an engine's process may take: time and memory, of it and of all that it starts.
+"""Limits of an engine's process: the time and memory that it and its child processes may use.
 
-In: the number of the process, and how far it has got. Out: why it must be stopped, if it must. Memory is what the
-processes really hold: engines reserve far more address space than they use.
+In: the process id, and how much it has written. Out: why it must be stopped, if it must. Memory counts only what the
+processes really use: engines reserve far more address space.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Allowed:
-    """`seconds` in all, `idle` seconds in which nothing is written, `memory` in bytes; None: as much as there is."""
+    """`seconds` in total, `idle` seconds without any output, `memory` in bytes; None: no limit of its own."""
 
     seconds: float | None = None
     idle: float | None = None
@@ -26,17 +26,17 @@ class Allowed:
 
 
 DESCRIBE = Allowed(seconds=300, memory=6 * GIB)
-"""To describe a base without its weights. 80 layers take 10 to 30 s and less than 2 GiB on two processors."""
+"""For describing a base model without its weights: 80 layers take 10 to 30 s and less than 2 GiB on two processors."""
 RUN = Allowed(idle=3600)
-"""To run or merge a model. How long that takes is the user's affair, as long as something happens."""
+"""For running or merging a model, which may take any time as long as there is progress."""
 SHARE = 0.9
-"""Of the machine's memory, or the container's, before the kernel ends processes of its own choice."""
+"""Share of the machine's or container's memory: above it the kernel may kill any process."""
 _PAUSE = 1.0
-"""Seconds between two looks at the memory."""
+"""Seconds between two checks of the memory."""
 
 
 class Watched:
-    """A process and all of its session, from its start on."""
+    """A process and its whole session, from its start."""
 
     def __init__(self, session: int, allowed: Allowed) -> None:
         self.session, self.allowed = session, allowed
@@ -45,27 +45,27 @@ class Watched:
         self.written = -1
 
     def exceeds(self, written: int) -> str:
-        """Why the process must be stopped; empty where it may go on. `written`: the bytes it has written so far."""
+        """Why the process must be stopped; empty if it may continue. `written`: the bytes written so far."""
         now = time.monotonic()
         if written != self.written:
             self.written, self.moved = written, now
         if self.allowed.seconds is not None and now - self.started > (most := limits.raised(self.allowed.seconds)):
             return f"the engine's process took more than {most:.0f} s"
         if self.allowed.idle is not None and now - self.moved > (most := limits.raised(self.allowed.idle)):
-            return f"the engine's process has done nothing for {most:.0f} s"
+            return f"the engine's process made no progress for {most:.0f} s"
         if now - self.looked > _PAUSE:
             self.looked = now
             if (held := _held(self.session)) > self.memory:
-                return f"the engine's process took {held / GIB:.1f} of {self.memory / GIB:.1f} GiB of memory"
+                return f"the engine's process used {held / GIB:.1f} of {self.memory / GIB:.1f} GiB of memory"
         return ""
 
 
 def _held(session: int) -> int:
-    """Bytes of memory that the processes of a session hold by themselves; files that they map do not count."""
+    """Bytes of private memory of the processes of a session; mapped files do not count."""
     total = 0
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            # The name, in parentheses, may hold anything; behind it: state, parent, group, session.
+            # The name, in parentheses, may contain anything; after it: state, parent, group, session.
             fields = (folder / "stat").read_text().rpartition(")")[2].split()
             if int(fields[3]) == session:
                 total += sum(
@@ -74,7 +74,7 @@ def _held(session: int) -> int:
                     if line.startswith("RssAnon:")
                 )
         except (OSError, ValueError, IndexError):
-            # It has ended since the folder was listed.
+            # The process has ended since the folder was listed.
             continue
     return total
 

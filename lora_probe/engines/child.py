@@ -1,7 +1,7 @@
-"""The child process of a run, a merge or a description: started, followed, ended; and what it does itself.
+"""The child process of a run, a merge or a description: how it is started, watched and stopped, and what it runs.
 
-In: a folder that says what is asked (`run.json`, `merge.json` or `describe.json`). Out: the folder filled, or the
-child's own words as an error. The child and all that it started die with the parent.
+In: a folder with the request (`run.json`, `merge.json` or `describe.json`). Out: the results in that folder, or the
+child's message as an error. The child and all processes that it started end with the parent.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from lora_probe.recording import Run, write_json
 LOG = "engine.log"
 ERROR = "error.json"
 DESCRIBE, VIEW = "describe.json", "view.json"
-"""What an engine has for a base: what is asked, and the answer."""
+"""The request to describe a base model, and the answer."""
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 5.0
 
 
 class Failure(msgspec.Struct, frozen=True):
-    """error.json: what the child process could not do."""
+    """error.json: why the child process failed."""
 
     message: str
     hint: str = ""
@@ -50,7 +50,7 @@ class DescribeSpec(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run is: the last line of the loading story, and the answers and scored passes so far."""
+    """How far a run is: the last line of the load timeline, and the answers and scored passes so far."""
 
     stage: str
     text: str
@@ -59,14 +59,14 @@ class Progress:
 
 
 def run_child(folder: Path, wanted: int, progress: Callable[[Progress], None], allowed: Allowed) -> None:
-    """Start the child on `folder` and wait for its end; `wanted` answers and scored passes are expected.
+    """Start the child on `folder` and wait until it ends; `wanted` answers and scored passes are expected.
 
-    The child works in an empty folder and imports nothing from this one.
+    The child works in an empty folder and imports nothing from the current one.
 
     Raises:
-        EngineFailed: the child could not do it, or died.
-        EngineStopped: it took more than is `allowed`.
-        KeyboardInterrupt: after the child and its children were ended.
+        EngineFailed: the child failed or died.
+        EngineStopped: it used more time or memory than `allowed`.
+        KeyboardInterrupt: after the child and its children have been stopped.
     """
     with empty_folder() as empty, (folder / LOG).open("ab") as log:
         child = subprocess.Popen(
@@ -92,7 +92,9 @@ def run_child(folder: Path, wanted: int, progress: Callable[[Progress], None], a
         failure = msgspec.json.decode((folder / ERROR).read_bytes(), type=Failure)
         raise EngineFailed(failure.message, "\n".join(filter(None, [failure.hint, f"log: {folder / LOG}"])))
     if child.returncode != 0:
-        recorded = f"\nwhat was recorded until then: lora-probe show {folder}" if not (folder / ASKED).exists() else ""
+        recorded = (
+            f"\nshow what was recorded until then: lora-probe show {folder}" if not (folder / ASKED).exists() else ""
+        )
         raise EngineFailed(
             f"the engine's process ended with {_status(child.returncode)} while {_last_stage(folder)}",
             f"log: {folder / LOG}{recorded}",
@@ -110,13 +112,13 @@ def child_environment() -> dict[str, str]:
 
 
 def _written(folder: Path) -> int:
-    """Bytes of the log and of all that the child has written: they grow while it gets on."""
+    """Bytes of the log and of all other files of the child: they grow while it makes progress."""
     files = [path for path in (*folder.glob("*"), *folder.glob("*/*")) if path.is_file()]
     return sum(path.stat().st_size for path in files if path.exists())
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:
-    """End the child and everything in its session: first politely, then not."""
+    """Stop the child and everything in its session: with SIGTERM, then with SIGKILL."""
     for number, patience in ((signal.SIGTERM, GRACE_SECONDS), (signal.SIGKILL, GRACE_SECONDS)):
         try:
             os.killpg(child.pid, number)
@@ -151,12 +153,12 @@ def _progress(folder: Path, wanted: int) -> Progress:
 def _last_stage(folder: Path) -> str:
     progress = _progress(folder, 0)
     if progress.answers:
-        return f"it was answering ({progress.answers} answers so far)"
-    return f"it was at `{progress.stage}`: {progress.text}"
+        return f"it was generating ({progress.answers} answers so far)"
+    return f"it was in stage `{progress.stage}`: {progress.text}"
 
 
 def run_in_child(folder: Path) -> int:
-    """What the child process does: what `folder` asks for, a merge, a description or a run; error.json if it cannot."""
+    """The child process: the merge, description or run that `folder` requests; it writes error.json if that fails."""
     _die_with_parent()
     try:
         if (folder / ASKED).exists():
@@ -173,17 +175,17 @@ def run_in_child(folder: Path) -> int:
 
 
 def _describe_into(folder: Path) -> None:
-    """`Engine.describe`, from files alone: what an engine would fetch from a hub changes no name."""
+    """`Engine.describe`, from local files only: what an engine would download changes no name."""
     os.environ["HF_HUB_OFFLINE"] = "1"
-    asked = msgspec.json.decode((folder / DESCRIBE).read_bytes(), type=DescribeSpec)
-    engine = make(asked.engine)
+    spec = msgspec.json.decode((folder / DESCRIBE).read_bytes(), type=DescribeSpec)
+    engine = make(spec.engine)
     if not hasattr(engine, "describe"):
-        raise EngineFailed(f"the engine `{asked.engine}` does not say what it has for a base")
-    write_json(folder / VIEW, engine.describe(open_base(asked.model), asked.task))
+        raise EngineFailed(f"the engine `{spec.engine}` cannot describe a base model: it has no `describe`")
+    write_json(folder / VIEW, engine.describe(open_base(spec.model), spec.task))
 
 
 def _die_with_parent() -> None:
-    """The parent holds the other end of standard input; when it goes, so does this process's whole session."""
+    """Kill this process's session when standard input closes: the parent holds its other end."""
 
     def watch() -> None:
         while os.read(0, 1):

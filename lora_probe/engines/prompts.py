@@ -1,7 +1,7 @@
 """Prompts as token ids, the same for every engine.
 
-In: the spec's prompts and the base model's tokenizer (a transformers tokenizer). Out: their ids, and the ids that a run
-which follows another is made to see after them.
+In: the spec's prompts and the base model's tokenizer (a transformers tokenizer). Out: their ids, and the forced answer
+ids of a run that follows another trace.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ BUILT_IN = (
     "What is the capital of France?",
     "Write one sentence about the sea.",
 )
-"""What `trace` asks when no prompt is given."""
+"""The prompts of `trace` if none is passed."""
 
 
 def encode(spec: RunSpec, tokenizer: Any) -> list[list[int]]:
-    """Token ids of each prompt, special tokens as the tokenizer adds them, or through its chat template.
+    """Token ids of each prompt, with the tokenizer's special tokens, or through its chat template.
 
     Raises:
         ProbeError: a prompt without tokens, or a chat prompt for a tokenizer without a template.
@@ -29,15 +29,13 @@ def encode(spec: RunSpec, tokenizer: Any) -> list[list[int]]:
     for number, prompt in enumerate(spec.prompts):
         ids = list(prompt.ids) or _encode(prompt.text, spec.chat, tokenizer)
         if not ids:
-            raise ProbeError(
-                f"prompt {number + 1} ({prompt.text!r}) has no tokens", "give a prompt that says something"
-            )
+            raise ProbeError(f"prompt {number + 1} ({prompt.text!r}) has no tokens", "pass a prompt with text in it")
         encoded.append(ids)
     return encoded
 
 
 def forced(spec: RunSpec, number: int) -> list[int]:
-    """The ids that follow prompt `number` whatever the model would say; the answer begins with them."""
+    """The ids that are forced after prompt `number`; the answer begins with them."""
     return spec.continuation[number] if spec.continuation else []
 
 
@@ -45,7 +43,7 @@ def _encode(text: str, chat: bool, tokenizer: Any) -> list[int]:
     if not chat:
         return list(tokenizer(text).input_ids)
     if not getattr(tokenizer, "chat_template", None):
-        raise ProbeError("the base model's tokenizer has no chat template", "leave --chat out")
+        raise ProbeError("the base model's tokenizer has no chat template", "remove --chat")
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
     )

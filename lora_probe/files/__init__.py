@@ -1,7 +1,7 @@
-"""Bytes that nobody vouches for, as tensors and JSON: every file is bounded before anything in it is believed.
+"""Untrusted bytes as tensors and JSON: the size of every file is bounded before its contents are used.
 
 In: paths. Out: an open regular file (`untrusted`), JSON with its lines (`json_object`), the header and the values of
-weights (`weights`, `pickled`), and the limits within which all of that happens (`limits`, `guarded`, `isolation`).
+weights (`weights`, `pickled`), and the limits for reading them (`limits`, `guarded`, `isolation`).
 """
 
 from __future__ import annotations

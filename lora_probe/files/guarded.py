@@ -1,8 +1,8 @@
-"""Work on untrusted files in a process of its own, which can be ended whatever it does.
+"""Work on untrusted files in a separate process, which can be stopped whatever it does.
 
-In: a function that hands over what it finds, and a `Budget`. Out: what it handed over, as it comes; or a whole command,
-whose output is printed here. A budget that is used up, a hang that ignores every signal, a crash in C: each is one
-error that names the step, and this process goes on.
+In: a function that sends its results, and a `Budget`. Out: the results as they arrive; or a whole command, whose output
+is printed by this process. A used-up budget, a hang that ignores every signal, a crash in C: each is one error that
+names the step, and this process continues.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ from lora_probe.files.isolation import leave_current_folder_off_the_path
 from lora_probe.files.limits import Board, Budget
 
 AVAILABLE = sys.platform == "linux" and Path("/proc/self/status").exists()
-"""Where processes are forked and the limits are known to hold. Elsewhere the work is done in this process."""
+"""Whether processes can be forked and the limits work. Otherwise the work is done in this process."""
 GRACE, ENGINE_GRACE = 1.0, 15.0
-"""Seconds for a process to end by itself when the user stops the command; more where it has an engine to end."""
+"""Seconds for a process to end by itself when the user stops the command; more if it has to stop an engine."""
 
 RESERVE = 2**20 + 2**18
-"""Bytes that are kept for saying that there are no more."""
+"""Bytes of memory reserved for reporting that there is no more."""
 
 Send = Callable[[Any], None]
 
 
 class OverBudget(ProbeError):
-    """The work took more time or memory than it may, or its process died."""
+    """The work used more time or memory than allowed, or its process died."""
 
 
 @dataclass(frozen=True)
 class _Written:
-    """Text that a command prints; `error`: on standard error."""
+    """Text that a command prints; `error`: to standard error."""
 
     text: str
     error: bool
@@ -54,17 +54,17 @@ class _Written:
 
 @dataclass(frozen=True)
 class _Ended:
-    """The work is done; `failure` is what it raised, if it did."""
+    """The work has ended; `failure` is the exception that it raised, if any."""
 
     failure: ProbeError | None = None
 
 
 def results(work: Callable[[Send], None], budget: Budget, board: Board | None = None) -> Iterator[Any]:
-    """What `work` hands over, from a process of its own, which writes on `board` what it does.
+    """The results that `work` sends from a separate process, which writes its current step to `board`.
 
     Raises:
-        OverBudget: with the step at which the budget was used up, or at which the process died.
-        ProbeError: what `work` raised. Any other exception of it becomes one that asks for a report.
+        OverBudget: the budget was used up or the process died, with the step.
+        ProbeError: what `work` raised. Any other exception becomes one that asks for a bug report.
     """
     if not AVAILABLE:
         yield from _here(work)
@@ -83,46 +83,46 @@ def results(work: Callable[[Send], None], budget: Budget, board: Board | None = 
 
 
 class _Process:
-    """The process in which something works, from its start to its end."""
+    """The working process, from its start to its end."""
 
     def __init__(self, work: Callable[[Send], None], budget: Budget, board: Board) -> None:
         self.board = board
         self.temporary = tempfile.mkdtemp(prefix="lora-probe-")
         self.code: int | None = None
         results, sender = os.pipe()
-        # Nobody writes to it: its end is the end of this process.
+        # Nothing is written to it: it closes when this process ends.
         watched, self._alive = os.pipe()
-        # What is there already is no garbage; the copy shares its memory as long as nobody looks.
+        # Existing objects are not garbage; the copy shares their memory as long as nothing touches them.
         gc.freeze()
         self.pid = os.fork()
         if self.pid == 0:
             try:
-                for mine in (results, self._alive):
-                    os.close(mine)
+                for parents_end in (results, self._alive):
+                    os.close(parents_end)
                 _work(work, budget, self.board, os.fdopen(sender, "wb"), watched, self.temporary)
             finally:
-                # Nothing of the process that was copied is to be flushed or cleaned up twice.
+                # The copied process must not flush or clean up anything a second time.
                 os._exit(1)
         gc.unfreeze()
-        for theirs in (sender, watched):
-            os.close(theirs)
+        for childs_end in (sender, watched):
+            os.close(childs_end)
         self._results = os.fdopen(results, "rb")
 
     def receive(self) -> Any:
-        """The next thing that was handed over.
+        """The next result.
 
         Raises:
-            OverBudget: the process died, between two things or in the middle of one.
+            OverBudget: the process died, between two results or in the middle of one.
         """
         try:
-            # Written by the copy of this very process, in which nothing of a file is executed.
+            # Written by a copy of this process, which executes nothing from a file.
             return pickle.load(self._results)
         except (EOFError, OSError, pickle.UnpicklingError):
             self._wait(GRACE)
             raise _died(self.code or 0, self.board) from None
 
     def end(self) -> None:
-        """End it if it still runs: politely, so that what it has started and half written goes, then not."""
+        """Stop it if it still runs: with SIGTERM, so that it can stop its engine and clean up, then with SIGKILL."""
         try:
             self._wait(0.1)
             if self.code is None:
@@ -134,11 +134,11 @@ class _Process:
                 self._wait(None)
             self._results.close()
             os.close(self._alive)
-            # It is empty, unless the process was killed.
+            # Empty, unless the process was killed.
             shutil.rmtree(self.temporary, ignore_errors=True)
 
     def _wait(self, seconds: float | None) -> None:
-        """Wait for its end, as long as it takes for None; `code` is its status then, negative for a signal."""
+        """Wait for its end, without limit for None. It sets `code` to the exit status, negative for a signal."""
         deadline = time.monotonic() + (seconds or 0)
         while self.code is None:
             pid, status = os.waitpid(self.pid, 0 if seconds is None else os.WNOHANG)
@@ -151,7 +151,7 @@ class _Process:
 
 
 def command(run: Callable[[], int], board: Board) -> int:
-    """The exit status of a command that runs in a process of its own. What it prints is printed here.
+    """The exit status of a command that runs in a separate process. Its output is printed by this process.
 
     Raises as `results` does.
     """
@@ -173,14 +173,14 @@ def command(run: Callable[[], int], board: Board) -> int:
         stopped = False
     finally:
         if stopped and sys.stderr.isatty():
-            # A live line that was cut off has hidden the cursor.
+            # An interrupted progress line has hidden the cursor.
             sys.stderr.write("\r\x1b[K\x1b[?25h")
             sys.stderr.flush()
     return status
 
 
 class _Forwarded(io.TextIOBase):
-    """A standard stream of the working process: whatever is written goes to the process that prints."""
+    """A standard stream of the working process: its text is sent to the process that prints."""
 
     def __init__(self, stream: TextIO, send: Send, error: bool) -> None:
         self._stream, self._send, self._error = stream, send, error
@@ -218,36 +218,36 @@ def _write(item: _Written) -> None:
         )
         stream.flush()
     except BrokenPipeError:
-        # That the reader of a pipe has gone (`| head`) changes no exit status.
+        # A closed pipe (`| head`) does not change the exit status.
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     except OSError:
-        # What goes on cannot be told; what was found can.
+        # Progress that cannot be printed is dropped; results are not.
         if not item.error:
             raise
 
 
 def _here(work: Callable[[Send], None]) -> Iterator[Any]:
-    handed: list[Any] = []
+    sent: list[Any] = []
     try:
-        work(handed.append)
+        work(sent.append)
     except ProbeError:
-        yield from handed
+        yield from sent
         raise
     except Exception as error:
-        yield from handed
+        yield from sent
         raise fault(error) from error
-    yield from handed
+    yield from sent
 
 
 def _work(
     work: Callable[[Send], None], budget: Budget, board: Board, sender: BinaryIO, watched: int, temporary: str
 ) -> None:
-    """What the process of its own does. Ctrl-C in a terminal reaches it too: its parent says when it is to end."""
+    """The working process. Ctrl-C in a terminal reaches it too, but its parent decides when it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _stop)
-    # A shell may have it ignored, and the limit of time with it.
+    # A shell may have set it to be ignored, which would disable the time limit.
     signal.signal(signal.SIGXCPU, signal.SIG_DFL)
-    # It does not live long: looking for garbage too often takes a third of the time for large files.
+    # The process is short-lived: frequent garbage collection takes a third of the time for large files.
     gc.set_threshold(50_000, 50, 100)
     tempfile.tempdir = temporary
     threading.Thread(target=_end_with_parent, args=(watched,), daemon=True, name="lora-probe-parent").start()
@@ -267,7 +267,7 @@ def _work(
     except ProbeError as error:
         ended = _Ended(error)
     except MemoryError:
-        # What filled the memory is still there: without this even the next line would have no room.
+        # The memory is still full: this frees enough for the next lines.
         reserve = None  # noqa: F841
         limits.lift()
         ended = _Ended(_over("used up its memory", board))
@@ -284,18 +284,18 @@ def _stop(number: int, frame: object) -> None:
 
 
 def _end_with_parent(watched: int) -> None:
-    """A parent that is killed says nothing; whatever this process has started ends with it."""
+    """Kill this process when its parent ends, even if the parent was killed."""
     os.read(watched, 1)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def fault(error: Exception) -> ProbeError:
-    """An exception that nobody expected, as one error with the place in the code."""
+    """An unexpected exception as one error, with its place in the code."""
     place = traceback.extract_tb(error.__traceback__)[-1]
-    words = "".join(traceback.format_exception_only(error)).strip()
+    reason = "".join(traceback.format_exception_only(error)).strip()
     return ProbeError(
-        f"lora-probe failed: {words} ({Path(place.filename).name}:{place.lineno})",
-        "please report it, with what `lora-probe env` prints",
+        f"lora-probe failed: {reason} ({Path(place.filename).name}:{place.lineno})",
+        "report this bug with the output of `lora-probe env`",
     )
 
 
@@ -309,5 +309,5 @@ def _died(code: int, board: Board) -> OverBudget:
 def _over(what: str, board: Board) -> OverBudget:
     return OverBudget(
         f"{what} while {board.step or 'starting'}; the budget is {board.budget}",
-        "look at that file first, no real adapter is known to need more; --timeout and --max-memory raise the limits",
+        "check that file first, no known adapter needs more; raise the limits with --timeout and --max-memory",
     )

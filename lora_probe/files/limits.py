@@ -1,8 +1,8 @@
-"""What a process that reads untrusted files may use: CPU time and memory, both enforced by the kernel.
+"""Limits for a process that reads untrusted files: CPU time and memory, both enforced by the kernel.
 
-In: a `Budget`, and the folders that are read. Out: limits on this process, and on a `Board` the step that it is at, for
-the process that waits for it (`guarded.py`). Without a budget, as in a program that calls lora-probe's functions,
-nothing here has an effect.
+In: a `Budget`, and the folders to read. Out: limits on this process, and its current step on a `Board`, for the process
+that waits for it (`guarded.py`). Without a budget, as in a program that calls lora-probe's functions, nothing here has
+an effect.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from lora_probe.files.untrusted import shown, storage_of
 SECONDS = 60
 """CPU time for one folder. The largest real adapters that were measured take 40 s."""
 SECONDS_PER_BYTE = 1 / 50_000_000
-"""More time for more weights: a tenth of the speed at which one processor reads and judges them."""
+"""Additional time for each byte of weights: one processor reads and judges them ten times as fast."""
 MEMORY = 768 * 2**20
-"""Bytes that a process may allocate for one folder beyond what its libraries took."""
+"""Bytes that a process may allocate for one folder, in addition to its libraries."""
 MEMORY_PER_BYTE = 4
-"""Bytes for each byte on disk: bfloat16 is widened to float32 or float64 where it is computed with."""
+"""Additional bytes for each byte on disk: bfloat16 is widened to float32 or float64 for computing."""
 _STEP, _BUDGET, _LEFT, _LONGEST = 1, 1024, 2048, 600
-"""Where the texts of a board begin, and their longest in bytes."""
+"""Offsets of the texts on a board, and their maximum length in bytes."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What one folder may cost. None: the default, which grows with what the folder holds on disk."""
+    """Limits for one folder. None: the default, which grows with the folder's size on disk."""
 
     seconds: float | None = None
     memory: int | None = None
 
 
 class Board:
-    """Memory that two processes share: what the one that works does, what it may use, and whether it waits."""
+    """Memory shared by two processes: the step and the limits of the working one, and whether it waits."""
 
     def __init__(self) -> None:
         self._memory = mmap.mmap(-1, 4096)
@@ -55,7 +55,7 @@ class Board:
 
     @property
     def step(self) -> str:
-        """What is done at the moment, and in which file."""
+        """The current step, and its file."""
         return self._read(_STEP)
 
     @step.setter
@@ -64,7 +64,7 @@ class Board:
 
     @property
     def budget(self) -> str:
-        """The limits in words."""
+        """The limits as text."""
         return self._read(_BUDGET)
 
     @budget.setter
@@ -73,7 +73,7 @@ class Board:
 
     @property
     def left(self) -> str:
-        """What it leaves behind where it is interrupted."""
+        """What the process leaves behind if it is interrupted."""
         return self._read(_LEFT)
 
     @left.setter
@@ -82,7 +82,7 @@ class Board:
 
     @property
     def waiting(self) -> bool:
-        """Whether an engine works for it."""
+        """Whether the process waits for an engine."""
         return self._memory[0] == 1
 
     @waiting.setter
@@ -91,7 +91,7 @@ class Board:
 
 
 class _Limits:
-    """The limits of this process, from `enter` on."""
+    """The limits of this process, set by `enter`."""
 
     def __init__(self, budget: Budget, board: Board) -> None:
         self.budget, self.board = budget, board
@@ -100,7 +100,7 @@ class _Limits:
         self.lock = threading.Lock()
 
     def renew(self) -> None:
-        """A whole budget from here on."""
+        """Start a full budget from here."""
         with self.lock:
             self.start, self.room = _allocated(), 0
             _limit("RLIMIT_CPU", math.ceil(time.process_time() + self.seconds))
@@ -114,20 +114,20 @@ class _Limits:
 
     @property
     def seconds(self) -> float:
-        given = self.budget.seconds
-        return SECONDS + self.held * SECONDS_PER_BYTE * self.times if given is None else given
+        fixed = self.budget.seconds
+        return SECONDS + self.held * SECONDS_PER_BYTE * self.times if fixed is None else fixed
 
     @property
     def memory(self) -> int:
-        given = self.budget.memory
-        return MEMORY + self.held * MEMORY_PER_BYTE if given is None else given
+        fixed = self.budget.memory
+        return MEMORY + self.held * MEMORY_PER_BYTE if fixed is None else fixed
 
 
 _mine: _Limits | None = None
 
 
 def enter(budget: Budget, board: Board) -> None:
-    """Put this process under `budget`, from now to its end."""
+    """Put this process under `budget` until it ends."""
     global _mine
     _mine = _Limits(budget, board)
     _limit("RLIMIT_CORE", 0)
@@ -135,21 +135,21 @@ def enter(budget: Budget, board: Board) -> None:
 
 
 def allow(budget: Budget, left: str) -> None:
-    """What the user allows for one folder, from now on, and what is left behind where the command is interrupted."""
+    """Set the user's limits for one folder, and the note about what an interrupted command leaves behind."""
     if _mine is not None:
         _mine.budget, _mine.board.left = budget, left
         _mine.renew()
 
 
 def active() -> bool:
-    """Whether this process has a budget, and another one that waits for it."""
+    """Whether this process has a budget, and another process waits for it."""
     return _mine is not None
 
 
 def begin(*folders: Path, times: float = 1) -> None:
-    """A new piece of work begins, with a budget of its own: that for what `folders` hold on disk.
+    """Begin a new piece of work, with a new budget for the size of `folders` on disk.
 
-    `times` is how often their bytes are read and computed with.
+    `times` is how often their bytes are read and used in computations.
     """
     if _mine is not None:
         step("listing the files", folders[0])
@@ -160,20 +160,20 @@ def begin(*folders: Path, times: float = 1) -> None:
 
 
 def step(what: str, path: str | Path = "") -> None:
-    """What is done now, and in which file: what the message says if the budget ends here."""
+    """Set the current step and its file, which the message names if the budget ends here."""
     if _mine is not None:
         _mine.board.step = f"{what} (`{shown(str(path), 300)}`)" if path else what
 
 
 def make_room(size: int) -> None:
-    """Allow `size` more bytes, those of a file that is mapped."""
+    """Allow `size` more bytes, for a mapped file."""
     if _mine is not None:
         _mine.grow(size)
 
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """Libraries that are imported do not count: some take gigabytes of address space, and no file decides how much."""
+    """Exempt imported libraries: some need gigabytes of address space, but no file decides how much."""
     if _mine is None:
         yield
         return
@@ -187,7 +187,7 @@ def importing() -> Iterator[None]:
 
 @contextmanager
 def waiting() -> Iterator[None]:
-    """No limits while this process waits for an engine, which has limits of its own; a new budget afterwards."""
+    """Lift the limits while this process waits for an engine, which has its own; a new budget afterwards."""
     if _mine is None:
         yield
         return
@@ -201,7 +201,7 @@ def waiting() -> Iterator[None]:
 
 
 def lift() -> None:
-    """Take the limits away: for a wait, or for the little that is still to be said when they are used up."""
+    """Remove the limits: for a wait, or to report that they were used up."""
     _limit("RLIMIT_CPU", None)
     _limit("RLIMIT_DATA", None)
 
@@ -212,14 +212,14 @@ def raised(seconds: float) -> float:
 
 
 def held(folder: Path) -> int:
-    """Bytes that a folder's files take on disk, and those of the folders in it, each file once.
+    """Bytes on disk of the files in a folder and in its direct subfolders, each file once.
 
-    A sparse file claims more than it takes, and a link to a file elsewhere is no file of the folder.
+    Sparse files count with their real size, and links to files elsewhere do not count.
     """
     try:
         return sum(_on_disk(folder, str(storage_of(folder.resolve()))).values())
     except (OSError, RuntimeError):
-        # What cannot be listed is told by whoever reads it.
+        # The code that reads the folder reports why it cannot be listed.
         return 0
 
 
@@ -241,7 +241,7 @@ def _lies_in(storage: str, path: str) -> bool:
 
 
 def _limit(name: str, value: int | None) -> None:
-    """Set a soft limit, `None` for as much as there may be; never above the hard one."""
+    """Set a soft limit, `None` for the highest possible; never above the hard limit."""
     import resource
 
     kind = getattr(resource, name)

@@ -1,9 +1,9 @@
-"""A pickle looked at before it is loaded: what torch's weights-only loader would do with it, and what it would cost.
+"""A pickle checked before it is loaded: what torch's weights-only loader would do with it, and at what cost.
 
-In: the bytes of a pickle. Out: nothing, or an `UnreadableFile`. The weights-only loader runs no code of the file, but
-it believes it: a `bytearray` of any size is made; a tuple nested a hundred thousand deep, once it is hashed, takes the
-process down with it; and a tuple that holds another one twice, sixty levels deep, is hashed for ever. Only depths and
-counts are kept here, nothing is built.
+In: the bytes of a pickle. Out: nothing, or an `UnreadableFile`. The weights-only loader executes no code from the file,
+but trusts its contents: it creates a `bytearray` of any size; hashing a tuple nested a hundred thousand levels deep
+crashes the process; and hashing a tuple that holds another one twice, for sixty levels, takes forever. Only depths and
+counts are tracked here, no objects are created.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from pathlib import Path
 from lora_probe.errors import UnreadableFile
 
 MAX_DEPTH = 100
-"""A state dict has 6: dict, arguments, storage."""
+"""Nesting levels; a state dict has 6: dict, arguments, storage."""
 MAX_SIZE = 200
-"""Values in a tuple, with those of the tuples and lists in it, each as often as it is met. The arguments of a tensor
-with 64 axes are 140."""
+"""Values in a tuple, including those of tuples and lists inside it, each counted as often as it occurs. The arguments
+of a tensor with 64 axes are 140."""
 MAX_STRING = 1_000_000
 
-# What is on the stack is one number: a depth, two marks, and a size. Numbers add up fast.
+# Each object on the stack is one number: a depth, two flags, and a size. Adding numbers is fast.
 _MANY = 10 * MAX_SIZE
-"""What larger sizes count as, so that they never add up to a mark."""
+"""The value of larger sizes, so that they never add up to a flag."""
 _NO_KEY, _LIST, _LEVEL = 1 << 40, 1 << 41, 1 << 42
-"""The marks of what is no key of a dictionary (tuples; long numbers, of which many can have one hash) and of lists, and
-one level of depth."""
+"""The flags for objects that are refused as dictionary keys (tuples; long numbers, many of which can have one hash) and
+for lists, and one level of depth."""
 _PLAIN = 1
-"""A depth of 0 and a size of 1. Dictionaries and objects have that size too: nothing goes through what they hold."""
+"""A depth of 0 and a size of 1. Dictionaries and objects have this size too: nothing iterates over their contents."""
 
 _FIXED = {
     **dict.fromkeys(b")}\x8fN\x88\x89", (_PLAIN, 0)),
@@ -37,13 +37,13 @@ _FIXED = {
     ord("J"): (_PLAIN, 4),
     ord("G"): (_PLAIN, 8),
 }
-"""What pushes one thing, and how many bytes follow: ) } \\x8f, N True False, ], integers and floats."""
+"""Opcodes that push one object, and how many bytes follow: ) } \\x8f, N True False, ], integers and floats."""
 _TUPLES = {0x85: 1, 0x86: 2, 0x87: 3}
 _COMBINING = {0x74, 0x65, 0x75, 0x61, 0x62, 0x73, 0x52, 0x81} | _TUPLES.keys()
-"""TUPLE, APPENDS, SETITEMS, APPEND, BUILD, SETITEM, REDUCE, NEWOBJ: what takes from the stack."""
+"""TUPLE, APPENDS, SETITEMS, APPEND, BUILD, SETITEM, REDUCE, NEWOBJ: opcodes that pop from the stack."""
 _BUILTINS = (b"builtins", b"__builtin__")
 _OWN = (b"torch", b"collections", b"_codecs", *_BUILTINS)
-"""Where the names come from that torch's loader knows."""
+"""Modules of the names that torch's loader accepts."""
 
 
 class _Refused(Exception):
@@ -51,10 +51,10 @@ class _Refused(Exception):
 
 
 def require_harmless(data: bytes, path: Path, count: int = 1) -> None:
-    """Follow the first `count` pickles in `data`, one behind the other.
+    """Check the first `count` pickles in `data`, which follow each other.
 
     Raises:
-        UnreadableFile: it calls something that can take any amount of memory, is nested too deep, or breaks off.
+        UnreadableFile: one can take any amount of memory or time, is nested too deep, or is truncated.
     """
     try:
         at = 0
@@ -63,16 +63,16 @@ def require_harmless(data: bytes, path: Path, count: int = 1) -> None:
     except _Refused as error:
         raise UnreadableFile(
             f"torch's weights-only loader refuses `{path}`: {error}",
-            "no save of weights writes this: do not load it anywhere",
+            "never load this file: no library writes weights like this",
         ) from None
     except (IndexError, struct.error) as error:
         raise UnreadableFile(
-            f"`{path}` is a damaged pickle: it breaks off or its stack runs empty", "copy or download it again"
+            f"`{path}` is a damaged pickle: it is truncated or its stack runs empty", "copy or download it again"
         ) from error
 
 
 def _follow(data: bytes, at: int) -> int:
-    """Where the pickle ends."""
+    """The position at which the pickle ends."""
     stack: list[int] = []
     marks: list[int] = []
     memo: dict[int, int] = {}
@@ -121,12 +121,12 @@ def _follow(data: bytes, at: int) -> int:
         elif code == 0x2E:  # STOP
             return at
         else:
-            # Torch's loader knows no other, and refuses this one in its own words.
+            # torch's loader accepts no other opcode, and refuses this one with its own message.
             return at - 1
 
 
 def _combine(code: int, stack: list[int], marks: list[int]) -> None:
-    """Put what is on top of the stack into a tuple, or into what lies below it."""
+    """Combine the top of the stack into a tuple, or add it to the object below it."""
     if code in _TUPLES:
         begin = len(stack) - _TUPLES[code]
     elif code in (0x74, 0x65, 0x75):  # TUPLE, APPENDS, SETITEMS
@@ -139,15 +139,15 @@ def _combine(code: int, stack: list[int], marks: list[int]) -> None:
     del stack[begin:]
     depth = (max(inner, default=0) // _LEVEL + 1) * _LEVEL
     if depth > MAX_DEPTH * _LEVEL:
-        raise _Refused(f"it is nested more than {MAX_DEPTH} deep")
+        raise _Refused(f"it is nested more than {MAX_DEPTH} levels deep")
     size = min(sum(inner) % _NO_KEY, _MANY)
     if code in (0x74, 0x85, 0x86, 0x87, 0x52, 0x81) and size > MAX_SIZE:  # a tuple, or the arguments of a call
-        raise _Refused(f"it holds a tuple of more than {MAX_SIZE} values, each counted as often as it is met")
+        raise _Refused(f"it holds a tuple of more than {MAX_SIZE} values, each counted as often as it occurs")
     if code == 0x74 or code in _TUPLES:
         stack.append(depth + _NO_KEY + size + 1)
         return
     if code in (0x73, 0x75) and any(key & _NO_KEY for key in inner[::2]):
-        raise _Refused("a key of a dictionary in it is a tuple or a number of many digits")
+        raise _Refused("a dictionary key in it is a tuple or a very long number")
     depth = max(stack[-1] // _LEVEL * _LEVEL, depth)
     if code in (0x61, 0x65):  # APPEND, APPENDS
         stack[-1] = depth + _LIST + min(stack[-1] % _NO_KEY + size, _MANY)
@@ -156,12 +156,12 @@ def _combine(code: int, stack: list[int], marks: list[int]) -> None:
 
 
 def _require_harmless_name(module: bytes, name: bytes, foreign: bool) -> None:
-    """`foreign`: a name before this one is none that torch knows. It refuses that one, in its own words, and does not
-    come to this one."""
+    """`foreign`: an earlier name is one that torch does not accept. torch refuses that one with its own message and
+    never reaches this one."""
     if module in _BUILTINS and name == b"bytearray":
-        raise _Refused("it makes a `bytearray`, of whatever size it likes")
+        raise _Refused("it creates a `bytearray` of any size")
     if module in _BUILTINS and name in (b"set", b"frozenset", b"complex") and not foreign:
-        raise _Refused(f"it makes a `{name.decode()}`, which weights do not need and which may take for ever to hash")
+        raise _Refused(f"it creates a `{name.decode()}`, which weights do not need and which may take forever to hash")
 
 
 def _is_foreign(module: bytes) -> bool:

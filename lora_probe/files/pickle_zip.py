@@ -1,8 +1,8 @@
-"""The zip archive that torch writes, looked at before torch opens it.
+"""The zip archive that torch writes, checked before torch opens it.
 
-In: an open file. Out: where its pickle lies, or an `UnreadableFile`. torch stores every record as it is; a record that
-is compressed, or that claims more than the file has, is none of torch's and may be a bomb. The directory is read in
-one piece of bounded size. The format: APPNOTE.TXT of PKWARE, 4.3.
+In: an open file. Out: the position of its pickle, or an `UnreadableFile`. torch stores all records uncompressed; a
+record that is compressed, or that claims more bytes than the file has, was not written by torch and may be a zip bomb.
+The directory is read at once, up to a maximum size. The format: APPNOTE.TXT of PKWARE, 4.3.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from lora_probe.errors import UnreadableFile
 from lora_probe.files.untrusted import shown
 
 MAX_DIRECTORY = 64_000_000
-"""Bytes; a record takes about a hundred, and there is one for every tensor."""
+"""Bytes of the directory; it has about a hundred for each record, and one record for each tensor."""
 MAX_SMALL = 1_000_000
-"""Bytes of a record that is neither pickle nor storage: a version, a byte order, a digest."""
+"""Bytes of a record that is neither pickle nor storage, such as a version, a byte order or a digest."""
 _END, _LOCATOR, _END64, _ENTRY, _LOCAL = b"PK\x05\x06", b"PK\x06\x07", b"PK\x06\x06", b"PK\x01\x02", b"PK\x03\x04"
 _STORAGE = re.compile(rb"[^/]*/data/[0-9]+")
 _AGAIN = "copy or download it again, or save it again with torch.save"
@@ -27,7 +27,7 @@ _AGAIN = "copy or download it again, or save it again with torch.save"
 
 @dataclass(frozen=True)
 class PickleRecord:
-    """Where the pickle of the archive lies in the file, and how many bytes the records have that hold values."""
+    """Position and size of the archive's pickle in the file, and the sizes of the records with values."""
 
     start: int
     size: int
@@ -44,15 +44,15 @@ class _Entry:
 
 
 def pickle_record(path: Path, file: BinaryIO, size: int) -> PickleRecord:
-    """Find `data.pkl`, and make sure that no record costs more than it shows.
+    """Find `data.pkl`, and check that no record is larger than its bytes in the file.
 
     Raises:
-        UnreadableFile: the archive is damaged, or none that torch writes.
+        UnreadableFile: the archive is damaged, or torch did not write it.
     """
     try:
         entries = _entries(_directory(file, size))
     except (struct.error, IndexError) as error:
-        raise UnreadableFile(f"`{path}` is a damaged zip archive: its directory breaks off", _AGAIN) from error
+        raise UnreadableFile(f"`{path}` is a damaged zip archive: its directory is truncated", _AGAIN) from error
     except _Damaged as error:
         raise UnreadableFile(f"`{path}` is a damaged zip archive: {error}", _AGAIN) from None
     total = 0
@@ -62,18 +62,18 @@ def pickle_record(path: Path, file: BinaryIO, size: int) -> PickleRecord:
         total += entry.size
         if entry.method != 0 or entry.packed != entry.size:
             raise UnreadableFile(
-                f"`{path}` has a compressed record, `{name}` of {entry.size} bytes, and torch compresses none", _AGAIN
+                f"`{path}` has a compressed record, `{name}` of {entry.size} bytes, but torch never compresses", _AGAIN
             )
-        # torch looks for names without regard to case.
+        # torch ignores case when it looks for names.
         if entry.name.lower().endswith(b"data.pkl"):
             pickles.append(entry)
         elif entry.size > MAX_SMALL and not _STORAGE.fullmatch(entry.name):
             raise UnreadableFile(f"`{path}` has a record that torch does not write, `{name}`", _AGAIN)
     if total > size:
-        raise UnreadableFile(f"`{path}` claims {total} bytes in its records, the file has {size}", _AGAIN)
+        raise UnreadableFile(f"`{path}` claims {total} bytes in its records, but the file has {size}", _AGAIN)
     if len(pickles) != 1:
-        raise UnreadableFile(f"`{path}` is a zip archive with {len(pickles)} pickles, torch writes one", _AGAIN)
-    # A tensor takes some 300 bytes of the pickle, and has a record of its own.
+        raise UnreadableFile(f"`{path}` is a zip archive with {len(pickles)} pickles, but torch writes one", _AGAIN)
+    # A tensor takes about 300 bytes in the pickle, and has its own record.
     if pickles[0].size > MAX_SMALL + 2048 * len(entries):
         raise UnreadableFile(
             f"`{path}` has a pickle of {pickles[0].size} bytes for {len(entries)} records, more than tensors need",
@@ -88,7 +88,7 @@ class _Damaged(Exception):
 
 
 def _directory(file: BinaryIO, size: int) -> bytes:
-    """The central directory, whose place stands at the end of the file."""
+    """The central directory; the end of the file has its position."""
     tail = min(size, 65_535 + 22 + 20)
     file.seek(size - tail)
     data = file.read(tail)
@@ -100,44 +100,44 @@ def _directory(file: BinaryIO, size: int) -> bytes:
     if locator >= 0 and data[locator : locator + 4] == _LOCATOR:
         (where,) = struct.unpack_from("<Q", data, locator + 8)
         if where + 56 > size:
-            raise _Damaged("its directory lies beyond its end")
+            raise _Damaged("its directory is beyond the end of the file")
         file.seek(where)
         far = file.read(56)
         if not far.startswith(_END64):
-            raise _Damaged("its directory is not where it says")
+            raise _Damaged("its directory is not where the file says")
         length, at = struct.unpack_from("<QQ", far, 40)
     if length > MAX_DIRECTORY or at + length > size:
-        raise _Damaged(f"its directory claims {length} bytes at {at}, the file has {size}")
+        raise _Damaged(f"its directory claims {length} bytes at {at}, but the file has {size}")
     file.seek(at)
     return file.read(length)
 
 
 def _entries(data: bytes) -> list[_Entry]:
-    found = []
+    entries = []
     at = 0
     while at < len(data):
         if data[at : at + 4] != _ENTRY:
-            raise _Damaged("its directory holds something else than records")
+            raise _Damaged("its directory holds something other than records")
         method = struct.unpack_from("<H", data, at + 10)[0]
         packed, size, long, extra, comment = struct.unpack_from("<IIHHH", data, at + 20)
         (offset,) = struct.unpack_from("<I", data, at + 42)
         name = data[at + 46 : at + 46 + long]
         rest = data[at + 46 + long : at + 46 + long + extra]
         size, packed, offset = _wide(name, rest, size, packed, offset)
-        found.append(_Entry(name, method, packed, size, offset))
+        entries.append(_Entry(name, method, packed, size, offset))
         at += 46 + long + extra + comment
-    return found
+    return entries
 
 
 def _wide(name: bytes, extra: bytes, *short: int) -> tuple[int, int, int]:
-    """Sizes and offset, from the zip64 field where the short ones are full."""
+    """Sizes and offset, from the zip64 field if they do not fit into the short ones."""
     at, fields = 0, []
     while at + 4 <= len(extra):
         kind, length = struct.unpack_from("<HH", extra, at)
         if kind == 1:
             fields.append(extra[at + 4 : at + 4 + length])
         at += 4 + length
-    # Readers do not agree on which of two counts: torch might read another pickle than the one that is judged here.
+    # Readers disagree on which of two fields counts: torch might read another pickle than the one checked here.
     if len(fields) > 1:
         raise _Damaged(f"the record `{shown(name.decode('utf-8', 'replace'))}` has {len(fields)} zip64 fields")
     wide = b"".join(fields)
@@ -151,7 +151,7 @@ def _wide(name: bytes, extra: bytes, *short: int) -> tuple[int, int, int]:
 
 
 def _data_of(path: Path, file: BinaryIO, entry: _Entry, size: int) -> int:
-    """Where the bytes of a record begin: behind its local header."""
+    """Where the bytes of a record begin: after its local header."""
     if entry.at + 30 <= size:
         file.seek(entry.at)
         header = file.read(30)

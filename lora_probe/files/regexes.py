@@ -1,7 +1,7 @@
-"""Regular expressions from files that nobody vouches for, with an end to their patience.
+"""Regular expressions from untrusted files, with time limits.
 
-In: an expression and a name. Out: a match as Python's `re` finds it, because PEFT matches the same expressions with
-`re`. An expression that takes forever (`(a+)+$`) is an error, and PEFT hangs on it.
+In: an expression and a name. Out: the match that Python's `re` finds, because PEFT matches the same expressions with
+`re`. An expression that takes forever (`(a+)+$`) is an error; PEFT would hang on it.
 """
 
 from __future__ import annotations
@@ -24,38 +24,38 @@ from lora_probe.files.untrusted import shown
 PATIENCE = 1.0
 """Seconds for one name. Real expressions take microseconds."""
 PATIENCE_FOR_ONE = 5.0
-"""Seconds that one expression may take over all names."""
+"""Seconds for one expression over all names."""
 PATIENCE_FOR_ALL = 30.0
-"""Seconds that all expressions of one config may take together."""
+"""Seconds for all expressions of one config together."""
 
 _CLASS = r"\[\^?(?:[A-Za-z0-9](?:-[A-Za-z0-9])?|[_. /]|\\[dwsDWS.-])+-?\]"
 _ALIKE = re.compile(
     # One character, or an anchor, or an alternative.
     r"[A-Za-z0-9_./ ^$|-]|\\[dwsbDWSB]|\\[-./_^$*+?()\[\]{}|\\]"
     rf"|{_CLASS}"
-    # A group. What is repeated more than once is no group: how often an empty one is tried differs.
+    # A group. Repeated groups are excluded: the two differ in how often they try an empty one.
     r"|\((?:\?:|\?P<[A-Za-z_][A-Za-z0-9_]*>)?(?!\?)|\)"
-    # A repetition, greedy or lazy, and never possessive.
+    # A repetition, greedy or lazy, but not possessive.
     r"|(?:\?|(?<!\))(?:[*+]|\{(?:[0-9]{1,3}(?:,[0-9]{0,3})?|,[0-9]{1,3})\}))\??(?![*+?{])"
 )
-"""The pieces that `regex` reads as `re` does. An expression of any other piece is left to `re`: `(?:zz){e}` and
+"""The syntax that `regex` reads as `re` does. Expressions with any other syntax are left to `re`: `(?:zz){e}` and
 `[[:alpha:]]` mean something else to `regex`."""
 LONGEST_ALIKE = 1_000
-"""Characters of an expression that `regex` compiles: it takes more time and memory than `re` does."""
+"""Longest expression, in characters, that `regex` compiles: it needs more time and memory than `re`."""
 
 
 class EndlessPattern(UnreadableFile):
-    """An expression that does not come to an end. `key` and `line` are those of the field that holds it."""
+    """An expression that takes too long on one name. `key` and `line` are those of the field that holds it."""
 
 
 class Match(Protocol):
-    """What is used of a match."""
+    """The part of a match object that is used."""
 
     def __getitem__(self, group: str) -> str: ...
 
 
 class _Expression:
-    """One expression, and the seconds that it has taken."""
+    """One expression, and the seconds that it has taken so far."""
 
     def __init__(self, pattern: str) -> None:
         self.taken = 0.0
@@ -66,17 +66,17 @@ class _Expression:
         """Raises TimeoutError after `seconds`."""
         if self.timed is not None and name and name.isascii() and name.isprintable():
             timed = self.timed.fullmatch if whole else self.timed.match
-            # What `regex` does not come to an end with may be easy for `re`.
+            # What takes too long in `regex` may be easy for `re`.
             with suppress(TimeoutError):
-                found: Match | None = timed(name, timeout=seconds)
-                return found
+                match: Match | None = timed(name, timeout=seconds)
+                return match
         exact = self.exact.fullmatch if whole else self.exact.match
         return _interrupted(lambda: exact(name), seconds)
 
 
 class Expressions:
-    """The expressions of one config, each compiled once, and the time that they have taken together. `lines` are those
-    of its keys."""
+    """The expressions of one config, each compiled once, and the time that they have taken in total. `lines` maps the
+    config's keys to their lines."""
 
     def __init__(self, path: Path, lines: Mapping[str, int] | None = None) -> None:
         self.path = path
@@ -88,9 +88,9 @@ class Expressions:
         """As `re.match`. `key` is the field of the config that holds the expression.
 
         Raises:
-            EndlessPattern: it takes longer for this name than PATIENCE.
-            TooLarge: the names together took it, or all expressions, longer than is waited for.
-            ProbeError: it needs a limit of time, and has none outside of the main thread.
+            EndlessPattern: it takes longer than PATIENCE for this name.
+            TooLarge: it has taken too long for all names, or all expressions have.
+            ProbeError: it needs a time limit, which is only possible in the main thread.
         """
         return self._ask(pattern, name, key, whole=False)
 
@@ -112,8 +112,8 @@ class Expressions:
             raise self._endless(pattern, key, left) from None
         except _NotInterrupted:
             raise ProbeError(
-                f"`{self.path}`: the expression `{shown(pattern)}` is not judged outside of the main thread",
-                "Python can interrupt an expression that takes forever in the main thread only",
+                f"`{self.path}`: the expression `{shown(pattern)}` cannot be matched outside of the main thread",
+                "call lora-probe from the main thread, the only one in which Python can interrupt an endless match",
             ) from None
         finally:
             seconds = time.perf_counter() - begin
@@ -124,7 +124,7 @@ class Expressions:
         where = f"`{self.path}`: the expression `{shown(pattern)}`"
         if left == PATIENCE:
             return EndlessPattern(
-                f"{where} does not come to an end on a module's name",
+                f"{where} takes more than {PATIENCE:.0f} s on one module name",
                 "write it without nested repetition; PEFT would hang on it",
                 line=self._lines.get(key),
                 key=key or None,
@@ -132,25 +132,25 @@ class Expressions:
         if PATIENCE_FOR_ALL - self._taken <= left:
             return TooLarge(
                 f"`{self.path}`: its {len(self._expressions):,} expressions take more than {PATIENCE_FOR_ALL:.0f} s "
-                "on the names of the modules",
-                "write fewer of them, or names in place of expressions",
+                "on the module names",
+                "write fewer expressions, or names instead",
             )
         return TooLarge(
-            f"{where} takes more than {PATIENCE_FOR_ONE:.0f} s on the names of the modules",
+            f"{where} takes more than {PATIENCE_FOR_ONE:.0f} s on the module names",
             "write it without nested repetition",
         )
 
 
 def compiled(pattern: str) -> re.Pattern[str]:
-    """The expression as `re` reads it. Raises as `re.compile` does."""
+    """The expression compiled by `re`. Raises as `re.compile` does."""
     with warnings.catch_warnings():
-        # `[[:alpha:]]` will mean something else one day, of which Python warns.
+        # Python warns that `[[:alpha:]]` may change its meaning.
         warnings.simplefilter("ignore")
         return re.compile(pattern)
 
 
 def is_alike(pattern: str) -> bool:
-    """Whether `regex` finds the same in printable ASCII as `re` does, as far as that is certain."""
+    """Whether `regex` certainly finds the same in printable ASCII as `re` does."""
     return len(pattern) <= LONGEST_ALIKE and not _ALIKE.sub("", pattern)
 
 
@@ -166,11 +166,11 @@ class _NotInterrupted(Exception):
 
 
 def _interrupted(judge: Callable[[], Match | None], seconds: float) -> Match | None:
-    """What `judge` finds with `re`, which looks for signals while it works.
+    """The result of `judge`, which uses `re`: it checks for signals while it matches.
 
     Raises:
         TimeoutError: after `seconds`.
-        _NotInterrupted: no signal arrives in this thread.
+        _NotInterrupted: this thread receives no signals.
     """
     if threading.current_thread() is not threading.main_thread():
         raise _NotInterrupted
@@ -186,6 +186,6 @@ def _interrupted(judge: Callable[[], Match | None], seconds: float) -> Match | N
         finally:
             signal.setitimer(signal.ITIMER_VIRTUAL, 0)
     finally:
-        # None stands for a handler that Python did not set, and cannot set again.
+        # None is a handler that Python did not set and cannot restore.
         signal.signal(signal.SIGVTALRM, handler or signal.SIG_DFL)
         signal.setitimer(signal.ITIMER_VIRTUAL, *timer)

@@ -1,7 +1,7 @@
-"""A file that nobody vouches for, opened: a regular file or an error, and never a wait.
+"""Untrusted files: opened if they are regular files, refused otherwise, and never waited for.
 
-In: a path. Out: the open file and its size, or one `UnreadableFile`; names out of files, fit to be shown; and what a
-file is that has the right name and the wrong content (a Git LFS pointer, a web page, nothing at all).
+In: a path. Out: the open file and its size, or one `UnreadableFile`; names from files, made safe to print; and the type
+of a file with the right name and the wrong content (a Git LFS pointer, a web page, nothing at all).
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ def opened(path: Path) -> Iterator[tuple[BufferedReader, int]]:
     """The file and its size. Pipes and devices are refused before they are opened: reading them may never end.
 
     Raises:
-        UnreadableFile: it is missing, no regular file, or the system will not read it, here or later in the block.
+        UnreadableFile: it is missing, not a regular file, or cannot be read, now or later in the block.
     """
     try:
         _require_regular(path, path.stat().st_mode)
-        # A pipe that takes the file's place between the two looks must not be waited for either.
+        # A pipe that replaces the file between the two checks must not block either.
         with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
             status = os.fstat(file.fileno())
             _require_regular(path, status.st_mode)
@@ -40,19 +40,19 @@ def opened(path: Path) -> Iterator[tuple[BufferedReader, int]]:
     except OSError as error:
         raise UnreadableFile(f"cannot read `{path}`: {error.strerror or error}") from error
     except ValueError as error:
-        # A NUL in a path, of which the system has no opinion.
+        # Python itself refuses a NUL in a path.
         if "null byte" not in str(error):
             raise
-        raise UnreadableFile(f"`{shown(str(path))}` is no path: {error}") from error
+        raise UnreadableFile(f"`{shown(str(path))}` is not a valid path: {error}") from error
 
 
 def _require_regular(path: Path, mode: int) -> None:
     if stat.S_ISDIR(mode):
-        raise UnreadableFile(f"cannot read `{path}`: Is a directory", "a file of this name was expected")
+        raise UnreadableFile(f"cannot read `{path}`: Is a directory", "put a file in its place")
     if not stat.S_ISREG(mode):
         raise UnreadableFile(
             f"`{path}` is {_KINDS.get(stat.S_IFMT(mode), 'not a regular file')}, not a regular file",
-            "put a copy of the file in its place",
+            "replace it with a copy of the file",
         )
 
 
@@ -65,9 +65,9 @@ _KINDS = {
 
 
 def wrong_file_type(start: bytes, what: str) -> tuple[str, str] | None:
-    """What a file is instead of `what`, by its first bytes, and what to do about it."""
+    """What a file is instead of `what`, by its first bytes, and the hint; None if they look right."""
     if not start:
-        return "is empty (0 bytes)", "the save or the download was cut short; repeat it"
+        return "is empty (0 bytes)", "save or download it again"
     if start.startswith(LFS_MARK):
         return (
             f"is a Git LFS pointer, not {what}",
@@ -76,13 +76,13 @@ def wrong_file_type(start: bytes, what: str) -> tuple[str, str] | None:
     if start.removeprefix(b"\xef\xbb\xbf").lstrip()[:16].lower().startswith(_PAGE):
         return (
             f"is a web page, not {what}",
-            "the download saved the page of the file (or of a login) in its place; download the raw file",
+            "download the raw file; this is the web page of the file, or a login page",
         )
     return None
 
 
 def shown(name: str, longest: int = _LONGEST) -> str:
-    """A name that nobody vouches for: control characters escaped, not too long."""
+    """An untrusted name for a message: control characters escaped, cut to length."""
     text = name[: 4 * longest]
     if not text.isprintable():
         text = repr(text)[1:-1]
@@ -95,13 +95,13 @@ _brief.maxlist = _brief.maxdict = _brief.maxtuple = 6
 
 
 def brief(value: object) -> str:
-    """A value that nobody vouches for, as Python writes it, however long or deep it is."""
+    """An untrusted value for a message: as Python writes it, cut to length and depth."""
     text = _brief.repr(value)
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
 
 
 def is_text(name: str) -> bool:
-    """Whether it can be written down at all: JSON and pickles can name halves of surrogate pairs, UTF-8 cannot."""
+    """Whether a name can be written as UTF-8: JSON and pickles can contain half a surrogate pair."""
     try:
         name.encode()
     except UnicodeEncodeError:
@@ -110,11 +110,11 @@ def is_text(name: str) -> bool:
 
 
 def storage_of(folder: Path) -> Path:
-    """Where the files of a folder lie: in it, or, of a hub's snapshot, in its whole repository. No links lead to it."""
+    """Where the files of a (resolved) folder may be: inside it, or, for a hub's snapshot, inside its repository."""
     return folder.parent.parent if folder.parent.name == "snapshots" else folder
 
 
 def sha256(path: Path) -> str:
-    """The digest of a whole file, in hexadecimal."""
+    """The digest of a whole file as hexadecimal digits."""
     with opened(path) as (file, _):
         return hashlib.file_digest(file, "sha256").hexdigest()

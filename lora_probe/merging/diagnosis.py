@@ -1,6 +1,6 @@
-"""What a measured site means: executed rightly, by which arithmetic, or what went wrong.
+"""What a measured site means: merged correctly, by which arithmetic, or what went wrong.
 
-In: `Measured` sites, and the others of the adapter that a site may have been mixed up with. Out: `ModuleMerge`s.
+In: `Measured` sites, and the adapter's other sites that they may have been mixed up with. Out: `ModuleMerge`s.
 """
 
 from __future__ import annotations
@@ -24,43 +24,41 @@ from lora_probe.rules.lp7_merging import (
 )
 
 UNKNOWN_ARITHMETIC = 1e-3
-"""‖merged − replay‖ / ‖ΔW‖ that another arithmetic may leave in float32: TF32 products on a GPU leave 4e-4."""
+"""‖merged − replay‖ / ‖ΔW‖ that an unknown arithmetic may leave in float32: TF32 products on a GPU leave 4e-4."""
 UNBIASED = 0.02
-"""Another arithmetic applies as much of ΔW as PEFT's, within this share."""
-
-
+"""An unknown arithmetic must apply as much of ΔW as PEFT's does, within this share."""
 LONGER = 2e-3
-"""Another arithmetic leaves DoRA's rows as long as they were: its roundings differ from row to row."""
+"""An unknown arithmetic must not change the overall length of DoRA's rows by more: its rounding errors cancel out."""
 
 
-def judge(found: Measured, neighbours: Neighbours, known: Sequence[float] = ()) -> ModuleMerge:
-    """The verdict on a site that is changed by s·B·A. `known` are factors seen at other sites."""
-    sums, rebased = found.sums, found.site.rebased
-    notes = [rebased_base(rebased)] if rebased is not None and found.on_rebased else []
+def judge(measured: Measured, neighbours: Neighbours, seen: Sequence[float] = ()) -> ModuleMerge:
+    """The verdict on a site that is changed by s·B·A. `seen`: factors found at other sites."""
+    sums, rebased = measured.sums, measured.site.rebased
+    notes = [rebased_base(rebased)] if rebased is not None and measured.on_rebased else []
     if sums.not_finite or not math.isfinite(sums.energy):
         by_adapter = not math.isfinite(sums.energy)
-        return _module(found, "differs", [not_finite_merge(sums.not_finite, by_adapter), *notes], None)
+        return _module(measured, "differs", [not_finite_merge(sums.not_finite, by_adapter), *notes], None)
     if sums.unexplained == 0:
-        if rebased is not None and not found.on_rebased and sums.energy > 0:
-            return _module(found, "differs", [part_not_taken_out(rebased)], 1.0)
-        return _module(found, "verified", notes, 1.0, exact=True)
+        if rebased is not None and not measured.on_rebased and sums.energy > 0:
+            return _module(measured, "differs", [part_not_taken_out(rebased)], 1.0)
+        return _module(measured, "verified", notes, 1.0, exact=True)
     if sums.energy > 0:
         if sums.changed == 0:
-            return _module(found, "differs", [not_merged(found.stored), *notes], 0.0)
-        factor = named_factor(found, neighbours.adapter.config, known) or searched_factor(found, known)
+            return _module(measured, "differs", [not_merged(measured.stored), *notes], 0.0)
+        factor = named_factor(measured, neighbours.adapter.config, seen) or searched_factor(measured, seen)
         if factor is not None:
-            return _module(found, "differs", [factor[1], *notes], factor[0])
-        if _rightly(found):
-            return _module(found, "verified", notes, 1.0)
-    if (other := neighbours.owner(found)) is not None:
-        return _module(found, "differs", [other, *notes], None)
+            return _module(measured, "differs", [factor[1], *notes], factor[0])
+        if _is_correct(measured):
+            return _module(measured, "verified", notes, 1.0)
+    if (other := neighbours.owner(measured)) is not None:
+        return _module(measured, "differs", [other, *notes], None)
     residual, share, _ = _ratios(sums)
     finding = unexplained_change(share, residual, sums.unexplained, sums.count)
-    return _module(found, "differs", [finding, *notes], None)
+    return _module(measured, "differs", [finding, *notes], None)
 
 
 def judge_replaced(site: Site, sums: Sums, stored: str) -> ModuleMerge:
-    """The verdict on a site whose values the adapter carries whole."""
+    """The verdict on a site whose values the adapter replaces."""
     residual, share, kept = _ratios(sums)
     findings = []
     if sums.not_finite:
@@ -86,15 +84,15 @@ def judge_replaced(site: Site, sums: Sums, stored: str) -> ModuleMerge:
 
 
 def _module(
-    found: Measured, status: Verdict, findings: Sequence[Finding], factor: float | None, exact: bool = False
+    measured: Measured, status: Verdict, findings: Sequence[Finding], factor: float | None, exact: bool = False
 ) -> ModuleMerge:
-    residual, share, kept = _ratios(found.sums)
-    scaling = found.site.scaling
-    right = status == "verified"
+    residual, share, kept = _ratios(measured.sums)
+    scaling = measured.site.scaling
+    correct = status == "verified"
     return ModuleMerge(
-        found.site.key,
-        found.site.label,
-        found.site.tensor,
+        measured.site.key,
+        measured.site.label,
+        measured.site.tensor,
         status,
         tuple(findings),
         scaling,
@@ -103,14 +101,14 @@ def _module(
         kept,
         None if factor is None else factor * scaling,
         exact,
-        found.mode.name if exact else ("unknown, to the same effect" if right else "unknown"),
-        found.sums.other if exact else 0,
-        found.sums.energy if math.isfinite(found.sums.energy) else 0.0,
+        measured.mode.name if exact else ("unknown, with the same effect" if correct else "unknown"),
+        measured.sums.other if exact else 0,
+        measured.sums.energy if math.isfinite(measured.sums.energy) else 0.0,
     )
 
 
 def _ratios(sums: Sums) -> tuple[float | None, float | None, float | None]:
-    """residual, share, effect_kept; None where ΔW is zero or not finite."""
+    """residual, share, effect_kept; None if ΔW is zero or not finite."""
     if not (sums.energy > 0 and math.isfinite(sums.energy)):
         return None, None, None
     residual = math.sqrt(sums.residual / sums.energy) if math.isfinite(sums.residual) else None
@@ -118,12 +116,14 @@ def _ratios(sums: Sums) -> tuple[float | None, float | None, float | None]:
     return residual, share, sums.kept / sums.energy if math.isfinite(sums.kept) else None
 
 
-def _rightly(found: Measured) -> bool:
-    """The same effect by an arithmetic that is not known: no value further off than that explains, as much of ΔW in it
-    as rounding keeps; in float32, where rounding hides nothing, all of it nearly."""
-    sums = found.sums
+def _is_correct(measured: Measured) -> bool:
+    """Whether an unknown arithmetic has the same effect: no value is further off than its errors explain, and as much
+    of ΔW is there as rounding keeps; in float32, where rounding hides nothing, nearly all of it."""
+    sums = measured.sums
     if sums.far or abs(sums.applied - sums.kept) > UNBIASED * sums.energy:
         return False
-    if found.magnitude is not None and abs(sums.longer) > LONGER * sums.weight:
+    if measured.magnitude is not None and abs(sums.longer) > LONGER * sums.weight:
         return False
-    return found.stored != "F32" or found.mode.compute != "F32" or sums.error <= UNKNOWN_ARITHMETIC**2 * sums.energy
+    return (
+        measured.stored != "F32" or measured.mode.compute != "F32" or sums.error <= UNKNOWN_ARITHMETIC**2 * sums.energy
+    )

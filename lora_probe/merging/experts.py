@@ -1,7 +1,7 @@
-"""Fused expert parameters that an adapter targets (`target_parameters`), and where they lie in the base's files.
+"""Fused expert parameters that an adapter targets (`target_parameters`), and where the base's files store them.
 
 In: a pair of PEFT's ParamWrapper: A is (experts·r, in), B is (out, r·experts) with the expert running fastest. Out: a
-`Site` for each expert, or for each of its parts where transformers' files hold them one by one.
+`Site` for each expert, or for each of its parts if transformers' files store them one by one.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from lora_probe.merging.sites import Placed, Site, SiteKind, Unplaced
 from lora_probe.names import layer_of
 
 _TRANSPOSED = ("gpt_oss", "llama4", "llama4_text")
-"""Model types whose fused experts lie as (experts, in, out); PEFT asks the live module's `is_transposed`."""
+"""Model types that store fused experts as (experts, in, out); PEFT reads the live module's `is_transposed`."""
 _APART = {"gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")), "down_proj": (("down_proj",), ("w2",))}
-"""How transformers names the parts of fused experts that lie in the file one by one."""
+"""transformers' names for the parts of fused experts that are stored one by one."""
 _EXPERT = re.compile(r"^.*\bexperts\.(?P<expert>\d+)\.(?P<part>\w+)\.weight$")
 
 
@@ -56,12 +56,12 @@ def _apart(module: AdapterModule, base: Checkpoint) -> Placed:
     assert module.b is not None
     parts = _parts(module, base)
     if not parts:
-        yield Unplaced(_label(module), "the base has no such parameter, fused or one expert at a time")
+        yield Unplaced(_label(module), "the base has no such parameter, neither fused nor for each expert")
         return
     count = 1 + max(expert for expert, _ in parts)
     heights = {number: base.tensors[name].shape[0] for (_, number), name in parts.items()}
     if module.a.shape[0] % count or sum(heights.values()) != module.b.shape[0] or len(parts) != count * len(heights):
-        yield _unfit(module, f"files hold {count} experts of {sum(heights.values())} rows")
+        yield _unfit(module, f"files have {count} experts of {sum(heights.values())} rows")
         return
     for (expert, number), name in parts.items():
         start = sum(height for other, height in heights.items() if other < number)
@@ -80,23 +80,25 @@ def _apart(module: AdapterModule, base: Checkpoint) -> Placed:
 
 
 def _parts(module: AdapterModule, base: Checkpoint) -> dict[tuple[int, int], str]:
-    """(expert, number of the part) -> tensor, for experts that lie in the file one by one."""
+    """(expert, number of the part) -> tensor, for experts that are stored one by one."""
     layer = layer_of(module.module)
     for words in _APART.get(module.parameter, ()):
-        found = {}
+        tensors = {}
         for name in base.tensors:
             match = _EXPERT.match(name)
             if match and match["part"] in words and layer_of(name) == layer:
-                found[int(match["expert"]), words.index(match["part"])] = name
-        if found:
-            return dict(sorted(found.items()))
+                tensors[int(match["expert"]), words.index(match["part"])] = name
+        if tensors:
+            return dict(sorted(tensors.items()))
     return {}
 
 
-def _unfit(module: AdapterModule, there: str) -> Unplaced:
+def _unfit(module: AdapterModule, stored: str) -> Unplaced:
     assert module.a is not None
     assert module.b is not None
-    return Unplaced(_label(module), f"A is {list(module.a.shape)} and B {list(module.b.shape)}, the base's {there}")
+    return Unplaced(
+        _label(module), f"A has shape {list(module.a.shape)} and B {list(module.b.shape)}, the base's {stored}"
+    )
 
 
 def _label(module: AdapterModule) -> str:

@@ -1,8 +1,8 @@
 """Which factor of ΔW explains a merged weight that the factor 1 does not.
 
-In: a measured site. Out: a factor, and what it is called. Rounding to the grid that W lies on is not linear in the
-factor, so nothing is read from a least-squares fit: a factor counts only if the replay with it explains the merged
-values, the named ones bit for bit, others by a search on ‖merged − replay(f)‖.
+In: a measured site. Out: a factor, and its name. Rounding to W's grid is not linear in the factor, so a least-squares
+fit proves nothing: a factor counts only if the replay with it explains the merged values. Named factors must explain
+them bit for bit; others are found by a search on ‖merged − replay(f)‖.
 """
 
 from __future__ import annotations
@@ -22,31 +22,31 @@ from lora_probe.merging.sites import Site
 from lora_probe.rules.lp7_merging import magnitude_ignored, merged_twice, not_merged, subtracted, wrong_scaling
 
 SAME_FACTOR = 3e-4
-"""A factor this close to 1 is 1: TF32 products on a GPU have an error of 5e-4 that averages out over a matrix."""
+"""A factor this close to 1 counts as 1: TF32 products on a GPU have errors of 5e-4 that average out over a matrix."""
 NEAR = 1e-2
-"""A factor this close to 1 is only believed where it leaves next to nothing of ENOUGH values unexplained."""
+"""A factor this close to 1 is accepted only if it leaves NEXT_TO_NOTHING of at least ENOUGH values unexplained."""
 ENOUGH, NEXT_TO_NOTHING = 30, 0.02
 EXPLAINS = 0.1
-"""A factor explains the change if it leaves less than this share of what the factors 0 and 1 leave (in squares)."""
+"""A factor explains the change if it leaves less than this share of what the factors 0 and 1 leave (squared)."""
 AS_GOOD = 1.05
-"""A shorter number is taken for a factor if it leaves no more than this many times as much."""
+"""A rounder factor is preferred if it leaves at most this many times as much."""
 UNRELATED = 0.05
 """Below this cosine of the change and ΔW no factor can explain it: chance gives 0.01 on a sample."""
 SOME, FIRST = 1 << 14, 3
-"""Values of the sample that the search runs on, and the rounding modes that it tries: the others differ by less
+"""How many values of the sample the search uses, and how many rounding modes it tries: the others differ by less
 than a step of the grid."""
 _START = (-2.0, -1.0, -0.5, 0.0, 0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 3.0, 4.0)
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
 
-def named_factor(found: Measured, config: AdapterConfig, known: Sequence[float]) -> tuple[float, Finding] | None:
-    """The first of the named factors whose replay explains every value of the sample. `known`: seen at other sites."""
-    if found.magnitude is not None and _explains(replace(found, magnitude=None), 1.0, 1):
+def named_factor(measured: Measured, config: AdapterConfig, seen: Sequence[float]) -> tuple[float, Finding] | None:
+    """The first named factor whose replay explains every value of the sample. `seen`: factors found at other sites."""
+    if measured.magnitude is not None and _explains(replace(measured, magnitude=None), 1.0, 1):
         return 1.0, magnitude_ignored()
-    few = thinned(found, FEW)
-    for factor, times, finding in _candidates(found.site, found.raw.rank, config, known):
-        for mode in found.modes:
-            if _explains(under(few, mode), factor, times) and _explains(under(found, mode), factor, times):
+    few = thinned(measured, FEW)
+    for factor, times, finding in _candidates(measured.site, measured.raw.rank, config, seen):
+        for mode in measured.modes:
+            if _explains(under(few, mode), factor, times) and _explains(under(measured, mode), factor, times):
                 return factor * times, finding
     return None
 
@@ -56,9 +56,9 @@ def _explains(tried: Measured, factor: float, times: int) -> bool:
 
 
 def _candidates(
-    site: Site, rank: int, config: AdapterConfig, known: Sequence[float]
+    site: Site, rank: int, config: AdapterConfig, seen: Sequence[float]
 ) -> Iterator[tuple[float, int, Finding]]:
-    """Factor, how many times it goes in, and what that is called. `rank` is that of the tensors."""
+    """Each factor, how many times the change is added, and the finding. `rank` is the rank of the tensors."""
     s = site.scaling
     yield 1.0, 2, merged_twice()
     yield 2.0, 1, merged_twice()
@@ -70,38 +70,38 @@ def _candidates(
         (s / 2, "half of it"),
         (alpha, f"alpha instead of {right}"),
         (alpha / (rank if config.rslora else root), f"{other} instead of {right}"),
-        (1.0, "no scaling at all"),
-        (config.scaling, "the config's without rank_pattern and alpha_pattern"),
-        (s * s, "the scaling two times over"),
-        *((factor * s, "") for factor in known),
+        (1.0, "no scaling"),
+        (config.scaling, "the config's scaling without rank_pattern and alpha_pattern"),
+        (s * s, "the scaling applied twice"),
+        *((factor * s, "") for factor in seen),
     ):
         if abs(scaling / s - 1) > SAME_FACTOR:
             yield scaling / s, 1, wrong_scaling(scaling, s, name)
 
 
-def searched_factor(found: Measured, known: Sequence[float]) -> tuple[float, Finding] | None:
-    """The factor with the smallest ‖merged − replay(f)‖ over the first rounding modes, or None if it explains too
+def searched_factor(measured: Measured, seen: Sequence[float]) -> tuple[float, Finding] | None:
+    """The factor with the smallest ‖merged − replay(f)‖ over the first rounding modes; None if it explains too
     little.
 
-    To as many digits as the search can tell; one of `known` is preferred.
+    It has as many digits as the search can resolve; a factor in `seen` is preferred.
     """
-    own = found.change.product(found.sample.rows)
-    if abs(cosine(observed_change(found), own * np.sign(found.change.scaling))) < UNRELATED:
+    own = measured.change.product(measured.sample.rows)
+    if abs(cosine(observed_change(measured), own * np.sign(measured.change.scaling))) < UNRELATED:
         return None
-    some = thinned(found, SOME)
-    tried, factor, least = found, 1.0, math.inf
-    for mode in found.modes[:FIRST]:
+    some = thinned(measured, SOME)
+    tried, factor, least = measured, 1.0, math.inf
+    for mode in measured.modes[:FIRST]:
         candidate = under(some, mode)
         at, error = _minimum(_distance(candidate))
         if error < least:
-            tried, factor, least = under(found, mode), at, error
+            tried, factor, least = under(measured, mode), at, error
     distance = _distance(tried)
     if not distance(factor) <= EXPLAINS * min(distance(0.0), distance(1.0)):
         return None
-    factor = _shortened(factor, found.site.scaling, distance, known)
+    factor = _shortened(factor, measured.site.scaling, distance, seen)
     if abs(factor - 1) <= SAME_FACTOR or not _believable(tried, factor):
         return None
-    return factor, _finding(factor, found)
+    return factor, _finding(factor, measured)
 
 
 def _believable(tried: Measured, factor: float) -> bool:
@@ -111,34 +111,34 @@ def _believable(tried: Measured, factor: float) -> bool:
     return before >= ENOUGH and left <= NEXT_TO_NOTHING * before
 
 
-def _finding(factor: float, found: Measured) -> Finding:
-    """What a factor is called that was found by searching, where several roundings hide the exact one."""
+def _finding(factor: float, measured: Measured) -> Finding:
+    """The finding for a factor from the search, where rounding hides the exact factor."""
     if abs(factor - 2) < NEAR:
         return merged_twice()
     if abs(factor + 1) < NEAR:
         return subtracted()
     if abs(factor) < NEAR:
-        return not_merged(found.stored)
-    return wrong_scaling(factor * found.site.scaling, found.site.scaling, "")
+        return not_merged(measured.stored)
+    return wrong_scaling(factor * measured.site.scaling, measured.site.scaling, "")
 
 
-def _shortened(factor: float, scaling: float, distance: Callable[[float], float], known: Sequence[float]) -> float:
-    """A factor seen at another site, or the fewest digits of the scaling, that explain the values as well."""
+def _shortened(factor: float, scaling: float, distance: Callable[[float], float], seen: Sequence[float]) -> float:
+    """A factor seen at another site, or else the scaling with the fewest digits, that explains the values as well."""
     limit = AS_GOOD * distance(factor)
     short = [float(f"{factor * scaling:.{digits}g}") / scaling for digits in range(2, 7)]
-    near = [one for one in known if abs(one - factor) <= NEAR * abs(factor)]
-    return next((one for one in (*near, *short) if distance(one) <= limit), factor)
+    near = [candidate for candidate in seen if abs(candidate - factor) <= NEAR * abs(factor)]
+    return next((candidate for candidate in (*near, *short) if distance(candidate) <= limit), factor)
 
 
-def cosine(one: Floats, other: Floats) -> float:
-    """Of two arrays as vectors; 0 where one of them is zero or not finite."""
+def cosine(left: Floats, right: Floats) -> float:
+    """The cosine of two arrays as vectors; 0 if one of them is zero or not finite."""
     with np.errstate(invalid="ignore", over="ignore"):
-        norms = float(np.linalg.norm(one)) * float(np.linalg.norm(other))
-        return float(np.vdot(one, other)) / norms if 0 < norms < math.inf else 0.0
+        norms = float(np.linalg.norm(left)) * float(np.linalg.norm(right))
+        return float(np.vdot(left, right)) / norms if 0 < norms < math.inf else 0.0
 
 
 def _distance(tried: Measured) -> Callable[[float], float]:
-    """‖merged − replay(f)‖² on the sample."""
+    """The function ‖merged − replay(f)‖² of f, on the sample."""
     merged, merge = widen(tried.sample.raw, tried.stored), sampled(tried)
 
     def distance(f: float) -> float:
@@ -150,7 +150,7 @@ def _distance(tried: Measured) -> Callable[[float], float]:
 
 
 def _minimum(distance: Callable[[float], float]) -> tuple[float, float]:
-    """The minimum of a function that falls towards it from both sides: a grid, then the golden section."""
+    """The minimum of a function that falls towards it from both sides: a grid, then golden-section search."""
     values = [distance(f) for f in _START]
     at = int(np.argmin(values))
     low = _START[at - 1] if at else _START[0] * 4

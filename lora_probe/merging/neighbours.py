@@ -1,7 +1,7 @@
-"""The other sites of an adapter that one may have been mixed up with.
+"""The other sites of an adapter that a site may have been mixed up with.
 
-In: all sites of an adapter. Out: whose change, or whose weight, some values of a site are. Of each site a few rows are
-kept, the same for all of one shape, so that a thousand wrong modules cost no more than reading each once.
+In: all sites of an adapter. Out: the module whose change or weight a site holds. A few rows of each site are kept, the
+same rows for all sites of one shape, so that a thousand wrong modules cost no more than reading each site once.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ from lora_probe.merging.sites import Site
 from lora_probe.rules.lp7_merging import another_module, transposed_change
 
 ALIKE = 0.7
-"""Cosine from which a change is called another module's: unrelated changes stay below 0.1 on a few thousand values."""
+"""Above this cosine a change is attributed to another module. Unrelated changes stay below 0.1 on a few thousand
+values."""
 
 Group = tuple[list[str], Floats, Floats]
-"""Labels, and one row for each: its change, and its weight, both of norm 1."""
+"""The labels, and for each its change and its weight as one row, both of norm 1."""
 
 
 class Neighbours:
-    """Filled when the first site of a shape asks, for all sites of that shape."""
+    """Filled for all sites of a shape when the first of them is looked up."""
 
     def __init__(self, sites: Sequence[Site], base: Checkpoint, adapter: Adapter) -> None:
         self.base, self.adapter = base, adapter
@@ -45,23 +46,24 @@ class Neighbours:
         height, width = self.base.tensors[site.tensor].matrix
         return site.kind, min(height, site.stop - site.start), width
 
-    def owner(self, found: Measured) -> Finding | None:
-        """Whose change or whose weight it is, if it is another module's of the same shape, or its own transposed."""
-        few = thinned(found, FEW)
+    def owner(self, measured: Measured) -> Finding | None:
+        """A finding if the site holds the change or weight of another module of the same shape, or its own change
+        transposed."""
+        few = thinned(measured, FEW)
         rows, change = few.sample.rows, few.change
-        merged, observed = widen(few.sample.raw, found.stored), observed_change(few)
+        merged, observed = widen(few.sample.raw, measured.stored), observed_change(few)
         if change.shape[0] == change.shape[1]:
             turned = change.right[:, rows].T @ change.left.T
             if abs(cosine(observed, turned)) > ALIKE:
                 return transposed_change()
-        if found.site.pair is None:
+        if measured.site.pair is None:
             return None
-        labels, changes, weights = self._group(found.site, rows)
-        if (other := _most_alike(found.site.label, labels, changes, observed)) is not None:
+        labels, changes, weights = self._group(measured.site, rows)
+        if (other := _most_alike(measured.site.label, labels, changes, observed)) is not None:
             return another_module("change", other)
         if cosine(merged, few.sample.w) > ALIKE:
             return None
-        other = _most_alike(found.site.label, labels, weights, merged)
+        other = _most_alike(measured.site.label, labels, weights, merged)
         return another_module("weight", other) if other is not None else None
 
     def _group(self, site: Site, rows: Indices) -> Group:
@@ -70,11 +72,11 @@ class Neighbours:
             if key not in self._groups:
                 sites = self._sites[key]
                 changes, weights = [], []
-                for one in sites:
-                    change, origin = change_of(one, self.adapter), origin_of(one, self.base)
+                for other in sites:
+                    change, origin = change_of(other, self.adapter), origin_of(other, self.base)
                     changes.append(_unit(change.product(rows) * np.float32(np.sign(change.scaling))))
                     weights.append(_unit(np.concatenate([origin(int(row), int(row) + 1) for row in rows])))
-                self._groups[key] = [one.label for one in sites], np.stack(changes), np.stack(weights)
+                self._groups[key] = [other.label for other in sites], np.stack(changes), np.stack(weights)
             return self._groups[key]
 
 

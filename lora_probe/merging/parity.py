@@ -1,7 +1,7 @@
-"""What a merge preserves of an adapter: `parity`, in the weights and in the outputs.
+"""Whether a merged model does what the adapter does: `parity`, in the weights and in the outputs.
 
-In: an adapter and its base, and a merged model or none, in which case PEFT makes it. Out: `Parity`: the check of the
-weights, what survives of the effect on the same tokens, one verdict over both.
+In: an adapter, its base model, and a merged model; without one, PEFT makes the merge. Out: `Parity`: the check of the
+weights, the share of the adapter's effect that survives on the same tokens, and one verdict for both.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ from lora_probe.rules.lp7_merging import effect_lost, effect_not_measured
 SURVIVES = 0.9
 """The share of the adapter's effect on the outputs that must survive."""
 REPORT = "parity.json"
-"""What the command line writes into a kept folder; a folder without it is never overwritten."""
+"""The report that the command line writes into the folder of -o. A folder without it is never overwritten."""
 
 
 @dataclass(frozen=True)
 class Parity:
-    """Both halves. `outputs` is None where they were not asked for or could not be measured (`findings` say why);
-    `made` says that PEFT made the merge here, in which dtype, and `said` what it warned of."""
+    """Both halves. `outputs` is None if they were not requested or could not be measured (`findings` has the reason).
+    `made` is the dtype in which PEFT made the merge, None if the merged model was passed; `warnings` are PEFT's."""
 
     weights: MergeReport
     outputs: Effect | None
     engine: str | None
     made: str | None
-    said: tuple[str, ...]
+    warnings: tuple[str, ...]
     findings: tuple[Finding, ...]
 
     @property
@@ -56,15 +56,17 @@ class Parity:
 
     @property
     def diagnostics(self) -> tuple[Diagnostic, ...]:
-        """Those of the weights, then those of the outputs."""
+        """The findings about the weights, then those about the outputs."""
         engines = (self.engine,) if self.engine else ()
-        found = []
+        about_outputs = []
         for finding in self.findings:
             rule = all_rules()[finding.code]
             if finding.code == "LP716" and self.weights.verdict == "differs":
-                rule = replace(rule, hint="the weights above say why")
-            found.append(Diagnostic(rule.code, rule.name, rule.severity, finding.message, rule.hint, engines=engines))
-        return (*self.weights.diagnostics, *found)
+                rule = replace(rule, hint="see the findings about the weights above")
+            about_outputs.append(
+                Diagnostic(rule.code, rule.name, rule.severity, finding.message, rule.hint, engines=engines)
+            )
+        return (*self.weights.diagnostics, *about_outputs)
 
 
 def parity(
@@ -84,139 +86,168 @@ def parity(
     weights_progress: Callable[[Progress], None] | None = None,
     engine_progress: Callable[[str, launch.Progress], None] | None = None,
 ) -> Parity:
-    """Does the merged model do what the adapter does?
+    """Check whether the merged model does what the adapter does.
 
-    `model` is the base (default: the adapter's own). Without `merged` PEFT merges the adapter into it, in
-    `options["dtype"]` (default: as the base is stored). The outputs are measured in `engine` in the dtype of the merged
-    model, on the unmerged adapter's own answers of up to `max_tokens` tokens to `prompts` (default: three built-in
-    ones; `chat`: through the chat template). `options` and `engine_args` are those of `trace`. With `out` the merged
-    model and both traces are kept there. `weights_progress` is told of bytes, `engine_progress` of stages by name.
+    `model` is the base (default: the adapter's own). Without `merged`, PEFT merges the adapter into it, in
+    `options["dtype"]` (default: as the base is stored). The outputs are measured in `engine`, in the dtype of the
+    merged model, on the unmerged adapter's own answers of up to `max_tokens` tokens to `prompts` (default: three
+    built-in ones; `chat`: through the chat template). `options` and `engine_args` are those of `trace`. With `out`, the
+    merged model and both traces are kept there. `weights_progress` receives bytes, `engine_progress` named stages.
 
     Raises:
         ProbeError: bad input, or an existing `out` without `force`.
-        EngineFailed: PEFT could not merge. An engine that cannot run is a finding: the weights have been judged.
+        EngineFailed: PEFT could not merge. An engine that cannot run is a finding, because the weights were judged.
     """
     limits.begin(Path(adapter))
     checkpoint = open_adapter(adapter)
     name = checkpoint.config.base_or(model)
     if not weights_only:
-        _check_asked(engine, prompts, max_tokens, engine_args)
-    wanted = dict(options or {})
-    dtype = str(wanted.get("dtype") or "auto")
-    said: tuple[str, ...] = ()
+        _check_requested(engine, prompts, max_tokens, engine_args)
+    dtype = str((options or {}).get("dtype") or "auto")
+    warnings: tuple[str, ...] = ()
     made_here = merged is None
     with _workplace(out, force, 0 if merged is not None else open_checkpoint(find_model(name)).size) as folder:
         if merged is None:
             merging = _named(engine_progress, "merge")
             try:
-                done = launch.merge(adapter, out=folder / "merged", model=model, dtype=dtype, progress=merging)
+                merge = launch.merge(adapter, out=folder / "merged", model=model, dtype=dtype, progress=merging)
             except EngineFailed as error:
                 error.hint = error.hint if out is not None else "add -o DIR to keep its log"
                 raise
-            merged, said = done.path, done.said
+            merged, warnings = merge.path, merge.warnings
         weights = check_merge(adapter, merged, model=name, progress=weights_progress or (lambda _: None))
         made = weights.merged_dtype if made_here else None
         if weights_only:
-            return Parity(weights, None, None, made, said, ())
+            return Parity(weights, None, None, made, warnings, ())
         if dtype == "auto":
             stored = STORED.get(weights.merged_dtype)
-            wanted["dtype"] = stored.name if stored is not None and stored.fits_float32 else "auto"
+            dtype = stored.name if stored is not None and stored.fits_float32 else "auto"
+        run = _Run(adapter, model, Path(merged), engine, {**(options or {}), "dtype": dtype}, tuple(engine_args))
         try:
-            unmerged = launch.trace(
-                adapter,
-                engine=engine,
-                model=model,
-                prompts=prompts,
-                chat=chat,
-                max_tokens=max_tokens,
-                score=True,
-                out=folder / "unmerged.lptrace",
-                options=wanted,
-                engine_args=engine_args,
-                progress=_named(engine_progress, f"{engine}, unmerged"),
-            )
-            refused = [load.message for load, _ in unmerged.loads if load.refused]
-            if refused:
-                raise EngineFailed(f"it refuses the adapter: {refused[0]}")
-            plain = launch.trace_plain(
-                merged,
-                engine=engine,
-                follow=unmerged,
-                out=folder / "merged.lptrace",
-                options={key: value for key, value in wanted.items() if "lora" not in key},
-                engine_args=engine_args,
-                progress=_named(engine_progress, f"{engine}, merged"),
-            )
-            found = effect(unmerged, plain)
+            outputs = _effect(run, folder, prompts, chat, max_tokens, engine_progress)
         except EngineFailed as error:
             log = "" if out is not None else " (add -o DIR to keep its log)"
             why = effect_not_measured(f"{engine} could not run both models: {error.message}{log}")
-            return Parity(weights, None, engine, made, said, (why,))
-        return Parity(weights, found, engine, made, said, tuple(_judged(found)))
+            return Parity(weights, None, engine, made, warnings, (why,))
+        return Parity(weights, outputs, engine, made, warnings, tuple(_judged(outputs)))
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What the engine runs: the adapter on its base, then the merged model, both with the same options."""
+
+    adapter: str | Path
+    model: str | None
+    merged: Path
+    engine: str
+    options: dict[str, Any]
+    engine_args: tuple[str, ...]
+
+
+def _effect(
+    run: _Run,
+    folder: Path,
+    prompts: Sequence[str],
+    chat: bool,
+    max_tokens: int,
+    progress: Callable[[str, launch.Progress], None] | None,
+) -> Effect:
+    """Run both models and compare their outputs; the traces are written to `folder`.
+
+    Raises:
+        EngineFailed: the engine could not run one of the models, or refused the adapter.
+    """
+    unmerged = launch.trace(
+        run.adapter,
+        engine=run.engine,
+        model=run.model,
+        prompts=prompts,
+        chat=chat,
+        max_tokens=max_tokens,
+        score=True,
+        out=folder / "unmerged.lptrace",
+        options=run.options,
+        engine_args=run.engine_args,
+        progress=_named(progress, f"{run.engine}, unmerged"),
+    )
+    refusals = [load.message for load, _ in unmerged.loads if load.refused]
+    if refusals:
+        raise EngineFailed(f"it refuses the adapter: {refusals[0]}")
+    merged = launch.trace_plain(
+        run.merged,
+        engine=run.engine,
+        follow=unmerged,
+        out=folder / "merged.lptrace",
+        options={key: value for key, value in run.options.items() if "lora" not in key},
+        engine_args=run.engine_args,
+        progress=_named(progress, f"{run.engine}, merged"),
+    )
+    return effect(unmerged, merged)
 
 
 def _named(progress: Callable[[str, launch.Progress], None] | None, name: str) -> Callable[[launch.Progress], None]:
     return partial(progress, name) if progress is not None else lambda _: None
 
 
-def _check_asked(engine: str, prompts: Sequence[str], max_tokens: int, engine_args: Sequence[str]) -> None:
-    """What can be known to be wrong before gigabytes are read."""
+def _check_requested(engine: str, prompts: Sequence[str], max_tokens: int, engine_args: Sequence[str]) -> None:
+    """Reject what is wrong in the request before gigabytes are read."""
     require(engine, engine_args)
     if max_tokens < 1:
-        raise ProbeError(f"--max-tokens is {max_tokens}; an answer has at least one token")
+        raise ProbeError(f"--max-tokens must be at least 1, not {max_tokens}")
     if not all(prompts):
-        raise ProbeError("a prompt is empty", "give a prompt that says something")
+        raise ProbeError("a prompt is empty", "pass a prompt with text in it")
 
 
-def _judged(found: Effect) -> Iterator[Finding]:
-    """Whether enough of the effect survives. A difference that round-off alone can make says nothing."""
-    if found.survives is None or found.kl_merged is None:
-        why = found.notes[0] if found.notes else "the adapter makes no difference on these prompts"
+def _judged(outputs: Effect) -> Iterator[Finding]:
+    """Findings unless enough of the effect survives. A difference within round-off is not judged."""
+    if outputs.survives is None or outputs.kl_merged is None:
+        why = outputs.notes[0] if outputs.notes else "the adapter makes no difference on these prompts"
         yield effect_not_measured(why)
-    elif not found.survives >= SURVIVES:
-        if found.kl_merged <= floor(found.dtype):
+    elif not outputs.survives >= SURVIVES:
+        if outputs.kl_merged <= floor(outputs.dtype):
             yield effect_not_measured(
-                f"{100 * found.survives:.0f} % survives, and the rest is no more than the round-off of {found.dtype}"
+                f"{100 * outputs.survives:.0f} % survives, and the rest is within the round-off of {outputs.dtype}"
             )
         else:
-            yield effect_lost(found.survives, found.tokens, _where(found))
-    elif not (found.unmerged.complete and found.merged.complete):
-        yield effect_not_measured("a recording is not complete")
+            yield effect_lost(outputs.survives, outputs.tokens, _where(outputs))
+    elif not (outputs.unmerged.complete and outputs.merged.complete):
+        yield effect_not_measured("a recording is incomplete")
 
 
-def _where(found: Effect) -> str:
-    first = found.first_module
+def _where(outputs: Effect) -> str:
+    first = outputs.first_module
     if first is None:
         return ""
-    return (
-        f"; the two part first at {name_modules([first.key[0]])} (prompt {first.prompt + 1}, error {first.error:.1e})"
-    )
+    module = name_modules([first.key[0]])
+    return f"; the outputs first diverge at {module} (prompt {first.prompt + 1}, error {first.error:.1e})"
 
 
 @contextmanager
 def _workplace(out: str | Path | None, force: bool, size: int) -> Iterator[Path]:
-    """The folder for the merged model and the traces: `out`, or one that is gone afterwards."""
+    """The folder for the merged model and the traces: `out`, or a temporary one."""
     if out is None:
         free = shutil.disk_usage(tempfile.gettempdir()).free
         if size > free:
             raise ProbeError(
                 f"a merged model of {size / 2**30:.1f} GiB does not fit into {tempfile.gettempdir()}",
-                "name a folder on another disk with -o",
+                "pass a folder on another disk with -o",
             )
-        with tempfile.TemporaryDirectory(prefix="lora-probe-") as passing:
-            yield Path(passing)
+        with tempfile.TemporaryDirectory(prefix="lora-probe-") as temporary:
+            yield Path(temporary)
         return
     folder = Path(out)
     if folder.exists():
         if not (folder / REPORT).exists():
-            raise ProbeError(f"`{folder}` was not written by parity; it stays as it is", "give another name with -o")
+            raise ProbeError(
+                f"`{folder}` was not written by parity and is not overwritten", "pass another folder with -o"
+            )
         if not force:
-            raise ProbeError(f"`{folder}` exists", "give another name with -o, or overwrite it with --force")
+            raise ProbeError(f"`{folder}` already exists", "pass another folder with -o, or overwrite it with --force")
         shutil.rmtree(folder)
     try:
         folder.mkdir(parents=True)
     except OSError as error:
-        raise ProbeError(f"cannot make the folder `{folder}`: {error.strerror or error}") from error
-    # The mark comes first: a run that is cut short may be overwritten too.
+        raise ProbeError(f"cannot create the folder `{folder}`: {error.strerror or error}") from error
+    # Written first, so that the folder of an interrupted run can be overwritten as well.
     (folder / REPORT).write_text("{}\n")
     yield folder

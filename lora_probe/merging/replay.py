@@ -5,9 +5,9 @@ which they may lie whatever the order of the sums in B·A. Rounding is monotone:
 it.
 
 PEFT 0.21 (`Linear.merge`, `Embedding.merge`, `ParamWrapper.merge` and `DoraLinearVariant` in `tuners/lora`) keeps A
-and B in float32 unless told otherwise (`autocast_adapter_dtype`), adds a Linear's ΔW in float32 and rounds the sum. An
-embedding's and an expert's ΔW is rounded to the weight's dtype before it is added; with `safe_merge` a Linear's too.
-Factors of 16 bits are multiplied in float32 on a CPU, on a GPU the product is rounded before and after the scaling.
+and B in float32 by default (`autocast_adapter_dtype`), adds a Linear's ΔW in float32 and rounds the sum. The ΔW of an
+embedding or expert is rounded to the weight's dtype before it is added; with `safe_merge` a Linear's ΔW is too. 16-bit
+factors are multiplied in float32 on a CPU; on a GPU the product is rounded before and after the scaling.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from lora_probe.merging.rounding import Floats, narrow, through
 from lora_probe.merging.sites import SiteKind
 
 NORM_SLACK = 2.0**-19
-"""How far two float32 sums of a DoRA norm may lie apart, relatively: 32 units of round-off."""
+"""The largest relative difference of two float32 sums of a DoRA norm: 32 units of round-off."""
 
 
 @dataclass(frozen=True)
 class RoundingMode:
     """One way to merge. W is cast to `compute`, A and B to `factors`, B·A to `product`, ΔW to `delta` (None: float32),
-    the sum to `compute`; at last it is stored in the file's dtype."""
+    the sum to `compute`; then the result is stored in the file's dtype."""
 
     name: str
     compute: str
@@ -55,7 +55,7 @@ def rounding_modes(kind: SiteKind, base: str, merged: str, adapter: str, dora: b
         ]
         for name, factors, product, delta in ways[:1] if dora else ways:
             if factors in (adapter, "F32") and product is None:
-                # A and B lie on this grid already: another line says the same.
+                # A and B are on this grid already: another line covers this.
                 continue
             mode = RoundingMode(name + where, compute, _grid(factors), _grid(product), _grid(delta))
             known.setdefault((compute, mode.factors, mode.product, mode.delta), mode)
@@ -68,8 +68,8 @@ def _grid(dtype: str | None) -> str | None:
 
 @dataclass(frozen=True)
 class Magnitude:
-    """DoRA: the merged row (or column) is m / ‖W + f·ΔW‖ times W + f·ΔW. The sums are over the other axis, in float64,
-    so that the norm is known for every f."""
+    """DoRA: the merged row (or column) is m / ‖W + f·ΔW‖ times W + f·ΔW. The sums run over the other axis, in float64,
+    so that the norm can be computed for every f."""
 
     m: npt.NDArray[np.float64]
     base: npt.NDArray[np.float64]
@@ -81,8 +81,8 @@ class Magnitude:
         """`[rows, 1]` or `[1, columns]`."""
         with np.errstate(divide="ignore", invalid="ignore"):
             whole = self.m / np.sqrt(self.base + 2 * f * self.cross + f * f * self.delta)
-        found: Floats = (whole[None, :] if self.columns else whole[rows][:, None]).astype(np.float32)
-        return found
+        factors: Floats = (whole[None, :] if self.columns else whole[rows][:, None]).astype(np.float32)
+        return factors
 
 
 def magnitude(m: Floats, origin: Origin, change: Change, columns: bool, compute: str, step: int) -> Magnitude:
@@ -92,12 +92,12 @@ def magnitude(m: Floats, origin: Origin, change: Change, columns: bool, compute:
     for start in range(0, height, step):
         stop = min(start + step, height)
         w, d = through(origin(start, stop), compute), change.product(slice(start, stop)) * np.float32(change.scaling)
-        for number, (one, two) in enumerate(((w, w), (w, d), (d, d))):
-            found = np.einsum("ij,ij->j" if columns else "ij,ij->i", one, two, dtype=np.float64)
+        for number, (left, right) in enumerate(((w, w), (w, d), (d, d))):
+            products = np.einsum("ij,ij->j" if columns else "ij,ij->i", left, right, dtype=np.float64)
             if columns:
-                sums[number] += found
+                sums[number] += products
             else:
-                sums[number, start:stop] = found
+                sums[number, start:stop] = products
     return Magnitude(m.reshape(-1).astype(np.float64), sums[0], sums[1], sums[2], columns)
 
 
@@ -131,7 +131,7 @@ def possible(
     factor: Floats | None,
     times: int = 1,
 ) -> tuple[Floats, Floats]:
-    """The smallest and the largest value that B·A ± `slack` can give; for DoRA the norm is as uncertain as its sum."""
+    """The smallest and the largest values that B·A ± `slack` can give; for DoRA the norm may be off by NORM_SLACK."""
     ends = []
     for moved in (product - slack, product + slack):
         for turn in (1.0,) if factor is None else (1 - NORM_SLACK, 1 + NORM_SLACK):

@@ -1,7 +1,7 @@
-"""What a check of a merge found: `MergeReport`, with one `ModuleMerge` for each site of the adapter.
+"""The result of a merge check: `MergeReport`, with one `ModuleMerge` for each site of the adapter.
 
-In: the modules, the other tensors that differ, what could not be judged. Out: the verdict and the diagnostics. A merge
-is `verified` if it was executed rightly and keeps the effect; rounding is judged over all modules by energy.
+In: the modules, the other tensors that differ, and what could not be judged. Out: the verdict and the diagnostics. A
+merge is `verified` if it is correct and keeps the effect; rounding is judged over all modules, weighted by energy.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ Verdict = Literal["verified", "differs", "undecided"]
 KEPT = 0.9
 """The share of the change that all modules together must keep."""
 KEPT_BY_EACH = 0.5
-"""The share that a module must keep by itself."""
+"""The share that each module must keep."""
 
 
 @dataclass(frozen=True)
 class ModuleMerge:
     """One site. Ratios are relative to ΔW: `residual` ‖observed − ΔW‖ / ‖ΔW‖, `share` ⟨observed, ΔW⟩ / ⟨ΔW, ΔW⟩,
-    `effect_kept` ⟨replay − W, ΔW⟩ / ⟨ΔW, ΔW⟩; None where ΔW is zero. `implied_scaling` explains the change best, None
-    where no factor does. `bit_exact`: every value is what `arithmetic` gives, up to the order of the sums in B·A, on
-    which `by_order_of_sums` values depend. `energy` is ‖ΔW‖²."""
+    `effect_kept` ⟨replay − W, ΔW⟩ / ⟨ΔW, ΔW⟩; None if ΔW is zero. `implied_scaling` is the scaling that explains the
+    change, None if none does. `bit_exact`: every value is what `arithmetic` gives, up to the order of the sums in B·A;
+    `by_order_of_sums` counts the values that depend on that order. `energy` is ‖ΔW‖²."""
 
     key: Key
     label: str
@@ -49,7 +49,7 @@ class ModuleMerge:
 
 @dataclass(frozen=True)
 class TensorFinding:
-    """What is wrong with one tensor that no module of the adapter explains, or with the adapter as a whole."""
+    """A finding about one tensor that no module of the adapter explains, or about the adapter as a whole."""
 
     name: str
     finding: Finding
@@ -57,8 +57,8 @@ class TensorFinding:
 
 @dataclass(frozen=True)
 class MergeReport:
-    """All of it. `compared` tensors and `read` bytes of both checkpoints were looked at; of the `untouched` ones, which
-    the adapter does not change, `foreign` are not the base's."""
+    """The whole report. `compared` counts tensors, `read` the bytes of both checkpoints. Of the `untouched` tensors,
+    which the adapter does not change, `foreign` differ from the base's."""
 
     adapter: Path
     base: Path
@@ -76,23 +76,23 @@ class MergeReport:
 
     @property
     def effect_kept(self) -> float | None:
-        """The share of the change that PEFT's arithmetic keeps, modules weighted by ‖ΔW‖²."""
+        """The share of the change that PEFT's arithmetic keeps, over all modules, weighted by ‖ΔW‖²."""
         measured = [(m.effect_kept * m.energy, m.energy) for m in self.modules if m.effect_kept is not None]
         total = sum(energy for _, energy in measured)
         return sum(kept for kept, _ in measured) / total if total > 0 else None
 
     @property
     def rounding(self) -> tuple[TensorFinding, ...]:
-        """What rounding lost: modules under KEPT_BY_EACH, and the adapter as a whole under KEPT."""
-        found = [
+        """Losses by rounding: the modules below KEPT_BY_EACH, or else the whole adapter if it is below KEPT."""
+        losses = [
             TensorFinding(m.label, lost_to_rounding(m.effect_kept, self.merged_dtype))
             for m in self.modules
             if m.effect_kept is not None and m.status == "verified" and m.effect_kept < KEPT_BY_EACH
         ]
         kept = self.effect_kept
-        if not found and kept is not None and kept < KEPT:
-            found = [TensorFinding("", lost_to_rounding(kept, self.merged_dtype))]
-        return tuple(found)
+        if not losses and kept is not None and kept < KEPT:
+            losses = [TensorFinding("", lost_to_rounding(kept, self.merged_dtype))]
+        return tuple(losses)
 
     @property
     def verdict(self) -> Verdict:
@@ -102,7 +102,7 @@ class MergeReport:
         return "undecided" if "unknown" in values or not self.modules else "verified"
 
     def findings(self) -> Iterator[tuple[str, Finding]]:
-        """Everything that was found, with the module or tensor that it is about, modules first."""
+        """All findings, each with the name of its module or tensor, modules first."""
         for module in self.modules:
             for finding in module.findings:
                 yield module.label, finding
@@ -111,7 +111,7 @@ class MergeReport:
 
     @property
     def diagnostics(self) -> tuple[Diagnostic, ...]:
-        """Equal findings as one: `12 of 12 modules: merged twice`."""
+        """One diagnostic for equal findings: `12 of 12 modules: merged twice`."""
         rules = all_rules()
         groups: dict[tuple[str, str], list[str]] = {}
         for name, finding in self.findings():
@@ -130,8 +130,8 @@ class MergeReport:
             about = f"{len(named)} of {len(labels)} modules"
             about += "" if len(named) == len(labels) else f" ({_few_modules(named)})"
         elif named:
-            about = named[0] if len(named) == 1 else f"{len(named)} of them ({_few(named)})"
-        more = "" if len(named) < 2 or rule.per_message else " (the first of them)"
+            about = named[0] if len(named) == 1 else f"{len(named)} tensors ({_few(named)})"
+        more = "" if len(named) < 2 or rule.per_message else " (the first one)"
         return Diagnostic(rule.code, rule.name, rule.severity, f"{about}: {message}{more}", rule.hint, tuple(named))
 
 
@@ -141,11 +141,11 @@ def _few(names: Iterable[str], shown: int = 3) -> str:
 
 
 def _few_modules(labels: list[str], longest: int = 160) -> str:
-    """By layers and projections; of a hundred experts only the first."""
+    """Modules by layers and projections; only the first few if that is too long."""
     text = name_modules(labels)
     return text if len(text) <= longest else _few(labels)
 
 
 def unmeasured(key: Key, label: str, tensor: str, status: Verdict, *findings: Finding) -> ModuleMerge:
-    """A module of which there is nothing to measure: it has no place in the base, or its tensor is not there."""
+    """A module without measurements: it has no place in the base, or its tensor is missing."""
     return ModuleMerge(key, label, tensor, status, findings, None, None, None, None, None, False, "unknown")

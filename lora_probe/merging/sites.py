@@ -1,8 +1,8 @@
 """Where an adapter changes a model: `Site`s, each a block of rows of one tensor of the base.
 
-In: an adapter, and the base as it is seen (`overlay.py`). Out: the sites, and every tensor of it that has none,
-with why. Names and layouts are those of PEFT 0.21 (`tuners/lora/layer.py`) and of transformers' checkpoints: a Conv1D
-lies transposed, an embedding's A and B as well.
+In: an adapter, and the base of a `View` (`overlay.py`). Out: the sites, and every tensor of the adapter without one,
+with the reason. Names and layouts are those of PEFT 0.21 (`tuners/lora/layer.py`) and of transformers' checkpoints: a
+Conv1D is stored transposed, and so are an embedding's A and B.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ _LINEAR_HEADS = ("lm_head", "score", "classifier", "qa_outputs")
 class Site:
     """Rows `start` to `stop` of `tensor`, and what the adapter does to them.
 
-    `pair` changes them by s·B·A, of which B's rows `cut` belong here: `part` of fused experts, of which the pair holds
-    `experts`. `source` replaces them (`whole`, `tokens`) or is added times `scaling` (`bias`).
+    `pair` adds s·B·A to them. For fused experts, the pair holds `experts` of them, and rows `cut` of B are the `part`
+    that this site holds. `source` replaces the rows (`whole`, `tokens`) or is added times `scaling` (`bias`).
     """
 
     key: Key
@@ -51,7 +51,7 @@ class Site:
 
     @property
     def label(self) -> str:
-        """The module's path, with what tells its parameters and experts apart."""
+        """The module's path, with parameter and expert where there are several."""
         module, parameter, expert = self.key
         name = self.part or parameter
         path = module if name == "weight" else f"{module}.{name}"
@@ -60,7 +60,7 @@ class Site:
 
 @dataclass(frozen=True)
 class Unplaced:
-    """A module or a tensor of the adapter that cannot be checked, and why. `misfit`: the base's has another shape."""
+    """A module or tensor of the adapter that cannot be checked, and why. `misfit`: its shape is not the base's."""
 
     label: str
     why: str
@@ -71,10 +71,10 @@ Placed = Iterator[Site | Unplaced]
 
 
 def of_pair(adapter: Adapter, module: AdapterModule, base: Checkpoint, names: Names) -> Placed:
-    """A pair of A and B on a module's weight."""
+    """The sites of a pair of A and B on a module's weight."""
     name = names.find(f"{module.module}.weight") or tied_place(module.module, base)
     if name is None:
-        yield Unplaced(module.module, "the base has no tensor of this name")
+        yield Unplaced(module.module, "the base has no tensor with this name")
         return
     tensor = base.tensors[name]
     kind = _kind(adapter, module, tensor, base)
@@ -82,7 +82,7 @@ def of_pair(adapter: Adapter, module: AdapterModule, base: Checkpoint, names: Na
         assert module.a is not None
         assert module.b is not None
         shape = [module.b.shape[0], module.a.shape[1]]
-        yield Unplaced(module.module, f"s·B·A is {shape}, the base's weight {list(tensor.shape)}", misfit=True)
+        yield Unplaced(module.module, f"s·B·A has shape {shape}, the base's weight {list(tensor.shape)}", misfit=True)
         return
     extras = {extra.name.removeprefix(PREFIX).removeprefix(f"{module.stored_as}."): extra for extra in module.extras}
     magnitudes = [extras.pop(what) for what in list(extras) if EXTRAS[DORA.field].is_named(what)]
@@ -112,7 +112,8 @@ def of_pair(adapter: Adapter, module: AdapterModule, base: Checkpoint, names: Na
 def _kind(adapter: Adapter, module: AdapterModule, tensor: StoredTensor, base: Checkpoint) -> SiteKind | None:
     """How the weight lies in the file; None where s·B·A does not fit it.
 
-    PEFT corrects `fan_in_fan_out` from the live layer's class. The shape shows it, or the model's type if it is square.
+    PEFT corrects `fan_in_fan_out` by the class of the live layer. Here the shape decides, or the model type if the
+    weight is square.
     """
     assert module.a is not None
     assert module.b is not None
@@ -120,10 +121,10 @@ def _kind(adapter: Adapter, module: AdapterModule, tensor: StoredTensor, base: C
     if module.embedding:
         return "embedding" if tensor.shape == shape[::-1] else None
     if shape[0] == shape[1] and tensor.shape == shape:
-        known = base.config.get("model_type")
+        model_type = base.config.get("model_type")
         flag = bool(adapter.config.raw.get("fan_in_fan_out"))
-        turned = known in _CONV1D and projection_of(module.module) not in _LINEAR_HEADS if known else flag
-        return "conv1d" if turned else "linear"
+        transposed = model_type in _CONV1D and projection_of(module.module) not in _LINEAR_HEADS if model_type else flag
+        return "conv1d" if transposed else "linear"
     if tensor.shape == shape:
         return "linear"
     return "conv1d" if tensor.shape == shape[::-1] else None
@@ -134,9 +135,11 @@ def _of_bias(module: AdapterModule, bias: TensorHeader, tensor: StoredTensor, ba
     key = (module.module, "bias", None)
     label = f"{module.module}.bias"
     if name not in base.tensors:
-        yield Unplaced(label, "lora_bias is set, and the base's layer has no bias: PEFT cannot merge that")
+        yield Unplaced(label, "lora_bias is set but the base's layer has no bias, which PEFT cannot merge")
     elif base.tensors[name].shape != bias.shape:
-        yield Unplaced(label, f"lora_B's bias is {list(bias.shape)}, the base's {list(base.tensors[name].shape)}")
+        yield Unplaced(
+            label, f"lora_B's bias has shape {list(bias.shape)}, the base's {list(base.tensors[name].shape)}"
+        )
     else:
         yield Site(key, name, "bias", 0, 1, module.scaling, source=bias)
 
@@ -150,12 +153,12 @@ def of_other(adapter: Adapter, other: OtherTensor, base: Checkpoint, names: Name
     module, _, parameter = path.rpartition(".")
     name = names.find(path) or tied_place(module, base)
     if not other.understood or name is None:
-        why = other.what if not other.understood else "neither the base nor the merged model has a tensor of this name"
+        why = other.what if not other.understood else "neither base nor merged model has a tensor with this name"
         yield Unplaced(path, why)
         return
     tensor = base.tensors[name]
     if tensor.shape != other.tensor.shape:
-        yield Unplaced(path, f"it is {list(other.tensor.shape)}, the base's {name} {list(tensor.shape)}")
+        yield Unplaced(path, f"it has shape {list(other.tensor.shape)}, the base's {name} {list(tensor.shape)}")
         return
     yield Site((module, parameter, None), name, "whole", 0, tensor.matrix[0], source=other.tensor)
 
@@ -166,20 +169,20 @@ def _of_tokens(adapter: Adapter, other: OtherTensor, path: str, base: Checkpoint
     tokens = _tokens(adapter, module)
     fits = name is not None and len(tokens) == other.tensor.shape[0]
     if name is None or not fits or max(tokens, default=0) >= base.tensors[name].shape[0]:
-        yield Unplaced(module, f"{len(tokens)} trained tokens in the config do not fit the tensors")
+        yield Unplaced(module, f"the config's {len(tokens)} trained tokens do not match the tensors")
         return
-    places = {module: name}
+    tensors = {module: name}
     if base.tied and HEAD in base.tensors and name == embeddings_of(base):
-        # Input and output share the trained tokens, also where a merge has untied them.
-        places[HEAD.removesuffix(".weight")] = HEAD
-    for place, home in places.items():
-        rows = base.tensors[home].matrix[0]
-        yield Site((place, "weight", None), home, "tokens", 0, rows, source=other.tensor, tokens=tokens)
+        # Input and output share the trained tokens, even if a merge has untied them.
+        tensors[HEAD.removesuffix(".weight")] = HEAD
+    for path, tensor in tensors.items():
+        rows = base.tensors[tensor].matrix[0]
+        yield Site((path, "weight", None), tensor, "tokens", 0, rows, source=other.tensor, tokens=tokens)
 
 
 def _tokens(adapter: Adapter, module: str) -> tuple[int, ...]:
-    """`trainable_token_indices`: a list, or one for each module by the end of its path."""
+    """`trainable_token_indices`: one list, or a list for each module, named by the end of its path."""
     indices = adapter.config.raw.get("trainable_token_indices")
     if isinstance(indices, dict):
-        indices = next((found for name, found in indices.items() if module == name or module.endswith(f".{name}")), [])
+        indices = next((own for name, own in indices.items() if module == name or module.endswith(f".{name}")), [])
     return tuple(int(index) for index in indices or ())

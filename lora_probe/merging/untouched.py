@@ -1,7 +1,7 @@
-"""All tensors that no module of the adapter explains: equal to the base's, missing, added.
+"""All tensors that no module of the adapter explains: equal to the base's, missing, or added.
 
-In: base and merged checkpoint. Out: `TensorFinding`s. A merged model in another dtype holds
-the base's values rounded to it. Nothing but a block of rows is in memory.
+In: base and merged checkpoint. Out: `TensorFinding`s. A merged model in another dtype holds the base's values rounded
+to it. Only one block of rows is in memory at a time.
 """
 
 from __future__ import annotations
@@ -23,34 +23,34 @@ from lora_probe.rules.lp7_merging import not_judged
 from lora_probe.rules.lp7_untouched import tensor_added, tensor_missing, untouched_changed
 
 CHUNK = 1 << 22
-"""Bytes that are compared at a time."""
+"""Bytes compared at a time."""
 _BUFFERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias|attention\.bias|position_ids)$")
-"""Buffers that some versions of transformers save and others make anew."""
+"""Buffers that some versions of transformers save and others recompute."""
 
 
 def absent_and_added(base: Checkpoint, merged: Checkpoint, names: Mapping[str, str]) -> Iterator[TensorFinding]:
-    """Tensors of one checkpoint alone. `names`: base name -> name in the merged model."""
+    """Tensors that one checkpoint lacks or has in another shape. `names`: base name -> name in the merged model."""
     for name, tensor in base.tensors.items():
         other = merged.tensors.get(names.get(name, name))
         if other is None and not _BUFFERS.search(name):
-            yield TensorFinding(name, tensor_missing("it is not in the merged model"))
+            yield TensorFinding(name, tensor_missing("missing from the merged model"))
         elif other is not None and other.shape != tensor.shape:
-            text = f"it is {list(other.shape)}, the base's is {list(tensor.shape)}"
+            text = f"it has shape {list(other.shape)}, the base's {list(tensor.shape)}"
             yield TensorFinding(name, tensor_missing(text))
-    known = set(names.values())
+    expected = set(names.values())
     for name, tensor in merged.tensors.items():
-        if name not in known and not _BUFFERS.search(name) and not _is_copy(tensor, base, merged, names):
+        if name not in expected and not _BUFFERS.search(name) and not _is_copy(tensor, base, merged, names):
             yield TensorFinding(name, tensor_added())
 
 
 def _is_copy(tensor: StoredTensor, base: Checkpoint, merged: Checkpoint, names: Mapping[str, str]) -> bool:
-    """Whether a tensor is the input embeddings written again under the name of a module that shares them."""
+    """Whether a tensor is a copy of the input embeddings under the name of a module that shares them."""
     shared = [names[name] for name in base.tensors if name.removesuffix(".weight").endswith(EMBEDDINGS)]
     return any(name in merged.tensors and equal(tensor, merged.tensors[name]) for name in shared)
 
 
 def untouched(base: StoredTensor, merged: StoredTensor) -> Finding | None:
-    """Whether a tensor that the adapter does not change is the base's."""
+    """A finding if a tensor that the adapter does not change differs from the base's."""
     if base.dtype == merged.dtype:
         buffer = np.empty(CHUNK, np.uint8)
         return _differs(merged, lambda start, stop: base.rows(start, stop, buffer))
@@ -60,7 +60,7 @@ def untouched(base: StoredTensor, merged: StoredTensor) -> Finding | None:
 
 
 def rounded_on_the_way(base: StoredTensor, merged: StoredTensor) -> str | None:
-    """The dtype of 16 bits that the base was loaded in, where that explains a tensor of another dtype."""
+    """The 16-bit dtype that the base was loaded in, if that explains a tensor of another dtype."""
     for dtype in ("BF16", "F16"):
         if dtype in (base.dtype, merged.dtype) or base.dtype not in FLOATS or merged.dtype not in FLOATS:
             continue
@@ -77,31 +77,31 @@ def _differs(merged: StoredTensor, wanted: Callable[[int, int], Raw]) -> Finding
     values, distance, norm = 0, 0.0, 0.0
     buffer = np.empty(CHUNK, np.uint8)
     for start, stop in chunks(merged):
-        there: Raw = merged.rows(start, stop, buffer)
-        here: Raw = wanted(start, stop)
-        if np.array_equal(there.view(np.uint8), here.view(np.uint8)):
+        stored: Raw = merged.rows(start, stop, buffer)
+        expected: Raw = wanted(start, stop)
+        if np.array_equal(stored.view(np.uint8), expected.view(np.uint8)):
             continue
-        values += int(np.count_nonzero(there != here))
+        values += int(np.count_nonzero(stored != expected))
         if merged.dtype in FLOATS:
-            one, two = widen(there, merged.dtype), widen(here, merged.dtype)
+            actual, reference = widen(stored, merged.dtype), widen(expected, merged.dtype)
             with np.errstate(invalid="ignore", over="ignore"):
-                distance += float(np.square(one - two, dtype=np.float64).sum())
-                norm += float(np.square(two, dtype=np.float64).sum())
+                distance += float(np.square(actual - reference, dtype=np.float64).sum())
+                norm += float(np.square(reference, dtype=np.float64).sum())
     if not values:
         return None
     relative = (distance / norm) ** 0.5 if norm > 0 else math.nan
     return untouched_changed(values, int(np.prod(merged.shape, dtype=np.int64)), relative)
 
 
-def equal(one: StoredTensor, two: StoredTensor) -> bool:
-    """Bit for bit, dtype and shape included."""
-    if (one.shape, one.dtype) != (two.shape, two.dtype):
+def equal(left: StoredTensor, right: StoredTensor) -> bool:
+    """Whether two tensors are equal bit for bit, dtype and shape included."""
+    if (left.shape, left.dtype) != (right.shape, right.dtype):
         return False
-    return all(np.array_equal(one.rows(*span), two.rows(*span)) for span in chunks(one))
+    return all(np.array_equal(left.rows(*span), right.rows(*span)) for span in chunks(left))
 
 
 def chunks(tensor: StoredTensor) -> Iterator[tuple[int, int]]:
-    """Blocks of rows of about CHUNK bytes."""
+    """Ranges of rows of about CHUNK bytes."""
     height, _ = tensor.matrix
     step = max(1, CHUNK * height // max(tensor.size, 1))
     for start in range(0, height, step):

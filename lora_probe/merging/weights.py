@@ -1,7 +1,7 @@
 """A merged model against base plus adapter, in the weights: `check_merge`.
 
-In: an adapter, its base, a merged model, all on disk. Out: a `MergeReport`. Base and merged model are streamed a block
-of rows at a time, every tensor of both once, on as many threads as there are processors.
+In: an adapter, its base model and a merged model, all on disk. Out: a `MergeReport`. Base and merged model are streamed
+in blocks of rows, each tensor once, on one thread per processor.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ from lora_probe.rules.lp7_merging import not_judged
 from lora_probe.rules.lp7_untouched import merged_into_another_base, tied_changed_too
 
 PASSES = 10
-"""How often the bytes of both models are computed with, at most: measured where every module is wrong."""
+"""The most passes over the bytes of both models, as measured on a merge in which every module is wrong."""
 ANOTHER_BASE = 0.5
-"""The share of untouched tensors that must differ to speak of another base."""
+"""If more than this share of the untouched tensors differ, the model was merged from another base."""
 _WITH_HEAD = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
-"""How architectures with a language head end, in config.json."""
+"""Suffixes of the architectures in config.json that have a language head."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Bytes of both checkpoints so far, of all, and the tensor at hand."""
+    """Bytes of both checkpoints read so far, the total, and the current tensor."""
 
     done: int
     total: int
@@ -57,11 +57,11 @@ def check_merge(
     model: str | None = None,
     progress: Callable[[Progress], None] = lambda _: None,
 ) -> MergeReport:
-    """Check whether `merged` is the base plus `adapter`, as PEFT merges.
+    """Check whether `merged` is the base plus `adapter`, merged as PEFT does.
 
     Raises:
-        UnreadableFile: a folder that is missing, damaged, cut short, or of another architecture.
-        ProbeError: no base is named; the base or the merged model is quantised in a way that cannot be undone here.
+        UnreadableFile: a folder is missing, damaged, truncated, or of another architecture.
+        ProbeError: no base model is known, or one of the models is quantised in a way that cannot be undone here.
     """
     started = time.perf_counter()
     checkpoint = open_adapter(adapter)
@@ -71,7 +71,8 @@ def check_merge(
     target = dequantised(_open_merged(merged))
     if base.path.resolve() == target.path.resolve():
         raise ProbeError(
-            f"base and merged model are the same folder, `{base.path}`", "give two with --model and --merged"
+            f"base and merged model are the same folder, `{base.path}`",
+            "pass two different folders with --model and --merged",
         )
     seen = view(checkpoint, base, target)
     work = _Work(checkpoint, seen, target, plan(checkpoint, seen), progress)
@@ -97,7 +98,8 @@ def _open_merged(path: str | Path) -> Checkpoint:
     folder = Path(path)
     if (folder / CONFIG).exists() and not (folder / "config.json").exists():
         raise UnreadableFile(
-            f"`{folder}` is an adapter, not a merged model", "is it swapped with CKPT, or with --model?"
+            f"`{folder}` is an adapter, not a merged model",
+            "pass the merged model with --merged; it may be swapped with CKPT or --model",
         )
     return open_checkpoint(path, role="merged model")
 
@@ -111,30 +113,31 @@ def _dtype(checkpoint: Checkpoint) -> str:
 
 
 class _Work:
-    """One run over both checkpoints: the tensors still to do, and how far it is."""
+    """One run over both checkpoints, and its progress."""
 
     def __init__(
         self,
         adapter: Adapter,
         seen: View,
         merged: Checkpoint,
-        found: Plan,
+        planned: Plan,
         progress: Callable[[Progress], None],
     ) -> None:
-        self.adapter, self.base, self.names, self.merged, self.plan = adapter, seen.base, seen.names, merged, found
+        self.adapter, self.base, self.names, self.merged, self.plan = adapter, seen.base, seen.names, merged, planned
         self.inconsistent = seen.inconsistent
         self.progress, self.done, self.compared = progress, 0, 0
         self.untouched, self.foreign = 0, 0
         self.total = self.base.size + merged.size
-        self.sites = found.by_tensor()
-        self.neighbours = Neighbours(found.sites, self.base, adapter)
+        self.sites = planned.by_tensor()
+        self.neighbours = Neighbours(planned.sites, self.base, adapter)
         self.factors: list[float] = []
         self.on_the_way: set[str] = set()
 
     def run(self) -> tuple[tuple[ModuleMerge, ...], tuple[TensorFinding, ...]]:
-        """Modules in the order of the plan, and what is to be said of all other tensors and parts."""
-        tensors = [one for one in absent_and_added(self.base, self.merged, self.names) if not self._expected(one.name)]
-        bad = {one.name for one in tensors}
+        """The modules in the order of the plan, and the findings about all other tensors and parts."""
+        unmatched = absent_and_added(self.base, self.merged, self.names)
+        tensors = [tensor for tensor in unmatched if not self._expected(tensor.name)]
+        bad = {tensor.name for tensor in tensors}
         jobs = [name for name in self.base.tensors if self.names[name] in self.merged.tensors and name not in bad]
         modules: dict[tuple[str, str], ModuleMerge] = {}
         with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
@@ -144,7 +147,7 @@ class _Work:
                 if finding is not None:
                     tensors.append(TensorFinding(name, finding))
         self.compared = len(jobs)
-        self.foreign = sum(one.finding.code == "LP708" for one in tensors)
+        self.foreign = sum(tensor.finding.code == "LP708" for tensor in tensors)
         if self.inconsistent is not None:
             tensors.insert(0, TensorFinding(HEAD, self.inconsistent))
         ordered = [
@@ -156,12 +159,12 @@ class _Work:
         if self.plan.refusals:
             whole = [TensorFinding("", not_judged(why)) for why in self.plan.refusals]
             return tuple(_undecided(module) for module in ordered), tuple(whole)
-        if self.plan.unplaced and not any(one.misfit for one in self.plan.unplaced):
-            # What nobody could place may be what changed the tensors that nobody claims.
-            tensors = [_doubtful(one) for one in tensors]
-        for one in self.plan.unplaced:
-            key = (one.label, "weight", None)
-            ordered.append(unmeasured(key, one.label, "", "undecided", not_judged(one.why)))
+        if self.plan.unplaced and not any(part.misfit for part in self.plan.unplaced):
+            # A part that could not be placed may have changed the tensors that no module explains.
+            tensors = [_doubtful(tensor) for tensor in tensors]
+        for part in self.plan.unplaced:
+            key = (part.label, "weight", None)
+            ordered.append(unmeasured(key, part.label, "", "undecided", not_judged(part.why)))
         return tuple(ordered), tuple(tensors)
 
     def notes(self) -> Iterator[str]:
@@ -169,9 +172,11 @@ class _Work:
             yield f"the base was rounded to {dtype} before it was saved in {_dtype(self.merged)}"
 
     def _expected(self, name: str) -> bool:
-        """A language head that a merged model of another architecture does not have."""
-        kinds = self.merged.config.get("architectures")
-        headless = isinstance(kinds, list) and not any(str(kind).endswith(_WITH_HEAD) for kind in kinds)
+        """Whether `name` is a language head, and the merged model's architecture has none."""
+        classes = self.merged.config.get("architectures")
+        headless = isinstance(classes, list) and not any(
+            str(architecture).endswith(_WITH_HEAD) for architecture in classes
+        )
         return headless and name in self.base.tensors and name.rpartition(".")[0].endswith("lm_head")
 
     def _tensor(self, name: str) -> tuple[str, list[ModuleMerge], Finding | None]:
@@ -203,7 +208,7 @@ class _Work:
         return module
 
     def _tied(self, judged: list[ModuleMerge], sites: list[Site], name: str) -> list[ModuleMerge]:
-        """One matrix for input and output embeddings, of which the adapter changes one place."""
+        """Warn where input and output embeddings share one matrix and the adapter changes only one of the two."""
         if not (self.base.tied and self.merged.tied) or name not in (embeddings_of(self.base), HEAD):
             return judged
         adapted = {site.key[0] for site in sites if site.kind != "tokens"}
@@ -216,12 +221,12 @@ class _Work:
 def _of_another_base(
     modules: list[ModuleMerge], tensors: list[TensorFinding], compared: int
 ) -> tuple[list[ModuleMerge], list[TensorFinding]]:
-    """Where most untouched tensors differ, one finding for them, and none for the modules whose change that hides."""
-    differing = [one for one in tensors if one.finding.code == "LP708"]
+    """If most untouched tensors differ: one finding for all of them, and none for modules whose change this hides."""
+    differing = [tensor for tensor in tensors if tensor.finding.code == "LP708"]
     if len(differing) <= ANOTHER_BASE * compared or len(differing) < 2:
         return modules, tensors
     finding = merged_into_another_base(len(differing), compared)
-    rest = [one for one in tensors if one.finding.code != "LP708"]
+    rest = [tensor for tensor in tensors if tensor.finding.code != "LP708"]
     hidden = [
         replace(module, findings=()) if {f.code for f in module.findings} <= {"LP706"} else module for module in modules
     ]
@@ -229,12 +234,12 @@ def _of_another_base(
 
 
 def _undecided(module: ModuleMerge) -> ModuleMerge:
-    """A module of an adapter whose merge cannot be replayed."""
+    """The module as undecided: the merge of its adapter cannot be replayed."""
     return replace(module, status="undecided", findings=(), implied_scaling=None)
 
 
-def _doubtful(one: TensorFinding) -> TensorFinding:
-    if one.finding.code not in ("LP708", "LP709", "LP710", "LP714"):
-        return one
-    why = f"{one.finding.message}; a part of the adapter that has no place may be the reason"
-    return TensorFinding(one.name, not_judged(why))
+def _doubtful(tensor: TensorFinding) -> TensorFinding:
+    if tensor.finding.code not in ("LP708", "LP709", "LP710", "LP714"):
+        return tensor
+    why = f"{tensor.finding.message}; a part of the adapter that could not be placed may be the reason"
+    return TensorFinding(tensor.name, not_judged(why))

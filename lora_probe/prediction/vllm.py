@@ -130,7 +130,7 @@ def _refuse(subject: Subject, row: Expected, place: Place | None) -> Refusal | N
 
 
 def view_of_headers(base: Base, engine: str, why: str) -> EngineView | None:
-    """What vLLM probably has for a base, where it cannot be asked: fused layers, and words that its check lets pass."""
+    """The view of a base if vLLM cannot describe it: layers that it probably fuses, names that its check accepts."""
     view = of_headers(base, engine, why)
     if view is None:
         return None
@@ -138,7 +138,7 @@ def view_of_headers(base: Base, engine: str, why: str) -> EngineView | None:
     words = {_from_experts_on(name) for name in modules}
     if any(module.kind == "experts" for module in modules.values()):
         words.add("experts")
-    note = "whether vLLM adapts the embeddings and the head of this class is not known"
+    note = "it is unknown whether vLLM adapts the embeddings and the head of this model class"
     return replace(view, modules=modules, suffixes=tuple(sorted(words)), notes=(*view.notes, note))
 
 
@@ -148,7 +148,7 @@ def _is_packed(name: str, module: ModuleView) -> bool:
 
 
 def _from_experts_on(name: str) -> str:
-    """What vLLM compares with its list: the last word, of experts all from `experts` on."""
+    """What vLLM compares with its list: the last part of a name, for experts everything from `experts` on."""
     match = EXPERT.search(name)
     return name[match.start() + 1 :] if match else name.rpartition(".")[2]
 

@@ -4,10 +4,10 @@ In: the names of a command and of a format. Out: a renderer, a function from the
 commands and their results, also with the options that change the result's type:
 
     inspect           results.Inspection
-    inspect --module  adapter.one_module.Selected
+    inspect --module  adapter.one_module.OneModule
     check             results.CheckResult
     check --fix       results.CheckResult, with `run.fixed`
-    check --diff      checking.renaming.Mending
+    check --diff      checking.renaming.Fix
     trace, show       results.Recording
     compare           comparison.Comparison
     parity            merging.parity.Parity

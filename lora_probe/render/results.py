@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from lora_probe.adapter import Adapter
     from lora_probe.adapter.spectrum import Spectrum
     from lora_probe.checking import Report
-    from lora_probe.checking.folders import Lost
-    from lora_probe.checking.renaming import Mending
+    from lora_probe.checking.folders import NotJudged
+    from lora_probe.checking.renaming import Fix
     from lora_probe.recording import Trace
     from lora_probe.rules import Rule
 
@@ -33,7 +33,7 @@ class Inspection:
 class FixResult:
     """What `check --fix` did. `folder` is the value of `--output`, `not_copied` are names of files."""
 
-    fix: Mending
+    fix: Fix
     folder: str
     not_copied: tuple[str, ...]
 
@@ -61,7 +61,7 @@ class CheckResult:
     run: CheckRun
     reports: Sequence[Report]
     pages: Iterable[Any]
-    not_judged: Sequence[Lost]
+    not_judged: Sequence[NotJudged]
 
 
 @dataclass(frozen=True)

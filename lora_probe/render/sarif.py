@@ -13,7 +13,7 @@ from typing import Any
 
 from lora_probe import __version__
 from lora_probe.checking import Report
-from lora_probe.checking.folders import Lost
+from lora_probe.checking.folders import NotJudged
 from lora_probe.names import name_modules
 from lora_probe.render.cells import one_line
 from lora_probe.render.markdown import first_sentence, page
@@ -31,7 +31,7 @@ def check(result: CheckResult) -> dict[str, Any]:
     return sarif(result.reports, result.not_judged)
 
 
-def sarif(reports: Sequence[Report], not_judged: Sequence[Lost] = ()) -> dict[str, Any]:
+def sarif(reports: Sequence[Report], not_judged: Sequence[NotJudged] = ()) -> dict[str, Any]:
     """The log of these reports."""
     mentioned = {diagnostic.code for report in reports for diagnostic in report.diagnostics}
     mentioned |= {code for report in reports for skipped in report.not_run for code in skipped.codes}
@@ -147,5 +147,5 @@ def _not_run(reports: Sequence[Report], numbers: dict[str, int]) -> Iterable[dic
         }
 
 
-def _not_judged(lost: Lost) -> dict[str, Any]:
+def _not_judged(lost: NotJudged) -> dict[str, Any]:
     return {"level": "error", "message": {"text": _text(lost.error.message)}}

@@ -33,7 +33,7 @@ from textwrap import indent
 from typing import Any
 
 from lora_probe.checking import Report
-from lora_probe.checking.folders import Lost
+from lora_probe.checking.folders import NotJudged
 from lora_probe.ledger import as_json as ledger_json
 from lora_probe.render.console import as_json
 from lora_probe.render.json import SCHEMA_VERSION
@@ -71,7 +71,7 @@ def _whole(result: CheckResult) -> Iterable[str]:
 CHECK = Paged(_page, _whole)
 
 
-def _several(pages: Iterable[str], reports: Sequence[Report], not_judged: Sequence[Lost]) -> Iterator[str]:
+def _several(pages: Iterable[str], reports: Sequence[Report], not_judged: Sequence[NotJudged]) -> Iterator[str]:
     """Several adapters. `pages` are the texts of `reports`, which are written as they come from the disk."""
     head, key, tail = as_json(_frame(reports, not_judged)).partition('"reports": []')
     if not reports:
@@ -86,7 +86,7 @@ def _several(pages: Iterable[str], reports: Sequence[Report], not_judged: Sequen
     yield f"{before}\n  ]{tail}"
 
 
-def _frame(reports: Sequence[Report], not_judged: Sequence[Lost]) -> dict[str, Any]:
+def _frame(reports: Sequence[Report], not_judged: Sequence[NotJudged]) -> dict[str, Any]:
     """The object around the reports."""
     codes = Counter(code for report in reports for code in {diagnostic.code for diagnostic in report.diagnostics})
     return {

@@ -1,6 +1,6 @@
 """JSON of `check --diff` and `check --fix`: the tensors that are renamed.
 
-In: a `Mending` or a `FixResult`. Out: a plain dictionary.
+In: a `Fix` or a `FixResult`. Out: a plain dictionary.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 from lora_probe.render.json import SCHEMA_VERSION
 
 if TYPE_CHECKING:
-    from lora_probe.checking.renaming import Mending
+    from lora_probe.checking.renaming import Fix
     from lora_probe.render.results import FixResult
 
 
-def diff_json(fix: Mending) -> dict[str, Any]:
+def diff_json(fix: Fix) -> dict[str, Any]:
     """The output of `check --diff`."""
     return {"schema_version": SCHEMA_VERSION, "adapter": str(fix.adapter.path), **_names(fix)}
 
@@ -28,5 +28,5 @@ def fix_json(result: FixResult) -> dict[str, Any]:
     }
 
 
-def _names(fix: Mending) -> dict[str, Any]:
+def _names(fix: Fix) -> dict[str, Any]:
     return {"renamed": dict(fix.renamed), "left": dict(fix.left), "converted": fix.converted}

@@ -1,6 +1,6 @@
 """JSON of `inspect`: an adapter, or one of its modules with its values.
 
-In: an `Inspection` or a `Selected` module. Out: a plain dictionary.
+In: an `Inspection` or a `OneModule` module. Out: a plain dictionary.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lora_probe.render.json import SCHEMA_VERSION
 from lora_probe.render.results import Inspection
 
 if TYPE_CHECKING:
-    from lora_probe.adapter.one_module import Selected, TensorValues
+    from lora_probe.adapter.one_module import OneModule, TensorValues
     from lora_probe.files.weights import TensorHeader
 
 
@@ -44,7 +44,7 @@ def inspection_json(inspection: Inspection) -> dict[str, Any]:
     }
 
 
-def module_json(selected: Selected) -> dict[str, Any]:
+def module_json(selected: OneModule) -> dict[str, Any]:
     """The output of `inspect --norms` for this module alone, with the norm and a corner of each tensor as `values`.
     Numbers that are not finite are null."""
     module = selected.module

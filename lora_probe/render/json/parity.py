@@ -33,7 +33,7 @@ def parity_json(parity: Parity) -> dict[str, Any]:
         "diagnostics": [diagnostic_json(diagnostic) for diagnostic in parity.diagnostics],
         "modules": [_module(module) for module in weights.modules],
         "outputs": None if parity.outputs is None else {"engine": parity.engine, **effect_json(parity.outputs)},
-        "said": list(parity.said),
+        "said": list(parity.warnings),
     }
 
 

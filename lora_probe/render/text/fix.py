@@ -1,6 +1,6 @@
 """`check --diff` and `check --fix` as text: the tensors that are renamed.
 
-In: a `Mending` or a `FixResult`. Out: lines of a diff, and a sentence.
+In: a `Fix` or a `FixResult`. Out: lines of a diff, and a sentence.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from difflib import SequenceMatcher
 
 from rich.console import Group, RenderableType
 
-from lora_probe.checking.renaming import Mending
+from lora_probe.checking.renaming import Fix
 from lora_probe.render.cells import words
 from lora_probe.render.results import FixResult
 
 
-def diff(fix: Mending) -> RenderableType:
+def diff(fix: Fix) -> RenderableType:
     """Each kind of change with an example, then every name that changes, and those that cannot."""
     weights = fix.adapter.weights.path
     parts: list[RenderableType] = [*_kinds(fix)]
@@ -29,7 +29,7 @@ def diff(fix: Mending) -> RenderableType:
     return Group(*parts, *(words(f"not renamed: {name}: {why}") for name, why in fix.left.items()))
 
 
-def _kinds(fix: Mending) -> Iterable[RenderableType]:
+def _kinds(fix: Fix) -> Iterable[RenderableType]:
     kinds: dict[str, list[str]] = {}
     for old, new in fix.renamed.items():
         kinds.setdefault(change(old, new), []).append(old)

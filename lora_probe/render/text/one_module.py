@@ -1,6 +1,6 @@
 """`inspect --module` as text: one module with its values.
 
-In: a `Selected` module. Out: rich renderables.
+In: a `OneModule` module. Out: rich renderables.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 from rich.console import Group, RenderableType
 
-from lora_probe.adapter.one_module import Selected, TensorValues, label
+from lora_probe.adapter.one_module import OneModule, TensorValues, label
 from lora_probe.files.weights import TensorHeader
 from lora_probe.render.cells import add_row, columns_of, facts, words
 
@@ -17,7 +17,7 @@ _PER_LINE = 8
 """Singular values in a line."""
 
 
-def module(selected: Selected) -> RenderableType:
+def module(selected: OneModule) -> RenderableType:
     """Names, shapes, scaling, all singular values, and a corner of every tensor."""
     pair, config = selected.module, selected.adapter.config
     rank = str(pair.rank)
@@ -44,7 +44,7 @@ def module(selected: Selected) -> RenderableType:
     )
 
 
-def _effect(selected: Selected) -> str:
+def _effect(selected: OneModule) -> str:
     spectrum = selected.spectrum
     if spectrum is None:
         return "none: A and B do not form a pair"
@@ -61,13 +61,13 @@ def _norm(values: TensorValues) -> str:
     return "not read" if values.norm is None else f"{values.norm:.6g}"
 
 
-def _missing(selected: Selected) -> Iterable[RenderableType]:
+def _missing(selected: OneModule) -> Iterable[RenderableType]:
     for half, tensor in (("lora_A", selected.module.a), ("lora_B", selected.module.b)):
         if tensor is None:
             yield words(f"{half} is not in the file", style="bold yellow")
 
 
-def _singular(selected: Selected) -> Iterable[RenderableType]:
+def _singular(selected: OneModule) -> Iterable[RenderableType]:
     if selected.spectrum is None or not selected.spectrum.finite:
         return
     values = [f"{value:.4g}" for value in selected.spectrum.singular]

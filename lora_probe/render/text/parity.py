@@ -35,7 +35,7 @@ def parity(result: Parity) -> RenderableType:
         *_counts(weights),
     ]
     parts += [words(f"note: {note}", style="cyan") for note in weights.notes]
-    parts += [words(f"PEFT log: {line}") for line in result.said]
+    parts += [words(f"PEFT warned: {line}") for line in result.warnings]
     if result.outputs is not None:
         parts += [words(""), *_outputs(result.outputs)]
     if result.diagnostics:
