@@ -408,7 +408,7 @@ def test_a_missing_shard_without_an_index(shards: Shards) -> None:
     (shards.merged / "model.safetensors.index.json").unlink()
     gone = sorted(shards.merged.glob("*.safetensors"))[0]
     gone.unlink()
-    with pytest.raises(UnreadableFile, match=rf"not whole: {gone.name} is missing"):
+    with pytest.raises(UnreadableFile, match=rf"is incomplete: {gone.name} is missing"):
         check_merge(shards.adapter, shards.merged, model=str(shards.base))
 
 
@@ -418,10 +418,10 @@ def test_folders_that_are_no_merged_model(shards: Shards, tmp_path: Path) -> Non
     empty.mkdir()
     (empty / "config.json").write_text("{}")
     for folder, words in (
-        (other, "of another architecture"),
+        (other, "has another architecture"),
         (empty, "holds no weights"),
         (shards.adapter, "is an adapter, not a merged model"),
-        (tmp_path / "nowhere", "neither a folder here"),
+        (tmp_path / "nowhere", "merged model .* was not found"),
     ):
         with pytest.raises(UnreadableFile, match=words):
             check_merge(shards.adapter, folder, model=str(shards.base))

@@ -43,7 +43,7 @@ class Bases:
         """The base, its name, and what to say about either."""
         name = self.model or adapter.config.base_model
         if name is None:
-            return None, None, ("the config names no base model: give it with --model",)
+            return None, None, ("adapter_config.json names no base model; pass --model",)
         if name not in self._bases:
             try:
                 self._bases[name] = open_base(name)
@@ -51,8 +51,8 @@ class Bases:
                 self._bases[name] = error
         found = self._bases[name]
         if isinstance(found, ProbeError):
-            why = "is not here" if isinstance(found, ModelNotFound) else f"cannot be read ({found.message})"
-            return None, name, (f"the base `{name}`, which the config names, {why}: give it with --model",)
+            why = "was not found" if isinstance(found, ModelNotFound) else f"cannot be read ({found.message})"
+            return None, name, (f"base model `{name}` (from adapter_config.json) {why}; pass --model",)
         return found, name, ()
 
     def views(self, base: Base, task: str | None) -> Asked:
