@@ -150,7 +150,7 @@ def test_damage_to_one_tensor_is_judged_at_stored(
 
 def test_bases(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert open_base(str(llama)).shapes["model.layers.0.self_attn.k_proj"] == (64, 128)
-    with pytest.raises(UnreadableFile, match="no base model `a/b`"):
+    with pytest.raises(UnreadableFile, match="base model `a/b` was not found"):
         open_base("a/b")
     with pytest.raises(UnreadableFile, match="not a model folder"):
         open_base(str(tmp_path))

@@ -13,6 +13,8 @@ import pytest
 
 from lora_probe.engines.child import child_environment
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / ".ci" / "set_up.py"
 
