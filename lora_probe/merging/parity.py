@@ -119,9 +119,7 @@ def parity(
         made = weights.merged_dtype if made_here else None
         if weights_only:
             return Parity(weights, None, None, made, warnings, ())
-        if dtype == "auto":
-            stored = STORED.get(weights.merged_dtype)
-            dtype = stored.name if stored is not None and stored.fits_float32 else "auto"
+        dtype = _dtype_of(weights) if dtype == "auto" else dtype
         run = _Run(adapter, model, Path(merged), engine, {**(options or {}), "dtype": dtype}, tuple(engine_args))
         try:
             outputs = _effect(run, folder, prompts, chat, max_tokens, engine_progress)
@@ -130,6 +128,12 @@ def parity(
             why = effect_not_measured(f"{engine} could not run both models: {error.message}{log}")
             return Parity(weights, None, engine, made, warnings, (why,))
         return Parity(weights, outputs, engine, made, warnings, tuple(_judged(outputs)))
+
+
+def _dtype_of(weights: MergeReport) -> str:
+    """The dtype in which to run a merged model: the one that it is stored in, if engines run in it."""
+    stored = STORED.get(weights.merged_dtype)
+    return stored.name if stored is not None and stored.fits_float32 else "auto"
 
 
 @dataclass(frozen=True)
