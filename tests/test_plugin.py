@@ -94,7 +94,7 @@ def test_rules_are_selected(options: list[str], codes: set[str], installed: Path
 
 
 def test_every_format_of_check_shows_its_findings(installed: Path, padded: Path, llama: Path) -> None:
-    for form in ("text", "sarif", "github"):
+    for form in ("text", "sarif", "github", "csv"):
         shown = run(installed, "check", padded, "--model", llama, "--exit-zero", "--format", form, status=0)
         assert "EX101" in shown, form
         assert "`o_proj` is not adapted" in shown, form
@@ -103,6 +103,14 @@ def test_every_format_of_check_shows_its_findings(installed: Path, padded: Path,
     done = call(installed, "check", padded, "--select", "EX9")
     assert done.returncode == 2
     assert "101, 201 after EX" in " ".join(done.stderr.split())
+
+
+def test_its_format_is_listed_and_shows_traces(installed: Path, tmp_path: Path) -> None:
+    assert re.search(r"text, json, csv", " ".join(run(installed, "show", "--help", status=0).split()))
+    recorded = Path(__file__).parent / "data" / "schema-1.lptrace"
+    lines = run(installed, "show", recorded, "--format", "csv", status=0).splitlines()
+    assert lines[0] == "load,module,fate"
+    assert "0,model.layers.0.self_attn.k_proj,took effect" in lines
 
 
 def test_rule_explains_its_rules(installed: Path) -> None:

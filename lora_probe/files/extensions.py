@@ -19,8 +19,15 @@ PREDICTORS = "lora_probe.predictors"
 """What predicts an engine's ledger in `check`, under the engine's name. The engine need not be installed."""
 RULES = "lora_probe.rules"
 """Modules that register rules when they are imported."""
+FORMATS = "lora_probe.formats"
+"""Output formats; `render/formats.py` documents them."""
 
 _FIRST = ("peft", "vllm")
+
+
+def every(group: str) -> Iterable[EntryPoint]:
+    """All entry points of a group, also those of one name."""
+    return entry_points(group=group)
 
 
 @cache
@@ -31,7 +38,7 @@ def points(group: str) -> Mapping[str, EntryPoint]:
         ProbeError: two distributions have an entry point of the same name.
     """
     by_name: dict[str, EntryPoint] = {}
-    for point in entry_points(group=group):
+    for point in every(group):
         if (other := by_name.setdefault(point.name, point)) != point:
             raise ProbeError(f"{described(point)} clashes with {described(other)}", "uninstall one of the two")
     return {name: by_name[name] for name in in_order(by_name)}
@@ -70,10 +77,10 @@ def load(point: EntryPoint) -> Any:
         raise broken(point, f"{type(error).__name__}: {error}") from error
 
 
-def broken(point: EntryPoint, why: str) -> ProbeError:
+def broken(point: EntryPoint, why: str, use: str = "load") -> ProbeError:
     """The error for an entry point that cannot be used."""
     hint = f"fix or uninstall `{point.dist.name}`" if point.dist is not None else ""
-    return ProbeError(f"cannot load {described(point)}: {why}", hint)
+    return ProbeError(f"cannot {use} {described(point)}: {why}", hint)
 
 
 def described(point: EntryPoint) -> str:

@@ -40,17 +40,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, partial
 from importlib import import_module
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
 from typing import Any, Protocol
 
 from rich.console import RenderableType
 
 from lora_probe.errors import ProbeError
 from lora_probe.files import limits
+from lora_probe.files.extensions import FORMATS as GROUP
+from lora_probe.files.extensions import broken, described, every, load
 from lora_probe.render.console import emit
 from lora_probe.render.results import Paged
 
-GROUP = "lora_probe.formats"
 DEFAULT = "text"
 
 Content = Iterable[str] | dict[str, Any] | RenderableType
@@ -145,52 +146,41 @@ def _installed() -> Mapping[tuple[str, str], Renderer]:
     """The renderers of other distributions by command and format."""
     renderers: dict[tuple[str, str], Renderer] = {}
     owners: dict[tuple[str, str], str] = {}
-    for point in entry_points(group=GROUP):
-        name, every = _loaded(point)
-        for command, function in every.items():
+    for point in every(GROUP):
+        name, functions = _loaded(point)
+        for command, function in functions.items():
             key = command, name
             if command in FORMATS.get(name, ()) or key in owners:
                 owner = owners.get(key, "lora-probe itself")
-                raise ProbeError(f"{_title(point)}: `{command}` already has a format `{name}`, from {owner}")
-            owners[key] = _title(point)
+                raise broken(point, f"`{command}` already has a format `{name}`, from {owner}")
+            owners[key] = described(point)
             renderers[key] = _blamed(point, function)
     return renderers
 
 
 def _loaded(point: EntryPoint) -> tuple[str, Mapping[str, Renderer]]:
     """The format of an entry point, validated."""
-    with _blaming(point, "cannot be loaded"), limits.importing():
-        loaded = point.load()
+    with limits.importing():
+        loaded = load(point)
     name, renderers = getattr(loaded, "name", None), getattr(loaded, "renderers", None)
     if not isinstance(name, str) or not name or not isinstance(renderers, Mapping):
-        raise ProbeError(
-            f"{_title(point)} is not a format: it needs a `name` and a mapping `renderers`",
-            "see the docstring of lora_probe/render/formats.py",
-        )
+        raise broken(point, "a format needs a `name` and a mapping `renderers`: see lora_probe/render/formats.py")
     for command, function in renderers.items():
         if command not in COMMANDS or not (callable(function) or isinstance(function, Paged)):
-            raise ProbeError(
-                f"{_title(point)}: `renderers` maps `{command}` to `{function!r}`",
-                f"expected a function for one of {', '.join(sorted(COMMANDS))}",
-            )
+            expected = f"expected a function for one of {', '.join(sorted(COMMANDS))}"
+            raise broken(point, f"`renderers` maps `{command}` to `{function!r}`: {expected}")
     return name, renderers
 
 
-def _title(point: EntryPoint) -> str:
-    owner = f"{point.dist.name} {point.dist.version}" if point.dist is not None else "an unknown distribution"
-    return f"entry point `{point.name} = {point.value}` of {owner} ({GROUP})"
-
-
 @contextmanager
-def _blaming(point: EntryPoint, what: str) -> Iterator[None]:
+def _blaming(point: EntryPoint) -> Iterator[None]:
     """Report errors in the code of another distribution as its own."""
     try:
         yield
     except (ProbeError, MemoryError):
         raise
     except Exception as error:
-        words = f"{type(error).__name__}: {error}"
-        raise ProbeError(f"{_title(point)} {what}: {words}", "fix or uninstall that distribution") from error
+        raise broken(point, f"{type(error).__name__}: {error}", "render with") from error
 
 
 def _blamed(point: EntryPoint, function: Renderer) -> Renderer:
@@ -200,7 +190,7 @@ def _blamed(point: EntryPoint, function: Renderer) -> Renderer:
 
 
 def _call(point: EntryPoint, function: Callable[..., Any], *arguments: Any) -> Any:
-    with _blaming(point, "failed"):
+    with _blaming(point):
         return function(*arguments)
 
 
@@ -211,5 +201,5 @@ def _rendered(point: EntryPoint, function: Callable[..., Content], result: Any) 
 
 
 def _lines(point: EntryPoint, lines: Iterator[str]) -> Iterator[str]:
-    with _blaming(point, "failed"):
+    with _blaming(point):
         yield from lines
