@@ -15,6 +15,7 @@ import json
 import os
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -264,6 +265,7 @@ class Kept:
                             where = module_of(code.co_filename.partition(f"{ROOT}/")[2])
                             os.write(number, f"{current}\t{where}:{code.co_qualname}\t0\n".encode())
 
+                threading.settrace(called)
                 sys.settrace(called)
                 begun, names = time.monotonic(), [*items, ""]
                 current = names.pop(0)
