@@ -136,6 +136,7 @@ def test_an_engine_that_takes_too_long_is_stopped(llama: Path, tmp_path: Path) -
     ]
 
 
+@pytest.mark.slow
 def test_an_engine_that_is_stopped_is_asked_again(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from lora_probe.engines import describing as views
 
