@@ -3,6 +3,7 @@ is what `check` had said, module by module, refusals included."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 from conftest import SharedEngine, record_peft, save_adapter
 from failures import FAILURES, HEALTHY, Save, as_bin
-from written import in_dtype, write_adapter
+from written import DATA, in_dtype, write_adapter
 
 from lora_probe import check
 from lora_probe.adapter import open_adapter
@@ -18,6 +19,8 @@ from lora_probe.checking import Report
 from lora_probe.ledger import Ledger, Row
 from lora_probe.names import Key
 
+OUTCOMES = DATA / "outcomes.json"
+"""The ledgers that failures come to: `python tests/record_outcomes.py`."""
 LIMIT = {"max_lora_rank": 16}
 """The options of the shared engine."""
 
@@ -101,6 +104,29 @@ def saved(adapter: Path, llama: Path, tmp_path_factory: pytest.TempPathFactory) 
     return corpus
 
 
+def summary(ledger: Ledger) -> dict[str, Any]:
+    """A predicted ledger without its sentences: what is told of modules, and of which: "all", or their names."""
+    groups: dict[str, list[str]] = {}
+    for row in ledger.rows:
+        shown = [f"{name} {finding.value} {finding.code}".rstrip() for name, finding in row.stations.items()]
+        groups.setdefault(f"{row.fate}: {', '.join(shown)}; expected by {', '.join(row.expected_by)}", []).append(
+            f"{row.module} as {row.engine_as} from {row.stored_as}"
+        )
+    told: dict[str, Any] = {key: names if len(groups) > 1 else "all" for key, names in groups.items()}
+    return {"refused": ledger.code} | told if ledger.refused else told
+
+
+def assert_recorded(report: Report, name: str, engine: str) -> None:
+    assert summary(report.ledgers[engine]) == json.loads(OUTCOMES.read_text())[name][engine]
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_a_failure_comes_to_the_recorded_ledgers(name: str, written: Corpus) -> None:
+    """They are those of the real engines: the tests below hold the same prediction against what these do."""
+    for engine in ("peft", "vllm"):
+        assert_recorded(written.report(name), name, engine)
+
+
 @pytest.mark.parametrize("name", FAILURES)
 def test_a_failure_is_named(name: str, written: Corpus) -> None:
     report = written.report(name)
@@ -117,6 +143,7 @@ def test_a_failure_that_peft_saved_is_named(name: str, saved: Corpus) -> None:
 def test_peft_does_what_was_predicted(name: str, saved: Corpus, tmp_path: Path) -> None:
     trace = record_peft(saved.adapter(name), saved.base, tmp_path / "peft.lptrace", prompts=("Hi",), max_tokens=1)
     assert_predicted(saved.report(name).ledgers["peft"], trace)
+    assert_recorded(saved.report(name), name, "peft")
 
 
 @pytest.mark.engine
@@ -124,6 +151,7 @@ def test_peft_does_what_was_predicted(name: str, saved: Corpus, tmp_path: Path) 
 def test_vllm_does_what_was_predicted(name: str, saved: Corpus, engine: SharedEngine, tmp_path: Path) -> None:
     trace = engine.record(saved.adapter(name), tmp_path / "vllm.lptrace", prompts=("Hi",), max_tokens=1)
     assert_predicted(saved.report(name).ledgers["vllm"], trace)
+    assert_recorded(saved.report(name), name, "vllm")
 
 
 def assert_no_rule_speaks(report: Report) -> None:
