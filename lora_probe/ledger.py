@@ -1,8 +1,8 @@
 """The ledger: what became of every pair of an adapter in one engine.
 
 In: for each module a `Finding` at each of the five stations, or, predicted from files, at the first three. Out: its
-fate, the headline sentence, and the shape that every command prints and writes. Stations are not an order of merit: a
-module may be wrong at `stored` and still ok at `placed` and `applied`.
+fate, the headline sentence, and the JSON that every command writes. A later station may be better than an earlier one:
+a module may be wrong at `stored` and still ok at `placed` and `applied`.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ _GRAVITY: dict[Value, int] = {"unknown": 0, "ok": 1, "absent": 2, "wrong": 3}
 
 @dataclass(frozen=True)
 class Finding:
-    """What one station shows of one module: a value, and for all but `ok` why (with a rule's code if judged).
+    """What one station shows of one module: a value and, unless it is `ok`, the reason (with a rule's code, if any).
 
-    `field` is the key of adapter_config.json that is to blame, where one is; a finding without is about the tensors.
+    `field` is the key of adapter_config.json that caused it; a finding without a field is about the tensors.
     `predicate`: the message continues a sentence that begins with the names of modules."""
 
     value: Value
@@ -40,15 +40,15 @@ class Finding:
 OK = Finding("ok")
 
 
-def worse(one: Finding, other: Finding) -> Finding:
-    """The one of two findings that decides; the first where they weigh the same."""
-    return other if _GRAVITY[other.value] > _GRAVITY[one.value] else one
+def worse(first: Finding, second: Finding) -> Finding:
+    """The finding of the two that decides; the first if they weigh the same."""
+    return second if _GRAVITY[second.value] > _GRAVITY[first.value] else first
 
 
 @dataclass(frozen=True)
 class Row:
-    """One module of the ledger. `expected_by` says who wants it there: the config, the file, or both. The `stations` of
-    a row that was predicted end with `placed`."""
+    """One module of the ledger. `expected_by` lists where it is expected from: the config, the file, or both. The
+    `stations` of a predicted row end with `placed`."""
 
     key: Key
     stations: Mapping[Station, Finding]
@@ -82,8 +82,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Ledger:
-    """All modules of one load of an adapter in one engine, or the engine's refusal of the whole (`message`, and the
-    `code` of the rule that it falls under)."""
+    """All modules of one load of an adapter in one engine, or the engine's refusal of the whole adapter (`message`, and
+    the `code` of the rule for it)."""
 
     engine: str
     rows: tuple[Row, ...]
@@ -97,23 +97,20 @@ class Ledger:
 
     @property
     def healthy(self) -> bool:
-        """Everything took effect, and there was something to take effect."""
+        """Whether there are modules and all of them took effect."""
         return bool(self.rows) and not self.refused and self.count("took effect") == len(self.rows)
 
 
 def headline(ledger: Ledger) -> str:
-    """The one sentence that a run is about."""
+    """The result of a run in one sentence."""
     if ledger.refused:
         return f"refused by {ledger.engine}: {ledger.message} ({ledger.code})"
     total = len(ledger.rows)
     if ledger.predicted and total and ledger.count("unknown") == total:
         reasons = {row.decisive[1].message: None for row in ledger.rows if row.decisive}
-        return (
-            f"{total} modules in the files, nothing wrong with them there; whether they take effect is not known: "
-            + ("; ".join(reasons))
-        )
+        return f"{total} modules read, no problems in the files; effect unknown because {'; '.join(reasons)}"
     if ledger.predicted and not total:
-        return "no module in the files"
+        return "no modules in the files"
     trained = " as trained" if ledger.count("wrong") else ""
     verb = "take" if ledger.predicted else "took"
     start = f"{ledger.count('took effect')} of {total} modules {verb} effect{trained}"
@@ -158,7 +155,7 @@ def _clause(fate: Fate, station: Station, members: Sequence[tuple[Row, Finding]]
     first, others = findings[0], len({finding.message for finding in findings}) - 1
     what = first.message if whole else _about([row.module for row in rows], first)
     where = f" at {station}" if fate != "unknown" else f" (first not measured: {station})"
-    more = f" (and {others} more of the kind)" if others else ""
+    more = f" (and {others} more of this kind)" if others else ""
     return Clause(f"{len(rows)} {fate}{where}: {what}{more}", station, first, rows, not whole)
 
 

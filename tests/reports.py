@@ -43,11 +43,13 @@ def healthy(folder: Path) -> Report:
 
 def baseless(folder: Path) -> Report:
     """No problems in the files, and a base model that was not found."""
-    unknown = Finding("unknown", message="the base is not known")
+    unknown = Finding("unknown", message="the base model was not found")
     stations = dict(zip(STATIONS[:3], (OK, OK, unknown), strict=True))
     rows = tuple(Row((module, "weight", None), stations) for module in MODULES)
     ledgers = {name: Ledger(name, rows, predicted=True) for name in ("peft", "vllm")}
-    return replace(healthy(folder), ledgers=ledgers, not_run=(NotRun(("LP301", "LP302"), "the base is not known"),))
+    return replace(
+        healthy(folder), ledgers=ledgers, not_run=(NotRun(("LP301", "LP302"), "the base model was not found"),)
+    )
 
 
 def damaged(folder: Path, message: str = "r=8 in the config, rank 4 in the tensors") -> Report:

@@ -45,13 +45,13 @@ def test_nothing_is_ok_where_rules_were_not_run(runs: Path, capsys: Any) -> None
         (runs / name).mkdir()
     status, out, _ = call("check", "baseless", capsys=capsys)
     assert status == 0
-    assert "peft, vllm  90 modules in the files, nothing wrong with them there; whether they take" in out
+    assert "peft, vllm  90 modules read, no problems in the files; effect unknown because" in out
     assert out.count("takes effect") == 0
     assert out.count("90: layers 0-29 q_proj, k_proj, v_proj") == 1
     assert out.endswith("no findings in baseless/; 2 rules were not run\n")
     _, out, _ = call("check", "baseless", "baseless-2", "baseless-3", "healthy", "damaged", capsys=capsys)
     lines = out.splitlines()
-    assert lines[:2] == [f"unknown  {name}  (the base is not known)" for name in ("baseless  ", "baseless-2")]
+    assert lines[:2] == [f"unknown  {name}  (the base model was not found)" for name in ("baseless  ", "baseless-2")]
     assert lines[3].split() == ["ok", "healthy"]
     assert lines[-1].startswith("5 adapters: 1 without findings, 3 not fully judged, 1 with errors; ")
     data = json.loads(call("check", "baseless", "healthy", "--format", "json", capsys=capsys)[1])

@@ -219,7 +219,7 @@ def test_a_rule_that_only_a_newer_version_has(
     status, out, err = call("show", newer, capsys=capsys)
     assert (status, err) == (1, "")
     assert "1 of 2 modules took effect, 1 lost at read" in out
-    assert f"{shown} unknown-rule: this lora-probe has no such rule" in out
+    assert f"{shown} unknown-rule: upgrade lora-probe to read about this rule" in out
     status, out, err = call("show", newer, "--format", "json", capsys=capsys)
     (diagnostic,) = json.loads(out)["diagnostics"]
     assert (diagnostic["code"], diagnostic["severity"]) == (shown, "error")

@@ -164,7 +164,7 @@ def test_rows_that_did_not_ask(load: Recording) -> None:
     load.finish()
     found = load.finding(Q, "applied")
     assert (found.value, found.code) == ("wrong", "LP602")
-    assert found.message.startswith("3 rows that did not ask")
+    assert found.message.startswith("3 rows that did not request")
     assert load.finding(K, "applied") == OK
 
 

@@ -223,7 +223,7 @@ def test_a_layer_that_stops_running_its_adapter(run: Run) -> None:
     run.peft_model.forward = sometimes
     run.steps(3)
     found = run.finding(Q, "applied")
-    assert (found.code, found.message) == ("LP603", "8 of 9 rows that asked for the adapter were multiplied with it")
+    assert (found.code, found.message) == ("LP603", "8 of 9 rows that requested the adapter were multiplied with it")
     rows = open_trace(run.folder).rows
     assert rows is not None
     assert np.isnan(rows.delta_norm[:, 0]).tolist() == [False] * 6 + [True] + [False] * 2

@@ -46,7 +46,7 @@ def test_a_gap_between_layers_is_named_without_a_base(adapter: Path, tmp_path: P
     nameless = edited(adapter, tmp_path / "a", deeper, lambda raw: raw | {"base_model_name_or_path": None})
     report = check(nameless)
     assert codes(report) == {"LP217"}
-    assert report.diagnostics[0].message == "layers 0-2, 4-7 have pairs, 3 between them have none"
+    assert report.diagnostics[0].message == "layers 0-2, 4-7 have pairs; missing between them: 3"
 
 
 @pytest.mark.parametrize(

@@ -158,7 +158,7 @@ def test_an_initialisation_is_judged_by_its_row(row: Initialisation, tmp_path: P
 def test_a_word_that_is_no_initialisation(tmp_path: Path) -> None:
     path = adapter_with(tmp_path / "a", init_lora_weights="gausian")
     assert initialisation("gausian") is initialisation(True) is None
-    assert messages(path, "LP111") == ["PEFT does not know init_lora_weights 'gausian'"]
+    assert messages(path, "LP111") == ["PEFT does not support init_lora_weights 'gausian'"]
     assert by_version(path, "LP406") == split(UNKNOWN_INITIALISATION_REFUSED)[1]
 
 

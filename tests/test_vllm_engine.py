@@ -250,7 +250,7 @@ def test_a_pair_that_is_too_small_is_seen_though_vllm_pads_it(
     ledger = ledger_of(engine.record(wrong, tmp_path / "run"))
     (row,) = [row for row in ledger.rows if row.fate == "wrong"]
     assert row.stations["stored"].code == "LP301"
-    assert "takes 64 inputs, the base's weight has 128" in row.stations["stored"].message
+    assert "has 64 inputs, the base model's weight has 128" in row.stations["stored"].message
 
 
 def test_patterns_and_rslora_are_healthy(engine: SharedEngine, llama: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The ledger that each engine will come to, predicted from files.
+"""The ledger of each engine, predicted from files.
 
 In: a `Subject`, which `subject_of` makes. Out: a `Prediction` with one ledger for each engine. What one engine does
 with an adapter is in a file of its own (`peft`, `vllm`): a `Predictor`, found by the entry-point group

@@ -1,4 +1,4 @@
-"""The ledger that an engine will come to, predicted from files: `stored`, `read` and `placed` of every module.
+"""The ledger of an engine, predicted from files: `stored`, `read` and `placed` of every module.
 
 In: a `Subject`. Out: for each engine a `Ledger` as `trace` would measure it there, with the reason for every module
 that will not take effect, and the findings of the rules on the whole adapter. What differs between engines is in their
@@ -23,7 +23,7 @@ from lora_probe.rules.subject import Place, Subject
 
 @dataclass(frozen=True)
 class Prediction:
-    """What was findings: by rule, and in the end by engine. `not_run` are the rules that had nothing to look at."""
+    """The ledgers by engine, and the findings by rule. `not_run` lists rules that could not run, and why."""
 
     ledgers: Mapping[str, Ledger]
     findings: tuple[tuple[Rule, AdapterFinding], ...]
@@ -31,11 +31,11 @@ class Prediction:
 
 
 def predict(subject: Subject) -> Prediction:
-    """Ask every rule, and take every pair through the stations that files decide, once for each engine."""
+    """Run every rule, then judge every pair at the stations that files decide, once for each engine."""
     findings: list[tuple[Rule, AdapterFinding]] = []
     not_run: list[tuple[Rule, str]] = []
     for rule, survey in surveys():
-        step(f"asking the rule {rule.code} {rule.name}", subject.adapter.path)
+        step(f"running the rule {rule.code} {rule.name}", subject.adapter.path)
         why = _why_not(subject, rule.needs)
         if why:
             not_run.append((rule, why))
@@ -52,12 +52,12 @@ def predict(subject: Subject) -> Prediction:
 
 def _why_not(subject: Subject, needs: Needs) -> str:
     if needs != "files" and subject.base is None:
-        return "the base is not known"
+        return "the base model was not found"
     if needs == "weights of the base" and not (subject.base is not None and subject.base.shapes):
-        return "the base's weights are not here, or not in safetensors files"
+        return "the base model's weights were not found, or are not safetensors files"
     engine = predictors().get(needs)
     if engine is not None and needs not in subject.views:
-        return f"what {engine.title} has for this base is not known"
+        return f"{engine.title}'s modules for this base model are unknown"
     return ""
 
 
@@ -116,7 +116,7 @@ def _refusals(
     located: Sequence[tuple[Expected, Place | None]],
     findings: Sequence[tuple[Rule, AdapterFinding]],
 ) -> Iterator[Refusal]:
-    """Why the engine refuses the whole adapter: for what the rules findings, then for the shapes of a pair."""
+    """Why the engine refuses the whole adapter: for the findings of the rules, then for the shapes of a pair."""
     for rule, finding in sorted(findings, key=lambda item: family_of(item[0].code).loading_step):
         if finding.refuses:
             yield rule.code, finding.message
@@ -128,7 +128,7 @@ def _refusals(
 
 
 def _refused(row: Row) -> Row:
-    """A row of an adapter that is not loaded: what the file shows stays, the rest nobody knows."""
+    """A row of an adapter that is not loaded: `stored` stays, the other stations are unknown."""
     unknown = Finding("unknown", message="the engine does not load the adapter")
     stations = {station: finding if station == "stored" else unknown for station, finding in row.stations.items()}
     return Row(row.key, stations, row.expected_by, row.stored_as, row.engine_as)

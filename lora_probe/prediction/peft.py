@@ -1,4 +1,4 @@
-"""PEFT: it decides from adapter_config.json which modules are adapted, and takes the tensors by their names.
+"""PEFT: it decides from adapter_config.json which modules are adapted, and finds the tensors by their names.
 
 In: a `Subject` and a row of its ledger. Out: what PEFT makes of it, as `inject_adapter` and `set_peft_model_state_dict`
 do (PEFT 0.21).
@@ -36,7 +36,7 @@ def shapes_in(views: Mapping[str, EngineView]) -> Shapes | None:
 
 
 def with_default_targets(adapter: Adapter, views: Mapping[str, EngineView]) -> Adapter:
-    """PEFT has a table of targets by the kind of model, for a config that names none."""
+    """PEFT has default targets by model type, for a config without target_modules."""
     if adapter.config.target_modules is not None or adapter.config.raw.get("target_parameters"):
         return adapter
     view = views.get(NAME)
@@ -58,8 +58,8 @@ def _place(view: EngineView, pair: AdapterModule) -> Place:
         return place
     # PEFT stores a fused parameter under its module: `experts.base_layer` for the inner one, `experts`.
     name = place.name.removesuffix(".base_layer")
-    known = pair.parameter in view.parameters.get(name, ())
-    return Place(name, view.modules.get(name) if known else None)
+    has_parameter = pair.parameter in view.parameters.get(name, ())
+    return Place(name, view.modules.get(name) if has_parameter else None)
 
 
 def _judge(subject: Subject, row: Expected, place: Place | None) -> tuple[Finding, Finding]:
@@ -89,18 +89,18 @@ def _judge(subject: Subject, row: Expected, place: Place | None) -> tuple[Findin
 
 
 def _misnamed(stored: str, place: Place | None) -> Finding | None:
-    """What in a tensor's name keeps PEFT from finding it, whatever the base is."""
+    """What in a tensor's name keeps PEFT from finding it, for any base model."""
     named = wrapper_in_name(wrapper_words(stored)) if place is None or place.module is None else None
     named = named or (prefix_missing(stored, PREFIX) if place is None or place.dropped else None)
     return named or doubled_prefix(stored.removeprefix(PREFIX))
 
 
 def _refuse(subject: Subject, row: Expected, place: Place | None) -> Refusal | None:
-    """PEFT copies tensors into its layers, and wants the very shape."""
+    """PEFT copies tensors into its layers, and requires exactly their shape."""
     pair = row.entry
     assert pair is not None
     if place is None:
-        # Without a base only the ranks can be held against each other.
+        # Without a base only the ranks can be compared.
         if row.stored.code in ("LP201", "LP206") and pair.a is not None:
             return row.stored.code, f"size mismatch: {row.stored.message}"
         return None

@@ -37,7 +37,7 @@ def place_of(view: EngineView, renamed: str | None) -> Place:
 
 
 def resolve(view: EngineView, adapter: Adapter, serving: Serving) -> dict[Key, Place]:
-    """Where each pair leads in an engine that removes PEFT's prefix and changes no more of a name than `view` tells."""
+    """Where each pair leads in an engine that removes PEFT's prefix and otherwise renames only as `view` states."""
     return {pair.key: place_of(view, view.renamed(name_in_file(pair).removeprefix(PREFIX))) for pair in adapter.modules}
 
 

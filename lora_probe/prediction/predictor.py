@@ -1,4 +1,4 @@
-"""What is known of one engine without running it: `Predictor`, and the predictors that are installed.
+"""What is known about one engine without running it: `Predictor`, and the predictors that are installed.
 
 In: the entry points of the group `lora_probe.predictors`, each a `Predictor` under the name of its engine. Out: the
 predictors by name. An engine is predicted whether it is installed or not; one without a predictor is left out.
@@ -22,8 +22,8 @@ from lora_probe.rules.paths import starts
 from lora_probe.rules.stored import Expected
 from lora_probe.rules.subject import Place, Serving, Subject
 
-BASE_UNKNOWN = Finding("unknown", message="the base is not known")
-VIEW_UNKNOWN = Finding("unknown", message="what the engine has for this base is not known")
+BASE_UNKNOWN = Finding("unknown", message="the base model was not found")
+VIEW_UNKNOWN = Finding("unknown", message="the engine's modules for this base model are unknown")
 
 Refusal = tuple[str, str]
 """The code of the rule that a refusal falls under, and the engine's message."""
@@ -40,9 +40,9 @@ class Predictor:
     `name` is what `--engine` accepts, `title` what messages call the engine. It cannot run without the modules in
     `needs`, and `install` is the command that installs it. `has_flags`: it accepts flags of its own, after `--`.
 
-    `judge` gives `read` and `placed` of a row that has a pair in the file. The place is None where it is not known what
-    the engine has for the base. `refuse` tells why the engine refuses the whole adapter for the shapes of a row.
-    `resolve` tells where each pair leads. `view_of_headers` replaces the engine's own answer where it cannot be asked.
+    `judge` returns `read` and `placed` of a row that has a pair in the file. The place is None if the engine's modules
+    for the base model are unknown. `refuse` returns why the engine refuses the whole adapter for the shapes of a row.
+    `resolve` returns where each pair leads. `view_of_headers` replaces the engine's own answer if it cannot be asked.
     `ignored_fields` are keys of adapter_config.json that the engine never reads.
     """
 
@@ -78,7 +78,7 @@ def predictors() -> Mapping[str, Predictor]:
 
 
 def not_known(subject: Subject) -> Finding:
-    """The finding for a row where it is not known what the engine has for the base."""
+    """The finding for a row if the engine's modules for the base model are unknown."""
     return BASE_UNKNOWN if subject.base is None else VIEW_UNKNOWN
 
 
@@ -91,8 +91,8 @@ def no_module(row: Expected, view: EngineView) -> Finding:
 
 
 def expected_shape(place: Place, embedding: bool) -> tuple[int, int] | None:
-    """The rows of B and the columns of A that fit a layer, (tall, wide); None where nothing is known of it, or it is
-    no LoRA layer. An embedding's shape counts the other way round."""
+    """The rows of B and the columns of A that fit a layer, (tall, wide); None if its shape is unknown or it is
+    not a LoRA layer. An embedding's shape is transposed."""
     if place.module is None or place.module.why_not or place.module.shape is None:
         return None
     out, into = place.module.shape

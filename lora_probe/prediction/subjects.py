@@ -21,7 +21,7 @@ def subject_of(
     views: Mapping[str, EngineView] | None = None,
     unasked: Mapping[str, str] | None = None,
 ) -> Subject:
-    """All that is known of `adapter`. `views` holds what engines have for the base, `unasked` why one was not asked."""
+    """All that is known about `adapter`. `views` holds the engines' modules, `unasked` why an engine was not asked."""
     views = views or {}
     adapter = with_default_targets(adapter, views)
     shapes = shapes_in(views)

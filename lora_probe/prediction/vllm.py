@@ -43,7 +43,7 @@ def _place(view: EngineView, pair: AdapterModule, texts: Mapping[str, str]) -> P
     stored = name_in_file(pair)
     if view.skips(stored):
         return Place(None, None, f"{view.model} skips names with {', '.join(view.skip_prefixes)}")
-    # vLLM takes every occurrence of the prefix out of a name that begins with it.
+    # vLLM removes every occurrence of the prefix from a name that begins with it.
     bare = stored.replace(PREFIX, "") if stored.startswith(PREFIX) else stored
     place = place_of(view, view.renamed(bare))
     if place.module is None and place.name is not None:
@@ -104,7 +104,7 @@ def _passes(place: Place, targets: tuple[str, ...]) -> bool:
 
 
 def _refuse(subject: Subject, row: Expected, place: Place | None) -> Refusal | None:
-    """Why vLLM dies while it fills the slot (`set_lora`, `optimize`), if it does: shapes must not be larger."""
+    """Why vLLM fails while it fills the slot (`set_lora`, `optimize`), if it does: shapes must not be larger."""
     pair = row.entry
     assert pair is not None
     if place is None or place.module is None:
@@ -122,10 +122,10 @@ def _refuse(subject: Subject, row: Expected, place: Place | None) -> Refusal | N
         if tensor is None:
             continue
         if len(tensor.shape) != 2:
-            return "LP206", f"`{tensor.name}` has the shape {list(tensor.shape)}, not that of a matrix"
+            return "LP206", f"`{tensor.name}` has shape {list(tensor.shape)}, which is not a matrix"
         if tensor.shape[0] > most[0] or tensor.shape[1] > most[1]:
             code = row.stored.code or "LP301"
-            return code, f"`{tensor.name}` is {list(tensor.shape)}, and the layer takes at most {list(most)}"
+            return code, f"`{tensor.name}` has shape {list(tensor.shape)}, but the layer accepts at most {list(most)}"
     return None
 
 
@@ -161,7 +161,7 @@ PREDICTOR = Predictor(
     resolve=_resolve,
     view_of_headers=view_of_headers,
     needs=("vllm",),
-    install="pip install lora-probe-vllm (in this repository: pip install ./plugins/vllm) beside your vLLM",
+    install="pip install lora-probe-vllm (in this repository: pip install ./plugins/vllm) next to your vLLM",
     ignored_fields=frozenset(
         {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters"}
     ),

@@ -1,4 +1,4 @@
-"""Rules: each one way in which an adapter goes wrong, with a stable code and a page.
+"""Rules: each is one way in which an adapter fails, with a stable code and a page.
 
 In: facts about a module, or a `Subject`. Out: a `Finding` at a station, or `AdapterFinding`s for the whole adapter. The
 families are named by their codes: `lp1_config` to `lp7_merging`.

@@ -17,7 +17,7 @@ _WORD = re.compile(r"([A-Z]+?)([0-9]*)X*")
 
 
 def meant(word: str, rules: Mapping[str, Rule]) -> list[str]:
-    """The codes that a code, a beginning of codes or a rule's name stands for; empty where it stands for none."""
+    """The codes that a code, a prefix or a rule's name stands for; empty if there are none."""
     codes = [code for code in rules if _covers(word.upper(), code)]
     return codes or [code for code, rule in rules.items() if rule.name == word.lower()]
 

@@ -45,7 +45,7 @@ def diagnose(ledger: Ledger) -> list[Diagnostic]:
     for clause in clauses(ledger):
         finding = clause.finding
         if ledger.refused and clause.station != "stored" and not finding.code.startswith(("LP2", "LP3")):
-            # What the engine would have done with it nobody knows; what is wrong in the file may be the reason.
+            # What the engine would have done is unknown; errors in the file may be the reason of the refusal.
             continue
         code = finding.code or "LP500"
         rule = rules.get(code) or _unknown(code, finding.value)
@@ -55,7 +55,7 @@ def diagnose(ledger: Ledger) -> list[Diagnostic]:
 
 def _unknown(code: str, value: Value) -> Rule:
     """A rule that only a newer lora-probe has: a trace holds the codes of whoever wrote it."""
-    hint = "this lora-probe has no such rule: a newer version wrote the trace; upgrade to read about it"
+    hint = "upgrade lora-probe to read about this rule: a newer version wrote the trace"
     return Rule(shown(code), "unknown-rule", "load", value, "error", hint, page="")
 
 

@@ -1,8 +1,8 @@
-"""Whether a pair is a part of the base's own weight: what PiSSA and OLoRA begin with.
+"""Whether a pair is a part of the base model's own weight, as after PiSSA and OLoRA initialisation.
 
-In: A and B of a module, and its weight W in the base. Out: the cosine between A and what W says that A would be. PiSSA
+In: A and B of a module, and its weight W in the base. Out: the cosine between A and A computed from B and W. PiSSA
 (Meng et al., 2024, arXiv:2404.02948) starts from the singular vectors of W, OLoRA (Büyükakyüz, 2024, arXiv:2406.01775)
-from its QR decomposition; in both A = B⁺·W up to a factor, while a pair that began at zero knows nothing of W.
+from its QR decomposition; in both A = B⁺·W up to a factor, while a pair that started at zero is unrelated to W.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from lora_probe.precision import FLOATS
 Floats = npt.NDArray[np.float32]
 
 SAMPLED = 3
-"""Modules that are looked at: the first, the last, and one between them."""
+"""Number of modules that are checked: the first, the last, and one between them."""
 MOST = 2**27
-"""Values of a weight that is read for this: 512 MiB as float32."""
+"""The most values of a weight that is read for this: 512 MiB as float32."""
 BALANCED = 0.9
-"""PiSSA's A·Aᵀ and Bᵀ·B are the same diagonal matrix, OLoRA's Bᵀ·B is the identity. Pairs that are far from both, as
-all that began at zero are, need not be held against the base."""
+"""PiSSA's A·Aᵀ and Bᵀ·B are the same diagonal matrix, OLoRA's Bᵀ·B is the identity. Pairs that are far from both, like
+all that started at zero, need not be compared with the base."""
 
 
 def alignments(adapter: Adapter, base: Base) -> Iterator[tuple[AdapterModule, float]]:
-    """The cosine for some modules of the adapter. Nothing where the pairs do not look like such a beginning."""
+    """The cosine for some modules of the adapter. Empty if the pairs do not look like such an initialisation."""
     fitting = [pair for pair in adapter.modules if pair.parameter == "weight" and _fits(pair, base)]
     if not fitting:
         return
@@ -60,9 +60,9 @@ def _fits(pair: AdapterModule, base: Base) -> bool:
     shape = base.shapes.get(pair.module)
     if shape is None or pair.a is None or pair.b is None or pair.embedding or shape[0] * shape[1] > MOST:
         return False
-    two = len(pair.a.shape) == 2 and len(pair.b.shape) == 2
-    # One row of A cannot be told from a chance.
-    if not two or pair.a.shape[0] < 2 or pair.a.shape[0] != pair.b.shape[1]:
+    matrices = len(pair.a.shape) == 2 and len(pair.b.shape) == 2
+    # With one row of A a match may be chance.
+    if not matrices or pair.a.shape[0] < 2 or pair.a.shape[0] != pair.b.shape[1]:
         return False
     floats = pair.a.dtype in FLOATS and pair.b.dtype in FLOATS
     return floats and (pair.b.shape[0], pair.a.shape[1]) == shape
@@ -71,13 +71,13 @@ def _fits(pair: AdapterModule, base: Base) -> bool:
 def _balanced(a: Floats, b: Floats) -> bool:
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         return False
-    one, two = a @ a.T, b.T @ b
-    return max(_cosine(one, two), _cosine(two, np.eye(len(two), dtype=np.float32))) > BALANCED
+    rows, columns = a @ a.T, b.T @ b
+    return max(_cosine(rows, columns), _cosine(columns, np.eye(len(columns), dtype=np.float32))) > BALANCED
 
 
-def _cosine(one: Floats, two: Floats) -> float:
-    size = float(np.linalg.norm(one) * np.linalg.norm(two))
-    return float((one * two).sum()) / size if size else 0.0
+def _cosine(x: Floats, y: Floats) -> float:
+    size = float(np.linalg.norm(x) * np.linalg.norm(y))
+    return float((x * y).sum()) / size if size else 0.0
 
 
 def _weight(base: Base, module: str) -> Floats | None:

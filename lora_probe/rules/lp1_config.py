@@ -1,4 +1,4 @@
-"""LP1xx: what adapter_config.json shows. In: a `Subject`, or what reading it said. Out: refusals and findings."""
+"""LP1xx: what adapter_config.json shows. In: a `Subject`, or the error of reading it. Out: refusals and findings."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 FAMILY = Family("LP1", "adapter_config.json", commands="check", loading_step=0)
 
 REQUIRED = ("r", "lora_alpha", "target_modules")
-"""vLLM's `PEFTHelper.from_dict` asks for these; PEFT has defaults."""
+"""vLLM's `PEFTHelper.from_dict` requires these; PEFT has defaults."""
 MOST_KEYS = 10
-"""Keys of a config that get a finding each from a rule that is about each key; one more finding is about the rest."""
+"""Keys of a config that a rule reports one by one; one more finding covers the rest."""
 
 
 @rule(
@@ -26,20 +26,22 @@ MOST_KEYS = 10
     "config-unreadable",
     "adapter",
     "absent",
-    hint="write the config again: PEFT's save_pretrained makes both files",
+    hint="save the adapter again: PEFT's save_pretrained writes both files",
 )
 def config_unreadable(message: str) -> str:
-    """adapter_config.json is missing, not JSON, or holds a field of the wrong kind.
+    """adapter_config.json is missing, is not valid JSON, or has a field of the wrong type.
 
-    What it does: reads the file as PEFT and vLLM do, bounded, and checks the kind of every field that decides which
-    modules are meant and how strongly.
+    What it does: reads the file as PEFT and vLLM do, within size limits, and checks the type of every field that
+    decides which modules are adapted and with which scaling.
 
-    Why it matters: nothing can be loaded. vLLM 0.32 calls a missing config `No adapter found`, which sounds like a
-    wrong path; PEFT 0.21 takes the path for the name of a repository.
+    Why it matters: nothing can be loaded. vLLM 0.32 reports a missing config as `No adapter found`, which looks like a
+    wrong path; PEFT 0.21 treats the path as the name of a repository.
 
     Example: a Git LFS pointer or an HTML page in place of the JSON; `"r": "8"`.
 
-    Mend: save or download the adapter again. References: unslothai/unsloth#1191.
+    Fix: save or download the adapter again.
+
+    References: unslothai/unsloth#1191.
     """
     return message
 
@@ -49,18 +51,18 @@ def config_unreadable(message: str) -> str:
     "not-a-lora-adapter",
     "adapter",
     "absent",
-    hint="convert it with the library that wrote it, or point at the PEFT adapter",
+    hint="convert it with the library that wrote it, or pass the path of the PEFT adapter",
 )
 def not_lora(message: str) -> str:
-    """A file called adapter_config.json that is not the config of a PEFT LoRA adapter.
+    """adapter_config.json is not the config of a PEFT LoRA adapter.
 
-    What it does: tells apart what real folders hold under that name: MLX, AdapterHub, prefix tuning and other PEFT
-    methods, a whole model's config, somebody's own keys.
+    What it does: recognises what other tools store under this file name: MLX, AdapterHub, prefix tuning and other PEFT
+    methods, the config of a whole model, keys of an unknown tool.
 
-    Why it matters: vLLM 0.32 looks at three keys (r, lora_alpha, target_modules) and never at `peft_type`, so another
-    method's config that has them is loaded as LoRA.
+    Why it matters: vLLM 0.32 reads three keys (r, lora_alpha, target_modules) and never `peft_type`. If the config of
+    another method has these keys, vLLM loads it as LoRA.
 
-    Mend: convert the adapter to PEFT's format.
+    Fix: convert the adapter to PEFT's format.
     """
     return message
 
@@ -68,22 +70,24 @@ def not_lora(message: str) -> str:
 @survey(
     "LP103",
     "field-missing",
-    hint="write the value that the adapter was trained with; the training script or its log has it",
+    hint="add the value that the adapter was trained with; look in the training script or its log",
 )
 def field_missing(subject: Subject) -> Iterator[AdapterFinding]:
-    """A field that an engine requires is not in the config.
+    """The config lacks a field that an engine requires.
 
-    What it does: asks for `r`, `lora_alpha` and `target_modules`, which vLLM requires, and for `peft_type`, which PEFT
-    does.
+    What it does: checks for `r`, `lora_alpha` and `target_modules`, which vLLM requires, and for `peft_type`, which
+    PEFT requires.
 
-    Why it matters: vLLM 0.32 refuses the adapter (`Missing required configuration fields`). PEFT 0.21 loads it in
-    silence with its own defaults (r 8, lora_alpha 8, for target_modules a table of its own by the kind of model), which
-    are the wrong scaling and the wrong modules if the adapter had others. Without `peft_type` PEFT dies with a
-    KeyError, and vLLM does not mind.
+    Why it matters: vLLM 0.32 refuses the adapter (`Missing required configuration fields`). PEFT 0.21 silently uses
+    its defaults (r 8, lora_alpha 8, and for target_modules a table by model type). If the adapter was trained with
+    other values, its scaling and its modules are wrong. Without `peft_type` PEFT fails with a KeyError, while vLLM
+    loads the adapter.
 
-    Example: a converter that forgot `lora_alpha`. References: NVIDIA/TensorRT-LLM#1477, Blaizzy/mlx-vlm#845.
+    Example: a converter that does not write `lora_alpha`.
 
-    Mend: write the trained value into adapter_config.json.
+    Fix: write the trained value into adapter_config.json.
+
+    References: NVIDIA/TensorRT-LLM#1477, Blaizzy/mlx-vlm#845.
     """
     config = subject.adapter.config
     missing = [name for name in REQUIRED if name not in config.raw]
@@ -101,40 +105,44 @@ def field_missing(subject: Subject) -> Iterator[AdapterFinding]:
     "LP104",
     "key-twice",
     severity="warning",
-    hint="delete the one that is not meant: of two, the last counts",
+    hint="delete the wrong one: engines use the last",
 )
 def key_twice(subject: Subject) -> Iterator[AdapterFinding]:
-    """A key stands more than once in adapter_config.json.
+    """A key appears more than once in adapter_config.json.
 
-    Why it matters: Python's JSON reader, which PEFT and vLLM use, takes the last one without a word; another reader may
-    take the first.
+    Why it matters: Python's JSON reader, which PEFT and vLLM use, silently uses the last value; another reader may use
+    the first.
 
-    Mend: delete one.
+    Fix: delete one of them.
     """
     config = subject.adapter.config
     for key in config.repeated[:MOST_KEYS]:
-        yield AdapterFinding(f"`{shown(key)}` stands more than once; {brief(config.raw.get(key))} counts", field=key)
+        yield AdapterFinding(
+            f"`{shown(key)}` appears more than once; the value {brief(config.raw.get(key))} is used", field=key
+        )
     if rest := config.repeated[MOST_KEYS:]:
-        yield AdapterFinding(f"{listed(rest)} stand more than once; the last of each counts", field=rest[0])
+        yield AdapterFinding(f"{listed(rest)} appear more than once; the last value of each is used", field=rest[0])
 
 
 @survey(
     "LP109",
     "init-lost-on-load",
-    hint="convert it while the training run is there: save_pretrained(path_initial_model_for_weight_conversion=...)",
+    hint="convert it before the training run ends: save_pretrained(path_initial_model_for_weight_conversion=...)",
     field="init_lora_weights",
 )
 def init_lost(subject: Subject) -> Iterator[AdapterFinding]:
-    """The initialisation changed the base by something that no engine can compute again.
+    """The initialisation changed the base model in a way that no engine can reproduce.
 
-    What it does: looks for `lora_ga` and for `pissa_niter_N` in init_lora_weights.
+    What it does: looks for `lora_ga` and `pissa_niter_N` in init_lora_weights.
 
-    Why it matters: the adapter was trained on a base from which its own initial part had been taken out. LoRA-GA
-    takes it out while training only: PEFT 0.21 and vLLM 0.32 load it on the whole base and say nothing (measured 1.03
-    off in log-probabilities, where the model had been equal to the base). `pissa_niter_N` computes the part with a
-    random method: PEFT gets another base at every load (0.05 off, twice the trained signal), vLLM 0.32 refuses it.
+    Why it matters: the adapter was trained on a base model from which its own initial part had been subtracted.
+    LoRA-GA subtracts it only during training: PEFT 0.21 and vLLM 0.32 silently load the adapter on the unchanged base
+    model (measured: log-probabilities off by 1.03, from a model that had been equal to the base model).
+    `pissa_niter_N` computes the part with a random method: PEFT uses a different base model at every load (off by
+    0.05, twice the trained signal), vLLM 0.32 refuses the adapter.
 
-    Mend: save it with `path_initial_model_for_weight_conversion`, which makes a plain LoRA adapter of it.
+    Fix: save it with `path_initial_model_for_weight_conversion`, which converts it to a plain LoRA adapter.
+
     References: huggingface/peft#1929.
     """
     init = subject.adapter.config.raw.get("init_lora_weights")
@@ -142,10 +150,12 @@ def init_lost(subject: Subject) -> Iterator[AdapterFinding]:
     if row is None:
         return
     if row.base == "in training":
-        yield AdapterFinding(f"init_lora_weights is `{shown(str(init))}`: the part taken out of the base is lost")
+        yield AdapterFinding(
+            f"init_lora_weights is `{shown(str(init))}`: what it subtracted from the base model is lost"
+        )
     elif row.base == "random":
         yield AdapterFinding(
-            f"init_lora_weights is `{shown(str(init))}`: PEFT computes another base at every load",
+            f"init_lora_weights is `{shown(str(init))}`: PEFT computes a different base model at every load",
             engines=("peft",),
         )
 
@@ -154,39 +164,39 @@ def init_lost(subject: Subject) -> Iterator[AdapterFinding]:
     "LP111",
     "unknown-init",
     engines=("peft",),
-    hint="write `true`: an initialisation says how training began, and a saved adapter needs none",
+    hint="set it to `true`: it only matters at the start of training, not for a saved adapter",
     field="init_lora_weights",
 )
 def unknown_init(subject: Subject) -> Iterator[AdapterFinding]:
-    """init_lora_weights is a word that PEFT does not know.
+    """init_lora_weights has a value that PEFT does not support.
 
-    Why it matters: PEFT 0.21 refuses (`Unknown initialization`), although the word means nothing for a trained adapter;
-    vLLM 0.32 refuses every word that it does not know (LP406).
+    Why it matters: PEFT 0.21 refuses the adapter (`Unknown initialization`), although the value has no effect on a
+    trained adapter; vLLM 0.32 refuses every value that it does not support (LP406).
 
-    Example: `"gausian"`; a word that a newer PEFT knows.
+    Example: `"gausian"`; a value that only a newer PEFT supports.
     """
     init = subject.adapter.config.raw.get("init_lora_weights")
     if not init or init is True:
         return
     if isinstance(init, str) and any(row.accepts(init) for row in INITIALISATIONS):
         return
-    yield AdapterFinding(f"PEFT does not know init_lora_weights {brief(init)}", refuses=True)
+    yield AdapterFinding(f"PEFT does not support init_lora_weights {brief(init)}", refuses=True)
 
 
 @survey(
     "LP112",
     "value-that-peft-refuses",
     engines=("peft",),
-    hint="write the value that PEFT's documentation of LoraConfig gives; vLLM does not look at most of these",
+    hint="use a value that PEFT's documentation of LoraConfig allows; vLLM does not read most of these fields",
 )
 def refused_value(subject: Subject) -> Iterator[AdapterFinding]:
     """A field of the config has a value with which PEFT cannot load the adapter.
 
-    What it does: mirrors what `LoraConfig` and the building of the layers check in PEFT 0.21: the task, the bias, the
-    dropout, a rank that is a float, layers_to_transform beside an expression, layers_pattern without
+    What it does: repeats the checks of `LoraConfig` and of layer creation in PEFT 0.21: the task, the bias, the
+    dropout, a rank that is a float, layers_to_transform together with a regular expression, layers_pattern without
     layers_to_transform, patterns that are null.
 
-    Why it matters: PEFT refuses, and vLLM loads the adapter, as it does not read these fields.
+    Why it matters: PEFT refuses the adapter. vLLM loads it, because it does not read these fields.
 
     Example: `"task_type": "causal_lm"`; `"r": 8.0`, as some converters write it.
     """
@@ -201,18 +211,16 @@ def refused_value(subject: Subject) -> Iterator[AdapterFinding]:
         ("trainable_token_indices", raw.get("trainable_token_indices") == []),
     ):
         if wrong:
-            yield AdapterFinding(f"PEFT does not take `{field}`: {brief(raw[field])}", refuses=True, field=field)
+            yield AdapterFinding(f"PEFT does not accept `{field}`: {brief(raw[field])}", refuses=True, field=field)
     layers = raw.get("layers_to_transform")
     if isinstance(subject.adapter.config.target_modules, str) and layers is not None and "target_modules" in raw:
         yield AdapterFinding(
-            "layers_to_transform goes with a list of target_modules, and this is an expression",
+            "layers_to_transform requires a list of target_modules, not a regular expression",
             refuses=True,
             field="layers_to_transform",
         )
     elif raw.get("layers_pattern") and not layers and layers != 0:
-        yield AdapterFinding(
-            "layers_pattern says nothing without layers_to_transform", refuses=True, field="layers_pattern"
-        )
+        yield AdapterFinding("layers_pattern requires layers_to_transform", refuses=True, field="layers_pattern")
 
 
 TASKS = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
@@ -229,33 +237,36 @@ def _share(value: object) -> bool:
 @survey(
     "LP110",
     "variant-not-read",
-    hint="serve it with PEFT, or merge it first where PEFT can",
+    hint="serve it with PEFT, or merge it first if PEFT can merge it",
 )
 def variant_not_read(subject: Subject) -> Iterator[AdapterFinding]:
-    """The config asks for a variant of LoRA in a field that vLLM never reads.
+    """The config enables a LoRA variant through a field that vLLM never reads.
 
-    What it does: any field that holds a value, that vLLM's `PEFTHelper` does not declare, and that is neither about
-    training nor about which modules are meant.
+    What it does: reports every field that is set, that vLLM's `PEFTHelper` does not declare, and that concerns neither
+    training nor the choice of modules.
 
-    Why it matters: vLLM 0.32 drops every field that it does not know, and runs the adapter as plain LoRA: for Arrow
-    a function of another kind (it routes between several adapters). PEFT 0.21 cannot load an Arrow adapter by itself.
+    Why it matters: vLLM 0.32 drops every field that it does not declare and runs the adapter as plain LoRA. For Arrow,
+    which routes between several adapters, that is a different function. PEFT 0.21 cannot load an Arrow adapter on its
+    own.
 
     Example: `"arrow_config": {...}`, `"kasa_config": {...}`.
     """
     fields = [field for field, value in subject.adapter.config.raw.items() if value and _is_unread(field)]
-    plain = "vLLM never reads it: it runs the adapter as plain LoRA"
+    plain = "vLLM never reads it and runs the adapter as plain LoRA"
     for field in fields[:MOST_KEYS]:
-        yield AdapterFinding(f"`{shown(field)}` has a value, and {plain}", engines=("vllm",), field=field)
+        yield AdapterFinding(f"`{shown(field)}` is set, but {plain}", engines=("vllm",), field=field)
     if rest := fields[MOST_KEYS:]:
-        plain = "vLLM never reads them: it runs the adapter as plain LoRA"
-        yield AdapterFinding(f"{listed(rest)} have values, and {plain}", engines=("vllm",), field=rest[0])
+        plain = "vLLM never reads them and runs the adapter as plain LoRA"
+        yield AdapterFinding(f"{listed(rest)} are set, but {plain}", engines=("vllm",), field=rest[0])
     if "arrow_config" in fields:
         field = "arrow_config"
-        yield AdapterFinding("PEFT cannot load an Arrow router by itself", engines=("peft",), refuses=True, field=field)
+        yield AdapterFinding(
+            "PEFT cannot load an Arrow router on its own", engines=("peft",), refuses=True, field=field
+        )
 
 
 def _is_unread(field: str) -> bool:
-    """Whether vLLM never reads a field that changes what the adapter is. Of a variant that is not known, its name
+    """Whether vLLM never reads a field that changes what the adapter computes. For an unknown variant the field's name
     decides."""
     if field in BY_FIELD:
         return BY_FIELD[field].vllm_ignores
@@ -265,4 +276,4 @@ def _is_unread(field: str) -> bool:
 HARMLESS = frozenset(("megatron_config", "runtime_config")) | frozenset(
     row.settings for row in INITIALISATIONS if row.settings
 )
-"""About the training, the initialisation or the machine. What an initialisation does to the base is LP109 and LP406."""
+"""About the training, the initialisation or the machine. LP109 and LP406 report what changes the base model."""

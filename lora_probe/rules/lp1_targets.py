@@ -17,18 +17,20 @@ if TYPE_CHECKING:
     "LP105",
     "pattern-without-module",
     severity="warning",
-    hint="correct the pattern, or take it out; it is matched against the end of a module's path",
+    hint="correct or remove the pattern; it is compared with the end of a module's path",
 )
 def pattern_without_module(subject: Subject) -> Iterator[AdapterFinding]:
-    """A key of rank_pattern or alpha_pattern matches no module of the adapter.
+    """A key of rank_pattern or alpha_pattern does not match any module of the adapter.
 
-    What it does: matches each key against the names in the file, as vLLM does, and the modules that the config
+    What it does: compares each key with the names in the file, as vLLM does, and with the modules that the config
     targets, as PEFT does.
 
-    Why it matters: the rank or alpha that was meant is not used, and the module runs with the general one. PEFT 0.21
-    warns when it builds the adapter; vLLM 0.32 says nothing.
+    Why it matters: the intended rank or alpha is not used; the module runs with the adapter's general rank and alpha.
+    PEFT 0.21 warns when it builds the adapter; vLLM 0.32 does not.
 
-    Example: `{"q_porj": 16}`. References: axolotl-ai-cloud/axolotl#3673.
+    Example: `{"q_porj": 16}`.
+
+    References: axolotl-ai-cloud/axolotl#3673.
     """
     config = subject.adapter.config
     names = {pair.pattern_name for pair in subject.adapter.modules}
@@ -36,7 +38,7 @@ def pattern_without_module(subject: Subject) -> Iterator[AdapterFinding]:
     for field, patterns in (("rank_pattern", config.ranks), ("alpha_pattern", config.alphas)):
         idle = patterns.idle(names)
         if idle and names:
-            yield AdapterFinding(f"{field} has {listed(idle)}, which matches no module of the adapter", field=field)
+            yield AdapterFinding(f"no module of the adapter matches {listed(idle)} in {field}", field=field)
 
 
 @rule(
@@ -45,20 +47,22 @@ def pattern_without_module(subject: Subject) -> Iterator[AdapterFinding]:
     "placed",
     "absent",
     engines=("peft",),
-    hint="add the module to target_modules, if it was trained: the tensors are in the file",
+    hint="add the module to target_modules if it was trained: its tensors are in the file",
     field="target_modules",
 )
 def not_targeted() -> str:
     """The file holds a pair that the config does not target.
 
     What it does: resolves target_modules, exclude_modules, layers_to_transform and layers_pattern as PEFT does, and
-    holds them against the names in the file.
+    compares the result with the names in the file.
 
-    Why it matters: the engines run different adapters, and both look healthy. PEFT 0.21 makes layers for the config's
-    modules alone and drops the other tensors without a word; vLLM ({vllm}) never looks at the config for
-    that and applies every tensor.
+    Why it matters: the engines run different adapters, and neither reports a problem. PEFT 0.21 creates layers only
+    for the config's modules and silently drops the other tensors; vLLM ({vllm}) does not read these fields and applies
+    every tensor.
 
-    Example: adapter_config.json of another run beside the right weights. References: hiyouga/LlamaFactory#10662.
+    Example: the right weights with the adapter_config.json of another run.
+
+    References: hiyouga/LlamaFactory#10662.
     """
     return "the config does not target it"
 
@@ -68,23 +72,26 @@ def not_targeted() -> str:
     "nothing-targeted",
     engines=("peft",),
     needs="base",
-    hint="correct target_modules: PEFT compares it with the paths of the base's modules",
+    hint="correct target_modules: PEFT compares it with the paths of the base model's modules",
     field="target_modules",
 )
 def nothing_targeted(subject: Subject) -> Iterator[AdapterFinding]:
-    """The config targets no module of the base at all.
+    """The config does not target any module of the base model.
 
-    Why it matters: PEFT 0.21 refuses (`Target modules ... not found in the base model`). vLLM 0.32 decides from the
-    tensors and does not look at the field.
+    Why it matters: PEFT 0.21 refuses the adapter (`Target modules ... not found in the base model`). vLLM 0.32 decides
+    by the tensors and does not use the field.
 
-    Example: `["query_key_value"]` on a Llama; an expression that is matched against a part of the name, where PEFT
-    matches the whole. References: hiyouga/LlamaFactory#10662.
+    Example: `["query_key_value"]` on a Llama; a regular expression that matches only part of a name, while PEFT
+    requires a match of the whole name.
+
+    References: hiyouga/LlamaFactory#10662.
     """
     config = subject.adapter.config
     if subject.targeted or config.raw.get("target_parameters") or not subject.shapes:
         return
+    targets, modules = _named(config.target_modules), len(subject.shapes)
     yield AdapterFinding(
-        f"target_modules {_named(config.target_modules)} matches none of the {len(subject.shapes)} modules of the base",
+        f"target_modules {targets} matches none of the base model's {modules} modules",
         engines=("peft",),
         refuses=True,
     )
@@ -96,15 +103,16 @@ def nothing_targeted(subject: Subject) -> Iterator[AdapterFinding]:
     severity="info",
     engines=("peft",),
     needs="base",
-    hint="harmless if the name belongs to another kind of model; a typo if it does not",
+    hint="ignore this if the name is for another model type; otherwise correct the typo",
     field="target_modules",
 )
 def target_matches_nothing(subject: Subject) -> Iterator[AdapterFinding]:
-    """One of several target_modules matches no module of the base.
+    """One of several target_modules does not match any module of the base model.
 
-    Why it matters: PEFT 0.21 takes the others and says nothing, so a typo leaves its modules untrained.
+    Why it matters: PEFT 0.21 uses the others and does not warn, so the modules behind a misspelled name stay
+    untrained.
 
-    Example: `["q_proj", "v_proj", "query"]`: lists that are meant for several kinds of models.
+    Example: `["q_proj", "v_proj", "query"]`: a list for several model types.
     """
     config = subject.adapter.config
     if not isinstance(config.target_modules, tuple) or not subject.shapes or not subject.targeted:
@@ -115,7 +123,7 @@ def target_matches_nothing(subject: Subject) -> Iterator[AdapterFinding]:
         idle.difference_update(ends(path))
     if idle:
         names = [name for name in config.target_modules if name in idle]
-        yield AdapterFinding(f"target_modules names {listed(names)}, which is no module of the base")
+        yield AdapterFinding(f"the base model has no module that matches {listed(names)} in target_modules")
 
 
 def _named(targets: str | tuple[str, ...] | None) -> str:

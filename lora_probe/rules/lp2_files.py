@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 FAMILY = Family("LP2", "the weights file", commands="check, some also by trace", loading_step=2)
 
 EMBEDDINGS = (*checkpoint.EMBEDDINGS, *view.LM_HEADS)
-"""What modules of input embeddings and of output heads are called."""
+"""Names of modules that are input embeddings or output heads."""
 
 
 @rule(
@@ -32,20 +32,22 @@ EMBEDDINGS = (*checkpoint.EMBEDDINGS, *view.LM_HEADS)
     "weights-not-found",
     "adapter",
     "absent",
-    hint="put adapter_model.safetensors beside adapter_config.json: no loader looks anywhere else",
+    hint="put adapter_model.safetensors next to adapter_config.json: loaders do not look anywhere else",
 )
 def weights_not_found(message: str) -> str:
-    """There is a config, and the weights are not where the loaders look.
+    """The folder has a config, but the weights are not where loaders look.
 
-    What it does: looks for adapter_model.safetensors and adapter_model.bin, and, where they are not, for what may be
-    meant: a sub-folder, shards, the names that browsers give to downloads.
+    What it does: looks for adapter_model.safetensors and adapter_model.bin. If neither exists, it looks for likely
+    candidates: a sub-folder, shards, names that browsers give to downloads.
 
-    Why it matters: vLLM 0.32 says `doesn't contain tensors`; PEFT 0.21 goes on to ask the hub for a repository of
-    that name. PEFT itself saves an adapter that is not called `default` into a sub-folder.
+    Why it matters: vLLM 0.32 reports `doesn't contain tensors`; PEFT 0.21 then looks for a repository of that name on
+    the hub. PEFT itself saves an adapter into a sub-folder if its name is not `default`.
 
-    Example: `adapter_model (5).bin`, `default/adapter_model.safetensors`. References: unslothai/unsloth#1191.
+    Example: `adapter_model (5).bin`, `default/adapter_model.safetensors`.
 
-    Mend: move or rename the file.
+    Fix: move or rename the file.
+
+    References: unslothai/unsloth#1191.
     """
     return message
 
@@ -58,15 +60,17 @@ def weights_not_found(message: str) -> str:
     hint="copy or download the file again",
 )
 def weights_unreadable(message: str) -> str:
-    """The weights file is damaged, or not what its name promises.
+    """The weights file is damaged, or its content does not match its extension.
 
-    What it does: reads the header bounded, and checks every shape, dtype and offset against the file before a value is
-    read. Pickles go through torch's weights-only loader, which executes nothing.
+    What it does: reads the header within size limits, and checks every shape, dtype and offset against the file before
+    any value is read. Pickles are read with torch's weights-only loader, which does not execute code.
 
-    Why it matters: vLLM 0.32 and PEFT 0.21 both fail, with words that name no cause: a Git LFS pointer of 130 bytes
-    is `header too large`, a file cut short is `incomplete metadata`.
+    Why it matters: vLLM 0.32 and PEFT 0.21 both fail, and their messages do not give the cause: a Git LFS pointer of
+    130 bytes is `header too large`, a truncated file is `incomplete metadata`.
 
-    Mend: `git lfs pull`, or copy it again. References: codefuse-ai/MFTCoder#20, microsoft/OmniParser#34.
+    Fix: run `git lfs pull`, or copy the file again.
+
+    References: codefuse-ai/MFTCoder#20, microsoft/OmniParser#34.
     """
     return message
 
@@ -74,14 +78,14 @@ def weights_unreadable(message: str) -> str:
 @survey(
     "LP209",
     "no-pairs",
-    hint="save the adapter again; with ZeRO-3 or FSDP gather the weights first",
+    hint="save the adapter again; with ZeRO-3 or FSDP, gather the weights first",
 )
 def no_pairs(subject: Subject) -> Iterator[AdapterFinding]:
-    """The file holds no LoRA pair at all.
+    """The file does not hold any LoRA pair.
 
-    Why it matters: training went well and nothing of it was saved: a state dict that was filtered twice, a rank without
-    the weights. vLLM 0.32 dies with a StopIteration that has no text; PEFT 0.21 warns of missing keys and serves the
-    base.
+    Why it matters: the training is not in the file: the state dict was filtered twice, or a rank without the weights
+    saved it. vLLM 0.32 fails with a StopIteration without a message; PEFT 0.21 warns of missing keys and serves the
+    base model.
 
     References: huggingface/peft#286, huggingface/trl#4416.
     """
@@ -89,27 +93,29 @@ def no_pairs(subject: Subject) -> Iterator[AdapterFinding]:
         return
     path = subject.adapter.weights.path
     tensors = len(subject.adapter.weights.tensors)
-    what = "no tensor" if not tensors else f"{tensors} tensors, none of them half of a LoRA pair"
+    what = "no tensors" if not tensors else f"{tensors} tensors, none of them half of a LoRA pair"
     yield AdapterFinding(f"the file holds {what}", engines=("vllm",), refuses=True, path=path)
-    yield AdapterFinding(f"the file holds {what}: PEFT serves the base", engines=("peft",), path=path)
+    yield AdapterFinding(f"the file holds {what}: PEFT serves the base model", engines=("peft",), path=path)
 
 
 @survey(
     "LP210",
     "tensor-that-vllm-refuses",
     engines=("vllm",),
-    hint="vLLM applies A and B of linear layers, and embeddings where its class says so: merge to serve the rest",
+    hint="merge the adapter: vLLM applies only A and B of linear layers, and of embeddings for some model classes",
 )
 def refused_tensor(subject: Subject) -> Iterator[AdapterFinding]:
-    """The file holds a tensor that is not half of a pair, and vLLM's loader refuses the file for it.
+    """The file holds a tensor that is not half of a pair, so vLLM's loader refuses the file.
 
-    What it does: mirrors `parse_fine_tuned_lora_name`: names must end in lora_A.weight, lora_B.weight,
-    lora_embedding_A or lora_embedding_B; a classification head and copies of embeddings are let through.
+    What it does: repeats `parse_fine_tuned_lora_name`: names must end in lora_A.weight, lora_B.weight,
+    lora_embedding_A or lora_embedding_B; a classification head and copies of embeddings are allowed.
 
-    Why it matters: vLLM 0.32 refuses (`... is unsupported LoRA weight`), loudly. People then delete the tensors to get
-    past it, and lose that part of the training in silence. 0.31 alone takes a bias of lora_B, and drops it.
+    Why it matters: vLLM 0.32 refuses the file (`... is unsupported LoRA weight`). Users then often delete the tensors
+    to get past the error, and silently lose that part of the training. vLLM 0.31 is the only version that accepts a
+    bias of lora_B, and it drops it.
 
     Example: magnitude vectors of DoRA, trained embeddings and heads (modules_to_save), trained tokens, biases.
+
     References: vllm-project/vllm#10849, #9280, #36501.
     """
     tensors = subject.adapter.weights.tensors
@@ -140,44 +146,44 @@ def _vllm_parses(name: str, subject: Subject) -> bool:
 @survey(
     "LP219",
     "adapter-name-in-keys",
-    hint="take the adapter's name out of the keys: `lora-probe check --fix` does it",
+    hint="remove the adapter's name from the keys: `lora-probe check --fix` does it",
     fixable=True,
 )
 def adapter_name_in_keys(subject: Subject) -> Iterator[AdapterFinding]:
-    """The keys carry the name that the adapter had in the live model: `lora_A.default.weight`.
+    """The keys contain the adapter's name from the live model: `lora_A.default.weight`.
 
-    Why it matters: the state dict of the model was saved in place of PEFT's `save_pretrained`. vLLM ({vllm})
-    refuses it (`... is unsupported LoRA weight`). PEFT 0.21 loads `default`, which is what it calls an adapter unless
-    told otherwise, and drops any other name without a word.
+    Why it matters: the state dict of the model was saved instead of the output of PEFT's `save_pretrained`. vLLM
+    ({vllm}) refuses the file (`... is unsupported LoRA weight`). PEFT 0.21 loads keys with `default`, its standard
+    adapter name, and silently drops any other name.
 
-    Mend: save with `save_pretrained`, or rename the keys.
+    Fix: save with `save_pretrained`, or rename the keys.
     """
     named = {tensor.name: name for tensor in subject.adapter.weights.tensors.values() if (name := adapter_in(tensor))}
     if not named:
         return
     first, more = next(iter(named.items())), f" (and {len(named) - 1} more)" if len(named) > 1 else ""
-    said = f"`{shown(first[0])}`{more} holds the adapter's name `{shown(first[1])}`"
-    yield AdapterFinding(said, engines=("vllm",), refuses=True, path=subject.adapter.weights.path)
+    message = f"`{shown(first[0])}`{more} contains the adapter's name `{shown(first[1])}`"
+    yield AdapterFinding(message, engines=("vllm",), refuses=True, path=subject.adapter.weights.path)
     dropped = tuple(
         pair.key
         for pair in subject.adapter.modules
         if any(named.get(tensor.name, "default") != "default" for tensor in (pair.a, pair.b) if tensor is not None)
     )
     if dropped:
-        yield AdapterFinding(said, dropped, "read", "absent", engines=("peft",), path=subject.adapter.weights.path)
+        yield AdapterFinding(message, dropped, "read", "absent", engines=("peft",), path=subject.adapter.weights.path)
 
 
 @survey(
     "LP216",
     "module-twice",
-    hint="keep one of the two: the engines do not agree on which one counts",
+    hint="keep one of the two: engines differ in which one they use",
 )
 def module_twice(subject: Subject) -> Iterator[AdapterFinding]:
     """Two tensors of the file are the same half of the same module.
 
-    What it does: where their values differ, vLLM's modules are called wrong.
+    What it does: if their values differ, marks the modules as wrong in vLLM.
 
-    Why it matters: vLLM ({vllm}) takes the last one that it reads, PEFT 0.21 the one with `base_model.model.`.
+    Why it matters: vLLM ({vllm}) uses the last one that it reads, PEFT 0.21 the one with `base_model.model.`.
 
     Example: a script that saved the adapter with and without the prefix into one file.
     """
@@ -193,7 +199,7 @@ def module_twice(subject: Subject) -> Iterator[AdapterFinding]:
             wrong.append(key)
     more = f" and {len(twice) - 1} more" if len(twice) > 1 else ""
     yield AdapterFinding(
-        f"`{shown(twice[0].tensor.name)}`{more}: another tensor of the file is the same half",
+        f"`{shown(twice[0].tensor.name)}`{more}: the file has another tensor for the same half",
         keys=tuple(dict.fromkeys(wrong)),
         value="wrong" if wrong else "ok",
         engines=("vllm",) if wrong else (),
@@ -202,7 +208,7 @@ def module_twice(subject: Subject) -> Iterator[AdapterFinding]:
 
 
 def _merged_by_vllm(subject: Subject) -> Iterator[AdapterFinding]:
-    """Pairs of several names that are one module to vLLM: it takes every `base_model.model.` out of a name."""
+    """Pairs of several names that are the same module to vLLM: it removes every `base_model.model.` from a name."""
     groups: dict[str, list[AdapterModule]] = {}
     for pair in subject.adapter.modules:
         place = subject.places["vllm"][pair.key] if "vllm" in subject.places else None
@@ -218,9 +224,9 @@ def _merged_by_vllm(subject: Subject) -> Iterator[AdapterFinding]:
             for pair in sorted(pairs, key=_place_in_file)[:-1]
         )
         yield AdapterFinding(
-            f"`{shown(first[0].stored_as)}` and `{shown(first[1].stored_as)}` are one module to vLLM, "
-            + "which takes the last"
-            + (f" (and {len(several) - 1} more such)" if len(several) > 1 else ""),
+            f"`{shown(first[0].stored_as)}` and `{shown(first[1].stored_as)}` are the same module to vLLM, "
+            + "which uses the last one"
+            + (f" (and {len(several) - 1} more cases)" if len(several) > 1 else ""),
             keys=keys,
             value="wrong" if keys else "ok",
             engines=("vllm",),
@@ -233,42 +239,43 @@ def _place_in_file(pair: AdapterModule) -> int:
 
 
 def _same(subject: Subject, pairs: list[AdapterModule]) -> bool:
-    one, *others = pairs
-    halves = [(one.a, other.a) for other in others] + [(one.b, other.b) for other in others]
-    return all(mine is not None and other is not None and _equal(subject, mine, other) for mine, other in halves)
+    first, *others = pairs
+    halves = [(first.a, other.a) for other in others] + [(first.b, other.b) for other in others]
+    return all(a is not None and b is not None and _equal(subject, a, b) for a, b in halves)
 
 
 def name_of(tensor: TensorHeader) -> str:
     return tensor.name.removeprefix(PREFIX)
 
 
-def _equal(subject: Subject, one: TensorHeader, other: TensorHeader) -> bool:
+def _equal(subject: Subject, first: TensorHeader, second: TensorHeader) -> bool:
     file = subject.adapter.weights
-    if (one.dtype, one.shape) != (other.dtype, other.shape):
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
         return False
-    starts = range(0, one.parameters, CHUNK)
-    ends = ((start, min(start + CHUNK, one.parameters)) for start in starts)
-    return all(np.array_equal(read_chunk(file, one, *end), read_chunk(file, other, *end)) for end in ends)
+    starts = range(0, first.parameters, CHUNK)
+    ends = ((start, min(start + CHUNK, first.parameters)) for start in starts)
+    return all(np.array_equal(read_chunk(file, first, *end), read_chunk(file, second, *end)) for end in ends)
 
 
 CHUNK = 2**20
-"""Values that are compared at once."""
+"""Number of values compared at once."""
 
 
 @survey(
     "LP217",
     "gap-in-layers",
     severity="warning",
-    hint="give the base with --model to be sure; save the adapter again if the layer was trained",
+    hint="pass the base model with --model to be sure; save the adapter again if the layer was trained",
 )
 def gap_in_layers(subject: Subject) -> Iterator[AdapterFinding]:
-    """Layers between others have no pair in the file. Asked only where the base is not known; else LP204 is sure.
+    """Some layers between others have no pair in the file. Checked only if the base model is unknown; otherwise LP204
+    is exact.
 
-    What it does: looks for gaps in the layer numbers that no layers_to_transform, no expression and no regular step
-    (hybrid models adapt every fourth layer) explains.
+    What it does: looks for gaps in the layer numbers that are not explained by layers_to_transform, by a regular
+    expression or by a regular step (hybrid models adapt every fourth layer).
 
-    Why it matters: a shard or a pipeline stage was not saved. vLLM ({vllm}) serves the base there and says
-    nothing.
+    Why it matters: a shard or a pipeline stage was not saved. vLLM ({vllm}) silently serves the base model in these
+    layers.
     """
     config = subject.adapter.config
     plain = isinstance(config.target_modules, tuple) and not any("." in name for name in config.target_modules)
@@ -281,19 +288,19 @@ def gap_in_layers(subject: Subject) -> Iterator[AdapterFinding]:
     if layers[-1] - layers[0] + 1 - len(layers) <= len(layers) // 2:
         gaps = sorted(set(range(layers[0], layers[-1])) - set(layers))
         having, lacking = (shown(ranges(numbers)) for numbers in (layers, gaps))
-        yield AdapterFinding(f"layers {having} have pairs, {lacking} between them have none")
+        yield AdapterFinding(f"layers {having} have pairs; missing between them: {lacking}")
 
 
 @survey(
     "LP218",
     "not-the-best-step",
     severity="info",
-    hint="nothing to mend if this is the one you mean to serve",
+    hint="ignore this if it is the checkpoint that you want to serve",
 )
 def not_the_best(subject: Subject) -> Iterator[AdapterFinding]:
-    """trainer_state.json beside the adapter says that another checkpoint was the best, or that training went on.
+    """trainer_state.json next to the adapter shows that another checkpoint was better, or that training continued.
 
-    Why it matters: neither engine reads a step number, so a checkpoint of the middle of a run is served in silence.
+    Why it matters: engines do not read a step number, so a checkpoint from the middle of a run is served silently.
 
     References: huggingface/sentence-transformers#3470.
     """
@@ -310,4 +317,4 @@ def not_the_best(subject: Subject) -> Iterator[AdapterFinding]:
             path=path,
         )
     elif isinstance(step, int) and isinstance(last, int) and 0 < step < last:
-        yield AdapterFinding(f"this is step {brief(step)} of a training of {brief(last)}", path=path)
+        yield AdapterFinding(f"this is step {brief(step)} of {brief(last)} training steps", path=path)

@@ -1,4 +1,4 @@
-"""LP2xx: names that are wrong for any base. In: a pair's name in the file. Out: `read`."""
+"""LP2xx: names that are wrong for any base model. In: a pair's name in the file. Out: `read`."""
 
 from __future__ import annotations
 
@@ -10,25 +10,27 @@ from lora_probe.rules.registry import rule
     "wrapper-in-name",
     "read",
     "absent",
-    hint="take the wrapper out of the keys: `lora-probe check --fix -o FIXED/` does it",
+    hint="remove the wrapper's name from the keys: `lora-probe check --fix -o FIXED/` does it",
     fixable=True,
 )
 def wrapper_in_name(words: tuple[str, ...]) -> str | None:
-    """The keys carry the name of a wrapper: torch.compile, DDP, FSDP, activation checkpointing.
+    """The keys contain the name of a wrapper: torch.compile, DDP, FSDP or activation checkpointing.
 
-    What it does: looks for words of a path that belong to no model.
+    What it does: looks for parts of a path that only wrappers add.
 
-    Why it matters: the adapter was saved from the wrapped model. vLLM ({vllm}) takes the keys, finds no module
-    for them and serves the base without a word; where only attention was wrapped, half the adapter works. PEFT 0.21
-    warns of missing keys and serves the base.
+    Why it matters: the adapter was saved from the wrapped model. vLLM ({vllm}) accepts the keys, finds no module for
+    them and silently serves the base model; if only attention was wrapped, half of the adapter works. PEFT 0.21 warns
+    of missing keys and serves the base model.
 
-    Example: `model.layers.0._orig_mod.self_attn.q_proj`. References: MakazhanAlpamys/Soup#335, huggingface/peft#2957.
+    Example: `model.layers.0._orig_mod.self_attn.q_proj`.
 
-    Mend: unwrap before saving, or rename the keys.
+    Fix: unwrap the model before saving, or rename the keys.
+
+    References: MakazhanAlpamys/Soup#335, huggingface/peft#2957.
     """
     if not words:
         return None
-    return f"the names hold `{'`, `'.join(words)}`, which is a wrapper's and no module's"
+    return f"the names contain `{'`, `'.join(words)}`, which comes from a wrapper, not from the model"
 
 
 @rule(
@@ -37,18 +39,20 @@ def wrapper_in_name(words: tuple[str, ...]) -> str | None:
     "read",
     "absent",
     engines=("peft",),
-    hint="take one `base_model.model.` out of the keys: `lora-probe check --fix -o FIXED/` does it",
+    hint="remove one `base_model.model.` from the keys: `lora-probe check --fix -o FIXED/` does it",
     fixable=True,
 )
 def doubled_prefix(bare: str) -> str | None:
     """The keys begin with `base_model.model.` twice: the model was wrapped with PEFT a second time.
 
-    Why it matters: the engines disagree. vLLM ({vllm}) takes every occurrence of the prefix away and applies the
-    adapter; PEFT 0.21 warns of missing keys and serves the base.
+    Why it matters: the engines disagree. vLLM ({vllm}) removes every occurrence of the prefix and applies the adapter;
+    PEFT 0.21 warns of missing keys and serves the base model.
 
-    Example: a script calls `get_peft_model`, and the trainer does it again. References: huggingface/trl#926.
+    Example: a script calls `get_peft_model`, and the trainer calls it again.
 
-    Mend: rename the keys.
+    Fix: rename the keys.
+
+    References: huggingface/trl#926.
     """
     return "the names begin with `base_model.model.` twice" if bare.startswith("base_model.model.") else None
 
@@ -59,20 +63,20 @@ def doubled_prefix(bare: str) -> str | None:
     "read",
     "absent",
     engines=("peft",),
-    hint="put `base_model.model.` before the keys: `lora-probe check --fix -o FIXED/` does it",
+    hint="add `base_model.model.` to the start of the keys: `lora-probe check --fix -o FIXED/` does it",
     fixable=True,
 )
 def prefix_missing(stored_as: str, prefix: str) -> str | None:
     """The keys do not begin with `base_model.model.`.
 
-    Why it matters: the engines disagree. vLLM ({vllm}) takes them as they are and applies the adapter;
-    `PeftModel.from_pretrained` (0.21) warns of missing keys and serves the base.
+    Why it matters: the engines disagree. vLLM ({vllm}) uses the keys as they are and applies the adapter;
+    `PeftModel.from_pretrained` (0.21) warns of missing keys and serves the base model.
 
-    Example: saved through transformers' own adapter methods.
+    Example: an adapter saved with transformers' own adapter methods.
+
+    Fix: rename the keys.
 
     References: vllm-project/vllm#17196, huggingface/peft#3110.
-
-    Mend: rename the keys.
     """
     return None if stored_as.startswith(prefix) else f"the names do not begin with `{prefix}`"
 
@@ -86,13 +90,12 @@ def prefix_missing(stored_as: str, prefix: str) -> str | None:
     hint="save the adapter with PEFT's save_pretrained, or rename the keys",
 )
 def odd_ending(stored: str, embedding: bool, adapter: str | None) -> str | None:
-    """The keys do not end as those of PEFT's layer of that kind do.
+    """The keys do not end as PEFT expects for this type of layer.
 
-    What it does: asks for `lora_A.weight` and `lora_B.weight`, on embeddings for `lora_embedding_A` and
-    `lora_embedding_B`.
+    What it does: expects `lora_A.weight` and `lora_B.weight`, on embeddings `lora_embedding_A` and `lora_embedding_B`.
 
-    Why it matters: PEFT 0.21 drops a key that names none of its parameters, warns that its own are missing, and serves
-    the base there. vLLM ({vllm}) refuses most such endings (LP210), and takes `lora_A.weight` on an embedding.
+    Why it matters: PEFT 0.21 drops a key that does not name one of its parameters, warns of missing keys, and serves
+    the base model there. vLLM ({vllm}) refuses most such endings (LP210), and accepts `lora_A.weight` on an embedding.
 
     Example: `...q_proj.lora_A`, as loralib saves it.
     """

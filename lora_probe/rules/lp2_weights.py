@@ -1,4 +1,4 @@
-"""LP2xx: what the file alone shows of a pair. In: the config, the pair, its spectrum. Out: `stored`."""
+"""LP2xx: what the file alone shows about a pair. In: the config, the pair, its spectrum. Out: `stored`."""
 
 from __future__ import annotations
 
@@ -15,18 +15,20 @@ from lora_probe.rules.registry import Sentence, rule
     "rank-differs-from-config",
     "stored",
     "wrong",
-    hint="write the rank of the tensors into `r` (or `rank_pattern`) of adapter_config.json, or save again",
+    hint="set `r` (or `rank_pattern`) in adapter_config.json to the rank of the tensors, or save the adapter again",
 )
 def rank_differs(pair: AdapterModule, config: AdapterConfig) -> Sentence | None:
-    """The tensors have another rank than the config gives their module.
+    """The rank of the tensors differs from the rank that the config sets for their module.
 
-    Why it matters: the scaling is `lora_alpha / r` of the *config*, so an engine that believes both runs the pair
-    at the wrong strength. vLLM ({vllm}) never compares the two: it answers normally, at the wrong scale.
-    PEFT 0.21 refuses the checkpoint with a size mismatch.
+    Why it matters: the scaling is `lora_alpha / r` of the *config*, so an engine that does not compare the two runs
+    the pair at the wrong strength. vLLM ({vllm}) never compares them: it answers normally, at the wrong scale. PEFT
+    0.21 refuses the checkpoint with a size mismatch.
 
     Example: `r: 8`, `lora_alpha: 16`, and `lora_A` of shape `[4, 576]`: trained with scaling 4, served with 2.
 
-    Mend: put the rank of the tensors into the config. References: huggingface/peft#1746.
+    Fix: set the config's rank to that of the tensors.
+
+    References: huggingface/peft#1746.
     """
     rank = pair.rank
     if pair.parameter != "weight":
@@ -51,13 +53,13 @@ def rank_differs(pair: AdapterModule, config: AdapterConfig) -> Sentence | None:
     hint="save the adapter again: both lora_A and lora_B of a module are needed",
 )
 def half_missing(pair: AdapterModule) -> str | None:
-    """A module has only one of lora_A and lora_B in the file.
+    """The file holds only one of lora_A and lora_B for a module.
 
-    Why it matters: there is no ΔW without both. vLLM 0.32 without lora_A adds nothing and says nothing; without
-    lora_B it dies with a TypeError that names nothing. PEFT 0.21 warns, and without lora_A multiplies the trained
-    lora_B with a random one: two loads of one file differ.
+    Why it matters: ΔW needs both. If lora_A is missing, vLLM 0.32 silently adds nothing; if lora_B is missing, it
+    fails with a TypeError that does not name the tensor. PEFT 0.21 warns, and if lora_A is missing, multiplies the
+    trained lora_B with a random one: two loads of the same file differ.
 
-    Mend: look for the key filter that dropped the half, and save again.
+    Fix: find the key filter that dropped the half, and save again.
     """
     if pair.a is None:
         return "lora_B is in the file, lora_A is not"
@@ -69,23 +71,24 @@ def half_missing(pair: AdapterModule) -> str | None:
     "variant-tensor-missing",
     "stored",
     "wrong",
-    hint="save the adapter again: the tensor was trained and is not in the file, or the flag is another run's",
+    hint="save the adapter again with the missing tensor, or remove the flag if it is from another run",
 )
 def variant_missing(pair: AdapterModule, config: AdapterConfig) -> Sentence | None:
-    """The config asks for a variant of LoRA that has a third tensor for every module, and a module has none.
+    """The config enables a LoRA variant with a third tensor for every module, but a module lacks that tensor.
 
-    What it does: magnitude vectors with `use_dora`, biases of lora_B with `lora_bias`, diagonals with `kasa_config`.
+    What it does: looks for magnitude vectors with `use_dora`, biases of lora_B with `lora_bias`, diagonals with
+    `kasa_config`.
 
-    Why it matters: that part of the training is gone. PEFT 0.21 warns of missing keys and computes magnitudes anew, or
-    starts a bias at zero, so the module runs as another function than the trained one. vLLM refuses the flag (LP406).
+    Why it matters: that part of the training is missing. PEFT 0.21 warns of missing keys and computes new magnitudes,
+    or starts a bias at zero, so the module computes something else than in training. vLLM refuses the flag (LP406).
 
-    Example: tensors deleted so that vLLM takes the file; `use_dora: true` written by hand.
+    Example: tensors deleted to make vLLM accept the file; `use_dora: true` written by hand.
     """
     if pair.parameter != "weight" or pair.embedding:
         return None
     for field, extra in EXTRAS.items():
         if config.raw.get(field) and not any(extra.is_named(tensor.name) for tensor in pair.extras):
-            return Sentence(f"`{field}` is set, and the file has no {extra.word} for it", field)
+            return Sentence(f"`{field}` is set, but the file has no {extra.word} for it", field)
     return None
 
 
@@ -94,16 +97,18 @@ def variant_missing(pair: AdapterModule, config: AdapterConfig) -> Sentence | No
     "zero-delta",
     "stored",
     "absent",
-    hint="lora_B is zero: never trained, or a fresh adapter was saved. Where lora_alpha is 0, write the trained value",
+    hint="train the adapter or save the trained one: lora_B is zero; if lora_alpha is 0, write the trained value",
 )
 def zero_delta(pair: AdapterModule, spectrum: Spectrum, config: AdapterConfig) -> str | Sentence | None:
     """ΔW = s·B·A is exactly zero.
 
-    Why it matters: every engine loads and multiplies it, reports success, and the module behaves as the base.
-    lora_B starts at zero, so this is what an adapter that never saw a gradient looks like.
+    Why it matters: every engine loads and multiplies the pair and reports success, and the module behaves as in the
+    base model. lora_B starts at zero, so an adapter that never received a gradient looks like this.
 
-    Mend: check which parameters were trainable; a fresh adapter from `get_peft_model` in place of
-    `PeftModel.from_pretrained` looks the same. References: huggingface/peft#793, huggingface/peft#1402.
+    Fix: check which parameters were trainable. A fresh adapter from `get_peft_model`, saved or loaded where
+    `PeftModel.from_pretrained` was needed, looks the same.
+
+    References: huggingface/peft#793, huggingface/peft#1402.
     """
     if spectrum.norm != 0:
         return None
@@ -111,7 +116,7 @@ def zero_delta(pair: AdapterModule, spectrum: Spectrum, config: AdapterConfig) -
         return "ΔW is exactly zero"
     field = config.alpha_field_of(pair.pattern_name)
     why = "lora_alpha is 0" if field == "lora_alpha" else f"{field} sets lora_alpha to 0"
-    return Sentence(f"ΔW is exactly zero, as {why}", field)
+    return Sentence(f"ΔW is exactly zero because {why}", field)
 
 
 @rule(
@@ -119,19 +124,19 @@ def zero_delta(pair: AdapterModule, spectrum: Spectrum, config: AdapterConfig) -
     "not-in-the-file",
     "stored",
     "absent",
-    hint="save the adapter again; if the module was not meant, take it out of target_modules",
+    hint="save the adapter again; if the module was not trained, remove it from target_modules",
     consequence=True,
     predicate=True,
 )
 def not_in_file() -> str:
-    """The config targets a module of the base, and the file holds no pair for it.
+    """The config targets a module of the base model, but the file has no pair for it.
 
-    Why it matters: vLLM ({vllm}) serves the base there and says nothing; PEFT 0.21 warns of missing keys and
-    runs an untrained pair, which is the base as well.
+    Why it matters: vLLM ({vllm}) silently serves the base model there; PEFT 0.21 warns of missing keys and runs an
+    untrained pair, which behaves like the base model too.
 
     Example: one layer of thirty lost in a sharded save: 87 of 90 modules took effect.
 
-    Mend: save again with all ranks gathered, or correct target_modules.
+    Fix: save again with all ranks gathered, or correct target_modules.
     """
     return "not in the file"
 
@@ -141,17 +146,19 @@ def not_in_file() -> str:
     "not-finite",
     "stored",
     "wrong",
-    hint="training diverged or float16 overflowed: go back to an earlier checkpoint",
+    hint="go back to an earlier checkpoint: training diverged or float16 overflowed",
 )
 def not_finite(spectrum: Spectrum) -> str | None:
-    """A or B holds NaN or infinity.
+    """A or B contains NaN or infinity.
 
-    Why it matters: both engines load it without a word; in vLLM every log-probability becomes NaN and the text
-    turns into one repeated token.
+    Why it matters: both engines load it silently; in vLLM every log-probability becomes NaN and the text turns into
+    one repeated token.
 
-    Mend: use a checkpoint from before the loss diverged. References: predibase/lorax#81.
+    Fix: use a checkpoint from before the loss diverged.
+
+    References: predibase/lorax#81.
     """
-    return None if spectrum.finite else "A or B holds NaN or infinity"
+    return None if spectrum.finite else "A or B contains NaN or infinity"
 
 
 @rule(
@@ -159,28 +166,30 @@ def not_finite(spectrum: Spectrum) -> str | None:
     "not-a-matrix",
     "stored",
     "wrong",
-    hint="the tensors were saved from a sharded model without gathering, or in a quantised form: save again",
+    hint="gather the weights of a sharded model and save again without quantisation",
 )
 def not_a_matrix(pair: AdapterModule) -> str | None:
     """A or B is not a two-dimensional float matrix, or their ranks disagree.
 
-    Why it matters: shards that were saved without gathering are flat or empty. vLLM 0.32 dies at the first request
-    with an IndexError that names no tensor; PEFT 0.21 says size mismatch.
+    Why it matters: shards that were saved without gathering are flat or empty. vLLM 0.32 fails at the first request
+    with an IndexError that does not name a tensor; PEFT 0.21 reports a size mismatch.
 
-    Mend: gather before saving (ZeRO-3, FSDP). References: huggingface/peft#2500, huggingface/accelerate#3508.
+    Fix: gather the weights before saving (ZeRO-3, FSDP).
+
+    References: huggingface/peft#2500, huggingface/accelerate#3508.
     """
     for half, tensor in (("lora_A", pair.a), ("lora_B", pair.b)):
         if tensor is None:
             continue
         if len(tensor.shape) != 2 or 0 in tensor.shape:
-            return f"{half} has the shape {_text(tensor.shape)}, not that of a matrix"
+            return f"{half} has shape {_text(tensor.shape)}, which is not a matrix"
         if tensor.dtype not in FLOATS:
-            return f"{half} is {tensor.dtype}, not a float"
+            return f"{half} has dtype {tensor.dtype}, not a float type"
     if pair.a is not None and pair.b is not None and pair.a.shape[0] != pair.b.shape[1]:
         return f"lora_A has rank {pair.a.shape[0]}, lora_B has rank {pair.b.shape[1]}"
     return None
 
 
 def _text(shape: tuple[int, ...]) -> str:
-    """The shape as Python writes a list; a file can give a tensor 64 axes."""
+    """The shape as a Python list, shortened: a tensor in a file may have 64 axes."""
     return str(list(shape)) if len(shape) < 6 else brief(list(shape))

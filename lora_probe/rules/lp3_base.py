@@ -1,4 +1,4 @@
-"""LP3xx: the adapter as a whole against its base. In: a `Subject` with a base. Out: `AdapterFinding`s."""
+"""LP3xx: the whole adapter compared with its base model. In: a `Subject` with a base. Out: `AdapterFinding`s."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lora_probe.rules.registry import AdapterFinding, Family, survey
 if TYPE_CHECKING:
     from lora_probe.rules.subject import Subject
 
-FAMILY = Family("LP3", "the base", commands="check, some also by trace", loading_step=3)
+FAMILY = Family("LP3", "the base model", commands="check, some also by trace", loading_step=3)
 
 
 @survey(
@@ -23,16 +23,16 @@ FAMILY = Family("LP3", "the base", commands="check, some also by trace", loading
     "unexpected-module",
     engines=("vllm",),
     needs="vllm",
-    hint="vLLM's class has no such module to adapt: merge the adapter, or train without it",
+    hint="merge the adapter, or train without this module: vLLM's model class cannot adapt it",
 )
 def unexpected_module(subject: Subject) -> Iterator[AdapterFinding]:
-    """The last word of a pair's name is none that vLLM's class of the model adapts, and vLLM refuses the file.
+    """The last part of a pair's name is not a module that vLLM's model class adapts, so vLLM refuses the file.
 
-    What it does: mirrors `check_unexpected_modules` with the words that the class itself gives.
+    What it does: repeats `check_unexpected_modules` with the module names of the model class.
 
-    Why it matters: vLLM 0.32 refuses loudly (`expected target modules in {...} but received [...]`). The same recipe
+    Why it matters: vLLM 0.32 refuses the file (`expected target modules in {...} but received [...]`). The same recipe
     may work on another model: a pair on `lm_head` or `embed_tokens` loads on Llama and is refused on Qwen2, whose
-    class names no embeddings; fused names (`qkv_proj`) are refused where the class takes q, k and v.
+    class does not list embeddings; fused names (`qkv_proj`) are refused if the class expects q, k and v.
 
     References: arcee-ai/mergekit#459, vllm-project/vllm#21500.
     """
@@ -66,7 +66,7 @@ def unexpected_module(subject: Subject) -> Iterator[AdapterFinding]:
 
 
 MOST_WORDS = 30
-"""Words of a class that a message names; real classes have ten."""
+"""Module names of a class that a message lists; real classes have ten."""
 
 
 @survey(
@@ -74,13 +74,14 @@ MOST_WORDS = 30
     "not-adaptable-in-peft",
     engines=("peft",),
     needs="base",
-    hint="take the module out of target_modules, or adapt its parameters with target_parameters",
+    hint="remove the module from target_modules, or adapt its parameters with target_parameters",
 )
 def not_adaptable_in_peft(subject: Subject) -> Iterator[AdapterFinding]:
-    """The config targets a module of a kind that PEFT cannot adapt.
+    """The config targets a type of module that PEFT cannot adapt.
 
-    Why it matters: PEFT 0.21 refuses (`Target module ... is not supported`). With transformers 5 the experts of a
-    mixture are one module with fused parameters, and its router is no Linear any more: names that worked before do not.
+    Why it matters: PEFT 0.21 refuses the adapter (`Target module ... is not supported`). With transformers 5 the
+    experts of a mixture are one module with fused parameters, and its router is not a Linear any more: names that
+    worked before fail.
 
     Example: `target_modules=["mlp"]`.
     """
@@ -105,16 +106,16 @@ def not_adaptable_in_peft(subject: Subject) -> Iterator[AdapterFinding]:
     "LP308",
     "vocabulary-differs",
     needs="base",
-    hint="resize the base's embeddings as in training, or serve the base that the tokens were added to",
+    hint="resize the base model's embeddings as in training, or serve the base model with the added tokens",
 )
 def vocabulary_differs(subject: Subject) -> Iterator[AdapterFinding]:
-    """Embeddings or heads in the file have another number of tokens than the base.
+    """Embeddings or heads in the file have a different number of tokens than the base model.
 
-    What it does: compares whole embeddings and heads, and pairs on them, with the base's vocabulary.
+    What it does: compares whole embeddings and heads, and pairs on them, with the vocabulary of the base model.
 
-    Why it matters: tokens were added before training. PEFT 0.21 says size mismatch until the base is resized as well;
-    vLLM 0.32 has no room for more tokens (`embedding LoRA size(260) must be consistent with the base model's vocabulary
-    size(250)`), and refuses whole embeddings in any case.
+    Why it matters: tokens were added before training. PEFT 0.21 reports a size mismatch until the base model is
+    resized as well; vLLM 0.32 has no room for more tokens (`embedding LoRA size(260) must be consistent with the base
+    model's vocabulary size(250)`), and always refuses whole embeddings.
 
     References: huggingface/peft#838, huggingface/peft#1457.
     """
@@ -136,7 +137,7 @@ def vocabulary_differs(subject: Subject) -> Iterator[AdapterFinding]:
             targeted = not pair or bool(subject.adapter.config.targeted([path.removesuffix(".lora_embedding_A")]))
             engines = (("peft",) if targeted else ()) + (("vllm",) if pair else ())
             yield AdapterFinding(
-                f"`{shown(name)}` is for {tokens} tokens, the base has {size}",
+                f"`{shown(name)}` has {tokens} tokens, the base model has {size}",
                 engines=engines,
                 refuses=True,
                 path=subject.adapter.weights.path,
@@ -145,7 +146,7 @@ def vocabulary_differs(subject: Subject) -> Iterator[AdapterFinding]:
 
 
 def word_of(path: str) -> str:
-    """The last word of the module that a half of a pair belongs to."""
+    """The last part of the name of the module that a half of a pair belongs to."""
     return path[: path.rindex(".lora_")].rpartition(".")[2]
 
 
@@ -159,27 +160,29 @@ def word_of(path: str) -> str:
 def experts_incomplete(subject: Subject) -> Iterator[AdapterFinding]:
     """Some experts, or some of their projections, have no pair.
 
-    What it does: counts the pairs of each layer's experts against those that vLLM packs together.
+    What it does: counts the pairs of each layer's experts and compares the number with what vLLM packs together.
 
-    Why it matters: vLLM 0.32 dies with an AssertionError that has no text (`pack_moe`). With two fused parameters
-    (gate_up_proj, down_proj) both are needed as well.
+    Why it matters: vLLM 0.32 fails with an AssertionError without a message (`pack_moe`). For two fused parameters
+    (gate_up_proj, down_proj) both pairs are needed as well.
 
     References: sgl-project/sglang#32406, unslothai/unsloth#6936.
     """
     view = subject.views["vllm"]
-    found = {place.name for place in subject.places["vllm"].values() if place.name is not None}
+    resolved = {place.name for place in subject.places["vllm"].values() if place.name is not None}
     groups: dict[str, list[str]] = {}
     for name, module in view.modules.items():
         if module.kind == "experts":
             groups.setdefault(name[: name.find(".experts")], []).append(name)
     for layer, names in groups.items():
-        held = [name for name in names if name in found]
+        held = [name for name in names if name in resolved]
         if view.experts == "3d":
-            held = [name for name in (f"{layer}.experts", f"{layer}.experts.base_layer") if name in found]
+            held = [name for name in (f"{layer}.experts", f"{layer}.experts.base_layer") if name in resolved]
         wanted = 2 if view.experts == "3d" else len(names)
         if held and len(held) < wanted:
             experts = f"`{shown(f'{layer}.experts')}`"
-            yield AdapterFinding(f"{experts} has {len(held)} of {wanted} pairs that vLLM packs together", refuses=True)
+            yield AdapterFinding(
+                f"{experts} has {len(held)} of the {wanted} pairs that vLLM packs together", refuses=True
+            )
             return
 
 
@@ -188,21 +191,23 @@ def experts_incomplete(subject: Subject) -> Iterator[AdapterFinding]:
     "experts-in-the-other-layout",
     engines=("vllm",),
     needs="vllm",
-    hint="start vLLM with --enable-mixed-moe-lora-format, and say is_3d_lora_weight in the request",
+    hint="start vLLM with --enable-mixed-moe-lora-format, and set is_3d_lora_weight in the request",
 )
 def experts_layout(subject: Subject) -> Iterator[AdapterFinding]:
-    """The file adapts the experts' fused parameters, and vLLM's class adapts each expert by itself.
+    """The file adapts the experts' fused parameters, but vLLM's model class adapts each expert separately.
 
-    Why it matters: vLLM 0.32 refuses (`contains fused 3D MoE weights ... but the model uses a 2D MoE LoRA wrapper`);
-    up to 0.31 it fails without words. PEFT with transformers 5 writes nothing but the fused layout.
+    Why it matters: vLLM 0.32 refuses the file (`contains fused 3D MoE weights ... but the model uses a 2D MoE LoRA
+    wrapper`); up to 0.31 it fails without a message. PEFT with transformers 5 writes only the fused layout.
 
     References: vllm-project/vllm#52194, #41384.
     """
     view = subject.views["vllm"]
     fused = [place.name for place in subject.places["vllm"].values() if place.name and place.name.endswith(".experts")]
     if fused and view.experts == "2d":
-        said = f"`{shown(fused[0])}` holds fused experts, and vLLM's {shown(view.model)} takes them one by one"
-        yield AdapterFinding(said, refuses=True)
+        message = (
+            f"`{shown(fused[0])}` holds fused experts, but vLLM's {shown(view.model)} adapts each expert separately"
+        )
+        yield AdapterFinding(message, refuses=True)
 
 
 @survey(
@@ -211,22 +216,24 @@ def experts_layout(subject: Subject) -> Iterator[AdapterFinding]:
     severity="warning",
     engines=("vllm",),
     needs="base",
-    hint="compare both engines with `lora-probe trace` and `lora-probe compare`, or leave k_proj out",
+    hint="compare both engines with `lora-probe trace` and `lora-probe compare`, or train without k_proj",
 )
 def keys_are_values(subject: Subject) -> Iterator[AdapterFinding]:
-    """The base computes its values from k_proj in some layers, and the adapter adapts k_proj.
+    """The base model computes its values from k_proj in some layers, and the adapter adapts k_proj.
 
-    Why it matters: Transformers takes one k_proj for keys and values, so an adapter on it changes both; vLLM copies the
-    base's keys into both slices of qkv_proj and the adapter's part into the keys alone. Read in both sources (vLLM
-    0.32, transformers 5.19), not run.
+    Why it matters: Transformers uses one k_proj for keys and values, so an adapter on it changes both. vLLM copies the
+    base model's keys into both slices of qkv_proj, but adds the adapter's part to the keys only. Known from the source
+    of both (vLLM 0.32, transformers 5.19), not measured.
 
-    Example: Gemma 4 with `attention_k_eq_v`. References: vllm-project/vllm#47026.
+    Example: Gemma 4 with `attention_k_eq_v`.
+
+    References: vllm-project/vllm#47026.
     """
     assert subject.base is not None
     if subject.base.text.get("attention_k_eq_v") and any(
         projection_of(p.module) == "k_proj" for p in subject.adapter.modules
     ):
-        yield AdapterFinding("the base's config says `attention_k_eq_v`, and the adapter adapts k_proj")
+        yield AdapterFinding("the base model's config sets `attention_k_eq_v`, and the adapter adapts k_proj")
 
 
 @survey(
@@ -234,13 +241,13 @@ def keys_are_values(subject: Subject) -> Iterator[AdapterFinding]:
     "shared-keys-and-values",
     severity="info",
     needs="base",
-    hint="nothing to mend: the tensors have no effect in any engine",
+    hint="ignore this: these tensors have no effect in any engine",
 )
 def shared_keys(subject: Subject) -> Iterator[AdapterFinding]:
-    """The base's last layers reuse the keys and values of earlier ones, and the adapter has pairs for theirs.
+    """The last layers of the base model reuse keys and values of earlier layers, and the adapter has pairs for theirs.
 
-    Why it matters: there is no such module there, so the pairs are dropped by both engines (LP303), and were never
-    trained.
+    Why it matters: these layers have no such modules, so both engines drop the pairs (LP303); the pairs were never
+    trained either.
 
     References: vllm-project/vllm#54917.
     """
@@ -256,7 +263,7 @@ def shared_keys(subject: Subject) -> Iterator[AdapterFinding]:
     ]
     if pairs:
         yield AdapterFinding(
-            f"the last {brief(shared)} of {brief(layers)} layers share keys and values; "
-            f"the file has {len(pairs)} pairs for theirs",
+            f"the last {brief(shared)} of {brief(layers)} layers reuse keys and values of earlier layers; "
+            f"the file has {len(pairs)} pairs for their k_proj and v_proj",
             keys=tuple(pair.key for pair in pairs),
         )

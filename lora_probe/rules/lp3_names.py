@@ -1,4 +1,4 @@
-"""LP3xx: names against the modules of the base. In: a pair's name and what the engine has. Out: `read` and `placed`."""
+"""LP3xx: names compared with the base model's modules. In: a name, the engine's modules. Out: `read` and `placed`."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ from lora_probe.rules.registry import rule
     "read",
     "absent",
     needs="base",
-    hint="rename the keys (`lora-probe check --fix -o FIXED/`), or serve the class that it was trained on",
+    hint="rename the keys (`lora-probe check --fix -o FIXED/`), or serve the model class that it was trained on",
     fixable=True,
 )
 def other_class(file_start: str, base_start: str) -> str:
-    """The names fit the base but for what stands before the layers: those of another class of the same model.
+    """The names match the base model except for the part before the layers: they belong to another class of the same
+    model.
 
-    What it does: where the path from the layer's number on is that of exactly one module of the base, that module was
-    meant.
+    What it does: compares the path from the layer number on; if it matches exactly one module of the base model, that
+    module was meant.
 
-    Why it matters: the best known way to serve the base model: a text adapter (`model.layers.0...`) on a multimodal
-    wrapper (`language_model.model.layers.0...`), or the reverse. vLLM compares the last word of a name alone, so it
-    takes the adapter, answers 200, and no module asks for it (before 0.33, which tries text names on
-    multimodal models). PEFT 0.21 warns of missing keys and serves the base.
+    Why it matters: this is the most common way for an adapter to have silently no effect: a text adapter
+    (`model.layers.0...`) on a multimodal wrapper (`language_model.model.layers.0...`), or the reverse. vLLM before
+    0.33 compares only the last part of a name, so it accepts the adapter, answers 200, and never uses it; 0.33 tries
+    text names on multimodal models. PEFT 0.21 warns of missing keys and serves the base model.
 
     References: vllm-project/vllm#34186, #48019, #41754, huggingface/peft#2566.
     """
@@ -37,19 +38,21 @@ def other_class(file_start: str, base_start: str) -> str:
     "read",
     "absent",
     needs="base",
-    hint="this adapter was trained on another model: give the right one with --model",
+    hint="pass the model that the adapter was trained on with --model: this is another one",
     consequence=True,
 )
 def no_such_module(model: str) -> str:
-    """The pair's name is no module of the base, and no module of the base was meant by it.
+    """The pair's name does not match any module of the base model, not even one in another class of the model.
 
-    What it does: looks the name up as the engine does, after its own renaming.
+    What it does: looks the name up as the engine does, after the engine's own renaming.
 
-    Why it matters: the pair is dropped. vLLM ({vllm}) refuses only a last word that it does not know at all;
-    a layer that the base does not have, a layer that shares another's keys and values, or a word that exists
-    elsewhere in the model (`fc1` of a vision tower) goes in silence. PEFT 0.21 is silent as well.
+    Why it matters: the pair is dropped. vLLM ({vllm}) refuses the file only if the last part of a name is unknown. It
+    silently drops a layer that the base model does not have, a layer that reuses the keys and values of another, and a
+    name that exists only elsewhere in the model (`fc1` of a vision tower). PEFT 0.21 drops the pair silently as well.
 
-    Example: layer 30 on a base of 30 layers (0 to 29). References: vllm-project/vllm#21500, #54917.
+    Example: layer 30 on a base model of 30 layers (0 to 29).
+
+    References: vllm-project/vllm#21500, #54917.
     """
     return f"{shown(model)} has no such module"
 
@@ -60,15 +63,17 @@ def no_such_module(model: str) -> str:
     "placed",
     "absent",
     needs="base",
-    hint="the engine cannot adapt this module: merge the adapter, or train without the module",
+    hint="merge the adapter, or train without the module: the engine cannot adapt it",
 )
 def no_lora_layer_there(why: str) -> str:
-    """The module exists, and the engine makes no LoRA layer of it.
+    """The module exists, but the engine does not create a LoRA layer for it.
 
-    Why it matters: the pair is read and has nowhere to go. vLLM ({vllm}) adapts the language model of a
-    multimodal one unless `--enable-tower-connector-lora` is given, and embeddings only for classes that name them.
+    Why it matters: the pair is read and then not used. vLLM ({vllm}) adapts only the language model of a multimodal
+    model unless started with `--enable-tower-connector-lora`, and embeddings only if the model class lists them.
 
-    Example: `target_modules="all-linear"` on a vision-language model. References: vllm-project/vllm#23796, #40307.
+    Example: `target_modules="all-linear"` on a vision-language model.
+
+    References: vllm-project/vllm#23796, #40307.
     """
     return why
 
@@ -80,11 +85,11 @@ def no_lora_layer_there(why: str) -> str:
     "absent",
     needs="base",
     engines=("vllm",),
-    hint="nothing to mend: the engine's class skips these modules on purpose",
+    hint="ignore this: the engine's model class skips these modules on purpose",
 )
 def skipped(why: str) -> str:
-    """vLLM's class of the model skips these names.
+    """vLLM's model class skips these names.
 
-    Why it matters: the pairs are not loaded, by design and without a word (`lora_skip_prefixes`, for instance `mtp.`).
+    Why it matters: the pairs are silently not loaded, by design (`lora_skip_prefixes`, for instance `mtp.`).
     """
     return why

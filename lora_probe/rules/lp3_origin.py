@@ -1,4 +1,4 @@
-"""LP3xx: what the adapter was trained on, against the base that is given. In: a `Subject`. Out: `AdapterFinding`s."""
+"""LP3xx: what the adapter was trained on, compared with the base model. In: a `Subject`. Out: `AdapterFinding`s."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lora_probe.rules.subject import Subject
 
 QUANTISED = ("bnb-4bit", "bnb-8bit", "-4bit", "-8bit", "awq", "gptq", "fp8", "int4", "int8", "nf4", "w4a16", "mxfp4")
-"""What the names of quantised models end in, or hold."""
+"""What the names of quantised models contain."""
 
 
 @survey(
@@ -26,48 +26,51 @@ QUANTISED = ("bnb-4bit", "bnb-8bit", "-4bit", "-8bit", "awq", "gptq", "fp8", "in
     "another-base",
     severity="warning",
     needs="base",
-    hint="serve it on the base that it was trained on; names and shapes cannot tell two models of one kind apart",
+    hint="serve it on the base model that it was trained on; names and shapes alone cannot tell similar models apart",
     field="base_model_name_or_path",
 )
 def another_base(subject: Subject) -> Iterator[AdapterFinding]:
-    """The base that is given calls itself otherwise than the base that the config names.
+    """The base model is not the one that the adapter's config sets.
 
-    What it does: compares the last word of `base_model_name_or_path` with what the base's own config says that it is
-    (`_name_or_path`), where both say something. A folder's name proves nothing and is not compared.
+    What it does: compares the last part of `base_model_name_or_path` with the name in the base model's own config
+    (`_name_or_path`), if both are set. Folder names prove nothing and are not compared.
 
-    Why it matters: an adapter of the instruct model loads on the base model, or on another fine-tune, without a word in
-    either engine; answers are poor.
+    Why it matters: an adapter of the instruct model loads silently on the plain base model, or on another fine-tune,
+    in both engines; the answers are poor.
 
     References: predibase/lorax#58, predibase/lorax#311.
     """
     assert subject.base is not None
-    named, own = subject.adapter.config.base_model, subject.base.config.get("_name_or_path")
-    if not named or not isinstance(own, str) or not own or Path(own).is_absolute() or Path(named).is_absolute():
+    wanted, own = subject.adapter.config.base_model, subject.base.config.get("_name_or_path")
+    if not wanted or not isinstance(own, str) or not own or Path(own).is_absolute() or Path(wanted).is_absolute():
         return
-    words = [word.rstrip("/").split("/")[-1].lower() for word in (named, own)]
+    words = [word.rstrip("/").split("/")[-1].lower() for word in (wanted, own)]
     plain = [_without_quantisation(word) for word in words]
     if plain[0] and plain[1] and plain[0] != plain[1]:
-        said = f"the adapter names `{shown(named)}`, the base calls itself `{shown(own)}`"
-        yield AdapterFinding(said)
+        yield AdapterFinding(
+            f"the adapter's base model is `{shown(wanted)}`, but this base model's config states `{shown(own)}`"
+        )
 
 
 @survey(
     "LP313",
     "trained-on-quantised-base",
     severity="warning",
-    hint="serve the same quantised base, or check the answers against PEFT on it: `lora-probe compare`",
+    hint="serve the same quantised base model, or compare the answers with PEFT on it: `lora-probe compare`",
     field="base_model_name_or_path",
 )
 def trained_on_quantised(subject: Subject) -> Iterator[AdapterFinding]:
-    """The config names a quantised base, and the base that is given is not quantised that way.
+    """The config sets a quantised base model, but the one that is served is not quantised.
 
-    What it does: reads the quantisation out of the name of the base in the adapter's config, and holds it against
-    `quantization_config` in the base's own. Without a base it says what to look at, as a note.
+    What it does: takes the quantisation from the base model's name in the adapter's config, and compares it with
+    `quantization_config` in the base model's own config. Without a base model, LP314 reports what to look at.
 
-    Why it matters: the adapter learned to make up for the rounding of the quantised weights. On 16-bit weights, or on
-    another quantisation, it runs in both engines without a word, weaker or worse than in training.
+    Why it matters: the adapter learned to compensate for the rounding of the quantised weights. On 16-bit weights, or
+    with another quantisation, it runs silently in both engines, weaker or worse than in training.
 
-    Example: `unsloth/Qwen2.5-0.5B-Instruct-bnb-4bit`. References: unslothai/unsloth-zoo#810, vllm-project/vllm#42488.
+    Example: `unsloth/Qwen2.5-0.5B-Instruct-bnb-4bit`.
+
+    References: unslothai/unsloth-zoo#810, vllm-project/vllm#42488.
     """
     named = subject.adapter.config.base_model or ""
     mark = _quantisation(named)
@@ -78,7 +81,7 @@ def trained_on_quantised(subject: Subject) -> Iterator[AdapterFinding]:
     own = subject.base.text.get("quantization_config") or subject.base.config.get("quantization_config")
     if not own:
         yield AdapterFinding(
-            f"the adapter was trained on `{shown(named)}` ({mark}), and this base is not quantised",
+            f"the adapter was trained on `{shown(named)}` ({mark}), but this base model is not quantised",
         )
 
 
@@ -86,25 +89,25 @@ def trained_on_quantised(subject: Subject) -> Iterator[AdapterFinding]:
     "LP314",
     "trained-on-quantised-note",
     severity="info",
-    hint="give the base that will be served with --model, to have it compared",
+    hint="pass the base model that you will serve with --model to compare it",
     field="base_model_name_or_path",
 )
 def quantised_note(subject: Subject) -> Iterator[AdapterFinding]:
-    """The config names a quantised base, and no base was given to compare it with.
+    """The config sets a quantised base model, and there is no base model to compare it with.
 
-    Why it matters: as LP313: served on weights in another precision, the adapter is another function.
+    Why it matters: as LP313: on weights in another precision, the adapter behaves differently.
     """
     named = subject.adapter.config.base_model or ""
     mark = _quantisation(named)
     if subject.base is None and mark is not None:
-        said = f"the adapter was trained on `{shown(named)}` ({mark})"
-        yield AdapterFinding(f"{said}: on a base in another precision it is another function")
+        trained = f"the adapter was trained on `{shown(named)}` ({mark})"
+        yield AdapterFinding(f"{trained}: on a base model in another precision it behaves differently")
 
 
 def _quantisation(name: str) -> str | None:
     text = name.lower()
-    found = next((mark for mark in QUANTISED if mark in text), None)
-    return found.strip("-") if found else None
+    mark = next((mark for mark in QUANTISED if mark in text), None)
+    return mark.strip("-") if mark else None
 
 
 def _without_quantisation(word: str) -> str:
@@ -121,19 +124,19 @@ def _without_quantisation(word: str) -> str:
     hint="serve with the adapter's template: `vllm serve --chat-template CKPT/chat_template.jinja`",
 )
 def tokenizer_differs(subject: Subject) -> Iterator[AdapterFinding]:
-    """The adapter's folder holds another chat template than the base's.
+    """The chat template in the adapter's folder differs from that of the base model.
 
-    What it does: compares the templates (chat_template.jinja, or the one in tokenizer_config.json) where both have one.
+    What it does: compares the templates (chat_template.jinja, or the one in tokenizer_config.json) if both have one.
 
-    Why it matters: vLLM takes tokenizer and template from the base alone and ignores the adapter's (it warns once, for
-    every adapter): the adapter answers prompts of a form that it was not trained on.
+    Why it matters: vLLM uses the tokenizer and template of the base model and ignores the adapter's (it warns once,
+    for every adapter): the adapter receives prompts in a format that it was not trained on.
 
     References: hiyouga/LlamaFactory#10596, unslothai/unsloth#1519.
     """
     assert subject.base is not None
-    mine, theirs = _template(subject.adapter.path), _template(subject.base.path)
-    if mine is not None and theirs is not None and mine[0].strip() != theirs[0].strip():
-        yield AdapterFinding(f"`{mine[1].name}` beside the adapter is not the base's template", path=mine[1])
+    own, base = _template(subject.adapter.path), _template(subject.base.path)
+    if own is not None and base is not None and own[0].strip() != base[0].strip():
+        yield AdapterFinding(f"`{own[1].name}` of the adapter differs from the base model's chat template", path=own[1])
 
 
 MAX_TEMPLATE = 1_000_000
@@ -148,30 +151,30 @@ def _template(folder: Path) -> tuple[str, Path] | None:
         return None
     path = folder / "tokenizer_config.json"
     try:
-        found = read_json(path).get("chat_template") if path.is_file() else None
+        template = read_json(path).get("chat_template") if path.is_file() else None
     except ProbeError:
         return None
-    if isinstance(found, str):
-        return found, path
-    return (json.dumps(found), path) if found else None
+    if isinstance(template, str):
+        return template, path
+    return (json.dumps(template), path) if template else None
 
 
 @survey(
     "LP317",
     "part-of-the-base",
     needs="weights of the base",
-    hint="write `pissa` or `olora` back into init_lora_weights for PEFT, or convert the adapter",
+    hint="restore `pissa` or `olora` in init_lora_weights for PEFT, or convert the adapter",
     field="init_lora_weights",
 )
 def part_of_the_base(subject: Subject) -> Iterator[AdapterFinding]:
-    """A and B are a part of this very base's weights, and the config does not say so.
+    """A and B are a part of this base model's own weights, but the config does not state it.
 
-    What it does: reads the weights of up to three modules and looks whether A is what B says of the weight, as PiSSA
-    and OLoRA begin. Pairs that began at zero have a cosine near 0, such pairs one near 1.
+    What it does: reads the weights of up to three modules and checks whether A follows from B and the weight, as after
+    PiSSA or OLoRA initialisation. The cosine is near 1 for such pairs, and near 0 for pairs that started at zero.
 
-    Why it matters: someone set init_lora_weights to true to get past vLLM's refusal, which offers just that. The part
-    was taken out of the base in training and is not taken out any more: it counts twice, in both engines, without a
-    word. Measured: PiSSA 0.05 and OLoRA 0.09 away from the trained model, whose whole training signal was 0.02.
+    Why it matters: someone set init_lora_weights to true, as vLLM's refusal suggests. In training the part was
+    subtracted from the base model; now it is not subtracted any more and counts twice, silently, in both engines.
+    Measured: PiSSA 0.05 and OLoRA 0.09 away from the trained model, whose whole training signal was 0.02.
 
     References: huggingface/transformers#34468.
     """
@@ -180,15 +183,13 @@ def part_of_the_base(subject: Subject) -> Iterator[AdapterFinding]:
     if row is not None and row.changes_base:
         return
     assert subject.base is not None
-    found = list(alignments(subject.adapter, subject.base))
-    if found and min(cosine for _, cosine in found) > ALIGNED:
-        pair, cosine = max(found, key=lambda item: item[1])
-        said = (
-            f"`{shown(pair.module)}` is a part of the base's own weight (cosine {cosine:.2f}), as PiSSA and OLoRA begin"
-        )
-        yield AdapterFinding(f"{said}, and init_lora_weights is {brief(init)}")
+    aligned = list(alignments(subject.adapter, subject.base))
+    if aligned and min(cosine for _, cosine in aligned) > ALIGNED:
+        pair, cosine = max(aligned, key=lambda item: item[1])
+        part = f"the pair is a part of the base model's own weight (cosine {cosine:.2f}), as with PiSSA and OLoRA"
+        yield AdapterFinding(f"`{shown(pair.module)}`: {part}, but init_lora_weights is {brief(init)}")
 
 
 ALIGNED = 0.5
-"""PiSSA and OLoRA were at 0.97 and 0.99 after some training, at 0.82 and 0.93 where B had moved by its own size; pairs
-that began at zero at 0.08 or less, those of the demo at 0.03."""
+"""Measured: PiSSA 0.97 and OLoRA 0.99 after some training, 0.82 and 0.93 after B had moved by its own size; pairs that
+started at zero 0.08 or less, those of the demo 0.03."""

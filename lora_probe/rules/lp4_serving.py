@@ -1,4 +1,4 @@
-"""LP4xx: the adapter against an engine's options and limits. Out: the refusal of a whole load, or what it ignores."""
+"""LP4xx: the adapter compared with an engine's options and limits. Out: why a load is refused, or what it ignores."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FAMILY = Family("LP4", "serving", commands="check, some also by trace", loading_
 
 DEFAULT_MAX_RANK = 16
 MAX_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM's `--max-lora-rank` takes (`MaxLoRARanks` in vllm/config/lora.py)."""
+"""Values that vLLM's `--max-lora-rank` accepts (`MaxLoRARanks` in vllm/config/lora.py)."""
 
 
 @rule(
@@ -34,13 +34,13 @@ MAX_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
     "refused-by-engine",
     "load",
     "absent",
-    hint="the engine's own message says what it does not accept; a limit is an option of it (--max-lora-rank R)",
+    hint="read the engine's message: it states what is not accepted; a limit is often an option (--max-lora-rank R)",
 )
 def refused(message: str) -> str:
-    """The engine refused the adapter as a whole, and says why.
+    """The engine refused the whole adapter.
 
-    Why it matters: nothing of the adapter is served. This is the good case: it is loud. Often the limit is an option
-    of the engine (`--max-lora-rank`), sometimes a feature that it does not have (DoRA, modules_to_save).
+    Why it matters: nothing of the adapter is served, but at least the engine reports it. The cause is often an option
+    of the engine (`--max-lora-rank`), sometimes a feature that it does not support (DoRA, modules_to_save).
 
     Example: `LoRA rank 64 is greater than max_lora_rank 16`: start the engine with `--max-lora-rank 64`.
     """
@@ -54,13 +54,13 @@ def refused(message: str) -> str:
     hint="start vLLM with a larger --max-lora-rank: 1, 8, 16, 32, 64, 128, 256, 320 or 512",
 )
 def rank_above_limit(subject: Subject) -> Iterator[AdapterFinding]:
-    """The adapter's rank is above `--max-lora-rank`, or above all that vLLM can be started with.
+    """The adapter's rank is above `--max-lora-rank`, or above the highest value that vLLM accepts.
 
-    What it does: takes the largest of `r` and rank_pattern, as vLLM does, and the rank of the tensors, which vLLM does
-    not look at before it copies them.
+    What it does: checks the largest of `r` and rank_pattern, as vLLM does, and the rank of the tensors, which vLLM
+    does not check before it copies them.
 
-    Why it matters: vLLM 0.32 refuses (`LoRA rank 32 is greater than max_lora_rank 16`), or, where only the tensors are
-    larger, dies while it fills the slot with an error that names nothing.
+    Why it matters: vLLM 0.32 refuses the adapter (`LoRA rank 32 is greater than max_lora_rank 16`). If only the
+    tensors are larger, it fails while it fills the slot, with an error that does not name the cause.
 
     References: vllm-project/vllm#2847, unslothai/unsloth#2097.
     """
@@ -74,7 +74,7 @@ def rank_above_limit(subject: Subject) -> Iterator[AdapterFinding]:
 
 
 def _held_rank(pair: AdapterModule) -> int:
-    """The rank of two matrices that go together; 0 for anything else."""
+    """The rank of two matrices that fit together; 0 for anything else."""
     if pair.a is None or pair.b is None or pair.parameter != "weight":
         return 0
     fits = len(pair.a.shape) == 2 and len(pair.b.shape) == 2 and pair.a.shape[0] == pair.b.shape[1]
@@ -82,7 +82,7 @@ def _held_rank(pair: AdapterModule) -> int:
 
 
 def _config_rank(subject: Subject) -> tuple[int, str]:
-    """The largest rank that the config asks this vLLM for, and the key that holds it."""
+    """The largest rank that this vLLM reads from the config, and the key that holds it."""
     config, version = subject.adapter.config, subject.serving.vllm
     patterns = config.rank_pattern.values() if version.at_least(RANK_PATTERN.vllm_applies) else ()
     largest = max(patterns, default=0)
@@ -94,12 +94,13 @@ def _config_rank(subject: Subject) -> tuple[int, str]:
     "needs-max-lora-rank",
     severity="warning",
     engines=("vllm",),
-    hint="start vLLM with --max-lora-rank, and give it here as well",
+    hint="start vLLM with --max-lora-rank, and pass it here as well",
 )
 def needs_max_rank(subject: Subject) -> Iterator[AdapterFinding]:
-    """The adapter's rank is above vLLM's default of 16, and no `--max-lora-rank` was given here.
+    """The adapter's rank is above vLLM's default of 16, and `--max-lora-rank` was not passed here.
 
-    Why it matters: vLLM refuses the adapter unless it is started with room for it. The ledger takes it that it is.
+    Why it matters: vLLM refuses the adapter unless it is started with a large enough `--max-lora-rank`. The prediction
+    assumes it is.
     """
     config, field = _config_rank(subject)
     if subject.serving.max_lora_rank is None and DEFAULT_MAX_RANK < config <= MAX_RANKS[-1]:
@@ -115,13 +116,13 @@ def needs_max_rank(subject: Subject) -> Iterator[AdapterFinding]:
     "placed",
     "absent",
     engines=("vllm",),
-    hint="widen --lora-target-modules, or leave it out",
+    hint="add the module to --lora-target-modules, or remove the option",
 )
 def outside_filter(targets: tuple[str, ...]) -> str:
-    """`--lora-target-modules` leaves the module out.
+    """`--lora-target-modules` excludes the module.
 
-    Why it matters: the option limits which layers vLLM wraps; loading an adapter never consults it, so the pair is
-    dropped without a word ({vllm}), partly or altogether.
+    Why it matters: the option limits which layers vLLM wraps, but loading an adapter does not check it. The pairs of
+    the other modules, or all pairs, are silently dropped ({vllm}).
 
     References: vllm-project/vllm#55193.
     """
@@ -133,38 +134,42 @@ def outside_filter(targets: tuple[str, ...]) -> str:
     "dtype-of-lora",
     severity="warning",
     engines=("vllm",),
-    hint="on a GPU use the same 16-bit dtype for both; on CPU nothing is wrong",
+    hint="use the same 16-bit dtype for both on a GPU; on a CPU there is no problem",
 )
 def lora_dtype(subject: Subject) -> Iterator[AdapterFinding]:
-    """`--dtype` and `--lora-dtype` do not go together on a GPU.
+    """`--dtype` and `--lora-dtype` do not work together on a GPU.
 
-    Why it matters: vLLM's GPU kernels for LoRA take float16 and bfloat16, the same for the layer's input and the
-    adapter. Anything else dies with an AssertionError at the first token, not when the adapter is loaded (0.32, read).
+    Why it matters: vLLM's GPU kernels for LoRA accept float16 and bfloat16, and the layer's input and the adapter must
+    have the same one. Anything else fails with an AssertionError at the first token, not when the adapter is loaded
+    (known from the source of 0.32).
 
     References: vllm-project/vllm#28640.
     """
     model, lora = subject.serving.dtype, subject.serving.lora_dtype
     if "float32" in (model, lora):
-        yield AdapterFinding("float32: vLLM's LoRA kernels on a GPU take float16 and bfloat16 alone")
+        yield AdapterFinding("vLLM's LoRA kernels on a GPU accept only float16 and bfloat16, not float32")
     elif model and lora and "auto" not in (model, lora) and model != lora:
-        yield AdapterFinding(f"--dtype is {model} and --lora-dtype {lora}: vLLM's LoRA kernels on a GPU want the same")
+        yield AdapterFinding(
+            f"--dtype is {model}, --lora-dtype is {lora}: vLLM's LoRA kernels on a GPU require the same"
+        )
 
 
 @survey(
     "LP406",
     "variant-refused",
     engines=("vllm",),
-    hint="serve it with PEFT, or merge it into the base first: merge_and_unload(), then `lora-probe parity`",
+    hint="serve it with PEFT, or merge it into the base model first: merge_and_unload(), then `lora-probe parity`",
 )
 def variant_refused(subject: Subject) -> Iterator[AdapterFinding]:
-    """The config asks for a variant of LoRA that vLLM does not have.
+    """The config enables a LoRA variant that vLLM does not support.
 
-    What it does: mirrors `PEFTHelper.validate_legal` of the version that is asked for: DoRA, biases, modules_to_save
-    other than a classification head, and from 0.32 on lora_bias, initialisations that change the base (PiSSA, OLoRA,
-    CorDA, LoftQ, and any word that vLLM does not know), aLoRA, layer_replication, BD-LoRA, QALoRA.
+    What it does: repeats `PEFTHelper.validate_legal` of the vLLM version that will serve it: DoRA, biases,
+    modules_to_save other than a classification head, and from 0.32 on lora_bias, initialisations that change the base
+    model (PiSSA, OLoRA, CorDA, LoftQ, and any value that vLLM does not know), aLoRA, layer_replication, BD-LoRA,
+    QALoRA.
 
-    Why it matters: vLLM refuses it, loudly and in its own words. What it offers in the message (set init_lora_weights
-    to true) is right only if the served base already contains the change.
+    Why it matters: vLLM refuses the adapter. The fix that its message suggests (set init_lora_weights to true) is
+    right only if the served base model already contains the change.
 
     References: vllm-project/vllm#10849, #4186, #9280, huggingface/transformers#34468.
     """
@@ -179,13 +184,15 @@ def _refusals(raw: Any, vllm: Behaviour) -> Iterator[tuple[str, str]]:
     if unsupported:
         names = ", ".join(map(shown, unsupported[:MOST_NAMES]))
         more = f" and {len(unsupported) - MOST_NAMES} more" if len(unsupported) > MOST_NAMES else ""
-        yield "modules_to_save", f"vLLM does not take modules_to_save {names}{more}"
+        yield "modules_to_save", f"vLLM does not support modules_to_save {names}{more}"
     if raw.get("bias", "none") != "none":
         yield "bias", f"vLLM does not support an adapter's bias (`bias` is {brief(raw['bias'])})"
     floats = [key for key, value in (raw.get("rank_pattern") or {}).items() if not isinstance(value, int)]
     if floats and vllm.at_least(RANK_PATTERN.vllm_applies):
-        where = f"for `{shown(floats[0])}`"
-        yield "rank_pattern", f"vLLM takes whole numbers as ranks, and rank_pattern has another {where}"
+        yield (
+            "rank_pattern",
+            f"vLLM requires integer ranks, but rank_pattern has another value for `{shown(floats[0])}`",
+        )
     for variant in variants_of(raw):
         if vllm.at_least(variant.vllm_refuses):
             yield variant.field, f"vLLM does not support {variant.described}"
@@ -196,24 +203,24 @@ def _refusals(raw: Any, vllm: Behaviour) -> Iterator[tuple[str, str]]:
 
 
 MOST_NAMES = 10
-"""Names of a list that a message holds."""
+"""Names of a list that a message shows."""
 
 
 @survey(
     "LP407",
     "ignored-by-this-vllm",
     engines=("vllm",),
-    hint="upgrade vLLM to 0.32, which honours or refuses it",
+    hint="upgrade vLLM to 0.32, which applies or refuses it",
 )
 def ignored_by_version(subject: Subject) -> Iterator[AdapterFinding]:
-    """This version of vLLM ignores a field that changes what the adapter is.
+    """This version of vLLM ignores a field that changes what the adapter computes.
 
-    What it does: knows which fields vLLM up to 0.31 does not read: rank_pattern, alpha_pattern, initialisations that
-    change the base, lora_bias, aLoRA, layer_replication, BD-LoRA, QALoRA.
+    What it does: checks the fields that vLLM up to 0.31 does not read: rank_pattern, alpha_pattern, initialisations
+    that change the base model, lora_bias, aLoRA, layer_replication, BD-LoRA, QALoRA.
 
-    Why it matters: the adapter runs without a word, with the patterns' modules at the general scaling, and the variants
-    as plain LoRA. Measured on 0.31: alpha_pattern 0.87 off in log-probabilities, PiSSA 0.40, lora_bias 1.01. 0.32
-    honours the patterns and refuses the others.
+    Why it matters: the adapter runs silently, with the general scaling for the modules of the patterns, and as plain
+    LoRA for the variants. Measured on 0.31, in log-probabilities: alpha_pattern off by 0.87, PiSSA by 0.40, lora_bias
+    by 1.01. 0.32 applies the patterns and refuses the others.
     """
     config, version = subject.adapter.config, subject.serving.vllm
     for pattern in (RANK_PATTERN, ALPHA_PATTERN):
@@ -230,9 +237,9 @@ def ignored_by_version(subject: Subject) -> Iterator[AdapterFinding]:
     init = config.raw.get("init_lora_weights")
     row = initialisation(init)
     if row is not None and row.changes_base and not version.at_least(row.vllm_refuses):
-        ignored.append(("init_lora_weights", f"init_lora_weights {brief(init)}, which changes the base"))
+        ignored.append(("init_lora_weights", f"init_lora_weights {brief(init)}, which changes the base model"))
     for field, name in ignored:
-        yield AdapterFinding(f"vLLM {version.version} ignores {name}, and runs the adapter as plain LoRA", field=field)
+        yield AdapterFinding(f"vLLM {version.version} ignores {name} and runs the adapter as plain LoRA", field=field)
 
 
 def _scaled_otherwise(subject: Subject) -> Iterator[Key]:
@@ -247,18 +254,18 @@ def _scaled_otherwise(subject: Subject) -> Iterator[Key]:
     "vocabulary-above-limit",
     engines=("vllm",),
     needs="base",
-    hint="vLLM cannot be started with --enable-lora on this base: merge the adapter",
+    hint="merge the adapter: vLLM cannot be started with --enable-lora on this base model",
 )
 def vocabulary_above_limit(subject: Subject) -> Iterator[AdapterFinding]:
-    """The base's vocabulary is larger than vLLM's kernel for an adapted output head takes.
+    """The base model's vocabulary is too large for vLLM's kernel for an adapted output head.
 
-    What it does: takes vLLM's own word for it, when its LoRA layers are made for this base.
+    What it does: reports vLLM's own error from creating its LoRA layers for this base model.
 
-    Why it matters: where the class adapts lm_head, the engine does not start with `--enable-lora`, whatever the adapter
+    Why it matters: if the class adapts lm_head, the engine does not start with `--enable-lora`, for any adapter
     (`vocab size must be <= 258048`, 0.32).
     """
-    if "vocab size must be" in (said := subject.unasked.get("vllm", "")):
-        yield AdapterFinding(said, refuses=True)
+    if "vocab size must be" in (error := subject.unasked.get("vllm", "")):
+        yield AdapterFinding(error, refuses=True)
 
 
 @survey(
@@ -266,13 +273,13 @@ def vocabulary_above_limit(subject: Subject) -> Iterator[AdapterFinding]:
     "head-without-home",
     engines=("vllm",),
     needs="vllm",
-    hint="serve it as the classifier that it was trained as (--runner pooling), with a base that has the head",
+    hint="serve it as the classifier that it was trained as (--runner pooling), with a base model that has the head",
 )
 def head_without_home(subject: Subject) -> Iterator[AdapterFinding]:
-    """The file holds a trained classification head, and the model that vLLM makes of this base has none.
+    """The file holds a trained classification head, but vLLM's model of this base model does not have one.
 
-    Why it matters: vLLM 0.32 refuses (`Cannot load full module 'score': the model does not expose a unique
-    ClassificationHeadWithLoRA`). It takes heads on pooling models of the cross-encoder kind.
+    Why it matters: vLLM 0.32 refuses the adapter (`Cannot load full module 'score': the model does not expose a unique
+    ClassificationHeadWithLoRA`). It accepts heads on pooling models of the cross-encoder type.
 
     References: vllm-project/vllm#53555, #12075.
     """
@@ -298,10 +305,9 @@ def head_without_home(subject: Subject) -> Iterator[AdapterFinding]:
     hint="merge the adapter: merge_and_unload(), then `lora-probe parity`",
 )
 def class_without_adapters(subject: Subject) -> Iterator[AdapterFinding]:
-    """vLLM's class of this base takes no adapter at all.
+    """vLLM's model class for this base model does not support LoRA.
 
-    Why it matters: vLLM does not start with `--enable-lora` (`... does not support LoRA yet`, 0.32), whatever the
-    adapter.
+    Why it matters: vLLM does not start with `--enable-lora` (`... does not support LoRA yet`, 0.32), for any adapter.
 
     Example: GPT-2.
     """
@@ -315,17 +321,17 @@ def class_without_adapters(subject: Subject) -> Iterator[AdapterFinding]:
     "engines-differ",
     "adapter",
     "wrong",
-    hint="mend the modules that one engine loses, or trust the engine that the adapter was trained with",
+    hint="fix the modules that one engine loses, or use the engine that the adapter was trained with",
     consequence=True,
 )
 def engines_differ(engines: str, count: int, total: int, only: str) -> str:
     """PEFT and vLLM will run different adapters.
 
-    What it does: holds the two predicted ledgers against each other, module by module.
+    What it does: compares the two predicted ledgers, module by module.
 
-    Why it matters: PEFT decides from adapter_config.json what to adapt, vLLM from the names of the tensors. Where the
-    two disagree, the engines run different functions and neither says so: an evaluation with one says nothing of the
-    other.
+    Why it matters: PEFT decides from adapter_config.json what to adapt, vLLM from the names of the tensors. If the two
+    disagree, the engines run different functions and neither reports it: an evaluation with one does not tell how the
+    other performs.
 
     Example: keys without `base_model.model.`, which vLLM applies and PEFT drops.
     """

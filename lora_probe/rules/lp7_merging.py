@@ -1,4 +1,4 @@
-"""LP7xx: what a merged model holds instead of base plus adapter, in its weights and in its outputs."""
+"""LP7xx: how a merged model differs from base model plus adapter, in its weights and in its outputs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from lora_probe.rules.registry import Family, rule
 FAMILY = Family("LP7", "merging", commands="parity", in_check=False)
 
 UNRELATED = 0.2
-"""Less of ΔW than this in a change, and it is called another adapter's."""
+"""A change with less of ΔW than this is reported as another adapter's."""
 
 
 @rule(
@@ -16,20 +16,21 @@ UNRELATED = 0.2
     "not-merged",
     "merge",
     "absent",
-    hint="the exporter saved the base; merge again with PEFT's merge_and_unload() and save what it returns",
+    hint="merge again with PEFT's merge_and_unload() and save what it returns: the exporter saved the base model",
     short="not merged",
     per_message=True,
 )
 def not_merged(stored: str) -> str:
-    """The merged model holds the base's weight, unchanged.
+    """The merged model contains the base model's weight, unchanged.
 
-    Why it matters: the export looks like a merge and is the base. Exporters that read the weights from the base's
-    files, or that match no name of the adapter, end like this without a word (unslothai/unsloth#869, #611;
+    Why it matters: the export looks like a merge, but it is the base model. Exporters that read the weights from the
+    base model's files, or whose names do not match the adapter's, silently produce this (unslothai/unsloth#869, #611;
     huggingface/peft#868).
 
-    How it is seen: every value equals the base's, and ΔW would have changed some of them even in this dtype.
+    How it is seen: every value equals the base model's, although ΔW would have changed some of them even in this
+    dtype.
     """
-    return f"the base's weight, unchanged, in {stored}"
+    return f"the base model's weight, unchanged, in {stored}"
 
 
 @rule(
@@ -37,16 +38,16 @@ def not_merged(stored: str) -> str:
     "merged-twice",
     "merge",
     "wrong",
-    hint="merge into the pristine base once; with tied embeddings adapt one of the two places only",
+    hint="merge into the original base model once; with tied embeddings adapt only one of the two",
     short="twice",
     per_message=True,
 )
 def merged_twice() -> str:
-    """The change is in the weight two times.
+    """The change was added to the weight twice.
 
-    Why it matters: the adapter acts with double strength. It happens where a merged model is given as the base of a
-    second merge, and in PEFT itself where the tied input and output embeddings are both adapted: both changes go
-    into the one matrix.
+    Why it matters: the adapter acts with double strength. This happens if a merged model is the base model of a second
+    merge, and in PEFT itself if the tied input and output embeddings are both adapted: both changes are added to the
+    same matrix.
     """
     return "merged twice"
 
@@ -56,13 +57,13 @@ def merged_twice() -> str:
     "wrong-scaling",
     "merge",
     "wrong",
-    hint="the scaling is alpha / r (alpha / sqrt(r) with rsLoRA, rank_pattern and alpha_pattern first); merge again",
+    hint="merge again with alpha / r (alpha / sqrt(r) with rsLoRA, rank_pattern and alpha_pattern first)",
     per_message=True,
 )
 def wrong_scaling(implied: float, scaling: float, known_as: str) -> str:
-    """The right change with another factor.
+    """The change is right except for its scaling.
 
-    Why it matters: the adapter acts too weakly or too strongly. Scripts forget alpha / r, mix it up with rsLoRA's
+    Why it matters: the adapter acts too weakly or too strongly. Scripts forget alpha / r, confuse it with rsLoRA's
     alpha / sqrt(r), or ignore the patterns.
 
     How it is seen: with this factor PEFT's own arithmetic, rounding included, explains the merged values; with the
@@ -76,15 +77,15 @@ def wrong_scaling(implied: float, scaling: float, known_as: str) -> str:
     "subtracted",
     "merge",
     "wrong",
-    hint="the change went in with the opposite sign: was the adapter unmerged from a base that never held it?",
+    hint="merge again; check whether the adapter was unmerged from a base model that never contained it",
     short="subtracted",
     per_message=True,
 )
 def subtracted() -> str:
     """The change was subtracted instead of added.
 
-    Why it matters: the model moved away from what was trained. `unmerge()` on a base that never held the adapter does
-    this.
+    Why it matters: the model moved away from what was trained. `unmerge()` on a base model that never contained the
+    adapter causes this.
     """
     return "subtracted instead of added"
 
@@ -94,16 +95,16 @@ def subtracted() -> str:
     "another-module",
     "merge",
     "wrong",
-    hint="the exporter mixed up names; merge again with PEFT's merge_and_unload()",
+    hint="merge again with PEFT's merge_and_unload(): the exporter mixed up names",
     short="another's",
 )
 def another_module(what: str, other: str) -> str:
-    """The weight holds what belongs to another module.
+    """The weight contains what belongs to another module.
 
-    Why it matters: shapes fit, nothing complains, and the model computes something else. Layers counted from another
-    number and q mixed up with k look like this.
+    Why it matters: shapes fit, no tool reports an error, and the model computes something else. Typical causes are
+    layers counted from a different number, and q swapped with k.
     """
-    return f"it holds the {what} of {shown(other)}"
+    return f"it contains the {what} of {shown(other)}"
 
 
 @rule(
@@ -111,16 +112,16 @@ def another_module(what: str, other: str) -> str:
     "transposed-change",
     "merge",
     "wrong",
-    hint="a Conv1D (GPT-2) lies transposed in the file: add (B·A)ᵀ there (fan_in_fan_out)",
+    hint="add (B·A)ᵀ: a Conv1D (GPT-2) is stored transposed (fan_in_fan_out)",
     short="transposed",
 )
 def transposed_change() -> str:
-    """The right change, transposed.
+    """The change is right, but transposed.
 
-    Why it matters: where a layer has as many inputs as outputs nothing complains. Hand-written merges of Conv1D models,
-    or of factors from another library, forget the transpose.
+    Why it matters: if a layer has as many inputs as outputs, no tool reports an error. Hand-written merges of Conv1D
+    models, or of factors from another library, forget the transpose.
     """
-    return "the change is there transposed"
+    return "the change is there, but transposed"
 
 
 @rule(
@@ -128,23 +129,24 @@ def transposed_change() -> str:
     "unexplained-change",
     "merge",
     "wrong",
-    hint="was it another adapter, another checkpoint of it, or a second change on top? merge again and compare",
+    hint="check for another adapter, another checkpoint or a second change on top; then merge again and compare",
     short="unexplained",
 )
 def unexplained_change(share: float | None, residual: float | None, values: int, count: int) -> str:
-    """The weight was changed, and not by this adapter alone: no factor of s·B·A and no other module's explains it.
+    """The weight was changed, but not by this adapter alone: no factor of s·B·A and no other module's change explains
+    it.
 
     Why it matters: it is another adapter, another training step, or something was added afterwards.
 
-    How it is seen: what is left after the best factor is far more than rounding. `share` is how much of this
-    adapter's ΔW is in the change, `residual` what else there is, relative to ΔW.
+    How it is seen: the remainder after the best factor is far larger than rounding. `share` is how much of this
+    adapter's ΔW is in the change, `residual` is everything else, relative to ΔW.
     """
-    found = f"{values} of {count} values are not what the merge gives"
+    message = f"{values} of {count} values differ from the correct merge"
     if share is None or residual is None:
-        return found
+        return message
     if abs(share) < UNRELATED:
-        found = f"this looks like another adapter: {found}"
-    return f"{found}; {100 * share:.1f} % of ΔW is there, and {residual:.2g} times as much of something else"
+        message = f"this looks like another adapter: {message}"
+    return f"{message}; {100 * share:.1f} % of ΔW is there, plus {residual:.2g} times as much of something else"
 
 
 @rule(
@@ -155,11 +157,11 @@ def unexplained_change(share: float | None, residual: float | None, values: int,
     hint="merge in float32 and serve that, or serve the adapter unmerged: this dtype cannot hold so small a change",
 )
 def lost_to_rounding(kept: float, stored: str) -> str:
-    """The merge was executed rightly, and rounding swallowed much of the change.
+    """The merge is correct, but rounding removed much of the change.
 
-    Why it matters: W + ΔW is rounded to the grid that W lies on; what is below half a step of it is gone. bfloat16 has
-    8 bits: a ΔW of 5e-4 of W keeps about a third of its effect (unslothai/unsloth#3091). It is no bug of the exporter,
-    and no other scaling.
+    Why it matters: W + ΔW is rounded to the precision of W; anything below half a step is lost. bfloat16 has 8 bits: a
+    ΔW of 5e-4 of W keeps about a third of its effect (unslothai/unsloth#3091). It is not a bug of the exporter, and
+    another scaling does not help.
 
     How it is seen: `effect_kept` = ⟨replay − W, ΔW⟩ / ⟨ΔW, ΔW⟩ of PEFT's own arithmetic, under 50 % for a module or
     under 90 % for the adapter.
@@ -176,11 +178,11 @@ def lost_to_rounding(kept: float, stored: str) -> str:
     short="not finite",
 )
 def not_finite_merge(values: int, by_adapter: bool) -> str:
-    """The merged weight holds NaN or infinity.
+    """The merged weight contains NaN or infinity.
 
     Why it matters: every token is noise. float16 overflows above 65504.
     """
-    whose = "as the adapter's own pair does" if by_adapter else "the adapter's pair is finite"
+    whose = "the adapter's pair is not finite either" if by_adapter else "the adapter's pair is finite"
     return f"{values} values are NaN or infinite; {whose}"
 
 
@@ -190,13 +192,14 @@ def not_finite_merge(values: int, by_adapter: bool) -> str:
     "merge",
     "unknown",
     severity="warning",
-    hint="the weights do not decide here; the outputs of both models may (leave --weights-only out)",
+    hint="compare the outputs of both models (without --weights-only): the weights alone do not decide here",
     per_message=True,
 )
 def not_judged(why: str) -> str:
-    """A part of the adapter whose merge cannot be checked: PEFT cannot merge it, or how it does is not known here.
+    """The merge of a part of the adapter cannot be checked: PEFT cannot merge it, or lora-probe does not know how PEFT
+    does.
 
-    Why it matters: it is not passed. The verdict is `undecided` at best.
+    Why it matters: this part has not passed. The verdict is `undecided` at best.
     """
     return why
 
@@ -209,12 +212,12 @@ def not_judged(why: str) -> str:
     hint="look at the weights first; if they are right, the dtype of the merge is too coarse for this adapter",
 )
 def effect_lost(survives: float, tokens: int, first: str) -> str:
-    """On the same tokens the merged model answers less like the unmerged adapter than it should.
+    """On the same tokens, the merged model is less like the unmerged adapter than it should be.
 
-    Why it matters: this is what the user of the merged model gets, whatever its weights look like.
+    Why it matters: these are the answers that users of the merged model get, whatever its weights look like.
 
-    How it is seen: the share of the effect that survives is 1 − sqrt(KL(unmerged‖merged) / KL(unmerged‖base)), over the
-    whole vocabulary and all answer tokens; under 90 % is an error.
+    How it is seen: the share of the effect that survives is 1 − sqrt(KL(unmerged‖merged) / KL(unmerged‖base)), over
+    the whole vocabulary and all answer tokens; under 90 % is an error.
     """
     return f"{100 * survives:.1f} % of the adapter's effect survives on {tokens} answer tokens{first}"
 
@@ -225,13 +228,13 @@ def effect_lost(survives: float, tokens: int, first: str) -> str:
     "merge",
     "unknown",
     severity="warning",
-    hint="mend what the message names, or give prompts with --prompt on which the adapter makes a difference",
+    hint="fix the cause in the message, or pass prompts with --prompt on which the adapter makes a difference",
 )
 def effect_not_measured(why: str) -> str:
-    """What survives of the effect could not be measured.
+    """The share of the effect that survives could not be measured.
 
-    Why it matters: a merge is only worth something if the answers stay; nothing was seen to be wrong, as nobody could
-    look.
+    Why it matters: a merge is only useful if the answers stay the same. No error was found, but the outputs were not
+    compared.
     """
     return why
 
@@ -242,17 +245,18 @@ def effect_not_measured(why: str) -> str:
     "merge",
     "ok",
     severity="warning",
-    hint="save the adapter with path_initial_model_for_weight_conversion to get plain LoRA for the stored base",
+    hint="save the adapter with path_initial_model_for_weight_conversion to get plain LoRA for the stored base model",
     per_message=True,
 )
 def rebased_base(init: str) -> str:
-    """The adapter belongs to another base than the stored one: its initialisation took a part out of it.
+    """The adapter's initialisation subtracted a part from the base model, so the adapter does not fit the stored base
+    model.
 
-    Why it matters: PiSSA and OLoRA train on W minus their first part. PEFT takes the part out again on every load; an
-    engine that does not (vLLM) adds the adapter to the whole W. The merge was checked against the right base, computed
-    here as PEFT computes it, which fixes the last bits only on the same machine.
+    Why it matters: PiSSA and OLoRA train on W minus their initial part. PEFT subtracts the part again on every load;
+    an engine that does not (vLLM) adds the adapter to the whole W. The merge was checked against the right base model,
+    computed here as PEFT computes it; its last bits are reproducible only on the same machine.
     """
-    without = "checked against the base without the part that the initialisation took out"
+    without = "checked against the base model without the part that the initialisation subtracts"
     return f"init_lora_weights is {shown(init)}: {without}"
 
 
@@ -265,12 +269,15 @@ def rebased_base(init: str) -> str:
     short="on the whole base",
 )
 def part_not_taken_out(init: str) -> str:
-    """The adapter was added to the whole base, and belongs to the base without what its initialisation took out.
+    """The adapter was added to the whole base model, but needs the base model without the part that its initialisation
+    subtracted.
 
-    Why it matters: PiSSA and OLoRA begin with a part of W in A and B, and take it out of W. PEFT does so again on
+    Why it matters: PiSSA and OLoRA start with a part of W in A and B, and subtract it from W. PEFT does so again on
     every load; a tool that adds s·B·A to the stored W counts that part twice.
     """
-    return f"merged into the whole base, without taking out what init_lora_weights={shown(init)} put into A and B"
+    return (
+        f"merged into the whole base model, without subtracting what init_lora_weights={shown(init)} put into A and B"
+    )
 
 
 @rule(
@@ -278,15 +285,15 @@ def part_not_taken_out(init: str) -> str:
     "magnitude-ignored",
     "merge",
     "wrong",
-    hint="the exporter knows plain LoRA only; merge with PEFT, which rescales every row to its magnitude",
+    hint="merge with PEFT, which rescales every row to its magnitude: the exporter supports only plain LoRA",
     short="no magnitude",
 )
 def magnitude_ignored() -> str:
     """A DoRA adapter was merged as plain LoRA: s·B·A was added, and the magnitudes were ignored.
 
-    Why it matters: DoRA's rows are rescaled to trained lengths; without that the model is another one.
+    Why it matters: DoRA rescales rows to trained lengths; without that the model computes something else.
     """
-    return "merged as plain LoRA, DoRA's magnitudes were ignored"
+    return "merged as plain LoRA: DoRA's magnitudes were ignored"
 
 
 @rule(
@@ -294,13 +301,14 @@ def magnitude_ignored() -> str:
     "replacement-missing",
     "merge",
     "wrong",
-    hint="the adapter carries these values whole (modules_to_save, trained tokens, bias); the exporter left them out",
+    hint="copy the values that the adapter holds whole (modules_to_save, trained tokens, bias) into the merged model",
     short="not replaced",
 )
 def replacement_differs(values: int, count: int, pristine: bool) -> str:
-    """Values that the adapter carries whole are not in the merged model.
+    """Values that the adapter holds whole are not in the merged model.
 
-    Why it matters: trained heads, embeddings and tokens are lost. vLLM and many exporters know lora_A and lora_B only.
+    Why it matters: trained heads, embeddings and tokens are lost. vLLM and many exporters support only lora_A and
+    lora_B.
     """
-    held = "the base's are there instead" if pristine else "something else is there"
+    held = "the base model's are there instead" if pristine else "something else is there"
     return f"{values} of {count} values are not the adapter's own; {held}"

@@ -1,4 +1,4 @@
-"""LP7xx: the tensors of a merged model that the adapter does not change, and embeddings that are tied. Out: `merge`."""
+"""LP7xx: the tensors of a merged model that the adapter does not change, and tied embeddings. Out: `merge`."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from lora_probe.rules.registry import rule
     "untouched-tensor-changed",
     "merge",
     "wrong",
-    hint="the adapter does not touch this tensor: was another base merged into, or trained on?",
+    hint="check whether the merge or a later training used another base model: the adapter does not change this tensor",
 )
 def untouched_changed(values: int, count: int, relative: float) -> str:
-    """A tensor that the adapter does not touch differs from the base's.
+    """A tensor that the adapter does not change differs from the base model's.
 
-    Why it matters: the merged model is not this base plus this adapter.
+    Why it matters: the merged model is not this base model plus this adapter.
     """
-    found = f"not the base's, though the adapter does not touch it: {values} of {count} values"
-    return found if math.isnan(relative) else f"{found}, {relative:.2g} relative"
+    message = f"differs from the base model, although the adapter does not change it: {values} of {count} values"
+    return message if math.isnan(relative) else f"{message}, {relative:.2g} relative"
 
 
 @rule(
@@ -29,12 +29,12 @@ def untouched_changed(values: int, count: int, relative: float) -> str:
     "tensor-missing",
     "merge",
     "absent",
-    hint="the save was cut short, or its names are another library's",
+    hint="save the merged model again: the save was cut short, or another library wrote the names",
 )
 def tensor_missing(what: str) -> str:
-    """A tensor of the base is not in the merged model, or has another shape there.
+    """A tensor of the base model is missing in the merged model, or has another shape there.
 
-    Why it matters: loaders fill it with random values, and warn at most.
+    Why it matters: loaders fill it with random values, and at most print a warning.
     """
     return what
 
@@ -44,12 +44,12 @@ def tensor_missing(what: str) -> str:
     "tensor-added",
     "merge",
     "wrong",
-    hint="a merged model has the tensors of its base; lora_ tensors mean that the adapter was saved unmerged",
+    hint="merge again if it is a lora_ tensor: then the adapter was saved unmerged",
 )
 def tensor_added() -> str:
-    """The merged model holds a tensor that neither base nor adapter has.
+    """The merged model contains a tensor that neither the base model nor the adapter has.
 
-    Why it matters: loaders ignore it, so that what it was meant to do does not happen; or it is no merge of this base.
+    Why it matters: loaders ignore it, so it has no effect; or the model is not a merge of this base model.
     """
     return "neither the base nor the adapter has it"
 
@@ -59,15 +59,15 @@ def tensor_added() -> str:
     "tied-places-differ",
     "merge",
     "wrong",
-    hint="write both places, or set tie_word_embeddings to false in the merged model's config.json",
+    hint="write both matrices, or set tie_word_embeddings to false in the merged model's config.json",
     per_message=True,
 )
 def tied_places_differ(head: str, embedding: str) -> str:
-    """The config ties input and output embeddings, and the files hold two different matrices.
+    """The config ties input and output embeddings, but the files hold two different matrices.
 
-    Why it matters: a loader takes one of the two for both, and which one differs between loaders.
+    Why it matters: a loader uses one of the two for both, and loaders differ in which one.
     """
-    return f"the config ties {shown(head)} to {shown(embedding)}, and the two differ"
+    return f"the config ties {shown(head)} to {shown(embedding)}, but the two differ"
 
 
 @rule(
@@ -76,14 +76,14 @@ def tied_places_differ(head: str, embedding: str) -> str:
     "merge",
     "ok",
     severity="warning",
-    hint="untie the base first (tie_word_embeddings=False) and merge into that; the outputs show what it costs",
+    hint="untie the base model first (tie_word_embeddings=False) and merge into that; the outputs show the difference",
     per_message=True,
 )
 def tied_changed_too(adapted: str) -> str:
     """The adapter changes one of two tied embeddings, and in the merged model both have changed.
 
-    Why it matters: the unmerged adapter changes the input or the output only. PEFT merges into the shared matrix and
-    warns when the adapter is made ("tied_target_modules"), not when it is merged.
+    Why it matters: the unmerged adapter changes only the input or only the output. PEFT merges into the shared matrix
+    and warns when the adapter is created ("tied_target_modules"), not when it is merged.
     """
     return f"only {adapted} is adapted, and the merged model ties input and output embeddings: both have changed"
 
@@ -93,12 +93,12 @@ def tied_changed_too(adapted: str) -> str:
     "merged-into-another-base",
     "merge",
     "wrong",
-    hint="name the base that was merged into with --model; the adapter's own is base_model_name_or_path",
+    hint="pass the base model of the merge with --model; the adapter's own is base_model_name_or_path",
     per_message=True,
 )
 def merged_into_another_base(differing: int, total: int) -> str:
-    """Most tensors that no adapter touches differ: the merged model was made from another base.
+    """Most tensors that no adapter changes differ: the merged model was made from another base model.
 
-    Why it matters: what the adapter did cannot be told from what the other base brings.
+    Why it matters: the effect of the adapter cannot be separated from that of the other base model.
     """
-    return f"{differing} of {total} tensors that the adapter does not touch are not this base's"
+    return f"{differing} of {total} tensors that the adapter does not change differ from this base model's"

@@ -1,9 +1,9 @@
-"""The registry of rules: each one way in which an adapter goes wrong, with a stable code and a page.
+"""The registry of rules: each is one way in which an adapter fails, with a stable code and a page.
 
 In: functions under `@rule` or `@survey`, which hold every fact about a rule; the docstring is its page, and `{vllm}` in
-it stands for the supported versions of vLLM. Most rules go from facts about one module to a sentence, or None where
-nothing is wrong, and become a `Finding` at a station. Others look at a whole adapter and yield `AdapterFinding`s. Out:
-`all_rules`, `surveys` and `families`.
+it stands for the supported versions of vLLM. Most rules return a sentence about one module, or None if nothing is
+wrong; it becomes a `Finding` at a station. Others check a whole adapter and yield `AdapterFinding`s. Out: `all_rules`,
+`surveys` and `families`.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ if TYPE_CHECKING:
 
 Severity = Literal["error", "warning", "info"]
 Needs = str
-"""`files`, `base`, `weights of the base`, or an engine: what it has for the base."""
+"""`files`, `base`, `weights of the base`, or the name of an engine: its modules for the base."""
 P = ParamSpec("P")
 Survey = Callable[["Subject"], Iterable["AdapterFinding"]]
 
 OTHERS_CODE = re.compile(r"(?!LP)[A-Z]{2,8}[0-9]{3}")
-"""Codes of rules that other distributions add: a prefix of their own, then three digits."""
+"""Codes of rules that other distributions add: their own prefix, then three digits."""
 _CODE = re.compile(r"([A-Z]+)([0-9]?)")
 _FAMILY_MODULE = re.compile(r"lp\d_\w+")
 
@@ -46,8 +46,8 @@ class Family:
     """Rules whose codes begin alike: those of the modules `lp4_*` begin with `LP4`.
 
     One of these modules holds the constant `FAMILY`. `commands` names the commands that report its rules.
-    `loading_step` is the order in which a loading engine gets to what the rules check: of several refusals the engine
-    reports that of the lowest step. `in_check`: `check` runs them; the others are about running engines and merges.
+    `loading_step` is the order in which an engine runs these checks while loading: of several refusals it reports the
+    one of the lowest step. `in_check`: `check` runs them; the others are about running engines and merges.
     """
 
     prefix: str
@@ -66,10 +66,10 @@ class Rule:
     """What is known about a rule without running it.
 
     `engines` is empty for a rule about every engine. `field` is the key of adapter_config.json that a finding points at
-    unless it names another. `fixable`: `check --fix` repairs it. `short` fits into a cell of a table. `consequence`: it
-    mostly follows from another finding, and is reported after it. `predicate`: the sentence continues one that begins
+    unless it has its own. `fixable`: `check --fix` repairs it. `short` fits into a cell of a table. `consequence`: it
+    usually follows from another finding, and is reported after it. `predicate`: the sentence continues one that begins
     with the modules' names (`layer 5 q_proj` is `not in the file`). `per_message`: different messages are different
-    diagnostics; of any other rule all findings are one diagnostic with the first message. `module` is the Python module
+    diagnostics; for other rules all findings are one diagnostic with the first message. `module` is the Python module
     that registered the rule.
     """
 
@@ -107,7 +107,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Sentence:
-    """What a rule function returns in place of a string where `field`, and not its rule's, is the key to blame."""
+    """What a rule function returns instead of a string if the cause is `field` and not the rule's field."""
 
     message: str
     field: str | None
@@ -117,9 +117,9 @@ class Sentence:
 class AdapterFinding:
     """What a rule on a whole adapter found.
 
-    With `refuses` the engines do not load the adapter, and `message` is why. With `value` and `keys` the modules get
-    that finding at `station` in the ledgers of the engines. `field` is the key of adapter_config.json that is to
-    blame, `path` another file. `engines` are those of the rule unless given.
+    With `refuses` the engines do not load the adapter, and `message` is the reason. With `value` and `keys` the modules
+    get that finding at `station` in the ledgers of the engines. `field` is the key of adapter_config.json that
+    caused it, `path` another file. `engines` are those of the rule unless set.
     """
 
     message: str
@@ -175,7 +175,7 @@ class _Register:
 
 
 def _page(judge: Callable[..., Any]) -> str:
-    """The docstring of a rule, with the versions of vLLM that are known in place of `{vllm}`."""
+    """The docstring of a rule, with the supported versions of vLLM in place of `{vllm}`."""
     return (inspect.getdoc(judge) or "").replace("{vllm}", SUPPORTED)
 
 
@@ -196,8 +196,8 @@ def rule(
     predicate: bool = False,
     per_message: bool = False,
 ) -> _Register:
-    """Register a function from facts to a sentence as the rule `code`; calling it then returns a Finding. What the
-    facts mean is documented at `Rule`.
+    """Register a function that returns a sentence as the rule `code`; calling it then returns a Finding. `Rule`
+    documents the arguments.
 
     Raises:
         ValueError: another rule has the code or the name.
@@ -232,9 +232,9 @@ def survey(
     fixable: bool = False,
     consequence: bool = False,
 ) -> Callable[[Survey], Survey]:
-    """Register a function from a subject (an adapter, and what is known of its base and of the engines) to what it
-    finds as the rule `code`. It is called only where what it `needs` is there. Findings that name neither a field nor a
-    file point at `field`.
+    """Register a function that checks a whole subject (an adapter, and what is known about its base and the engines) as
+    the rule `code`. It is called only if what it `needs` is available. Findings without a field or a file of their own
+    point at `field`.
 
     Raises:
         ValueError: another rule has the code or the name.
@@ -273,9 +273,9 @@ def survey(
 
 def surveys() -> Iterator[tuple[Rule, Survey]]:
     """The rules on whole adapters, in the order of their codes."""
-    for code, known in all_rules().items():
+    for code, registered in all_rules().items():
         if code in _surveys:
-            yield known, _surveys[code]
+            yield registered, _surveys[code]
 
 
 def all_rules() -> dict[str, Rule]:
@@ -290,7 +290,7 @@ def _register_others(point: EntryPoint) -> None:
     """Import a module of rules of another distribution.
 
     Raises:
-        ProbeError: it cannot be imported, or one of its codes is not one that others may use. Its rules are left out.
+        ProbeError: it cannot be imported, or one of its codes is reserved. Its rules are left out.
     """
     before = set(_registry)
     try:
@@ -306,13 +306,13 @@ def _register_others(point: EntryPoint) -> None:
 
 
 def families() -> dict[str, Family]:
-    """Every family by the beginning of its codes, in their order."""
+    """Every family by the prefix of its codes, in that order."""
     every = [module.FAMILY for module in _family_modules() if hasattr(module, "FAMILY")]
     return {family.prefix: family for family in every}
 
 
 def family_of(code: str) -> Family:
-    """The family of a rule; one without a title for a code that belongs to none."""
+    """The family of a rule; a family without a title if the code does not belong to one."""
     match = _CODE.match(code)
     prefix = match[0] if match else code
     return families().get(prefix) or Family(prefix, "")
@@ -320,7 +320,7 @@ def family_of(code: str) -> Family:
 
 @cache
 def _family_modules() -> tuple[ModuleType, ...]:
-    """The modules of this package that hold rules: those whose names begin as their codes do."""
+    """The modules of this package that hold rules: their names begin like their codes."""
     package = import_module(__name__.rpartition(".")[0])
     names = sorted(module.name for module in pkgutil.iter_modules(package.__path__))
     return tuple(import_module(f"{package.__name__}.{name}") for name in names if _FAMILY_MODULE.fullmatch(name))

@@ -1,8 +1,8 @@
 """What a ledger expects before any engine runs: its rows, with `stored` already judged.
 
-In: an adapter, and the base's module shapes where they are known. Out: one `Expected` for each module that the
-config targets on this base or the file holds. A name in the file that has no home shares the row of the one base
-module that ends in the same path from the layer number on, if that module has no entry of its own.
+In: an adapter, and the base's module shapes if they are known. Out: one `Expected` for each module that the
+config targets on this base or the file holds. A name in the file that is not a module of the base shares the row of the
+only base module that ends in the same path from the layer number on, if that module has no pair of its own.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from lora_probe.rules.lp3_shapes import shape_differs
 from lora_probe.rules.paths import unwrapped
 
 MOST_CANDIDATES = 100
-"""Modules of a base that one name may mean; the towers of real models are fewer, and of many none is meant."""
+"""The most modules of a base that one name may mean. Real models have fewer towers; with more, none is chosen."""
 
 
 @dataclass(frozen=True)
 class Expected:
-    """One row to come. `entry` is the pair in the file, `homeless` a pair whose own name is no module."""
+    """One row of a future ledger. `entry` is the pair in the file, `homeless`: its name is not a module of the base."""
 
     key: Key
     entry: AdapterModule | None
@@ -54,28 +54,28 @@ def expect(
     aliases: Mapping[str, str] | None = None,
     spectra: Mapping[Key, Spectrum | None] | None = None,
 ) -> tuple[Expected, ...]:
-    """The rows of the ledger for `adapter` on a base with `shapes` (None: the base is not known here).
+    """The rows of the ledger for `adapter` on a base with `shapes` (None: the base is unknown).
 
-    `aliases` maps a module's name in the file to its name in `shapes`, where an engine knows that both are one.
-    `spectra` are those of the adapter's pairs, where they have been computed already.
+    `aliases` maps a module's name in the file to its name in `shapes`, if an engine treats both as the same module.
+    `spectra` are those of the adapter's pairs, if they have been computed already.
     """
     entries = adapter.by_key()
-    known = shapes or {}
-    targeted = set(adapter.config.targeted(known))
-    same = {key: (aliases or {}).get(key[0], key[0]) for key in entries if key[0] not in known}
-    same = {key: home for key, home in same.items() if home in known}
-    homes = _homes(entries, known, set(same.values())) | same
+    modules = shapes or {}
+    targeted = set(adapter.config.targeted(modules))
+    same = {key: (aliases or {}).get(key[0], key[0]) for key in entries if key[0] not in modules}
+    same = {key: home for key, home in same.items() if home in modules}
+    homes = _homes(entries, modules, set(same.values())) | same
     transposed = bool(adapter.config.raw.get("fan_in_fan_out"))
     rows: dict[Key, Expected] = {}
     for key, entry in entries.items():
         home = homes.get(key, key[0])
-        wanted = home in targeted if known else adapter.config.targets.module(home)
+        wanted = home in targeted if modules else adapter.config.targets.module(home)
         plain = entry.parameter == "weight"
-        found = pair_spectrum(adapter, entry) if spectra is None else spectra[key]
-        stored = judge_stored(adapter, entry, found, known.get(home) if plain else None, transposed)
+        spectrum = pair_spectrum(adapter, entry) if spectra is None else spectra[key]
+        stored = judge_stored(adapter, entry, spectrum, modules.get(home) if plain else None, transposed)
         by = ("config", "file") if wanted else ("file",)
-        homeless = bool(known) and plain and key[0] not in known and key not in same
-        rows[(home, *key[1:])] = Expected((home, *key[1:]), entry, homeless, by, stored, found)
+        homeless = bool(modules) and plain and key[0] not in modules and key not in same
+        rows[(home, *key[1:])] = Expected((home, *key[1:]), entry, homeless, by, stored, spectrum)
     filled = {home for home, _, _ in rows}
     for module in targeted - filled:
         key = (module, "weight", None)
@@ -86,18 +86,18 @@ def expect(
 def judge_stored(
     adapter: Adapter,
     pair: AdapterModule,
-    found: Spectrum | None,
+    spectrum: Spectrum | None,
     shape: tuple[int, int] | None,
     transposed: bool = False,
 ) -> Finding:
-    """Run the LP2xx and LP3xx rules over one pair; the worst finding, the first where they weigh the same."""
+    """Run the LP2xx and LP3xx rules over one pair; the worst finding, the first of equally bad ones."""
     findings = [not_a_matrix(pair), half_missing(pair)]
     if not any(findings):
         findings += [rank_differs(pair, adapter.config), variant_missing(pair, adapter.config)]
         if shape is not None:
             findings.append(shape_differs(pair, shape, transposed))
-    if found is not None:
-        findings += [not_finite(found), zero_delta(pair, found, adapter.config)]
+    if spectrum is not None:
+        findings += [not_finite(spectrum), zero_delta(pair, spectrum, adapter.config)]
     worst = OK
     for finding in findings:
         if finding is not None:
@@ -109,8 +109,8 @@ def _homes(entries: Mapping[Key, AdapterModule], shapes: Shapes, taken: set[str]
     """For each key whose module the base does not have, the base module that it must have meant, if that is not
     `taken`.
 
-    Several towers of one base may have a layer of that number: which one was meant is decided for all keys of one
-    beginning together, as the one that has homes of the right shape for most of them.
+    Several towers of one base may have a layer of that number. One tower is chosen for all keys with the same start:
+    the one with modules of the right shape for most of them.
     """
     if not shapes:
         return {}
@@ -129,19 +129,19 @@ def _homes(entries: Mapping[Key, AdapterModule], shapes: Shapes, taken: set[str]
         for name in candidates[key]:
             votes.setdefault(_beginning(key[0]), Counter())[_beginning(name)] += 1 + 10_000 * _fits(entry, shapes[name])
     elected = {beginning: counted.most_common(2) for beginning, counted in votes.items()}
-    found: dict[Key, str] = {}
+    homes: dict[Key, str] = {}
     claims: Counter[str] = Counter()
     for key, names in candidates.items():
         first, *rest = elected[_beginning(key[0])] if names else [("", 0)]
         meant = [name for name in names if _beginning(name) == first[0]]
         if len(meant) == 1 and not (rest and rest[0][1] == first[1]):
-            found[key] = meant[0]
+            homes[key] = meant[0]
             claims[meant[0]] += 1
-    return {key: home for key, home in found.items() if claims[home] == 1}
+    return {key: home for key, home in homes.items() if claims[home] == 1}
 
 
 def _beginning(module: str) -> str:
-    """What stands before the layer's number; outside of layers the parent."""
+    """The part before the layer's number; outside of layers the parent."""
     match = LAYER.search(module)
     return module[: match.start(1)] if match else module.rpartition(".")[0]
 
@@ -151,6 +151,6 @@ def _fits(entry: AdapterModule, shape: tuple[int, int] | None) -> bool:
 
 
 def _from_layer_on(module: str) -> str:
-    """What tells a module apart whatever stands before the layers; outside of them its last word."""
+    """What identifies a module regardless of the part before the layers; outside of layers its last word."""
     match = LAYER.search(module)
     return module[match.start(1) :] if match else module.rpartition(".")[2]

@@ -1,6 +1,6 @@
-"""What `check` knows of one adapter: the files, the base, what each engine has for it, how it will be served.
+"""What `check` knows about one adapter: the files, the base, each engine's modules, how it will be served.
 
-In: an `Adapter`, a `Base` and `EngineView`s where they are known, and what `prediction` made of them. Out: a `Subject`,
+In: an `Adapter`, a `Base` and `EngineView`s if they are known, and what `prediction` made of them. Out: a `Subject`,
 which the rules ask: which module a pair of the file leads to in an engine, and which modules the config targets.
 """
 
@@ -18,7 +18,7 @@ from lora_probe.rules.vllm_versions import Behaviour
 
 @dataclass(frozen=True)
 class Serving:
-    """How vLLM will be started: its flags by their names, None where they are not given."""
+    """How vLLM will be started: its flags by their names, None if they are not passed."""
 
     vllm: Behaviour
     max_lora_rank: int | None = None
@@ -29,9 +29,9 @@ class Serving:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a pair leads in an engine: the name that the engine makes of its own, and the module of that name.
+    """Where a pair leads in an engine: the engine's name for it, and the module of that name.
 
-    `name` is None where the engine drops such names (`dropped` says how), or takes no such name at all.
+    `name` is None if the engine drops such names (`dropped` states how) or does not accept such a name at all.
     """
 
     name: str | None
@@ -41,11 +41,11 @@ class Place:
 
 @dataclass(frozen=True)
 class Subject:
-    """One adapter, and all that is known of where it will run; `prediction.subject_of` makes it.
+    """One adapter, and all that is known about where it will run; `prediction.subject_of` makes it.
 
-    `views` holds what each engine has for the base, `unasked` why an engine could not be asked. `shapes` are the
-    modules of the base by the names of Transformers, as far as PEFT can adapt them; None where the base is not known.
-    `places` says for each engine in `views` and each pair where it leads.
+    `views` holds each engine's modules for the base, `unasked` why an engine could not be asked. `shapes` are the
+    modules of the base by the names of Transformers, as far as PEFT can adapt them; None if the base is unknown.
+    `places` maps each engine in `views` and each pair to where it leads.
     """
 
     adapter: Adapter

@@ -1,6 +1,6 @@
 """What vLLM versions do differently with an adapter: one table.
 
-In: a version. Out: its `Behaviour`. Every row says how it was seen: by running that version, or by reading its source.
+In: a version. Out: its `Behaviour`. Every row states how it was seen: by running the version, or reading its source.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ ENGINE_OPTIONS = (
     "tensor_parallel_size",
     "lora_target_modules",
 )
-"""vLLM's flags that our commands take, by their names; not all of them decide something in `check`."""
+"""vLLM's flags that our commands accept, by their names; `check` does not use all of them."""
 
 
 @dataclass(frozen=True)
 class Behaviour:
     """What one version of vLLM does.
 
-    `drops_bias_of_b`: it takes a bias of lora_B for lora_B itself, and drops it, where others refuse the tensor.
-    `classification_heads`: it reads a trained `score` or `classifier`, where others refuse any modules_to_save.
+    `drops_bias_of_b`: it accepts a bias of lora_B as lora_B itself, and drops it; others refuse the tensor.
+    `classification_heads`: it reads a trained `score` or `classifier`; others refuse any modules_to_save.
     `text_names_on_multimodal`: it tries a text model's names on the language model of a multimodal one. What it does
     with each variant of LoRA is in `adapter/variants.py`.
     """
@@ -39,7 +39,7 @@ class Behaviour:
     seen: str
 
     def at_least(self, first: str) -> bool:
-        """Whether this is version `first` or a newer one; never where `first` is empty, which stands for none."""
+        """Whether this is version `first` or a newer one; never if `first` is empty, which means no version."""
         return bool(first) and _number(self.version) >= _number(first)
 
 
@@ -49,9 +49,9 @@ TABLE = (
     Behaviour("0.32", False, True, False, "run: the tests of this repository on 0.32.0"),
     Behaviour("0.33", False, True, True, "read: lora/model_manager.py (`_get_text_lora_names`) of 0.33.0"),
 )
-"""Oldest first. What is newer than the last row is taken to behave like it."""
+"""Oldest first. Newer versions than the last row are assumed to behave like it."""
 SUPPORTED = f"{TABLE[0].version} to {TABLE[-1].version}"
-"""In words, for texts: a rule's docstring writes `{vllm}`."""
+"""For texts; in a rule's docstring `{vllm}` stands for it."""
 
 
 def installed() -> str | None:
@@ -73,14 +73,14 @@ def behaviour(wanted: str | None = None) -> Behaviour:
     text = wanted or installed()
     if text is None:
         return TABLE[-1]
-    known = ", ".join(row.version for row in TABLE)
+    versions = ", ".join(row.version for row in TABLE)
     try:
         number = _number(text)
     except ValueError:
-        raise ProbeError(f"`{text}` is no version of vLLM", f"known: {known}") from None
+        raise ProbeError(f"`{text}` is not a valid vLLM version", f"known versions: {versions}") from None
     rows = [row for row in TABLE if _number(row.version) <= number]
     if not rows:
-        raise ProbeError(f"vLLM {text} is older than what is known here", f"known: {known}")
+        raise ProbeError(f"vLLM {text} is older than any version known here", f"known versions: {versions}")
     return rows[-1]
 
 
