@@ -97,8 +97,8 @@ def test_a_variant_is_judged_by_its_row(variant: Variant, tmp_path: Path) -> Non
     path = adapter_with(tmp_path / "a", **{variant.field: VALUES.get(variant.field, True)})
     adapter = open_adapter(path)
     assert adapter.config.variants == (variant.title,)
-    assert [variant.title in why and variant.unmerged in why for why in refusals(adapter)] == (
-        [True] if variant.unmerged else []
+    assert [variant.title in why and variant.not_replayed in why for why in refusals(adapter)] == (
+        [True] if variant.not_replayed else []
     )
     assert bool(messages(path, "LP110", VERSIONS[-1])) == variant.vllm_ignores
     if variant.field == "modules_to_save":

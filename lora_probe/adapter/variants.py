@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal
 
 ALWAYS = "0.0"
 """In place of a version of vLLM: every version that lora-probe knows does it."""
+
+REPLAYED = ""
+"""`parity` replays PEFT's merge of the variant."""
 
 
 @dataclass(frozen=True)
@@ -35,18 +38,20 @@ class Variant:
 
     `title` is the variant's name in PEFT's documentation, `long_title` one that explains itself. `extra` is its third
     tensor. `vllm_applies` and `vllm_refuses` are the first versions of vLLM that do so: an older one ignores the field
-    and runs the adapter as plain LoRA. `which`: the field is only about which modules are adapted, and vLLM sees that
-    in the tensors. `unmerged` is why `parity` cannot judge a merge of it, empty where it replays PEFT's merge.
+    and runs the adapter as plain LoRA. `selects_modules`: the field is only about which modules are adapted,
+    and vLLM sees that in the tensors. `not_replayed` is why `parity` cannot replay PEFT's merge of it (REPLAYED if it
+    can): PEFT may merge it all the same. It must be passed, because a merge that cannot be replayed looks like none.
     """
 
     field: str
     title: str
     long_title: str = ""
+    _: KW_ONLY
+    not_replayed: str
     extra: ExtraTensor | None = None
-    which: bool = False
+    selects_modules: bool = False
     vllm_applies: str = ""
     vllm_refuses: str = ""
-    unmerged: str = ""
 
     @property
     def described(self) -> str:
@@ -55,7 +60,7 @@ class Variant:
     @property
     def vllm_ignores(self) -> bool:
         """Whether every vLLM runs the adapter as plain LoRA: it never reads the field."""
-        return not (self.which or self.vllm_applies or self.vllm_refuses)
+        return not (self.selects_modules or self.vllm_applies or self.vllm_refuses)
 
 
 DORA = Variant(
@@ -63,6 +68,7 @@ DORA = Variant(
     "DoRA",
     extra=ExtraTensor("lora_magnitude_vector", "magnitude vector", "magnitude vectors of DoRA"),
     vllm_refuses=ALWAYS,
+    not_replayed=REPLAYED,
 )
 LORA_BIAS = Variant(
     "lora_bias",
@@ -70,55 +76,56 @@ LORA_BIAS = Variant(
     "a bias on lora_B (lora_bias)",
     extra=ExtraTensor("lora_B.bias", "bias of lora_B", "biases of lora_B"),
     vllm_refuses="0.32",
+    not_replayed=REPLAYED,
 )
-RANK_PATTERN = Variant("rank_pattern", "rank_pattern", vllm_applies="0.32")
-ALPHA_PATTERN = Variant("alpha_pattern", "alpha_pattern", vllm_applies="0.32")
+RANK_PATTERN = Variant("rank_pattern", "rank_pattern", vllm_applies="0.32", not_replayed=REPLAYED)
+ALPHA_PATTERN = Variant("alpha_pattern", "alpha_pattern", vllm_applies="0.32", not_replayed=REPLAYED)
 
 _NOT_MERGED = "PEFT does not merge it"
 _OTHER_MERGE = "its merge is not s·B·A"
 
 VARIANTS = (
-    Variant("use_rslora", "rsLoRA", vllm_applies=ALWAYS),
+    Variant("use_rslora", "rsLoRA", vllm_applies=ALWAYS, not_replayed=REPLAYED),
     DORA,
-    Variant("use_qalora", "QALoRA", vllm_refuses="0.32", unmerged=_OTHER_MERGE),
+    Variant("use_qalora", "QALoRA", vllm_refuses="0.32", not_replayed=_OTHER_MERGE),
     Variant(
         "use_bdlora",
         "BD-LoRA",
         "block-diagonal LoRA (BD-LoRA)",
         vllm_refuses="0.32",
-        unmerged=_OTHER_MERGE,
+        not_replayed=_OTHER_MERGE,
     ),
     LORA_BIAS,
     RANK_PATTERN,
     ALPHA_PATTERN,
     # vLLM reads a trained classification head and refuses the rest: LP406 judges that by the names in the list.
-    Variant("modules_to_save", "modules_to_save", vllm_applies=ALWAYS),
-    Variant("trainable_token_indices", "trainable tokens", which=True),
-    Variant("target_parameters", "target_parameters", which=True),
-    Variant("layers_to_transform", "layers_to_transform", which=True),
-    Variant("exclude_modules", "exclude_modules", which=True),
+    Variant("modules_to_save", "modules_to_save", vllm_applies=ALWAYS, not_replayed=REPLAYED),
+    Variant("trainable_token_indices", "trainable tokens", selects_modules=True, not_replayed=REPLAYED),
+    Variant("target_parameters", "target_parameters", selects_modules=True, not_replayed=REPLAYED),
+    Variant("layers_to_transform", "layers_to_transform", selects_modules=True, not_replayed=REPLAYED),
+    Variant("exclude_modules", "exclude_modules", selects_modules=True, not_replayed=REPLAYED),
     Variant(
         "layer_replication",
         "layer_replication",
         vllm_refuses="0.32",
-        unmerged="the model has layers that the base's files lack",
+        not_replayed="the model has layers that the base's files lack",
     ),
     Variant(
         "alora_invocation_tokens",
         "aLoRA",
         "Activated LoRA (aLoRA)",
         vllm_refuses="0.32",
-        unmerged=_NOT_MERGED,
+        not_replayed=_NOT_MERGED,
     ),
-    Variant("arrow_config", "Arrow", unmerged=_NOT_MERGED),
+    Variant("arrow_config", "Arrow", not_replayed=_NOT_MERGED),
     Variant(
         "kasa_config",
         "KaSA",
         extra=ExtraTensor("lora_diag", "diagonal", "diagonals of KaSA"),
-        unmerged=_OTHER_MERGE,
+        not_replayed=_OTHER_MERGE,
     ),
-    Variant("monteclora_config", "MonteCLoRA", unmerged=_OTHER_MERGE),
-    Variant("velora_config", "VeLoRA", unmerged=_OTHER_MERGE),
+    Variant("monteclora_config", "MonteCLoRA", not_replayed=_OTHER_MERGE),
+    Variant("velora_config", "VeLoRA", not_replayed=_OTHER_MERGE),
 )
 """In the order in which an adapter's variants are listed. Those of PEFT 0.21."""
 

@@ -64,8 +64,8 @@ def refusals(adapter: Adapter) -> Iterator[str]:
     """Why a merge of `adapter` cannot be judged."""
     raw = adapter.config.raw
     for variant in variants_of(raw):
-        if variant.unmerged:
-            yield f"the adapter uses {variant.title}: {variant.unmerged}"
+        if variant.not_replayed:
+            yield f"the adapter uses {variant.title}: {variant.not_replayed}"
     init = raw.get("init_lora_weights")
     row = initialisation(init)
     if row is not None and row.base in ("of data", "in training"):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_probe.adapter import open_adapter
+from lora_probe.adapter.variants import EXTRAS, LORA_BIAS
 from lora_probe.base import Base, EngineView
 from lora_probe.engines.load_record import LoadRecord
 from lora_probe.engines.peft.capture import Capture
@@ -157,5 +158,5 @@ def _why_unjudged(key: Key, load: ActiveLoad) -> str | None:
     """Why the contribution is not s·(x·Aᵀ)·Bᵀ of the file: a variant of LoRA, or a bias on B."""
     if (runs_as := variant(load.layers[key[0]])) is not None:
         return f"PEFT runs it as {runs_as}, whose delta is not s·(x·Aᵀ)·Bᵀ"
-    biased = any("lora_B.bias" in extra.name for extra in load.pairs[key].extras)
+    biased = any(EXTRAS[LORA_BIAS.field].is_named(extra.name) for extra in load.pairs[key].extras)
     return "lora_B has a bias, which is part of its delta" if biased else None

@@ -11,6 +11,7 @@ from rich.console import Group, RenderableType
 
 from lora_probe.adapter import Adapter
 from lora_probe.adapter.spectrum import Spectrum
+from lora_probe.adapter.variants import EXTRAS
 from lora_probe.names import Key, layer_of, natural, projection_of, ranges
 from lora_probe.render.cells import add_row, columns_of, facts, grid, size, words
 from lora_probe.render.results import Inspection
@@ -74,7 +75,7 @@ def _other_tensors(adapter: Adapter) -> Iterable[RenderableType]:
         kinds.setdefault((other.what, other.understood), []).append(other.tensor.name)
     for module in adapter.modules:
         for extra in module.extras:
-            what = f"in addition to lora_A and lora_B: {extra.name.rpartition('.lora_')[2]}"
+            what = next((kind.plural for kind in EXTRAS.values() if kind.is_named(extra.name)), "not understood")
             kinds.setdefault((what, True), []).append(extra.name)
     for (what, understood), names in kinds.items():
         shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
