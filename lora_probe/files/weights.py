@@ -117,7 +117,8 @@ def open_weights(path: Path) -> WeightsFile:
 def _refuse_impostors(path: Path, prefix: bytes, start: bytes) -> None:
     if wrong := impostor(start, "the weights"):
         raise UnreadableFile(f"`{path}` {wrong[0]}", wrong[1])
-    if start.startswith((b"PK\x03\x04", b"\x80\x02")):
+    # A header of 640 bytes has a length that begins like a pickle; after the length stands its `{`.
+    if start.startswith((b"PK\x03\x04", b"\x80\x02")) and start[8:9] != b"{":
         raise UnreadableFile(
             f"`{path}` is a pickle of torch, not a safetensors file",
             f"rename it to {path.with_suffix('.bin').name}, or save it again with safetensors",
