@@ -8,7 +8,7 @@ import pytest
 from test_trace_format import KEYS, process
 
 from lora_probe import open_trace
-from lora_probe.ledger import OK, STATIONS, Finding, Ledger, Row, headline
+from lora_probe.ledger import OK, STATIONS, Finding, Ledger, Row, as_json, headline
 from lora_probe.recording import Load, ModuleRecord, TraceWriter
 
 LOST = Finding("absent", "LP204", "not in the file")
@@ -88,3 +88,14 @@ def test_the_worst_that_a_station_has_shown_counts(findings: tuple[Finding, ...]
     values = [finding.value for finding in findings]
     worst = next(value for value in ("wrong", "absent", "ok", "unknown") if value in values)
     assert ledger.rows[0].stations["placed"].value == worst
+
+
+def test_json_has_no_empty_texts() -> None:
+    refused = as_json(Ledger("vllm", (), refused=True, message="no", code="LP402"))
+    assert (refused["refused"], refused["message"]) == (True, "no")
+    told = as_json(measured(row("0.q"), row("1.q", LOST), row("2.q", UNKNOWN)))
+    assert told["message"] is None
+    found = [(module["fate"], module["reason"], module["message"]) for module in told["modules"]]
+    assert found == [("took effect", None, None), ("lost", "LP204", "not in the file"), ("took effect", None, None)]
+    (unmeasured,) = as_json(measured(row("2.q", UNKNOWN, 4)))["modules"]
+    assert (unmeasured["fate"], unmeasured["reason"], unmeasured["message"]) == ("unknown", None, "no rows")

@@ -121,16 +121,12 @@ def assert_recorded(report: Report, name: str, engine: str) -> None:
 
 
 @pytest.mark.parametrize("name", FAILURES)
-def test_a_failure_comes_to_the_recorded_ledgers(name: str, written: Corpus) -> None:
-    """They are those of the real engines: the tests below hold the same prediction against what these do."""
-    for engine in ("peft", "vllm"):
-        assert_recorded(written.report(name), name, engine)
-
-
-@pytest.mark.parametrize("name", FAILURES)
 def test_a_failure_is_named(name: str, written: Corpus) -> None:
+    """And comes to the ledgers of the real engines: the tests below hold the same ones against what these do."""
     report = written.report(name)
     assert errors(report) == set(FAILURES[name].codes), [one.message for one in report.diagnostics]
+    for engine in ("peft", "vllm"):
+        assert_recorded(report, name, engine)
 
 
 @pytest.mark.parametrize("name", [name for name, one in FAILURES.items() if one.trained])

@@ -93,6 +93,13 @@ def test_wrong_file_types_are_named(tmp_path: Path, content: bytes, word: str) -
         open_weights(path)
 
 
+def test_a_header_whose_length_begins_like_a_pickle(tmp_path: Path) -> None:
+    text = json.dumps({"a": entry([2], 0, 8)}).encode()
+    path = raw(tmp_path / "x.safetensors", text.ljust(640), b"\0" * 8)
+    assert path.read_bytes().startswith(b"\x80\x02")
+    assert list(open_weights(path).tensors) == ["a"]
+
+
 def test_folder_and_missing_file(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "no"):
         with pytest.raises(UnreadableFile, match="cannot read"):

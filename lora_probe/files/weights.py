@@ -96,7 +96,8 @@ def open_weights(path: Path) -> WeightsFile:
 def _refuse_wrong_file_type(path: Path, prefix: bytes, start: bytes) -> None:
     if wrong := wrong_file_type(start, "the weights"):
         raise UnreadableFile(f"`{path}` {wrong[0]}", wrong[1])
-    if start.startswith((b"PK\x03\x04", b"\x80\x02")):
+    # A header of 640 bytes has a length that begins like a pickle; after the length stands its `{`.
+    if start.startswith((b"PK\x03\x04", b"\x80\x02")) and start[8:9] != b"{":
         raise UnreadableFile(
             f"`{path}` is a torch pickle, not a safetensors file",
             f"rename it to {path.with_suffix('.bin').name}, or save it again with safetensors",
