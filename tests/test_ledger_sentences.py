@@ -11,7 +11,7 @@ from lora_probe import open_trace
 from lora_probe.ledger import OK, STATIONS, Finding, Ledger, Row, as_json, headline
 from lora_probe.recording import Load, ModuleRecord, TraceWriter
 
-LOST = Finding("absent", "LP204", "not in the file")
+LOST = Finding("absent", "LP204", "not in the file", predicate=True)
 WRONG = Finding("wrong", "LP201", "r=8 in the config")
 UNKNOWN = Finding("unknown", message="no rows")
 
@@ -30,17 +30,16 @@ def predicted(*rows: Row) -> Ledger:
     return Ledger("vllm", rows, predicted=True)
 
 
-WHOLE = "nothing wrong with them there; whether they take effect is not known"
 SENTENCES = [
     (measured(), "0 of 0 modules took effect"),
-    (predicted(), "no module in the files"),
+    (predicted(), "no modules in the files"),
     (measured(row("0.q")), "1 of 1 modules took effect"),
     (predicted(row("0.q", stations=3)), "1 of 1 modules take effect"),
     (
         measured(row("0.q", UNKNOWN, 4)),
         "0 of 1 modules took effect, 1 unknown (first not measured: applied): no rows",
     ),
-    (predicted(row("0.q", UNKNOWN, 3)), f"1 modules in the files, {WHOLE}: no rows"),
+    (predicted(row("0.q", UNKNOWN, 3)), "1 modules read, no problems in the files; effect unknown because no rows"),
     (
         predicted(row("0.q", UNKNOWN, 3), row("1.q", stations=3)),
         "1 of 2 modules take effect, 1 unknown (first not measured: placed): layer 0 q: no rows",
@@ -60,7 +59,7 @@ SENTENCES = [
     ),
     (
         measured(row("0.q", Finding("wrong", "LP604", "by 1")), row("1.q", Finding("wrong", "LP604", "by 2"))),
-        "0 of 2 modules took effect as trained, 2 wrong at agrees: by 1 (and 1 more of the kind) (LP604)",
+        "0 of 2 modules took effect as trained, 2 wrong at agrees: by 1 (and 1 more of this kind) (LP604)",
     ),
 ]
 
