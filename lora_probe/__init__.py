@@ -3,8 +3,8 @@
     adapter folder -> adapter -> rules -> ledger
     engine         -> trace   -> ledger, comparison -> render
 
-The functions below are the whole public interface; each is imported when it is first used, so that
-`import lora_probe` costs nothing.
+The functions below are the whole public interface. Each is imported when it is first used, so
+`import lora_probe` is fast.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The command `lora-probe`, and `python -m lora_probe`.
 
-In: arguments. Out: the exit status. With `-m`, Python puts the current folder on its path; `-P` prevents this.
+In: arguments. Out: the exit status. With `-m`, Python adds the current folder to its path; `-P` prevents this.
 """
 
 from __future__ import annotations

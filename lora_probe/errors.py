@@ -1,14 +1,14 @@
-"""What goes wrong with an input, in words for the person who gave it.
+"""Errors about an input, with a message for the user.
 
-In: the thing (a file, a tensor, an option) and what to do about it. Out: one exception whose exit status the
-command line returns. Nothing below the command line prints.
+In: what is wrong (with a file, a tensor, an option) and what to do about it. Out: one exception, whose exit status the
+command line returns. Only the command line prints.
 """
 
 from __future__ import annotations
 
 
 class ProbeError(Exception):
-    """One clear error: what and where, and in `hint` what to do. Exit status 2 (nothing could be judged)."""
+    """One clear error: what is wrong and where; `hint` is what to do. Exit status 2 (nothing could be checked)."""
 
     exit_code = 2
 
@@ -19,9 +19,9 @@ class ProbeError(Exception):
 
 
 class UnreadableFile(ProbeError):
-    """A file that is missing, damaged, or not what its name promises.
+    """A file that is missing, damaged, or not of the type that its name suggests.
 
-    `line` (from 1) and `key` are the place in the file that is wrong, where it is known."""
+    `line` (from 1) and `key` are the place of the error in the file, if it is known."""
 
     def __init__(self, message: str, hint: str = "", *, line: int | None = None, key: str | None = None) -> None:
         super().__init__(message, hint)
@@ -34,31 +34,33 @@ class ModelNotFound(UnreadableFile):
 
 
 class NotLora(UnreadableFile):
-    """An `adapter_config.json` of something that is no PEFT LoRA adapter: another method, another library, a model."""
+    """An `adapter_config.json` of something that is not a PEFT LoRA adapter: another method, another library, a
+    model."""
 
 
 class MissingWeights(UnreadableFile):
-    """An adapter's config without weights where loaders look for them."""
+    """An adapter's config, but no weights in the places that loaders search."""
 
 
 class TooLarge(ProbeError):
-    """An input larger than any real adapter has: it is not judged."""
+    """An input that is larger than in any real adapter. It is not read."""
 
 
 class NeedsLibrary(ProbeError):
-    """What is asked for needs a library that is not installed: nothing is wrong with the input."""
+    """The request needs a library that is not installed. The input may be correct."""
 
 
 class EngineFailed(ProbeError):
-    """An engine that did not start, lacks its plugin, or died before anything could be judged."""
+    """An engine that did not start, lacks its plugin, or died before it recorded anything."""
 
 
 class EngineStopped(EngineFailed):
-    """An engine's process that took more time or memory than it may."""
+    """An engine's process that exceeded its limit of time or memory."""
 
 
 def out_of_memory(what: str) -> TooLarge:
     """The error for a MemoryError; `what` is the file, or the tensor in it."""
     return TooLarge(
-        f"{what} needs more memory than there is", "--max-memory raises the limit, as far as the machine goes"
+        f"{what} needs more memory than is available",
+        "raise the limit with --max-memory if the machine has enough",
     )

@@ -1,4 +1,4 @@
-"""What modules are called: keys, prefixes, layers, and paths in a few words.
+"""Names of modules: keys, prefixes, layers, and short texts for many paths.
 
 In: paths of modules as Transformers names them. Out: their layer, their projection, a sort key, or a short text.
 """
@@ -9,12 +9,12 @@ import re
 from collections.abc import Iterable, Sequence
 
 Key = tuple[str, str, int | None]
-"""(module path in the base model, parameter, expert or None): what a module is called everywhere."""
+"""(module path in the base model, parameter, expert or None): the name of a module in all of lora-probe."""
 
 PREFIX = "base_model.model."
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj")
-"""Projections in the order in which a layer has them."""
+"""Projections in the order of a layer."""
 
 LAYER = re.compile(r"(?:^|\.)([0-9]{1,9})\.")
 
@@ -28,7 +28,7 @@ _EARLY = ("embed_tokens", "self_attn", "self_attention", "attention", "attn", *P
 
 
 def _place(part: str) -> tuple[int, int, str]:
-    # Other alphabets have digits that are no numbers to Python, and it converts none of thousands of digits.
+    # Not `isdigit`: `int` does not accept all digits of other alphabets, nor thousands of digits.
     if part.isdecimal() and len(part) < 20:
         return 1, int(part), ""
     return 0, _EARLY.index(part) if part in _EARLY else len(_EARLY) + (part == "lm_head"), part
@@ -57,8 +57,8 @@ def ranges(numbers: list[int]) -> str:
 
 
 def name_modules(modules: Iterable[str]) -> str:
-    """Module paths in a few words: `layer 5 q_proj, k_proj, v_proj`, `layers 0-29 q_proj`. Layers of several parts of a
-    model are told apart: `vision_tower.layers 0-11 q_proj`."""
+    """Module paths as a short text: `layer 5 q_proj, k_proj, v_proj`, `layers 0-29 q_proj`. If several parts of a
+    model have layers, their names are added: `vision_tower.layers 0-11 q_proj`."""
     towers: dict[str, dict[int, list[str]]] = {}
     loose: list[str] = []
     for module in modules:

@@ -1,8 +1,8 @@
-"""Real parts, made on the spot: tiny Llama and Qwen2 bases with a byte tokenizer, PEFT adapters on them, and one real
-vLLM engine for the whole run.
+"""Fixtures with real parts: tiny Llama and Qwen2 base models with a byte tokenizer, PEFT adapters for them, and one
+real vLLM engine for the whole run.
 
-An adapter that may break an engine gets a process of its own (`lora_probe.trace`); all others share the engine, each
-with a fresh id, and are removed after use.
+An adapter that may break an engine runs in a separate process (`lora_probe.trace`). All others share the engine, each
+with a new id, and are removed after use.
 """
 
 from __future__ import annotations

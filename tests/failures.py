@@ -1,8 +1,8 @@
 """Adapters with known real-world failures, each made from a healthy one by the damage that caused it.
 
-`FAILURES` maps a name to a maker, the codes of the rules that must speak, and what is known of it in the catalogue of
-real failures. `HEALTHY` maps a name to the settings of adapters of which no rule may speak. Adapters of other settings
-are saved by PEFT itself (conftest's `save_adapter`), or written as it does (`written.write_adapter`), which is fast.
+`FAILURES` maps a name to a maker, the codes of the rules that must report it, and its entry in the catalogue of real
+failures. `HEALTHY` maps a name to the settings of adapters that no rule may report. Adapters with other settings are
+saved by PEFT itself (conftest's `save_adapter`), or written as it does (`written.write_adapter`), which is fast.
 """
 
 from __future__ import annotations

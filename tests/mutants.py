@@ -1,9 +1,9 @@
 """Breaks the judgements on purpose, one at a time: `python tests/mutants.py [PART OF A NAME ...]` (`make mutants`).
 
-In: every rule, which is made silent, and every condition of the functions in `JUDGING`, which is made to hold always or
-never. Out: a table of which fast test noticed, and exit status 1 if none did. A mutant is new code for the live
-function, in a fork of a process that has collected the tests; only tests that run the function are asked, quick ones
-first. Which tests run which function is recorded once, and results are kept, both until a source or a test changes.
+In: every rule, which is disabled, and every condition of the functions in `JUDGING`, which is made always true or
+always false. Out: a table of the fast tests that failed, and exit status 1 if none did. A mutant is new code for the
+live function, in a fork of a process that has collected the tests; only tests that call the function run, quick ones
+first. Which tests call which function is recorded once, and results are kept, both until a source or a test changes.
 """
 
 from __future__ import annotations

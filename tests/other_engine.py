@@ -1,4 +1,4 @@
-"""A real vLLM engine on another base, or with other flags, in a process of its own: `python other_engine.py SPEC.json`.
+"""A real vLLM engine on another base, or with other flags, in a separate process: `python other_engine.py SPEC.json`.
 
 In: base, settings of the engine, adapters by name, prompts. Out: a trace for each adapter.
 """

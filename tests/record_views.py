@@ -1,9 +1,9 @@
-"""Records what the fast tests know of the engines: `python tests/record_views.py [FOLDER]`, by default tests/data.
+"""Records the engines' answers for the fast tests: `python tests/record_views.py [FOLDER]`, by default tests/data.
 
-In: the bases of `BASES`, made by Transformers, and both engines. Out: for each base its files but for the weights, the
-shapes of those, and `views.json`: what real PEFT (for each task that an adapter may name) and real vLLM have for it, or
-why they have no answer. Also the config of an adapter as PEFT writes it. `test_recorded.py` holds what is in the
-repository against the engines that are installed.
+In: the bases of `BASES`, made by Transformers, and both engines. Out: for each base its files without the weights, the
+shapes of the weights, and `views.json`: the views of real PEFT (for each task type) and real vLLM, or why they have
+none. Also the config of an adapter as PEFT writes it. `test_recorded.py` compares the files in the repository with the
+installed engines.
 """
 
 from __future__ import annotations

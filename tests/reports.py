@@ -1,4 +1,4 @@
-"""Constructed reports, the folders that they are for, and `lora-probe` as a user calls it."""
+"""Constructed reports, their folders, and `lora-probe` as a user calls it."""
 
 from __future__ import annotations
 

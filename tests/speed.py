@@ -1,8 +1,8 @@
-"""Which tests are slow: those that import torch, a library of an engine, or an engine of ours.
+"""Which tests are slow: those that import torch, a library of an engine, or one of lora-probe's engines.
 
-In: a collected test. Out: whether its code does, or that of a fixture or of a function of the tests that it uses.
-`make test-fast` leaves these out, and there the libraries cannot be imported at all: neither in the process of the
-tests nor in one that they start.
+In: a collected test. Out: whether its code, or that of a fixture or a test function that it uses, does so.
+`make test-fast` skips slow tests, and makes these libraries impossible to import, both in the process of the tests and
+in those that they start.
 """
 
 from __future__ import annotations

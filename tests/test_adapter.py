@@ -1,4 +1,4 @@
-"""Adapter folders: the config against real PEFT, and every tensor in its place."""
+"""Adapter folders: the config compared with real PEFT, and every tensor in the right module."""
 
 from __future__ import annotations
 

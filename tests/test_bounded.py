@@ -1,7 +1,7 @@
-"""Small files that would take minutes or all memory: each is judged in linear time, or refused because of its size.
+"""Small files that could take minutes or all memory: each is checked in linear time, or refused because of its size.
 
-What took hours runs in a process with a generous limit; where a scan became a look-up, the look-up is compared with the
-scan.
+Cases that once took hours run in a process with a generous limit. If a look-up has replaced a scan, their results are
+compared.
 """
 
 from __future__ import annotations

@@ -106,7 +106,7 @@ def test_compare_statuses(peft_trace: Any, tmp_path: Path, capsys: pytest.Captur
     process.write_text(process.read_text().replace('"closed": true', '"closed": false'))
     status, out, _ = call("compare", path, path, capsys=capsys)
     assert status == 1
-    assert "not complete" in out
+    assert "is incomplete: peft" in out
     status, out, _ = call("show", path, capsys=capsys)
     assert status == 1
     assert "incomplete: peft did not exit cleanly;" in out

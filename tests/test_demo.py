@@ -1,4 +1,4 @@
-"""The demo's own script, from training to the merge, on a tiny model."""
+"""The demo script from training to merge, on a tiny model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Merged against unmerged in the outputs: real merges, real damage, real PEFT and one more real vLLM engine."""
+"""Outputs of merged models compared with unmerged adapters: real merges, real damage, real PEFT, another real vLLM."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def test_no_hook_is_left_on_a_plain_model(plain: Any, llama: Path, tmp_path: Pat
 
 def test_what_cannot_be_compared(unmerged: Any, plain: Any, adapter: Path, llama: Path, tmp_path: Path) -> None:
     shorter = record_peft(adapter, llama, tmp_path / "shorter", score=True, max_tokens=2)
-    with pytest.raises(ProbeError, match="saw other tokens after prompt 1"):
+    with pytest.raises(ProbeError, match="saw different tokens after prompt 1"):
         effect(shorter, plain)
     elsewhere = record_peft(adapter, llama, tmp_path / "else", score=True, prompts=("hi",))
     with pytest.raises(ProbeError, match="no prompt in common"):
@@ -195,7 +195,7 @@ def test_what_is_missing_is_said(unmerged: Any, plain: Any, tmp_path: Path) -> N
     found = effect(open_trace(tmp_path / "unmerged"), open_trace(tmp_path / "plain"))
     assert len(found.prompts) == 1
     assert found.first_module is found.worst_module is None
-    for text in ("prompt 2 was not run", "holds no outputs of modules", "is not complete: peft"):
+    for text in ("prompt 2 was not run", "contains no outputs of modules", "is incomplete: peft"):
         assert any(text in note for note in found.notes)
     damaged = tmp_path / "plain" / "peft" / "next-000001.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:100])
@@ -333,5 +333,5 @@ def test_vllm_says_where_its_distributions_leave_the_adapter_out(
     head = save_adapter(tmp_path / "head", llama, target_modules=["q_proj", "lm_head"])
     trace = engine.record(head, tmp_path / "run", score=True, prompts=("hi",))
     assert {scored.score.unmeasured for scored in trace.scores} == {trace.scores[0].score.unmeasured}
-    assert "lm_head is adapted" in trace.scores[0].score.unmeasured
+    assert "the adapter of lm_head" in trace.scores[0].score.unmeasured
     assert trace.scores[0].logprobs() is None

@@ -1,4 +1,4 @@
-"""Pairs too large to hold: the same spectrum a block at a time, and a bounded memory whatever a header claims."""
+"""Pairs that are too large for memory: the same spectrum block by block, and limited memory for any header."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Base models larger than any real one, or with nonsense in them: refused before an engine builds them, or stopped."""
+"""Base models that are too large, or contain nonsense: refused before an engine builds them, or stopped."""
 
 from __future__ import annotations
 

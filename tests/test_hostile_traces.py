@@ -1,6 +1,6 @@
 """Untrusted traces: `show` and `compare` print one clear error, or a correct answer.
 
-Here: which files are opened, their text, and whatever else damage may do. `test_hostile_segments.py` has the rows.
+This file tests which files are opened, their text, and other damage; `test_hostile_segments.py` tests the rows.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def test_a_link_within_the_trace_and_within_a_cache(good: Path, tmp_path: Path) 
 
 def test_a_linked_process_folder(damaged: Path, good: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (damaged / "worker").symlink_to(good / "peft")
-    refused(damaged, good, "worker` is a symbolic link, and a process writes a real folder", capsys)
+    refused(damaged, good, "worker` is a symbolic link, not a folder that a process wrote", capsys)
 
 
 def test_links_that_are_no_processes_are_left_alone(damaged: Path, tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_links_that_are_no_processes_are_left_alone(damaged: Path, tmp_path: Pat
 
 def test_a_process_folder_with_an_odd_name(damaged: Path, good: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(damaged / "peft", damaged / "a\n::error::b\x1b[31m")
-    refused(damaged, good, "has a name that no process gives: `a\\n", capsys)
+    refused(damaged, good, "has an invalid name: `a\\n", capsys)
 
 
 def test_files_with_names_that_nobody_gives_are_not_read(damaged: Path) -> None:
@@ -139,7 +139,7 @@ def test_files_with_names_that_nobody_gives_are_not_read(damaged: Path) -> None:
         ("peft/events.jsonl", sparse(MAX_LINES + 1), f"bytes, more than the {MAX_LINES}"),
         ("peft/events.jsonl", sparse(MAX_DOCUMENT), f"line 1: it has more than {MAX_DOCUMENT} bytes"),
         ("peft/requests.jsonl", sparse(8 * GIB, b"{}\n"), f"bytes, more than the {MAX_LINES}"),
-        (SEGMENT, sparse(len(HUGE) + 2**36, HUGE), f"more than any segment ({MAX_SEGMENT})"),
+        (SEGMENT, sparse(len(HUGE) + 2**36, HUGE), f"more than the limit of {MAX_SEGMENT}"),
         (SEGMENT, sparse(4 * GIB), "has a damaged safetensors header"),
         (SEGMENT, sparse(4 * GIB, struct.pack("<Q", 2**32 - 8)), "its header claims"),
     ],
@@ -181,17 +181,17 @@ REQUEST = b'{"id":"c","prompt":%s,"adapter":null,"prompt_ids":[1],"output_ids":[
 LINES: list[tuple[str, Damage, str]] = [
     ("bytes", with_line("events.jsonl", b'{"kind":"event","at":0,"stage":"\xff","text":""}'), "line 10: "),
     ("a kind", with_line("events.jsonl", b'{"kind":"\\u001b[31m\\n::error::"}'), "Invalid value '\\x1b[31m\\n"),
-    ("deep facts", with_line("events.jsonl", EVENT % nested(300)), "line 10: its facts are nested too deep"),
-    ("deeper facts", with_line("events.jsonl", EVENT % nested(90_000)), "line 10: it is nested too deep"),
+    ("deep facts", with_line("events.jsonl", EVENT % nested(300)), "line 10: its facts are nested too deeply"),
+    ("deeper facts", with_line("events.jsonl", EVENT % nested(90_000)), "line 10: it is nested too deeply"),
     ("brackets", with_line("events.jsonl", EVENT % (b"[" + b"[]," * 2_000_000 + b"[]]")), "more than 2000000 arrays"),
     ("huge", with_line("events.jsonl", EVENT % b"1e999"), "Number out of range"),
-    ("a prompt", with_line("requests.jsonl", REQUEST % (b"-1", b"")), "line 3: the number of its prompt is -1"),
+    ("a prompt", with_line("requests.jsonl", REQUEST % (b"-1", b"")), "line 3: its prompt number is -1"),
     ("a logprob", with_line("requests.jsonl", REQUEST % (b"0", b"NaN")), "line 3: "),
     ("no prompt", with_line("requests.jsonl", b'{"id":"c"}'), "line 3: Object missing required field `prompt`"),
-    ("settings", changed("peft/process.json", settings={"a": json.loads(nested(300))}), "nested too deep"),
+    ("settings", changed("peft/process.json", settings={"a": json.loads(nested(300))}), "nested too deeply"),
     ("versions", changed("run.json", versions=[]), "Expected `object`, got `array`"),
     ("spec", changed("run.json", spec=1), "Expected `object`, got `int`"),
-    ("schema", changed("run.json", schema=SCHEMA + 1), f"is of trace schema {SCHEMA + 1}"),
+    ("schema", changed("run.json", schema=SCHEMA + 1), f"has trace schema {SCHEMA + 1}"),
     ("number", lambda trace: (trace / "run.json").write_text("5") and None, "Expected `object`, got `int`"),
 ]
 

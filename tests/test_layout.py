@@ -1,4 +1,4 @@
-"""The listing stays readable: few doors, short files, short functions."""
+"""The source tree stays readable: few top-level entries, short files, short functions."""
 
 from __future__ import annotations
 

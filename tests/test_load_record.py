@@ -1,4 +1,4 @@
-"""The record of one load, with numpy alone: the judgements of `applied` and `agrees`, and the rows that are sampled."""
+"""The record of one load, with numpy alone: the findings of `applied` and `agrees`, and the sampled rows."""
 
 from __future__ import annotations
 
@@ -179,7 +179,7 @@ def test_no_request_asked(load: Recording) -> None:
     load.finish()
     for station in ("applied", "agrees"):
         found = load.finding(Q, station)
-        assert (found.value, found.code, found.message) == ("unknown", "LP500", "no request asked for the adapter")
+        assert (found.value, found.code, found.message) == ("unknown", "LP500", "no request used the adapter")
 
 
 # agrees

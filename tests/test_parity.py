@@ -131,7 +131,7 @@ def test_as_a_function(world: World) -> None:
     assert found.verdict == "differs"
     assert found.outputs is None
     assert [diagnostic.code for diagnostic in found.diagnostics] == ["LP701"]
-    with pytest.raises(ProbeError, match="there is no engine `sglang`"):
+    with pytest.raises(ProbeError, match="unknown engine `sglang`"):
         parity(world.adapter, merged=world.merged, engine="sglang")
 
 
@@ -163,7 +163,7 @@ def test_an_engine_that_cannot_run_the_merged_model_leaves_the_weights_judged(wo
         (["{adapter}", "--merged", "{merged}", "--", "--seed", "1"], "peft accepts no engine flags (--seed 1)"),
         (["{adapter}", "--merged", "{merged}", "--prompt", ""], "a prompt is empty"),
         (["{adapter}", "--merged", "{merged}", "--model", "{adapter}"], "it has no config.json"),
-        (["{adapter}", "--engine", "sglang"], "there is no engine `sglang`"),
+        (["{adapter}", "--engine", "sglang"], "unknown engine `sglang`"),
         (["{adapter}", "--max-tokens", "0"], "--max-tokens must be at least 1, not 0"),
         (["{adapter}", "--max-tokens", "many"], "invalid int value"),
         (["{adapter}", "-o", "{base}", "--force"], "was not written by parity"),

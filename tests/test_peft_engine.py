@@ -194,7 +194,7 @@ def test_levels_without_shrink_compare_norms(adapter: Path, llama: Path, tmp_pat
     found = compare(peft_trace, events)
     assert found.rows == 0
     assert found.verdict == "undecided"
-    assert any("holds no rows" in note for note in found.notes)
+    assert any("contains no rows" in note for note in found.notes)
 
 
 def test_nothing_in_common(adapter: Path, llama: Path, tmp_path: Path, peft_trace: Any) -> None:

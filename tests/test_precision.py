@@ -1,4 +1,4 @@
-"""The table of dtypes, and what is made of a dtype that is not in it. No torch."""
+"""The table of dtypes, and the error for a dtype that is not in it. No torch."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The predicted ledger is true: every adapter that goes wrong is loaded in real PEFT and in real vLLM, and what they do
-is what `check` had said, module by module, refusals included."""
+"""The predicted ledger is true: every adapter that goes wrong is loaded in real PEFT and in real vLLM, and they do
+what `check` predicted, module by module, refusals included."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the fast tests know of the engines is what the installed ones answer: recorded again, and compared."""
+"""The recorded answers of engines in tests/data are those of the installed engines: recorded again and compared."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows of several loads in one trace: each is weighed with the G of its own load, whoever ran last."""
+"""Rows of several loads in one trace: each is measured with the G of its own load, not of the load that ran last."""
 
 from __future__ import annotations
 

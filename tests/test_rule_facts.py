@@ -1,4 +1,4 @@
-"""What a rule knows of itself, and what its findings point at: no base, no engine, no torch."""
+"""The facts about each rule, and the places that its findings point to. No base model, no engine, no torch."""
 
 from __future__ import annotations
 

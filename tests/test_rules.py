@@ -1,5 +1,5 @@
-"""Rules that the tiny Llama and its engine cannot show: other bases, other flags, files that are no adapter, and what
-stands beside one. Where an engine decides, it is asked."""
+"""Rules that the tiny Llama and its engine cannot show: other base models, other flags, files that are not an adapter,
+and files next to an adapter. If the result depends on an engine, the engine runs."""
 
 from __future__ import annotations
 

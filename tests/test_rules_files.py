@@ -1,4 +1,4 @@
-"""Files that no engine loads, and names that lead elsewhere, judged with what engines have answered before."""
+"""Files that no engine loads, and names of other modules, checked with recorded answers of engines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the rules on running engines make of their facts: the station, the value and the sentence of each."""
+"""The rules on running engines: the station, the value and the sentence of each finding."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every rule on merges, on merges that numpy makes: the base's weights plus s·B·A, and damage done to them."""
+"""Every rule on merges, with merges computed by numpy: the base's weights plus s·B·A, and damaged ones."""
 
 from __future__ import annotations
 

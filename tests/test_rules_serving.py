@@ -1,4 +1,4 @@
-"""Adapters on other classes and under other flags, judged with what engines have answered before."""
+"""Adapters on other classes and under other flags, checked with recorded answers of engines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`inspect --module`: which module is meant, and what is shown of it."""
+"""`inspect --module`: which module is selected, and what is shown about it."""
 
 from __future__ import annotations
 

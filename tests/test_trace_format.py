@@ -183,7 +183,7 @@ def test_the_worst_finding_of_all_ranks_counts(tmp_path: Path) -> None:
 
 
 def test_not_a_trace(tmp_path: Path) -> None:
-    with pytest.raises(UnreadableFile, match="there is no trace"):
+    with pytest.raises(UnreadableFile, match="does not exist"):
         open_trace(tmp_path / "no")
     with pytest.raises(UnreadableFile, match="is not a trace"):
         open_trace(tmp_path)

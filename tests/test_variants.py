@@ -1,4 +1,4 @@
-"""Each row of the tables of variants and initialisations has what its consumers need, and they act on it. No torch."""
+"""Each row of the tables of variants and initialisations contains what other code needs and uses. No torch."""
 
 from __future__ import annotations
 

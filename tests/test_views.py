@@ -329,8 +329,8 @@ def test_a_cache_that_cannot_be_written_is_no_error(
     said: list[str] = []
     found = views_of(open_base(str(base)), ["peft", "nobody"], TASK, said.append)
     assert found.found == {"peft": view}
-    assert found.missing == {"nobody": "there is no engine `nobody`"}
-    assert said == [f"asking peft which modules {base.name} has there"]
+    assert found.missing == {"nobody": "unknown engine `nobody`"}
+    assert said == [f"listing the modules of {base.name} in peft"]
 
 
 def test_asking_imports_no_engine_here() -> None:

@@ -1,4 +1,4 @@
-"""The vLLM engine with the probe in it, compared with PEFT and tested with deliberate damage. One engine for all."""
+"""The vLLM engine with the probe in it, compared with PEFT and damaged on purpose. All tests share one engine."""
 
 from __future__ import annotations
 
@@ -309,7 +309,7 @@ def test_a_failure_of_the_probe_does_not_fail_the_request(
     assert any("made on purpose" in event.text for event in trace.events if event.stage == "probe")
     ledger = ledger_of(trace)
     assert ledger.count("unknown") == MODULES
-    assert "the probe failed and stepped aside" in headline(ledger)
+    assert "the probe failed and stopped" in headline(ledger)
 
 
 def test_the_trace_is_json_all_through(engine: SharedEngine, adapter: Path, tmp_path: Path) -> None:
@@ -403,7 +403,7 @@ def test_a_layer_that_goes_round_the_stand_in_is_unknown_not_lost(
     monkeypatch.setattr(BaseLinearLayerWithLoRA, "_apply_lora_to_output", around)
     ledger = ledger_of(engine.record(adapter, tmp_path / "run"))
     assert ledger.count("unknown") == MODULES
-    assert "a path that is not captured yet" in headline(ledger)
+    assert "a way that is not captured yet" in headline(ledger)
 
 
 def test_a_failure_inside_a_layer_does_not_fail_the_request(

@@ -1,4 +1,4 @@
-"""vLLM in processes of its own: what a shared engine cannot show. Each test here starts an engine."""
+"""vLLM in separate processes: what a shared engine cannot show. Each test here starts an engine."""
 
 from __future__ import annotations
 
@@ -246,5 +246,5 @@ def test_a_probe_that_cannot_be_armed_does_not_stop_vllm(tmp_path: Path, monkeyp
     monkeypatch.setattr(patching, "_armed", None)
     monkeypatch.setenv("LORA_PROBE_TRACE", str(tmp_path))
     lora_probe_vllm.register()
-    with pytest.raises(EngineFailed, match=r"could not be armed: vLLM .* has no `vllm.lora.gone`"):
+    with pytest.raises(EngineFailed, match=r"could not be started: vLLM .* has no `vllm.lora.gone`"):
         require_probe(tmp_path)

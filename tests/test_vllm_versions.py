@@ -1,4 +1,4 @@
-"""One home for the versions of vLLM in the core, one in the plugin, and both know the same. No torch, no vLLM."""
+"""The versions of vLLM are in one place in the core and one in the plugin, and both agree. No torch, no vLLM."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Bases and adapters as Transformers and PEFT save them, written with numpy alone: for tests that must be fast.
 
-In: what `record_views.py` has kept of real ones (tests/data): configs, the shapes of the weights, and the answers of
-both engines. Out: folders that real engines load; `test_recorded.py` holds them against those that PEFT saves. The
-answers go where `check` remembers answers, so that no engine is asked about these bases.
+In: recordings of real ones by `record_views.py` (tests/data): configs, the shapes of the weights, and the answers of
+both engines. Out: folders that real engines load; `test_recorded.py` compares them with those that PEFT saves. The
+answers are written to the cache of `check`, so that no engine runs for these bases.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The main job from end to end: train an adapter, look at it, run it in PEFT and in vLLM, compare the two, merge it.
+"""The whole workflow: train an adapter, inspect it, run it in PEFT and in vLLM, compare the two, and check its merge.
 
 In: nothing, or a base model. Out: everything under `out/`; every command line is printed before it runs. The
 training is repeated only if its code, data or options have changed.
@@ -90,9 +90,9 @@ def main(argv: list[str] | None = None) -> None:
     probe = relative(Path(sys.executable).with_name("lora-probe"))
     if not Path(probe).exists() and shutil.which("lora-probe") is None:
         sys.exit("lora-probe is not installed in this Python environment; run `make demo`")
-    # OpenMP's threads sleep while they wait for each other. If they spin, they keep the thread that they wait for from
-    # its core: with one busy neighbour on 2 cores a step then takes 5 to 8 s instead of 2. On an idle machine spinning
-    # is the faster way, 0.8 s instead of 1.2: a small gain for a large risk.
+    # Let OpenMP's threads sleep while they wait for each other. If they spin, they block the core of the thread that
+    # they wait for: with another busy process on 2 cores, a step then takes 5 to 8 s instead of 2. On an idle machine
+    # spinning is faster (0.8 s instead of 1.2), a small gain for a large risk.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     checkpoint = relative(train(options))
     run(probe, "inspect", checkpoint, "--norms")
@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None) -> None:
     run(probe, "compare", *traces)
     run(probe, "parity", checkpoint, "--dtype", "float32", "--max-tokens", str(options.max_tokens), *prompts)
     print(f"\nthe demo took {time.perf_counter() - started:.0f} s")
-    print(f"for your own adapter: {probe} trace CKPT --engine vllm")
+    print(f"to trace your own adapter: {probe} trace CKPT --engine vllm")
 
 
 if __name__ == "__main__":

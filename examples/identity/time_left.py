@@ -1,7 +1,7 @@
-"""How long the training still takes, measured on its own steps.
+"""The remaining time of the training, estimated from its own steps.
 
 In: the steps and losses of transformers' Trainer. Out: a printed line after the first steps and with every loss.
-Whole lines read the same in a terminal and in a log file; a progress bar does not.
+Unlike a progress bar, whole lines look the same in a terminal and in a log file.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Any
 from transformers import TrainerCallback
 
 FIRST = 3
-"""The step after which the time left is printed first. The first step is slower, as memory is allocated in it: it is
-not measured."""
+"""The step after which the time left is first printed. The first step allocates memory and is slower, so it is not
+measured."""
 WINDOW = 10
-"""The last steps alone are measured: what else the machine does may have changed."""
+"""Only the last steps are measured, as the load of the machine may change."""
 
 
 class TimeLeft(TrainerCallback):
@@ -41,7 +41,7 @@ class TimeLeft(TrainerCallback):
 
 
 def duration_left(seconds: float) -> str:
-    """About how long, as the end of a line; empty at the end."""
+    """The approximate time left, as the end of a line; empty if none is left."""
     if seconds <= 0:
         return ""
     if seconds < 90:

@@ -1,7 +1,7 @@
-"""The bases that adapters name, and what each engine has for them: every base is opened once, every engine asked once.
+"""The adapters' base models, and each engine's view of them. Every base model is opened and described only once.
 
-In: an adapter, and the base that was given, if one was. Out: the base, and for it the engines' views, with what to tell
-of those that could not be had.
+In: an adapter, and the base model that the user passed, if any. Out: the base model and the engines' views of it, with
+notes about what is missing.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from lora_probe.prediction import predictors
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What the engines have for a base, why one did not say, and what to tell of that."""
+class BaseViews:
+    """The engines' views of a base model; in `missing`, why an engine has none; and notes for the report."""
 
     views: Mapping[str, EngineView] = field(default_factory=dict)
     missing: Mapping[str, str] = field(default_factory=dict)
@@ -28,37 +28,37 @@ class Asked:
 
 
 class Bases:
-    """The bases that were met, and what the engines have for them: each is asked once."""
+    """The base models that were opened so far, and the engines' views of them."""
 
     def __init__(self, model: str | None, progress: Callable[[str], None]) -> None:
         self.model = model
         self.progress = progress
         self._bases: dict[str, Base | ProbeError] = {}
-        self._views: dict[tuple[Path, str | None], Asked] = {}
+        self._views: dict[tuple[Path, str | None], BaseViews] = {}
         if model is not None:
-            # A base that was asked for by name must be there.
+            # A base model that the user passed must exist.
             self._bases[model] = open_base(model)
 
     def base(self, adapter: Adapter) -> tuple[Base | None, str | None, tuple[str, ...]]:
-        """The base, its name, and what to say about either."""
+        """The base model, its name, and notes for the report."""
         name = self.model or adapter.config.base_model
         if name is None:
-            return None, None, ("adapter_config.json names no base model; pass --model",)
+            return None, None, ("adapter_config.json does not name a base model; pass --model",)
         if name not in self._bases:
             try:
                 self._bases[name] = open_base(name)
             except ProbeError as error:
                 self._bases[name] = error
-        found = self._bases[name]
-        if isinstance(found, ProbeError):
-            why = "was not found" if isinstance(found, ModelNotFound) else f"cannot be read ({found.message})"
+        base = self._bases[name]
+        if isinstance(base, ProbeError):
+            why = "was not found" if isinstance(base, ModelNotFound) else f"cannot be read ({base.message})"
             return None, name, (f"base model `{name}` (from adapter_config.json) {why}; pass --model",)
-        return found, name, ()
+        return base, name, ()
 
-    def views(self, base: Base, task: str | None) -> Asked:
-        """What each engine has for the base; of the files' headers where an engine is not there to be asked."""
-        asked = base.path, task
-        if asked not in self._views:
+    def views(self, base: Base, task: str | None) -> BaseViews:
+        """Each engine's view of the base model; made from the headers of its files if an engine has none."""
+        key = base.path, task
+        if key not in self._views:
             answers = views_of(base, tuple(predictors()), task, self.progress)
             views, notes = dict(answers.found), []
             for engine, reason in answers.missing.items():
@@ -68,12 +68,12 @@ class Bases:
                 else:
                     notes.append(f"{engine} did not describe the base ({why}), and the base has no safetensors files")
             notes += [note for view in views.values() for note in view.notes]
-            self._views[asked] = Asked(views, answers.missing, tuple(notes))
-        return self._views[asked]
+            self._views[key] = BaseViews(views, answers.missing, tuple(notes))
+        return self._views[key]
 
 
 def _short(why: str) -> str:
-    """The cause first: an engine's own words may be long."""
+    """The cause in a few words: an engine's own message may be long."""
     if match := _MODULE.search(why):
         return f"it needs the module `{match[1]}` for this base, which is not installed"
     return why if len(why) <= 200 else f"{why[:197]}..."

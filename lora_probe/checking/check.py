@@ -1,7 +1,7 @@
 """`check`: what is wrong with an adapter, before anything runs.
 
-In: adapter folders, and the base where it is known. Out: for each a `Report`: the ledger that each engine will come
-to, every finding with its rule, and the rules that could not be run.
+In: adapter folders, and the base model if it is known. Out: a `Report` for each: the predicted ledger of each engine,
+every finding with its rule, and the rules that could not run.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_probe.adapter import CONFIG, WEIGHTS, Adapter, find_checkpoint, open_adapter, open_config
-from lora_probe.checking.bases import Asked, Bases
+from lora_probe.checking.bases import Bases, BaseViews
 from lora_probe.checking.renaming import Fix, find_fix
 from lora_probe.errors import MissingWeights, NotLora, ProbeError, UnreadableFile
 from lora_probe.files import limits
@@ -35,7 +35,7 @@ _RANKS: dict[Severity, int] = {"error": 0, "warning": 1, "info": 2}
 
 @dataclass(frozen=True)
 class NotRun:
-    """Rules that had nothing to look at, and why."""
+    """Rules that could not run, and why."""
 
     codes: tuple[str, ...]
     why: str
@@ -43,8 +43,8 @@ class NotRun:
 
 @dataclass(frozen=True)
 class Report:
-    """What `check` found of one adapter folder. `ledgers` is empty where the files cannot be read at all. `vllm` is the
-    version that was predicted for, `ignored` counts findings of rules that were not asked for."""
+    """The result of `check` for one adapter folder. `ledgers` is empty if the files cannot be read at all. `vllm` is
+    the version that the prediction is for; `ignored` counts findings of rules that were not selected."""
 
     adapter: Path
     model: str | None
@@ -73,9 +73,9 @@ def check(
     select: Sequence[str] = (),
     ignore: Sequence[str] = (),
 ) -> Report:
-    """What is wrong with one adapter. The options are those of `check_all`, and what it raises."""
-    asked = {"model": model, "options": options, "vllm_version": vllm_version, "select": select, "ignore": ignore}
-    (report,) = check_all([adapter], **asked)  # type: ignore[arg-type]
+    """What is wrong with one adapter. Accepts and raises the same as `check_all`."""
+    arguments = {"model": model, "options": options, "vllm_version": vllm_version, "select": select, "ignore": ignore}
+    (report,) = check_all([adapter], **arguments)  # type: ignore[arg-type]
     return report
 
 
@@ -89,16 +89,16 @@ def check_all(
     ignore: Sequence[str] = (),
     progress: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Report]:
-    """A report for each folder, as they are done; what the engines have for a base is asked once for each base.
+    """A report for each folder, as soon as it is done. Each engine describes each base model only once.
 
-    `model` is the base, by default the one that each adapter names, where that is here. `options` are vLLM's flags by
-    their names (`max_lora_rank`, `dtype`, `lora_dtype`, `lora_target_modules`; others decide nothing here).
-    `select` and `ignore` hold rules' codes, beginnings of codes (`LP2`, `LP2xx`), or names.
+    `model` is the base model; by default each adapter's own base model, if it is on this machine. `options` are vLLM's
+    flags by their names (`max_lora_rank`, `dtype`, `lora_dtype`, `lora_target_modules`; others have no effect here).
+    `select` and `ignore` contain rule codes, prefixes of codes (`LP2`, `LP2xx`) or rule names.
 
     Raises:
-        ProbeError: no such folder, base, rule or version of vLLM.
+        ProbeError: there is no such folder, base model or rule, or the version of vLLM is unknown.
     """
-    chosen = selection(select, ignore)
+    selected = selection(select, ignore)
     serving = _serving(options or {}, vllm_version)
     bases = Bases(model, progress)
     for adapter in adapters:
@@ -108,11 +108,11 @@ def check_all(
         except UnreadableFile as error:
             if not _holds_weights(Path(adapter)):
                 raise
-            # Weights without a config are an adapter that no engine loads.
-            yield _unreadable(Path(adapter), (), model, error, chosen)
+            # This is an adapter without a config, which no engine loads.
+            yield _unreadable(Path(adapter), (), model, error, selected)
             continue
         progress(f"reading {folder}")
-        yield _report(folder, notes, serving, bases, chosen)
+        yield _report(folder, notes, serving, bases, selected)
 
 
 def _holds_weights(folder: Path) -> bool:
@@ -126,7 +126,7 @@ def fix_for(adapter: str | Path, model: str | None = None, progress: Callable[[s
     """What `--fix` would change in one adapter; `model` as in `check_all`.
 
     Raises:
-        ProbeError: the adapter cannot be read, or there is no such base.
+        ProbeError: the adapter cannot be read, or there is no such base model.
     """
     limits.begin(Path(adapter))
     folder, _ = find_checkpoint(Path(adapter))
@@ -138,24 +138,25 @@ def fix_for(adapter: str | Path, model: str | None = None, progress: Callable[[s
 
 
 def selection(select: Sequence[str], ignore: Sequence[str]) -> frozenset[str]:
-    """The codes of the rules that are asked for.
+    """The codes of the selected rules.
 
     Raises:
-        ProbeError: one means no rule.
+        ProbeError: a word does not match any rule.
     """
-    known = {code: rule for code, rule in all_rules().items() if family_of(code).in_check}
-    wanted = set(known) if not select else {code for word in select for code in _meant(word, known)}
-    return frozenset(wanted - {code for word in ignore for code in _meant(word, known)})
+    rules = {code: rule for code, rule in all_rules().items() if family_of(code).in_check}
+    selected = set(rules) if not select else {code for word in select for code in _codes_of(word, rules)}
+    return frozenset(selected - {code for word in ignore for code in _codes_of(word, rules)})
 
 
-def _meant(word: str, known: Mapping[str, Rule]) -> list[str]:
-    codes = meant(word, known)
+def _codes_of(word: str, rules: Mapping[str, Rule]) -> list[str]:
+    codes = meant(word, rules)
     if not codes:
-        near = get_close_matches(word, [*known, *(rule.name for rule in known.values())], 3, 0.5)
-        about = f"; did you mean {' or '.join(near)}?" if near else ""
+        near = get_close_matches(word, [*rules, *(rule.name for rule in rules.values())], 3, 0.5)
+        suggestion = f"; did you mean {' or '.join(near)}?" if near else ""
         raise ProbeError(
-            f"`check` has no rule `{word}`{about}",
-            f"rules: {numbers_of(known)}, beginnings of them (LP2) and names: `lora-probe rule` lists all",
+            f"unknown rule `{word}`{suggestion}",
+            "expected a rule code (LP204), a prefix (LP2) or a rule name; "
+            f"`check` has the rules {numbers_of(rules)}, `lora-probe rule` lists all",
         )
     return codes
 
@@ -163,38 +164,36 @@ def _meant(word: str, known: Mapping[str, Rule]) -> list[str]:
 def _serving(options: Mapping[str, Any], vllm_version: str | None) -> Serving:
     if unknown := set(options) - set(ENGINE_OPTIONS):
         raise ProbeError(
-            f"`{sorted(unknown)[0]}` is no option of vLLM that check knows",
-            f"options: {', '.join(sorted(ENGINE_OPTIONS))}",
+            f"unknown vLLM option `{sorted(unknown)[0]}`",
+            f"known options: {', '.join(sorted(ENGINE_OPTIONS))}",
         )
     rank = options.get("max_lora_rank")
     if rank is not None and rank not in MAX_RANKS:
-        raise ProbeError(
-            f"vLLM does not take --max-lora-rank {rank}", f"it takes {', '.join(str(one) for one in MAX_RANKS)}"
-        )
+        raise ProbeError(f"vLLM does not accept --max-lora-rank {rank}", f"accepted: {', '.join(map(str, MAX_RANKS))}")
     targets = options.get("lora_target_modules")
-    given = {name: options.get(name) for name in ("max_lora_rank", "dtype", "lora_dtype")}
-    return Serving(behaviour(vllm_version), lora_target_modules=tuple(targets) if targets else None, **given)
+    settings = {name: options.get(name) for name in ("max_lora_rank", "dtype", "lora_dtype")}
+    return Serving(behaviour(vllm_version), lora_target_modules=tuple(targets) if targets else None, **settings)
 
 
-def _report(folder: Path, notes: tuple[str, ...], serving: Serving, bases: Bases, chosen: frozenset[str]) -> Report:
+def _report(folder: Path, notes: tuple[str, ...], serving: Serving, bases: Bases, selected: frozenset[str]) -> Report:
     try:
         adapter = open_adapter(folder)
-        base, name, said = bases.base(adapter)
-        asked = bases.views(base, _task(adapter)) if base is not None else Asked()
-        subject = subject_of(adapter, serving, base, asked.views, asked.missing)
+        base, name, base_notes = bases.base(adapter)
+        described = bases.views(base, _task(adapter)) if base is not None else BaseViews()
+        subject = subject_of(adapter, serving, base, described.views, described.missing)
         prediction = predict(subject)
     except UnreadableFile as error:
-        return _unreadable(folder, notes, bases.model, error, chosen)
+        return _unreadable(folder, notes, bases.model, error, selected)
     every = list(_diagnostics(subject.adapter, prediction))
-    diagnostics = [diagnostic for diagnostic in every if diagnostic.code in chosen]
+    diagnostics = [diagnostic for diagnostic in every if diagnostic.code in selected]
     rules = all_rules()
     return Report(
         folder,
         name,
         prediction.ledgers,
-        tuple(sorted(diagnostics, key=lambda one: (_RANKS[one.severity], rules[one.code].consequence, one.code))),
-        _not_run(prediction, chosen),
-        (*notes, *said, *asked.notes),
+        tuple(sorted(diagnostics, key=lambda d: (_RANKS[d.severity], rules[d.code].consequence, d.code))),
+        _not_run(prediction, selected),
+        (*notes, *base_notes, *described.notes),
         serving.vllm.version,
         len(every) - len(diagnostics),
     )
@@ -206,9 +205,9 @@ def _task(adapter: Adapter) -> str | None:
 
 
 def _unreadable(
-    folder: Path, notes: tuple[str, ...], model: str | None, error: UnreadableFile, chosen: frozenset[str]
+    folder: Path, notes: tuple[str, ...], model: str | None, error: UnreadableFile, selected: frozenset[str]
 ) -> Report:
-    """Files that no engine loads: the error is the finding."""
+    """The report on files that no engine loads: the error is the only finding."""
     path = folder / CONFIG
     if isinstance(error, NotLora):
         judged = not_lora(error.message)
@@ -229,10 +228,10 @@ def _unreadable(
     diagnostic = Diagnostic(
         rule.code, rule.name, rule.severity, error.message, hint, (), engines, str(path), error.line
     )
-    # PEFT has other methods than LoRA, and what it makes of their configs is not judged here.
+    # PEFT supports other methods than LoRA, so it may load this adapter; that is not checked.
     refusing = () if isinstance(error, NotLora) else engines
     ledgers = {name: Ledger(name, (), True, error.message, judged.code, predicted=True) for name in refusing}
-    return Report(folder, model, ledgers, (diagnostic,) if rule.code in chosen else (), notes=notes)
+    return Report(folder, model, ledgers, (diagnostic,) if rule.code in selected else (), notes=notes)
 
 
 def _diagnostics(adapter: Adapter, prediction: Prediction) -> Iterator[Diagnostic]:
@@ -259,15 +258,15 @@ def _diagnostics(adapter: Adapter, prediction: Prediction) -> Iterator[Diagnosti
 
 
 def _place(adapter: Adapter, field: str | None) -> tuple[Path, int | None]:
-    """The file and the line of a finding: those of its key of the config, else the weights."""
+    """The file and the line of a finding: those of its config key, or the weights file if it has none."""
     if field is None:
         return adapter.weights.path, None
     return adapter.config.path, adapter.config.lines.get(field)
 
 
 def _differing(adapter: Adapter, ledgers: Mapping[str, Ledger]) -> Iterator[Diagnostic]:
-    """LP410: the modules that take effect in some engines and are lost in others. Engines that refuse the adapter are
-    left out."""
+    """LP410: the modules that take effect in some engines and are lost in others. Engines that refuse the adapter do
+    not count."""
     fates: dict[Key, dict[str, Fate]] = {}
     for engine, ledger in ledgers.items():
         for row in ledger.rows if not ledger.refused else ():
@@ -293,7 +292,7 @@ def _differing(adapter: Adapter, ledgers: Mapping[str, Ledger]) -> Iterator[Diag
 
 
 def _only_in(having: tuple[str, ...], losing: tuple[str, ...], modules: Sequence[str]) -> str:
-    """Where modules take effect and where they do not, by the titles of the engines."""
+    """In which engines modules take effect and in which they do not, by the titles of the engines."""
     two = len(having) == len(losing) == 1
     where = f"{_titles(having)} alone" if two else f"{_titles(having)} and are lost in {_titles(losing)}"
     return f"take effect in {where} ({name_modules(modules)})"
@@ -303,11 +302,11 @@ def _titles(engines: Sequence[str]) -> str:
     return in_words([predictors()[engine].title for engine in engines])
 
 
-def _not_run(prediction: Prediction, chosen: frozenset[str]) -> tuple[NotRun, ...]:
-    """The rules that were asked for and had nothing to look at, and the stations that were not decided, by reason."""
+def _not_run(prediction: Prediction, selected: frozenset[str]) -> tuple[NotRun, ...]:
+    """The selected rules that could not run, and the stations that could not be judged, by reason."""
     reasons: dict[str, list[str]] = {}
     for rule, why in prediction.not_run:
-        if rule.code in chosen:
+        if rule.code in selected:
             reasons.setdefault(why, []).append(rule.code)
     unknown = {
         rule.code for rule in all_rules().values() if rule.needs == "base" and rule.station in ("read", "placed")
@@ -316,5 +315,5 @@ def _not_run(prediction: Prediction, chosen: frozenset[str]) -> tuple[NotRun, ..
         for row in ledger.rows:
             if row.decisive is not None and row.fate == "unknown" and not ledger.refused:
                 why = row.decisive[1].message
-                reasons.setdefault(why, []).extend(sorted(unknown & chosen))
+                reasons.setdefault(why, []).extend(sorted(unknown & selected))
     return tuple(NotRun(tuple(dict.fromkeys(sorted(codes))), why) for why, codes in reasons.items())

@@ -1,6 +1,6 @@
-"""Two traces held against each other.
+"""Comparisons of two traces.
 
-In: two `Trace`s. Out: where their contributions first differ (`contributions`), where their modules' outputs do
+In: two `Trace`s. Out: the first divergence of their contributions (`contributions`) and of their modules' outputs
 (`outputs`), and how much of an adapter's effect survives a merge (`effect`).
 """
 

@@ -1,6 +1,6 @@
-"""Two traces held against each other: where do they first part, and by how much.
+"""The first divergence of two traces, and how large it is.
 
-In: a reference and a candidate trace. Out: a `Comparison`: rows joined on prompt and position as far as both runs saw
+In: a reference and a candidate trace. Out: a `Comparison`: rows joined on prompt and position as long as both runs saw
 the same tokens, the relative error of the contribution for every module, and both ledgers.
 """
 
@@ -26,9 +26,9 @@ Status = Literal["ok", "differs", "only in reference", "only in candidate"]
 
 @dataclass(frozen=True)
 class ModuleDiff:
-    """One module in both runs. `error` is ‖Δdelta‖ / ‖delta‖ over all joined rows (those of several loads each by its
-    own ‖delta‖, so that a strong adapter hides no weak one), `worst_row` that of one row; `exact` says whether Δdelta
-    was computed from equal B or from the deltas themselves, or bounded from norms."""
+    """One module in both runs. `error` is ‖Δdelta‖ / ‖delta‖ over all joined rows (each load relative to its own
+    ‖delta‖, so that a strong adapter does not hide a weak one); `worst_row` is that of one row. `exact`: Δdelta was
+    computed from equal B or from the deltas themselves; otherwise it is a bound from norms."""
 
     key: Key
     status: Status
@@ -45,7 +45,7 @@ class ModuleDiff:
 
 @dataclass(frozen=True)
 class Divergence:
-    """The first row and module, in the order in which a model computes them, that lies beyond the tolerance."""
+    """The first row and module, in the order of computation, that exceeds the tolerance."""
 
     prompt: int
     position: int
@@ -56,7 +56,7 @@ class Divergence:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare` found. Errors are relative to the reference."""
+    """The result of `compare`. Errors are relative to the reference."""
 
     reference: Trace
     candidate: Trace
@@ -76,8 +76,8 @@ class Comparison:
 
     @property
     def verdict(self) -> Verdict:
-        parted = any(not request.equal for request in self.requests) and self.dtype == "float32"
-        if parted or any(module.status != "ok" for module in self.modules):
+        diverged = any(not request.equal for request in self.requests) and self.dtype == "float32"
+        if diverged or any(module.status != "ok" for module in self.modules):
             return "differ"
         if any(ledger.refused or ledger.count("lost") or ledger.count("wrong") for ledger in self.ledgers):
             return "differ"
@@ -89,7 +89,7 @@ def compare(reference: Trace, candidate: Trace, rtol: float | None = None) -> Co
     """Compare two traces of the same adapter.
 
     Raises:
-        ProbeError: nothing is comparable: no load of an adapter on one side, or no prompt in common.
+        ProbeError: a trace has no load of an adapter, or the traces have no prompt in common.
         UnreadableFile: a trace records an unknown dtype.
     """
     ledgers = _ledger(reference), _ledger(candidate)
@@ -118,28 +118,28 @@ def compare(reference: Trace, candidate: Trace, rtol: float | None = None) -> Co
 def _notes(reference: Trace, candidate: Trace, compared: bool) -> Iterator[str]:
     for trace in (reference, candidate):
         if not trace.complete:
-            yield f"{trace.path} is not complete: {', '.join(trace.unclosed)}"
+            yield f"{trace.path} is incomplete: {', '.join(trace.unclosed)}"
         if trace.sharded:
-            yield f"{trace.path} holds shards of {len(trace.workers)} workers, whose rows are not joined yet"
+            yield f"{trace.path} contains shards of {len(trace.workers)} workers; their rows cannot be joined yet"
         elif trace.rows is None:
-            yield f"{trace.path} holds no rows"
-    one, two = reference.loads[0][0], candidate.loads[0][0]
-    if one.digest != two.digest:
-        yield f"the runs loaded different adapters: {one.path} and {two.path}"
+            yield f"{trace.path} contains no rows"
+    load, other = reference.loads[0][0], candidate.loads[0][0]
+    if load.digest != other.digest:
+        yield f"the runs loaded different adapters: {load.path} and {other.path}"
     if not compared:
-        yield "no rows were compared: only the ledgers and the answers"
+        yield "no rows were compared, only the ledgers and the answers"
 
 
 def _ledger(trace: Trace) -> Ledger:
     if not trace.loads:
         raise ProbeError(
-            f"`{trace.path}` records no load of an adapter", "trace an adapter first; see `lora-probe show`"
+            f"`{trace.path}` contains no load of an adapter", "trace an adapter first; see `lora-probe show`"
         )
     return trace.loads[0][1]
 
 
 def _fates(trace: Trace) -> dict[Key, set[Fate]]:
-    """What became of each module in the loads of a trace."""
+    """The fates of each module in the loads of a trace."""
     fates: dict[Key, set[Fate]] = {}
     for _, ledger in trace.loads:
         for row in ledger.rows:
@@ -160,7 +160,7 @@ def _modules(
             continue
         if here is None or there is None:
             if any("unknown" in of_trace.get(key, ()) for of_trace in fates):
-                # The other engine has it and did not record it: its ledger says so.
+                # The other engine has the module but did not record it; its ledger reports that.
                 continue
             status: Status = "only in candidate" if here is None else "only in reference"
             diffs.append(ModuleDiff(key, status))
@@ -175,25 +175,28 @@ def _modules(
 def _module(joined: Joined, key: Key, here: int, there: int, limit: float) -> tuple[ModuleDiff, Floats]:
     """One module: its error over all rows against `limit`, and its worst row against `limit` times ROW_SLACK.
 
-    A row is measured against its load's usual row at the module: a row of almost nothing says nothing. A row that is a
-    number in one run and none in the other is infinitely wrong; a row that is none in both is the ledgers' affair.
+    The error of a row is relative to its load's usual row at the module, as a single row may be almost zero. It is
+    infinite if the row is NaN in one run only; rows that are NaN in both runs are left to the ledgers.
     """
     one, two = joined.reference, joined.candidate
-    norm_one, norm_two = one.delta_norm[joined.mine, here], two.delta_norm[joined.theirs, there]
+    norm_one, norm_two = one.delta_norm[joined.reference_rows, here], two.delta_norm[joined.candidate_rows, there]
     distance, exact = distances(joined, here, there)
-    numbers = np.isfinite(norm_one) | np.isfinite(norm_two)
-    distance = np.where(numbers & ~np.isfinite(distance), np.float32(np.inf), distance)
+    measured = np.isfinite(norm_one) | np.isfinite(norm_two)
+    distance = np.where(measured & ~np.isfinite(distance), np.float32(np.inf), distance)
     usual = np.ones(len(distance))
     for _, chosen in by_load(joined):
         total = float(np.sqrt(np.nansum(np.square(norm_one[chosen], dtype=np.float64))))
         usual[chosen] = total / np.sqrt(max(int(np.isfinite(norm_one[chosen]).sum()), 1)) or 1.0
-    row_errors = np.where(numbers, distance / usual, 0).astype(np.float32)
+    row_errors = np.where(measured, distance / usual, 0).astype(np.float32)
     error = float(np.sqrt(np.mean(np.square(row_errors, dtype=np.float64))))
     at = int(row_errors.argmax())
     worst = float(row_errors[at])
     strength = tuple(
-        _strength(norm, rows.base_norm[mine, column])
-        for norm, rows, mine, column in ((norm_one, one, joined.mine, here), (norm_two, two, joined.theirs, there))
+        _strength(norm, rows.base_norm[numbers, column])
+        for norm, rows, numbers, column in (
+            (norm_one, one, joined.reference_rows, here),
+            (norm_two, two, joined.candidate_rows, there),
+        )
     )
     status: Status = "ok" if error <= limit and worst <= ROW_SLACK * limit else "differs"
     diff = ModuleDiff(key, status, error, worst, joined.where[at][:2], exact, strength)  # type: ignore[arg-type]
@@ -207,7 +210,7 @@ def _strength(delta: Floats, base: Floats) -> float | None:
 
 
 def _first(joined: Joined, errors: Mapping[Key, Floats], limit: float) -> Divergence | None:
-    """The first row beyond the tolerance of a module that differs: rows as the tokens come, modules as they run."""
+    """The first row beyond the tolerance in a module that differs: by the order of tokens, then of modules."""
     if not errors:
         return None
     keys = list(errors)

@@ -1,8 +1,8 @@
-"""Merged against unmerged in the outputs: how much of the adapter's effect survives.
+"""The outputs of a merged model compared with the unmerged adapter: how much of the adapter's effect survives.
 
 In: the scored trace of an adapter, and the plain trace of a merged model on the same tokens. Out: an `Effect`:
-distances between next-token distributions over the whole vocabulary, and the first token and the first module at which
-the two part.
+distances between next-token distributions over the whole vocabulary, and the first token and the first module that
+differ.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lora_probe.comparison.outputs import Parting, WorstModule, modules_part
+from lora_probe.comparison.outputs import FirstModule, WorstModule, compare_outputs
 from lora_probe.comparison.tolerance import NOT_RECORDED_NOTE, judged_dtype
 from lora_probe.errors import ProbeError
 from lora_probe.names import Key
@@ -28,12 +28,13 @@ Doubles = npt.NDArray[np.float64]
 class Measures:
     """Distances over some answer tokens. Each is a distribution over the vocabulary: unmerged p, merged q, base b.
 
-    `kl_merged` is the mean of KL(p‖q) = Σ p·(log p − log q) in nats, infinite where a distribution holds NaN; `kl_base`
+    `kl_merged` is the mean of KL(p‖q) = Σ p·(log p − log q) in nats, infinite if a distribution contains NaN; `kl_base`
     the mean of KL(p‖b). `survives` = 1 − sqrt(kl_merged / kl_base) is the share of the adapter's effect that the merge
-    kept: KL is quadratic in a small change, so its root is a distance. It is below 0 where the merged model is further
-    off than the base, and None where there is no effect to keep (`floor`) or the base was not measured. `top1` is the
+    kept: KL is quadratic in a small change, so its root is a distance. It is below 0 if the merged model is further
+    away than the base, and None if there is no effect to keep (`floor`) or the base was not measured. `top1` is the
     share of tokens whose most likely successor is the same in merged and unmerged, `base_top1` in base and unmerged.
-    `logprob_error` is the largest |log q − log p| of the answer tokens themselves. None: nothing was measured.
+    `logprob_error` is the largest |log q − log p| of the answer tokens themselves. All are None if nothing was
+    measured.
     """
 
     tokens: int
@@ -47,8 +48,8 @@ class Measures:
 
 @dataclass(frozen=True)
 class FirstToken:
-    """Where the merged model would first say another token: its index in the answer, and both ids (`merged` is None
-    where its distribution is not finite)."""
+    """The first token that the merged model would choose differently: its index in the answer, and both ids (`merged`
+    is None if its distribution is not finite)."""
 
     token: int
     unmerged: int
@@ -57,7 +58,7 @@ class FirstToken:
 
 @dataclass(frozen=True)
 class PromptEffect(Measures):
-    """One prompt. `prompt` numbers those of the unmerged run."""
+    """One prompt. `prompt` is its index in the unmerged run."""
 
     prompt: int
     first_token: FirstToken | None
@@ -66,25 +67,25 @@ class PromptEffect(Measures):
 @dataclass(frozen=True)
 class Effect(Measures):
     """All prompts together. `tolerance` is what `precision.drift` allows a module at `dtype`, the coarsest dtype of the
-    two runs; a single row may lie ROW_SLACK times further off. `notes` say what could not be measured."""
+    two runs; a single row may be ROW_SLACK times further away. `notes` report what could not be measured."""
 
     unmerged: Trace
     merged: Trace
     dtype: str
     tolerance: float
     prompts: tuple[PromptEffect, ...]
-    first_module: Parting | None
+    first_module: FirstModule | None
     worst_module: WorstModule | None
     notes: tuple[str, ...]
 
 
 def effect(unmerged: Trace, merged: Trace) -> Effect:
-    """What is left of the adapter's effect in the merged model.
+    """How much of the adapter's effect is left in the merged model.
 
     Raises:
-        ProbeError: a trace without scores, no prompt in common, other answer tokens for the same prompt, or
-            vocabularies of different sizes.
-        UnreadableFile: a damaged trace, or one that records an unknown dtype.
+        ProbeError: a trace has no scores, or the traces have no prompt in common, different answer tokens for the same
+            prompt, or vocabularies of different sizes.
+        UnreadableFile: a trace is damaged, or records an unknown dtype.
     """
     pairs, notes = _pairs(unmerged, merged)
     bases = {_tokens(scored.score): scored for scored in unmerged.scores if scored.score.kind == "base"}
@@ -92,15 +93,18 @@ def effect(unmerged: Trace, merged: Trace) -> Effect:
     if dtype == NOT_RECORDED:
         notes.append(NOT_RECORDED_NOTE)
     prompts, tables = [], []
-    for one, two in pairs:
-        table = _table(one, two, bases.get(_tokens(one.score)), notes)
+    for scored, of_merged in pairs:
+        table = _table(scored, of_merged, bases.get(_tokens(scored.score)), notes)
         if table is not None:
             tables.append(table)
-            prompts.append(PromptEffect(**_measures([table], dtype), prompt=one.score.prompt, first_token=table.first))
+            prompts.append(
+                PromptEffect(**_measures([table], dtype), prompt=scored.score.prompt, first_token=table.first)
+            )
     for trace in (unmerged, merged):
         if not trace.complete:
-            notes.append(f"{trace.path} is not complete: {', '.join(trace.unclosed)}")
-    first, worst = modules_part(unmerged, merged, [(one.score, two.score) for one, two in pairs], drift(dtype), notes)
+            notes.append(f"{trace.path} is incomplete: {', '.join(trace.unclosed)}")
+    scores = [(scored.score, of_merged.score) for scored, of_merged in pairs]
+    first, worst = compare_outputs(unmerged, merged, scores, drift(dtype), notes)
     return Effect(
         **_measures(tables, dtype),
         unmerged=unmerged,
@@ -120,27 +124,27 @@ def _tokens(score: Score) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 def _pairs(unmerged: Trace, merged: Trace) -> tuple[list[tuple[Scored, Scored]], list[str]]:
     """The passes of both runs over the same tokens, and notes."""
-    mine = [scored for scored in unmerged.scores if scored.score.kind == "adapter"]
-    theirs = {tuple(scored.score.prompt_ids): scored for scored in merged.scores if scored.score.kind == "plain"}
-    if not mine:
+    of_unmerged = [scored for scored in unmerged.scores if scored.score.kind == "adapter"]
+    of_merged = {tuple(scored.score.prompt_ids): scored for scored in merged.scores if scored.score.kind == "plain"}
+    if not of_unmerged:
         refused = next((load.message for load, _ in unmerged.loads if load.refused), None)
         why = f": {unmerged.engine} refused it ({refused})" if refused is not None else ""
-        raise ProbeError(f"`{unmerged.path}` holds no scored answer of an adapter{why}")
-    if not theirs:
-        raise ProbeError(f"`{merged.path}` holds no scored answer of a model without an adapter")
+        raise ProbeError(f"`{unmerged.path}` contains no scored answer of an adapter{why}")
+    if not of_merged:
+        raise ProbeError(f"`{merged.path}` contains no scored answer of a model without an adapter")
     pairs, notes = [], []
-    for one in mine:
-        two = theirs.get(tuple(one.score.prompt_ids))
-        if two is None:
-            notes.append(f"prompt {one.score.prompt + 1} was not run through the merged model")
-        elif two.score.answer_ids != one.score.answer_ids:
+    for scored in of_unmerged:
+        other = of_merged.get(tuple(scored.score.prompt_ids))
+        if other is None:
+            notes.append(f"prompt {scored.score.prompt + 1} was not run through the merged model")
+        elif other.score.answer_ids != scored.score.answer_ids:
             raise ProbeError(
-                f"the two runs saw other tokens after prompt {one.score.prompt + 1}: "
+                f"the two runs saw different tokens after prompt {scored.score.prompt + 1}: "
                 f"`{unmerged.path}` and `{merged.path}` cannot be compared",
-                "let the merged model follow the unmerged run's answers",
+                "record the merged model on the answers of the unmerged run",
             )
         else:
-            pairs.append((one, two))
+            pairs.append((scored, other))
     if not pairs:
         raise ProbeError(f"`{unmerged.path}` and `{merged.path}` have no prompt in common")
     return pairs, notes
@@ -148,7 +152,7 @@ def _pairs(unmerged: Trace, merged: Trace) -> tuple[list[tuple[Scored, Scored]],
 
 @dataclass(frozen=True)
 class _Table:
-    """What was measured for every answer token of some prompts, `[tokens]`; the base's columns may be missing."""
+    """The measurements of every answer token of some prompts, `[tokens]`; the base's columns may be missing."""
 
     kl_merged: Doubles
     kl_base: Doubles | None
@@ -159,7 +163,7 @@ class _Table:
 
 
 def _table(one: Scored, two: Scored, base: Scored | None, notes: list[str]) -> _Table | None:
-    """All tokens of one prompt; None where a run kept no distributions."""
+    """All tokens of one prompt; None if a run kept no distributions."""
     for scored in (one, two, base):
         if scored is not None and scored.score.unmeasured:
             what = f"the next-token distributions of {_WHOSE[scored.score.kind]}"
@@ -178,14 +182,14 @@ def _table(one: Scored, two: Scored, base: Scored | None, notes: list[str]) -> _
                 "was the merged model made from the same base?",
             )
         if np.isnan(values).any():
-            notes.append(f"a next-token distribution of {_WHOSE[scored.score.kind]} holds NaN")
+            notes.append(f"a next-token distribution of {_WHOSE[scored.score.kind]} contains NaN")
     best = [np.where(np.isnan(values).any(-1), -1, values.argmax(-1)) for values in (p, q)]
-    parted = np.flatnonzero(best[1] != best[0])
+    different = np.flatnonzero(best[1] != best[0])
     first = None
-    if len(parted):
-        at = int(parted[0])
-        said = int(best[1][at])
-        first = FirstToken(at, int(best[0][at]), said if said >= 0 else None)
+    if len(different):
+        at = int(different[0])
+        chosen = int(best[1][at])
+        first = FirstToken(at, int(best[0][at]), chosen if chosen >= 0 else None)
     base_best = b.argmax(-1) if b is not None else None
     rows = np.arange(len(answer))
     errors = np.abs(q[rows, answer].astype(np.float64) - p[rows, answer])
@@ -205,17 +209,17 @@ _WHOSE = {"adapter": "the unmerged adapter", "base": "the base", "plain": "the m
 def divergence(p: Floats, q: Floats) -> Doubles:
     """KL(p‖q) = Σ p·(log p − log q) in nats for each row of two tables of log-probabilities, `[rows, vocabulary]`.
 
-    Both are normalised again in float64: the round-off of a float32 normalisation enters KL in first order, the change
-    that is measured only in second. Infinite where a row holds NaN.
+    Both are normalised again in float64: the round-off of a float32 normalisation enters KL in first order, the
+    measured change only in second. Infinite if a row contains NaN.
     """
-    found = np.empty(len(p))
+    result = np.empty(len(p))
     # Row by row: a float64 copy of a whole table would be as large as everything else together.
     for row, pair in enumerate(zip(p, q, strict=True)):
         log_p, log_q = (_normalised(values.astype(np.float64)) for values in pair)
         possible = log_p != -np.inf
         total = float(np.sum(np.exp(log_p[possible]) * (log_p[possible] - log_q[possible])))
-        found[row] = np.inf if np.isnan(total) else max(total, 0.0)
-    return found
+        result[row] = np.inf if np.isnan(total) else max(total, 0.0)
+    return result
 
 
 def _normalised(values: Doubles) -> Doubles:
@@ -232,7 +236,7 @@ def _measures(tables: Sequence[_Table], dtype: str) -> dict[str, Any]:
     kl_merged = float(np.concatenate([table.kl_merged for table in tables]).mean())
     kl_bases = [table.kl_base for table in tables if table.kl_base is not None]
     base_same = [table.base_same for table in tables if table.base_same is not None]
-    # A mean over other tokens than kl_merged's would be no scale for it.
+    # A mean over other tokens than those of kl_merged cannot be compared with it.
     kl_base = float(np.concatenate(kl_bases).mean()) if len(kl_bases) == len(tables) else None
     kept = kl_base is not None and np.isfinite(kl_base) and kl_base >= floor(dtype)
     return {
@@ -246,31 +250,31 @@ def _measures(tables: Sequence[_Table], dtype: str) -> dict[str, Any]:
     }
 
 
-def as_json(found: Effect) -> dict[str, Any]:
-    """Plain values for JSON; what is not finite is None."""
-    first, worst = found.first_module, found.worst_module
+def as_json(effect: Effect) -> dict[str, Any]:
+    """Plain values for JSON; values that are not finite become None."""
+    first, worst = effect.first_module, effect.worst_module
     return {
-        **_plain(found),
-        "dtype": found.dtype,
-        "tolerance": found.tolerance,
+        **_plain(effect),
+        "dtype": effect.dtype,
+        "tolerance": effect.tolerance,
         "first_module": None
         if first is None
         else {**_key(first.key), "prompt": first.prompt, "position": first.position, "token": first.token}
         | {"error": finite(first.error)},
         "worst_module": None if worst is None else {**_key(worst.key), "error": finite(worst.error)},
-        "prompts": [_of_prompt(prompt) for prompt in found.prompts],
-        "notes": list(found.notes),
+        "prompts": [_of_prompt(prompt) for prompt in effect.prompts],
+        "notes": list(effect.notes),
     }
 
 
-def _of_prompt(found: PromptEffect) -> dict[str, Any]:
-    first = found.first_token
+def _of_prompt(effect: PromptEffect) -> dict[str, Any]:
+    first = effect.first_token
     token = None if first is None else {"token": first.token, "unmerged": first.unmerged, "merged": first.merged}
-    return {"prompt": found.prompt, **_plain(found), "first_token": token}
+    return {"prompt": effect.prompt, **_plain(effect), "first_token": token}
 
 
-def _plain(found: Measures) -> dict[str, Any]:
-    return {name: finite(getattr(found, name)) for name in Measures.__dataclass_fields__}
+def _plain(measures: Measures) -> dict[str, Any]:
+    return {name: finite(getattr(measures, name)) for name in Measures.__dataclass_fields__}
 
 
 def _key(key: Key) -> dict[str, Any]:

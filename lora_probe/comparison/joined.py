@@ -1,7 +1,7 @@
-"""What two traces have in common: the requests that both made, and the rows of these.
+"""What two traces have in common: requests with the same prompt, and their rows.
 
 In: a reference and a candidate trace. Out: their requests with the same prompt, their rows joined on prompt and
-position as far as both runs saw the same tokens, and how far the contributions of joined rows lie apart.
+position as long as both runs saw the same tokens, and the distances between the contributions of joined rows.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ class RequestDiff:
 
     @property
     def span(self) -> int:
-        """The number of positions at which both runs saw the same tokens up to there."""
+        """The number of positions up to which both runs saw the same tokens."""
         return len(self.reference.prompt_ids) + self.same_tokens
 
 
 def matched_requests(reference: Trace, candidate: Trace) -> tuple[RequestDiff, ...]:
-    """The requests for an adapter that both runs made with the same prompt tokens, one after the other where a run made
-    several. Where both runs know an adapter by the same name, its requests belong together."""
+    """The requests for an adapter that have the same prompt tokens in both runs, paired in order if a run has several.
+    If both runs have an adapter of the same name, only its own requests are paired."""
     names = [{request.adapter for request in trace.requests} for trace in (reference, candidate)]
     shared = names[0] & names[1]
 
@@ -57,15 +57,15 @@ def matched_requests(reference: Trace, candidate: Trace) -> tuple[RequestDiff, .
         if request.adapter is not None:
             answers.setdefault(question(request), []).append(request)
     diffs = []
-    for one in reference.requests:
-        theirs = answers.get(question(one), [])
-        if one.adapter is None or not theirs:
+    for request in reference.requests:
+        candidates = answers.get(question(request), [])
+        if request.adapter is None or not candidates:
             continue
-        two = theirs.pop(0) if len(theirs) > 1 else theirs[0]
-        same = _common(one.output_ids, two.output_ids)
-        both = zip(one.logprobs[:same], two.logprobs[:same], strict=False)
+        other = candidates.pop(0) if len(candidates) > 1 else candidates[0]
+        same = _common(request.output_ids, other.output_ids)
+        both = zip(request.logprobs[:same], other.logprobs[:same], strict=False)
         errors = [abs(a - b) for a, b in both if a is not None and b is not None]
-        diffs.append(RequestDiff(one, two, same, max(errors, default=None)))
+        diffs.append(RequestDiff(request, other, same, max(errors, default=None)))
     return tuple(diffs)
 
 
@@ -85,33 +85,33 @@ class Joined:
 
     reference: Rows
     candidate: Rows
-    mine: list[int]
-    theirs: list[int]
+    reference_rows: list[int]
+    candidate_rows: list[int]
     where: list[tuple[int, int, int]]
 
 
 def join(reference: Trace, candidate: Trace, requests: Sequence[RequestDiff]) -> Joined | None:
-    """The rows that both runs have of `requests`, as far as they saw the same tokens; None without any."""
+    """The rows of `requests` that are in both runs, as long as they saw the same tokens; None if there are none."""
     one, two = reference.rows, candidate.rows
     if one is None or two is None:
         return None
     here, there = places(one), places(two)
-    mine, theirs, where = [], [], []
+    reference_rows, candidate_rows, where = [], [], []
     for request in requests:
         begin = len(request.reference.prompt_ids)
         for position in range(request.span):
             a = here.get((request.reference.id, position))
             b = there.get((request.candidate.id, position))
             if a is not None and b is not None:
-                mine.append(a)
-                theirs.append(b)
+                reference_rows.append(a)
+                candidate_rows.append(b)
                 where.append((request.prompt, position, position - begin))
-    return Joined(one, two, mine, theirs, where) if mine else None
+    return Joined(one, two, reference_rows, candidate_rows, where) if reference_rows else None
 
 
 def by_load(joined: Joined) -> Iterator[tuple[tuple[int, int], Bools]]:
-    """The joined rows by the loads that they ran with in both runs: the loads, and which rows."""
-    loads = joined.reference.load[joined.mine], joined.candidate.load[joined.theirs]
+    """The joined rows by the loads that they ran with in both runs: the two loads, and which rows."""
+    loads = joined.reference.load[joined.reference_rows], joined.candidate.load[joined.candidate_rows]
     for one, two in sorted(set(zip(*(column.tolist() for column in loads), strict=True))):
         yield (one, two), (loads[0] == one) & (loads[1] == two)
 
@@ -119,39 +119,42 @@ def by_load(joined: Joined) -> Iterator[tuple[tuple[int, int], Bools]]:
 def distances(joined: Joined, here: int, there: int) -> tuple[Floats, bool]:
     """‖delta_candidate − delta_reference‖ of each joined row, and whether all of them are exact.
 
-    From the deltas themselves, or from the shrinks and the G of each row's own load. Where a row has none of them (it
-    ran with no load, or its level keeps none) the difference of the norms is a lower bound.
+    From the deltas themselves, or from the shrinks and the G of each row's own load. If a row has neither (it ran
+    without a load, or its level does not keep them), the difference of the norms is a lower bound.
     """
     one, two = joined.reference, joined.candidate
     key = one.modules[here]
     if one.delta and two.delta and key in one.delta and key in two.delta:
-        deltas = one.delta[key][joined.mine], two.delta[key][joined.theirs]
+        deltas = one.delta[key][joined.reference_rows], two.delta[key][joined.candidate_rows]
         if deltas[0].shape == deltas[1].shape:
             return np.linalg.norm(deltas[1] - deltas[0], axis=-1), True
-    distance: Floats = np.abs(two.delta_norm[joined.theirs, there] - one.delta_norm[joined.mine, here])
+    distance: Floats = np.abs(
+        two.delta_norm[joined.candidate_rows, there] - one.delta_norm[joined.reference_rows, here]
+    )
     if one.shrink is None or two.shrink is None:
         return distance, False
     rank = min(one.shrink.shape[-1], two.shrink.shape[-1])
-    mine, theirs = one.shrink[joined.mine, here, :rank], two.shrink[joined.theirs, there, :rank]
+    shrinks_one = one.shrink[joined.reference_rows, here, :rank]
+    shrinks_two = two.shrink[joined.candidate_rows, there, :rank]
     exact = True
     for (load_one, load_two), chosen in by_load(joined):
         held_one, held_two = grams_of(one.placed, load_one, here), grams_of(two.placed, load_two, there)
         if held_one is None or held_two is None:
             exact = False
             continue
-        distance[chosen], same = _from_shrinks(mine[chosen], theirs[chosen], held_one, held_two)
+        distance[chosen], same = _from_shrinks(shrinks_one[chosen], shrinks_two[chosen], held_one, held_two)
         exact = exact and same
     return distance, exact
 
 
-def _from_shrinks(mine: Floats, theirs: Floats, held_one: Held, held_two: Held) -> tuple[Floats, bool]:
-    """With the same placed B: `d·G·dᵀ` with d the difference of the shrinks. With another B: the part that the shrinks
-    explain, plus the difference of the norms that the two B give to the candidate's shrink (a lower bound)."""
-    rank = mine.shape[-1]
+def _from_shrinks(shrinks_one: Floats, shrinks_two: Floats, held_one: Held, held_two: Held) -> tuple[Floats, bool]:
+    """If both runs placed the same B: `d·G·dᵀ`, where d is the difference of the shrinks. Otherwise: the part that the
+    shrinks explain, plus the difference of the norms of the candidate's shrink with either B (a lower bound)."""
+    rank = shrinks_one.shape[-1]
     grams = [held.gram[:rank, :rank] for held in (held_one, held_two)]
-    from_shrink = delta_norms(theirs - mine, grams[0])
+    from_shrink = delta_norms(shrinks_two - shrinks_one, grams[0])
     if held_one.digest == held_two.digest != "":
         return from_shrink, True
-    norm_by = [delta_norms(theirs, gram) for gram in grams]
+    norm_by = [delta_norms(shrinks_two, gram) for gram in grams]
     bound: Floats = from_shrink + np.abs(norm_by[1] - norm_by[0])
     return bound, False

@@ -1,7 +1,8 @@
-"""Where merged and unmerged part inside the model: the first module whose output differs, and the worst one.
+"""The first divergence inside a merged model: the first module whose output differs from the unmerged run, and the
+worst one.
 
-In: two traces that hold sketches of the outputs of the same modules, and the passes that belong together. Out: a
-`Parting`, a `WorstModule`.
+In: two traces with sketches of the outputs of the same modules, and the passes that belong together. Out: a
+`FirstModule` and a `WorstModule`.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ Doubles = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Parting:
-    """A row and module whose output lies further from the unmerged run's than round-off explains.
+class FirstModule:
+    """The first row and module whose output differs from the unmerged run's by more than round-off explains.
 
-    `token` is the index in the answer of the token that this row reads (negative in the prompt); `error` is
+    `token` is the index in the answer of this row's input token (negative in the prompt); `error` is
     ‖output_merged − output_unmerged‖ of the row, relative to the module's usual output.
     """
 
@@ -37,25 +38,26 @@ class Parting:
 
 @dataclass(frozen=True)
 class WorstModule:
-    """The module whose outputs differ most: `error` is the root mean square over all rows, relative as in `Parting`."""
+    """The module whose outputs differ most: `error` is the root mean square over all rows, relative as in
+    `FirstModule`."""
 
     key: Key
     error: float
 
 
-def modules_part(
+def compare_outputs(
     unmerged: Trace, merged: Trace, pairs: Sequence[tuple[Score, Score]], limit: float, notes: list[str]
-) -> tuple[Parting | None, WorstModule | None]:
-    """The first row and module beyond the tolerance, rows as the tokens come and modules as they run; the worst module.
+) -> tuple[FirstModule | None, WorstModule | None]:
+    """The first row and module beyond the tolerance, by the order of tokens, then of modules; and the worst module.
 
     The distance of two outputs is that of their sketches, relative to the module's usual output in the unmerged run.
     """
     rows = []
     for trace in (unmerged, merged):
         if trace.sharded:
-            notes.append(f"{trace.path} holds shards of {len(trace.workers)} workers: no module can be compared")
+            notes.append(f"{trace.path} contains shards of {len(trace.workers)} workers, so modules cannot be compared")
         elif trace.rows is None or trace.rows.sketch is None:
-            notes.append(f"{trace.path} holds no outputs of modules")
+            notes.append(f"{trace.path} contains no outputs of modules")
         else:
             rows.append(trace.rows)
     if len(rows) != 2:
@@ -64,12 +66,12 @@ def modules_part(
     missing = len(set(one.modules) ^ set(two.modules))
     if missing:
         notes.append(f"{missing} modules were recorded in only one of the two runs")
-    mine, theirs, where = _joined(one, two, pairs)
+    unmerged_rows, merged_rows, where = _joined(one, two, pairs)
     keys = sorted(set(one.modules) & set(two.modules), key=lambda key: natural(key[0]))
     if not where or not keys:
         notes.append("no module was recorded on the same rows of both runs")
         return None, None
-    table = np.stack([_row_errors(one, two, mine, theirs, key) for key in keys], axis=1)
+    table = np.stack([_row_errors(one, two, unmerged_rows, merged_rows, key) for key in keys], axis=1)
     errors = np.sqrt(np.mean(np.square(table), axis=0))
     worst = int(errors.argmax())
     differ = (errors > limit) | (table.max(axis=0) > ROW_SLACK * limit)
@@ -77,7 +79,7 @@ def modules_part(
     if differ.any():
         row, column = (int(number) for number in np.argwhere((table > limit) & differ)[0])
         prompt, position, token = where[row]
-        first = Parting(keys[column], prompt, position, token, float(table[row, column]))
+        first = FirstModule(keys[column], prompt, position, token, float(table[row, column]))
     return first, WorstModule(keys[worst], float(errors[worst]))
 
 
@@ -86,26 +88,26 @@ def _joined(
 ) -> tuple[list[int], list[int], list[tuple[int, int, int]]]:
     """Row numbers of both runs that belong together, and (prompt, position, token) of each."""
     here, there = places(one), places(two)
-    mine, theirs, where = [], [], []
+    unmerged_rows, merged_rows, where = [], [], []
     for a, b in pairs:
         begin = len(a.prompt_ids)
         for position in range(begin + len(a.answer_ids) - 1):
             rows = here.get((a.request, position)), there.get((b.request, position))
             if rows[0] is not None and rows[1] is not None:
-                mine.append(rows[0])
-                theirs.append(rows[1])
+                unmerged_rows.append(rows[0])
+                merged_rows.append(rows[1])
                 where.append((a.prompt, position, position - begin))
-    return mine, theirs, where
+    return unmerged_rows, merged_rows, where
 
 
-def _row_errors(one: Rows, two: Rows, mine: list[int], theirs: list[int], key: Key) -> Doubles:
-    """`[rows]` for one module. A number in one run and none in the other is infinitely wrong; none in both is not."""
+def _row_errors(one: Rows, two: Rows, unmerged_rows: list[int], merged_rows: list[int], key: Key) -> Doubles:
+    """`[rows]` for one module. The error is infinite if a row is NaN in one run only, and 0 if it is NaN in both."""
     here, there = one.modules.index(key), two.modules.index(key)
     assert one.sketch is not None
     assert two.sketch is not None
-    sketches = one.sketch[mine, here].astype(np.float64), two.sketch[theirs, there].astype(np.float64)
+    sketches = one.sketch[unmerged_rows, here].astype(np.float64), two.sketch[merged_rows, there].astype(np.float64)
     numbers = [np.isfinite(sketch).all(-1) for sketch in sketches]
-    norm = one.output_norm[mine, here].astype(np.float64)
+    norm = one.output_norm[unmerged_rows, here].astype(np.float64)
     usual = float(np.sqrt(np.mean(np.square(norm[numbers[0]])))) if numbers[0].any() else 0.0
     with np.errstate(invalid="ignore"):
         distance = np.linalg.norm(sketches[1] - sketches[0], axis=-1) / (usual or 1.0)

@@ -1,8 +1,8 @@
-"""The dtype that two traces are judged in.
+"""The dtype whose tolerance applies to two traces.
 
 In: processes of the traces, and the dtypes that each of them recorded. Out: the coarsest of these, for
-`precision.drift` and `precision.floor`. A trace may come from anybody, so a dtype that is not in the table of
-`precision.py` is an error that names the file.
+`precision.drift` and `precision.floor`. Traces are untrusted, so a dtype that is not in the table of `precision.py`
+is an error with the path of the file.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ NOT_RECORDED_NOTE = "no dtype was recorded: the tolerance is that of the coarses
 
 
 def judged_dtype(recorded: Iterable[tuple[ProcessTrace, str]]) -> str:
-    """The coarsest of the dtypes that processes recorded; `precision.NOT_RECORDED` where nothing was.
+    """The coarsest of the dtypes that processes recorded; `precision.NOT_RECORDED` if none was.
 
     Raises:
-        UnreadableFile: a process.json holds a dtype that lora-probe has no tolerance for.
+        UnreadableFile: a process.json contains a dtype for which lora-probe has no tolerance.
     """
     names = []
     for process, name in recorded:
@@ -30,7 +30,7 @@ def judged_dtype(recorded: Iterable[tuple[ProcessTrace, str]]) -> str:
         except UnknownDtype as error:
             raise UnreadableFile(
                 f"`{process.folder / 'process.json'}` records the unknown dtype `{shown(name)}` (known: {KNOWN})",
-                "upgrade lora-probe, or record the run in a dtype that it knows",
+                "upgrade lora-probe, or record the run in a known dtype",
             ) from error
         names.append(name)
     return coarser(*names)

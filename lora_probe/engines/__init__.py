@@ -1,9 +1,10 @@
-"""Engines: what can run an adapter and record it.
+"""Engines: they run an adapter and record it.
 
-In: a `RunSpec`, or a base. Out: a process's folder of a trace, or what the engine has for that base. Engines are found
-by the entry-point group `lora_probe.engines`; the core brings `peft`, the distribution lora-probe-vllm brings `vllm`.
-What an engine needs, and what installs it, is in its predictor (group `lora_probe.predictors`): an engine that is not
-installed is known by that. An engine without a predictor can have both itself.
+In: a `RunSpec`, or a base model. Out: the folder of a process in a trace, or the engine's view of the base model.
+Engines are found by the entry-point group `lora_probe.engines`: lora-probe itself has `peft`, the distribution
+lora-probe-vllm has `vllm`. An engine's predictor (group `lora_probe.predictors`) contains what the engine needs and the
+command that installs it, so that engines that are not installed are known too. An engine without a predictor can have
+both itself.
 """
 
 from __future__ import annotations
@@ -22,21 +23,22 @@ from lora_probe.recording.records import RunSpec
 
 
 class Engine(Protocol):
-    """Something that runs an adapter. It is made without arguments, in a process of its own.
+    """An engine that runs adapters. It is created without arguments, in a separate process.
 
     Its class may have `needs`, the names of modules without which it cannot run, `install`, the command that installs
-    it, and `has_flags`, False for an engine without flags. Importing the class must be cheap: what is heavy is imported
-    when it is made.
+    it, and `has_flags`, False for an engine without flags. Importing the class must be cheap: heavy libraries are
+    imported when it is created.
     """
 
     def describe(self, base: Base, task: str | None) -> EngineView:
         """Which modules the engine has for `base`, under which names, and which of them it adapts.
 
         No weights are read and no engine is started: `config.json` is enough. `task` is PEFT's `task_type`
-        (`CAUSAL_LM`, `SEQ_CLS`, ...), None where the adapter names none.
+        (`CAUSAL_LM`, `SEQ_CLS`, ...), None if the adapter has none.
 
         Raises:
-            EngineFailed: the engine cannot build this model; its own words. A class that takes no adapter is an answer.
+            EngineFailed: the engine cannot build this model; with its own message. A class that does not accept
+                adapters is not an error.
         """
         ...
 
@@ -44,14 +46,14 @@ class Engine(Protocol):
         """Run `spec` and write the trace into `folder`.
 
         Raises:
-            ProbeError: the engine did not start, or the probe was not in it. A refusal of the adapter is no error:
+            ProbeError: the engine did not start, or the probe was not in it. A refusal of the adapter is not an error:
                 it is recorded.
         """
         ...
 
 
 def names() -> list[str]:
-    """All engines that a user may name: the installed ones, and those that only have a predictor."""
+    """The names of all known engines: the installed ones, and those that only have a predictor."""
     return in_order([*points(ENGINES), *points(PREDICTORS)])
 
 
@@ -59,14 +61,14 @@ def require(name: str, flags: Sequence[str] = ()) -> EntryPoint:
     """The entry point of the engine called `name`, without importing anything heavy. `flags` are for the engine itself.
 
     Raises:
-        ProbeError: nobody knows that name, or the engine has no flags.
+        ProbeError: the engine is unknown, or has no flags.
         EngineFailed: its distribution, or a library that it needs, is not installed.
     """
     engine, predictor = points(ENGINES).get(name), points(PREDICTORS).get(name)
-    known = predictor or engine
-    if known is None:
-        raise ProbeError(f"there is no engine `{name}`", f"engines: {', '.join(names())}")
-    facts = load(known)
+    point = predictor or engine
+    if point is None:
+        raise ProbeError(f"unknown engine `{name}`", f"engines: {', '.join(names())}")
+    facts = load(point)
     install = getattr(facts, "install", "")
     if engine is None:
         raise EngineFailed(f"the engine `{name}` is not installed", install)
@@ -81,7 +83,7 @@ def require(name: str, flags: Sequence[str] = ()) -> EntryPoint:
 
 
 def make(name: str) -> Engine:
-    """The engine called `name`; imports what it needs. Raises as `require` does."""
+    """The engine called `name`; imports what it needs. Raises the same errors as `require`."""
     point = require(name)
     kind = load(point)
     if not callable(getattr(kind, "record", None)):

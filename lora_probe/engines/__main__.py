@@ -1,4 +1,5 @@
-"""`python -m lora_probe.engines FOLDER`: the child process. In: what is asked. Out: the rest of the folder."""
+"""`python -m lora_probe.engines FOLDER`: the child process. In: a folder with the request. Out: the results in that
+folder."""
 
 from __future__ import annotations
 

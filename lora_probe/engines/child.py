@@ -20,7 +20,7 @@ import msgspec
 from lora_probe.base import open_base
 from lora_probe.engines import make
 from lora_probe.engines.allowed import Allowed, Watched
-from lora_probe.engines.peft.merge import ASKED, merge_into
+from lora_probe.engines.peft.merge import MERGE, merge_into
 from lora_probe.errors import EngineFailed, EngineStopped, ProbeError
 from lora_probe.files.isolation import empty_folder, environment, python
 from lora_probe.recording import Run, write_json
@@ -93,7 +93,7 @@ def run_child(folder: Path, wanted: int, progress: Callable[[Progress], None], a
         raise EngineFailed(failure.message, "\n".join(filter(None, [failure.hint, f"log: {folder / LOG}"])))
     if child.returncode != 0:
         recorded = (
-            f"\nshow what was recorded until then: lora-probe show {folder}" if not (folder / ASKED).exists() else ""
+            f"\nshow what was recorded until then: lora-probe show {folder}" if not (folder / MERGE).exists() else ""
         )
         raise EngineFailed(
             f"the engine's process ended with {_status(child.returncode)} while {_last_stage(folder)}",
@@ -161,7 +161,7 @@ def run_in_child(folder: Path) -> int:
     """The child process: the merge, description or run that `folder` requests; it writes error.json if that fails."""
     _die_with_parent()
     try:
-        if (folder / ASKED).exists():
+        if (folder / MERGE).exists():
             merge_into(folder)
         elif (folder / DESCRIBE).exists():
             _describe_into(folder)
@@ -175,7 +175,7 @@ def run_in_child(folder: Path) -> int:
 
 
 def _describe_into(folder: Path) -> None:
-    """`Engine.describe`, from local files only: what an engine would download changes no name."""
+    """Run `Engine.describe` with local files only: no download of an engine changes the name of a module."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     spec = msgspec.json.decode((folder / DESCRIBE).read_bytes(), type=DescribeSpec)
     engine = make(spec.engine)

@@ -1,6 +1,6 @@
-"""What each engine has for a base, asked in a process of its own and remembered on disk.
+"""The engines' views of a base model. Each engine describes it in a separate process; answers are cached on disk.
 
-In: a base, engines, PEFT's task type. Out: `Views`. No engine's library is imported here.
+In: a base model, engines, PEFT's task type. Out: `Views`. No engine's library is imported here.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from lora_probe.files import limits
 from lora_probe.recording import write_json
 
 _TAIL = 1_000_000
-"""Bytes of the end of a log in which a cause is looked for."""
+"""How many bytes at the end of a log are searched for a cause."""
 _NOT_THERE = re.compile(r"ModuleNotFoundError: (No module named '[\w.]+')")
 
 
 @dataclass(frozen=True)
 class Views:
-    """What the engines answered, by engine; `missing` holds why one has no answer, in its own words."""
+    """The engines' views by engine; `missing` contains why an engine has none, with its own message."""
 
     found: dict[str, EngineView]
     missing: dict[str, str]
@@ -48,47 +48,47 @@ class _Stopped(str):
 def views_of(
     base: Base, engines: Sequence[str], task: str | None, progress: Callable[[str], None] = lambda _: None
 ) -> Views:
-    """Ask each of `engines` what it has for `base`; those that are not remembered, at the same time.
+    """The views of `base` of each of `engines`. Engines without a cached answer run at the same time.
 
     Raises:
-        KeyboardInterrupt: after the child processes were ended.
+        KeyboardInterrupt: after the child processes have been stopped.
     """
     found: dict[str, EngineView] = {}
     missing: dict[str, str] = {}
-    asked: dict[str, str | None] = {}
-    there: list[str] = []
+    to_run: dict[str, str | None] = {}
+    installed: list[str] = []
     for engine in dict.fromkeys(engines):
         try:
             require(engine)
         except ProbeError as error:
             missing[engine] = error.message
             continue
-        there.append(engine)
-    for engine, key in keys_of(base, there, task).items():
+        installed.append(engine)
+    for engine, key in keys_of(base, installed, task).items():
         answer = remembered(key)
         if answer is None:
-            asked[engine] = key
+            to_run[engine] = key
         elif isinstance(answer, EngineView):
             found[engine] = answer
         else:
             missing[engine] = answer
-    if asked:
-        progress(f"asking {' and '.join(asked)} which modules {_called(base)} has there")
-    for engine, said in (_ask_all(base, list(asked), task) if asked else {}).items():
-        answer = msgspec.json.decode(said, type=EngineView) if isinstance(said, bytes) else said
+    if to_run:
+        progress(f"listing the modules of {_name_of(base)} in {' and '.join(to_run)}")
+    for engine, result in (_ask_all(base, list(to_run), task) if to_run else {}).items():
+        answer = msgspec.json.decode(result, type=EngineView) if isinstance(result, bytes) else result
         if isinstance(answer, EngineView):
             found[engine] = answer
         else:
             missing[engine] = str(answer)
-        # On an idle machine, or with other limits, an engine that was stopped may have an answer.
+        # An engine that was stopped may succeed next time: on an idle machine, or with other limits.
         if not isinstance(answer, _Stopped):
-            remember(asked[engine], answer)
+            remember(to_run[engine], answer)
     order = [engine for engine in dict.fromkeys(engines) if engine in found]
     return Views({engine: found[engine] for engine in order}, missing)
 
 
-def _called(base: Base) -> str:
-    """What a person calls a base: its folder's name, or the id of one in the cache."""
+def _name_of(base: Base) -> str:
+    """The name of a base model for messages: its folder's name, or its id if it is in the cache."""
     folder = base.path.resolve()
     if folder.parent.name == "snapshots":
         return folder.parent.parent.name.removeprefix("models--").replace("--", "/")
@@ -100,7 +100,7 @@ def _ask_all(base: Base, engines: list[str], task: str | None) -> dict[str, byte
     with limits.waiting(), ThreadPoolExecutor(max_workers=len(engines)) as pool:
         running = {engine: pool.submit(_ask, base, engine, task, stop) for engine in engines}
         try:
-            # A signal may arrive in another thread: this one looks for it from time to time.
+            # Waits in short steps: a signal that arrives in another thread must be handled in this one.
             while wait(running.values(), POLL_SECONDS).not_done:
                 pass
             return {engine: answer.result() for engine, answer in running.items()}
@@ -122,7 +122,7 @@ def _ask(base: Base, engine: str, task: str | None, stop: threading.Event) -> by
         try:
             run_child(folder, 0, heed, ALLOWED)
             if (size := (folder / VIEW).stat().st_size) > MAX_ANSWER:
-                return f"its answer has {size:,} bytes, more than the {MAX_ANSWER:,} that are read"
+                return f"its answer has {size:,} bytes, more than the limit of {MAX_ANSWER:,}"
             return (folder / VIEW).read_bytes()
         except EngineStopped as error:
             return _Stopped(error.message)
@@ -131,10 +131,10 @@ def _ask(base: Base, engine: str, task: str | None, stop: threading.Event) -> by
 
 
 def _cause(log: Path) -> str:
-    """A library that is not there, which vLLM tells its log alone."""
+    """The module that is not installed, which vLLM only logs."""
     if not log.exists():
         return ""
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - _TAIL))
-        found = _NOT_THERE.findall(file.read().decode(errors="replace"))
-    return f" ({found[-1]})" if found else ""
+        causes = _NOT_THERE.findall(file.read().decode(errors="replace"))
+    return f" ({causes[-1]})" if causes else ""

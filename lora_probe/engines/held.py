@@ -1,6 +1,7 @@
-"""How far what an engine holds lies from what the file says.
+"""The difference between the weights that an engine holds and those in the file.
 
-In: two torch tensors of one dtype, the live one and a replay of the file's. Out: their relative difference, if any.
+In: two torch tensors of one dtype, the live one and the one expected from the file. Out: their relative difference, if
+any.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ from typing import Any
 
 
 def relative_difference(held: Any, wanted: Any) -> float | None:
-    """How far what an engine holds lies from a replay of the file, two torch tensors of one dtype; None where they are
-    the same bit for bit (NaN for NaN), infinity where even their shapes differ."""
+    """The relative difference of the live tensor and the expected one; None if they are the same bit for bit (NaN
+    equals NaN), infinity if their shapes differ."""
     if held.shape != wanted.shape:
         return float("inf")
     if not (held.nan_to_num() != wanted.nan_to_num()).any():

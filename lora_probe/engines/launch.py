@@ -1,4 +1,4 @@
-"""Runs of an engine in a process of its own: `trace`, `trace_plain`, `merge`.
+"""Runs of an engine in a separate process: `trace`, `trace_plain`, `merge`.
 
 In: an adapter or a model, an engine's name, prompts and options. Out: a `Trace`, or a merged model. The child process
 writes its results to a folder, its standard output and error to `engine.log` there, and the parent watches the folder
@@ -24,7 +24,7 @@ from lora_probe.base import open_base
 from lora_probe.engines import require
 from lora_probe.engines.allowed import RUN
 from lora_probe.engines.child import ERROR, LOG, Progress, run_child
-from lora_probe.engines.peft.merge import ASKED, MERGED, MergeSpec
+from lora_probe.engines.peft.merge import MERGE, MERGED, MergeSpec
 from lora_probe.engines.prompts import BUILT_IN
 from lora_probe.errors import ProbeError
 from lora_probe.files import limits, shown
@@ -92,7 +92,7 @@ def trace(
         prompts=wanted,
         max_tokens=max_tokens if follow is None else 1,
         keep=keep,
-        options=_given(options),
+        options=_passed(options),
         engine_args=absolute_flags(engine_args),
         chat=chat,
         continuation=continuation,
@@ -124,7 +124,7 @@ def trace_plain(
     """
     followed = [scored.score for scored in follow.scores if scored.score.kind == "adapter"]
     if not followed:
-        raise ProbeError(f"`{follow.path}` holds no scored answers of an adapter to follow")
+        raise ProbeError(f"`{follow.path}` contains no scored answers of an adapter to follow")
     require(engine, engine_args)
     source = _resolved(str(model))
     if watch is None:
@@ -138,7 +138,7 @@ def trace_plain(
         prompts=[Prompt(texts[s.prompt] if s.prompt < len(texts) else "", s.prompt_ids) for s in followed],
         max_tokens=1,
         keep="norms",
-        options=_given(options),
+        options=_passed(options),
         engine_args=absolute_flags(engine_args),
         continuation=[score.answer_ids for score in followed],
         score=True,
@@ -179,10 +179,10 @@ def merge(
     if target.exists():
         raise ProbeError(f"`{target}` already exists", "use another name, or delete it")
     folder = target.with_name(target.name + PARTIAL)
-    if (folder / ASKED).exists():
+    if (folder / MERGE).exists():
         shutil.rmtree(folder)
     _make(folder)
-    write_json(folder / ASKED, MergeSpec(str(checkpoint.path.resolve()), base, dtype))
+    write_json(folder / MERGE, MergeSpec(str(checkpoint.path.resolve()), base, dtype))
     with limits.waiting():
         run_child(folder, 1, progress, RUN)
     records = msgspec.json.Decoder(Record)
@@ -193,7 +193,7 @@ def merge(
     return Merged(target, warnings)
 
 
-def _given(options: dict[str, Any] | None) -> dict[str, Any]:
+def _passed(options: dict[str, Any] | None) -> dict[str, Any]:
     return {key: value for key, value in (options or {}).items() if value is not None}
 
 
@@ -220,7 +220,7 @@ def _tokens_of(path: str | Path) -> tuple[list[Prompt], list[list[int]]]:
     texts = [prompt.text for prompt in trace.run.spec.prompts] if trace.run else []
     requests = [request for request in trace.requests if request.adapter is not None]
     if not requests:
-        raise ProbeError(f"`{path}` holds no answers of an adapter to follow")
+        raise ProbeError(f"`{path}` contains no answers of an adapter to follow")
     prompts = [Prompt(texts[r.prompt] if r.prompt < len(texts) else "", r.prompt_ids) for r in requests]
     return prompts, [request.output_ids[:-1] for request in requests]
 
@@ -240,7 +240,7 @@ def _runnable(path: str | Path) -> Adapter:
     """The adapter, unless its config names code to import.
 
     Raises:
-        ProbeError: the config names a module that PEFT before 0.19 would import unchecked.
+        ProbeError: the config names a module that PEFT before 0.19 imports without a check.
     """
     checkpoint = open_adapter(path)
     module = checkpoint.config.raw.get("megatron_core")

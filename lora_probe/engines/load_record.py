@@ -1,7 +1,7 @@
-"""The record of one load of an adapter while an engine runs it: the part that is the same in every engine.
+"""The record of one load of an adapter while an engine runs it. It is the same for every engine.
 
 In: the adapter, the rows that ran, samples of x and delta. Out: the load's records in the trace, from `stored`
-(judged from the file before the engine sees it) to `agrees` (recomputed from the file on the sampled rows).
+(judged from the file before the engine reads it) to `agrees` (recomputed from the file on the sampled rows).
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from lora_probe.rules.lp6_applying import contamination, kernel_differs, never_a
 from lora_probe.rules.stored import Expected
 
 ENOUGH_ROWS = 4
-"""Below this many sampled rows a relative error says little: x·A of a single row may cancel to almost nothing."""
+"""With fewer sampled rows than this a relative error means little: x·A of a single row may cancel to almost zero."""
 
 
 @dataclass
 class _Counters:
-    """What is summed up for one module. `applied` counts the rows that asked for the adapter and ran with it; `error`,
+    """The counters of one module. `applied` counts the rows that requested the adapter and ran with it; `error`,
     `reference` and `bound` are sums of squares over the sampled rows."""
 
     applied: int = 0
@@ -43,7 +43,7 @@ class _Counters:
 
 
 class LoadRecord:
-    """Writes one load's records, and counts its rows until `finish`. Its state changes through its methods alone."""
+    """Writes one load's records, and counts its rows until `finish`. Its state changes only through its methods."""
 
     def __init__(
         self, writer: TraceWriter, load: Load, adapter: Adapter, expected: tuple[Expected, ...], dtype: str
@@ -64,7 +64,7 @@ class LoadRecord:
         return self._load.load
 
     def ended(self, key: Key) -> bool:
-        """Whether a module's journey has ended: it is absent at some station, or another rank's to judge."""
+        """Whether nothing more is written for a module: it is absent at some station, or another rank judges it."""
         return key in self._ended
 
     def has_run(self, key: Key) -> bool:
@@ -99,25 +99,25 @@ class LoadRecord:
                 self._writer.station(self.number, station, Finding("absent"), absent)
 
     def refused(self, message: str) -> None:
-        """The engine refuses the adapter, in its own words."""
+        """The engine refuses the adapter, with its own message."""
         self._replace(refused=True, message=message)
 
     def activated(self, slot: int | None, logged: list[str]) -> None:
-        """The adapter is ready to run; `logged` is what the engine reported until then."""
+        """The adapter is ready to run; `logged` contains the engine's log lines until then."""
         self._replace(slot=slot, said=logged)
 
     def leave_to_another_rank(self, keys: Iterable[Key]) -> None:
-        """These modules are another rank's: from here on nothing is written for them."""
+        """Another rank judges these modules: from now on nothing is written for them."""
         self._ended.update(keys)
 
     def station(self, station: Station, findings: Mapping[Key, Finding]) -> None:
-        """Write one station's findings; an absent module has ended its journey."""
+        """Write one station's findings. Nothing more is written for an absent module."""
         self._station_of(station, findings)
         self._ended.update(key for key, finding in findings.items() if finding.value == "absent")
 
     def ran(self, requested: int, keys: Iterable[Key], applied: int, contaminated: Mapping[Key, int]) -> None:
-        """Rows of one step: `requested` asked for this load, `applied` of them ran with it at `keys`, and some that
-        did not ask got its contribution."""
+        """Rows of one step: `requested` rows requested this load, `applied` of them ran with it at `keys`, and
+        `contaminated` rows got its contribution without a request."""
         self._requested += requested
         for key in keys:
             self._counters_of(key).applied += applied
@@ -125,7 +125,7 @@ class LoadRecord:
             self._counters_of(key).contaminated += rows
 
     def sample(self, key: Key, x: Floats, delta: Floats, a: Floats, b: Floats, scaling: float) -> None:
-        """Compare what the kernel wrote with s·(x·Aᵀ)·Bᵀ of the file. `x: [rows, in]`, `delta: [rows, out]`."""
+        """Compare the kernel's output with s·(x·Aᵀ)·Bᵀ from the file. `x: [rows, in]`, `delta: [rows, out]`."""
         counters = self._counters_of(key)
         reference = (x @ a.T) @ b.T * np.float32(scaling)
         counters.sampled += len(x)
@@ -134,7 +134,7 @@ class LoadRecord:
             return
         errors = np.linalg.norm(delta - reference, axis=-1)
         sizes = np.linalg.norm(reference, axis=-1)
-        # What round-off could at most be a share of: the same product without any cancellation.
+        # Round-off is at most a share of this: the same product without any cancellation.
         bound = np.linalg.norm((np.abs(x) @ np.abs(a).T) @ np.abs(b).T * np.float32(abs(scaling)), axis=-1)
         counters.bound += float(np.square(bound, dtype=np.float64).sum())
         counters.error += float(np.square(errors, dtype=np.float64).sum())
@@ -144,10 +144,10 @@ class LoadRecord:
             counters.worst_row = max(counters.worst_row, float((errors[rows] / sizes[rows]).max()))
 
     def so_far(self) -> None:
-        """Write what `applied` and `agrees` show until now, where that is new.
+        """Write the findings of `applied` and `agrees` so far, if they are new.
 
         Servers are usually killed without warning, so the last stations cannot wait for the end. Of several records
-        the worst counts, so only what may stand is written: never that nothing has happened yet.
+        the worst counts, so only final findings are written: never that a module has not run yet.
         """
         applied: dict[Key, Finding] = {}
         agrees: dict[Key, Finding] = {}
@@ -168,8 +168,8 @@ class LoadRecord:
     ) -> None:
         """Write `applied` and `agrees`.
 
-        `unmeasured` says why a module's rows were not recorded, if they were not; `unjudged` why its contribution has
-        no reference, if it has none.
+        `unmeasured` returns why a module's rows were not recorded, None if they were; `unjudged` returns why its
+        contribution has no reference, None if it has one.
         """
         applied: dict[Key, Finding] = {}
         agrees: dict[Key, Finding] = {}
@@ -177,7 +177,7 @@ class LoadRecord:
         for row in self.expected:
             if row.key in self._ended:
                 continue
-            why = unmeasured(row.key) or (None if self._requested else "no request asked for the adapter")
+            why = unmeasured(row.key) or (None if self._requested else "no request used the adapter")
             if why is not None:
                 applied[row.key] = agrees[row.key] = not_measured(why)
                 continue

@@ -1,8 +1,8 @@
-"""What engines have answered about bases, remembered on disk, so that the next check of a base asks nobody.
+"""The cache of the engines' answers about base models, so that the next check of a base model starts no engine.
 
-In: a base, an engine, PEFT's task type. Out: the answer of before, an `EngineView` or the reason why there is none, or
-nothing. An answer is kept under the digest of everything that decides it, in a folder that only its owner can enter,
-and is believed only if it is the file that was written there.
+In: a base model, an engine, PEFT's task type. Out: the cached answer (an `EngineView`, or the reason why there is
+none), or nothing. The key of an answer is a digest of everything that it depends on. Answers are in a folder that only
+its owner can open, and are used only if the file is unchanged.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from lora_probe.errors import UnreadableFile
 from lora_probe.files import sha256
 
 NO_CACHE = "LORA_PROBE_NO_CACHE"
-"""Set to 1, nothing is read from the cache or written to it."""
+"""If it is 1, the cache is neither read nor written."""
 MAX_ANSWER = 100_000_000
-"""Bytes; a model with 61 layers of 384 experts has an answer of 20 million."""
+"""Bytes; the answer for a model with 61 layers of 384 experts has 20 million."""
 _MAX_SETTINGS = 50_000_000
-"""Bytes of a JSON file of a base: each may decide how its model is built. The largest vocabularies have 35 million."""
+"""Bytes of a JSON file of a base model, which may decide how it is built. The largest vocabularies have 35 million."""
 _DECIDING = ("VLLM_", "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "TRANSFORMERS_")
-"""How variables begin by which an engine may build another model."""
+"""Prefixes of environment variables that may change how an engine builds a model."""
 
 
 class _Kept(msgspec.Struct, frozen=True):
-    """The file: an answer, the key that it belongs to, and the digest of both."""
+    """A file of the cache: an answer, its key, and the digest of both."""
 
     key: str
     digest: str
@@ -44,14 +44,14 @@ class _Kept(msgspec.Struct, frozen=True):
 
 
 class _Answer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What an engine has, or why it had no answer."""
+    """An engine's view of a base model, or why it has none."""
 
     view: EngineView | None = None
     why: str = ""
 
 
 def remembered(key: str | None) -> EngineView | str | None:
-    """The answer of before, or why there was none; None where nothing is remembered that can be believed."""
+    """The cached view, or why there was none; None if nothing trustworthy is cached."""
     if key is None or (folder := _folder()) is None:
         return None
     try:
@@ -65,13 +65,13 @@ def remembered(key: str | None) -> EngineView | str | None:
 
 
 def remember(key: str | None, answer: EngineView | str) -> None:
-    """Keep an answer, whole or not at all. A cache that cannot be written is no error."""
+    """Write an answer to the cache, completely or not at all. A cache that cannot be written is not an error."""
     if key is None or (folder := _folder()) is None:
         return
     body = msgspec.json.encode(_Answer(why=answer) if isinstance(answer, str) else _Answer(answer))
     kept = msgspec.json.encode(_Kept(key, _digest(key, body), msgspec.Raw(body)))
     with suppress(OSError):
-        # Of two writers each has a file of its own, which only its owner can read, and the last one stays.
+        # Each of two writers has its own file, which only its owner can read; the last one wins.
         number, name = tempfile.mkstemp(dir=folder, prefix=f"{key}.")
         try:
             with os.fdopen(number, "wb") as file:
@@ -83,10 +83,11 @@ def remember(key: str | None, answer: EngineView | str) -> None:
 
 
 def keys_of(base: Base, engines: Sequence[str], task: str | None) -> dict[str, str | None]:
-    """For each engine the digest of all that decides its answer; None where nothing is to be remembered.
+    """For each engine the key of its answer: a digest of everything that the answer depends on; None to disable the
+    cache.
 
-    That is what the base's folder says and holds, the engine and its task, all that is installed, the machine, and the
-    variables that engines look at.
+    It covers the contents of the base model's folder, the engine and the task, the installed packages, the machine, and
+    the environment variables that engines read.
     """
     nothing: dict[str, str | None] = dict.fromkeys(engines)
     if os.environ.get(NO_CACHE) == "1":
@@ -113,7 +114,7 @@ def _settings(folder: Path) -> Iterator[tuple[str, str]]:
     """The JSON files of a model's folder with the digest of their content, all other files with their size.
 
     Raises:
-        UnreadableFile: a JSON file is no file, or too large to be read for this.
+        UnreadableFile: a JSON file is not a regular file, or too large.
     """
     for path in sorted((*folder.iterdir(), *folder.glob("*/config.json"))):
         if not path.is_file():
@@ -128,7 +129,8 @@ def _settings(folder: Path) -> Iterator[tuple[str, str]]:
 
 
 def _installed() -> set[str]:
-    """The names of all that is installed, which hold its version: another library or plugin may change an answer."""
+    """The metadata folders of all installed packages, whose names contain the version: any package may change an
+    answer."""
     names = set()
     for entry in filter(os.path.isdir, sys.path):
         names |= {name for name in os.listdir(entry) if name.endswith((".dist-info", ".egg-info", ".egg-link"))}  # noqa: PTH208
@@ -140,10 +142,10 @@ def _digest(key: str, body: bytes) -> str:
 
 
 def _folder() -> Path | None:
-    """The folder of the answers, made for its owner alone; None where there is none that is ours."""
+    """The cache folder, which only its owner can open; None if there is none, or if it belongs to another user."""
     home = os.environ.get("XDG_CACHE_HOME", "")
     try:
-        # The specification says to ignore a relative one; it would lie in whatever folder is checked.
+        # The specification requires that a relative path is ignored; it would be inside the folder that is checked.
         cache = Path(home) if Path(home).is_absolute() else Path.home() / ".cache"
         folder = cache / "lora-probe" / "views"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -152,23 +154,23 @@ def _folder() -> Path | None:
             return None
         if status.st_mode & 0o077:
             folder.chmod(0o700)
-    # A user without a home, a disk that is full or read-only.
+    # The user has no home, or the disk is full or read-only.
     except (OSError, RuntimeError):
         return None
     return folder
 
 
 def _own(path: Path) -> bytes:
-    """The content of a file that this user wrote and nobody else can write: no link, no pipe.
+    """The content of a regular file that belongs to this user and that nobody else can write.
 
     Raises:
-        OSError: there is none.
+        OSError: there is no such file.
     """
     number = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     with os.fdopen(number, "rb") as file:
         status = os.fstat(number)
-        mine = stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o022
-        if not mine or status.st_size > MAX_ANSWER:
-            raise PermissionError(f"{path} is not believed")
-        # A read of more than there is would take the memory for all of it.
+        own = stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o022
+        if not own or status.st_size > MAX_ANSWER:
+            raise PermissionError(f"{path} is not trusted")
+        # `read` allocates all that it is asked for, so ask for the real size.
         return file.read(status.st_size)

@@ -1,6 +1,6 @@
 """The rows on which `agrees` is measured: the first few of each request and phase.
 
-In: the requests and phases of a step's rows. Out: the numbers of those that are sampled.
+In: the requests and phases of a step's rows. Out: the numbers of the sampled rows.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from lora_probe.recording import DECODE, PREFILL
 
 SAMPLED = {PREFILL: 4, DECODE: 2}
-"""How many rows of each request, by phase."""
+"""How many rows of each request are sampled, by phase."""
 
 
 class Sampler:

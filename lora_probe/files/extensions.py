@@ -1,7 +1,7 @@
 """Extension points: what other distributions add to lora-probe, by entry points.
 
-In: the name of a group. Out: its entry points, and what they load. An entry point that cannot be loaded is one error
-that names it and its distribution.
+In: the name of a group. Out: its entry points, and the objects that they load. An entry point that cannot be loaded is
+one error with its name and its distribution.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lora_probe.errors import ProbeError
 ENGINES = "lora_probe.engines"
 """Engines that run an adapter and record it. The name is what `--engine` accepts."""
 PREDICTORS = "lora_probe.predictors"
-"""What predicts an engine's ledger in `check`, under the engine's name. The engine need not be installed."""
+"""Predictors of an engine's ledger for `check`, under the engine's name. The engine need not be installed."""
 RULES = "lora_probe.rules"
 """Modules that register rules when they are imported."""
 FORMATS = "lora_probe.formats"
@@ -32,10 +32,10 @@ def every(group: str) -> Iterable[EntryPoint]:
 
 @cache
 def points(group: str) -> Mapping[str, EntryPoint]:
-    """The entry points of a group by their names: ours first, then the others in alphabetical order.
+    """The entry points of a group by their names: lora-probe's own first, then the others in alphabetical order.
 
     Raises:
-        ProbeError: two distributions have an entry point of the same name.
+        ProbeError: two distributions have an entry point with the same name.
     """
     by_name: dict[str, EntryPoint] = {}
     for point in every(group):
@@ -50,29 +50,29 @@ def in_order(names: Iterable[str]) -> list[str]:
 
 
 def engine_names() -> tuple[str, ...]:
-    """The engines whose ledgers `check` predicts. What is about every engine is about these.
+    """The engines whose ledgers `check` predicts. Wherever lora-probe handles every engine, it is these.
 
     Raises:
-        ProbeError: not even those of lora-probe itself are registered.
+        ProbeError: none is registered, not even those of lora-probe itself.
     """
     names = tuple(points(PREDICTORS))
     if not names:
         raise ProbeError(
-            f"no entry points in the group `{PREDICTORS}`: lora-probe is not installed, or an older version was",
+            f"no entry points in the group `{PREDICTORS}`: lora-probe is not installed, or an older version is",
             "install it again with pip",
         )
     return names
 
 
 def load(point: EntryPoint) -> Any:
-    """What an entry point names.
+    """The object that an entry point refers to.
 
     Raises:
         ProbeError: importing it failed, for whatever reason.
     """
     try:
         return point.load()
-    # Code of others: whatever it raises is passed on in one line, with where it comes from.
+    # This runs code of other distributions, which may raise anything: report it in one line, with its origin.
     except Exception as error:
         raise broken(point, f"{type(error).__name__}: {error}") from error
 
@@ -84,6 +84,6 @@ def broken(point: EntryPoint, why: str, use: str = "load") -> ProbeError:
 
 
 def described(point: EntryPoint) -> str:
-    """An entry point as it is written, with where it comes from."""
+    """An entry point as it is declared, with its distribution."""
     owner = f" of the distribution `{point.dist.name}`" if point.dist is not None else ""
     return f"the entry point `{point.name} = {point.value}` ({point.group}){owner}"

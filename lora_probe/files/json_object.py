@@ -1,7 +1,8 @@
-"""A JSON object from a file that nobody vouches for, and the lines on which its keys stand.
+"""A JSON object from an untrusted file, and the line of each of its keys.
 
-In: a path. Out: the object, or an error that names the line; and each top-level key with its line, in the order of the
-text, a key that is repeated once for each time. Values are skipped as tokens: what they say is never taken for a key.
+In: a path. Out: the object, or an error with the line; and each top-level key with its line, in the order of the text
+(a repeated key appears as often as it is repeated). Values are skipped as tokens, so text in them never counts as a
+key.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[{}\[\]:]', re.DOTALL)
 
 def top_level(text: str) -> list[tuple[str, int]]:
     """The keys of the object and their lines, counted from 1."""
-    found: list[tuple[str, int]] = []
+    keys: list[tuple[str, int]] = []
     depth, line, counted = 0, 1, 0
     last: re.Match[str] | None = None
     for token in _TOKEN.finditer(text):
@@ -32,17 +33,17 @@ def top_level(text: str) -> list[tuple[str, int]]:
             depth += 1
         elif mark in "}]":
             depth -= 1
-        # A colon outside of a string follows a key, and nothing else.
+        # Outside of strings, a colon only follows a key.
         elif mark == ":" and depth == 1 and last is not None:
             line += text.count("\n", counted, last.start())
             counted = last.start()
-            found.append((json.loads(last[0]), line))
+            keys.append((json.loads(last[0]), line))
         last = token
-    return found
+    return keys
 
 
 def read_json(path: Path, limit: int = MAX_CONFIG) -> dict[str, Any]:
-    """A JSON object from a file that nobody vouches for.
+    """A JSON object from an untrusted file.
 
     Raises:
         UnreadableFile: missing, too large, not JSON (with the line), or not an object.
@@ -57,13 +58,13 @@ def read_text(path: Path, limit: int = MAX_CONFIG) -> str:
         data = file.read(size + 1) if size <= limit else b""
     if size > limit or len(data) > limit:
         raise UnreadableFile(
-            f"`{path}` has {size} bytes, more than {limit}; no config is so large", "is it another file under its name?"
+            f"`{path}` has {size} bytes, more than the limit of {limit}", "is it really a JSON config?"
         )
     if wrong := wrong_file_type(data[:64], "JSON"):
         raise UnreadableFile(f"`{path}` {wrong[0]}", wrong[1])
     if data.startswith(b"\xef\xbb\xbf"):
         raise UnreadableFile(
-            f"`{path}` begins with a byte order mark (UTF-8 with BOM), and PEFT's and vLLM's json refuses it",
+            f"`{path}` begins with a byte order mark (UTF-8 with BOM), which PEFT and vLLM cannot read",
             f"save it as UTF-8 without BOM: sed -i '1s/^\\xEF\\xBB\\xBF//' {path.name}",
         )
     try:
@@ -76,15 +77,15 @@ def read_text(path: Path, limit: int = MAX_CONFIG) -> str:
 
 
 def parsed(path: Path, text: str) -> dict[str, Any]:
-    """The JSON object that `text` is. Raises as `read_json` does; `path` is for the words."""
-    again = "copy it again from where it was saved, or mend it in an editor"
+    """The JSON object that `text` is. Raises as `read_json` does; `path` is only for the message."""
+    again = "copy it again from where it was saved, or fix it in an editor"
     try:
         raw = json.loads(text)
     except json.JSONDecodeError as error:
         where = f"in line {error.lineno}, column {error.colno}"
         raise UnreadableFile(f"`{path}` is not valid JSON: {error.msg} {where}", again, line=error.lineno) from error
     except (RecursionError, ValueError) as error:
-        why = "it is nested too deep" if isinstance(error, RecursionError) else error
+        why = "it is nested too deeply" if isinstance(error, RecursionError) else error
         raise UnreadableFile(f"`{path}` is not valid JSON: {why}", again) from error
     except MemoryError as error:
         raise out_of_memory(f"`{path}`") from error

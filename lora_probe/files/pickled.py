@@ -2,7 +2,7 @@
 
 In: a path. Out: a `WeightsFile` whose values torch holds; or, for whole models, the dictionary itself. The file is
 mapped, so that little of it is in memory, unless it has the format used before torch 1.6, which cannot be mapped. What
-the loader trusts is bounded first: the archive's directory, its records, and the pickle (`pickle_opcodes.py`).
+the loader trusts is checked first: the archive's directory, its records, and the pickle (`pickle_opcodes.py`).
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ MAX_LEGACY = 2**30
 _LEGACY_HEAD = 8_000_000
 """Bytes in which the pickles of such a file must end, before its values begin."""
 MOST_SHARED = 16
-"""How often the bytes of a file may be values of its tensors: those of several tensors can be the same bytes. A model
-with tied embeddings has some of them twice."""
+"""The values of all tensors together may be this many times the size of the file, as tensors can share bytes. A model
+with tied embeddings uses some bytes twice."""
 
 
 def open_pickle(path: Path) -> WeightsFile:
@@ -91,7 +91,7 @@ def _no_tensors(state: dict[Any, Any], path: Path) -> UnreadableFile:
     for key, value in dict.items(state):
         if isinstance(value, dict) and any(hasattr(inner, "layout") for inner in dict.values(value)):
             return UnreadableFile(
-                f"`{path}` holds its tensors under the key {brief(key)}, where no loader looks",
+                f"`{path}` holds its tensors under the key {brief(key)}, which no loader reads",
                 f"save that part by itself: torch.save(state[{brief(key)}], path)",
             )
     kinds = sorted({type(value).__name__ for value in dict.values(state)})
@@ -102,7 +102,7 @@ def _no_tensors(state: dict[Any, Any], path: Path) -> UnreadableFile:
 
 
 def load(path: Path, largest_legacy: int | None = None) -> Any:
-    """What a `.bin` holds. `largest_legacy`: bytes of a file that cannot be mapped.
+    """The contents of a `.bin`. `largest_legacy`: the most bytes of a file that cannot be mapped.
 
     Raises:
         NeedsLibrary: torch is not installed.
@@ -131,13 +131,13 @@ def load(path: Path, largest_legacy: int | None = None) -> Any:
         make_room(size)
     step("loading the pickle with torch", path)
     try:
-        # It warns of features that torch plans to drop: typed storages, sparse tensors.
+        # It warns about features that torch plans to remove: typed storages, sparse tensors.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except MemoryError as error:
         raise out_of_memory(f"`{path}`") from error
-    # torch lets the errors of its unpickler through: UnpicklingError, RuntimeError, EOFError, KeyError ...
+    # torch does not catch the errors of its unpickler: UnpicklingError, RuntimeError, EOFError, KeyError ...
     except Exception as error:
         if "alloc_cpu" in str(error):
             raise out_of_memory(f"`{path}`") from error
@@ -216,7 +216,7 @@ def plain(state: dict[Any, Any], path: Path, hint: str) -> Iterator[tuple[Tensor
     """
     import torch
 
-    # A pickle can give its objects attributes of any name, so methods are called through their class.
+    # Objects from a pickle can have attributes of any name, so methods are called through their class.
     names = {f"torch.{dtype.name}": dtype.stored for dtype in DTYPES}
     for name, tensor in dict.items(state):
         if not isinstance(tensor, torch.Tensor):
@@ -233,7 +233,7 @@ def plain(state: dict[Any, Any], path: Path, hint: str) -> Iterator[tuple[Tensor
 
 
 def _not_plain(tensor: Any) -> str:
-    """Why the values of a torch tensor are not one array in memory, if so."""
+    """Why the values of a torch tensor are not one array in memory; empty if they are."""
     import torch
 
     if tensor.is_meta:
@@ -246,7 +246,7 @@ def _not_plain(tensor: Any) -> str:
 
 
 def values_of(tensor: Any, dtype: str, start: int, stop: int) -> Raw:
-    """Values of a torch tensor as they would lie in a file: as one row, in numpy's storage type for `dtype`."""
+    """Values of a torch tensor as they would be in a file: as one row, in numpy's storage type for `dtype`."""
     import torch
 
     storage = np.dtype(STORED[dtype].storage)

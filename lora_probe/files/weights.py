@@ -37,7 +37,7 @@ MAX_TENSORS = 500_000
 MAX_NAME, MAX_PARTS = 2_000, 64
 """Characters of a tensor's name, and its parts between dots; real names have under 200 and 15."""
 MAX_VALUES = 2**30
-"""Values of one tensor that `read` returns at once: 4 GiB as float32, and far more than any half of a pair has."""
+"""Values of one tensor that `read` returns at once: 4 GiB as float32, far more than any lora_A or lora_B has."""
 _PLAIN_HEADER = 10_000_000
 """Bytes of a header below which its brackets need not be counted."""
 
@@ -118,12 +118,12 @@ class _Entry(NamedTuple):
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any] | _Entry:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    values = dict(pairs)
+    if len(values) != len(pairs):
         raise ValueError(f"the key `{shown(_repeated([name for name, _ in pairs]))}` appears twice")
-    if found.keys() == {"dtype", "shape", "data_offsets"}:
-        return _Entry(found["dtype"], found["shape"], found["data_offsets"])
-    return found
+    if values.keys() == {"dtype", "shape", "data_offsets"}:
+        return _Entry(values["dtype"], values["shape"], values["data_offsets"])
+    return values
 
 
 def _repeated(names: list[str]) -> str:
@@ -133,7 +133,7 @@ def _repeated(names: list[str]) -> str:
 
 
 def _parsed(path: Path, raw: bytes, room: int) -> tuple[dict[str, TensorHeader], dict[str, str]]:
-    """The tensors of the header, each checked by itself, and the metadata. `room`: bytes behind the header."""
+    """The tensors of the header, each checked by itself, and the metadata. `room`: bytes after the header."""
     try:
         if not raw.startswith(b"{"):
             raise ValueError("it does not begin with `{`")
@@ -226,27 +226,27 @@ def read(file: WeightsFile, tensor: TensorHeader) -> npt.NDArray[np.float32]:
     """The values of `tensor`, as float32 (float64 is narrowed, bfloat16 and float16 widened exactly).
 
     Raises:
-        UnreadableFile: the dtype is not a float, the tensor is absurdly large, or the file is shorter than it was.
-        TooLarge: there is no memory for it.
+        UnreadableFile: the dtype is not a float, the tensor is too large, or the file has become shorter.
+        TooLarge: there is not enough memory for it.
     """
     where = f"tensor `{shown(tensor.name)}` in `{file.path}`"
     if tensor.dtype not in FLOATS:
         raise UnreadableFile(f"{where} is {tensor.dtype}, not a float")
     if tensor.parameters > MAX_VALUES:
         raise UnreadableFile(
-            f"{where} has {tensor.parameters:,} values, more than one half of any LoRA pair",
-            "the file may be damaged, or hold a whole model",
+            f"{where} has {tensor.parameters:,} values, more than any lora_A or lora_B has",
+            "the file may be damaged, or a whole model",
         )
     try:
         raw = read_chunk(file, tensor, 0, tensor.parameters).reshape(tensor.shape)
-        # The caller may change the values, and those that torch holds must stay as they are.
+        # The caller may change the values, but those that torch holds must not change.
         return widen(raw if file.held is None else raw.copy(), tensor.dtype)
     except MemoryError as error:
         raise out_of_memory(f"{where}, which has {tensor.parameters:,} values,") from error
 
 
 def read_chunk(file: WeightsFile, tensor: TensorHeader, start: int, stop: int, into: Bytes | None = None) -> Raw:
-    """Values of `tensor` as they lie in the file, as one row; written into `into` where that is large enough."""
+    """Values of `tensor` as they are in the file, as one row; written into `into` if that is large enough."""
     if file.held is not None:
         return file.held(tensor.name, start, stop)
     dtype = STORED[tensor.dtype]
@@ -254,7 +254,7 @@ def read_chunk(file: WeightsFile, tensor: TensorHeader, start: int, stop: int, i
 
 
 def widen(raw: npt.NDArray[Any], dtype: str) -> npt.NDArray[np.float32]:
-    """Values as they lie in a file, as float32. A float64 beyond its range becomes infinite."""
+    """Values as they are in a file, as float32. A float64 beyond its range becomes infinite."""
     if dtype == "BF16":
         # A bfloat16 is the upper half of a float32.
         wide = raw.astype(np.uint32)
@@ -270,7 +270,7 @@ def read_bytes(
 ) -> Bytes:
     """The raw bytes of `tensor`, or some of them, by positioned reads (no mapping of the file, no shared position).
 
-    `into` is a buffer to reuse: fresh memory costs as much as the reading.
+    `into` is a buffer to reuse: allocating memory takes as long as reading.
     """
     size = (tensor.end - tensor.start if stop is None else stop) - start
     buffer = np.empty(size, np.uint8) if into is None or len(into) < size else into[:size]

@@ -1,6 +1,6 @@
-"""The recording format: what a run wrote, in a folder `RUN.lptrace`.
+"""The recording format: a folder `RUN.lptrace` with the records and rows of a run.
 
-In, from engines: records and rows, through `TraceWriter`. Out, for people: a `Trace`, from the files alone.
+In: records and rows from engines, through `TraceWriter`. Out: a `Trace`, read from the files alone.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The JSON files of a trace, which nobody vouches for, read within bounds.
+"""The JSON files of a trace. They are untrusted, so they are read within limits.
 
-In: the path of a document or of a file with a value in each line, and a msgspec type. Out: decoded values, or one
-`UnreadableFile` that names the file and the line.
+In: the path of a document, or of a file with a value in each line; and a msgspec type. Out: decoded values, or one
+`UnreadableFile` with the file and the line.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ MAX_LINES = 2**29
 MAX_BRACKETS = 2_000_000
 """Objects and arrays in a document or a line: an empty array takes 3 bytes in a file and 60 in memory."""
 MAX_DEPTH = 64
-"""Levels of what a run or an event says in its own words (`options`, `settings`, `facts`)."""
+"""Levels of nesting in the free fields of a run or an event (`options`, `settings`, `facts`)."""
 
 T = TypeVar("T")
 
 
 def document(path: Path, kind: type[T]) -> T:
-    """One value that is a whole file."""
+    """The value in a file that holds only one."""
     step("reading", path)
     with opened(path) as (file, size):
         if size > MAX_DOCUMENT:
-            raise UnreadableFile(f"`{path}` has {size} bytes, more than the {MAX_DOCUMENT} that are read")
+            raise UnreadableFile(f"`{path}` has {size} bytes, more than the limit of {MAX_DOCUMENT}")
         data = file.read(size)
     try:
         return decoded(data, msgspec.json.Decoder(kind))
@@ -43,15 +43,15 @@ def document(path: Path, kind: type[T]) -> T:
 
 
 def lines(path: Path, decoder: msgspec.json.Decoder[T], wrong: Callable[[T], str]) -> list[T]:
-    """The values of the whole lines of a file. `wrong` says what is wrong with one that could be decoded, or nothing.
+    """The values of the complete lines of a file. `wrong` returns what is wrong with a decoded value, or "".
 
-    A cut last line is what a killed process leaves; any other bad line is an error.
+    A truncated last line is left by a killed process; any other bad line is an error.
     """
-    found = []
+    values = []
     step("reading", path)
     with opened(path) as (file, size):
         if size > MAX_LINES:
-            raise UnreadableFile(f"`{path}` has {size} bytes, more than the {MAX_LINES} that are read")
+            raise UnreadableFile(f"`{path}` has {size} bytes, more than the limit of {MAX_LINES}")
         for number, line in enumerate(iter(partial(file.readline, MAX_DOCUMENT), b""), 1):
             if not line.endswith(b"\n") and len(line) < MAX_DOCUMENT:
                 break
@@ -59,19 +59,19 @@ def lines(path: Path, decoder: msgspec.json.Decoder[T], wrong: Callable[[T], str
                 if len(line) == MAX_DOCUMENT:
                     raise ValueError(f"it has more than {MAX_DOCUMENT} bytes")
                 value = decoded(line, decoder)
-                if said := wrong(value):
-                    raise ValueError(said)
+                if problem := wrong(value):
+                    raise ValueError(problem)
             except ValueError as error:
                 raise UnreadableFile(f"`{path}`, line {number}: {error}") from error
-            found.append(value)
-    return found
+            values.append(value)
+    return values
 
 
 def decoded(data: bytes | str, decoder: msgspec.json.Decoder[T]) -> T:
     """The value of `data`.
 
     Raises:
-        ValueError: with what is wrong, fit to be shown.
+        ValueError: its message is safe to print.
     """
     if len(data) > MAX_BRACKETS and _brackets(data) > MAX_BRACKETS:
         raise ValueError(f"it has more than {MAX_BRACKETS} arrays and objects")
@@ -80,7 +80,7 @@ def decoded(data: bytes | str, decoder: msgspec.json.Decoder[T]) -> T:
     except (msgspec.DecodeError, UnicodeError) as error:
         raise ValueError(shown(str(error), 200)) from error
     except RecursionError as error:
-        raise ValueError("it is nested too deep") from error
+        raise ValueError("it is nested too deeply") from error
 
 
 def _brackets(data: bytes | str) -> int:
@@ -88,7 +88,7 @@ def _brackets(data: bytes | str) -> int:
 
 
 def too_deep(value: Any, levels: int = MAX_DEPTH) -> bool:
-    """Whether lists and dictionaries lie in one another further than `levels`."""
+    """Whether lists and dictionaries are nested more than `levels` deep."""
     if isinstance(value, dict):
         value = value.values()
     elif not isinstance(value, list):

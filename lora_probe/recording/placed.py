@@ -1,8 +1,8 @@
-"""What the loads of a trace multiply with: G and a digest for each module of each load.
+"""The weights that each load of a trace runs with, as G and a digest for each module.
 
-In: the live A and s·B of a load, taken once when its slots were filled; or the same read from segments. Out: `Placed`,
-joined over the segments of a trace, and `grams_of`, the one way to the G of a row: a row has the G of its own load, and
-a row of no load has none.
+In: the live A and s·B of a load, copied once when its slots were filled; or the same read from segments. Out: `Placed`,
+joined over the segments of a trace, and `grams_of`, the only access to the G of a row: a row has the G of its own load,
+and a row without a load has none.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ Floats = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Placed:
-    """One load, module by module. A digest is "" where the load holds nothing, or where what it holds is not known.
-    `gram` is G of the placed s·B, `[modules, r, r]`, NaN where it is not known; None below its level."""
+    """One load, module by module. A digest is "" if the load has nothing at a module, or if that is unknown.
+    `gram` is G of the placed s·B, `[modules, r, r]`, NaN if unknown; None if the level of detail does not keep it."""
 
     digests: tuple[str, ...]
     gram: Floats | None = None
@@ -30,48 +30,48 @@ class Placed:
 
 @dataclass(frozen=True)
 class Held:
-    """What one load multiplies with at one module: `gram` is `[r, r]`."""
+    """The weights that one load runs with at one module: `gram` is `[r, r]`."""
 
     gram: Floats
     digest: str
 
 
 def grams_of(placed: Mapping[int, Placed], load: int, module: int) -> Held | None:
-    """What rows of `load` are weighed with at a module; None for rows of no load (-1), and where it was not kept."""
+    """The G that rows of `load` need at a module; None for rows without a load (-1), and if it was not kept."""
     of_load = placed.get(load)
     if of_load is None or of_load.gram is None:
         return None
     gram, digest = of_load.gram[module], of_load.digests[module]
-    # A damaged adapter's G may hold NaN, and then it is known all the same.
+    # The G of a damaged adapter may contain NaN and still be known: then it has a digest.
     return Held(gram, digest) if digest or np.isfinite(gram).all() else None
 
 
 def digest_of(a: Floats, scaled_b: Floats) -> str:
-    """What two runs compare to know that they multiply with the same numbers: A and s·B in float32."""
+    """A digest of A and s·B in float32. Two runs with the same digest run with the same weights."""
     digest = hashlib.sha256(np.ascontiguousarray(a).tobytes())
     digest.update(np.ascontiguousarray(scaled_b).tobytes())
     return digest.hexdigest()[:16]
 
 
 def same_loads(one: Mapping[int, Placed], two: Mapping[int, Placed]) -> bool:
-    """Whether the loads that are in both hold the same numbers in both."""
+    """Whether the loads that are in both have the same weights in both."""
     return all(one[load].digests == two[load].digests for load in one.keys() & two.keys())
 
 
 def joined_placed(
     parts: Iterable[tuple[tuple[Key, ...], Mapping[int, Placed]]], keys: tuple[Key, ...]
 ) -> dict[int, Placed]:
-    """The loads of all parts with a place for each of `keys`. A part names its modules.
+    """The loads of all parts, with a column for each of `keys`. Each part comes with its modules.
 
-    A load that holds other numbers in a later part (its slot was filled again, with something else) has no G and no
-    digest there: none holds for all of its rows.
+    A load whose weights differ in a later part (its slot was filled again, with other values) has no G and no digest
+    at that module, as none is right for all of its rows.
     """
     numbers = {key: number for number, key in enumerate(keys)}
     loads: dict[int, _Joining] = {}
     added: dict[int, tuple[tuple[Key, ...], Placed]] = {}
     for modules, placed in parts:
         for load, of_load in placed.items():
-            # Engines hand one and the same on with every step.
+            # Engines pass the same object with every step.
             if load in added and added[load][1] is of_load and added[load][0] == modules:
                 continue
             added[load] = modules, of_load
@@ -96,7 +96,7 @@ class _Joining:
             if before and digest and before != digest:
                 self._disputed.add(column)
                 continue
-            # G goes with its digest: one without a digest only fills a place where there is none.
+            # G belongs to its digest: a G without a digest is only used if there is none yet.
             new = self._unknown(column) if digest == before else bool(digest)
             if new and self._gram is not None and part.gram is not None:
                 self._gram[column] = part.gram[index]

@@ -1,8 +1,8 @@
 """Reading a trace: `open_trace` and `Trace`, from the files alone.
 
-In: a folder that `TraceWriter`s have written, whole or cut off anywhere, or that somebody else sent. Out: its run,
-processes, loads with their ledgers, requests, and rows. Unknown fields are ignored; a newer schema is refused by name;
-a cut last line is lost and nothing else. Only regular files inside the folder are read, and none without a bound.
+In: a folder that `TraceWriter`s have written, complete or truncated anywhere, or from an untrusted source. Out: its
+run, processes, loads with their ledgers, requests, and rows. Unknown fields are ignored; a newer schema is an error; of
+a truncated last line only that line is lost. Only regular files inside the folder are read, and all within limits.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Scored:
-    """One scored pass, its distributions still on disk: a vocabulary for every token is too much to hold for all."""
+    """One scored pass. Its distributions stay on disk: a whole vocabulary for every token takes too much memory."""
 
     path: Path
     score: Score
 
     def logprobs(self) -> Floats | None:
-        """`[answer tokens, vocabulary]`, read from disk; None where they were not measured.
+        """`[answer tokens, vocabulary]`, read from disk; None if they were not measured.
 
         Raises:
             UnreadableFile: the file is damaged.
@@ -80,13 +80,13 @@ class ProcessTrace:
 
     @property
     def missing(self) -> int:
-        """How many of the segments and scores that it closed are gone."""
+        """How many of the segments and scores that it closed are missing."""
         names = [entry.name for entry in listed(self.folder)]
         segments, scores = (sum(map(bool, map(kind.fullmatch, names))) for kind in (_SEGMENT, _SCORE))
         return max(0, self.process.segments - segments) + max(0, self.process.scores - scores)
 
     def opened_segments(self) -> Iterator[Segment]:
-        """The segments in the order in which they were closed, their values still on disk."""
+        """The segments in the order in which they were closed. Their values stay on disk."""
         for path in self._files(_SEGMENT):
             yield open_segment(path)
 
@@ -117,7 +117,7 @@ class Trace:
 
     @property
     def unclosed(self) -> tuple[str, ...]:
-        """The processes that did not close their recording, or whose segments are not all here."""
+        """The processes that did not close their recording, or with segments missing."""
         return tuple(p.folder.name for p in self.processes if not p.process.closed or p.missing)
 
     @property
@@ -126,7 +126,7 @@ class Trace:
 
     @property
     def workers(self) -> tuple[ProcessTrace, ...]:
-        """The processes that run layers: those that hold loads."""
+        """The processes that run layers and load adapters."""
         return tuple(p for p in self.processes if p.process.role != "client")
 
     @property
@@ -145,18 +145,18 @@ class Trace:
 
     @cached_property
     def events(self) -> tuple[LoadEvent, ...]:
-        """The loading story of rank 0, in order."""
-        found = [event for process in self.workers[:1] for event in process.of(LoadEvent)]
-        return tuple(sorted(found, key=lambda event: event.at))
+        """The load timeline of rank 0, in order."""
+        events = [event for process in self.workers[:1] for event in process.of(LoadEvent)]
+        return tuple(sorted(events, key=lambda event: event.at))
 
     @cached_property
     def loads(self) -> tuple[tuple[Load, Ledger], ...]:
-        """Each load of an adapter with its ledger, ranks joined: of several findings the worst counts."""
+        """Each load of an adapter with its ledger, joined over the ranks: of several findings the worst counts."""
         numbers: dict[int, Load] = {}
         for process in self.workers:
             for load in process.of(Load):
                 before = numbers.get(load.load)
-                # A refusal on one rank is a refusal, whatever the others say.
+                # A refusal on one rank is a refusal, whatever the other ranks report.
                 if before is None or not before.refused:
                     numbers[load.load] = load
         stations, rows = self._stations_of_loads(), self._modules_of_loads()
@@ -168,42 +168,42 @@ class Trace:
     @cached_property
     def modules(self) -> dict[tuple[Any, ...], ModuleRecord]:
         """The module records by load and key."""
-        found: dict[tuple[Any, ...], ModuleRecord] = {}
+        records: dict[tuple[Any, ...], ModuleRecord] = {}
         for process in self.workers:
             for module in process.of(ModuleRecord):
-                found.setdefault((module.load, module.key), module)
-        return found
+                records.setdefault((module.load, module.key), module)
+        return records
 
     @cached_property
     def rows(self) -> Rows | None:
-        """All rows, modules of several loads joined; None where no rows were kept, or where several ranks hold
-        shards of them."""
+        """All rows, modules of several loads joined; None if no rows were kept, or if several ranks have shards of
+        them."""
         if self.sharded:
             return None
         segments = [segment for process in self.workers for segment in process.opened_segments()]
         return joined(segments) if segments else None
 
     def _stations_of_loads(self) -> dict[int, dict[Key, dict[Station, Finding]]]:
-        """What was found, by the number of the load, the module and the station."""
-        found: dict[int, dict[Key, dict[Station, Finding]]] = {}
+        """The findings by the number of the load, the module and the station."""
+        findings: dict[int, dict[Key, dict[Station, Finding]]] = {}
         rules = all_rules()
         for process in self.workers:
             for record in process.of(StationRecord):
                 finding = Finding(record.value, record.code, record.message)
-                # A record holds no facts of its rule; a newer lora-probe may have written one that is not here.
+                # A record does not contain the facts of its rule. A rule of a newer lora-probe is unknown here.
                 if (rule := rules.get(record.code)) is not None:
                     finding = rule.finding(record.value, record.message)
-                stations = found.setdefault(record.load, {})
+                modules = findings.setdefault(record.load, {})
                 for key in record.keys:
-                    mine = stations.setdefault(key, {})
-                    mine[record.station] = worse(mine.get(record.station, finding), finding)
-        return found
+                    stations = modules.setdefault(key, {})
+                    stations[record.station] = worse(stations.get(record.station, finding), finding)
+        return findings
 
     def _modules_of_loads(self) -> dict[int, list[ModuleRecord]]:
-        found: dict[int, list[ModuleRecord]] = {}
+        records: dict[int, list[ModuleRecord]] = {}
         for (number, _), module in self.modules.items():
-            found.setdefault(number, []).append(module)
-        return found
+            records.setdefault(number, []).append(module)
+        return records
 
     def _ledger(self, load: Load, modules: list[ModuleRecord], stations: dict[Key, dict[Station, Finding]]) -> Ledger:
         rows = [
@@ -218,13 +218,13 @@ class Trace:
         ]
         return Ledger(self.engine, tuple(rows), load.refused, load.message)
 
-    def _stations(self, found: dict[Station, Finding]) -> dict[Station, Finding]:
+    def _stations(self, recorded: dict[Station, Finding]) -> dict[Station, Finding]:
         ended = "the recording ended before it was measured"
         missing = not_measured(ended)
         result: dict[Station, Finding] = {}
         gone = False
         for station in STATIONS:
-            finding = found.get(station) or (Finding("absent") if gone else missing)
+            finding = recorded.get(station) or (Finding("absent") if gone else missing)
             gone = gone or (finding.value == "absent" and station != "stored")
             result[station] = finding
         return result
@@ -234,15 +234,15 @@ def open_trace(path: str | Path) -> Trace:
     """Open a trace folder.
 
     Raises:
-        UnreadableFile: no such folder, no trace in it, or one written by a newer schema.
+        UnreadableFile: there is no such folder, no trace in it, or its schema is newer.
     """
     folder = Path(path)
     if not folder.is_dir():
-        raise UnreadableFile(f"there is no trace `{folder}`", "record one with `lora-probe trace CKPT --engine ...`")
+        raise UnreadableFile(f"trace `{folder}` does not exist", "record one with `lora-probe trace CKPT --engine ...`")
     run = _run(folder) if os.path.lexists(folder / "run.json") else None
     processes = [_process(home) for home in _homes(folder)]
     if run is None and not processes:
-        raise UnreadableFile(f"`{folder}` is not a trace: it has neither run.json nor a process's folder")
+        raise UnreadableFile(f"`{folder}` is not a trace: it contains neither run.json nor the folder of a process")
     return Trace(folder, run, tuple(processes))
 
 
@@ -255,16 +255,16 @@ def _run(folder: Path) -> Run:
 
 
 def _homes(folder: Path) -> list[Path]:
-    """The folders of the processes. What a link leads to may be anything."""
+    """The folders of the processes. A symbolic link is an error, as it may lead anywhere."""
     homes = []
     for home in listed(folder):
         if not home.is_dir() or not os.path.lexists(home / "process.json"):
             continue
         if not home.name.isprintable():
-            raise UnreadableFile(f"a folder in `{folder}` has a name that no process gives: `{shown(home.name)}`")
+            raise UnreadableFile(f"a folder in `{folder}` has an invalid name: `{shown(home.name)}`")
         if home.is_symlink():
             raise UnreadableFile(
-                f"`{home}` is a symbolic link, and a process writes a real folder",
+                f"`{home}` is a symbolic link, not a folder that a process wrote",
                 "copy the folder into the trace if you trust it",
             )
         homes.append(home)
@@ -272,7 +272,7 @@ def _homes(folder: Path) -> list[Path]:
 
 
 def _file(home: Path, name: str) -> Path:
-    """A file of a process's folder. A link may lead to another file of the whole trace."""
+    """A file of a process's folder. A link may lead to another file of the same trace."""
     return inside(home.parent, f"{home.name}/{name}")
 
 
@@ -287,7 +287,7 @@ def _process(home: Path) -> ProcessTrace:
 
 
 def _lines(home: Path, name: str, kind: Any, wrong: Callable[[Any], str]) -> list[Any]:
-    """What a process wrote line by line; nothing if it has not begun to."""
+    """The lines that a process wrote; none if the file does not exist yet."""
     if not os.path.lexists(home / name):
         return []
     return lines(_file(home, name), msgspec.json.Decoder(kind), wrong)
@@ -295,23 +295,23 @@ def _lines(home: Path, name: str, kind: Any, wrong: Callable[[Any], str]) -> lis
 
 def _wrong_record(record: Record) -> str:
     deep = isinstance(record, LoadEvent) and record.facts and too_deep(record.facts)
-    return "its facts are nested too deep" if deep else ""
+    return "its facts are nested too deeply" if deep else ""
 
 
 def _wrong_request(request: RequestRecord) -> str:
-    return f"the number of its prompt is {request.prompt}" if request.prompt < 0 else ""
+    return f"its prompt number is {request.prompt}" if request.prompt < 0 else ""
 
 
 def _refuse_newer(path: Path, schema: int) -> None:
     if schema > SCHEMA:
         raise UnreadableFile(
-            f"`{path}` is of trace schema {schema}, this lora-probe reads up to {SCHEMA}", "upgrade lora-probe"
+            f"`{path}` has trace schema {schema}; this version of lora-probe reads up to {SCHEMA}", "upgrade lora-probe"
         )
 
 
 def _refuse_deep(path: Path, value: dict[str, Any]) -> None:
     if too_deep(value):
-        raise UnreadableFile(f"cannot read `{path}`: it is nested too deep")
+        raise UnreadableFile(f"cannot read `{path}`: it is nested too deeply")
 
 
 def _scored(path: Path) -> Scored:
@@ -324,24 +324,24 @@ def _scored(path: Path) -> Scored:
     except ValueError as error:
         raise _no_score(path, f"its `score` cannot be read: {error}") from error
     if min((score.prompt, *score.prompt_ids, *score.answer_ids)) < 0:
-        raise _no_score(path, "the number of its prompt, or of a token, is negative")
+        raise _no_score(path, "its prompt number, or a token id, is negative")
     _distributions(weights, score)
     return Scored(path, score)
 
 
 def _distributions(weights: WeightsFile, score: Score) -> TensorHeader | None:
-    """The tensor of a pass's distributions; None where they were not measured."""
+    """The tensor of a pass's distributions; None if they were not measured."""
     header = weights.tensors.get("logprobs")
     if header is None:
         return None
     answers, last = len(score.answer_ids), max(score.answer_ids, default=-1)
     if header.dtype != "F32" or len(header.shape) != 2 or header.shape[0] != answers:
         is_now = f"{header.dtype} {brief(list(header.shape))}"
-        raise _no_score(weights.path, f"`logprobs` is {is_now} where F32 [{answers}, vocabulary] is meant")
+        raise _no_score(weights.path, f"`logprobs` is {is_now}, expected F32 [{answers}, vocabulary]")
     if last >= header.shape[1]:
-        raise _no_score(weights.path, f"its answer has token {last} of a vocabulary of {header.shape[1]}")
+        raise _no_score(weights.path, f"its answer contains token {last}, but its vocabulary has {header.shape[1]}")
     if header.parameters > MAX_VALUES:
-        raise _no_score(weights.path, f"it has {header.parameters} values, more than the {MAX_VALUES} that are read")
+        raise _no_score(weights.path, f"it has {header.parameters} values, more than the limit of {MAX_VALUES}")
     return header
 
 

@@ -1,4 +1,4 @@
-"""The one recording format, schema 1: what is written in a folder `RUN.lptrace`, record by record.
+"""The recording format, schema 1: the records in a folder `RUN.lptrace`.
 
 `writer.py` writes them and `reader.py` reads them; the columns of rows are in `rows.py`.
 """
@@ -28,12 +28,12 @@ class Prompt(msgspec.Struct, frozen=True):
 
 
 class RunSpec(msgspec.Struct, frozen=True):
-    """What to run. `options` are engine options by vLLM's names. `continuation` forces the first ids of each answer;
-    `max_tokens` counts those after them.
+    """What to run. `options` are engine options by vLLM's names. `continuation` contains the forced first ids of each
+    answer; `max_tokens` counts the tokens after them.
 
-    With `score` every answer is run once more in one pass, with and without the adapter, and the next-token
-    distributions of its tokens are kept. A plain run (`adapter` None) only scores `model`: `continuation` holds whole
-    answers, and `watch` the paths of the modules whose outputs are recorded.
+    With `score`, every answer runs again in one pass, with and without the adapter, and the next-token distributions of
+    its tokens are kept. A plain run (`adapter` None) only scores `model`: then `continuation` contains whole answers,
+    and `watch` the paths of the modules whose outputs are recorded.
     """
 
     engine: str
@@ -52,7 +52,7 @@ class RunSpec(msgspec.Struct, frozen=True):
 
 
 class Run(msgspec.Struct, frozen=True):
-    """run.json: what was asked, by whoever started the run."""
+    """run.json: the request, written by the process that started the run."""
 
     schema: int
     created: str
@@ -61,7 +61,7 @@ class Run(msgspec.Struct, frozen=True):
 
 
 class Process(msgspec.Struct, frozen=True):
-    """process.json: who wrote this folder. `changed` lists what recording changed in the engine."""
+    """process.json: the process that wrote this folder. `changed` lists the engine settings that recording changed."""
 
     schema: int
     role: str
@@ -82,7 +82,7 @@ class Process(msgspec.Struct, frozen=True):
 
 
 class LoadEvent(msgspec.Struct, frozen=True, tag="event", tag_field="kind"):
-    """One step of the loading story. `at`: seconds since the process began to record; `seconds`: its own length."""
+    """One step of the load timeline. `at`: seconds since recording began; `seconds`: how long the step took."""
 
     at: float
     stage: str
@@ -93,7 +93,10 @@ class LoadEvent(msgspec.Struct, frozen=True, tag="event", tag_field="kind"):
 
 
 class Load(msgspec.Struct, frozen=True, tag="load", tag_field="kind"):
-    """One load of an adapter: the thing a ledger belongs to. A later line of the same number replaces the earlier."""
+    """One load of an adapter; each load has a ledger. A later line with the same number replaces the earlier one.
+
+    `said` contains the lines that the engine logged during the load.
+    """
 
     load: int
     name: str
@@ -128,7 +131,7 @@ class ModuleRecord(msgspec.Struct, frozen=True, tag="module", tag_field="kind"):
 
 
 class StationRecord(msgspec.Struct, frozen=True, tag="station", tag_field="kind"):
-    """What one station showed for some modules of a load. Of several records the worst counts."""
+    """The finding of one station for some modules of a load. Of several records the worst counts."""
 
     load: int
     station: Station
@@ -142,8 +145,8 @@ Record = LoadEvent | Load | ModuleRecord | StationRecord
 
 
 class RequestRecord(msgspec.Struct, frozen=True):
-    """One request and its answer. `prompt` numbers the spec's prompts; `logprobs` are those of `output_ids`, None
-    where the engine gave no number (NaN)."""
+    """One request and its answer. `prompt` is the index in the spec's prompts; `logprobs` are those of `output_ids`,
+    None if the engine returned no number (NaN)."""
 
     id: str
     prompt: int
@@ -157,7 +160,7 @@ class RequestRecord(msgspec.Struct, frozen=True):
 
 class Score(msgspec.Struct, frozen=True):
     """One scored pass: `prompt_ids` and all but the last of `answer_ids` in one forward pass, with the adapter, without
-    it, or through a model that has none. `unmeasured` says why its distributions were not kept, if they were not."""
+    it, or through a model that has none. `unmeasured` is why its distributions were not kept; empty if they were."""
 
     request: str
     prompt: int

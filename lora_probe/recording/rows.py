@@ -1,7 +1,7 @@
-"""Rows: what every module did for every position of every request, in columns.
+"""Rows: the measurements of every module at every position of every request, in columns.
 
-In: arrays of one step, or of many. Out: `Rows`, joined, widened to more modules, and found by request and position.
-What there is to know of a column stands in its field, and everything else asks COLUMNS.
+In: arrays of one step, or of many. Out: `Rows`, joined, widened to more modules, and looked up by request and position.
+All facts about a column are in the metadata of its field; other code reads them from COLUMNS.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ Writer = Literal["every run", "runs of an adapter", "scored runs"]
 
 @dataclass(frozen=True)
 class Column:
-    """What a column is. An axis has the same length wherever its name stands; `dtype` is as safetensors spells it.
+    """The facts about a column. Axes with the same name have the same length; `dtype` is in the spelling of
+    safetensors.
 
-    A column of single modules is a table for each module that ran, and every table has a width of its own.
+    A column of single modules has one table for each module that ran, and every table has its own width.
     """
 
     dtype: str
@@ -41,7 +42,7 @@ def _column(
     levels: tuple[Level, ...] = LEVELS[1:],
     of_single_modules: bool = False,
 ) -> dict[str, Column]:
-    """The metadata of a column's field. By default every level keeps it but `events`, which keeps no rows."""
+    """The metadata of a column's field. By default every level keeps it except `events`, which keeps no rows."""
     return {"column": Column(dtype, axes, by, levels, of_single_modules)}
 
 
@@ -53,8 +54,8 @@ _TABLE = _column("F32", "rows", "width", by="runs of an adapter", levels=("tenso
 class Rows:
     """Rows of one step or of many, in columns. NaN means that the row did not run there.
 
-    `load` numbers the load that a row ran with, -1 for none, and `placed` has what each load multiplies with. `sketch`
-    stands for the modules' whole outputs. `x`, `base` and `delta` are whole tensors, by module.
+    `load` is the number of the load that a row ran with, -1 for none; `placed` contains the weights of each load.
+    `sketch` summarises the modules' whole outputs. `x`, `base` and `delta` are whole tensors, by module.
     """
 
     modules: tuple[Key, ...]
@@ -82,7 +83,7 @@ class Rows:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the whole tensors, beside which all else is small."""
+        """Bytes of the whole tensors; everything else is small in comparison."""
         return sum(table.nbytes for name in TABLES for table in (getattr(self, name) or {}).values())
 
 
@@ -99,7 +100,7 @@ def kept(name: str, level: Level) -> bool:
 
 
 def concatenate(parts: Sequence[Rows]) -> Rows:
-    """Rows of the same modules as one. The tables of requests and of loads are joined."""
+    """Several `Rows` of the same modules as one. The tables of requests and of loads are joined."""
     requests: dict[str, int] = {}
     numbers = []
     for part in parts:
@@ -120,8 +121,8 @@ def concatenate(parts: Sequence[Rows]) -> Rows:
 
 
 def output_rows(modules: tuple[Key, ...], request: str, phases: Sequence[int], norm: Floats, sketch: Floats) -> Rows:
-    """The first rows of a request of a model without LoRA layers: only what its modules gave, `norm: [rows, modules]`
-    and `sketch: [rows, modules, 32]`."""
+    """The first rows of a request of a model without LoRA layers. They only contain the outputs of its modules:
+    `norm: [rows, modules]` and `sketch: [rows, modules, 32]`."""
     count = len(phases)
     missing = [name for name in REQUIRED if COLUMNS[name].written_by == "runs of an adapter"]
     nothing: dict[str, Any] = dict.fromkeys(missing, np.full_like(norm, np.nan))
@@ -139,7 +140,7 @@ def output_rows(modules: tuple[Key, ...], request: str, phases: Sequence[int], n
 
 
 def places(rows: Rows) -> dict[tuple[str, int], int]:
-    """Row numbers by request and position; of a row that was computed twice the last wins."""
+    """Row numbers by request and position; if a row was computed twice, the last one counts."""
     names = [rows.requests[number] for number in rows.request]
     return {at: number for number, at in enumerate(zip(names, rows.position.tolist(), strict=True))}
 
@@ -155,7 +156,7 @@ def widened(rows: Rows, keys: tuple[Key, ...]) -> Rows:
 
 
 def _spread(values: Any, column: Column, where: npt.NDArray[np.intp], count: int) -> Any:
-    """A column with places for `count` modules, its own at `where`."""
+    """A column widened to `count` modules, with its own values at `where`."""
     if values is None or "modules" not in column.axes:
         return values
     axis = column.axes.index("modules")
@@ -167,7 +168,7 @@ def _spread(values: Any, column: Column, where: npt.NDArray[np.intp], count: int
 
 
 def _concatenated_tables(parts: Sequence[Rows], name: str) -> dict[Key, Floats] | None:
-    """x, base or delta of all parts; NaN in the rows of a part in which the module did not run."""
+    """x, base or delta of all parts; NaN in the rows of a part where the module did not run."""
     tables: list[Mapping[Key, Floats]] = [getattr(part, name) or {} for part in parts]
     widths = {key: values.shape[1] for of_part in tables for key, values in of_part.items()}
     if not widths:

@@ -1,16 +1,15 @@
-"""One segment of a trace: the rows of some steps, as they lie on disk, and checked before they are believed.
+"""One segment of a trace: the rows of some steps as they are on disk. They are checked before they are used.
 
-In: `Rows` to be written; a file that a `TraceWriter` wrote, or that somebody claims it wrote. Out: the tensors and the
-metadata of a segment; a `Segment` from a file's header and its table, the values still on disk. `read_rows` reads them
-as `Rows`, `joined` those of several segments. Columns that are not known are left out. Whatever does not fit together
-is one `UnreadableFile`.
+In: `Rows` to write; or an untrusted file that a `TraceWriter` should have written. Out: the tensors and the metadata of
+a segment; a `Segment` from a file's header and its table, whose values stay on disk. `read_rows` reads them as `Rows`,
+`joined` reads those of several segments. Unknown columns are ignored. Anything inconsistent is one `UnreadableFile`.
 
-What loads multiply with is the tensor `grams`, `[loads, modules, r, r]`, and a digest for each module in each of the
-table's `loads`. Before that, a segment held one `gram`, `[modules, r, r]`, and one list of digests, `placed`, both of
-whichever load ran last. Both layouts are schema 1, and the names differ on purpose: a reader from before ignores the
-new ones and bounds a difference from the norms, which holds for every row. Under the old names it would take one load's
-G for all, and be wrong by any factor. This reader takes an old `gram` for that of the loads whose rows the segment
-holds: the old writer closed a segment when the digests changed.
+The weights of loads are in the tensor `grams`, `[loads, modules, r, r]`, and in a digest for each module in each of the
+table's `loads`. Older segments have one `gram`, `[modules, r, r]`, and one list of digests, `placed`, both of the load
+that ran last. Both layouts are schema 1, and the names differ on purpose: an older reader ignores the new names and
+uses the norms as a bound, which is right for every row. Under the old names it would use one load's G for all rows, and
+its results could be wrong by any factor. This reader uses an old `gram` for all loads with rows in the segment: the old
+writer closed a segment when the digests changed.
 """
 
 from __future__ import annotations
@@ -42,23 +41,24 @@ MAX_JOINED = 2**33
 """Values of all segments of a trace together: 32 GiB as float32, and joining them takes as much again."""
 
 _TABLE_NAME = re.compile(rf"(?P<column>{'|'.join(TABLES)})/(?P<module>0|[1-9][0-9]{{0,8}})")
-"""What a table of a single module is called in a segment: `x/3`, for module 3."""
+"""The name of the table of a single module in a segment: `x/3` for module 3."""
 _GRAMS = {
     "grams": ("F32", ("loads", "modules", "rank of G", "rank of G")),
     "gram": ("F32", ("modules", "rank of G", "rank of G")),
 }
-"""G of the loads of a segment, and of the last of them, as it was written before."""
+"""G of all loads of a segment, and the older layout: G of the last load."""
 
 
 class _LoadTable(msgspec.Struct, frozen=True):
-    """A load whose rows the segment holds, and the digest of what it multiplies with at each module."""
+    """A load with rows in the segment, and the digest of its weights at each module."""
 
     load: int
     placed: list[str] = []
 
 
 class _Table(msgspec.Struct, frozen=True):
-    """The metadata `table`: what the numbers of modules, requests and loads stand for. `placed` is of old segments."""
+    """The metadata `table`: the names behind the numbers of modules, requests and loads. Older segments have
+    `placed`."""
 
     modules: list[Key]
     requests: list[str]
@@ -86,16 +86,16 @@ class Segment:
 
     @property
     def count(self) -> int:
-        """How many rows it holds."""
+        """The number of rows."""
         return self.columns["request"].shape[0]
 
     def width(self, name: str) -> int | None:
-        """The length of a column's last axis; None where the segment lacks the column."""
+        """The length of a column's last axis; None if the segment does not have the column."""
         return self.columns[name].shape[-1] if name in self.columns else None
 
 
 def contents(rows: Rows) -> tuple[dict[str, Any], dict[str, str]]:
-    """The tensors and the metadata of a segment that holds `rows`."""
+    """The tensors and the metadata of a segment with `rows`."""
     columns = {name: getattr(rows, name) for name in ARRAYS}
     tensors = {name: np.ascontiguousarray(column) for name, column in columns.items() if column is not None}
     numbers = {key: number for number, key in enumerate(rows.modules)}
@@ -113,15 +113,15 @@ def open_segment(path: Path) -> Segment:
     """Check the header and the table of a segment.
 
     Raises:
-        UnreadableFile: with the first thing that is wrong.
+        UnreadableFile: with the first problem.
     """
     weights = open_recorded(path, "a segment")
     if weights.size > MAX_SEGMENT:
-        raise _damaged(path, f"it has {weights.size} bytes, more than any segment ({MAX_SEGMENT})")
+        raise _damaged(path, f"it has {weights.size} bytes, more than the limit of {MAX_SEGMENT}")
     table = _table(weights)
     modules = tuple(table.modules)
     if len(set(modules)) < len(modules):
-        raise _damaged(path, f"its table names the module `{shown(_twice(modules)[0])}` twice")
+        raise _damaged(path, f"its table contains the module `{shown(_twice(modules)[0])}` twice")
     columns, grams = _columns(weights, len(modules), len(table.loads or ()))
     loads, digests = _loads(weights, table, columns["load"])
     tables = _tables(weights, columns["request"].shape[0], modules)
@@ -132,19 +132,19 @@ def read_rows(segment: Segment) -> Rows:
     """The rows of one segment.
 
     Raises:
-        UnreadableFile: a row belongs to no request of the table, or the file was damaged since it was opened.
+        UnreadableFile: the request of a row is not in the table, or the file has changed since it was opened.
     """
     return replace(_read_columns(segment), placed=_read_placed(segment))
 
 
 def _read_columns(segment: Segment) -> Rows:
-    """The rows of one segment without what their loads multiply with."""
+    """The rows of one segment without the weights of their loads."""
     step("reading the rows", segment.path)
     columns: dict[str, Any] = {name: values(segment.weights, header) for name, header in segment.columns.items()}
-    numbers, known = columns["request"], len(segment.requests)
-    wrong = numbers[(numbers < 0) | (numbers >= known)]
+    numbers, count = columns["request"], len(segment.requests)
+    wrong = numbers[(numbers < 0) | (numbers >= count)]
     if wrong.size:
-        raise _damaged(segment.path, f"a row belongs to request {wrong[0]}, and its table numbers {known} from 0")
+        raise _damaged(segment.path, f"a row belongs to request {wrong[0]}, but its table has {count} requests")
     for (name, key), header in segment.tables.items():
         columns.setdefault(name, {})[key] = values(segment.weights, header)
     return Rows(modules=segment.modules, requests=segment.requests, **columns)
@@ -154,14 +154,14 @@ def _read_placed(segment: Segment) -> dict[int, Placed]:
     grams: Any = [None] * len(segment.loads)
     if segment.grams is not None:
         read = values(segment.weights, segment.grams)
-        # An old G is of all the loads of its segment.
+        # In an older segment one G counts for all loads.
         grams = read if read.ndim == len(_GRAMS["grams"][1]) else [read] * len(segment.loads)
     return {load: Placed(*of_load) for load, *of_load in zip(segment.loads, segment.digests, grams, strict=True)}
 
 
 def _placed_parts(segments: Sequence[Segment]) -> Iterator[tuple[tuple[Key, ...], Mapping[int, Placed]]]:
-    """What the loads of each segment multiply with, one segment at a time. Most repeat what was there: they are not
-    read again."""
+    """The weights of the loads of each segment, one segment at a time. Most segments repeat those of an earlier one
+    and are not read again."""
     seen = set()
     for segment in segments:
         what = segment.modules, segment.loads, segment.digests, segment.grams is None
@@ -174,7 +174,7 @@ def joined(segments: Sequence[Segment]) -> Rows:
     """The rows of one or more segments, with columns for the modules of all.
 
     Raises:
-        UnreadableFile: a segment does not fit the first, all together are too large, or as `read_rows` does.
+        UnreadableFile: a segment does not match the first, all together are too large, or as in `read_rows`.
     """
     keys = tuple(dict.fromkeys(key for segment in segments for key in segment.modules))
     _require_joinable(segments, len(keys))
@@ -186,7 +186,7 @@ def joined(segments: Sequence[Segment]) -> Rows:
 
 
 def open_recorded(path: Path, what: str) -> WeightsFile:
-    """The header of a safetensors file of a trace. `what` it is meant to be stands in the error."""
+    """The header of a safetensors file of a trace. `what` it should be appears in the error."""
     try:
         return open_weights(path)
     except UnreadableFile as error:
@@ -194,7 +194,7 @@ def open_recorded(path: Path, what: str) -> WeightsFile:
 
 
 def values(weights: WeightsFile, header: TensorHeader) -> Raw:
-    """The values of a tensor in the dtype and the shape that its header names."""
+    """The values of a tensor in the dtype and the shape of its header."""
     try:
         return read_chunk(weights, header, 0, header.parameters).reshape(header.shape)
     except MemoryError as error:
@@ -216,17 +216,17 @@ def _table(weights: WeightsFile) -> _Table:
 
 
 def _twice(modules: tuple[Key, ...]) -> Key:
-    """The first module that stands in the table a second time."""
+    """The first module that is in the table twice."""
     seen: set[Key] = set()
     for key in modules:
         if key in seen:
             return key
         seen.add(key)
-    raise ValueError("every module stands in the table once")
+    raise ValueError("every module is in the table once")
 
 
 def _columns(weights: WeightsFile, modules: int, loads: int) -> tuple[dict[str, TensorHeader], TensorHeader | None]:
-    """The columns that are known, each with its dtype and all of the same rows and modules; and G, if it is there."""
+    """The known columns, each with the right dtype and all with the same rows and modules; and G, if there is one."""
     lengths = {"modules": modules, "loads": loads, "sketch": SKETCH}
     wanted = {name: (COLUMNS[name].dtype, COLUMNS[name].axes) for name in ARRAYS} | _GRAMS
     headers = {}
@@ -237,14 +237,14 @@ def _columns(weights: WeightsFile, modules: int, loads: int) -> tuple[dict[str, 
                 raise _damaged(weights.path, f"it has no column `{name}`")
             continue
         fits = header.dtype == dtype and len(header.shape) == len(axes)
-        # `setdefault`: the first column with an axis says how long that axis is.
+        # `setdefault`: the first column with an axis sets the length of that axis.
         if not fits or any(lengths.setdefault(a, n) != n for a, n in zip(axes, header.shape, strict=True)):
             shape = ", ".join(str(lengths.get(axis, axis)) for axis in axes)
             is_now = f"{header.dtype} {brief(list(header.shape))}"
-            raise _damaged(weights.path, f"the column `{name}` is {is_now} where {dtype} [{shape}] is meant")
+            raise _damaged(weights.path, f"column `{name}` is {is_now}, expected {dtype} [{shape}]")
         headers[name] = header
     if lengths.get("rank of G", lengths.get("r", 0)) < lengths.get("r", 0):
-        raise _damaged(weights.path, f"G is of rank {lengths['rank of G']}, `shrink` of rank {lengths['r']}")
+        raise _damaged(weights.path, f"G has rank {lengths['rank of G']}, but `shrink` has rank {lengths['r']}")
     old, new = headers.pop("gram", None), headers.pop("grams", None)
     return headers, new or old
 
@@ -252,13 +252,14 @@ def _columns(weights: WeightsFile, modules: int, loads: int) -> tuple[dict[str, 
 def _loads(
     weights: WeightsFile, table: _Table, column: TensorHeader
 ) -> tuple[tuple[int, ...], tuple[tuple[str, ...], ...]]:
-    """The loads of a segment with the digests of each. An old segment does not list them: its rows name them."""
+    """The loads of a segment with the digests of each. An older segment does not list them, so they are taken from its
+    rows."""
     modules = len(table.modules)
     if table.loads is not None:
         loads = tuple(of_load.load for of_load in table.loads)
         lists = [of_load.placed for of_load in table.loads]
         if len(set(loads)) < len(loads) or min(loads, default=0) < 0:
-            raise _damaged(weights.path, "its table lists a load twice, or one with a negative number")
+            raise _damaged(weights.path, "its table contains a load twice, or one with a negative number")
     else:
         loads = tuple(np.unique(values(weights, column)).tolist())
         loads = tuple(load for load in loads if load >= 0)
@@ -279,16 +280,16 @@ def _tables(weights: WeightsFile, rows: int, modules: tuple[Key, ...]) -> dict[t
             continue
         name = _TABLE_NAME.fullmatch(text)
         if name is None or int(name["module"]) >= len(modules):
-            raise _damaged(weights.path, f"`{shown(text)}` belongs to none of its {len(modules)} modules")
+            raise _damaged(weights.path, f"`{shown(text)}` does not belong to any of its {len(modules)} modules")
         if header.dtype != "F32" or len(header.shape) != 2 or header.shape[0] != rows:
             is_now = f"{header.dtype} {brief(list(header.shape))}"
-            raise _damaged(weights.path, f"`{text}` is {is_now} where F32 [{rows}, width] is meant")
+            raise _damaged(weights.path, f"`{text}` is {is_now}, expected F32 [{rows}, width]")
         tables[name["column"], modules[int(name["module"])]] = header
     return tables
 
 
 def _require_joinable(segments: Sequence[Segment], modules: int) -> None:
-    """Columns of the first segment are in all of them and as wide; the joined rows can be held."""
+    """The columns of the first segment are in all of them with the same width, and the joined rows fit into memory."""
     first = segments[0]
     wide = [name for name in ARRAYS if name not in REQUIRED and name in first.columns]
     widths: dict[tuple[str, Key], int] = {}
@@ -296,22 +297,21 @@ def _require_joinable(segments: Sequence[Segment], modules: int) -> None:
     for segment in segments:
         for name in wide:
             if segment.width(name) != first.width(name):
-                why = f"`{name}` is missing, or of another width than in {first.path.name}"
+                why = f"`{name}` is missing, or its width differs from {first.path.name}"
                 raise _damaged(segment.path, why)
         for at, header in segment.tables.items():
             if header.shape[1] != widths.setdefault(at, header.shape[1]):
-                raise _damaged(segment.path, f"`{shown(header.name)}` is of another width than in an earlier segment")
+                raise _damaged(segment.path, f"the width of `{shown(header.name)}` differs from an earlier segment")
         if segment.grams is not None:
             if rank not in (0, segment.grams.shape[-1]):
-                raise _damaged(segment.path, "its G is of another rank than in an earlier segment")
+                raise _damaged(segment.path, "the rank of its G differs from an earlier segment")
             rank = segment.grams.shape[-1]
-    # An axis of length 0 must not hide that another one is absurd.
+    # An axis of length 0 must not hide the absurd length of another.
     rows = max(sum(segment.count for segment in segments), 1)
     columns = modules * (4 + sum(first.width(name) or 0 for name in wide)) + sum(widths.values())
     total = rows * columns + max(len(loads), 1) * modules * rank**2
     if total > MAX_JOINED:
         raise UnreadableFile(
-            f"the segments in `{first.path.parent}` have {total} values together, more than the "
-            f"{MAX_JOINED} that are read at once",
+            f"the segments in `{first.path.parent}` have {total} values together, more than the limit of {MAX_JOINED}",
             "record fewer rows, or keep less of each with --keep",
         )

@@ -1,7 +1,7 @@
-"""A short stand-in for a long row: a fixed random projection that keeps lengths and distances.
+"""A sketch: a few numbers in place of a long row, by a fixed random projection that keeps lengths and distances.
 
-In: the width of a row. Out: the matrix that turns it into SKETCH numbers, the same in every process and engine, so that
-the distance of two rows of two runs can be told from their traces.
+In: the width of a row. Out: the matrix that turns a row into SKETCH numbers. It is the same in every process and
+engine, so the distance between rows of two runs can be computed from their traces.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 SKETCH = 32
-"""Numbers in a sketch. A length read from it is right within about 1/sqrt(2·SKETCH) = 12 % (one standard deviation)."""
+"""Numbers in a sketch. A length computed from it is accurate to about 1/sqrt(2·SKETCH) = 12 % (one standard
+deviation)."""
 
 
 @lru_cache(maxsize=64)

@@ -1,8 +1,8 @@
 """Writing a trace: `TraceWriter`, one for each process of a run.
 
-In: records and rows. Out: that process's folder of a `RUN.lptrace`. Lines of events.jsonl and requests.jsonl are
-flushed one by one; rows go into segments that are written under another name and renamed, so a process that dies loses
-only what is not closed.
+In: records and rows. Out: that process's folder of a `RUN.lptrace`. Each line of events.jsonl and
+requests.jsonl is flushed. Rows go into segments, which are written under another name and then renamed, so a process
+that dies loses only the segment that was not closed.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ from lora_probe.recording.rows import Rows, concatenate
 from lora_probe.recording.segments import contents
 
 MAX_ROWS, MAX_BYTES, MAX_SECONDS = 4096, 64_000_000, 5.0
-"""A segment closes at this many rows, at this many bytes of x, base and delta, or after this time."""
+"""A segment closes at this many rows, at this many bytes of x, base and delta, or after this many seconds."""
 
 
 class TraceWriter:
-    """Writes one process's folder. Use it as a context manager: leaving it cleanly marks the process as closed."""
+    """Writes one process's folder. Use it as a context manager: an exit without an exception marks the process as
+    closed."""
 
     def __init__(self, folder: Path, process: Process) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -73,7 +74,7 @@ class TraceWriter:
         self._requests.write(msgspec.json.encode(request) + b"\n")
 
     def rows(self, rows: Rows) -> None:
-        """Add the rows of a step. A segment holds one table of modules, and for each load one G at each of them."""
+        """Add the rows of a step. A segment has one table of modules, and for each load one G at each of them."""
         with self._lock:
             last = self._pending[-1] if self._pending else rows
             if last.modules != rows.modules or not same_loads(self._placed, rows.placed):
@@ -86,8 +87,8 @@ class TraceWriter:
                 self.flush()
 
     def flush_by_time(self) -> None:
-        """From now on close a segment that has waited too long although no more rows come: a server may be idle for
-        hours, and its workers are ended without a word."""
+        """From now on, also close a segment after MAX_SECONDS if no more rows come. A server may be idle for hours, and
+        its workers are usually killed without warning."""
 
         def watch() -> None:
             while not self._closing.wait(MAX_SECONDS):
@@ -97,7 +98,7 @@ class TraceWriter:
         threading.Thread(target=watch, daemon=True, name="lora-probe-segments").start()
 
     def describe(self, **changes: Any) -> None:
-        """Correct what process.json says (a dtype that is only known later)."""
+        """Update process.json (with a dtype that is only known later)."""
         self.process = msgspec.structs.replace(self.process, **changes)
         self._write_process()
 
@@ -112,7 +113,7 @@ class TraceWriter:
 
     def score(self, score: Score, logprobs: Floats | None) -> None:
         """Write the next-token distributions of one pass. `logprobs: [answer tokens, vocabulary]`, row i predicting
-        token i of the answer; None where `score.unmeasured` says why there are none."""
+        token i of the answer; None if there are none, and then `score.unmeasured` is the reason."""
         self._scores += 1
         tensors = {} if logprobs is None else {"logprobs": np.ascontiguousarray(logprobs, dtype=np.float32)}
         meta = {"schema": str(SCHEMA), "score": msgspec.json.encode(score).decode()}
@@ -140,7 +141,7 @@ def _save(tensors: dict[str, Any], meta: dict[str, str], path: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON under another name and rename it, so that nobody reads half of it."""
+    """Write JSON under another name and rename it, so that no reader sees half of it."""
     partial = path.with_suffix(".partial")
     partial.write_bytes(msgspec.json.format(msgspec.json.encode(value), indent=2))
     partial.replace(path)

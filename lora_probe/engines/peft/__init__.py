@@ -1,3 +1,3 @@
-"""The PEFT engine: runs base and adapter as PEFT runs them, and records both. Its files bear the names of the vLLM
-plugin's.
+"""The PEFT engine: runs base model and adapter in PEFT, and records both. Its files have the same names as those of the
+vLLM plugin.
 """

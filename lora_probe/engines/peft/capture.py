@@ -1,7 +1,7 @@
-"""Forward hooks on PEFT's LoRA `Linear` layers, for the length of a `with` block.
+"""Forward hooks on PEFT's LoRA `Linear` layers, active during a `with` block.
 
-In: the live layers by their module key. Out: for each step, itself a `with` block, the rows' norms and shrink, and on
-sampled rows x and delta. Tensors are used through their own methods, so this file needs no torch.
+In: the live layers by their module key. Out: for each step (also a `with` block) the rows' norms and shrink, and x and
+delta of sampled rows. Tensors are only used through their own methods, so this file does not import torch.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def sketched(rows: Any) -> Floats:
 
 @dataclass
 class Step:
-    """What the hooks took of one forward pass: columns by their name and module, and x and delta of the sampled rows.
-    `ran` are the modules whose contribution was computed."""
+    """The values that the hooks captured in one forward pass: columns by name and module, and x and delta of the
+    sampled rows. `ran` contains the modules whose contribution was computed."""
 
     sampled: list[int]
     columns: dict[str, dict[Key, Floats]] = field(default_factory=dict)
@@ -43,8 +43,8 @@ class Step:
 
 
 class Capture:
-    """Hooks on `layers`. With `sketching` their whole outputs are sketched as well. Leaving the block removes every
-    hook; outside of a step they take nothing."""
+    """Hooks on `layers`. With `sketching`, their whole outputs are sketched too. Leaving the block removes every
+    hook; outside of a step they capture nothing."""
 
     def __init__(self, layers: Mapping[Key, Any], keep: Level, sketching: bool = False) -> None:
         self.layers, self.keep, self.sketching = dict(layers), keep, sketching
@@ -71,7 +71,7 @@ class Capture:
 
     @contextmanager
     def stepping(self, sampled: list[int]) -> Iterator[Step]:
-        """One forward pass; `sampled` are the row numbers on which x and delta are kept."""
+        """One forward pass; `sampled` contains the numbers of the rows whose x and delta are kept."""
         self._step = Step(sampled)
         try:
             yield self._step
@@ -81,7 +81,7 @@ class Capture:
     def rows(
         self, step: Step, request: str, positions: list[int], phases: list[int], placed: Mapping[int, Placed]
     ) -> Rows:
-        """A step's rows, one for each of `positions`; all of them ran with the one load in `placed`."""
+        """A step's rows, one for each of `positions`; all of them ran with the only load in `placed`."""
         count = len(positions)
         (load,) = placed
         return Rows(
@@ -107,7 +107,7 @@ class Capture:
         return np.stack([column.get(key, missing) for key in self.keys], axis=1)
 
     def _shrink(self, step: Step, count: int) -> Floats:
-        """`[rows, modules, r]` of the largest rank: zero beyond a module's own."""
+        """`[rows, modules, r]`, padded with zeros to the largest rank."""
         column = step.columns.get("shrink", {})
         wide = np.full((count, len(self.keys), self._rank), np.nan, np.float32)
         for number, key in enumerate(self.keys):

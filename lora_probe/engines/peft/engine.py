@@ -1,7 +1,7 @@
-"""The PEFT engine: runs base and adapter as PEFT runs them, and records both.
+"""The PEFT engine: runs base model and adapter in PEFT, and records both.
 
 In: a `RunSpec`. Out: the folder `peft/` of a trace. Generation is greedy, one prompt at a time, with transformers'
-own key-value cache; every forward pass is a step whose rows are the positions it computes.
+own key-value cache; every forward pass is a step, and its rows are the positions that it computes.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class PeftEngine:
             pid=os.getpid(),
             versions=self.versions,
             keep=spec.keep,
-            changed=[f"--{name.replace('_', '-')} is vLLM's and changes nothing here" for name in ignored],
+            changed=[f"--{name.replace('_', '-')} is a vLLM option and has no effect in PEFT" for name in ignored],
         )
         with TraceWriter(folder / "peft", process) as writer:
             if spec.adapter is None:
@@ -74,14 +74,14 @@ class PeftEngine:
 
 def _record(spec: RunSpec, path: str, writer: TraceWriter) -> None:
     started = time.perf_counter()
-    # The model first: of a folder that is none, that is what is to be reported.
+    # The model first: a folder without a model must be reported as such.
     model = load_model(spec.model, spec.options.get("dtype", "auto"))
     tokenizer = load_tokenizer(spec.model)
     runner = Runner(model, tokenizer, spec, end_ids(getattr(model, "generation_config", None), tokenizer), writer)
     describe_model(writer, model, spec, started)
     prompts = encode(spec, tokenizer)
     for number, ids in enumerate(() if spec.score else prompts):
-        # A scored run sees the base on the adapter's own answers instead.
+        # A scored run scores the base model on the adapter's own answers instead.
         writer.request(runner.run(f"base-{number}", number, ids, None))
     load, peft_model = _load(spec, path, model, writer)
     if load is not None:
@@ -89,7 +89,7 @@ def _record(spec: RunSpec, path: str, writer: TraceWriter) -> None:
 
 
 def _load(spec: RunSpec, path: str, model: Any, writer: TraceWriter) -> tuple[ActiveLoad | None, Any]:
-    """Attach the adapter, and judge what came of it: the load and PEFT's model, or None where PEFT refuses it."""
+    """Attach the adapter and judge the result: the load and PEFT's model, or None if PEFT refuses it."""
     shapes, adapter, dtype = shapes_of(model), open_adapter(path), writer.process.dtype
     expected, digest = expect(adapter, shapes), adapter.digest()
     attached = attach(model, spec, writer)
@@ -108,7 +108,7 @@ def _load(spec: RunSpec, path: str, model: Any, writer: TraceWriter) -> tuple[Ac
 
 
 def _run_load(spec: RunSpec, load: ActiveLoad, peft_model: Any, runner: Runner, prompts: list[list[int]]) -> None:
-    """Every prompt with the adapter, its rows recorded, and the last stations of the load."""
+    """Run every prompt with the adapter, record its rows, and write the last stations of the load."""
     watched = {key: load.layers[key[0]] for key in load.recordable()} if spec.keep != "events" else {}
     answers = []
     with Capture(watched, spec.keep, spec.score) as capture:
@@ -134,7 +134,7 @@ def _score_base(peft_model: Any, runner: Runner, answers: Sequence[RequestRecord
 
 @contextmanager
 def _without_adapter(peft_model: Any) -> Iterator[str]:
-    """The base for the length of a block. Gives PEFT's own words where this is not quite the base (trained biases)."""
+    """Disable the adapter during a block. Yields PEFT's warning if this is not exactly the base (trained biases)."""
     with ExitStack() as stack:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
@@ -150,12 +150,12 @@ def _why_unmeasured(key: Key, load: ActiveLoad, watched: bool, spec: RunSpec) ->
         kind = variant(layer) if key[1] == "weight" and hasattr(layer, "lora_variant") else None
         return f"PEFT's {kind or type(layer).__name__} layers are not recorded yet"
     if variant(layer) is not None and not load.record.has_run(key):
-        return f"PEFT runs it as {variant(layer)}, which the hooks do not see"
+        return f"PEFT runs it as {variant(layer)}, which the hooks cannot record"
     return None
 
 
 def _why_unjudged(key: Key, load: ActiveLoad) -> str | None:
-    """Why the contribution is not s·(x·Aᵀ)·Bᵀ of the file: a variant of LoRA, or a bias on B."""
+    """Why the contribution is not s·(x·Aᵀ)·Bᵀ of the file (a variant of LoRA, or a bias on B); None if it is."""
     if (runs_as := variant(load.layers[key[0]])) is not None:
         return f"PEFT runs it as {runs_as}, whose delta is not s·(x·Aᵀ)·Bᵀ"
     biased = any(EXTRAS[LORA_BIAS.field].is_named(extra.name) for extra in load.pairs[key].extras)

@@ -1,7 +1,7 @@
-"""One load of an adapter in PEFT: attached to the base model, judged, and what its layers multiply with.
+"""One load of an adapter in PEFT: it is attached to the base model and judged, and its live weights are recorded.
 
-In: a live base model, and the adapter's folder. Out: the live LoRA layers, or PEFT's refusal in its own words; findings
-for `read` and `placed`; G and a digest for each module.
+In: a live base model, and the adapter's folder. Out: the live LoRA layers, or PEFT's refusal with its own message;
+findings for `read` and `placed`; G and a digest for each module.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from lora_probe.rules.stored import Expected
 
 @dataclass(frozen=True)
 class Attached:
-    """What PEFT made of an adapter: its model, the live LoRA layers by module, and what it warned of. `refused` is its
-    word on an adapter that it does not load."""
+    """An adapter after PEFT loaded it: PEFT's model, the live LoRA layers by module, and PEFT's warnings. `refused` is
+    PEFT's message about an adapter that it does not load."""
 
     model: Any
     layers: Mapping[str, Any]
@@ -59,7 +59,7 @@ def attach(model: Any, spec: RunSpec, writer: TraceWriter) -> Attached:
         started = time.perf_counter()
         try:
             peft_model = PeftModel.from_pretrained(model, spec.adapter, adapter_name=ADAPTER)
-        # A refusal is an answer: whatever PEFT raises here is recorded as its word on the adapter.
+        # A refusal is a result: whatever PEFT raises here is recorded as its message about the adapter.
         except Exception as error:
             message = first_lines(error)
             writer.event("refused", message, seconds=round(time.perf_counter() - started, 3))
@@ -80,7 +80,7 @@ def attach(model: Any, spec: RunSpec, writer: TraceWriter) -> Attached:
 
 
 def _cast(peft_model: Any, dtype: str) -> None:
-    """From the float32 that PEFT loads to the dtype that was requested, so that every value is rounded once."""
+    """Cast the float32 that PEFT loads to the requested dtype, so that every value is rounded once."""
     if dtype == "auto":
         return
     import torch
@@ -92,7 +92,8 @@ def _cast(peft_model: Any, dtype: str) -> None:
 
 @dataclass(frozen=True)
 class ActiveLoad:
-    """A load from the moment PEFT has it. `layers` are the live ones by module, `shapes` the modules of the base."""
+    """A load after PEFT loaded it. `layers` contains the live layers by module, `shapes` the modules of the base
+    model."""
 
     record: LoadRecord
     layers: Mapping[str, Any]
@@ -104,11 +105,11 @@ class ActiveLoad:
 
     @cached_property
     def pairs(self) -> dict[Key, AdapterModule]:
-        """The pairs of the file by the module that they are for."""
+        """The pairs of the file by module."""
         return {row.key: row.entry for row in self.record.expected if row.entry is not None}
 
     def judge_read(self) -> None:
-        """`read`: which pairs PEFT took, and which of them name a module that exists and has a LoRA layer."""
+        """`read`: which pairs PEFT accepted, and which of them belong to a module that exists and has a LoRA layer."""
         read: dict[Key, Finding] = {}
         placed: dict[Key, Finding] = {}
         for row in self.record.expected:
@@ -122,7 +123,7 @@ class ActiveLoad:
 
     def _judge_name(self, row: Expected) -> Finding:
         assert row.entry is not None
-        # A module that PEFT wraps exists, though the shapes may not show it (those of fused experts do not).
+        # A module that PEFT wraps exists, even if it is not in the shapes (as fused experts).
         wrapped = row.module == row.entry.module and row.module in self.layers
         if not wrapped and (row.homeless or row.module not in self.shapes):
             meant = row.module if row.module != row.entry.module else None
@@ -130,7 +131,7 @@ class ActiveLoad:
         if not all(tensor.name.startswith(PREFIX) for tensor in row.entry.tensors):
             return not_taken("PEFT", f"its name does not begin with `{PREFIX}`")
         if not {adapter_in(tensor) for tensor in row.entry.tensors} <= {None, ADAPTER}:
-            return not_taken("PEFT", "another adapter's name stands in its name")
+            return not_taken("PEFT", "its name contains the name of another adapter")
         embedded = bool(getattr(self.layers.get(row.module), "lora_embedding_A", None))
         half = row.entry.a or row.entry.b
         if half is not None and (ending := odd_ending(half.name, embedded, adapter_in(half))) is not None:
@@ -149,14 +150,14 @@ class ActiveLoad:
         )
 
     def recordable(self) -> Iterator[Key]:
-        """The rows whose layer the hooks understand."""
+        """The rows whose layer the hooks support."""
         for key in self.pairs:
             layer = self.layers.get(key[0])
             if key[1] == "weight" and layer is not None and recordable(layer):
                 yield key
 
     def placed(self, keys: tuple[Key, ...]) -> Placed:
-        """G and digests of what the live layers hold at `keys`, padded to the largest rank."""
+        """G and digests of the live weights at `keys`, padded to the largest rank."""
         held = [(*slot_values(self.layers[key[0]]), self.layers[key[0]].scaling[ADAPTER]) for key in keys]
         rank = max((b.shape[1] for _, b, _ in held), default=0)
         grams, digests = np.zeros((len(keys), rank, rank), np.float32), []

@@ -1,7 +1,7 @@
-"""A merge as PEFT makes it: base and adapter in, a model folder without LoRA layers out.
+"""A merge by PEFT.
 
-In: a working folder that holds `merge.json`. Out: `model/` in it (weights, config, tokenizer), and the story in
-`merge/events.jsonl`. Runs in a process of its own; `launch.merge` starts it.
+In: a working folder with the request in `merge.json`. Out: in that folder, `model/` (weights, config, tokenizer) and
+the timeline in `merge/events.jsonl`. It runs in a separate process, which `launch.merge` starts.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lora_probe.engines.peft.models import dtype_of, first_lines, load_model, lo
 from lora_probe.errors import EngineFailed
 from lora_probe.recording import SCHEMA, Process, TraceWriter
 
-ASKED = "merge.json"
+MERGE = "merge.json"
 MERGED = "model"
 
 
@@ -32,14 +32,14 @@ class MergeSpec(msgspec.Struct, frozen=True):
 def merge_into(folder: Path) -> None:
     """`PeftModel.from_pretrained(...).merge_and_unload()`, saved as safetensors together with the base's tokenizer.
 
-    What PEFT warns of becomes an event of the stage `said`.
+    PEFT's warnings become events of the stage `said`.
 
     Raises:
-        EngineFailed: with what transformers or PEFT says.
+        EngineFailed: with the message of transformers or PEFT.
     """
     from peft import PeftModel
 
-    spec = msgspec.json.decode((folder / ASKED).read_bytes(), type=MergeSpec)
+    spec = msgspec.json.decode((folder / MERGE).read_bytes(), type=MergeSpec)
     process = Process(SCHEMA, role="merge", engine="peft", rank=0, pid=os.getpid(), versions={})
     with TraceWriter(folder / "merge", process) as writer:
         started = time.perf_counter()
@@ -51,24 +51,24 @@ def merge_into(folder: Path) -> None:
                 merged = PeftModel.from_pretrained(model, spec.adapter).merge_and_unload()
                 writer.event("merge", "merge_and_unload() is done", seconds=_since(started))
                 merged.save_pretrained(folder / MERGED, safe_serialization=True)
-            # PEFT refuses in as many ways as it has kinds of layers; its own words are the message.
+            # PEFT may raise any exception, depending on the kind of layer; its message is passed on.
             except Exception as error:
                 raise EngineFailed(f"PEFT cannot merge `{spec.adapter}`: {first_lines(error)}") from error
-        for text in dict.fromkeys(str(warning.message) for warning in caught if _is_said(warning)):
+        for text in dict.fromkeys(str(warning.message) for warning in caught if _is_for_users(warning)):
             writer.event("said", short(text))
         try:
             load_tokenizer(spec.model).save_pretrained(folder / MERGED)
-            beside = "with the base's tokenizer"
+            tokenizer = "with the base model's tokenizer"
         except EngineFailed:
-            # Weights can be compared, and run on token ids, without one.
-            beside = "without a tokenizer, which the base lacks"
-        writer.event("save", f"saved {beside}", seconds=_since(started))
+            # Without one, weights can still be compared, and the model can run on token ids.
+            tokenizer = "without a tokenizer: the base model has none"
+        writer.event("save", f"saved {tokenizer}", seconds=_since(started))
 
 
 def _since(started: float) -> float:
     return round(time.perf_counter() - started, 3)
 
 
-def _is_said(warning: warnings.WarningMessage) -> bool:
-    """What is meant for users, not for the callers of a deprecated function."""
+def _is_for_users(warning: warnings.WarningMessage) -> bool:
+    """Whether a warning is for users, not for the callers of a deprecated function."""
     return issubclass(warning.category, UserWarning)

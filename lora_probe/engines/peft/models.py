@@ -1,7 +1,7 @@
-"""Models and tokenizers as transformers loads them, and its own words where it cannot.
+"""Models and tokenizers loaded by transformers, or its error message.
 
-In: a folder or an id, a dtype's name. Out: live objects. torch and transformers are imported when something is loaded;
-code that comes with a model never is.
+In: a folder or an id, the name of a dtype. Out: live objects. torch and transformers are imported when something is
+loaded. Code that comes with a model is never imported.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from lora_probe.recording import Floats
 
 
 def load_model(name: str, dtype: str = "auto", what: str = "base model") -> Any:
-    """The causal language model `name`, on the accelerator if there is one. `auto` is the dtype it is stored in,
-    `what` is what a message calls it.
+    """The causal language model `name`, on the accelerator if there is one. `auto` is the dtype of the files,
+    `what` is the name of the model in messages.
 
     Raises:
-        EngineFailed: with what transformers says.
+        EngineFailed: with the message of transformers.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -27,14 +27,14 @@ def load_model(name: str, dtype: str = "auto", what: str = "base model") -> Any:
         model = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype if dtype == "auto" else getattr(torch, dtype), trust_remote_code=False
         )
-    # transformers raises whatever its parts raise; the reason is passed on, whole, and the run ends.
+    # transformers may raise any exception; its message is passed on and the run ends.
     except Exception as error:
         raise _cannot_load(what, name, error) from error
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
 def load_tokenizer(name: str) -> Any:
-    """The tokenizer beside the model `name`. Raises as `load_model` does."""
+    """The tokenizer of the model `name`. Raises the same errors as `load_model`."""
     from transformers import AutoTokenizer
 
     try:
@@ -46,7 +46,7 @@ def load_tokenizer(name: str) -> Any:
 def _cannot_load(what: str, name: str, error: Exception) -> EngineFailed:
     return EngineFailed(
         f"transformers cannot load the {what} `{name}`: {first_lines(error)}",
-        "give a folder or a cached model with --model" if "base model" in what else "",
+        "pass a folder or a cached model with --model" if "base model" in what else "",
     )
 
 
@@ -58,7 +58,7 @@ def shapes_of(model: Any) -> Shapes:
     shapes: dict[str, tuple[int, int] | None] = {}
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):
-            # A quantised Linear packs its weight; the features are what they were.
+            # A quantised Linear packs its weight, but its features keep the original sizes.
             shapes[name] = module.out_features, module.in_features
         elif isinstance(module, torch.nn.Embedding):
             shapes[name] = module.num_embeddings, module.embedding_dim
@@ -80,7 +80,7 @@ def dtype_of(model: Any) -> str:
 
 
 def first_lines(error: BaseException) -> str:
-    """The head of an exception in one line. Size mismatches name their tensor in the second line."""
+    """The first two lines of an exception's message as one line. A size mismatch has its tensor in the second line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return short(" ".join(lines[:2]) if lines else type(error).__name__)
 

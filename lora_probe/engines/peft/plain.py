@@ -1,7 +1,7 @@
-"""A model without an adapter in the PEFT engine: scored on given answers, the outputs of some modules watched.
+"""A run of a model without an adapter in the PEFT engine: it scores existing answers and records outputs of modules.
 
-In: a plain `RunSpec` (whole answers in `continuation`, module paths in `watch`). Out: next-token distributions and rows
-that hold what those modules gave.
+In: a plain `RunSpec` (whole answers in `continuation`, module paths in `watch`). Out: next-token distributions, and
+rows with the outputs of those modules.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Outputs:
 
     def __init__(self, modules: Mapping[Key, Any]) -> None:
         self.modules = dict(modules)
-        self._found: dict[Key, tuple[Floats, Floats]] = {}
+        self._outputs: dict[Key, tuple[Floats, Floats]] = {}
         self._stack = ExitStack()
 
     def __enter__(self) -> Outputs:
@@ -44,25 +44,25 @@ class Outputs:
     def _after(self, key: Key) -> Any:
         def hook(module: Any, args: tuple[Any, ...], output: Any) -> None:
             rows = output.flatten(0, -2)
-            self._found[key] = rows.detach().float().norm(dim=-1).cpu().numpy(), sketched(rows)
+            self._outputs[key] = rows.detach().float().norm(dim=-1).cpu().numpy(), sketched(rows)
 
         return hook
 
     def rows(self, request: str, count: int, prompt: int) -> Rows:
-        """Close a pass over `count` positions, of which the first `prompt` are the prompt's."""
+        """The rows of a pass over `count` positions; the first `prompt` of them are the prompt's."""
         keys = tuple(self.modules)
         norm = np.full((count, len(keys)), np.nan, np.float32)
         sketch = np.full((count, len(keys), SKETCH), np.nan, np.float32)
         for number, key in enumerate(keys):
-            if key in self._found:
-                norm[:, number], sketch[:, number] = self._found[key]
-        self._found = {}
+            if key in self._outputs:
+                norm[:, number], sketch[:, number] = self._outputs[key]
+        self._outputs = {}
         phases = [PREFILL if at < prompt else DECODE for at in range(count)]
         return output_rows(keys, request, phases, norm, sketch)
 
 
 def record_plain(spec: RunSpec, writer: TraceWriter) -> None:
-    """Score every answer of the spec. A module that this model does not have is said in an event.
+    """Score every answer of the spec. An event reports how many of the modules this model has.
 
     Raises:
         EngineFailed: transformers cannot load the model.
@@ -74,7 +74,7 @@ def record_plain(spec: RunSpec, writer: TraceWriter) -> None:
     describe_model(writer, model, spec, started)
     here = dict(model.named_modules())
     watched: dict[Key, Any] = {(name, "weight", None): here[name] for name in spec.watch if name in here}
-    writer.event("watch", f"{len(watched)} of {len(spec.watch)} modules watched")
+    writer.event("watch", f"recording the outputs of {len(watched)} of {len(spec.watch)} modules")
     with Outputs(watched) as outputs, torch.inference_mode():
         for number, prompt in enumerate(spec.prompts):
             answer, request = forced(spec, number), f"plain-{number}"
@@ -87,7 +87,7 @@ def record_plain(spec: RunSpec, writer: TraceWriter) -> None:
 
 
 def describe_model(writer: TraceWriter, model: Any, spec: RunSpec, started: float) -> None:
-    """Say which model is loaded, where and in which dtype; `started` is when loading began."""
+    """Record which model is loaded, on which device and in which dtype; `started` is when loading began."""
     dtype = dtype_of(model)
     writer.describe(device=str(model.device), dtype=dtype, settings=dict(spec.options))
     writer.event(

@@ -1,7 +1,7 @@
-"""Prompts run through a live PEFT or base model, one after the other: what vLLM's own engine does there.
+"""Runs prompts through a live PEFT or base model, one after the other. In vLLM its own engine does this.
 
-In: token ids, and the `Steps` that record the forward passes, if they are to be recorded. Out: answers, and the
-distributions of scored passes.
+In: token ids, and the `Steps` that record the forward passes, if any. Out: answers, and the distributions of scored
+passes.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from lora_probe.recording.records import ScoreKind
 
 
 def end_ids(generation: Any, tokenizer: Any) -> set[int]:
-    """The ids that end an answer, from the generation config (as vLLM takes them) and the tokenizer."""
-    found = getattr(generation, "eos_token_id", None)
-    ids = found if isinstance(found, list) else [found]
+    """The ids that end an answer, from the generation config (as in vLLM) and the tokenizer."""
+    eos = getattr(generation, "eos_token_id", None)
+    ids = eos if isinstance(eos, list) else [eos]
     return {token for token in (*ids, tokenizer.eos_token_id) if token is not None}
 
 
@@ -47,8 +47,8 @@ class Runner:
         longest = len(output) + self.spec.max_tokens
         if context := getattr(self.model.config.get_text_config(), "max_position_embeddings", None):
             if len(ids) + len(output) >= context:
-                raise ProbeError(f"prompt {prompt + 1} has {len(ids)} tokens, the model's context is {context}")
-            # As vLLM does: an answer ends with the context.
+                raise ProbeError(f"prompt {prompt + 1} has {len(ids)} tokens, but the model's context is {context}")
+            # As in vLLM, an answer ends where the context ends.
             longest = min(longest, context - len(ids))
         logprobs: list[float | None] = []
         cache, feed = None, ids + output
@@ -57,12 +57,12 @@ class Runner:
                 position = len(ids) + len(output) - len(feed)
                 result = self._forward(steps, request, feed, position, len(ids), cache)
                 cache = result.past_key_values
-                # One more row than there are forced tokens after it: the last row gives the next token.
+                # One row more than the forced tokens that follow: the last row predicts the next token.
                 scores = torch.log_softmax(result.logits[0, len(logprobs) - len(output) - 1 :].float(), dim=-1)
                 token = int(scores[-1].argmax())
                 output.append(token)
-                given = zip(scores, output[len(logprobs) :], strict=True)
-                logprobs += [round(float(row[one]), 6) for row, one in given]
+                tokens = zip(scores, output[len(logprobs) :], strict=True)
+                logprobs += [round(float(row[at]), 6) for row, at in tokens]
                 if token in self.eos or len(output) >= longest:
                     break
                 feed = [token]

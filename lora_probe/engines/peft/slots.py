@@ -1,7 +1,7 @@
-"""Whether PEFT's live layers hold what the file says.
+"""Whether PEFT's live layers hold the values of the file.
 
-In: a LoRA layer of a live PEFT model, and the pair of the file that belongs there. Out: a `Finding` for `placed`, the
-file's values compared with the live ones bit for bit after the cast to the live dtype; and what kind of layer it is.
+In: a LoRA layer of a live PEFT model, and the pair of the file that belongs there. Out: a `Finding` for `placed` (the
+file's values are cast to the live dtype and compared with the live ones bit for bit), and the kind of layer.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from lora_probe.ledger import OK, Finding
 from lora_probe.rules.lp5_loading import not_measured, placed_differs
 
 ADAPTER = "default"
-"""What the adapter is called inside PEFT. A folder's name may clash with a method of torch's modules (`train`)."""
+"""The name of the adapter inside PEFT. The folder's name could clash with a method of torch's modules (`train`)."""
 
 
 def slot_values(layer: Any, embedding: bool = False) -> tuple[Any, Any]:
-    """The live A and B, two torch tensors."""
+    """The live A and B as torch tensors."""
     if embedding:
         return layer.lora_embedding_A[ADAPTER].detach(), layer.lora_embedding_B[ADAPTER].detach()
     return layer.lora_A[ADAPTER].weight.detach(), layer.lora_B[ADAPTER].weight.detach()
 
 
 def judge(adapter: Adapter, pair: AdapterModule, layer: Any, moment: str) -> Finding:
-    """`placed`: the live A, B and scaling against the file."""
+    """`placed`: the live A, B and scaling compared with the file."""
     import torch
 
     if pair.parameter != "weight":
@@ -34,8 +34,8 @@ def judge(adapter: Adapter, pair: AdapterModule, layer: Any, moment: str) -> Fin
         return placed_differs("the missing half", float("inf"), moment)
     held = slot_values(layer, pair.embedding)
     for half, tensor, weight in (("lora_A", pair.a, held[0]), ("lora_B", pair.b, held[1])):
-        wanted = torch.from_numpy(adapter.values(tensor)).to(weight.dtype)
-        if (difference := relative_difference(weight.cpu(), wanted)) is not None:
+        expected = torch.from_numpy(adapter.values(tensor)).to(weight.dtype)
+        if (difference := relative_difference(weight.cpu(), expected)) is not None:
             return placed_differs(half, difference, moment)
     if layer.scaling[ADAPTER] != pair.scaling:
         error = abs(layer.scaling[ADAPTER] / pair.scaling - 1) if pair.scaling else float("inf")
@@ -44,8 +44,8 @@ def judge(adapter: Adapter, pair: AdapterModule, layer: Any, moment: str) -> Fin
 
 
 def recordable(layer: Any) -> bool:
-    """Whether the hooks understand a layer: PEFT's LoRA `Linear`s. Activated LoRA hands its layers some of the rows
-    alone, and no hook sees which."""
+    """Whether the hooks support a layer: PEFT's LoRA `Linear`s. Activated LoRA passes only some rows to its layers, and
+    hooks cannot tell which."""
     from peft.tuners.lora import Linear
 
     return isinstance(layer, Linear) and not (variant(layer) or "").startswith("ALora")

@@ -1,7 +1,7 @@
-"""The rows of every forward pass of a live PEFT model, while one load runs.
+"""The rows of every forward pass of a live PEFT model while one load runs.
 
-In: the forward passes, each in a `with` block, and what the hooks of a `Capture` took of them. Out: rows for the trace,
-counts for `applied`, samples for `agrees`.
+In: the forward passes, each in a `with` block, and the values that the hooks of a `Capture` captured. Out: rows for the
+trace, counts for `applied`, samples for `agrees`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lora_probe.recording.rows import kept
 
 
 class Steps:
-    """Records steps of `load`, whose layers `capture` has its hooks on."""
+    """Records steps of `load`; the hooks of `capture` are on its layers."""
 
     def __init__(self, load: ActiveLoad, capture: Capture, writer: TraceWriter) -> None:
         self._load, self._capture, self._writer = load, capture, writer
@@ -29,7 +29,7 @@ class Steps:
 
     @contextmanager
     def stepping(self, request: str, positions: Sequence[int], prompt: int) -> Iterator[None]:
-        """One forward pass over `positions` of a request, of which the first `prompt` are the prompt's."""
+        """One forward pass over `positions` of a request; positions below `prompt` are the prompt's."""
         phases = [PREFILL if at < prompt else DECODE for at in positions]
         with self._capture.stepping(self._sampler.pick([request] * len(phases), phases)) as step:
             yield

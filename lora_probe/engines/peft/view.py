@@ -1,7 +1,7 @@
-"""What PEFT has for a base: the modules of the transformers model, and what PEFT renames while it loads an adapter.
+"""PEFT's view of a base model: the modules of the transformers model, and the names that PEFT changes during a load.
 
-In: a base's `config.json` and PEFT's task type. Out: an `EngineView`. The model is built on torch's meta device, so no
-weight is read or made, whatever the size of the model. Code that comes with a model is never run.
+In: the `config.json` of a base model, and PEFT's task type. Out: an `EngineView`. The model is built on torch's meta
+device, so no weights are read or created, whatever the size of the model. Code that comes with a model is never run.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ AUTO = {
     "FEATURE_EXTRACTION": "AutoModel",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
 }
-"""The class of transformers for each of PEFT's task types; all others are causal language models."""
+"""The transformers class for each of PEFT's task types; all others are causal language models."""
 
 _CARET = re.compile(r"(?<![\\\[])\^")
-"""The beginning, in a pattern."""
+"""A `^` in a pattern: the beginning of the text."""
 
 
 def describe(base: Base, task: str | None, version: str) -> EngineView:
@@ -57,7 +57,7 @@ def describe(base: Base, task: str | None, version: str) -> EngineView:
 
 
 def _default_targets(model: Any) -> tuple[str, ...]:
-    """What PEFT targets for this kind of model where the config names no target_modules."""
+    """PEFT's default target_modules for this kind of model."""
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as TABLE
 
     return tuple(sorted(TABLE.get(getattr(model.config, "model_type", ""), ())))
@@ -67,7 +67,7 @@ def _on_meta(base: Base, task: str | None) -> Any:
     """The model of `base` for `task`, without weights.
 
     Raises:
-        EngineFailed: transformers has no such model; its own words.
+        EngineFailed: transformers has no such model; with its own message.
     """
     import torch
     import transformers
@@ -82,18 +82,18 @@ def _on_meta(base: Base, task: str | None) -> Any:
             named = next(iter(config.architectures or ()), None)
             cls = getattr(transformers, named, None) if named else None
             if cls is None:
-                what = f"`{named}`, which its config names" if named else "a causal language model of its kind"
-                raise EngineFailed(f"transformers has no class for `{base.path}`: {what}")
+                what = f"class `{named}` (from config.json)" if named else "causal language model of this type"
+                raise EngineFailed(f"transformers cannot build the model of `{base.path}`: it has no {what}")
             return cls._from_config(config)
     except EngineFailed:
         raise
-    # transformers raises whatever its parts raise; the reason is passed on.
+    # transformers may raise any exception; its message is passed on.
     except Exception as error:
         raise EngineFailed(f"transformers cannot build the model of `{base.path}`: {first_lines(error)}") from error
 
 
 def _view(name: str, module: Any, head: bool, experts: bool) -> ModuleView:
-    """What PEFT makes of one module; mirrors `peft.tuners.lora.layer.dispatch_default`."""
+    """How PEFT treats one module; mirrors `peft.tuners.lora.layer.dispatch_default`."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
@@ -112,7 +112,7 @@ def _view(name: str, module: Any, head: bool, experts: bool) -> ModuleView:
 
 
 def _fused(module: Any) -> list[str]:
-    """The parameters in which a module keeps the matrices of several experts: `[experts, ., .]`."""
+    """The parameters that contain the matrices of several experts: `[experts, ., .]`."""
     from torch import nn
 
     if isinstance(module, nn.Conv1d | nn.ConvTranspose1d):
@@ -121,15 +121,15 @@ def _fused(module: Any) -> list[str]:
 
 
 def _conversions(model: Any) -> tuple[tuple[Rename, ...], tuple[str, ...]]:
-    """What `convert_peft_adapter_state_dict_for_transformers` does to the names of an adapter on `model`.
+    """How `convert_peft_adapter_state_dict_for_transformers` changes the names of an adapter on `model`.
 
-    Gives the renamings as steps, and a sentence on what is more than a renaming (converters join tensors).
+    Returns the renamings as steps, and a note on converters, which do more: they join tensors.
     """
     try:
         from peft.utils.transformers_weight_conversion import build_peft_weight_mapping
         from transformers.conversion_mapping import get_checkpoint_conversion_mapping, get_model_conversion_mapping
     except ImportError:
-        # transformers 4, or a PEFT that knows nothing of 5: names are taken as they are.
+        # transformers 4, or a PEFT without support for transformers 5: names are not changed.
         return (), ()
     if get_checkpoint_conversion_mapping(model.config.model_type) is None:
         return (), ()
@@ -146,10 +146,10 @@ def _conversions(model: Any) -> tuple[tuple[Rename, ...], tuple[str, ...]]:
 
 
 def renaming(entry: Any) -> Iterator[Rename]:
-    r"""One of transformers' `WeightRenaming`s as steps of ours; mirrors `WeightTransform.rename_source_key`.
+    r"""A `WeightRenaming` of transformers as `Rename` steps; mirrors `WeightTransform.rename_source_key`.
 
-    That replaces the first match only, with the entry's first target, whose `\1` is the group inside the source that
-    matched; with a scope it looks at what follows the scope. A `^` is the beginning of what follows.
+    That function replaces only the first match, with the entry's first target, where `\1` is the group inside the
+    source that matched. With a scope, it only looks at the text after the scope, and `^` is the beginning of that text.
     """
     sources, target = list(entry.source_patterns), str(entry.target_patterns[0])
     scope, base_prefix = getattr(entry, "scope_prefix", None), getattr(entry, "base_model_prefix", None)
@@ -157,16 +157,16 @@ def renaming(entry: Any) -> Iterator[Rename]:
     if scope is not None:
         inner = f"{scope}." if scope else ""
         starts = [f"{base_prefix}.{inner}", inner] if base_prefix else [inner]
-    # Atomic: the longer prefix is taken where it fits, and never given back.
+    # Atomic group: if the longer prefix matches, there is no backtracking to the shorter one.
     start = r"\A(?>" + "|".join(map(re.escape, starts)) + ")"
-    begin = "(?:" + "|".join(rf"(?<=\A{re.escape(one)})" for one in starts) + ")"
+    begin = "(?:" + "|".join(rf"(?<=\A{re.escape(prefix)})" for prefix in starts) + ")"
     branches = []
     for number, source in enumerate(sources):
         pattern = _CARET.sub(lambda _: begin, source.replace("*.", r".*\."))
         branches.append(f"(?P<g{number}>{pattern})")
     old = f"(?P<before>{start}.*?)(?:{'|'.join(branches)})"
     compiled = re.compile(old, re.DOTALL)
-    # Groups that took no part are empty, so one replacement serves all branches.
+    # Groups of other branches are empty, so one replacement works for all branches.
     inside = "".join(f"\\g<{compiled.groupindex[f'g{number}'] + 1}>" for number in range(len(sources)))
     literal = target.replace("\\1", "\0").replace("\\", "\\\\").replace("\0", inside)
     yield Rename("regex", f"(?s:{old})", f"\\g<before>{literal}")

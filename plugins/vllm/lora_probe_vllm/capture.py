@@ -1,8 +1,8 @@
-"""x·A·B per q, k and v slice while vLLM runs a step.
+"""x·A·B of each q, k and v slice while vLLM runs a step.
 
-In: the LoRA layers that an active adapter touches. Out: rows for the trace, and samples of x and delta. A forward
-hook on the layer gives the fused output; a stand-in for the layer's `punica_wrapper` gives x, the base output before
-the contribution is added, and the shrink of every slice. It calls vLLM's own shrink and expand kernels once each.
+In: the LoRA layers of an active adapter. Out: rows for the trace, and samples of x and delta. A forward hook on the
+layer captures the fused output; a stand-in for the layer's `punica_wrapper` captures x, the base output before the
+contribution is added, and the shrink of every slice. It calls vLLM's own shrink and expand kernels once each.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lora_probe_vllm.seams import Patches, StepRows, token_slots
 
 @dataclass
 class Column:
-    """One slice of a layer that an adapter touches: a column of the trace."""
+    """One slice of a layer with an adapter: a column of the trace."""
 
     key: Key
     slice: int
@@ -32,7 +32,7 @@ class Column:
 
 @dataclass
 class Step:
-    """One forward pass while it runs. Tensors are `[rows, ...]` and cut off the padding."""
+    """One forward pass while it runs. Tensors are `[rows, ...]`, without the padding."""
 
     rows: StepRows
     phases: list[int]
@@ -52,7 +52,7 @@ class Step:
 
 
 class StandIn:
-    """Stands in for the `punica_wrapper` of one layer: delegates all, and records `add_lora_linear`."""
+    """Replaces the `punica_wrapper` of one layer: delegates everything, and records `add_lora_linear`."""
 
     def __init__(self, real: Any, columns: list[Column], capture: Capture) -> None:
         self._real, self._columns, self._capture = real, columns, capture
@@ -70,14 +70,14 @@ class StandIn:
         output_slices: tuple[int, ...],
         **kwargs: Any,
     ) -> Any:
-        """`y += s·(x·Aᵀ)·Bᵀ` by vLLM's kernels. `y: [tokens, out of all slices]`, `x: [tokens, in]`."""
+        """`y += s·(x·Aᵀ)·Bᵀ` with vLLM's kernels. `y: [tokens, out of all slices]`, `x: [tokens, in]`."""
         capture = self._capture
         step = capture.step
         if step is None or kwargs.get("buffer") is not None:
             return self._real.add_lora_linear(y, x, lora_a_stacked, lora_b_stacked, scale, output_slices, **kwargs)
         count = len(step.rows)
         rank = lora_b_stacked[0].size(-1)
-        # What the kernels themselves would make: one float32 buffer, contiguous, a slice after the other.
+        # The same buffer as the kernels allocate: float32, contiguous, one slice after the other.
         shrink = torch.zeros((len(output_slices), x.size(0), rank), dtype=torch.float32, device=x.device)
         with capture.guard("a layer's input"):
             self._before(step, y, x, output_slices, count)
@@ -133,7 +133,7 @@ def _norm(rows: torch.Tensor) -> torch.Tensor:
 
 
 class Capture:
-    """Stand-ins and hooks on the touched layers, from `watch` until `close`; at most one step is open."""
+    """Stand-ins and hooks on the recorded layers, from `watch` until `close`; at most one step is open."""
 
     def __init__(
         self, keep: Level, guard: Callable[[str], AbstractContextManager[None]], sketching: bool = False
@@ -141,7 +141,7 @@ class Capture:
         self.keep, self.guard, self.sketching = keep, guard, sketching
         self._step: Step | None = None
         self.bypassed: set[Key] = set()
-        """Columns whose layer ran without calling the stand-in: it applies LoRA by a path that is not seen here."""
+        """Columns whose layer ran without calling the stand-in: it applies LoRA in a way that is not captured."""
         self.columns: dict[Key, Column] = {}
         self._patches = Patches()
         self._watched: dict[int, list[Column]] = {}
@@ -163,24 +163,24 @@ class Capture:
         self._patches.callback(layer.register_forward_hook(self._after(columns)).remove)
 
     def watch_output(self, key: Key, layer: Any, index: int, widths: list[int]) -> None:
-        """Record what slice `index` of a layer without LoRA gives, `widths` being those of all its slices."""
+        """Record the output of slice `index` of a layer without LoRA; `widths` are those of all its slices."""
         self.columns[key] = Column(key, index)
         self._patches.callback(layer.register_forward_hook(self._after([self.columns[key]], widths)).remove)
 
     def close(self) -> None:
-        """Take out every stand-in and hook."""
+        """Remove every stand-in and hook."""
         self._patches.close()
         self.columns, self._watched, self._step, self.bypassed = {}, {}, None, set()
 
     @property
     def step(self) -> Step | None:
-        """The step that is open."""
+        """The open step, if any."""
         return self._step
 
     @contextmanager
     def stepping(self, model: Any, begin: Callable[[], Step]) -> Iterator[None]:
-        """One step of the model runner. It may load its adapters itself, so the step that `begin` makes is opened when
-        the model is called; it is closed when the block ends."""
+        """One step of the model runner. The runner may load adapters in it, so the step that `begin` returns is only
+        opened when the model is called; it is closed when the block ends."""
 
         def before(model: Any, args: Any) -> None:
             if self.columns:
@@ -195,15 +195,15 @@ class Capture:
             self._step = None
 
     def abandon(self) -> None:
-        """Take nothing more of the open step: the probe has failed."""
+        """Record nothing more of the open step, because the probe has failed."""
         self._step = None
 
     def wants_delta(self, step: Step) -> bool:
-        """Whether this step's contribution is captured in a buffer of its own before it is added."""
+        """Whether this step's contribution is computed in a separate buffer before it is added."""
         return bool(step.sampled) or step.mixed or kept("delta", self.keep)
 
     def _after(self, columns: list[Column], widths: list[int] | None = None) -> Callable[..., None]:
-        """A hook that takes the output of each slice. Without `widths` the layer is a LoRA layer, and knows them."""
+        """A hook that captures the output of each slice. Without `widths` the layer is a LoRA layer, which has them."""
 
         def hook(layer: Any, args: Any, output: Any) -> None:
             step = self._step
@@ -231,7 +231,7 @@ class Capture:
         return rows.float() @ self._signs[width]
 
     def rows(self, step: Step, loads: list[int], placed: Mapping[int, Placed], stacked: Stacked) -> Rows:
-        """The step's rows for the trace. `loads: [rows]`; `placed` is what each of these loads multiplies with."""
+        """The step's rows for the trace. `loads: [rows]`; `placed` contains the weights of each of these loads."""
         requests = tuple(dict.fromkeys(step.rows.requests))
         numbers = {request: number for number, request in enumerate(requests)}
         return Rows(
@@ -252,7 +252,7 @@ class Capture:
         )
 
     def _column(self, values: dict[Key, Any], count: int, *shape: int) -> Floats:
-        """`[rows, modules, *shape]` of what some modules gave; NaN for the others."""
+        """`[rows, modules, *shape]`: the values of the modules that ran; NaN for the others."""
         if len(values) == len(self.columns):
             # One copy to the host for all modules.
             result: Floats = torch.stack([values[key] for key in self.columns], dim=1).cpu().numpy()
@@ -275,7 +275,7 @@ class Stacked:
 def stack(step: Step, keys: tuple[Key, ...], grams: dict[int, Any]) -> Stacked:
     """‖delta‖² = shrink·G·shrinkᵀ, one batched product for each slot that the step uses.
 
-    Rows without an adapter have what the kernel wrote (`step.written_norm`): for them it must be zero.
+    For rows without an adapter it is the norm that the kernel wrote (`step.written_norm`), which must be zero.
     """
     present = [(number, key) for number, key in enumerate(keys) if key in step.shrink]
     count = len(step.rows)

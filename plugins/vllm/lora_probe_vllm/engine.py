@@ -1,4 +1,4 @@
-"""The vLLM engine: starts a real engine with the probe in it, asks it, and records the answers.
+"""The vLLM engine: starts a real engine with the probe in it, sends requests, and records the answers.
 
 In: a `RunSpec`. Out: the folders `client/` (requests) and `vllm-rank-N/` (by the workers) of a trace. Requests run
 one at a time, first without and then with the adapter, so that no batch mixes them.
@@ -27,24 +27,24 @@ ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "2",
     "VLLM_NO_USAGE_STATS": "1",
 }
-"""Set for engines that `trace` starts, where the user has not set them."""
+"""Environment variables of engines that `trace` starts, unless the user has set them."""
 
 MAX_MODEL_LEN = 4096
 
 HEAD_ADAPTED = (
-    "where lm_head is adapted, vLLM leaves it out of the log-probabilities of a prompt, or takes a wrong row's"
+    "vLLM computes the log-probabilities of a prompt without the adapter of lm_head, or with that of a wrong row"
 )
-"""vLLM 0.32, `prompt_logprobs`: its logits processor knows one row for each request, that of the sampled token."""
+"""vLLM 0.32, `prompt_logprobs`: its logits processor has one row for each request, that of the sampled token."""
 
 MOST_NUMBERS = 30_000_000
-"""vLLM gives every log-probability of a prompt as Python objects, about 100 bytes for each: 3 GB."""
+"""vLLM returns every log-probability of a prompt as Python objects of about 100 bytes each: 3 GB."""
 
 
 class VllmEngine:
     """Entry point `vllm` of the group `lora_probe.engines`."""
 
     def describe(self, base: Base, task: str | None) -> EngineView:
-        """See `lora_probe.engines.Engine.describe`. vLLM takes the model's class from its config, whatever the task."""
+        """See `lora_probe.engines.Engine.describe`. vLLM takes the model's class from its config, for any task."""
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         os.environ.pop(TRACE, None)
@@ -56,7 +56,7 @@ class VllmEngine:
         """See `lora_probe.engines.Engine.record`."""
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-        # The workers find all else in the run.json there.
+        # The workers find everything else in the run.json there.
         os.environ[TRACE] = str(folder.resolve())
         arguments = engine_arguments(spec)
         process = Process(
@@ -67,14 +67,14 @@ class VllmEngine:
             pid=os.getpid(),
             versions={"vllm": vllm_version()},
             keep=spec.keep,
-            settings={key: value for key, value in arguments.items() if _is_plain(value)},
+            settings={key: value for key, value in arguments.items() if _is_json(value)},
             changed=_changed(arguments),
         )
         with TraceWriter(folder / "client", process) as writer:
             writer.event("engine", f"starting vLLM {vllm_version()}")
             started = time.perf_counter()
             llm = _start(arguments)
-            writer.event("engine", "the engine is up", seconds=round(time.perf_counter() - started, 3))
+            writer.event("engine", "the engine is ready", seconds=round(time.perf_counter() - started, 3))
             require_probe(folder)
             if spec.adapter is None:
                 ask_plain(llm, spec, writer)
@@ -83,16 +83,16 @@ class VllmEngine:
 
 
 def _changed(arguments: dict[str, Any]) -> list[str]:
-    """What a person should know of the engine that `trace` starts: it is not quite their server's."""
+    """How the engine that `trace` starts differs from the user's own server."""
     settings = [f"{name}={arguments.get(name)}" for name in ("enforce_eager", "enable_prefix_caching", "max_model_len")]
     return [*settings, "one request at a time", *(f"{name}={os.environ[name]}" for name in ENVIRONMENT)]
 
 
 def engine_arguments(spec: RunSpec) -> dict[str, Any]:
-    """The arguments of `vllm.LLM`: ours, then the spec's options, then flags checked by vLLM's own parser.
+    """The arguments of `vllm.LLM`: defaults, then the spec's options, then flags checked by vLLM's own parser.
 
     Raises:
-        ProbeError: a flag or a value that vLLM's parser does not take.
+        ProbeError: vLLM's parser does not accept a flag or a value.
     """
     arguments: dict[str, Any] = {
         "model": spec.model,
@@ -106,11 +106,11 @@ def engine_arguments(spec: RunSpec) -> dict[str, Any]:
     if spec.score:
         arguments["max_logprobs"] = -1
     if spec.adapter is None:
-        # All prompts are token ids, and a merged model may lie there without a tokenizer.
+        # All prompts are token ids, and a merged model may have no tokenizer.
         arguments["skip_tokenizer_init"] = True
     command = [part for key, value in spec.options.items() for part in _flag(key, value)]
-    given = parse_flags([*command, *spec.engine_args])
-    return {key: value for key, value in (arguments | given).items() if value is not None}
+    passed = parse_flags([*command, *spec.engine_args])
+    return {key: value for key, value in (arguments | passed).items() if value is not None}
 
 
 def _flag(key: str, value: Any) -> list[str]:
@@ -119,7 +119,7 @@ def _flag(key: str, value: Any) -> list[str]:
 
 
 def _max_model_len(model: str) -> int | None:
-    """A context that fits a small cache; vLLM's own default where the base's config is not at hand."""
+    """A context that fits a small cache; None (vLLM's default) if the base model's config cannot be read."""
     try:
         longest = open_base(model).config.get("max_position_embeddings")
     except UnreadableFile:
@@ -128,14 +128,14 @@ def _max_model_len(model: str) -> int | None:
 
 
 def parse_flags(flags: list[str]) -> dict[str, Any]:
-    """vLLM engine flags as arguments of `LLM`, only those that were given."""
+    """vLLM engine flags as arguments of `LLM`, only those that were passed."""
     from vllm.engine.arg_utils import EngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     class Parser(FlexibleArgumentParser):  # type: ignore[misc]
         def error(self, message: str) -> None:
             raise ProbeError(
-                f"vLLM does not take these flags: {message}",
+                f"vLLM does not accept these flags: {message}",
                 "see `python -m vllm.entrypoints.openai.api_server --help`",
             )
 
@@ -148,7 +148,7 @@ def parse_flags(flags: list[str]) -> dict[str, Any]:
     return {key: value for key, value in parsed.items() if key in fields and (key in named or value != plain[key])}
 
 
-def _is_plain(value: Any) -> bool:
+def _is_json(value: Any) -> bool:
     return isinstance(value, str | int | float | bool | list)
 
 
@@ -157,37 +157,38 @@ def _start(arguments: dict[str, Any]) -> Any:
 
     try:
         return LLM(**arguments)
-    # An engine fails to start in as many ways as it has parts; its own words are the message.
+    # An engine may raise any exception when it starts; its message is passed on.
     except Exception as error:
         if isinstance(error, ProbeError):
             raise
-        raise EngineFailed(f"vLLM did not start: {root_cause(error)}", "the log has the whole story") from error
+        raise EngineFailed(f"vLLM did not start: {root_cause(error)}", "see the log for details") from error
 
 
 def require_probe(folder: Path) -> None:
-    """A worker that carries the probe has said so before it loaded the model.
+    """Require that the probe is in a worker: it writes process.json before the model is loaded.
 
     Raises:
-        EngineFailed: none did: whatever happens to the adapter now, nobody would see it.
+        EngineFailed: there is no such file, so nothing would be recorded.
     """
     if any(folder.glob("vllm-rank-*/process.json")):
         return
     if (folder / NOT_ARMED).exists():
-        raise EngineFailed(f"the probe could not be armed: {(folder / NOT_ARMED).read_text().strip()}")
+        raise EngineFailed(f"the probe could not be started: {(folder / NOT_ARMED).read_text().strip()}")
     allowed = os.environ.get("VLLM_PLUGINS")
     why = (
-        f"VLLM_PLUGINS is `{allowed}`: it must name lora_probe"
+        f"VLLM_PLUGINS is `{allowed}`; it must include lora_probe"
         if allowed is not None
         else ("is lora-probe-vllm installed in the environment of the workers?")
     )
-    raise EngineFailed("the plugin was not loaded: no worker of vLLM carries the probe", why)
+    raise EngineFailed("the plugin was not loaded: no vLLM worker has the probe", why)
 
 
 def ask(llm: Any, spec: RunSpec, writer: TraceWriter, adapter_id: int = 1) -> None:
-    """Every prompt without the adapter, then with it. A refusal of the adapter leaves the base's answers, no error.
+    """Run every prompt without the adapter, then with it. If vLLM refuses the adapter, only the base model's answers
+    are recorded; that is not an error.
 
-    The adapter is loaded first, so that the rows of the base run beside a filled slot, as they do in a server. A
-    scored run then scores the adapter's answers, with and without it.
+    The adapter is loaded first, so that the base model runs with a filled slot, as in a server. A scored run then
+    scores the adapter's answers, with and without the adapter.
     """
     from vllm.lora.request import LoRARequest
 
@@ -197,13 +198,13 @@ def ask(llm: Any, spec: RunSpec, writer: TraceWriter, adapter_id: int = 1) -> No
         request = LoRARequest(spec.name, adapter_id, spec.adapter)
         loaded = _load(llm, request, writer)
         answers = []
-        # A scored run sees the base on the adapter's own answers instead.
+        # A scored run scores the base model on the adapter's own answers instead.
         turns = (*(() if spec.score else (None,)), *((request,) if loaded else ()))
-        for asked in turns:
+        for turn in turns:
             for number, ids in enumerate(prompts):
-                answer = _generate(llm, spec, number, ids, asked)
+                answer = _generate(llm, spec, number, ids, turn)
                 writer.request(answer)
-                if asked is not None:
+                if turn is not None:
                     answers.append(answer)
         if spec.score:
             unmeasured = HEAD_ADAPTED if _adapts_head(spec.adapter) else ""
@@ -229,10 +230,10 @@ def _adapts_head(adapter: str) -> bool:
 
 
 def _load(llm: Any, request: Any, writer: TraceWriter) -> bool:
-    """Add the adapter before it is used: one that fails inside `generate` kills the engine."""
+    """Add the adapter before it is used: a failure inside `generate` would kill the engine."""
     try:
         llm.llm_engine.add_lora(request)
-    # The worker has recorded the refusal with vLLM's own words; here it only ends the run.
+    # The worker has recorded the refusal with vLLM's own message; here it only ends the run.
     except Exception as error:
         writer.event("refused", root_cause(error))
         return False
@@ -243,9 +244,9 @@ def _generate(llm: Any, spec: RunSpec, number: int, ids: list[int], request: Any
     from vllm import SamplingParams
 
     started = time.perf_counter()
-    given = forced(spec, number)
+    prefix = forced(spec, number)
     output = _run(
-        llm, number, ids + given, SamplingParams(temperature=0, max_tokens=spec.max_tokens, logprobs=0), request
+        llm, number, ids + prefix, SamplingParams(temperature=0, max_tokens=spec.max_tokens, logprobs=0), request
     )
     answer = output.outputs[0]
     tokens = [int(token) for token in answer.token_ids]
@@ -255,10 +256,10 @@ def _generate(llm: Any, spec: RunSpec, number: int, ids: list[int], request: Any
         prompt=number,
         adapter=request.lora_name if request is not None else None,
         prompt_ids=ids,
-        output_ids=given + tokens,
-        text=llm.get_tokenizer().decode(given + tokens, skip_special_tokens=True) if given else answer.text,
-        # vLLM saw forced tokens as part of the prompt, and gives no number for those.
-        logprobs=[None] * len(given) + [round(float(found[token].logprob), 6) for token, found in scores],
+        output_ids=prefix + tokens,
+        text=llm.get_tokenizer().decode(prefix + tokens, skip_special_tokens=True) if prefix else answer.text,
+        # vLLM treats forced tokens as part of the prompt and returns no number for them.
+        logprobs=[None] * len(prefix) + [round(float(logprobs[token].logprob), 6) for token, logprobs in scores],
         seconds=round(time.perf_counter() - started, 3),
     )
 
@@ -266,13 +267,14 @@ def _generate(llm: Any, spec: RunSpec, number: int, ids: list[int], request: Any
 def _score(llm: Any, score: Score, writer: TraceWriter, request: Any = None) -> None:
     """The prompt and all but the last token of its answer as one prompt.
 
-    The distributions of the answer's tokens are those of the prompt's tokens, and of the one that is sampled after it.
+    The distributions of the answer's tokens are those of this prompt's tokens, and of the token that is sampled after
+    it.
     """
     from vllm import SamplingParams
 
     ids = score.prompt_ids + score.answer_ids[:-1]
     if len(ids) * vocabulary(llm) > MOST_NUMBERS:
-        too_long = f"a vocabulary of {vocabulary(llm)} for each of {len(ids)} tokens is more than vLLM can hand over"
+        too_long = f"vLLM cannot return a vocabulary of {vocabulary(llm)} for each of {len(ids)} tokens"
         score = replace(score, unmeasured=score.unmeasured or too_long)
     wanted = None if score.unmeasured else -1
     parameters = SamplingParams(
@@ -291,11 +293,11 @@ def _run(llm: Any, number: int, ids: list[int], parameters: Any, request: Any) -
     """vLLM's output for one request.
 
     Raises:
-        EngineFailed: a prompt that is too long, an engine that died: vLLM's words are the message, and the run ends.
+        EngineFailed: with vLLM's message, for example if the prompt is too long or the engine died.
     """
     try:
         (output,) = llm.generate([{"prompt_token_ids": ids}], parameters, use_tqdm=False, lora_request=request)
-    # vLLM raises whatever its parts raise.
+    # vLLM may raise any exception.
     except Exception as error:
         raise EngineFailed(f"vLLM did not answer prompt {number + 1}: {root_cause(error)}") from error
     return output

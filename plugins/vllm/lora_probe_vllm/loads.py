@@ -1,6 +1,6 @@
-"""One load of an adapter in a worker: where its modules live, what its slot should hold, and what it holds.
+"""One load of an adapter in a worker: the layers of its modules, and the expected and real contents of its slot.
 
-In: a `LoadRecord` and the engine's `Homes`. Out: findings for `read` and `placed`, what the slot held when it was
+In: a `LoadRecord` and the engine's `Homes`. Out: findings for `read` and `placed`, the contents of the slot when it was
 filled (G and digests), and the float32 reference of a module for `agrees`.
 """
 
@@ -23,7 +23,7 @@ from lora_probe.rules.stored import Expected
 from lora_probe_vllm.slots import Home, Homes, Placement, judge, placement, slot_values
 
 CACHED_PARAMETERS = 64_000_000
-"""Adapters up to this size are kept in memory, so that neither the disk nor a file that goes away matters later."""
+"""Adapters up to this size are kept in memory, so their files are not needed later."""
 
 
 @dataclass
@@ -54,7 +54,7 @@ class ActiveLoad:
         return self.record.number
 
     def placement(self, key: Key) -> Placement | None:
-        """What the file says of a module on this rank; None for half a pair.
+        """The expected weights of a module on this rank, from the file; None for half a pair.
 
         Raises:
             ProbeError: the file of a large adapter can no longer be read.
@@ -66,9 +66,9 @@ class ActiveLoad:
         return placement(self.record.adapter, entry, self.homes[key]) if entry is not None else None
 
     def judge_read(self, lora: Any) -> None:
-        """`read`: which pairs the loader took, and which of them name a module that exists.
+        """`read`: which pairs the loader accepted, and which of them belong to a module that exists.
 
-        A module that another pipeline rank holds is that rank's to judge: nothing is written for it here.
+        A module on another pipeline rank is judged there; nothing is written for it here.
         """
         read: dict[Key, Finding] = {}
         placed: dict[Key, Finding] = {}
@@ -79,22 +79,22 @@ class ActiveLoad:
             if name is not None and self.engine.on_another_rank(name):
                 elsewhere.add(key)
             elif name is None or name not in self.engine.known:
-                meant = row.module if row.module != row.entry.module else None
-                read[key] = name_without_home(row.entry.stored_as, meant, "vLLM")
+                intended = row.module if row.module != row.entry.module else None
+                read[key] = name_without_home(row.entry.stored_as, intended, "vLLM")
             elif lora.get_lora(name) is None:
-                read[key] = not_taken("vLLM", "the module exists, and its pair was skipped")
+                read[key] = not_taken("vLLM", "the module exists, but its pair was skipped")
             else:
                 read[key] = OK
                 if key not in self.homes:
                     targets = self.engine.manager.lora_config.target_modules
-                    wanted = f"--lora-target-modules is {' '.join(targets)}" if targets else "its class has none there"
-                    placed[key] = no_lora_layer("vLLM", wanted)
+                    why = f"--lora-target-modules is {' '.join(targets)}" if targets else "its class has none there"
+                    placed[key] = no_lora_layer("vLLM", why)
         self.record.leave_to_another_rank(elsewhere)
         self.record.station("read", read)
         self.record.station("placed", placed)
 
     def judge_slots(self, moment: str) -> None:
-        """`placed`: the slot against a replay of the file."""
+        """`placed`: the slot compared with the values expected from the file."""
         assert self.slot is not None
         placed = {}
         for key, home in self.homes.items():
@@ -107,7 +107,7 @@ class ActiveLoad:
         self.record.station("placed", placed)
 
     def contents(self, keys: Iterable[Key]) -> SlotContents:
-        """What the slot holds at `keys`, modules of this load. It is taken once, when the slot was filled."""
+        """The contents of the slot at `keys`, modules of this load. They are read once, when the slot was filled."""
         assert self.slot is not None
         grams, digests = {}, {}
         for key in keys:
@@ -123,20 +123,20 @@ class ActiveLoad:
 
 @dataclass(frozen=True)
 class SlotContents:
-    """What a load multiplies with, module by module: G `[r, r]` where the layers run, and a digest by which two runs
-    know that they hold the same numbers."""
+    """The weights of a load, module by module: G `[r, r]` on the device of the layers, and a digest that is the same in
+    two runs with the same weights."""
 
     grams: dict[Key, torch.Tensor]
     digests: dict[Key, str]
 
     def stacked(self, keys: tuple[Key, ...]) -> torch.Tensor | None:
-        """G for each of `keys`, `[modules, r, r]`, zero for modules that are not this load's; None without any."""
+        """G for each of `keys`, `[modules, r, r]`, zero for modules of other loads; None if there are none."""
         if not self.grams:
             return None
         nothing = torch.zeros_like(next(iter(self.grams.values())))
         return torch.stack([self.grams.get(key, nothing) for key in keys])
 
     def placed(self, keys: tuple[Key, ...], gram: torch.Tensor | None) -> Placed:
-        """The same for the trace; `gram` is None below its level."""
+        """The same for the trace; `gram` is None if the level does not keep it."""
         digests = tuple(self.digests.get(key, "") for key in keys)
         return Placed(digests, gram.cpu().numpy() if gram is not None else None)

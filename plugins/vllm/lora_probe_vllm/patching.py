@@ -1,7 +1,7 @@
-"""The patches that let a `Probe` watch vLLM, all installed in one place and all taken back together.
+"""The patches that let a `Probe` observe vLLM. They are installed in one place and removed together.
 
-In: the folder of the trace. Out: `Patches`; closing them leaves vLLM as it was. Each replacement calls the original
-exactly once, with what it was given, and returns what it returned.
+In: the folder of the trace. Out: `Patches`; closing them restores vLLM. Each replacement calls the original exactly
+once with the same arguments, and returns its result.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _armed: Patches | None = None
 
 
 def arm() -> None:
-    """Put the probe's patches in place in this process, once. The worker that is built next will record."""
+    """Install the probe's patches in this process, once. The worker that is built next will record."""
     global _armed
     if _armed is None:
         folder = Path(os.environ[TRACE])
@@ -45,7 +45,7 @@ def arm() -> None:
 
 
 def disarm() -> None:
-    """Take every patch back."""
+    """Remove every patch."""
     global _armed
     if _armed is not None:
         _armed.close()
@@ -53,16 +53,16 @@ def disarm() -> None:
 
 
 def install(folder: Path) -> Patches:
-    """Wrap what METHODS in `seams.py` lists. Each worker built from now on carries a probe.
+    """Wrap the methods listed in METHODS in `seams.py`. Each worker built from now on has a probe.
 
     Raises:
-        SeamMoved: this vLLM lacks one of the names.
+        SeamMoved: this vLLM does not have one of the names.
     """
     patches = Patches()
     probes: dict[int, Probe] = {}
 
     def recording() -> Probe | None:
-        """The probe that records; a process has one worker, unless a script starts one engine after the other."""
+        """The recording probe. A process has one worker, unless a script starts several engines in turn."""
         return next((p for p in probes.values() if p.recording), None)
 
     def probe_of(runner: Any) -> Probe | None:
@@ -70,7 +70,7 @@ def install(folder: Path) -> Patches:
 
     def probe_of_manager(manager: Any) -> Probe | None:
         owner = [p for p in probes.values() if p.homes is not None and p.homes.manager is manager]
-        # While the manager is being made nobody knows it yet.
+        # While the manager is being created, no probe has it yet.
         return owner[0] if owner else recording()
 
     def worker_init(original: Callable[..., None]) -> Callable[..., None]:
@@ -78,7 +78,7 @@ def install(folder: Path) -> Patches:
             original(self, *args, **kwargs)
             try:
                 probes[id(self)] = Probe(self, folder)
-            # Whatever it is, the engine must not pay for it; `trace` will say that no worker carries the probe.
+            # Any exception: the engine must not fail because of it. `trace` reports that no worker has the probe.
             except Exception as error:
                 logging.getLogger("vllm.lora_probe").error("lora-probe cannot record into %s: %r", folder, error)
 
@@ -97,8 +97,8 @@ def install(folder: Path) -> Patches:
 
 def _begin(probes: dict[int, Probe]) -> Callable[..., str]:
     def lora_probe_begin(self: Any, folder: str, keep: Level | None = None) -> str:
-        """RPC: close the recording that is open and begin another one in `folder`. Without a run.json there, `keep` is
-        its level."""
+        """RPC: close the open recording and begin another one in `folder`. Without a run.json there, `keep` is its
+        level."""
         probe = probes[id(self)]
         probe.open(Path(folder), keep)
         return f"vllm-rank-{probe.rank}"
@@ -108,7 +108,7 @@ def _begin(probes: dict[int, Probe]) -> Callable[..., str]:
 
 def _finish(probes: dict[int, Probe]) -> Callable[..., bool]:
     def lora_probe_finish(self: Any) -> bool:
-        """RPC: write the last stations and close. Whether there was a recording to close."""
+        """RPC: write the last stations and close. Returns whether there was a recording to close."""
         probe = probes.get(id(self))
         if probe is None or not probe.recording:
             return False
@@ -161,7 +161,7 @@ def _patch_model(patches: Patches, probe_of: Find, probe_of_manager: Find) -> No
 
 
 def _patch_loading(patches: Patches, probe_of_manager: Find, log: _LogLines) -> None:
-    """What vLLM reads from the file, and what it makes of it."""
+    """Record what vLLM reads from the file, and how it converts it."""
 
     def load_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
         def wrapper(self: Any, lora_request: Any, *args: Any, **kwargs: Any) -> Any:
@@ -183,7 +183,7 @@ def _patch_loading(patches: Patches, probe_of_manager: Find, log: _LogLines) -> 
                 raise
             if active is not None:
                 seconds = round(time.perf_counter() - started, 6)
-                with probe.guard("what the loader took"):
+                with probe.guard("what the loader read"):
                     probe.was_read(int(lora_request.lora_int_id), active, lora, seconds)
             return lora
 
@@ -201,7 +201,7 @@ def _patch_loading(patches: Patches, probe_of_manager: Find, log: _LogLines) -> 
             with probe.guard("registering"):
                 probe.writer.event(
                     "register",
-                    f"{before} pairs became {len(lora.loras)} weights, every scaling folded into lora_B",
+                    f"{before} pairs became {len(lora.loras)} weights; every scaling was folded into lora_B",
                     seconds=round(time.perf_counter() - started, 6),
                 )
             return result
@@ -213,13 +213,13 @@ def _patch_loading(patches: Patches, probe_of_manager: Find, log: _LogLines) -> 
 
 
 def _patch_slots(patches: Patches, probe_of_manager: Find, log: _LogLines) -> None:
-    """What vLLM puts into a slot, and when it takes it out again."""
+    """Record what vLLM puts into a slot, and when it removes it."""
 
     def activate_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
         def wrapper(self: Any, lora_id: int, *args: Any, **kwargs: Any) -> Any:
             probe = probe_of_manager(self)
             active = probe.loads.get(lora_id) if probe is not None and probe.recording else None
-            # vLLM calls this on every step; only the call that fills a slot is an event.
+            # vLLM calls this in every step; only a call that fills a slot is an event.
             if probe is None or active is None or lora_id in self._active_adapters:
                 return original(self, lora_id, *args, **kwargs)
             started = time.perf_counter()
@@ -306,7 +306,7 @@ def _listening(log: _LogLines) -> Iterator[None]:
 
 @contextmanager
 def _refusing(probe: Probe, active: Any, stage: str) -> Iterator[None]:
-    """Write down an exception of vLLM as its refusal of the adapter, and let it go on."""
+    """Record an exception of vLLM as its refusal of the adapter, and raise it again."""
     try:
         yield
     except Exception as error:
@@ -332,7 +332,7 @@ def _watching_slots(probe: Probe, layers: dict[str, Any]) -> Iterator[None]:
                             return original(index, *args, **kwargs)
                         finally:
                             busy.pop()
-                            # set_lora begins with a reset of its own: that is not a step of the story.
+                            # set_lora begins with a reset, which is not a separate step of the timeline.
                             if outermost:
                                 seconds = round(time.perf_counter() - started, 6)
                                 word = method.partition("_")[0]

@@ -1,7 +1,7 @@
-"""Where a module lives in a vLLM model that has no LoRA layers.
+"""Finds modules in a vLLM model without LoRA layers.
 
-In: the model, and paths of modules as Transformers names them. Out: the layer behind each, and which part of its output
-is the module's.
+In: the model, and paths of modules as in Transformers. Out: the layer of each, and which part of its output belongs to
+the module.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ class Part:
 
 
 def locate(model: Any, names: Iterable[str]) -> dict[str, Part]:
-    """The linear layers behind `names`; what this model does not have, or has as another kind of layer, is left out."""
+    """The linear layers of `names`. Names that this model does not have, or has as another kind of layer, are left
+    out."""
     packed = packed_modules(model)
     parts: dict[str, Part] = {}
     for path, layer in model.named_modules():
@@ -36,4 +37,4 @@ def locate(model: Any, names: Iterable[str]) -> dict[str, Part]:
         if len(members) == len(widths):
             for index, member in enumerate(members):
                 parts[f"{parent}.{member}" if parent else member] = Part(layer, index, widths)
-    return {name: parts[found] for name, found in renamed(names, set(parts), rename_mapper(model)).items()}
+    return {name: parts[path] for name, path in renamed(names, set(parts), rename_mapper(model)).items()}

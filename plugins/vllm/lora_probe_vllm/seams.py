@@ -1,7 +1,7 @@
-"""Every vLLM name that lora-probe touches, and the only place that knows them.
+"""Every vLLM name that lora-probe uses; no other file contains any.
 
-In: an installed vLLM. Out: its classes and functions by our names, patches that can be taken back, and the rows of a
-step of its model runner. A name that moved is a `SeamMoved` error with that name and the version. The names are
+In: an installed vLLM. Out: its classes and functions by lora-probe's names, patches that can be removed, and the rows
+of a step of its model runner. A name that moved is a `SeamMoved` error with that name and the version. The names are
 those of the versions in SUPPORTED; the tests run 0.32.
 """
 
@@ -22,7 +22,7 @@ from lora_probe.errors import EngineFailed
 from lora_probe.recording import Floats
 
 SUPPORTED = ("0.30", "0.31", "0.32", "0.33")
-"""The versions of vLLM that have all of these names. What each does is in `lora_probe/rules/vllm_versions.py`."""
+"""The versions of vLLM that have all of these names. Their behaviour is in `lora_probe/rules/vllm_versions.py`."""
 
 NAMES = {
     "worker": ("vllm.v1.worker.worker_base", "WorkerBase"),
@@ -74,7 +74,7 @@ class SeamMoved(EngineFailed):
 
     def __init__(self, name: str) -> None:
         super().__init__(
-            f"vLLM {vllm_version()} has no `{name}`; lora-probe knows vLLM {', '.join(SUPPORTED)}",
+            f"vLLM {vllm_version()} has no `{name}`; supported are vLLM {', '.join(SUPPORTED)}",
             "use one of these versions, or report the name and the version",
         )
 
@@ -87,25 +87,25 @@ def vllm_version() -> str:
 
 
 class Seams:
-    """vLLM's classes by our names, each looked up when it is first asked for."""
+    """vLLM's classes by lora-probe's names, each looked up when it is first used."""
 
     def __getattr__(self, name: str) -> Any:
         if name not in NAMES:
             raise AttributeError(name)
         module, attribute = NAMES[name]
         try:
-            found = getattr(import_module(module), attribute)
+            value = getattr(import_module(module), attribute)
         except (ImportError, AttributeError) as error:
             raise SeamMoved(f"{module}.{attribute}") from error
         for method in METHODS.get(name, ()):
-            if not hasattr(found, method):
+            if not hasattr(value, method):
                 raise SeamMoved(f"{module}.{attribute}.{method}")
-        setattr(self, name, found)
-        return found
+        setattr(self, name, value)
+        return value
 
 
 class Patches:
-    """Attributes that are replaced for the length of a `with` block, and put back in reverse order."""
+    """Attributes that are replaced during a `with` block, and restored in reverse order."""
 
     def __init__(self) -> None:
         self._stack = ExitStack()
@@ -125,7 +125,8 @@ class Patches:
         self._stack.callback(undo, *args)
 
     def wrap(self, owner: Any, name: str, make: Callable[[Any], Any]) -> None:
-        """Replace `owner.name` by `make(original)`. A class keeps its inherited attribute inherited."""
+        """Replace `owner.name` by `make(original)`. An attribute that a class inherits is inherited again
+        afterwards."""
         own = name in vars(owner)
         original = vars(owner)[name] if own else getattr(owner, name)
         plain = original.__func__ if isinstance(original, classmethod) else original
@@ -134,7 +135,7 @@ class Patches:
         self._stack.callback(setattr if own else delattr, owner, name, *([original] if own else []))
 
     def add(self, owner: Any, name: str, value: Any) -> None:
-        """Give `owner` an attribute that it did not have."""
+        """Add an attribute that `owner` does not have."""
         setattr(owner, name, value)
         self._stack.callback(delattr, owner, name)
 
@@ -157,10 +158,10 @@ class StepRows:
 
 
 def v1_rows(runner: Any, scheduler_output: Any) -> StepRows:
-    """The V1 model runner's rows, as they stand while its forward pass runs.
+    """The V1 model runner's rows while its forward pass runs.
 
-    `input_batch` has the order of the batch; `num_scheduled_tokens` of the scheduler's output how many rows each
-    request has; `num_computed_tokens_cpu` where they begin.
+    `input_batch` has the order of the batch; `num_scheduled_tokens` of the scheduler's output the number of rows of
+    each request; `num_computed_tokens_cpu` their first position.
     """
     batch = runner.input_batch
     requests: list[str] = []
@@ -178,18 +179,18 @@ def v1_rows(runner: Any, scheduler_output: Any) -> StepRows:
 
 
 def external_id(internal: str) -> str:
-    """The id that the client knows: vLLM appends `-` and eight hexadecimal digits."""
+    """The id that the client uses: vLLM appends `-` and eight hexadecimal digits."""
     head, _, tail = internal.rpartition("-")
     return head if head and len(tail) == 8 and set(tail) <= set("0123456789abcdef") else internal
 
 
 def why_not_recordable(vllm_config: Any, runner: Any) -> str | None:
-    """Why this engine's contributions cannot be recorded, if they cannot.
+    """Why this engine's contributions cannot be recorded; None if they can.
 
-    Python is not run inside compiled or captured steps; a probe there would see nothing and call it nothing.
+    Compiled or captured steps do not run Python, so the probe would record no contributions there.
     """
     if not isinstance(runner, seams.runner):
-        return f"nobody has verified the probe on the model runner {type(runner).__module__} yet"
+        return f"the probe does not support the model runner {type(runner).__module__} yet"
     compilation = vllm_config.compilation_config
     for name, what in (("mode", "compiles its model"), ("cudagraph_mode", "replays captured graphs")):
         value = getattr(compilation, name, None)
@@ -200,9 +201,9 @@ def why_not_recordable(vllm_config: Any, runner: Any) -> str | None:
 
 
 def engine_settings(config: Any) -> dict[str, Any]:
-    """What process.json says of the engine: the settings that decide what an adapter does."""
+    """The engine's settings for process.json: those that decide what an adapter does."""
     lora, parallel = config.lora_config, config.parallel_config
-    found = {
+    settings = {
         "model": str(config.model_config.model),
         "max_model_len": config.model_config.max_model_len,
         "enforce_eager": config.model_config.enforce_eager,
@@ -210,17 +211,17 @@ def engine_settings(config: Any) -> dict[str, Any]:
         "enable_prefix_caching": config.cache_config.enable_prefix_caching,
     }
     if lora is not None:
-        found |= {
+        settings |= {
             "max_loras": lora.max_loras,
             "max_lora_rank": lora.max_lora_rank,
             "lora_dtype": str(lora.lora_dtype).removeprefix("torch."),
             "lora_target_modules": lora.target_modules,
         }
-    return found
+    return settings
 
 
 def manager_of(runner: Any) -> Any:
-    """The LoRA manager that owns the layers and the slots."""
+    """The LoRA manager, which has the layers and the slots."""
     return runner.lora_manager._adapter_manager
 
 
@@ -233,12 +234,12 @@ def rename_mapper(model: Any) -> Any:
 
 
 def model_of(runner: Any) -> Any:
-    """The model itself, out of whatever the runner has wrapped it in."""
+    """The model itself, without the runner's wrappers."""
     return runner.get_model()
 
 
 def packed_modules(model: Any) -> dict[str, list[str]]:
-    """Which projections of the files a fused layer of vLLM stands for: `qkv_proj` -> q, k, v."""
+    """Which projections of the files each fused layer of vLLM combines: `qkv_proj` -> q, k, v."""
     return dict(getattr(model, "packed_modules_mapping", None) or {})
 
 
@@ -249,23 +250,23 @@ def output_widths(layer: Any) -> list[int] | None:
 
 
 def vocabulary(llm: Any) -> int:
-    """How many tokens the engine's model knows."""
+    """The size of the model's vocabulary."""
     return int(llm.llm_engine.model_config.get_vocab_size())
 
 
 def dense_logprobs(flat: Any, position: int) -> Floats:
     """One position of vLLM's `FlatLogprobs` over the whole vocabulary, by token id: `[vocabulary]`.
 
-    The first entry is the token that was there or was sampled, then come all tokens by rank.
+    The first entry is the token of the prompt or the sampled token; then follow all tokens by rank.
     """
     begin, end = flat.start_indices[position] + 1, flat.end_indices[position]
-    found = np.full(end - begin, np.nan, np.float32)
-    found[flat.token_ids[begin:end]] = flat.logprobs[begin:end]
-    return found
+    logprobs = np.full(end - begin, np.nan, np.float32)
+    logprobs[flat.token_ids[begin:end]] = flat.logprobs[begin:end]
+    return logprobs
 
 
 def is_missing(module: Any) -> bool:
-    """Whether a module stands for one that another pipeline rank holds."""
+    """Whether a module is a placeholder for one on another pipeline rank."""
     return type(module).__name__ == "PPMissingLayer"
 
 
@@ -275,18 +276,19 @@ def token_slots(punica: Any, rows: int) -> Any:
 
 
 def module_names(manager: Any) -> list[str]:
-    """The last words of names that the loader takes: `expected_lora_modules` of `WorkerLoRAManager._load_adapter`."""
+    """The last parts of the names that the loader accepts: `expected_lora_modules` of
+    `WorkerLoRAManager._load_adapter`."""
     packed = manager.packed_modules_mapping
-    found: list[str] = []
+    names: list[str] = []
     for name in manager.supported_lora_modules:
-        found += packed.get(name, [name])
+        names += packed.get(name, [name])
         if name == "experts":
-            found.append(name)
-    return sorted(set(found))
+            names.append(name)
+    return sorted(set(names))
 
 
 def expert_sizes(experts: Any) -> tuple[int, int]:
-    """The hidden and the intermediate size of an experts' layer, unsharded and as the config has them."""
+    """The hidden and the intermediate size of an experts' layer, unsharded, as in the config."""
     config = experts.moe_config
     hidden = getattr(config, "hidden_dim_unpadded", None) or config.hidden_dim
     inner = getattr(config, "intermediate_size_per_partition_unpadded", None) or config.intermediate_size_per_partition
@@ -299,7 +301,7 @@ def expert_shards(model: Any) -> dict[str, str]:
 
 
 def mapper_parts(mapper: Any) -> tuple[list[Any], list[tuple[str, list[tuple[str, str | None]]]]]:
-    """What a `WeightsMapper` does, in the order of its `map_name`: transformers' renamings, then (kind, pairs)."""
+    """The steps of a `WeightsMapper`, in the order of its `map_name`: transformers' renamings, then (kind, pairs)."""
     names = ("renaming", "regex", "substr", "prefix", "suffix")
     parts = {name: getattr(mapper, f"orig_to_new_{name}", None) or {} for name in names}
     regex = [(_inline(pattern), new) for pattern, new in parts["regex"].items()]
@@ -308,7 +310,7 @@ def mapper_parts(mapper: Any) -> tuple[list[Any], list[tuple[str, list[tuple[str
 
 
 def _inline(pattern: Any) -> str:
-    """A compiled pattern as text, its flags in it."""
+    """A compiled pattern as text that includes its flags."""
     flags = "".join(
         letter for letter, flag in (("i", re.I), ("m", re.M), ("s", re.S), ("x", re.X)) if pattern.flags & flag
     )
@@ -319,10 +321,10 @@ seams = Seams()
 
 
 def root_cause(error: BaseException) -> str:
-    """The engine's own words: the outermost exception's, and the innermost's where that says something else."""
+    """The engine's own message: that of the outermost exception, and that of the innermost if it differs."""
     inner = error
     while inner.__cause__ is not None:
         inner = inner.__cause__
-    texts = [" ".join(str(one).split()) or type(one).__name__ for one in (error, inner)]
+    texts = [" ".join(str(e).split()) or type(e).__name__ for e in (error, inner)]
     text = texts[0] if texts[1] in texts[0] else f"{texts[0][:300]} ({texts[1]})"
     return text if len(text) <= 500 else text[:497] + "..."

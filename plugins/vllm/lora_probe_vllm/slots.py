@@ -1,7 +1,7 @@
-"""Where a module lives in vLLM, and whether its slot holds what the file says.
+"""The layer of each module in vLLM, and whether its slot holds the values of the file.
 
 In: the LoRA manager's layers, and pairs of the file. Out: `Home` (layer and slice) for a name of the file, and a
-`Finding` for `placed`, by replaying vLLM's own cast and scaling and comparing bit for bit.
+`Finding` for `placed`: the file's values are cast and scaled as in vLLM and compared bit for bit.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lora_probe_vllm.seams import is_missing, rename_mapper, seams
 
 @dataclass(frozen=True)
 class Home:
-    """One slice of one of vLLM's LoRA layers. `engine_as` is how a person would write it."""
+    """One slice of one of vLLM's LoRA layers. `engine_as` is its name in messages."""
 
     name: str
     layer: Any
@@ -37,12 +37,12 @@ class Home:
 
     @property
     def recordable(self) -> bool:
-        """Whether the stand-in understands the layer: linears yes, embeddings, heads and experts not yet."""
+        """Whether the stand-in supports the layer: linear layers, but not yet embeddings, heads and experts."""
         return isinstance(self.layer, seams.linear_layer)
 
 
 class Homes:
-    """The map of one engine: every name that an adapter may use, and the layers behind them."""
+    """The names that an adapter may use in one engine, and their layers."""
 
     def __init__(self, manager: Any) -> None:
         self.manager = manager
@@ -64,7 +64,7 @@ class Homes:
                 self.known.add(f"{parent}.{part}" if parent else part)
 
     def on_another_rank(self, name: str) -> bool:
-        """Whether a module belongs to a layer that another pipeline rank holds."""
+        """Whether a module belongs to a layer on another pipeline rank."""
         return any(name == missing or name.startswith(f"{missing}.") for missing in self.elsewhere)
 
     def of_base(self, shapes: Shapes) -> dict[str, str]:
@@ -72,7 +72,7 @@ class Homes:
         return renamed(shapes, self.known, self.mapper, self.on_another_rank)
 
     def engine_name(self, pair: AdapterModule) -> str | None:
-        """The pair's name after vLLM's own renaming; None where vLLM cannot parse it."""
+        """The pair's name after vLLM's own renaming; None if vLLM cannot parse it."""
         tensor = pair.a or pair.b
         if tensor is None:
             return None
@@ -86,32 +86,32 @@ class Homes:
 def renamed(
     names: Iterable[str], known: set[str], mapper: Any, elsewhere: Callable[[str], bool] = lambda _: False
 ) -> dict[str, str]:
-    """For each of `names` that is in `known` after the engine's own renaming (or lives `elsewhere`): its name there.
+    """For each of `names` that is in `known` after the engine's own renaming (or is `elsewhere`): its name there.
 
-    Names may lack a prefix that the model's class adds (`h.0.attn` for `transformer.h.0.attn`); a unique end is as
-    good as the name.
+    Names may not have a prefix that the model's class adds (`h.0.attn` for `transformer.h.0.attn`), so a unique ending
+    also matches.
     """
     ends: dict[str, list[str]] = {}
     for name in known:
         parts = name.split(".")
         for begin in range(1, len(parts)):
             ends.setdefault(".".join(parts[begin:]), []).append(name)
-    found = {}
+    by_name = {}
     for name in names:
         mapped = mapper._map_name(name) if mapper is not None else name
         if mapped is None:
             continue
         candidates = ends.get(mapped, [])
         if mapped in known or elsewhere(mapped):
-            found[name] = mapped
+            by_name[name] = mapped
         elif len(candidates) == 1:
-            found[name] = candidates[0]
-    return found
+            by_name[name] = candidates[0]
+    return by_name
 
 
 @dataclass(frozen=True)
 class Placement:
-    """The part of a pair that belongs into one slice on this rank: `a: [r, in]`, `b: [out, r]`, in the file's dtype
+    """The part of a pair that belongs in one slice on this rank: `a: [r, in]`, `b: [out, r]`, in the file's dtype
     widened to float32, and the factor that vLLM folds into B."""
 
     a: Floats
@@ -119,13 +119,13 @@ class Placement:
     scaling: float
 
     def replayed(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """A and s·B as vLLM makes them: cast first, then B times the scaling in that dtype (`optimize`)."""
+        """A and s·B as in vLLM: cast first, then B times the scaling in that dtype (`optimize`)."""
         b = torch.from_numpy(self.b).to(dtype)
         return torch.from_numpy(self.a).to(dtype), b if self.scaling == 1 else b * self.scaling
 
 
 def placement(adapter: Adapter, pair: AdapterModule, home: Home) -> Placement | None:
-    """What should be in the slice on this rank; None for half a pair, or where vLLM's own slicing cannot tell."""
+    """The expected contents of the slice on this rank; None for half a pair, or if its tensors are not matrices."""
     if pair.a is None or pair.b is None or len(pair.a.shape) != 2 or len(pair.b.shape) != 2:
         return None
     a, b = adapter.values(pair.a), adapter.values(pair.b)
@@ -146,19 +146,19 @@ def placement(adapter: Adapter, pair: AdapterModule, home: Home) -> Placement | 
 
 
 def slot_values(home: Home, slot: int) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """A and s·B as the slot holds them, padding included; None for a layer that keeps them elsewhere."""
+    """A and s·B in the slot, with padding; None for a layer that keeps them elsewhere."""
     stacked_a, stacked_b = (getattr(home.layer, name, None) for name in ("lora_a_stacked", "lora_b_stacked"))
     if not isinstance(stacked_a, tuple) or len(stacked_a) != home.slices:
         return None
     return stacked_a[home.slice][slot, 0].cpu(), stacked_b[home.slice][slot, 0].cpu()  # type: ignore[index]
 
 
-def judge(wanted: Placement | None, home: Home, slot: int, moment: str) -> Finding:
-    """`placed`: the slot against a replay of the file (None: half a pair), padding included."""
+def judge(expected: Placement | None, home: Home, slot: int, moment: str) -> Finding:
+    """`placed`: the slot, with padding, compared with the values expected from the file (None for half a pair)."""
     held = slot_values(home, slot)
     if held is None:
         return not_measured(f"the slots of {type(home.layer).__name__} are not read yet")
-    a, b = wanted.replayed(held[0].dtype) if wanted is not None else (None, None)
+    a, b = expected.replayed(held[0].dtype) if expected is not None else (None, None)
     if not (held[0].any() and held[1].any()) and (a is None or b is None or (a.any() and b.any())):
         return placed_empty(moment)
     if a is None or b is None:

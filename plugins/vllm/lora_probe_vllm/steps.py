@@ -1,8 +1,8 @@
 """The rows of every step of the model runner, while adapters are loaded.
 
-In: the runner's `execute_model`, and the active loads, or the watched modules of a model that has no LoRA layers. Out:
+In: the runner's `execute_model`, and the active loads, or the recorded modules of a model without LoRA layers. Out:
 rows for the trace, counts for `applied`, samples for `agrees`. A step is open from the call of the model to the end of
-`execute_model`; warm-up and dummy runs open none.
+`execute_model`; warm-up and dummy runs do not open one.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from lora_probe_vllm.plain import locate
 from lora_probe_vllm.seams import v1_rows
 
 SAME = 0.05
-"""Two norms of a contribution this close are of the same adapter."""
+"""The largest relative difference between two norms of a contribution from the same adapter."""
 
 
 class Steps:
-    """Records steps of the loads that are active, until `close`."""
+    """Records steps of the active loads, until `close`."""
 
     def __init__(
         self, keep: Level, guard: Callable[[str], AbstractContextManager[None]], sketching: bool = False
@@ -42,7 +42,7 @@ class Steps:
         self._placed: dict[int, Placed] = {}
 
     def activated(self, adapter_id: int, load: ActiveLoad) -> None:
-        """Record the touched layers from now on."""
+        """Record the layers of a load from now on."""
         self.loads[adapter_id] = load
         touched = [key for key, home in load.homes.items() if home.recordable and not load.record.ended(key)]
         for key in touched:
@@ -51,26 +51,26 @@ class Steps:
         self._arrange()
 
     def watch(self, model: Any, names: list[str]) -> int:
-        """Record what modules of a model without LoRA layers give, from now on. How many of them it has."""
+        """From now on, record the outputs of modules of a model without LoRA layers. Returns how many it has."""
         parts = locate(model, names)
         for name, part in parts.items():
             self.capture.watch_output((name, "weight", None), part.layer, part.slice, part.widths)
         return len(parts)
 
     def deactivated(self, adapter_id: int) -> None:
-        """The load has no slot any more."""
+        """The load no longer has a slot."""
         self.loads.pop(adapter_id, None)
         self._contents.pop(adapter_id, None)
         self._arrange()
 
     def close(self) -> None:
-        """Take out every hook and stand-in."""
+        """Remove every hook and stand-in."""
         self.capture.close()
         self.loads, self._contents, self._grams, self._placed = {}, {}, {}, {}
         self.sampler = Sampler()
 
     def _arrange(self) -> None:
-        """What each active load multiplies with, at every column: loads have come or gone, and columns with them."""
+        """Collect the weights of each active load at every column, after loads and columns have changed."""
         keys = tuple(self.capture.columns)
         self._grams, self._placed = {}, {}
         for adapter, load in self.loads.items():
@@ -112,7 +112,7 @@ class Steps:
         writer.rows(self.capture.rows(step, loads, placed, stacked))
 
     def _count(self, adapter: int, load: ActiveLoad, step: Step, norms: Floats) -> None:
-        """Which rows ran with the slot of the adapter that they asked for, and which should not have."""
+        """Count the rows that ran with the slot of their adapter, and the rows that should not have."""
         requested = [number for number, lora in enumerate(step.rows.lora) if lora == adapter]
         if step.slots is None:
             load.record.ran(len(requested), (), 0, {})
@@ -133,18 +133,19 @@ class Steps:
             if key not in load.homes:
                 continue
             try:
-                wanted = load.placement(key)
+                expected = load.placement(key)
             except ProbeError:
-                # A large adapter's file is gone: `agrees` stays unmeasured for what follows.
+                # A large adapter's file is gone: `agrees` is not measured from here on.
                 return
-            if wanted is not None:
-                taken, written = (tensor[rows].float().cpu().numpy() for tensor in (x, delta))
-                load.record.sample(key, taken, written, wanted.a, wanted.b, wanted.scaling)
+            if expected is not None:
+                inputs, written = (tensor[rows].float().cpu().numpy() for tensor in (x, delta))
+                load.record.sample(key, inputs, written, expected.a, expected.b, expected.scaling)
 
 
 def contaminated_rows(step: Step, keys: tuple[Key, ...], gram: Any, norms: Floats) -> dict[Key, int]:
-    """How many rows without an adapter got a load's contribution at each of `keys`: those where what the kernel wrote
-    (`norms: [rows, modules]`) is of the size that the load's G gives to the row. `gram: [modules, r, r]`."""
+    """How many rows without an adapter got a load's contribution at each of `keys`: those where the norm that the
+    kernel wrote (`norms: [rows, modules]`) is the norm that the row would have with the load's G. `gram: [modules, r,
+    r]`."""
     plain = [number for number, lora in enumerate(step.rows.lora) if lora == 0]
     if not plain or gram is None or not (norms[plain] > 0).any():
         return {}

@@ -1,7 +1,8 @@
-"""What vLLM has for a base: its own model and its own LoRA manager, built on torch's meta device.
+"""vLLM's view of a base model: its own model and its own LoRA manager, built on torch's meta device.
 
-In: a base's `config.json`. Out: an `EngineView`. What is wrapped, under which name and why not, is vLLM's own doing:
-this reads the manager that vLLM makes, as a worker makes it after it has loaded a model. No weight is read or made.
+In: the `config.json` of a base model. Out: an `EngineView`. vLLM itself decides which modules are wrapped and under
+which name: this reads the manager that vLLM creates, as a worker does after it has loaded a model. No weights are read
+or created.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from lora_probe_vllm.seams import (
 )
 
 NO_LORA = "{cls} does not support LoRA yet."
-"""vLLM's words in `LoRAModelRunnerMixin.load_lora_model`."""
+"""vLLM's message in `LoRAModelRunnerMixin.load_lora_model`."""
 
 META = torch.device("meta")
 
@@ -47,22 +48,22 @@ SETTINGS: dict[str, Any] = {
     "load_format": "dummy",
     "trust_remote_code": False,
 }
-"""The engine whose model is described: one process, and vLLM's defaults for everything that is not said here."""
+"""The settings of the engine whose model is described: one process, and otherwise vLLM's defaults."""
 
 
 def describe(base: Base) -> EngineView:
-    """What vLLM makes of `base`. Leaves vLLM's process groups of one behind, as every engine in a process does.
+    """vLLM's view of `base`. Does not remove the process groups of size one, like every engine in one process.
 
     Raises:
-        EngineFailed: vLLM cannot build the model; its words.
-        SeamMoved: this vLLM lacks a name that is needed.
+        EngineFailed: vLLM cannot build the model; with its own message.
+        SeamMoved: this vLLM does not have a required name.
     """
     manager, vocabulary, notes = _manager(base)
     model = manager.model
     modules = dict(_wrapped(manager))
     modules |= {name: view for name, view in _bare(manager) if name not in modules}
     if manager.is_pooling_model:
-        # `_get_lora_layer_weights`: a pooling model's names are also taken without their first word.
+        # `_get_lora_layer_weights`: a pooling model's names are also accepted without their first part.
         short = {name.removeprefix("model."): view for name, view in modules.items() if not view.why_not}
         modules |= {name: view for name, view in short.items() if name not in modules}
     return EngineView(
@@ -81,26 +82,26 @@ def describe(base: Base) -> EngineView:
 
 
 def _manager(base: Base) -> tuple[Any, int, tuple[str, ...]]:
-    """vLLM's LoRA manager, the size of the vocabulary, and what is to be said of how they were made.
+    """vLLM's LoRA manager, the size of the vocabulary, and notes for the report.
 
-    How weights are quantised changes no name and no shape, so where this machine lacks a kernel for it (or a folder is
-    checked on another machine than it is served on), the model is built as if it were not quantised.
+    Quantisation does not change names or shapes. So if this machine has no kernel for it (a folder may be checked on
+    another machine than the server), the model is built without quantisation.
     """
     try:
         return *_built(base.path), ()
     except EngineFailed:
         raise
-    # A model fails to be built in as many ways as it has parts; vLLM's own words are the message.
+    # vLLM may raise any exception when it builds a model; its message is passed on.
     except Exception as error:
-        words = root_cause(error)
+        message = root_cause(error)
         plain = _unquantised(base.config)
         if plain is None:
-            raise EngineFailed(f"vLLM cannot build the model of `{base.path}`: {words}") from error
+            raise EngineFailed(f"vLLM cannot build the model of `{base.path}`: {message}") from error
     with tempfile.TemporaryDirectory() as folder:
         write_json(Path(folder) / "config.json", plain)
         try:
             return *_built(Path(folder)), (
-                f"vLLM cannot build this model quantised here, so names are of it plain: {words}",
+                f"vLLM cannot build this quantised model here, so its names are those without quantisation: {message}",
             )
         except EngineFailed:
             raise
@@ -109,14 +110,14 @@ def _manager(base: Base) -> tuple[Any, int, tuple[str, ...]]:
 
 
 def _unquantised(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The config without its quantisation; None where it has none."""
+    """The config without its quantisation; None if it has none."""
     marks = {"quantization_config", "compression_config"}
-    found = bool(marks & set(config))
+    quantised = bool(marks & set(config))
     plain = {key: value for key, value in config.items() if key not in marks}
     for key, value in plain.items():
         if isinstance(value, Mapping) and (inner := _unquantised(value)) is not None:
-            plain[key], found = inner, True
-    return plain if found else None
+            plain[key], quantised = inner, True
+    return plain if quantised else None
 
 
 def _built(folder: Path) -> tuple[Any, int]:
@@ -140,7 +141,8 @@ def _built(folder: Path) -> tuple[Any, int]:
 
 
 def _nothing(model: Any) -> Any:
-    """In place of the manager of a class that takes no adapter: `load_lora_model` raises before there is one."""
+    """A stand-in for the manager of a class that does not accept adapters: `load_lora_model` raises before it
+    exists."""
     return SimpleNamespace(
         model=model,
         modules={},
@@ -153,9 +155,9 @@ def _nothing(model: Any) -> Any:
 
 
 def _without_kernels(patches: Patches) -> None:
-    """Leave out of the manager what needs a device: Punica's tables, and the kernels of experts.
+    """Build the manager without the parts that need a device: Punica's tables, and the kernels of experts.
 
-    Which layers are wrapped and by which class does not depend on either.
+    Which layers are wrapped, and by which class, does not depend on them.
     """
 
     def bare(original: Any) -> Any:
@@ -174,7 +176,7 @@ def _without_kernels(patches: Patches) -> None:
 
 
 def _wrapped(manager: Any) -> Iterator[tuple[str, ModuleView]]:
-    """The layers that the manager wrapped, those that fuse several taken apart."""
+    """The layers that the manager wrapped; fused layers are split into their projections."""
     for name, layer in manager.modules.items():
         kind, parts = _kind(layer), manager.packed_modules.get(name)
         if kind == "experts":
@@ -193,7 +195,7 @@ def _parts(name: str, layer: Any, parts: list[str], why_not: str) -> Iterator[tu
 
 
 def _experts_of(manager: Any, name: str, layer: Any, parts: list[str] | None) -> Iterator[tuple[str, ModuleView]]:
-    """Experts by the names of PEFT's two nested wrappers (3-D), or each expert's projections (2-D)."""
+    """Experts under the names of PEFT's two nested wrappers (3-D), or each expert's projections (2-D)."""
     if parts is None:
         for part in (name, f"{name}.base_layer"):
             yield part, ModuleView("experts", None, part)
@@ -207,7 +209,7 @@ def _experts_of(manager: Any, name: str, layer: Any, parts: list[str] | None) ->
 
 
 def _bare(manager: Any) -> Iterator[tuple[str, ModuleView]]:
-    """All that is in the model and is not wrapped, with why not."""
+    """All modules of the model that are not wrapped, with the reason."""
     inside = ""
     for name, module in manager.model.named_modules():
         if not name or (inside and name.startswith(inside)):
@@ -226,7 +228,7 @@ def _bare(manager: Any) -> Iterator[tuple[str, ModuleView]]:
 
 
 def _why_not(manager: Any, name: str, module: Any, kind: ModuleKind) -> str:
-    """Why `_create_lora_modules` passes a module by."""
+    """Why `_create_lora_modules` skips a module."""
     cls = type(manager.model).__name__
     if not manager.supported_lora_modules:
         return NO_LORA.format(cls=cls)
@@ -254,12 +256,12 @@ def _kind(module: Any) -> ModuleKind:
 
 
 def _shape(manager: Any, name: str, module: Any) -> tuple[int, int] | None:
-    """(out, in), of embeddings and heads without what vLLM pads."""
+    """(out, in); for embeddings and heads without vLLM's padding."""
     base = getattr(module, "base_layer", module)
     if isinstance(base, seams.logits):
-        # A head's LoRA layer sits at the logits; what it adapts is still the module of this name.
-        found = manager.model.get_submodule(name)
-        base = getattr(found, "base_layer", found)
+        # A head's LoRA layer is at the logits, but it adapts the module of this name.
+        head = manager.model.get_submodule(name)
+        base = getattr(head, "base_layer", head)
     if isinstance(base, seams.embedding):
         return int(base.org_vocab_size), int(base.embedding_dim)
     if isinstance(base, torch.nn.Embedding):

@@ -1,7 +1,7 @@
-"""The probe in a vLLM worker: the loading story, and the stations of every load from `stored` to `agrees`.
+"""The probe in a vLLM worker: the load timeline, and the stations of every load from `stored` to `agrees`.
 
-In: what the patches see, from the worker's construction on. Out: the folder `vllm-rank-N/` of a trace. A failure of
-the probe never fails a request: it is written down, and the probe steps aside.
+In: what the patches observe, from the worker's construction on. Out: the folder `vllm-rank-N/` of a trace. A failure of
+the probe never fails a request: it is recorded, and the probe stops.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from lora_probe_vllm.steps import Steps
 
 
 class Probe:
-    """Everything the probe holds in one worker, from the worker's construction until `finish`."""
+    """The state of the probe in one worker, from the worker's construction until `finish`."""
 
     def __init__(self, worker: Any, folder: Path) -> None:
         self.worker = worker
@@ -47,7 +47,7 @@ class Probe:
         self._numbers = 0
         self._outputs_of: list[str] = []
         self.open(folder)
-        # A script of the user's own ends without asking for the last stations.
+        # A user's own script ends without a call of `finish`.
         atexit.register(self.finish)
 
     @property
@@ -60,9 +60,9 @@ class Probe:
         return self._writer is not None
 
     def open(self, folder: Path, keep: Level | None = None) -> None:
-        """Begin to write into `folder`, or beside it under a number if this rank has written there before.
+        """Begin to write into `folder`, or into a numbered folder next to it if this rank has written there before.
 
-        `keep` is the level where no run.json names one; by default it is the environment's.
+        `keep` is the level of detail if there is no run.json; the default is that of the environment.
         """
         self.finish()
         first, number = folder, 1
@@ -97,43 +97,43 @@ class Probe:
         if self.homes is not None:
             for name, layer in self.homes.manager.modules.items():
                 self.wrapped(name, layer)
-            self._tell_of_manager("replaced before this recording began")
+            self._record_manager("replaced before this recording began")
 
     @contextmanager
     def guard(self, stage: str) -> Iterator[None]:
-        """A failure of ours is recorded, never raised into vLLM."""
+        """Record a failure of the probe instead of raising it into vLLM."""
         try:
             yield
-        # Whatever it is, the request must not pay for it; it is written down and shown.
+        # Any exception: the request must not fail because of it. It is recorded and shown.
         except Exception as error:
             self.broken = True
             self.steps.capture.abandon()
-            text = f"the probe failed at `{stage}` and stepped aside: {error!r}"
+            text = f"the probe failed at `{stage}` and stopped: {error!r}"
             logging.getLogger("vllm.lora_probe").error(text)
             try:
                 self.writer.event("probe", text)
             except OSError:
-                # The disk is full or gone: nothing more can be recorded, and the log has said why.
+                # The disk is full or gone: nothing more can be recorded, and the reason is in the log.
                 self._writer = None
 
     def model_loaded(self, runner: Any, seconds: float) -> None:
-        """The LoRA manager was made, and the model's layers were replaced in place."""
+        """The LoRA manager was created, and the model's layers were replaced in place."""
         self.homes = Homes(manager_of(runner))
         config = self.worker.vllm_config
         self.not_recorded = why_not_recordable(config, runner)
         self.writer.describe(not_recorded=self.not_recorded)
-        self._tell_of_manager("replaced", seconds)
+        self._record_manager("replaced", seconds)
         try:
             self.base = open_base(config.model_config.model)
         except ProbeError as error:
-            self.writer.event("base", f"the base's files are not readable here: {error.message}")
+            self.writer.event("base", f"the files of the base model cannot be read here: {error.message}")
 
-    def _tell_of_manager(self, when: str, seconds: float | None = None) -> None:
+    def _record_manager(self, when: str, seconds: float | None = None) -> None:
         assert self.homes is not None
         manager = self.homes.manager
         self.writer.event(
             "manager",
-            f"{type(manager).__name__} made, {len(manager.modules)} layers {when} in {type(manager.model).__name__}",
+            f"{type(manager).__name__} created, {len(manager.modules)} layers {when} in {type(manager.model).__name__}",
             seconds=seconds,
             slots=manager.lora_slots,
             max_lora_rank=manager.lora_config.max_lora_rank,
@@ -151,7 +151,7 @@ class Probe:
         )
 
     def reading(self, request: Any) -> ActiveLoad | None:
-        """An adapter is about to be read: write down what its file holds before vLLM sees it."""
+        """An adapter is about to be read: record the contents of its file before vLLM reads it."""
         assert self.homes is not None
         adapter_id = int(request.lora_int_id)
         path = seams.adapter_path(str(request.lora_path))
@@ -165,7 +165,7 @@ class Probe:
         load = Load(number, request.lora_name, str(adapter.path), adapter.digest(), adapter_id, generation)
         config = self.worker.vllm_config
         dtypes = (config.model_config.dtype, self.homes.manager.lora_config.lora_dtype)
-        dtype = coarser(*(str(one).removeprefix("torch.") for one in dtypes))
+        dtype = coarser(*(str(value).removeprefix("torch.") for value in dtypes))
         names = self.homes.of_base(self.base.shapes) if self.base is not None else {}
         shapes = {name: self.base.shapes[name] for name in names} if self.base is not None else None
         inverse = {engine_name: name for name, engine_name in names.items()}
@@ -181,11 +181,11 @@ class Probe:
         return active
 
     def was_read(self, adapter_id: int, active: ActiveLoad, lora: Any, seconds: float) -> None:
-        """The loader is done. An earlier load under the same id has ended."""
+        """The loader has finished. An earlier load with the same id has ended."""
         self._retire(adapter_id)
         self.loads[adapter_id] = active
         active.judge_read(lora)
-        self.writer.event("read", f"{len(lora.loras)} pairs taken", seconds=seconds)
+        self.writer.event("read", f"{len(lora.loras)} pairs accepted", seconds=seconds)
 
     def refused(self, active: ActiveLoad, error: BaseException, stage: str) -> None:
         message = " ".join(str(error).split()) or f"{type(error).__name__} without a message"
@@ -193,7 +193,7 @@ class Probe:
         active.record.refused(message)
 
     def activated(self, adapter_id: int, slot: int, seconds: float, logged: list[str]) -> None:
-        """The slot is filled: compare it with the file, and record the touched layers from now on."""
+        """The slot is filled: compare it with the file, and record the load's layers from now on."""
         active = self.loads[adapter_id]
         active.slot = slot
         active.record.activated(slot, logged)
@@ -203,31 +203,31 @@ class Probe:
             self.steps.activated(adapter_id, active)
 
     def evicted(self, adapter_id: int) -> None:
-        """The adapter loses its slot; what is in it afterwards is no longer this load's."""
+        """The adapter loses its slot: judge it now, as its contents will be replaced."""
         active = self.loads[adapter_id]
         if active.slot is not None:
-            self.writer.event("evict", f"{active.record.load.name} leaves slot {active.slot}")
+            self.writer.event("evict", f"{active.record.load.name} removed from slot {active.slot}")
             active.judge_slots("when it was evicted")
             active.slot = None
             self.steps.deactivated(adapter_id)
 
     def stepping(self, runner: Any, scheduler_output: Any) -> Any:
-        """Around one `execute_model`."""
+        """The context manager around one `execute_model`."""
         if self._outputs_of:
-            with self.guard("the watched modules"):
+            with self.guard("the recorded modules"):
                 self._begin_watching(runner)
         if self.broken or self.not_recorded or self.keep == "events":
             return nullcontext()
         return self.steps.stepping(runner, scheduler_output, self.writer)
 
     def _begin_watching(self, runner: Any) -> None:
-        """The first step of a model without LoRA layers: nothing else has told of it before."""
+        """The first step of a model without LoRA layers, which the probe has not seen before."""
         names, self._outputs_of = self._outputs_of, []
         self.not_recorded = why_not_recordable(self.worker.vllm_config, runner)
         self.writer.describe(not_recorded=self.not_recorded)
         if self.not_recorded is None:
             count = self.steps.watch(model_of(runner), names)
-            self.writer.event("watch", f"{count} of {len(names)} modules watched")
+            self.writer.event("watch", f"recording the outputs of {count} of {len(names)} modules")
 
     def finish(self) -> None:
         """Judge the slots again, write `applied` and `agrees`, and close the recording. May be called again."""
@@ -257,33 +257,33 @@ class Probe:
         if self.keep == "events":
             return "contributions were not recorded (--keep events)"
         if self.broken:
-            return "the probe failed and stepped aside (see the loading story)"
+            return "the probe failed and stopped (see the load timeline)"
         if self.not_recorded:
             return f"contributions not recorded: {self.not_recorded}"
         if key not in active.homes or not active.homes[key].recordable:
             return "this kind of layer is applied but not captured yet (embeddings, lm_head, experts)"
         if key in self.steps.capture.bypassed:
-            return "this layer applies LoRA by a path that is not captured yet (fully sharded, dual stream)"
+            return "this layer applies LoRA in a way that is not captured yet (fully sharded, dual stream)"
         if key not in self.steps.capture.columns:
             return "the adapter never got a slot"
         return None
 
 
 def _requested(folder: Path) -> RunSpec | None:
-    """What the run that this trace belongs to was asked for; None for a user's own vLLM."""
+    """The request of the run that this trace belongs to; None for a user's own vLLM."""
     path = folder / "run.json"
     return msgspec.json.decode(path.read_bytes(), type=Run).spec if path.exists() else None
 
 
 def level_of(folder: Path) -> Level:
-    """The level of a recording: run.json's, and for a user's own vLLM, which has none, the environment's.
+    """The level of a recording: that of run.json, or of the environment for a user's own vLLM.
 
     Raises:
-        ProbeError: the environment names no level.
+        ProbeError: the level in the environment is unknown.
     """
     if (spec := _requested(folder)) is not None:
         return spec.keep
     level = os.environ.get(KEEP, "norms")
     if level not in LEVELS:
-        raise ProbeError(f"{KEEP} is `{level}`", f"levels: {', '.join(LEVELS)}")
+        raise ProbeError(f"unknown level `{level}` in {KEEP}", f"use one of: {', '.join(LEVELS)}")
     return level
