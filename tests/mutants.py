@@ -39,6 +39,11 @@ JUDGING = {
 EQUIVALENT = {
     "headline: `if row.decisive` left out": "all rows are unknown there",
     "clauses: `if row.decisive` left out": "the rows of a group have a decisive station each",
+    "expect: `if key[0] not in known` left out": "a module of the base is its own home",
+    "expect: `spectra is None` always holds": "a spectrum that is computed again is the same",
+    "expect: `plain` always holds": "no engine gives a shape for fused experts",
+    "_homes: `not shapes` never holds": "without shapes no name has a candidate",
+    "_peft: `adaptable` always holds": "PEFT refuses such a target as a whole (LP307)",
 }
 """Mutants that no test can notice, each with why."""
 WORKERS = os.cpu_count() or 1

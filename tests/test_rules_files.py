@@ -81,6 +81,9 @@ def test_a_tower_that_vllm_does_not_adapt(tmp_path: Path) -> None:
     new_names, old_names = check(made, model=str(base)), check(old, model=str(base))
     assert errors(new_names) == {"LP303", "LP410"}
     assert new_names.ledgers["peft"].healthy
+    # What vLLM does not have is not expected by the config there.
+    by = {row.expected_by for row in new_names.ledgers["vllm"].rows if row.fate == "lost"}
+    assert by == {("file",)}
     assert "LP304" in errors(old_names)
     for report in (new_names, old_names):
         lost = [row.module for row in report.ledgers["vllm"].rows if row.fate == "lost"]

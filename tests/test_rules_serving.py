@@ -59,7 +59,13 @@ def test_a_head_that_vllms_class_does_not_name(qwen2: Path, llama: Path, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("targets", "lost"), [(["o_proj"], 3 * LAYERS), (["k_proj"], 0), (["model.layers.0.self_attn.qkv_proj"], 6)]
+    ("targets", "lost"),
+    [
+        (["o_proj"], 3 * LAYERS),
+        (["gate_proj"], 3 * LAYERS),
+        (["k_proj"], 0),
+        (["model.layers.0.self_attn.qkv_proj"], 6),
+    ],
 )
 def test_a_filter_of_the_deployment_drops_modules(targets: list[str], lost: int, adapter: Path, llama: Path) -> None:
     report = check(adapter, model=str(llama), options=LIMIT | {"lora_target_modules": targets})

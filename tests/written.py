@@ -88,6 +88,12 @@ def remember_answers(folder: Path, kind: str) -> None:
                 remember(key, answer.replace("FOLDER", str(folder)) if isinstance(answer, str) else answer)
 
 
+def remember_answer(folder: Path, engine: str, answer: EngineView | str) -> None:
+    """Put another answer of an engine about that base there; a text says why it has none."""
+    (key,) = keys_of(open_base(str(folder)), [engine], "CAUSAL_LM").values()
+    remember(key, answer)
+
+
 TASKS = ("CAUSAL_LM", "", "SEQ_CLS", "causal_lm")
 """What adapters of the tests name; vLLM has the same answer for all of them."""
 

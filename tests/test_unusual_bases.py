@@ -1,0 +1,72 @@
+"""Predictions where an engine, a base or a config is not as usual: what is told, and what is called unknown."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+from conftest import LAYERS
+from test_predictions import LIMIT, errors
+from written import DATA, edited, recorded_view, remember_answer, write_adapter, write_base
+
+from lora_probe import check
+from lora_probe.ledger import headline
+
+WHOLE = "9 modules in the files, nothing wrong with them there; whether they take effect is not known"
+
+
+def test_a_module_of_the_model_that_is_called_as_a_wrapper(adapter: Path, tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", "large")
+    for engine in ("peft", "vllm"):
+        view = recorded_view("llama", engine)
+        modules = {name.replace("self_attn", "module"): module for name, module in view.modules.items()}
+        remember_answer(base, engine, msgspec.structs.replace(view, modules=modules))
+    named = edited(
+        adapter, tmp_path / "a", lambda tensors: {n.replace("self_attn", "module"): t for n, t in tensors.items()}
+    )
+    report = check(named, model=str(base), options=LIMIT)
+    assert errors(report) == set()
+    assert all(ledger.healthy for ledger in report.ledgers.values())
+
+
+def test_peft_renames_what_lacks_the_prefix_on_some_classes(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", "paligemma")
+    made = write_adapter(tmp_path / "a", base, target_modules=r".*language_model.*\.[qkv]_proj")
+    bare = edited(made, tmp_path / "b", lambda ts: {n.removeprefix("base_model.model."): t for n, t in ts.items()})
+    assert check(bare, model=str(base)).ledgers["peft"].healthy
+
+
+def test_an_engine_that_has_no_answer_is_unknown(adapter: Path, tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", "large")
+    remember_answer(base, "vllm", "it is on holiday")
+    report = check(adapter, model=str(base))
+    assert report.ledgers["peft"].healthy
+    assert headline(report.ledgers["vllm"]) == f"{WHOLE}: what the engine has for this base is not known"
+    assert any("it is on holiday" in note for note in report.notes)
+
+
+def test_without_a_base_all_is_unknown(adapter: Path, tmp_path: Path) -> None:
+    nameless = edited(adapter, tmp_path / "a", config=lambda raw: raw | {"base_model_name_or_path": None})
+    for ledger in check(nameless).ledgers.values():
+        assert headline(ledger) == f"{WHOLE}: the base is not known"
+
+
+def test_layers_that_peft_copies_are_not_predicted(adapter: Path, llama: Path, tmp_path: Path) -> None:
+    copied = edited(
+        adapter,
+        tmp_path / "a",
+        lambda ts: ts | {n.replace("layers.0", f"layers.{LAYERS}"): t for n, t in ts.items() if "layers.0" in n},
+        lambda raw: raw | {"layer_replication": [[0, 2], [1, 3]]},
+    )
+    rows = [row for row in check(copied, model=str(llama)).ledgers["peft"].rows if f"layers.{LAYERS}." in row.module]
+    assert len(rows) == 3
+    assert {(row.fate, row.stations["read"].message) for row in rows} == {
+        ("unknown", "PEFT copies layers (layer_replication), which is not predicted")
+    }
+
+
+def test_every_base_has_answers_of_both_engines() -> None:
+    kinds = [path.parent.name for path in DATA.glob("*/config.json")]
+    assert len(kinds) >= 8
+    for kind in kinds:
+        assert recorded_view(kind, "peft").engine == "peft"
