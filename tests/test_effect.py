@@ -132,7 +132,7 @@ def test_nan_is_infinitely_far(unmerged: Any, plain: Any, merged: Merged, tmp_pa
     assert found.top1 == 0
     assert found.prompts[0].first_token.merged is None
     assert found.first_module.key[0] == "model.layers.2.self_attn.q_proj"
-    assert any("the merged model holds NaN" in note for note in found.notes)
+    assert any("the merged model contains NaN" in note for note in found.notes)
     plain_values = as_json(found)
     assert plain_values["kl_merged"] is plain_values["survives"] is None
     json.dumps(plain_values, allow_nan=False)

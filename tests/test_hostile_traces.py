@@ -133,12 +133,12 @@ def test_files_with_names_that_nobody_gives_are_not_read(damaged: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "put", "words"),
     [
-        ("run.json", sparse(MAX_DOCUMENT + 1), f"bytes, more than the {MAX_DOCUMENT}"),
+        ("run.json", sparse(MAX_DOCUMENT + 1), f"bytes, more than the limit of {MAX_DOCUMENT}"),
         ("run.json", sparse(1000), "malformed"),
-        ("peft/process.json", sparse(8 * GIB, b"{"), f"bytes, more than the {MAX_DOCUMENT}"),
-        ("peft/events.jsonl", sparse(MAX_LINES + 1), f"bytes, more than the {MAX_LINES}"),
+        ("peft/process.json", sparse(8 * GIB, b"{"), f"bytes, more than the limit of {MAX_DOCUMENT}"),
+        ("peft/events.jsonl", sparse(MAX_LINES + 1), f"bytes, more than the limit of {MAX_LINES}"),
         ("peft/events.jsonl", sparse(MAX_DOCUMENT), f"line 1: it has more than {MAX_DOCUMENT} bytes"),
-        ("peft/requests.jsonl", sparse(8 * GIB, b"{}\n"), f"bytes, more than the {MAX_LINES}"),
+        ("peft/requests.jsonl", sparse(8 * GIB, b"{}\n"), f"bytes, more than the limit of {MAX_LINES}"),
         (SEGMENT, sparse(len(HUGE) + 2**36, HUGE), f"more than the limit of {MAX_SEGMENT}"),
         (SEGMENT, sparse(4 * GIB), "has a damaged safetensors header"),
         (SEGMENT, sparse(4 * GIB, struct.pack("<Q", 2**32 - 8)), "its header claims"),

@@ -154,9 +154,9 @@ def _codes_of(word: str, rules: Mapping[str, Rule]) -> list[str]:
         near = get_close_matches(word, [*rules, *(rule.name for rule in rules.values())], 3, 0.5)
         suggestion = f"; did you mean {' or '.join(near)}?" if near else ""
         raise ProbeError(
-            f"unknown rule `{word}`{suggestion}",
+            f"`check` has no rule `{word}`{suggestion}",
             "expected a rule code (LP204), a prefix (LP2) or a rule name; "
-            f"`check` has the rules {numbers_of(rules)}, `lora-probe rule` lists all",
+            f"`check` has {numbers_of(rules)}, and `lora-probe rule` lists all rules",
         )
     return codes
 
