@@ -12,7 +12,7 @@ from written import DATA, edited, recorded_view, remember_answer, write_adapter,
 from lora_probe import check
 from lora_probe.ledger import headline
 
-WHOLE = "9 modules in the files, nothing wrong with them there; whether they take effect is not known"
+WHOLE = "9 modules read, no problems in the files; effect unknown because"
 
 
 def test_a_module_of_the_model_that_is_called_as_a_wrapper(adapter: Path, tmp_path: Path) -> None:
@@ -41,14 +41,14 @@ def test_an_engine_that_has_no_answer_is_unknown(adapter: Path, tmp_path: Path) 
     remember_answer(base, "vllm", "it is on holiday")
     report = check(adapter, model=str(base))
     assert report.ledgers["peft"].healthy
-    assert headline(report.ledgers["vllm"]) == f"{WHOLE}: what the engine has for this base is not known"
+    assert headline(report.ledgers["vllm"]) == f"{WHOLE} the engine's modules for this base model are unknown"
     assert any("it is on holiday" in note for note in report.notes)
 
 
 def test_without_a_base_all_is_unknown(adapter: Path, tmp_path: Path) -> None:
     nameless = edited(adapter, tmp_path / "a", config=lambda raw: raw | {"base_model_name_or_path": None})
     for ledger in check(nameless).ledgers.values():
-        assert headline(ledger) == f"{WHOLE}: the base is not known"
+        assert headline(ledger) == f"{WHOLE} the base model was not found"
 
 
 def test_layers_that_peft_copies_are_not_predicted(adapter: Path, llama: Path, tmp_path: Path) -> None:
