@@ -217,7 +217,7 @@ def test_a_missing_model_has_an_error_of_its_own(tmp_path: Path) -> None:
     with pytest.raises(UnreadableFile) as caught:
         open_base(str(tmp_path))
     assert not isinstance(caught.value, ModelNotFound)
-    for name, words in (("nobody/nothing", "is not here"), (str(tmp_path), "cannot be read")):
+    for name, words in (("nobody/nothing", "was not found"), (str(tmp_path), "cannot be read")):
         folder = adapter(tmp_path / words, {"base_model_name_or_path": name})
         assert any(words in note for note in check(folder).notes)
 
