@@ -54,7 +54,7 @@ SEGMENTS: list[tuple[str, Damage, str]] = [
     ("modules are numbers", table(modules=[1, 2]), "Expected `array`, got `int`"),
     ("modules are pairs", table(modules=[["a", "b"], ["c", "d"]]), "Expected `array` of length 3"),
     ("an expert is text", table(modules=[["a", "b", "c"], *KEYS[1:]]), "Expected `int | null`, got `str`"),
-    ("too few modules", table(modules=KEYS[:1], loads=[]), "where F32 [4, 1]"),
+    ("too few modules", table(modules=KEYS[:1], loads=[]), "expected F32 [4, 1]"),
     ("a module twice", table(modules=[*KEYS[:1], *KEYS[:1]]), f"contains the module `{KEYS[0][0]}` twice"),
     ("a name of escapes", table(modules=[["\x1b\n", "b", None]] * 2), "contains the module `\\x1b\\n` twice"),
     ("digests", table(loads=[{"load": 0, "placed": ["x"]}]), "its table has 1 digests for 2 modules"),
@@ -71,7 +71,7 @@ SEGMENTS: list[tuple[str, Damage, str]] = [
     (
         "G of loads that the table lacks",
         tensor("grams", (3, 2, 2, 2)),
-        "`grams` is F32 [3, 2, 2, 2], expected F32 [1, 2",
+        "is F32 [3, 2, 2, 2], expected F32 [1, 2",
     ),
     ("no metadata", lambda trace: resaved(trace / SEGMENT, lambda _, meta: meta.clear()), "no `table`"),
     *((f"no {name}", columns(**{name: None}), f"it has no column `{name}`") for name in ("request", "load", "x_norm")),
