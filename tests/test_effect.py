@@ -191,7 +191,9 @@ def test_what_is_missing_is_said(unmerged: Any, plain: Any, tmp_path: Path) -> N
     for trace, name in ((unmerged, "unmerged"), (plain, "plain")):
         shutil.copytree(trace.path, tmp_path / name)
     (tmp_path / "plain" / "peft" / "next-000002.safetensors").unlink()
-    (tmp_path / "unmerged" / "peft" / "000001.safetensors").unlink()
+    # A busy machine fills more than one segment.
+    for segment in (tmp_path / "unmerged" / "peft").glob("0*.safetensors"):
+        segment.unlink()
     found = effect(open_trace(tmp_path / "unmerged"), open_trace(tmp_path / "plain"))
     assert len(found.prompts) == 1
     assert found.first_module is found.worst_module is None
