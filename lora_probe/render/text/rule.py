@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from rich.console import Group, RenderableType
 
 from lora_probe.render.cells import add_row, assemble, columns_of, paragraphs, words
-from lora_probe.render.markdown import facts, families
+from lora_probe.render.markdown import facts, families, first_sentence
 from lora_probe.render.results import RuleList
 from lora_probe.rules import Rule, family_of
 
@@ -37,7 +37,7 @@ def _list(rules: Sequence[Rule]) -> RenderableType:
         for column, width in zip(table.columns, widths, strict=False):
             column.min_width = width
         for rule in members:
-            add_row(table, *_cells(rule), rule.page.partition("\n")[0])
+            add_row(table, *_cells(rule), first_sentence(rule))
         by = family_of(members[0].code).commands
         parts += [assemble((title, "bold"), f"  (reported by {by})" if by else ""), table, words("")]
     return Group(*parts[:-1])
