@@ -33,16 +33,16 @@ KEPT = ROOT / "build" / "mutants.json"
 JUDGING = {
     "lora_probe/ledger.py": ("if", "bool", "compare"),
     "lora_probe/rules/stored.py": ("if",),
-    "lora_probe/prediction/ledgers.py": ("if",),
+    "lora_probe/prediction/*.py": ("if",),
 }
 """Files whose functions judge, and what of them is broken."""
 EQUIVALENT = {
-    "headline: `if row.decisive` left out": "all rows are unknown there",
-    "clauses: `if row.decisive` left out": "the rows of a group have a decisive station each",
-    "expect: `if key[0] not in known` left out": "a module of the base is its own home",
-    "expect: `spectra is None` always holds": "a spectrum that is computed again is the same",
-    "expect: `plain` always holds": "no engine gives a shape for fused experts",
-    "_homes: `not shapes` never holds": "without shapes no name has a candidate",
+    "ledger.headline: `if row.decisive` left out": "all rows are unknown there",
+    "ledger.clauses: `if row.decisive` left out": "the rows of a group have a decisive station each",
+    "stored.expect: `if key[0] not in known` left out": "a module of the base is its own home",
+    "stored.expect: `spectra is None` always holds": "a spectrum that is computed again is the same",
+    "stored.expect: `plain` always holds": "no engine gives a shape for fused experts",
+    "stored._homes: `not shapes` never holds": "without shapes no name has a candidate",
     "_peft: `adaptable` always holds": "PEFT refuses such a target as a whole (LP307)",
 }
 """Mutants that no test can notice, each with why."""
@@ -81,13 +81,16 @@ def mutants() -> Iterator[Mutant]:
         for function in ast.parse(path.read_text()).body:
             if isinstance(function, ast.FunctionDef) and (code := rule_of(function)):
                 yield Mutant(f"{code} is silent", module_of(file), function.name, SILENT)
-    for file, kinds in JUDGING.items():
-        tree = ast.parse((ROOT / file).read_text())
-        for qualname, function in functions(tree):
-            for words, changed in broken(tree, function, kinds):
-                code = code_of(compile(changed, str(ROOT / file), "exec"), qualname)
-                if code is not None:
-                    yield Mutant(f"{qualname}: {words}", module_of(file), qualname, code)
+    for pattern, kinds in JUDGING.items():
+        for path in sorted(ROOT.glob(pattern)):
+            tree = ast.parse(path.read_text())
+            for qualname, function in functions(tree):
+                for words, changed in broken(tree, function, kinds):
+                    code = code_of(compile(changed, str(path), "exec"), qualname)
+                    if code is not None:
+                        yield Mutant(
+                            f"{path.stem}.{qualname}: {words}", module_of(str(path.relative_to(ROOT))), qualname, code
+                        )
 
 
 def rule_of(function: ast.FunctionDef) -> str:

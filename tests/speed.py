@@ -17,6 +17,9 @@ from typing import Any
 
 import pytest
 
+# Before numpy is imported: the matrices are small, and idle threads of BLAS spin.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 TESTS = Path(__file__).parent
 FAST = "not slow"
 """The expression with which pytest is called for the fast tests alone."""

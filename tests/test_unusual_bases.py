@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import msgspec
+import numpy as np
 from conftest import LAYERS
 from test_predictions import LIMIT, errors
 from written import DATA, edited, recorded_view, remember_answer, write_adapter, write_base
@@ -63,6 +64,38 @@ def test_layers_that_peft_copies_are_not_predicted(adapter: Path, llama: Path, t
     assert {(row.fate, row.stations["read"].message) for row in rows} == {
         ("unknown", "PEFT copies layers (layer_replication), which is not predicted")
     }
+
+
+def test_a_wrapper_is_seen_without_a_base(adapter: Path, tmp_path: Path) -> None:
+    wrapped = edited(
+        adapter,
+        tmp_path / "a",
+        lambda tensors: {n.replace("self_attn", "_orig_mod.self_attn"): t for n, t in tensors.items()},
+        lambda raw: raw | {"base_model_name_or_path": None},
+    )
+    for ledger in check(wrapped).ledgers.values():
+        assert {(row.fate, row.stations["read"].code) for row in ledger.rows} == {("lost", "LP213")}
+
+
+def test_ranks_are_compared_without_a_base(adapter: Path, tmp_path: Path) -> None:
+    wrong = edited(adapter, tmp_path / "a", config=lambda raw: raw | {"base_model_name_or_path": None, "r": 4})
+    ledgers = check(wrong).ledgers
+    assert (ledgers["peft"].refused, ledgers["peft"].code) == (True, "LP201")
+    assert not ledgers["vllm"].refused
+
+
+def test_shapes_matter_only_where_the_pair_is_placed(adapter: Path, llama: Path, tmp_path: Path) -> None:
+    """PEFT goes by the config, vLLM by --lora-target-modules."""
+    large = edited(
+        adapter,
+        tmp_path / "a",
+        lambda ts: {n: np.tile(t, (1, 2)) if "v_proj.lora_A" in n else t for n, t in ts.items()},
+    )
+    narrow = edited(large, tmp_path / "b", config=lambda raw: raw | {"target_modules": ["q_proj"]})
+    assert all(ledger.refused for ledger in check(large, model=str(llama)).ledgers.values())
+    assert not check(narrow, model=str(llama)).ledgers["peft"].refused
+    elsewhere = check(large, model=str(llama), options={"lora_target_modules": ["o_proj"]})
+    assert not elsewhere.ledgers["vllm"].refused
 
 
 def test_every_base_has_answers_of_both_engines() -> None:
