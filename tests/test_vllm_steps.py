@@ -118,5 +118,5 @@ def test_the_level_of_a_users_own_vllm(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.delenv("LORA_PROBE_KEEP", raising=False)
     assert level_of(tmp_path) == "norms"
     monkeypatch.setenv("LORA_PROBE_KEEP", "everything")
-    with pytest.raises(ProbeError, match="LORA_PROBE_KEEP is `everything`"):
+    with pytest.raises(ProbeError, match="unknown level `everything` in LORA_PROBE_KEEP"):
         level_of(tmp_path)
