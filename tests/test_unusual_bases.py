@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -96,6 +97,58 @@ def test_shapes_matter_only_where_the_pair_is_placed(adapter: Path, llama: Path,
     assert not check(narrow, model=str(llama)).ledgers["peft"].refused
     elsewhere = check(large, model=str(llama), options={"lora_target_modules": ["o_proj"]})
     assert not elsewhere.ledgers["vllm"].refused
+
+
+def test_a_config_without_targets_needs_a_view_for_pefts_own(adapter: Path, llama: Path, tmp_path: Path) -> None:
+    def without(raw: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in raw.items() if key not in ("target_modules", "base_model_name_or_path")}
+
+    bare = edited(adapter, tmp_path / "a", config=without)
+    peft = check(bare, model=str(llama)).ledgers["peft"]
+    # PEFT's own targets for a Llama are q_proj and v_proj.
+    assert {row.module.rpartition(".")[2] for row in peft.rows if row.fate == "took effect"} == {"q_proj", "v_proj"}
+    assert {"LP103"} <= errors(check(bare))
+
+
+def test_fused_experts_have_a_place_in_peft(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", "moe")
+    fused = {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
+    sizes = {".base_layer": (256 // 2, 128), "": (128, 64)}
+
+    def experts(tensors: dict[str, Any]) -> dict[str, Any]:
+        stems = [f"base_model.model.model.layers.{layer}.mlp.experts" for layer in range(LAYERS)]
+        return tensors | {
+            f"{stem}{inner}.lora_{half}.weight": np.ones((32, wide) if half == "A" else (out, 32), np.float32)
+            for stem in stems
+            for inner, (out, wide) in sizes.items()
+            for half in "AB"
+        }
+
+    made = edited(write_adapter(tmp_path / "a", base), tmp_path / "b", experts, lambda raw: raw | fused)
+    rows = [row for row in check(made, model=str(base)).ledgers["peft"].rows if row.module.endswith("experts")]
+    assert {row.key[1] for row in rows} == {"gate_up_proj", "down_proj"}
+    assert {(row.stations["read"].value, row.stations["placed"].value) for row in rows} == {("ok", "ok")}
+
+
+def test_text_names_on_a_multimodal_model_in_newer_vllm(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", "paligemma")
+    made = write_adapter(tmp_path / "a", base, target_modules=r".*language_model.*\.[qkv]_proj")
+    text = edited(
+        made, tmp_path / "b", lambda ts: {n.replace("model.language_model.", "model."): t for n, t in ts.items()}
+    )
+    counts = [
+        check(text, model=str(base), vllm_version=v).ledgers["vllm"].count("took effect") for v in ("0.32", "0.33")
+    ]
+    assert counts == [0, 3 * LAYERS]
+
+
+def test_without_peft_shapes_are_the_files(adapter: Path, llama: Path, tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", "llama", use_cache=False)
+    remember_answer(base, "peft", "it is on holiday")
+    report = check(adapter, model=str(base), options=LIMIT)
+    assert report.ledgers["vllm"].healthy
+    assert any("it is on holiday" in note for note in report.notes)
+    assert report.ledgers["peft"].count("took effect") == 3 * LAYERS
 
 
 def test_every_base_has_answers_of_both_engines() -> None:
