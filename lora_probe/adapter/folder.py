@@ -107,12 +107,14 @@ def inside(folder: Path, name: str) -> Path:
         return path
     try:
         target, resolved = path.resolve(), folder.resolve()
-    # Python raises RuntimeError for a cycle of links.
+        # For a cycle of links Python raises RuntimeError before 3.13; 3.13 returns a path that still is a link.
+        why = "a cycle of links" if target.is_symlink() else ""
     except (OSError, RuntimeError) as error:
         why = getattr(error, "strerror", None) or "a cycle of links"
+    if why:
         raise UnreadableFile(
             f"`{path}` is a symbolic link that leads nowhere: {why}", "replace it with the file itself"
-        ) from error
+        )
     if not target.is_relative_to(storage_of(resolved)):
         raise UnreadableFile(
             f"`{path}` is a symbolic link that leads out of its folder, to `{target}`",
