@@ -34,6 +34,8 @@ JUDGING = {
     "lora_probe/ledger.py": ("if", "bool", "compare"),
     "lora_probe/rules/stored.py": ("if",),
     "lora_probe/prediction/*.py": ("if",),
+    "lora_probe/engines/load_record.py": ("if",),
+    "lora_probe/engines/sampler.py": ("if",),
 }
 """Files whose functions judge, and what of them is broken."""
 EQUIVALENT = {
