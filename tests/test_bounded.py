@@ -136,7 +136,6 @@ KEYS = st.lists(st.text("ab.^\\-*|?$()\n", max_size=5) | st.text("ab.", max_size
 NAMES = st.lists(st.text("ab.-\n", max_size=7) | st.text("ab.", max_size=7), max_size=6)
 
 
-@pytest.mark.slow
 @fuzzed
 @given(KEYS, NAMES)
 @example(["b.a", "^b.a", "a"], ["b.a", "bba", "x.b.a", "b.a\n", "\n.a", "a\n\n"])
@@ -209,7 +208,6 @@ def targets(modules: Any = ("a",), **raw: Any) -> Targets:
     return Targets(raw, modules, Expressions(Path("adapter_config.json")))
 
 
-@pytest.mark.slow
 @fuzzed
 @given(st.lists(st.text("ab.*|\n", max_size=4), max_size=5), PATHS)
 @example(["a", "b"], ["a\nb", "b.a\n", "a\n\n", "x.a\ny", "", "\n"])
@@ -221,7 +219,6 @@ def test_modules_to_save_are_found_as_peft_finds_them(saved: list[str], names: l
         assert found.module(name) != any(re.match(rf"(^|.*\.){part}($|\..*)", name) for part in saved), name
 
 
-@pytest.mark.slow
 def test_three_thousand_modules_to_save(tmp_path: Path) -> None:
     folder = adapter(tmp_path / "a", halves(400), {"modules_to_save": [f"s{n}" for n in range(3_000)]})
     status, said = answer("check", folder)
@@ -229,7 +226,6 @@ def test_three_thousand_modules_to_save(tmp_path: Path) -> None:
     assert "modules_to_save s0, s1, s2, s3, s4, s5, s6, s7, s8, s9 and 2990 more (LP406)" in " ".join(said.split())
 
 
-@pytest.mark.slow
 @fuzzed
 @given(WORDS, WORDS, WORDS, PATHS)
 def test_lists_of_names_are_found_as_peft_finds_them(
@@ -246,7 +242,6 @@ def test_lists_of_names_are_found_as_peft_finds_them(
         assert found.module(name) == (by_name or held(parameters, f"{name}.weight"))
 
 
-@pytest.mark.slow
 @fuzzed
 @given(st.lists(st.text("ab.", max_size=4) | st.sampled_from(["experts.w", "w", "w2"]), max_size=5), PATHS)
 @example(["w", "w"], ["experts", "a.experts"])
@@ -283,7 +278,6 @@ def test_ends_and_beginnings() -> None:
     assert not is_word("q.proj")
 
 
-@pytest.mark.slow
 @fuzzed
 @given(PATHS, PATHS)
 def test_the_engines_names_are_those_of_all_ends(modules: list[str], names: list[str]) -> None:
