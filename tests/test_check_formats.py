@@ -426,7 +426,7 @@ def test_links_of_the_page_lead_somewhere() -> None:
 
 def test_pages_are_text_and_become_markdown() -> None:
     about = "A <b> of [x] * `a*b`.\n\nWhy it matters: *this* is_it, _so_.\n\n    x = [1]\n\nReferences: a/b#12."
-    made = page(Rule("LP299", "x", "stored", "wrong", "error", "mend `it`", about))
+    made = page(Rule("LP299", "x", "stored", "wrong", "mend `it`", about))
     assert r"A \<b> of \[x\] \* `a*b`." in made
     assert r"**Why it matters**: *this* is_it, \_so\_." in made
     assert "\n    x = [1]\n" in made

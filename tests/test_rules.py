@@ -344,16 +344,6 @@ def test_a_vocabulary_beyond_vllms_limit(adapter: Path, llama: Path, tmp_path: P
     assert report.ledgers["vllm"].refused
 
 
-def test_names_that_vllms_class_skips(adapter: Path, tmp_path: Path) -> None:
-    base = write_base(tmp_path / "base", "nemotron")
-    mtp = edited(
-        adapter, tmp_path / "a", lambda ts: {n.replace("model.layers", "mtp.layers"): t for n, t in ts.items()}
-    )
-    report = check(mtp, model=str(base))
-    assert "LP305" in errors(report)
-    assert report.ledgers["vllm"].count("took effect") == 0
-
-
 def test_biases_of_the_base_with_and_without_the_flag(qwen2: Path, tmp_path: Path) -> None:
     trained = save_adapter(tmp_path / "a", qwen2, bias="all")
     assert errors(check(trained, model=str(qwen2))) == {"LP210", "LP406"}

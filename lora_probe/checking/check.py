@@ -23,7 +23,7 @@ from lora_probe.names import Key, in_words, name_modules
 from lora_probe.prediction import Prediction, predict, predictors, subject_of
 from lora_probe.rules import Diagnostic, Rule, Severity, all_rules, diagnostic, family_of
 from lora_probe.rules.codes import meant, numbers_of
-from lora_probe.rules.diagnostics import of_clause
+from lora_probe.rules.diagnostics import of_clause, under
 from lora_probe.rules.lp1_config import config_unreadable, not_lora
 from lora_probe.rules.lp2_files import weights_not_found, weights_unreadable
 from lora_probe.rules.lp4_serving import MAX_RANKS, engines_differ
@@ -223,11 +223,8 @@ def _unreadable(
         else:
             path, judged = folder / WEIGHTS, weights_unreadable(error.message)
     rule = all_rules()[judged.code]
-    hint = error.hint or rule.hint
     engines = tuple(name for name, predictor in predictors().items() if error.key not in predictor.ignored_fields)
-    diagnostic = Diagnostic(
-        rule.code, rule.name, rule.severity, error.message, hint, (), engines, str(path), error.line
-    )
+    diagnostic = under(rule, error.message, (), engines, str(path), error.line, hint=error.hint)
     # PEFT supports other methods than LoRA, so it may load this adapter; that is not checked.
     refusing = () if isinstance(error, NotLora) else engines
     ledgers = {name: Ledger(name, (), True, error.message, judged.code, predicted=True) for name in refusing}
@@ -285,10 +282,7 @@ def _differing(adapter: Adapter, ledgers: Mapping[str, Ledger]) -> Iterator[Diag
     ):
         engines = tuple(sorted((*having, *losing), key=order.index))
         message = engines_differ(_titles(engines), len(modules), len(fates), _only_in(having, losing, modules)).message
-        path = str(adapter.path)
-        yield Diagnostic(
-            rule.code, rule.name, rule.severity, message, rule.hint, tuple(modules), engines, path, names_modules=True
-        )
+        yield under(rule, message, tuple(modules), engines, str(adapter.path), names_modules=True)
 
 
 def _only_in(having: tuple[str, ...], losing: tuple[str, ...], modules: Sequence[str]) -> str:

@@ -25,11 +25,6 @@ FORMATS = "lora_probe.formats"
 _FIRST = ("peft", "vllm")
 
 
-def every(group: str) -> Iterable[EntryPoint]:
-    """All entry points of a group, also those of one name."""
-    return entry_points(group=group)
-
-
 @cache
 def points(group: str) -> Mapping[str, EntryPoint]:
     """The entry points of a group by their names: lora-probe's own first, then the others in alphabetical order.
@@ -38,7 +33,7 @@ def points(group: str) -> Mapping[str, EntryPoint]:
         ProbeError: two distributions have an entry point with the same name.
     """
     by_name: dict[str, EntryPoint] = {}
-    for point in every(group):
+    for point in entry_points(group=group):
         if (other := by_name.setdefault(point.name, point)) != point:
             raise ProbeError(f"{described(point)} clashes with {described(other)}", "uninstall one of the two")
     return {name: by_name[name] for name in in_order(by_name)}

@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from lora_probe.merging.weights import Progress, check_merge
 from lora_probe.names import name_modules
 from lora_probe.precision import STORED, floor
 from lora_probe.rules import Diagnostic, all_rules
+from lora_probe.rules.diagnostics import under
 from lora_probe.rules.lp7_merging import effect_lost, effect_not_measured
 
 SURVIVES = 0.9
@@ -60,12 +61,9 @@ class Parity:
         engines = (self.engine,) if self.engine else ()
         about_outputs = []
         for finding in self.findings:
-            rule = all_rules()[finding.code]
-            if finding.code == "LP716" and self.weights.verdict == "differs":
-                rule = replace(rule, hint="see the findings about the weights above")
-            about_outputs.append(
-                Diagnostic(rule.code, rule.name, rule.severity, finding.message, rule.hint, engines=engines)
-            )
+            explained = finding.code == "LP716" and self.weights.verdict == "differs"
+            hint = "see the findings about the weights above" if explained else ""
+            about_outputs.append(under(all_rules()[finding.code], finding.message, engines=engines, hint=hint))
         return (*self.weights.diagnostics, *about_outputs)
 
 

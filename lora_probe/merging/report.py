@@ -14,6 +14,7 @@ from typing import Literal
 from lora_probe.ledger import Finding
 from lora_probe.names import Key, name_modules
 from lora_probe.rules import Diagnostic, Rule, all_rules
+from lora_probe.rules.diagnostics import under
 from lora_probe.rules.lp7_merging import lost_to_rounding
 
 Verdict = Literal["verified", "differs", "undecided"]
@@ -132,7 +133,7 @@ class MergeReport:
         elif named:
             about = named[0] if len(named) == 1 else f"{len(named)} tensors ({_few(named)})"
         more = "" if len(named) < 2 or rule.per_message else " (the first one)"
-        return Diagnostic(rule.code, rule.name, rule.severity, f"{about}: {message}{more}", rule.hint, tuple(named))
+        return under(rule, f"{about}: {message}{more}", tuple(named))
 
 
 def _few(names: Iterable[str], shown: int = 3) -> str:

@@ -40,7 +40,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, partial
 from importlib import import_module
-from importlib.metadata import EntryPoint
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Protocol
 
 from rich.console import RenderableType
@@ -48,7 +48,7 @@ from rich.console import RenderableType
 from lora_probe.errors import ProbeError
 from lora_probe.files import limits
 from lora_probe.files.extensions import FORMATS as GROUP
-from lora_probe.files.extensions import broken, described, every, load
+from lora_probe.files.extensions import broken, described, load
 from lora_probe.render.console import emit
 from lora_probe.render.results import Paged
 
@@ -146,7 +146,7 @@ def _installed() -> Mapping[tuple[str, str], Renderer]:
     """The renderers of other distributions by command and format."""
     renderers: dict[tuple[str, str], Renderer] = {}
     owners: dict[tuple[str, str], str] = {}
-    for point in every(GROUP):
+    for point in entry_points(group=GROUP):
         name, functions = _loaded(point)
         for command, function in functions.items():
             key = command, name

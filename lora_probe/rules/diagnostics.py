@@ -31,17 +31,28 @@ class Diagnostic:
     names_modules: bool = False
 
 
+def under(
+    rule: Rule,
+    message: str,
+    modules: tuple[str, ...] = (),
+    engines: tuple[str, ...] = (),
+    path: str | None = None,
+    line: int | None = None,
+    *,
+    hint: str = "",
+    names_modules: bool = False,
+) -> Diagnostic:
+    """A finding under a rule, with the rule's hint unless another is passed."""
+    facts = rule.code, rule.name, rule.severity, message, hint or rule.hint
+    return Diagnostic(*facts, modules, engines, path, line, names_modules)
+
+
 def diagnose(ledger: Ledger) -> list[Diagnostic]:
     """The ledger's losses and errors as diagnostics, one for each rule and station."""
     rules = all_rules()
     diagnostics = []
     if ledger.refused:
-        refused = rules["LP401"]
-        diagnostics.append(
-            Diagnostic(
-                refused.code, refused.name, refused.severity, ledger.message, refused.hint, engines=(ledger.engine,)
-            )
-        )
+        diagnostics.append(under(rules["LP401"], ledger.message, engines=(ledger.engine,)))
     for clause in clauses(ledger):
         finding = clause.finding
         if ledger.refused and clause.station != "stored" and not finding.code.startswith(("LP2", "LP3")):
@@ -56,36 +67,19 @@ def diagnose(ledger: Ledger) -> list[Diagnostic]:
 def _unknown(code: str, value: Value) -> Rule:
     """A rule that only a newer lora-probe has: a trace holds the codes of whoever wrote it."""
     hint = "upgrade lora-probe to read about this rule: a newer version wrote the trace"
-    return Rule(shown(code), "unknown-rule", "load", value, "error", hint, page="")
+    return Rule(shown(code), "unknown-rule", "load", value, hint, page="")
 
 
 def diagnostic(rule: Rule, finding: AdapterFinding, path: Path, line: int | None) -> Diagnostic:
     """What a rule on a whole adapter found, in the file and line that it is about."""
-    return Diagnostic(
-        rule.code,
-        rule.name,
-        rule.severity,
-        finding.message,
-        rule.hint,
-        tuple(dict.fromkeys(module for module, _, _ in finding.keys)),
-        finding.engines or rule.in_engines,
-        str(finding.path or path),
-        line,
-    )
+    modules = tuple(dict.fromkeys(module for module, _, _ in finding.keys))
+    engines = finding.engines or rule.in_engines
+    return under(rule, finding.message, modules, engines, str(finding.path or path), line)
 
 
 def of_clause(rule: Rule, clause: Clause, engine: str) -> Diagnostic:
     """A clause of an engine's ledger."""
-    return Diagnostic(
-        rule.code,
-        rule.name,
-        rule.severity,
-        clause.with_code,
-        rule.hint,
-        clause.modules,
-        (engine,),
-        names_modules=clause.names_modules,
-    )
+    return under(rule, clause.with_code, clause.modules, (engine,), names_modules=clause.names_modules)
 
 
 def as_json(diagnostic: Diagnostic) -> dict[str, Any]:

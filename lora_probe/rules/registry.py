@@ -18,7 +18,7 @@ from importlib import import_module
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal, ParamSpec, overload
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypedDict, Unpack, overload
 
 from lora_probe.errors import ProbeError
 from lora_probe.files.extensions import RULES, broken, engine_names, load, points
@@ -77,9 +77,9 @@ class Rule:
     name: str
     station: Station | Literal["adapter", "load", "merge"]
     value: Value
-    severity: Severity
     hint: str
     page: str
+    severity: Severity = "error"
     engines: tuple[str, ...] = ()
     needs: Needs = "files"
     field: str | None = None
@@ -130,6 +130,20 @@ class AdapterFinding:
     refuses: bool = False
     field: str | None = None
     path: Path | None = None
+
+
+class _Facts(TypedDict, total=False):
+    """The arguments of `rule` and `survey` that `Rule` has defaults for."""
+
+    severity: Severity
+    engines: tuple[str, ...]
+    needs: Needs
+    field: str | None
+    fixable: bool
+    short: str
+    consequence: bool
+    predicate: bool
+    per_message: bool
 
 
 _registry: dict[str, Rule] = {}
@@ -186,52 +200,18 @@ def rule(
     value: Value,
     *,
     hint: str,
-    severity: Severity = "error",
-    engines: tuple[str, ...] = (),
-    needs: Needs = "files",
-    field: str | None = None,
-    fixable: bool = False,
-    short: str = "",
-    consequence: bool = False,
-    predicate: bool = False,
-    per_message: bool = False,
+    **facts: Unpack[_Facts],
 ) -> _Register:
     """Register a function that returns a sentence as the rule `code`; calling it then returns a Finding. `Rule`
-    documents the arguments.
+    documents the arguments and has their defaults.
 
     Raises:
         ValueError: another rule has the code or the name.
     """
-    return _Register(
-        code=code,
-        name=name,
-        station=station,
-        value=value,
-        severity=severity,
-        hint=hint,
-        engines=engines,
-        needs=needs,
-        field=field,
-        fixable=fixable,
-        short=short,
-        consequence=consequence,
-        predicate=predicate,
-        per_message=per_message,
-    )
+    return _Register(code=code, name=name, station=station, value=value, hint=hint, **facts)
 
 
-def survey(
-    code: str,
-    name: str,
-    *,
-    hint: str,
-    severity: Severity = "error",
-    engines: tuple[str, ...] = (),
-    needs: Needs = "files",
-    field: str | None = None,
-    fixable: bool = False,
-    consequence: bool = False,
-) -> Callable[[Survey], Survey]:
+def survey(code: str, name: str, *, hint: str, **facts: Unpack[_Facts]) -> Callable[[Survey], Survey]:
     """Register a function that checks a whole subject (an adapter, and what is known about its base and the engines) as
     the rule `code`. It is called only if what it `needs` is available. Findings without a field or a file of their own
     point at `field`.
@@ -241,29 +221,14 @@ def survey(
     """
 
     def register(judge: Survey) -> Survey:
-        _register(
-            Rule(
-                code,
-                name,
-                "adapter",
-                "wrong",
-                severity,
-                hint,
-                _page(judge),
-                engines,
-                needs,
-                field,
-                fixable,
-                consequence=consequence,
-                module=judge.__module__,
-            )
-        )
+        of_adapter = Rule(code, name, "adapter", "wrong", hint, _page(judge), module=judge.__module__, **facts)
+        _register(of_adapter)
 
         @wraps(judge)
         def findings(subject: Subject) -> Iterator[AdapterFinding]:
             for finding in judge(subject):
                 placed = finding.field is not None or finding.path is not None
-                yield finding if placed else replace(finding, field=field)
+                yield finding if placed else replace(finding, field=of_adapter.field)
 
         _surveys[code] = findings
         return findings
@@ -305,6 +270,7 @@ def _register_others(point: EntryPoint) -> None:
         raise
 
 
+@cache
 def families() -> dict[str, Family]:
     """Every family by the prefix of its codes, in that order."""
     every = [module.FAMILY for module in _family_modules() if hasattr(module, "FAMILY")]
