@@ -15,6 +15,8 @@ PYTHONS := $(or $(PYTHON),python3 python3.13 python3.12 python3.11)
 SUITABLE := import sys; sys.exit(not ((3, 11) <= sys.version_info[:2] <= (3, 13) and sys.implementation.name == "cpython"))
 VENV := .venv
 BIN := $(VENV)/bin
+# Two processes, each with whole files of tests: fixtures of a file and a session are made once in each.
+PARALLEL := --numprocesses 2 --dist loadfile
 digest = $(shell cat $(1) | sha256sum | cut -c1-16)
 LOCKED := $(VENV)/.lock-$(call digest,requirements.lock)
 READY := $(VENV)/.ready-$(call digest,requirements.lock setup.cfg pyproject.toml plugins/vllm/setup.cfg plugins/vllm/pyproject.toml)
@@ -42,10 +44,10 @@ demo: $(READY)
 	@$(BIN)/python examples/identity/demo.py
 
 test: $(READY)
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest $(PARALLEL)
 
 test-fast: $(READY)
-	@$(BIN)/python -m pytest -m "not slow"
+	@$(BIN)/python -m pytest -m "not slow" $(PARALLEL)
 
 mutants: $(READY)
 	@$(BIN)/python tests/mutants.py

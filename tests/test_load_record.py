@@ -89,9 +89,12 @@ class Recording:
         (row,) = [row for row in self.ledger.rows if row.key == key]
         return row.stations[station]
 
+    def events(self, kind: str) -> list[dict[str, Any]]:
+        lines = (self.folder / "peft" / "events.jsonl").read_text().splitlines()
+        return [event for event in map(json.loads, lines) if event["kind"] == kind]
+
     def lines(self, station: str) -> int:
-        events = (self.folder / "peft" / "events.jsonl").read_text().splitlines()
-        return sum(json.loads(line).get("station") == station for line in events)
+        return sum(event["station"] == station for event in self.events("station"))
 
 
 @pytest.fixture(params=["float32"])
@@ -122,6 +125,28 @@ def test_a_module_without_a_pair_is_absent_at_every_station(load: Recording) -> 
     (row,) = [row for row in load.ledger.rows if row.key == V]
     assert {finding.value for finding in row.stations.values()} == {"absent"}
     assert row.stations["stored"].code == "LP204"
+
+
+def test_a_load_is_announced_with_what_the_file_holds(load: Recording) -> None:
+    records = {record["module"]: record for record in load.events("module")}
+    assert [records[module].get("stored_as") for module in MODULES] == [*MODULES[:2], None]
+    assert [records[module].get("rank") for module in MODULES] == [RANK, RANK, None]
+    assert [records[module].get("scaling") for module in MODULES] == [SCALING, SCALING, None]
+    a, b = load.pair()
+    values = np.linalg.svd(SCALING * b @ a, compute_uv=False)
+    assert records[Q[0]]["norm"] == pytest.approx(np.linalg.norm(values), rel=1e-4)
+    assert 1 < records[Q[0]]["effective_rank"] <= RANK
+    assert records[V[0]].get("norm") is None
+    assert records[V[0]].get("effective_rank") is None
+
+
+def test_no_line_is_about_no_module(tmp_path: Path, adapter: Adapter) -> None:
+    writer = TraceWriter(tmp_path / "peft", Process(SCHEMA, "engine", "peft", 0, 1, {}))
+    rows = tuple(row for row in expect(adapter, dict.fromkeys(MODULES, (OUTPUTS, INPUTS))) if row.entry is not None)
+    LoadRecord(writer, Load(0, "a", str(adapter.path), adapter.digest()), adapter, rows, "float32").announce({})
+    writer.close()
+    events = [json.loads(line) for line in (tmp_path / "peft" / "events.jsonl").read_text().splitlines()]
+    assert [event["station"] for event in events if event["kind"] == "station"] == ["stored"]
 
 
 # applied

@@ -73,12 +73,12 @@ def _ledger(
     located = [
         (row, places[row.entry.key] if row.entry is not None and places is not None else None) for row in expected
     ]
-    wrong = [(rule, finding, frozenset(finding.keys)) for rule, finding in findings if finding.value != "ok"]
+    about = [(rule, finding, frozenset(finding.keys)) for rule, finding in findings]
     rows = []
     for row, place in located:
         stations = _stations(subject, predictor, row, place)
         key = row.entry.key if row.entry is not None else row.key
-        for rule, finding, keys in wrong:
+        for rule, finding, keys in about:
             if key in keys:
                 judged = rule.finding(finding.value, finding.message, finding.field)
                 stations[finding.station] = worse(stations[finding.station], judged)

@@ -72,6 +72,6 @@ def aliases(
         place = places[pair.key]
         if place.module is not None and place.name is not None and pair.module not in shapes:
             name = base_names.get(place.name)
-            if name is not None and name != pair.module:
+            if name is not None:
                 others[pair.module] = name
     return others
