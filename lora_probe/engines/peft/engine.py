@@ -46,11 +46,11 @@ class PeftEngine:
             "peft": peft.__version__,
         }
 
-    def describe(self, base: Base, task: str | None) -> EngineView:
+    def describe(self, base: Base, trained: TrainedAs) -> EngineView:
         """See `lora_probe.engines.Engine.describe`."""
         from lora_probe.engines.peft.view import describe
 
-        return describe(base, task, self.versions["peft"])
+        return describe(base, trained, self.versions["peft"])
 
     def record(self, spec: RunSpec, folder: Path) -> None:
         """See `lora_probe.engines.Engine.record`."""

@@ -53,7 +53,7 @@ EMBEDDINGS, NORM = "model.embed_tokens.weight", "model.layers.0.input_layernorm.
 class ExampleEngine:
     """Entry point `example` of the group `lora_probe.engines`."""
 
-    def describe(self, base: Base, task: str | None) -> EngineView:
+    def describe(self, base: Base, trained: TrainedAs) -> EngineView:
         view = of_headers(base, NAME, "")
         if view is None:
             raise EngineFailed(f"`{base.path}` has no safetensors files")
