@@ -182,7 +182,11 @@ CASES: dict[str, Case] = {
     "llama-classifier": Case("llama-classifier", "LlamaForSequenceClassification", "SEQ_CLS"),
     "llama-classifier-causal-base": Case("llama", "LlamaForSequenceClassification", "SEQ_CLS"),
     "qwen2-reward": Case(
-        "qwen2-classifier", "Qwen2ForSequenceClassification", "SEQ_CLS", (*QKV, "o_proj"), {"modules_to_save": ["score"]}
+        "qwen2-classifier",
+        "Qwen2ForSequenceClassification",
+        "SEQ_CLS",
+        (*QKV, "o_proj"),
+        {"modules_to_save": ["score"]},
     ),
     "qwen2-reward-causal-base": Case(
         "qwen2", "Qwen2ForSequenceClassification", "SEQ_CLS", "all-linear", load={"num_labels": 1}

@@ -1,9 +1,9 @@
 """Loads adapters in vLLM's own LoRA manager, without an engine: `python tests/vllm_loads.py CASES OUT`.
 
-In: a JSON file, a list of {"name", "adapter", "base", "runner"}. Out: a JSON file, {name: {"refused": message or null,
-"modules": {module: which of its parts got a pair}} or
-{"not_built": message}}. The model and the manager are those that the plugin describes, on
-the meta device: vLLM reads the files, checks them, and copies every pair to its layer, as in a server.
+In: a JSON file, a list of {"name", "adapter", "base"}. Out: a JSON file, {name: {"view": the plugin's description of
+the base, or why there is none, "load": {"refused": message or null, "modules": {module: which of its parts got a pair}}
+or {"not_built": message}}}. The model and the manager are those that the plugin describes, on the meta device: vLLM
+reads the files, checks them, and copies every pair to its layer, as in a server.
 """
 
 from __future__ import annotations
@@ -14,10 +14,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 
 def load_all(cases: list[dict[str, str]]) -> dict[str, Any]:
+    from lora_probe.adapter import open_config
+    from lora_probe.base import open_base
+    from lora_probe.errors import EngineFailed
+    from lora_probe_vllm.engine import VllmEngine
     from lora_probe_vllm.seams import Patches, seams
-    from lora_probe_vllm.view import _built
 
     workers: list[Any] = []
 
@@ -29,22 +34,24 @@ def load_all(cases: list[dict[str, str]]) -> dict[str, Any]:
         return create_lora_manager
 
     results: dict[str, Any] = {}
-    built, why, before = "", "", 0
+    views: dict[tuple[str, str | None], tuple[Any, Any]] = {}
+    engine = VllmEngine()
     with Patches() as patches:
         patches.wrap(seams.lru_worker_manager, "create_lora_manager", remembering)
-        # One model of each base is enough; the first is that with experts, which need one process group more.
+        # A model with experts needs one process group more, so it must be the first.
         for number, case in enumerate(sorted(cases, key=lambda case: ("mixtral" not in case["base"], case["base"]))):
-            wanted = f"{case['base']} {case['runner']}"
-            if wanted != built:
-                before, built = len(workers), wanted
+            trained = open_config(Path(case["adapter"]) / "adapter_config.json").trained_as
+            wanted = case["base"], trained.task
+            if wanted not in views:
+                workers.clear()
                 try:
-                    _built(Path(case["base"]), case["runner"])
-                except Exception as error:
-                    why = f"{type(error).__name__}: {error}"
-            if len(workers) == before:
-                results[case["name"]] = {"not_built": why}
-            else:
-                results[case["name"]] = load(workers[-1], case["adapter"], number + 1)
+                    view = msgspec.to_builtins(engine.describe(open_base(case["base"]), trained))
+                except EngineFailed as error:
+                    view = error.message
+                views[wanted] = view, workers[-1] if workers else None
+            view, worker = views[wanted]
+            loaded = {"not_built": view} if worker is None else load(worker, case["adapter"], number + 1)
+            results[case["name"]] = {"view": view, "load": loaded}
     return results
 
 
@@ -64,6 +71,9 @@ def load(worker: Any, adapter: str, number: int) -> dict[str, Any]:
         return set_lora
 
     for name, layer in manager.modules.items():
+        if "experts" in name.split("."):
+            # The plugin leaves out their kernels, and with them their buffers.
+            layer.reset_lora = lambda index: None
         layer.set_lora = remembering(name, type(layer).set_lora.__get__(layer))
     try:
         worker.add_adapter(LoRARequest(f"adapter-{number}", number, adapter))

@@ -40,12 +40,13 @@ PEFT_DEFAULT_ALPHA = 8
 
 @dataclass(frozen=True)
 class TrainedAs:
-    """How the base was loaded in training: PEFT's `task_type`, and the class that `auto_mapping` names, with its module.
-    None where the config does not state it."""
+    """How the base was loaded in training: PEFT's `task_type`, and the class that `auto_mapping` names.
+
+    None where the config does not state it.
+    """
 
     task: str | None = None
     model_class: str | None = None
-    library: str | None = None
 
 
 @dataclass(frozen=True)
@@ -82,10 +83,8 @@ class AdapterConfig:
     def trained_as(self) -> TrainedAs:
         """How the base was loaded in training."""
         mapping = self.raw.get("auto_mapping")
-        mapping = mapping if isinstance(mapping, dict) else {}
-        return TrainedAs(
-            _text(self.raw.get("task_type")), _text(mapping.get("base_model_class")), _text(mapping.get("parent_library"))
-        )
+        model_class = mapping.get("base_model_class") if isinstance(mapping, dict) else None
+        return TrainedAs(_text(self.raw.get("task_type")), _text(model_class))
 
     @property
     def variants(self) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ HEADS_OF_TASKS = {
     "QUESTION_ANS": ("qa_outputs",),
 }
 """What PEFT's models for a task add to modules_to_save when they are created, whatever the config states: the same in
-PEFT 0.12 to 0.21. Adapters of older versions have null in the config."""
+PEFT 0.12, 0.14, 0.17 and 0.21. Adapters of older versions have null in the config."""
 
 
 def saved_names(raw: Mapping[str, Any]) -> tuple[str, ...]:

@@ -44,8 +44,8 @@ class NotRun:
 @dataclass(frozen=True)
 class Report:
     """The result of `check` for one adapter folder. `ledgers` is empty if the files cannot be read at all. `vllm` is
-    the version that the prediction is for; `ignored` counts findings of rules that were not selected. `not_served` holds
-    the engines that the adapter is not judged for, because they do not serve its model, each with why."""
+    the version that the prediction is for; `ignored` counts findings of rules that were not selected. `not_served`
+    holds the engines that the adapter is not judged for, because they do not serve its model, each with why."""
 
     adapter: Path
     model: str | None

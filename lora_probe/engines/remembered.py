@@ -1,8 +1,8 @@
 """The cache of the engines' answers about base models, so that the next check of a base model starts no engine.
 
-In: a base model, an engine, how the base was loaded in training. Out: the cached answer (an `EngineView`, or the reason why there is
-none), or nothing. The key of an answer is a digest of everything that it depends on. Answers are in a folder that only
-its owner can open, and are used only if the file is unchanged.
+In: a base model, an engine, how the base was loaded in training. Out: the cached answer (an `EngineView`, or the reason
+why there is none), or nothing. The key of an answer is a digest of everything that it depends on. Answers are in a
+folder that only its owner can open, and are used only if the file is unchanged.
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ def keys_of(base: Base, engines: Sequence[str], trained: TrainedAs) -> dict[str,
     """For each engine the key of its answer: a digest of everything that the answer depends on; None to disable the
     cache.
 
-    It covers the contents of the base model's folder, the engine, how the base was loaded, the installed packages, the machine, and
-    the environment variables that engines read.
+    It covers the contents of the base model's folder, the engine, how the base was loaded, the installed packages, the
+    machine, and the environment variables that engines read.
     """
     nothing: dict[str, str | None] = dict.fromkeys(engines)
     if os.environ.get(NO_CACHE) == "1":

@@ -46,9 +46,10 @@ class Predictor:
 
     `judge` returns `read` and `placed` of a row that has a pair in the file. The place is None if the engine's modules
     for the base model are unknown. `refuse` returns why the engine refuses the whole adapter for the shapes of a row.
-    `not_served` returns why the engine does not serve the model that the adapter was trained on, if it is known that
-    it does not; `views` is empty if the base model is unknown. `resolve` returns where each pair leads. `view_of_headers` replaces the engine's own answer if it cannot be asked.
-    `ignored_fields` are keys of adapter_config.json that the engine never reads.
+    `not_served` returns why the engine does not serve the model that the adapter was trained on, empty if it may; its
+    views are empty if the base model is unknown. `resolve` returns where each pair leads. `view_of_headers` replaces
+    the engine's own answer if it cannot be asked. `ignored_fields` are keys of adapter_config.json that the engine
+    never reads.
     """
 
     name: str

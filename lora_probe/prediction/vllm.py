@@ -107,13 +107,14 @@ def _passes(place: Place, targets: tuple[str, ...]) -> bool:
 def _not_served(trained: TrainedAs, views: Mapping[str, EngineView]) -> str:
     """Classes that vLLM cannot serve, not with adapters, or not with the head that the adapter was trained with."""
     if not views:
-        causal = trained.task in (None, "CAUSAL_LM") and (trained.model_class or "ForCausalLM").endswith(CAUSAL)
-        return "" if causal or trained.task not in TASKS else "it depends on the base model whether vLLM serves it"
+        other = trained.task in TASKS and trained.task != "CAUSAL_LM"
+        other = other or not (trained.model_class or CAUSAL[0]).endswith(CAUSAL)
+        return "whether vLLM serves it depends on the base model" if other else ""
     view, trained_on = views.get(NAME), views.get("peft")
     if view is None:
         return ""
     if view.refuses:
-        return view.refuses
+        return f"vLLM serves this base model without adapters ({view.refuses})" if view.modules else view.refuses
     if trained.task in WITH_HEAD and trained_on is not None and view.model != trained_on.model:
         return f"vLLM serves this base model as {view.model}, not as the {trained_on.model} of the adapter"
     return ""

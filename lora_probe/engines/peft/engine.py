@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from lora_probe.adapter import open_adapter
+from lora_probe.adapter import TrainedAs, open_adapter
 from lora_probe.adapter.variants import EXTRAS, LORA_BIAS
 from lora_probe.base import Base, EngineView
 from lora_probe.engines.load_record import LoadRecord

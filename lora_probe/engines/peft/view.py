@@ -1,13 +1,15 @@
 """PEFT's view of a base model: the modules of the transformers model, and the names that PEFT changes during a load.
 
-In: the `config.json` of a base model, and how it was loaded in training. Out: an `EngineView`. The model is built on torch's meta
-device, so no weights are read or created, whatever the size of the model. Code that comes with a model is never run.
+In: the `config.json` of a base model, and how it was loaded in training. Out: an `EngineView`. The model is built on
+torch's meta device, so no weights are read or created, whatever the size of the model. Code that comes with a model is
+never run.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from importlib import import_module
 from typing import Any
 
 from lora_probe.adapter import TrainedAs
@@ -121,7 +123,7 @@ def _classes(config: Any, trained: TrainedAs) -> Iterator[str]:
 def _of_diffusers(base: Base) -> Any:
     """A model of diffusers, whose config.json names its class (`UNet2DConditionModel`)."""
     try:
-        import diffusers
+        diffusers = import_module("diffusers")
     except ImportError as error:
         raise EngineFailed(f"`{base.path}` is a model of diffusers, which is not installed") from error
     return getattr(diffusers, str(base.config["_class_name"])).from_config(dict(base.config))

@@ -53,7 +53,7 @@ CHECK = Paged(_page, _whole)
 def full_report(report: Report) -> RenderableType:
     """One adapter in full."""
     pairs = [("adapter", relative(report.adapter)), ("base model", report.model or "unknown")]
-    if report.vllm:
+    if report.vllm and "vllm" not in report.not_served:
         pairs.append(("predicted for", f"vLLM {report.vllm}"))
     parts: list[RenderableType] = [facts(*pairs)]
     parts += [*(words(f"note: {note}", "cyan") for note in report.notes), words("")]

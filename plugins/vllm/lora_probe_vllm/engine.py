@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from msgspec.structs import replace
 
-from lora_probe.adapter import open_adapter
+from lora_probe.adapter import TrainedAs, open_adapter
 from lora_probe.base import Base, EngineView, open_base
 from lora_probe.engines.prompts import encode, forced
 from lora_probe.errors import EngineFailed, ProbeError, UnreadableFile

@@ -1,8 +1,8 @@
 """vLLM's view of a base model: its own model and its own LoRA manager, built on torch's meta device.
 
-In: the `config.json` of a base model, and how it was loaded in training. Out: an `EngineView`. vLLM itself decides which modules are wrapped and under
-which name: this reads the manager that vLLM creates, as a worker does after it has loaded a model. No weights are read
-or created.
+In: the `config.json` of a base model, and how it was loaded in training. Out: an `EngineView`. vLLM itself decides
+which modules are wrapped and under which name: this reads the manager that vLLM creates, as a worker does after it has
+loaded a model. No weights are read or created.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from lora_probe_vllm.seams import (
 NO_LORA = "{cls} does not support LoRA yet."
 """vLLM's message in `LoRAModelRunnerMixin.load_lora_model`."""
 
-NOT_SERVED = "vLLM does not serve {cls}: it has no class for it"
+NOT_SERVED = "vLLM does not serve {cls}: it has no class for it, and its Transformers backend cannot run it"
 
 META = torch.device("meta")
 
@@ -73,11 +73,8 @@ def describe(base: Base, trained: TrainedAs) -> EngineView:
     except EngineFailed as error:
         if _has_class(base.architecture):
             raise
-        why = error.message.partition(": ")[2].partition(" are not supported for now")
-        refuses = NOT_SERVED.format(cls=base.architecture)
-        if not why[1]:
-            refuses += f", and its Transformers backend fails ({short(why[0], 120)})"
-        return EngineView("vllm", vllm_version(), base.architecture, {}, refuses=refuses)
+        refuses, notes = NOT_SERVED.format(cls=base.architecture), (short(error.message),)
+        return EngineView("vllm", vllm_version(), base.architecture, {}, refuses=refuses, notes=notes)
     model = manager.model
     modules = dict(_wrapped(manager))
     modules |= {name: view for name, view in _bare(manager) if name not in modules}

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from msgspec.structs import replace
 
-from lora_probe.adapter import Adapter, open_adapter
+from lora_probe.adapter import Adapter, TrainedAs, open_adapter
 from lora_probe.adapter.spectrum import gram
 from lora_probe.base import Base, EngineView, open_base
 from lora_probe.base.engine_view import of_headers
