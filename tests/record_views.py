@@ -53,6 +53,7 @@ def write_json(path: Path, content: Any) -> None:
 
 def ask(engine: str, bases: Path, answers: Path) -> None:
     """The answers of one engine, in a process of its own: {base: {task: view or words}}."""
+    from lora_probe.adapter import TrainedAs
     from lora_probe.base import open_base
     from lora_probe.engines import make
     from lora_probe.errors import ProbeError
@@ -63,7 +64,7 @@ def ask(engine: str, bases: Path, answers: Path) -> None:
         tasks = TASKS if engine == "peft" and folder.name == "llama" else TASKS[:1]
         for task in tasks:
             try:
-                answer = msgspec.to_builtins(make(engine).describe(open_base(str(folder)), task or None))
+                answer = msgspec.to_builtins(make(engine).describe(open_base(str(folder)), TrainedAs(task or None)))
                 # What is recorded is what an engine has, whatever the version that was asked.
                 answer["version"] = ""
             except ProbeError as error:

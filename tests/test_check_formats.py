@@ -132,7 +132,7 @@ def test_json_of_one(runs: Path, capsys: Any) -> None:
     data = json.loads(out)
     assert status == 1
     keys = {"schema_version", "adapter", "model", "vllm_version", "notes", "ledger", "diagnostics", "not_run"}
-    assert data.keys() == keys | {"ignored"}
+    assert data.keys() == keys | {"ignored", "not_served"}
     assert data["vllm_version"] is None
     assert (data["schema_version"], data["adapter"], data["model"]) == (1, "damaged", None)
     assert (data["ledger"]["peft"]["took_effect"], data["ledger"]["vllm"]["took_effect"]) == (90, 87)
@@ -344,14 +344,16 @@ def test_options_reach_the_checker(runs: Path, capsys: Any, monkeypatch: pytest.
 
     monkeypatch.setattr(checking, "check_all", check_all)
     flags = "--select LP2,LP301 --ignore LP203 --select zero-delta --model base --vllm-version 0.31 --max-lora-rank 64"
+    engine = "--engine peft,vllm"
     more = "--dtype bfloat16 --lora-dtype float16 --max-loras 2 --tensor-parallel-size 2 --lora-target-modules q k"
-    assert call("check", "healthy", *flags.split(), "warned", *more.split(), capsys=capsys)[0] == 0
+    assert call("check", "healthy", *flags.split(), "warned", *engine.split(), *more.split(), capsys=capsys)[0] == 0
     assert json.loads((runs / "seen.json").read_text()) == {
         "adapters": ["healthy", "warned"],
         "model": "base",
         "vllm_version": "0.31",
         "select": ["LP2", "LP301", "zero-delta"],
         "ignore": ["LP203"],
+        "engines": ["peft", "vllm"],
         "options": {
             "dtype": "bfloat16",
             "lora_dtype": "float16",

@@ -15,6 +15,7 @@ from conftest import call, edited
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from lora_probe.adapter import TrainedAs
 from lora_probe.base import open_base
 from lora_probe.checking.check import check
 from lora_probe.engines.allowed import Allowed, Watched
@@ -128,7 +129,7 @@ def test_an_engine_that_takes_too_long_is_stopped(llama: Path, tmp_path: Path) -
     """A real engine: none can describe a base model within a second."""
     folder = tmp_path / "asked"
     folder.mkdir()
-    write_json(folder / DESCRIBE, DescribeSpec("peft", str(llama), "CAUSAL_LM"))
+    write_json(folder / DESCRIBE, DescribeSpec("peft", str(llama), TrainedAs("CAUSAL_LM")))
     with pytest.raises(EngineStopped, match="the engine's process took more than 1 s while it was in stage `start`"):
         run_child(folder, 0, lambda _: None, Allowed(seconds=1))
     assert not [
@@ -144,7 +145,7 @@ def test_an_engine_that_is_stopped_is_asked_again(llama: Path, tmp_path: Path, m
     monkeypatch.delenv("LORA_PROBE_NO_CACHE", raising=False)
     monkeypatch.setattr(views, "ALLOWED", Allowed(seconds=0.5))
     base = open_base(str(llama))
-    assert "took more than" in views.views_of(base, ["peft"], None).missing["peft"]
+    assert "took more than" in views.views_of(base, ["peft"], TrainedAs()).missing["peft"]
     assert not list((tmp_path / "lora-probe" / "views").glob("*.json"))
 
 

@@ -87,7 +87,7 @@ class Corpus:
         return self.reports[name]
 
 
-IN_DTYPE = {"bfloat16": "q-k-v", "float16": "all-linear"}
+IN_DTYPE = {"bfloat16": "q-k-v", "float16": "all-linear", "float8_e4m3fn": "q-k-v", "float8_e5m2": "q-k-v"}
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from lora_probe.adapter import TrainedAs
 from lora_probe.base import Base, EngineView, ModuleView, open_base
 from lora_probe.engines.remembered import keys_of, remember, remembered
 
@@ -27,7 +28,7 @@ def base(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Base:
 
 
 def key(base: Base, engine: str = "peft", task: str | None = "CAUSAL_LM") -> str:
-    found = keys_of(base, [engine], task)[engine]
+    found = keys_of(base, [engine], TrainedAs(task))[engine]
     assert found is not None
     return found
 
@@ -78,7 +79,7 @@ def test_a_long_config_decides_by_its_content(base: Base) -> None:
         keys.add(key(base))
     assert len(keys) == 2
     (base.path / "huge.json").write_bytes(b" " * 50_000_001)
-    assert keys_of(base, ["peft"], None) == {"peft": None}
+    assert keys_of(base, ["peft"], TrainedAs()) == {"peft": None}
 
 
 def test_files_are_for_their_owner_alone(base: Base, tmp_path: Path) -> None:
@@ -176,6 +177,6 @@ def test_two_writers_leave_a_whole_answer(base: Base, tmp_path: Path) -> None:
 
 def test_nothing_is_kept_where_that_is_not_wanted(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORA_PROBE_NO_CACHE", "1")
-    assert keys_of(base, ["peft"], None) == {"peft": None}
+    assert keys_of(base, ["peft"], TrainedAs()) == {"peft": None}
     remember(None, VIEW)
     assert remembered(None) is None

@@ -331,7 +331,8 @@ def test_no_rule_speaks_of_what_peft_makes(tmp_path: Path) -> None:
 
 def test_a_class_that_takes_no_adapters(tmp_path: Path) -> None:
     base = write_base(tmp_path / "gpt2", "gpt2")
-    report = check(save_adapter_of(tmp_path / "a", base, target_modules=["c_attn"]), model=str(base))
+    made = save_adapter_of(tmp_path / "a", base, target_modules=["c_attn"])
+    report = check(made, model=str(base), engines=["peft", "vllm"])
     assert errors(report) == {"LP411"}
     assert report.ledgers["vllm"].refused
     assert report.ledgers["peft"].healthy

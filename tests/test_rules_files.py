@@ -11,7 +11,7 @@ import pytest
 from conftest import LAYERS
 from test_predictions import LIMIT, errors
 from test_rules import BROKEN
-from written import edited, write_adapter, write_base
+from written import edited, in_dtype, write_adapter, write_base
 
 from lora_probe import check
 from lora_probe.ledger import headline
@@ -129,3 +129,9 @@ def test_the_best_step_is_named(adapter: Path, tmp_path: Path) -> None:
     state = {"best_model_checkpoint": "out/checkpoint-200", "global_step": 500, "max_steps": 500}
     (folder / "trainer_state.json").write_text(json.dumps(state))
     assert codes(check(folder)) == {"LP218"}
+
+
+def test_integers_are_converted_as_they_are(adapter: Path, llama: Path, tmp_path: Path) -> None:
+    report = check(in_dtype(adapter, tmp_path / "a", "int8"), model=str(llama))
+    assert [(found.code, found.severity) for found in report.diagnostics] == [("LP222", "warning")]
+    assert all(ledger.healthy for ledger in report.ledgers.values())

@@ -97,7 +97,8 @@ def test_what_old_versions_ignore(llama: Path, tmp_path: Path) -> None:
 def test_classes_and_vocabularies_that_take_no_adapter(adapter: Path, tmp_path: Path) -> None:
     gpt2 = write_base(tmp_path / "gpt2", "gpt2")
     made = write_adapter(tmp_path / "a", gpt2, target_modules=["c_attn"], fan_in_fan_out=True)
-    report = check(made, model=str(gpt2))
+    assert check(made, model=str(gpt2)).not_served.keys() == {"vllm"}
+    report = check(made, model=str(gpt2), engines=["peft", "vllm"])
     assert errors(report) == {"LP411"}
     assert report.ledgers["vllm"].refused
     assert report.ledgers["peft"].healthy
@@ -112,7 +113,7 @@ def test_a_trained_head_on_a_language_model(llama: Path, tmp_path: Path) -> None
     trained = {"task_type": "SEQ_CLS", "modules_to_save": ["classifier", "score"]}
     head = {"base_model.model.score.weight": np.ones((3, 128), np.float32)}
     scored = edited(made, tmp_path / "b", lambda tensors: tensors | head, lambda raw: raw | trained)
-    report = check(scored, model=str(llama), options=LIMIT)
+    report = check(scored, model=str(llama), options=LIMIT, engines=["peft", "vllm"])
     assert errors(report) == {"LP409"}
     assert report.ledgers["vllm"].refused
     assert report.ledgers["peft"].healthy

@@ -12,6 +12,7 @@ import pytest
 from conftest import SharedEngine
 from merges import save_model
 
+from lora_probe.adapter import TrainedAs
 from lora_probe.base import EngineView, open_base
 from lora_probe.base.engine_view import of_headers
 from lora_probe.engines import child, remembered
@@ -20,7 +21,7 @@ from lora_probe.engines.describing import Views, views_of
 from lora_probe.errors import EngineFailed
 from lora_probe.prediction.vllm import view_of_headers
 
-TASK = "CAUSAL_LM"
+TASK = TrainedAs("CAUSAL_LM")
 
 
 def only_config(source: Path, folder: Path) -> Path:
@@ -56,10 +57,10 @@ def variables_of_vllm() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name.startswith("VLLM_")}
 
 
-def ask_peft(folder: Path, task: str = TASK) -> EngineView:
+def ask_peft(folder: Path, trained: TrainedAs = TASK) -> EngineView:
     from lora_probe.engines.peft.engine import PeftEngine
 
-    return PeftEngine().describe(open_base(str(folder)), task)
+    return PeftEngine().describe(open_base(str(folder)), trained)
 
 
 def ask_vllm(folder: Path) -> EngineView:
@@ -105,11 +106,13 @@ def test_peft_adapts_what_the_view_says_and_no_more(kind: str, models: dict[str,
 
 
 def test_peft_takes_the_class_from_the_task(models: dict[str, Path], paligemma: Path, tmp_path: Path) -> None:
-    scored = ask_peft(models["llama"], "SEQ_CLS")
+    scored = ask_peft(models["llama"], TrainedAs("SEQ_CLS"))
     assert scored.model == "LlamaForSequenceClassification"
     assert scored.modules["score"].shape == (2, 128)
     assert "lm_head" not in scored.modules
-    assert ask_peft(models["llama"], "FEATURE_EXTRACTION").modules["layers.0.self_attn.q_proj"].kind == "linear"
+    assert (
+        ask_peft(models["llama"], TrainedAs("FEATURE_EXTRACTION")).modules["layers.0.self_attn.q_proj"].kind == "linear"
+    )
     assert ask_peft(paligemma).model == "PaliGemmaForConditionalGeneration"
     unknown = tmp_path / "unknown"
     unknown.mkdir()
@@ -300,7 +303,7 @@ def test_an_answer_is_remembered(
     assert views_of(opened, ["peft", "vllm"], TASK).found == first.found
     assert started == []
     # Another task, another config: another question.
-    assert views_of(opened, ["peft"], "SEQ_CLS").missing == {"peft": "not now"}
+    assert views_of(opened, ["peft"], TrainedAs("SEQ_CLS")).missing == {"peft": "not now"}
     other = only_config(base, tmp_path / "other")
     (other / "config.json").write_text((base / "config.json").read_text() + "\n")
     assert views_of(open_base(str(other)), ["vllm"], TASK).missing == {"vllm": "not now"}

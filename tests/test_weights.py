@@ -12,7 +12,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from lora_probe.errors import UnreadableFile
-from lora_probe.files.weights import open_weights, read
+from lora_probe.files.weights import open_weights, read, widen
+from lora_probe.precision import DTYPES, Dtype
 
 
 def raw(path: Path, header: Any, data: bytes = b"") -> Path:
@@ -113,3 +114,16 @@ def test_values_of_a_file_that_shrank(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-8])
     with pytest.raises(UnreadableFile, match="ends inside tensor `a`"):
         read(file, file.tensors["a"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype.rounding is None], ids=lambda dtype: dtype.name)
+def test_values_of_other_dtypes_are_those_of_torch(dtype: Dtype) -> None:
+    """PEFT and vLLM convert every dtype with torch."""
+    import torch
+
+    raw = np.arange(256, dtype=np.uint8)
+    kind = getattr(torch, dtype.name)
+    bits = raw % 2 if dtype.name == "bool" else raw
+    expected = torch.from_numpy(bits.copy()).view(kind).to(torch.float32).numpy()
+    np.testing.assert_array_equal(widen(bits.view(dtype.storage), dtype.stored), expected)

@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import load_file, save_file
 
+from lora_probe.adapter import TrainedAs
 from lora_probe.base import EngineView, open_base
 from lora_probe.engines.remembered import _DECIDING, _installed, keys_of, remember
 
@@ -83,14 +84,20 @@ def remember_answers(folder: Path, kind: str) -> None:
     for engine, answers in _answers(kind).items():
         for task in TASKS:
             answer = answers.get(task, answers["CAUSAL_LM"] if engine == "vllm" or task == "" else None)
-            if answer is not None:
-                (key,) = keys_of(base, [engine], task or None).values()
-                remember(key, answer.replace("FOLDER", str(folder)) if isinstance(answer, str) else answer)
+            for trained in (TrainedAs(task or None), *([_mapping(folder)] if task == "" else [])):
+                if answer is not None:
+                    (key,) = keys_of(base, [engine], trained).values()
+                    remember(key, answer.replace("FOLDER", str(folder)) if isinstance(answer, str) else answer)
+
+
+def _mapping(folder: Path) -> TrainedAs:
+    """How PEFT writes down the class of a base where no task implies one."""
+    return TrainedAs(None, json.loads((folder / "config.json").read_text())["architectures"][0])
 
 
 def remember_answer(folder: Path, engine: str, answer: EngineView | str) -> None:
     """Put another answer of an engine about that base there; a text says why it has none."""
-    (key,) = keys_of(open_base(str(folder)), [engine], "CAUSAL_LM").values()
+    (key,) = keys_of(open_base(str(folder)), [engine], TrainedAs("CAUSAL_LM")).values()
     remember(key, answer)
 
 
@@ -114,10 +121,9 @@ def write_adapter(folder: Path, base: Path, seed: int = 1, trained: float = 0.05
     """An adapter as PEFT saves it, with a lora_B that has learned something: `trained` is how far it has moved."""
     raw = json.loads((DATA / "adapter_config.json").read_text()) | {"base_model_name_or_path": str(base)} | settings
     if raw["task_type"] is None:
-        # PEFT keeps the class of the base where no task implies one.
-        model = json.loads((base / "config.json").read_text())
-        library = "transformers.models.{0}.modeling_{0}".format(model["model_type"])
-        raw["auto_mapping"] = {"base_model_class": model["architectures"][0], "parent_library": library}
+        kind = json.loads((base / "config.json").read_text())["model_type"]
+        library = f"transformers.models.{kind}.modeling_{kind}"
+        raw["auto_mapping"] = {"base_model_class": _mapping(base).model_class, "parent_library": library}
     weights = _weights(base)
     modules = [name.removesuffix(".weight") for name, values in weights.items() if values.ndim == 2]
     targets = [name for name in modules if _targets(raw, name)]
@@ -221,17 +227,31 @@ def edited(source: Path, target: Path, tensors: Edit | None = None, config: Edit
     return target
 
 
+def _e4m3(tensor: Array) -> Array:
+    """The nearest float8_e4m3fn of each value, as its bits: 4 bits of exponent, 3 of mantissa."""
+    fraction, exponent = np.frexp(np.abs(tensor).astype(np.float64))
+    normal = (exponent + 6) * 8 + np.round(fraction * 16 - 8)
+    small = np.round(np.abs(tensor) * 2.0**9)
+    return (np.where(exponent > -6, normal, small) + 128 * (tensor < 0)).astype(np.uint8)
+
+
 def in_dtype(source: Path, target: Path, dtype: str) -> Path:
-    """The same adapter in float16 or bfloat16, which numpy does not have."""
+    """The same adapter in float16, int8, or a dtype which numpy does not have: bfloat16, float8_e5m2, float8_e4m3fn."""
     if dtype == "float16":
         return edited(source, target, lambda tensors: {n: t.astype(np.float16) for n, t in tensors.items()})
+    if dtype == "int8":
+        return edited(source, target, lambda tensors: {n: (t * 100).astype(np.int8) for n, t in tensors.items()})
     shutil.copytree(source, target)
-    # The upper half of a float32 is a bfloat16; safetensors knows the dtype, and numpy has only its bits.
-    halves = {n: (tensor.view(np.uint32) >> 16).astype(np.uint16) for n, tensor in load_file(target / WEIGHTS).items()}
-    save_file(halves, target / WEIGHTS, {"format": "pt"})
+    # safetensors knows the dtype, and numpy has only its bits.
+    bits, name = {
+        "bfloat16": (lambda t: (t.view(np.uint32) >> 16).astype(np.uint16), b"BF16"),
+        "float8_e5m2": (lambda t: (t.astype(np.float16).view(np.uint16) >> 8).astype(np.uint8), b"F8_E5M2"),
+        "float8_e4m3fn": (_e4m3, b"F8_E4M3"),
+    }[dtype]
+    save_file({n: bits(t) for n, t in load_file(target / WEIGHTS).items()}, target / WEIGHTS, {"format": "pt"})
     content = (target / WEIGHTS).read_bytes()
     (length,) = struct.unpack("<Q", content[:8])
-    header = content[8 : 8 + length].replace(b'"dtype":"U16"', b'"dtype":"BF16"')
+    header = re.sub(rb'"dtype":"U(8|16)"', b'"dtype":"' + name + b'"', content[8 : 8 + length])
     header += b" " * (-len(header) % 8)
     (target / WEIGHTS).write_bytes(struct.pack("<Q", len(header)) + header + content[8 + length :])
     return target

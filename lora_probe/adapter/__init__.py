@@ -7,7 +7,7 @@ the modules that it targets and the spectrum of every ΔW.
 from __future__ import annotations
 
 from lora_probe.adapter.checkpoint import Adapter, AdapterModule, OtherTensor, adapter_in, open_adapter
-from lora_probe.adapter.config import AdapterConfig, open_config
+from lora_probe.adapter.config import AdapterConfig, TrainedAs, open_config
 from lora_probe.adapter.folder import CONFIG, WEIGHTS, find_checkpoint
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "AdapterConfig",
     "AdapterModule",
     "OtherTensor",
+    "TrainedAs",
     "adapter_in",
     "find_checkpoint",
     "open_adapter",

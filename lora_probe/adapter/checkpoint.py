@@ -25,7 +25,6 @@ from lora_probe.files.limits import step
 from lora_probe.files.pickled import open_pickle
 from lora_probe.files.weights import TensorHeader, WeightsFile, open_weights, read
 from lora_probe.names import PREFIX, Key, natural
-from lora_probe.precision import FLOATS
 
 _PAIR = re.compile(
     r"^(?P<path>.+)\.(?P<half>lora_A|lora_B|lora_embedding_A|lora_embedding_B)"
@@ -70,10 +69,10 @@ class AdapterModule:
 
     @property
     def matrices(self) -> bool:
-        """Whether A and B are float matrices of one rank."""
+        """Whether A and B are matrices of one rank."""
         if self.a is None or self.b is None:
             return False
-        plain = all(len(t.shape) == 2 and 0 not in t.shape and t.dtype in FLOATS for t in (self.a, self.b))
+        plain = all(len(t.shape) == 2 and 0 not in t.shape for t in (self.a, self.b))
         return plain and self.a.shape[0] == self.b.shape[1]
 
     @property

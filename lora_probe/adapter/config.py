@@ -39,6 +39,17 @@ PEFT_DEFAULT_ALPHA = 8
 
 
 @dataclass(frozen=True)
+class TrainedAs:
+    """How the base was loaded in training: PEFT's `task_type`, and the class that `auto_mapping` names.
+
+    None where the config does not state it.
+    """
+
+    task: str | None = None
+    model_class: str | None = None
+
+
+@dataclass(frozen=True)
 class AdapterConfig:
     """The fields of `adapter_config.json` that decide what the adapter is; `raw` holds all of them."""
 
@@ -67,6 +78,13 @@ class AdapterConfig:
         if name is None:
             raise ProbeError(f"`{self.path}` does not name a base model", "pass its folder or id with --model")
         return name
+
+    @property
+    def trained_as(self) -> TrainedAs:
+        """How the base was loaded in training."""
+        mapping = self.raw.get("auto_mapping")
+        model_class = mapping.get("base_model_class") if isinstance(mapping, dict) else None
+        return TrainedAs(_text(self.raw.get("task_type")), _text(model_class))
 
     @property
     def variants(self) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lora_probe.adapter.pattern_index import ends, is_word, parts
+from lora_probe.adapter.saved import names_without_pairs
 from lora_probe.files.regexes import Expressions
 
 ALL_LINEAR = "all-linear"
@@ -27,7 +28,7 @@ class Targets:
         self._wanted = frozenset(modules if isinstance(modules, tuple) else ())
         excluded = raw.get("exclude_modules") or ()
         self._excluded: str | frozenset[str] = excluded if isinstance(excluded, str) else frozenset(excluded)
-        saved = tuple(raw.get("modules_to_save") or ())
+        saved = names_without_pairs(raw)
         self._saved = frozenset(filter(is_word, saved))
         self._saving = [saving(name) for name in saved if not is_word(name)]
         parameters = raw.get("target_parameters") or ()

@@ -7,15 +7,15 @@ notes about what is missing.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lora_probe.adapter import Adapter
+from lora_probe.adapter import Adapter, TrainedAs
 from lora_probe.base import Base, EngineView, open_base
 from lora_probe.engines.describing import views_of
 from lora_probe.errors import ModelNotFound, ProbeError
-from lora_probe.prediction import predictors
+from lora_probe.prediction import peft, predictors
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,13 @@ class BaseViews:
 class Bases:
     """The base models that were opened so far, and the engines' views of them."""
 
-    def __init__(self, model: str | None, progress: Callable[[str], None]) -> None:
+    def __init__(self, model: str | None, progress: Callable[[str], None], engines: Sequence[str] = ()) -> None:
         self.model = model
         self.progress = progress
+        # PEFT's names are those of the base, so it is always asked.
+        self._engines = tuple(name for name in predictors() if not engines or name in engines or name == peft.NAME)
         self._bases: dict[str, Base | ProbeError] = {}
-        self._views: dict[tuple[Path, str | None], BaseViews] = {}
+        self._views: dict[tuple[Path, TrainedAs], BaseViews] = {}
         if model is not None:
             # A base model that the user passed must exist.
             self._bases[model] = open_base(model)
@@ -55,11 +57,11 @@ class Bases:
             return None, name, (f"base model `{name}` (from adapter_config.json) {why}; pass --model",)
         return base, name, ()
 
-    def views(self, base: Base, task: str | None) -> BaseViews:
+    def views(self, base: Base, trained: TrainedAs) -> BaseViews:
         """Each engine's view of the base model; made from the headers of its files if an engine has none."""
-        key = base.path, task
+        key = base.path, trained
         if key not in self._views:
-            answers = views_of(base, tuple(predictors()), task, self.progress)
+            answers = views_of(base, self._engines, trained, self.progress)
             views, notes = dict(answers.found), []
             for engine, reason in answers.missing.items():
                 why = _short(reason)

@@ -44,7 +44,8 @@ class NotRun:
 @dataclass(frozen=True)
 class Report:
     """The result of `check` for one adapter folder. `ledgers` is empty if the files cannot be read at all. `vllm` is
-    the version that the prediction is for; `ignored` counts findings of rules that were not selected."""
+    the version that the prediction is for; `ignored` counts findings of rules that were not selected. `not_served`
+    holds the engines that the adapter is not judged for, because they do not serve its model, each with why."""
 
     adapter: Path
     model: str | None
@@ -54,6 +55,7 @@ class Report:
     notes: tuple[str, ...] = field(default=())
     vllm: str = ""
     ignored: int = 0
+    not_served: Mapping[str, str] = field(default_factory=dict)
 
     def count(self, severity: Severity) -> int:
         return sum(diagnostic.severity == severity for diagnostic in self.diagnostics)
@@ -72,10 +74,18 @@ def check(
     vllm_version: str | None = None,
     select: Sequence[str] = (),
     ignore: Sequence[str] = (),
+    engines: Sequence[str] = (),
 ) -> Report:
     """What is wrong with one adapter. Accepts and raises the same as `check_all`."""
-    arguments = {"model": model, "options": options, "vllm_version": vllm_version, "select": select, "ignore": ignore}
-    (report,) = check_all([adapter], **arguments)  # type: ignore[arg-type]
+    (report,) = check_all(
+        [adapter],
+        model=model,
+        options=options,
+        vllm_version=vllm_version,
+        select=select,
+        ignore=ignore,
+        engines=engines,
+    )
     return report
 
 
@@ -87,20 +97,25 @@ def check_all(
     vllm_version: str | None = None,
     select: Sequence[str] = (),
     ignore: Sequence[str] = (),
+    engines: Sequence[str] = (),
     progress: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Report]:
     """A report for each folder, as soon as it is done. Each engine describes each base model only once.
 
     `model` is the base model; by default each adapter's own base model, if it is on this machine. `options` are vLLM's
     flags by their names (`max_lora_rank`, `dtype`, `lora_dtype`, `lora_target_modules`; others have no effect here).
-    `select` and `ignore` contain rule codes, prefixes of codes (`LP2`, `LP2xx`) or rule names.
+    `select` and `ignore` contain rule codes, prefixes of codes (`LP2`, `LP2xx`) or rule names. `engines` are those that
+    the adapters are judged for; by default all that serve the model that an adapter was trained on.
 
     Raises:
-        ProbeError: there is no such folder, base model or rule, or the version of vLLM is unknown.
+        ProbeError: there is no such folder, base model, rule or engine, or the version of vLLM is unknown.
     """
     selected = selection(select, ignore)
     serving = _serving(options or {}, vllm_version)
-    bases = Bases(model, progress)
+    for engine in engines:
+        if engine not in predictors():
+            raise ProbeError(f"unknown engine `{engine}`", f"engines: {', '.join(predictors())}")
+    bases = Bases(model, progress, engines)
     for adapter in adapters:
         limits.begin(Path(adapter))
         try:
@@ -112,7 +127,7 @@ def check_all(
             yield _unreadable(Path(adapter), (), model, error, selected)
             continue
         progress(f"reading {folder}")
-        yield _report(folder, notes, serving, bases, selected)
+        yield _report(folder, notes, serving, bases, selected, engines)
 
 
 def _holds_weights(folder: Path) -> bool:
@@ -133,7 +148,7 @@ def fix_for(adapter: str | Path, model: str | None = None, progress: Callable[[s
     opened = open_adapter(folder)
     bases = Bases(model, progress)
     base, _, _ = bases.base(opened)
-    views = bases.views(base, _task(opened)).views if base is not None else {}
+    views = bases.views(base, opened.config.trained_as).views if base is not None else {}
     return find_fix(opened, subject_of(opened, _serving({}, None), base, views).shapes)
 
 
@@ -175,12 +190,21 @@ def _serving(options: Mapping[str, Any], vllm_version: str | None) -> Serving:
     return Serving(behaviour(vllm_version), lora_target_modules=tuple(targets) if targets else None, **settings)
 
 
-def _report(folder: Path, notes: tuple[str, ...], serving: Serving, bases: Bases, selected: frozenset[str]) -> Report:
+def _report(
+    folder: Path,
+    notes: tuple[str, ...],
+    serving: Serving,
+    bases: Bases,
+    selected: frozenset[str],
+    engines: Sequence[str],
+) -> Report:
     try:
         adapter = open_adapter(folder)
         base, name, base_notes = bases.base(adapter)
-        described = bases.views(base, _task(adapter)) if base is not None else BaseViews()
-        subject = subject_of(adapter, serving, base, described.views, described.missing)
+        described = bases.views(base, adapter.config.trained_as) if base is not None else BaseViews()
+        not_served = {} if engines else _not_served(adapter, described)
+        judged = [name for name in predictors() if name not in not_served and (not engines or name in engines)]
+        subject = subject_of(adapter, serving, base, described.views, described.missing, judged)
         prediction = predict(subject)
     except UnreadableFile as error:
         return _unreadable(folder, notes, bases.model, error, selected)
@@ -196,12 +220,17 @@ def _report(folder: Path, notes: tuple[str, ...], serving: Serving, bases: Bases
         (*notes, *base_notes, *described.notes),
         serving.vllm.version,
         len(every) - len(diagnostics),
+        not_served,
     )
 
 
-def _task(adapter: Adapter) -> str | None:
-    task = adapter.config.raw.get("task_type")
-    return task if isinstance(task, str) else None
+def _not_served(adapter: Adapter, described: BaseViews) -> dict[str, str]:
+    """The engines that do not serve the model that the adapter was trained on, each with why."""
+    reasons = {
+        name: predictor.not_served(adapter.config.trained_as, described.views)
+        for name, predictor in predictors().items()
+    }
+    return {name: why for name, why in reasons.items() if why}
 
 
 def _unreadable(

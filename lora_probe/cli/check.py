@@ -34,6 +34,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--recursive", action="store_true", help="check every adapter in and below the folders")
     parser.add_argument("--model", metavar="BASE", help="base model: a folder or an id; default: each adapter's own")
+    parser.add_argument(
+        "--engine",
+        action="extend",
+        type=_engines,
+        metavar="ENGINES",
+        help="judge for these, separated by commas: peft,vllm; default: all that serve the adapter's model",
+    )
     parser.add_argument("--vllm-version", metavar="X", help="predict for this vLLM version; default: the installed one")
     rules = parser.add_argument_group("rules", "by code, prefix (LP2, LP2xx) or name; `lora-probe rule` lists them")
     rules.add_argument("--select", action="extend", type=_codes, metavar="CODES", help="run only these: LP2,LP301")
@@ -50,6 +57,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     fix.add_argument("--diff", action="store_true", help="print what --fix would rename, without writing anything")
     add_engine(parser, "dtype that the engine is started with", running=False)
     add_limits(parser)
+
+
+def _engines(word: str) -> list[str]:
+    return [name.strip() for name in word.split(",") if name.strip()]
 
 
 def _codes(word: str) -> list[str]:
@@ -82,6 +93,7 @@ def _check(wanted: Requested, options: argparse.Namespace, fixed: FixResult | No
         vllm_version=options.vllm_version,
         select=options.select or [],
         ignore=options.ignore or [],
+        engines=options.engine or [],
     )
     result = _read(wanted, check, options, fixed)
     for path in wanted.skipped:
@@ -176,6 +188,7 @@ COMMAND = Command(
     "find problems in adapters, before an engine runs",
     "  lora-probe check ckpt/\n"
     "  lora-probe check ckpt/ --model base/ --max-lora-rank 64 --vllm-version 0.32\n"
+    "  lora-probe check ckpt/ --engine peft\n"
     "  lora-probe check runs/ --recursive --select LP2,LP301 --strict\n"
     "  lora-probe check ckpt/ --format json | jq '.ledger.vllm.took_effect'\n"
     "  lora-probe check adapters/ --recursive --format sarif > lora-probe.sarif\n"

@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
 
+from lora_probe.adapter.config import TrainedAs
 from lora_probe.base.engine_view import EngineView
 from lora_probe.base.model import Base
 from lora_probe.errors import EngineFailed, ProbeError
@@ -30,15 +31,15 @@ class Engine(Protocol):
     imported when it is created.
     """
 
-    def describe(self, base: Base, task: str | None) -> EngineView:
+    def describe(self, base: Base, trained: TrainedAs) -> EngineView:
         """Which modules the engine has for `base`, under which names, and which of them it adapts.
 
-        No weights are read and no engine is started: `config.json` is enough. `task` is PEFT's `task_type`
-        (`CAUSAL_LM`, `SEQ_CLS`, ...), None if the adapter has none.
+        No weights are read and no engine is started: `config.json` is enough. `trained` is how the adapter's trainer
+        loaded the base, which decides the class of the model.
 
         Raises:
-            EngineFailed: the engine cannot build this model; with its own message. A class that does not accept
-                adapters is not an error.
+            EngineFailed: the engine cannot build this model; with its own message. A class that the engine does not
+                serve, or not with adapters, is not an error: `EngineView.refuses`.
         """
         ...
 

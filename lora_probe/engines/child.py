@@ -17,6 +17,7 @@ from pathlib import Path
 
 import msgspec
 
+from lora_probe.adapter import TrainedAs
 from lora_probe.base import open_base
 from lora_probe.engines import make
 from lora_probe.engines.allowed import Allowed, Watched
@@ -41,11 +42,11 @@ class Failure(msgspec.Struct, frozen=True):
 
 
 class DescribeSpec(msgspec.Struct, frozen=True):
-    """describe.json. `task` is PEFT's task_type."""
+    """describe.json."""
 
     engine: str
     model: str
-    task: str | None = None
+    trained: TrainedAs
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,7 @@ def _describe_into(folder: Path) -> None:
     engine = make(spec.engine)
     if not hasattr(engine, "describe"):
         raise EngineFailed(f"the engine `{spec.engine}` cannot describe a base model: it has no `describe`")
-    write_json(folder / VIEW, engine.describe(open_base(spec.model), spec.task))
+    write_json(folder / VIEW, engine.describe(open_base(spec.model), spec.trained))
 
 
 def _die_with_parent() -> None:

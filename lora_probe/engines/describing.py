@@ -1,6 +1,6 @@
 """The engines' views of a base model. Each engine describes it in a separate process; answers are cached on disk.
 
-In: a base model, engines, PEFT's task type. Out: `Views`. No engine's library is imported here.
+In: a base model, engines, how the base was loaded in training. Out: `Views`. No engine's library is imported here.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import msgspec
 
+from lora_probe.adapter import TrainedAs
 from lora_probe.base import Base, EngineView
 from lora_probe.engines import require
 from lora_probe.engines.allowed import DESCRIBE as ALLOWED
@@ -46,7 +47,7 @@ class _Stopped(str):
 
 
 def views_of(
-    base: Base, engines: Sequence[str], task: str | None, progress: Callable[[str], None] = lambda _: None
+    base: Base, engines: Sequence[str], trained: TrainedAs, progress: Callable[[str], None] = lambda _: None
 ) -> Views:
     """The views of `base` of each of `engines`. Engines without a cached answer run at the same time.
 
@@ -64,7 +65,7 @@ def views_of(
             missing[engine] = error.message
             continue
         installed.append(engine)
-    for engine, key in keys_of(base, installed, task).items():
+    for engine, key in keys_of(base, installed, trained).items():
         answer = remembered(key)
         if answer is None:
             to_run[engine] = key
@@ -74,7 +75,7 @@ def views_of(
             missing[engine] = answer
     if to_run:
         progress(f"listing the modules of {_name_of(base)} in {' and '.join(to_run)}")
-    for engine, result in (_ask_all(base, list(to_run), task) if to_run else {}).items():
+    for engine, result in (_ask_all(base, list(to_run), trained) if to_run else {}).items():
         answer = msgspec.json.decode(result, type=EngineView) if isinstance(result, bytes) else result
         if isinstance(answer, EngineView):
             found[engine] = answer
@@ -95,10 +96,10 @@ def _name_of(base: Base) -> str:
     return folder.name
 
 
-def _ask_all(base: Base, engines: list[str], task: str | None) -> dict[str, bytes | str]:
+def _ask_all(base: Base, engines: list[str], trained: TrainedAs) -> dict[str, bytes | str]:
     stop = threading.Event()
     with limits.waiting(), ThreadPoolExecutor(max_workers=len(engines)) as pool:
-        running = {engine: pool.submit(_ask, base, engine, task, stop) for engine in engines}
+        running = {engine: pool.submit(_ask, base, engine, trained, stop) for engine in engines}
         try:
             # Waits in short steps: a signal that arrives in another thread must be handled in this one.
             while wait(running.values(), POLL_SECONDS).not_done:
@@ -109,7 +110,7 @@ def _ask_all(base: Base, engines: list[str], task: str | None) -> dict[str, byte
             raise
 
 
-def _ask(base: Base, engine: str, task: str | None, stop: threading.Event) -> bytes | str:
+def _ask(base: Base, engine: str, trained: TrainedAs, stop: threading.Event) -> bytes | str:
     """The engine's view as JSON, or why there is none."""
 
     def heed(_: Progress) -> None:
@@ -118,7 +119,7 @@ def _ask(base: Base, engine: str, task: str | None, stop: threading.Event) -> by
 
     with tempfile.TemporaryDirectory(prefix="lora-probe-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
-        write_json(folder / DESCRIBE, DescribeSpec(engine, str(base.path.resolve()), task))
+        write_json(folder / DESCRIBE, DescribeSpec(engine, str(base.path.resolve()), trained))
         try:
             run_child(folder, 0, heed, ALLOWED)
             if (size := (folder / VIEW).stat().st_size) > MAX_ANSWER:

@@ -1,8 +1,8 @@
 """The cache of the engines' answers about base models, so that the next check of a base model starts no engine.
 
-In: a base model, an engine, PEFT's task type. Out: the cached answer (an `EngineView`, or the reason why there is
-none), or nothing. The key of an answer is a digest of everything that it depends on. Answers are in a folder that only
-its owner can open, and are used only if the file is unchanged.
+In: a base model, an engine, how the base was loaded in training. Out: the cached answer (an `EngineView`, or the reason
+why there is none), or nothing. The key of an answer is a digest of everything that it depends on. Answers are in a
+folder that only its owner can open, and are used only if the file is unchanged.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 
 import msgspec
 
+from lora_probe.adapter import TrainedAs
 from lora_probe.base import Base, EngineView
 from lora_probe.base.engine_view import SCHEMA
 from lora_probe.engines.launch import versions
@@ -82,12 +83,12 @@ def remember(key: str | None, answer: EngineView | str) -> None:
             raise
 
 
-def keys_of(base: Base, engines: Sequence[str], task: str | None) -> dict[str, str | None]:
+def keys_of(base: Base, engines: Sequence[str], trained: TrainedAs) -> dict[str, str | None]:
     """For each engine the key of its answer: a digest of everything that the answer depends on; None to disable the
     cache.
 
-    It covers the contents of the base model's folder, the engine and the task, the installed packages, the machine, and
-    the environment variables that engines read.
+    It covers the contents of the base model's folder, the engine, how the base was loaded, the installed packages, the
+    machine, and the environment variables that engines read.
     """
     nothing: dict[str, str | None] = dict.fromkeys(engines)
     if os.environ.get(NO_CACHE) == "1":
@@ -100,7 +101,7 @@ def keys_of(base: Base, engines: Sequence[str], task: str | None) -> dict[str, s
         return nothing
     variables = sorted((k, v) for k, v in os.environ.items() if k.startswith(_DECIDING))
     machine = sys.version, platform.machine(), platform.node()
-    digest.update(msgspec.json.encode([SCHEMA, task, sorted(versions().items()), machine, variables]))
+    digest.update(msgspec.json.encode([SCHEMA, trained, sorted(versions().items()), machine, variables]))
     digest.update(msgspec.json.encode(sorted(_installed())))
     keys = nothing
     for engine in engines:

@@ -24,7 +24,7 @@ import numpy.typing as npt
 from lora_probe.errors import TooLarge, UnreadableFile, out_of_memory
 from lora_probe.files.limits import step
 from lora_probe.files.untrusted import brief, is_text, opened, shown, wrong_file_type
-from lora_probe.precision import FLOATS, STORED
+from lora_probe.precision import STORED
 
 MAX_HEADER = 100_000_000
 """Bytes; the limit of the reference implementation."""
@@ -223,15 +223,13 @@ def _entry(name: str, entry: object, data: int, room: int) -> TensorHeader:
 
 
 def read(file: WeightsFile, tensor: TensorHeader) -> npt.NDArray[np.float32]:
-    """The values of `tensor`, as float32 (float64 is narrowed, bfloat16 and float16 widened exactly).
+    """The values of `tensor`, as float32: as PEFT and vLLM convert them, which accept every dtype. float64 is narrowed.
 
     Raises:
-        UnreadableFile: the dtype is not a float, the tensor is too large, or the file has become shorter.
+        UnreadableFile: the tensor is too large, or the file has become shorter.
         TooLarge: there is not enough memory for it.
     """
     where = f"tensor `{shown(tensor.name)}` in `{file.path}`"
-    if tensor.dtype not in FLOATS:
-        raise UnreadableFile(f"{where} is {tensor.dtype}, not a float")
     if tensor.parameters > MAX_VALUES:
         raise UnreadableFile(
             f"{where} has {tensor.parameters:,} values, more than any lora_A or lora_B has",
@@ -260,9 +258,29 @@ def widen(raw: npt.NDArray[Any], dtype: str) -> npt.NDArray[np.float32]:
         wide = raw.astype(np.uint32)
         wide <<= 16
         return wide.view(np.float32)
+    if dtype in _EIGHT_BITS:
+        values: npt.NDArray[np.float32] = _EIGHT_BITS[dtype][raw]
+        return values
     with np.errstate(over="ignore"):
         narrowed: npt.NDArray[np.float32] = raw.astype(np.float32, copy=False)
     return narrowed
+
+
+def _eight_bits() -> dict[str, npt.NDArray[np.float32]]:
+    """The 256 values of each 8-bit float (OCP "8-bit Floating Point Specification" and "Microscaling Formats")."""
+    codes = np.arange(256)
+    sign, exponent, mantissa = 1 - 2.0 * (codes >> 7), codes >> 3 & 15, codes & 7
+    e4m3 = sign * np.where(exponent == 0, mantissa * 2.0**-9, (8 + mantissa) * 2.0 ** (exponent - 10.0))
+    e4m3[[0x7F, 0xFF]] = np.nan
+    # A float8_e5m2 is the upper half of a float16.
+    e5m2 = (codes << 8).astype(np.uint16).view(np.float16)
+    e8m0 = np.where(codes == 255, np.nan, 2.0 ** (codes - 127.0))
+    return {
+        name: values.astype(np.float32) for name, values in (("F8_E4M3", e4m3), ("F8_E5M2", e5m2), ("F8_E8M0", e8m0))
+    }
+
+
+_EIGHT_BITS = _eight_bits()
 
 
 def read_bytes(

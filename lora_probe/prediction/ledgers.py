@@ -8,7 +8,7 @@ predictors.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lora_probe.adapter.spectrum import Spectrum, pair_spectrum
 from lora_probe.files.limits import step
@@ -35,19 +35,29 @@ def predict(subject: Subject) -> Prediction:
     findings: list[tuple[Rule, AdapterFinding]] = []
     not_run: list[tuple[Rule, str]] = []
     for rule, survey in surveys():
+        if rule.engines and not set(rule.engines) & set(subject.engines):
+            continue
         step(f"running the rule {rule.code} {rule.name}", subject.adapter.path)
         why = _why_not(subject, rule.needs)
         if why:
             not_run.append((rule, why))
         else:
-            findings += [(rule, finding) for finding in survey(subject)]
+            findings += [(rule, about) for finding in survey(subject) for about in _judged(finding, subject.engines)]
     spectra = {pair.key: pair_spectrum(subject.adapter, pair) for pair in subject.adapter.modules}
     ledgers = {}
-    for engine, predictor in predictors().items():
+    for engine in subject.engines:
+        predictor = predictors()[engine]
         step(f"predicting the ledger of {engine}", subject.adapter.path)
         about = [(rule, finding) for rule, finding in findings if engine in (finding.engines or rule.in_engines)]
         ledgers[engine] = _ledger(subject, predictor, spectra, about)
     return Prediction(ledgers, tuple(findings), tuple(not_run))
+
+
+def _judged(finding: AdapterFinding, engines: Sequence[str]) -> Iterator[AdapterFinding]:
+    """The finding for those engines that the adapter is judged for, if it is about one of them."""
+    about = tuple(engine for engine in finding.engines if engine in engines)
+    if about or not finding.engines:
+        yield replace(finding, engines=about)
 
 
 def _why_not(subject: Subject, needs: Needs) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 
-from lora_probe.adapter import Adapter
+from lora_probe.adapter import Adapter, TrainedAs
 from lora_probe.base import Base, EngineView
 from lora_probe.base.engine_view import of_headers
 from lora_probe.files.extensions import PREDICTORS, broken, engine_names, load, points
@@ -29,6 +29,10 @@ Refusal = tuple[str, str]
 """The code of the rule that a refusal falls under, and the engine's message."""
 
 
+def _always(trained: TrainedAs, views: Mapping[str, EngineView]) -> str:
+    return ""
+
+
 def _never(subject: Subject, row: Expected, place: Place | None) -> Refusal | None:
     return None
 
@@ -42,14 +46,17 @@ class Predictor:
 
     `judge` returns `read` and `placed` of a row that has a pair in the file. The place is None if the engine's modules
     for the base model are unknown. `refuse` returns why the engine refuses the whole adapter for the shapes of a row.
-    `resolve` returns where each pair leads. `view_of_headers` replaces the engine's own answer if it cannot be asked.
-    `ignored_fields` are keys of adapter_config.json that the engine never reads.
+    `not_served` returns why the engine does not serve the model that the adapter was trained on, empty if it may; its
+    views are empty if the base model is unknown. `resolve` returns where each pair leads. `view_of_headers` replaces
+    the engine's own answer if it cannot be asked. `ignored_fields` are keys of adapter_config.json that the engine
+    never reads.
     """
 
     name: str
     title: str
     judge: Callable[[Subject, Expected, Place | None], tuple[Finding, Finding]]
     refuse: Callable[[Subject, Expected, Place | None], Refusal | None] = _never
+    not_served: Callable[[TrainedAs, Mapping[str, EngineView]], str] = _always
     resolve: Callable[[EngineView, Adapter, Serving], Mapping[Key, Place]] = resolve
     view_of_headers: Callable[[Base, str, str], EngineView | None] = of_headers
     needs: tuple[str, ...] = ()

@@ -5,7 +5,7 @@ In: an adapter, the base and the engines' views of it where they are known, and 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from lora_probe.adapter import Adapter
 from lora_probe.base import Base, EngineView
@@ -20,12 +20,15 @@ def subject_of(
     base: Base | None = None,
     views: Mapping[str, EngineView] | None = None,
     unasked: Mapping[str, str] | None = None,
+    engines: Sequence[str] | None = None,
 ) -> Subject:
-    """All that is known about `adapter`. `views` holds the engines' modules, `unasked` why an engine was not asked."""
+    """All that is known about `adapter`. `views` holds the engines' modules, `unasked` why an engine was not asked;
+    `engines` are those that it is judged for, by default all."""
     views = views or {}
     adapter = with_default_targets(adapter, views)
     shapes = shapes_in(views)
     if shapes is None and base is not None:
         shapes = base.shapes or None
     places = {engine: predictors()[engine].resolve(view, adapter, serving) for engine, view in views.items()}
-    return Subject(adapter, serving, base, views, unasked or {}, shapes, places)
+    judged = tuple(predictors()) if engines is None else tuple(engines)
+    return Subject(adapter, serving, base, views, unasked or {}, shapes, places, judged)

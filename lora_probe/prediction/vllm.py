@@ -11,13 +11,14 @@ from collections.abc import Mapping
 
 from msgspec.structs import replace
 
-from lora_probe.adapter import Adapter, AdapterModule
+from lora_probe.adapter import Adapter, AdapterModule, TrainedAs
 from lora_probe.base import Base, EngineView, ModuleView
 from lora_probe.base.engine_view import EXPERT, of_headers
 from lora_probe.ledger import OK, Finding
 from lora_probe.names import PREFIX, Key
 from lora_probe.prediction.places import name_in_file, place_of
 from lora_probe.prediction.predictor import Predictor, Refusal, expected_shape, no_module, not_known
+from lora_probe.rules.lp1_config import TASKS
 from lora_probe.rules.lp2_names import wrapper_in_name
 from lora_probe.rules.lp2_weights import half_missing
 from lora_probe.rules.lp3_names import no_lora_layer_there, skipped
@@ -103,6 +104,28 @@ def _passes(place: Place, targets: tuple[str, ...]) -> bool:
     )
 
 
+def _not_served(trained: TrainedAs, views: Mapping[str, EngineView]) -> str:
+    """Classes that vLLM cannot serve, not with adapters, or not with the head that the adapter was trained with."""
+    if not views:
+        other = trained.task in TASKS and trained.task != "CAUSAL_LM"
+        other = other or not (trained.model_class or CAUSAL[0]).endswith(CAUSAL)
+        return "whether vLLM serves it depends on the base model" if other else ""
+    view, trained_on = views.get(NAME), views.get("peft")
+    if view is None:
+        return ""
+    if view.refuses:
+        return f"vLLM serves this base model without adapters ({view.refuses})" if view.modules else view.refuses
+    if trained.task in WITH_HEAD and trained_on is not None and view.model != trained_on.model:
+        return f"vLLM serves this base model as {view.model}, not as the {trained_on.model} of the adapter"
+    return ""
+
+
+WITH_HEAD = frozenset({"SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"})
+"""PEFT's tasks whose models have another head than the base that they are made of."""
+CAUSAL = ("ForCausalLM", "LMHeadModel")
+"""Ends of the names of transformers' causal language models."""
+
+
 def _refuse(subject: Subject, row: Expected, place: Place | None) -> Refusal | None:
     """Why vLLM fails while it fills the slot (`set_lora`, `optimize`), if it does: shapes must not be larger."""
     pair = row.entry
@@ -158,6 +181,7 @@ PREDICTOR = Predictor(
     title="vLLM",
     judge=_judge,
     refuse=_refuse,
+    not_served=_not_served,
     resolve=_resolve,
     view_of_headers=view_of_headers,
     needs=("vllm",),

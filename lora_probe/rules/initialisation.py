@@ -16,7 +16,6 @@ from lora_probe.adapter import Adapter, AdapterModule
 from lora_probe.base import Base
 from lora_probe.errors import UnreadableFile
 from lora_probe.files.weights import open_weights, read
-from lora_probe.precision import FLOATS
 
 Floats = npt.NDArray[np.float32]
 
@@ -64,8 +63,7 @@ def _fits(pair: AdapterModule, base: Base) -> bool:
     # With one row of A a match may be chance.
     if not matrices or pair.a.shape[0] < 2 or pair.a.shape[0] != pair.b.shape[1]:
         return False
-    floats = pair.a.dtype in FLOATS and pair.b.dtype in FLOATS
-    return floats and (pair.b.shape[0], pair.a.shape[1]) == shape
+    return (pair.b.shape[0], pair.a.shape[1]) == shape
 
 
 def _balanced(a: Floats, b: Floats) -> bool:

@@ -174,6 +174,30 @@ def adapter_name_in_keys(subject: Subject) -> Iterator[AdapterFinding]:
 
 
 @survey(
+    "LP222",
+    "integer-weights",
+    severity="warning",
+    hint="save the adapter again in the dtype of the training: no engine reads the scale of a quantised tensor",
+)
+def integer_weights(subject: Subject) -> Iterator[AdapterFinding]:
+    """A or B holds integers.
+
+    Why it matters: PEFT 0.21 and vLLM 0.32 convert every dtype to that of the model and report nothing. For 8-bit
+    floats that is right. Integers are usually quantised weights, which mean nothing without their scale.
+    """
+    whole = [
+        tensor
+        for pair in subject.adapter.modules
+        for tensor in (pair.a, pair.b)
+        if tensor is not None and tensor.dtype[:1] in "IUB" and tensor.dtype != "BF16"
+    ]
+    if whole:
+        more = f" (and {len(whole) - 1} more)" if len(whole) > 1 else ""
+        message = f"`{shown(whole[0].name)}`{more} has dtype {whole[0].dtype}; engines convert it as it is"
+        yield AdapterFinding(message, path=subject.adapter.weights.path)
+
+
+@survey(
     "LP216",
     "module-twice",
     hint="keep one of the two: engines differ in which one they use",

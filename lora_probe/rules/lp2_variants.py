@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from lora_probe.adapter.pattern_index import beginnings
+from lora_probe.adapter.saved import saved_names, saves_module, saves_tensor
 from lora_probe.adapter.variants import EXTRAS
 from lora_probe.base.engine_view import CLASSIFIER_HEADS
 from lora_probe.files import brief, shown
@@ -27,7 +28,8 @@ def tensors_without_flag(subject: Subject) -> Iterator[AdapterFinding]:
 
     What it does: looks for magnitude vectors without `use_dora`, biases of lora_B without `lora_bias`, biases of the
     base model with `bias: none`, trained tokens without `trainable_token_indices`, whole modules without
-    `modules_to_save`.
+    `modules_to_save`. PEFT adds the heads of some tasks to `modules_to_save` by itself (`classifier` and `score` for
+    SEQ_CLS and TOKEN_CLS, `qa_outputs` for QUESTION_ANS); these need no flag.
 
     Why it matters: the flag was probably removed to get past an error. PEFT 0.21 silently drops a variant's tensors
     and runs plain LoRA; a tensor that is named like a parameter of the base model (biases, whole modules) silently
@@ -84,28 +86,22 @@ def flag_without_tensors(subject: Subject) -> Iterator[AdapterFinding]:
 
 
 def _unsaved(subject: Subject) -> list[str]:
-    """Modules of the base model that modules_to_save lists and the file lacks. Unknown names do not count."""
-    view = subject.views.get("peft")
-    wanted = set(_list(subject.adapter.config.raw.get("modules_to_save")))
-    if view is None or not wanted:
+    """Modules of the base model that PEFT saves as a whole and the file lacks. Unknown names do not count."""
+    view, names = subject.views.get("peft"), saved_names(subject.adapter.config.raw)
+    if view is None or not names:
         return []
-    # PEFT compares the plain ends of names, so `norm` means `input_layernorm` as well.
-    lengths = {len(end) for end in wanted}
+    whole = {module for module in view.modules if saves_module(names, module)}
     modules = [
         module
         for module, described in view.modules.items()
         if (described.kind != "other" or "norm" in described.why_not.lower())
-        and any(module[len(module) - length :] in wanted for length in lengths if length <= len(module))
+        and (module in whole or not whole.isdisjoint(beginnings(module)))
     ]
     absent = set(modules)
     for name in subject.adapter.weights.tensors:
         if ".lora_" not in name:
             absent.difference_update(beginnings(name.removeprefix(PREFIX)))
     return [module for module in modules if module in absent]
-
-
-def _list(value: Any) -> list[str]:
-    return [value] if isinstance(value, str) else list(value or ())
 
 
 def _variants(subject: Subject) -> dict[str, tuple[str, list[str]]]:
@@ -117,13 +113,14 @@ def _variants(subject: Subject) -> dict[str, tuple[str, list[str]]]:
         "modules_to_save": ("whole modules", []),
     }
     resized = _resized_embeddings(subject)
+    names = saved_names(subject.adapter.config.raw)
     for name in subject.adapter.weights.tensors:
         field = next((field for field, extra in EXTRAS.items() if extra.is_named(name)), None)
         if field is not None:
             saved[field][1].append(name)
         elif "trainable_tokens" in name:
             saved["trainable_token_indices"][1].append(name)
-        elif ".lora_" in name:
+        elif ".lora_" in name or saves_tensor(names, name.removeprefix(PREFIX)):
             continue
         elif name.endswith(".bias") and not any(f".{head}." in name for head in CLASSIFIER_HEADS):
             saved["bias"][1].append(name)

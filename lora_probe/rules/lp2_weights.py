@@ -6,7 +6,6 @@ from lora_probe.adapter import AdapterConfig, AdapterModule
 from lora_probe.adapter.spectrum import Spectrum
 from lora_probe.adapter.variants import EXTRAS
 from lora_probe.files import brief
-from lora_probe.precision import FLOATS
 from lora_probe.rules.registry import Sentence, rule
 
 
@@ -166,10 +165,10 @@ def not_finite(spectrum: Spectrum) -> str | None:
     "not-a-matrix",
     "stored",
     "wrong",
-    hint="gather the weights of a sharded model and save again without quantisation",
+    hint="gather the weights of a sharded model, and save the adapter again",
 )
 def not_a_matrix(pair: AdapterModule) -> str | None:
-    """A or B is not a two-dimensional float matrix, or their ranks disagree.
+    """A or B is not a two-dimensional matrix, or their ranks disagree.
 
     Why it matters: shards that were saved without gathering are flat or empty. vLLM 0.32 fails at the first request
     with an IndexError that does not name a tensor; PEFT 0.21 reports a size mismatch.
@@ -183,8 +182,6 @@ def not_a_matrix(pair: AdapterModule) -> str | None:
             continue
         if len(tensor.shape) != 2 or 0 in tensor.shape:
             return f"{half} has shape {_text(tensor.shape)}, which is not a matrix"
-        if tensor.dtype not in FLOATS:
-            return f"{half} has dtype {tensor.dtype}, not a float type"
     if pair.a is not None and pair.b is not None and pair.a.shape[0] != pair.b.shape[1]:
         return f"lora_A has rank {pair.a.shape[0]}, lora_B has rank {pair.b.shape[1]}"
     return None

@@ -45,7 +45,8 @@ class Subject:
 
     `views` holds each engine's modules for the base, `unasked` why an engine could not be asked. `shapes` are the
     modules of the base by the names of Transformers, as far as PEFT can adapt them; None if the base is unknown.
-    `places` maps each engine in `views` and each pair to where it leads.
+    `places` maps each engine in `views` and each pair to where it leads. `engines` are those that the adapter is judged
+    for; others may have a view.
     """
 
     adapter: Adapter
@@ -55,6 +56,7 @@ class Subject:
     unasked: Mapping[str, str] = field(default_factory=dict)
     shapes: Shapes | None = None
     places: Mapping[str, Mapping[Key, Place]] = field(default_factory=dict)
+    engines: tuple[str, ...] = ()
 
     @cached_property
     def targeted(self) -> frozenset[str]:

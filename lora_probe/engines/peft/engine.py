@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from lora_probe.adapter import open_adapter
+from lora_probe.adapter import TrainedAs, open_adapter
 from lora_probe.adapter.variants import EXTRAS, LORA_BIAS
 from lora_probe.base import Base, EngineView
 from lora_probe.engines.load_record import LoadRecord
@@ -46,11 +46,11 @@ class PeftEngine:
             "peft": peft.__version__,
         }
 
-    def describe(self, base: Base, task: str | None) -> EngineView:
+    def describe(self, base: Base, trained: TrainedAs) -> EngineView:
         """See `lora_probe.engines.Engine.describe`."""
         from lora_probe.engines.peft.view import describe
 
-        return describe(base, task, self.versions["peft"])
+        return describe(base, trained, self.versions["peft"])
 
     def record(self, spec: RunSpec, folder: Path) -> None:
         """See `lora_probe.engines.Engine.record`."""

@@ -1,37 +1,46 @@
 """PEFT's view of a base model: the modules of the transformers model, and the names that PEFT changes during a load.
 
-In: the `config.json` of a base model, and PEFT's task type. Out: an `EngineView`. The model is built on torch's meta
-device, so no weights are read or created, whatever the size of the model. Code that comes with a model is never run.
+In: the `config.json` of a base model, and how it was loaded in training. Out: an `EngineView`. The model is built on
+torch's meta device, so no weights are read or created, whatever the size of the model. Code that comes with a model is
+never run.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from importlib import import_module
 from typing import Any
 
+from lora_probe.adapter import TrainedAs
 from lora_probe.base import Base, EngineView, ModuleView, Rename
 from lora_probe.base.engine_view import ModuleKind
 from lora_probe.engines.peft.models import first_lines
 from lora_probe.errors import EngineFailed
 
 AUTO = {
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "FEATURE_EXTRACTION": "AutoModel",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "CAUSAL_LM": ("AutoModelForCausalLM",),
+    "SEQ_CLS": (
+        "AutoModelForSequenceClassification",
+        "AutoModelForImageClassification",
+        "AutoModelForAudioClassification",
+    ),
+    "TOKEN_CLS": ("AutoModelForTokenClassification", "AutoModelForAudioFrameClassification"),
+    "QUESTION_ANS": ("AutoModelForQuestionAnswering",),
+    # Embeddings are made with the encoder alone.
+    "FEATURE_EXTRACTION": ("AutoModelForTextEncoding", "AutoModel"),
+    "SEQ_2_SEQ_LM": ("AutoModelForSeq2SeqLM", "AutoModelForSpeechSeq2Seq"),
 }
-"""The transformers class for each of PEFT's task types; all others are causal language models."""
+"""transformers' classes for each of PEFT's task types; the first that has this type of model counts."""
 
 _CARET = re.compile(r"(?<![\\\[])\^")
 """A `^` in a pattern: the beginning of the text."""
 
 
-def describe(base: Base, task: str | None, version: str) -> EngineView:
+def describe(base: Base, trained: TrainedAs, version: str) -> EngineView:
     """See `lora_probe.engines.Engine.describe`. `version` is PEFT's."""
-    model = _on_meta(base, task)
-    heads = {id(head) for head in [model.get_output_embeddings()] if head is not None}
+    model = _on_meta(base, trained)
+    heads = {id(head) for head in [_output_embeddings(model)] if head is not None}
     modules: dict[str, ModuleView] = {}
     parameters: dict[str, list[str]] = {}
     for name, module in model.named_modules():
@@ -48,7 +57,7 @@ def describe(base: Base, task: str | None, version: str) -> EngineView:
         modules=modules,
         renames=renames,
         takes_back=True,
-        vocabulary=getattr(model.config.get_text_config(), "vocab_size", None),
+        vocabulary=_vocabulary(model),
         experts="3d" if parameters else "",
         parameters=parameters,
         default_targets=_default_targets(model),
@@ -63,33 +72,72 @@ def _default_targets(model: Any) -> tuple[str, ...]:
     return tuple(sorted(TABLE.get(getattr(model.config, "model_type", ""), ())))
 
 
-def _on_meta(base: Base, task: str | None) -> Any:
-    """The model of `base` for `task`, without weights.
+def _on_meta(base: Base, trained: TrainedAs) -> Any:
+    """The model of `base` as it was loaded in training, without weights.
 
     Raises:
-        EngineFailed: transformers has no such model; with its own message.
+        EngineFailed: transformers, or diffusers, has no such model; with its own message.
     """
     import torch
-    import transformers
 
     try:
-        config = transformers.AutoConfig.from_pretrained(base.path, trust_remote_code=False)
         with torch.device("meta"):
-            if task in AUTO:
-                return getattr(transformers, AUTO[task]).from_config(config, trust_remote_code=False)
-            if type(config) in transformers.AutoModelForCausalLM._model_mapping:
-                return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-            named = next(iter(config.architectures or ()), None)
-            cls = getattr(transformers, named, None) if named else None
-            if cls is None:
-                what = f"class `{named}` (from config.json)" if named else "causal language model of this type"
-                raise EngineFailed(f"transformers cannot build the model of `{base.path}`: it has no {what}")
-            return cls._from_config(config)
+            return _of_diffusers(base) if "_class_name" in base.config else _of_transformers(base, trained)
     except EngineFailed:
         raise
-    # transformers may raise any exception; its message is passed on.
+    # Both libraries may raise any exception; its message is passed on.
     except Exception as error:
-        raise EngineFailed(f"transformers cannot build the model of `{base.path}`: {first_lines(error)}") from error
+        library = "diffusers" if "_class_name" in base.config else "transformers"
+        raise EngineFailed(f"{library} cannot build the model of `{base.path}`: {first_lines(error)}") from error
+
+
+def _of_transformers(base: Base, trained: TrainedAs) -> Any:
+    """The class is that of the task if there is one for this type of model, then the one in the adapter's config, then
+    the one in the base's, then the causal language model."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(base.path, trust_remote_code=False)
+    # A task that PEFT does not know is reported by a rule (LP112); most adapters are of causal language models.
+    task = AUTO.get(trained.task, AUTO["CAUSAL_LM"]) if trained.task else ()
+    for name in (*task, *_classes(config, trained), *AUTO["CAUSAL_LM"]):
+        cls = getattr(transformers, name)
+        if not name.startswith("Auto"):
+            return cls._from_config(config)
+        if type(config) in cls._model_mapping:
+            return cls.from_config(config, trust_remote_code=False)
+    named = next(iter(config.architectures or ()), None)
+    what = f"class `{named}` (from config.json)" if named else "causal language model of this type"
+    raise EngineFailed(f"transformers cannot build the model of `{base.path}`: it has no {what}")
+
+
+def _classes(config: Any, trained: TrainedAs) -> Iterator[str]:
+    """The classes that the adapter's and the base's configs name, as far as they are for the base's type of model."""
+    import transformers
+
+    for name in (trained.model_class, *(config.architectures or ())):
+        cls = getattr(transformers, name, None) if name else None
+        if getattr(cls, "config_class", None) is type(config):
+            yield str(name)
+
+
+def _of_diffusers(base: Base) -> Any:
+    """A model of diffusers, whose config.json names its class (`UNet2DConditionModel`)."""
+    try:
+        diffusers = import_module("diffusers")
+    except ImportError as error:
+        raise EngineFailed(f"`{base.path}` is a model of diffusers, which is not installed") from error
+    return getattr(diffusers, str(base.config["_class_name"])).from_config(dict(base.config))
+
+
+def _output_embeddings(model: Any) -> Any:
+    get = getattr(model, "get_output_embeddings", None)
+    return get() if get is not None else None
+
+
+def _vocabulary(model: Any) -> int | None:
+    """The size of the vocabulary, None for a model without a text config."""
+    get = getattr(model.config, "get_text_config", None)
+    return getattr(get(), "vocab_size", None) if get is not None else None
 
 
 def _view(name: str, module: Any, head: bool, experts: bool) -> ModuleView:

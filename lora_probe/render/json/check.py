@@ -7,7 +7,8 @@ One adapter:
     {"schema_version": 1, "adapter": path, "model": base or null, "vllm_version": "0.32" or null, "notes": [...],
      "ledger": {"peft": {"refused", "message", "total", "took_effect", "wrong", "lost", "unknown", "modules"}, ...},
      "diagnostics": [{"code", "name", "severity", "message", "hint", "modules", "engines", "path", "line"}],
-     "not_run": [{"codes": [...], "why": ...}], "ignored": number of findings of rules that were not selected}
+     "not_run": [{"codes": [...], "why": ...}], "ignored": number of findings of rules that were not selected,
+     "not_served": {engine that the adapter is not judged for: why}}
 
 With `--fix`, the report is about the adapter that was written (or, if there was nothing to fix, the one that was read)
 and also has:
@@ -54,6 +55,7 @@ def report_json(report: Report) -> dict[str, Any]:
         "diagnostics": [diagnostic_json(diagnostic) for diagnostic in report.diagnostics],
         "not_run": [{"codes": list(skipped.codes), "why": skipped.why} for skipped in report.not_run],
         "ignored": report.ignored,
+        "not_served": dict(report.not_served),
     }
 
 

@@ -53,7 +53,7 @@ CHECK = Paged(_page, _whole)
 def full_report(report: Report) -> RenderableType:
     """One adapter in full."""
     pairs = [("adapter", relative(report.adapter)), ("base model", report.model or "unknown")]
-    if report.vllm:
+    if report.vllm and "vllm" not in report.not_served:
         pairs.append(("predicted for", f"vLLM {report.vllm}"))
     parts: list[RenderableType] = [facts(*pairs)]
     parts += [*(words(f"note: {note}", "cyan") for note in report.notes), words("")]
@@ -135,7 +135,10 @@ def _name(report: Report) -> str:
 
 
 def _headlines(report: Report, indent: str = "") -> Iterable[RenderableType]:
-    """The predicted headline of each engine. Engines with the same headline share a line."""
+    """The predicted headline of each engine. Engines with the same headline share a line; those that do not serve the
+    model come first."""
+    for engine, why in report.not_served.items():
+        yield assemble(indent, (f"{engine}  ", "" if indent else "bold"), (f"not judged: {why}", "bold yellow"))
     same: dict[str, list[Ledger]] = {}
     for ledger in report.ledgers.values():
         same.setdefault(headline(replace(ledger, engine="both")), []).append(ledger)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from msgspec.structs import replace
 
-from lora_probe.adapter import open_adapter
+from lora_probe.adapter import TrainedAs, open_adapter
 from lora_probe.base import Base, EngineView, open_base
 from lora_probe.engines.prompts import encode, forced
 from lora_probe.errors import EngineFailed, ProbeError, UnreadableFile
@@ -43,14 +43,14 @@ MOST_NUMBERS = 30_000_000
 class VllmEngine:
     """Entry point `vllm` of the group `lora_probe.engines`."""
 
-    def describe(self, base: Base, task: str | None) -> EngineView:
+    def describe(self, base: Base, trained: TrainedAs) -> EngineView:
         """See `lora_probe.engines.Engine.describe`. vLLM takes the model's class from its config, for any task."""
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         os.environ.pop(TRACE, None)
         from lora_probe_vllm.view import describe
 
-        return describe(base)
+        return describe(base, trained)
 
     def record(self, spec: RunSpec, folder: Path) -> None:
         """See `lora_probe.engines.Engine.record`."""

@@ -40,6 +40,7 @@ NAMES = {
     "init_distributed": ("vllm.distributed", "init_distributed_environment"),
     "init_parallel": ("vllm.distributed", "ensure_model_parallel_initialized"),
     "build_model": ("vllm.model_executor.model_loader.utils", "initialize_model"),
+    "registry": ("vllm.model_executor.models", "ModelRegistry"),
     "supports_lora": ("vllm.model_executor.models", "supports_lora"),
     "lru_worker_manager": ("vllm.lora.worker_manager", "LRUCacheWorkerLoRAManager"),
     "punica": ("vllm.lora.model_manager", "get_punica_wrapper"),

@@ -1,12 +1,13 @@
 """vLLM's view of a base model: its own model and its own LoRA manager, built on torch's meta device.
 
-In: the `config.json` of a base model. Out: an `EngineView`. vLLM itself decides which modules are wrapped and under
-which name: this reads the manager that vLLM creates, as a worker does after it has loaded a model. No weights are read
-or created.
+In: the `config.json` of a base model, and how it was loaded in training. Out: an `EngineView`. vLLM itself decides
+which modules are wrapped and under which name: this reads the manager that vLLM creates, as a worker does after it has
+loaded a model. No weights are read or created.
 """
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from importlib import import_module
@@ -16,14 +17,17 @@ from typing import Any, Literal
 
 import torch
 
+from lora_probe.adapter import TrainedAs
 from lora_probe.base import Base, EngineView, ModuleView, Rename
 from lora_probe.base.engine_view import ModuleKind
+from lora_probe.engines.peft.models import short
 from lora_probe.engines.peft.view import renaming
 from lora_probe.errors import EngineFailed
 from lora_probe.recording import write_json
 from lora_probe_vllm.seams import (
     NAMES,
     Patches,
+    SeamMoved,
     expert_shards,
     expert_sizes,
     mapper_parts,
@@ -39,6 +43,8 @@ from lora_probe_vllm.seams import (
 NO_LORA = "{cls} does not support LoRA yet."
 """vLLM's message in `LoRAModelRunnerMixin.load_lora_model`."""
 
+NOT_SERVED = "vLLM does not serve {cls}: it has no class for it, and its Transformers backend cannot run it"
+
 META = torch.device("meta")
 
 SETTINGS: dict[str, Any] = {
@@ -51,21 +57,31 @@ SETTINGS: dict[str, Any] = {
 """The settings of the engine whose model is described: one process, and otherwise vLLM's defaults."""
 
 
-def describe(base: Base) -> EngineView:
+def describe(base: Base, trained: TrainedAs) -> EngineView:
     """vLLM's view of `base`. Does not remove the process groups of size one, like every engine in one process.
 
     Raises:
-        EngineFailed: vLLM cannot build the model; with its own message.
+        EngineFailed: vLLM cannot build the model, although it has a class for it; with its own message.
         SeamMoved: this vLLM does not have a required name.
     """
-    manager, vocabulary, notes = _manager(base)
+    # An embedding model is served by the pooling runner, also if its base is a causal language model.
+    runner = "pooling" if trained.task == "FEATURE_EXTRACTION" else "auto"
+    try:
+        manager, vocabulary, notes = _manager(base, runner)
+    except SeamMoved:
+        raise
+    except EngineFailed as error:
+        if _has_class(base.architecture):
+            raise
+        refuses, notes = NOT_SERVED.format(cls=base.architecture), (short(error.message),)
+        return EngineView("vllm", vllm_version(), base.architecture, {}, refuses=refuses, notes=notes)
     model = manager.model
     modules = dict(_wrapped(manager))
     modules |= {name: view for name, view in _bare(manager) if name not in modules}
     if manager.is_pooling_model:
         # `_get_lora_layer_weights`: a pooling model's names are also accepted without their first part.
-        short = {name.removeprefix("model."): view for name, view in modules.items() if not view.why_not}
-        modules |= {name: view for name, view in short.items() if name not in modules}
+        bare = {name.removeprefix("model."): view for name, view in modules.items() if not view.why_not}
+        modules |= {name: view for name, view in bare.items() if name not in modules}
     return EngineView(
         engine="vllm",
         version=vllm_version(),
@@ -81,14 +97,24 @@ def describe(base: Base) -> EngineView:
     )
 
 
-def _manager(base: Base) -> tuple[Any, int, tuple[str, ...]]:
+def _has_class(architecture: str) -> bool:
+    """Whether vLLM has a model class of this family, or adapts one: `LlamaForTokenClassification` is made of
+    `LlamaForCausalLM`."""
+    family = _TASK.sub("", architecture)
+    return any(_TASK.sub("", name) == family for name in seams.registry.get_supported_archs())
+
+
+_TASK = re.compile(r"(For[A-Z]\w+|LMHeadModel|EmbeddingModel|Model)$")
+
+
+def _manager(base: Base, runner: str) -> tuple[Any, int, tuple[str, ...]]:
     """vLLM's LoRA manager, the size of the vocabulary, and notes for the report.
 
     Quantisation does not change names or shapes. So if this machine has no kernel for it (a folder may be checked on
     another machine than the server), the model is built without quantisation.
     """
     try:
-        return *_built(base.path), ()
+        return *_built(base.path, runner), ()
     except EngineFailed:
         raise
     # vLLM may raise any exception when it builds a model; its message is passed on.
@@ -100,7 +126,7 @@ def _manager(base: Base) -> tuple[Any, int, tuple[str, ...]]:
     with tempfile.TemporaryDirectory() as folder:
         write_json(Path(folder) / "config.json", plain)
         try:
-            return *_built(Path(folder)), (
+            return *_built(Path(folder), runner), (
                 f"vLLM cannot build this quantised model here, so its names are those without quantisation: {message}",
             )
         except EngineFailed:
@@ -120,12 +146,12 @@ def _unquantised(config: Mapping[str, Any]) -> dict[str, Any] | None:
     return plain if quantised else None
 
 
-def _built(folder: Path) -> tuple[Any, int]:
+def _built(folder: Path, runner: str) -> tuple[Any, int]:
     """vLLM's LoRA manager on the meta device for the model in `folder`, and the size of its vocabulary.
 
     Mirrors `Worker.init_device`, `BaseModelLoader.load_model` without its weights, and `load_lora_model`.
     """
-    config = seams.engine_args(model=str(folder), **SETTINGS).create_engine_config()
+    config = seams.engine_args(model=str(folder), runner=runner, **SETTINGS).create_engine_config()
     with tempfile.TemporaryDirectory() as store, seams.current_config(config), Patches() as patches:
         seams.init_distributed(1, 0, f"file://{Path(store) / 'store'}", 0, "gloo")
         seams.init_parallel(1, 1)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from msgspec.structs import replace
 
-from lora_probe.adapter import Adapter, open_adapter
+from lora_probe.adapter import Adapter, TrainedAs, open_adapter
 from lora_probe.adapter.spectrum import gram
 from lora_probe.base import Base, EngineView, open_base
 from lora_probe.base.engine_view import of_headers
@@ -53,7 +53,7 @@ EMBEDDINGS, NORM = "model.embed_tokens.weight", "model.layers.0.input_layernorm.
 class ExampleEngine:
     """Entry point `example` of the group `lora_probe.engines`."""
 
-    def describe(self, base: Base, task: str | None) -> EngineView:
+    def describe(self, base: Base, trained: TrainedAs) -> EngineView:
         view = of_headers(base, NAME, "")
         if view is None:
             raise EngineFailed(f"`{base.path}` has no safetensors files")
