@@ -19,7 +19,7 @@ from typing import Any
 
 import msgspec
 
-from lora_probe.adapter import Adapter, open_adapter
+from lora_probe.adapter import Adapter, located, open_adapter
 from lora_probe.base import open_base
 from lora_probe.engines import require
 from lora_probe.engines.allowed import RUN
@@ -67,7 +67,7 @@ def trace(
         EngineFailed: the engine did not start, lacked the plugin, or died.
         KeyboardInterrupt: after the child process and its children have been stopped.
     """
-    limits.begin(Path(adapter))
+    limits.begin(located(Path(adapter)))
     checkpoint = _runnable(adapter)
     base = _base_of(checkpoint, model)
     if keep not in LEVELS:

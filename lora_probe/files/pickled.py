@@ -20,7 +20,7 @@ from lora_probe.errors import NeedsLibrary, TooLarge, UnreadableFile, out_of_mem
 from lora_probe.files.limits import importing, make_room, step
 from lora_probe.files.pickle_opcodes import require_harmless
 from lora_probe.files.pickle_zip import PickleRecord, pickle_record
-from lora_probe.files.untrusted import brief, is_text, opened, shown, wrong_file_type
+from lora_probe.files.untrusted import HEAD, brief, is_text, opened, shown, wrong_file_type
 from lora_probe.files.weights import Raw, TensorHeader, WeightsFile, require_real_name
 from lora_probe.precision import DTYPES, STORED
 
@@ -110,7 +110,7 @@ def load(path: Path, largest_legacy: int | None = None) -> Any:
     """
     step("checking the pickle", path)
     with opened(path) as (file, size):
-        start = file.read(64)
+        start = file.read(HEAD)
         if wrong := wrong_file_type(start, "the weights"):
             raise UnreadableFile(f"`{path}` {wrong[0]}", wrong[1])
         _refuse_others(path, start)
@@ -164,8 +164,13 @@ def _require_own_records(path: Path, state: dict[Any, Any], record: PickleRecord
             )
 
 
+def is_pickle(start: bytes) -> bool:
+    """Whether a file that begins like this may be one that torch wrote."""
+    return start.startswith((ZIP, PROTOCOL))
+
+
 def _refuse_others(path: Path, start: bytes) -> None:
-    if start.startswith((ZIP, PROTOCOL)):
+    if is_pickle(start):
         return
     if start[8:9] == b"{" and start[:8].endswith(b"\0\0\0\0"):
         name = path.with_suffix(".safetensors").name

@@ -17,8 +17,9 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from lora_probe.adapter import CONFIG
 from lora_probe.adapter.folder import inside, listed
-from lora_probe.errors import UnreadableFile
+from lora_probe.errors import UnreadableFile, command
 from lora_probe.files import brief, shown
 from lora_probe.files.weights import MAX_VALUES, TensorHeader, WeightsFile
 from lora_probe.ledger import STATIONS, Finding, Ledger, Row, Station, worse
@@ -242,6 +243,8 @@ def open_trace(path: str | Path) -> Trace:
     run = _run(folder) if os.path.lexists(folder / "run.json") else None
     processes = [_process(home) for home in _homes(folder)]
     if run is None and not processes:
+        if (folder / CONFIG).is_file():
+            raise UnreadableFile(f"`{folder}` is an adapter, not a trace", command("inspect", folder))
         raise UnreadableFile(f"`{folder}` is not a trace: it contains neither run.json nor the folder of a process")
     return Trace(folder, run, tuple(processes))
 
