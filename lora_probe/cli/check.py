@@ -86,8 +86,7 @@ def _check(wanted: Requested, options: argparse.Namespace, fixed: FixResult | No
     result = _read(wanted, check, options, fixed)
     for path in wanted.skipped:
         note(f"{path} is not next to an adapter; skipped")
-    if result.reports or (wanted.skipped and not result.not_judged):
-        present(_view(fixed), options.format, result)
+    present(_view(fixed), options.format, result)
     if options.format == DEFAULT:
         from lora_probe.render.text.check import next_command
 
