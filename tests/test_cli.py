@@ -140,7 +140,7 @@ def bad_inputs(adapter: Path, llama: Path, tmp_path: Path) -> dict[str, tuple[li
     trace = ["trace", "--engine", "peft", "-o", tmp_path / "run.lptrace"]
     return {
         "no folder": (["inspect", tmp_path / "no"], "no"),
-        "a file": (["inspect", adapter / config], "is a file"),
+        "a file": (["inspect", tmp_path / "empty.txt"], "is not a file of an adapter"),
         "no config": (["inspect", damaged("a", config, None)], config),
         "broken JSON": (["inspect", damaged("b", config, b"{,")], "line 1"),
         "truncated": (["inspect", damaged("c", weights, whole[:-5])], "truncated"),

@@ -13,8 +13,7 @@ from pathlib import Path
 
 from lora_probe.errors import ProbeError
 from lora_probe.files import HEAD, opened, shown, wrong_file_type
-from lora_probe.files.pickled import is_pickle, open_pickle
-from lora_probe.files.weights import WeightsFile, open_weights
+from lora_probe.files.pickled import open_by_content
 
 
 @dataclass(frozen=True)
@@ -59,27 +58,23 @@ _FORMATS: tuple[tuple[re.Pattern[str], str, str], ...] = (
     ),
 )
 """The names of tensors, what they show, and a hint."""
+LARGEST = 2**30
+"""Bytes of a pickle that is opened only to name it."""
 _PREFIX_OF_PEFT = "base_model.model."
 
 
 def foreign_file(path: Path) -> Foreign | None:
     """What a file is that was found where the weights of an adapter are expected."""
     try:
-        with opened(path) as (file, _):
+        with opened(path) as (file, size):
             start = file.read(HEAD)
         if wrong := wrong_file_type(start, "the weights of a PEFT adapter"):
             return Foreign(*wrong)
-        weights = _weights(path, start)
+        weights = open_by_content(path) if size < LARGEST or start[8:9] == b"{" else None
     except ProbeError:
         # The caller knows only the file's name then, as it does without this look.
         return None
     return None if weights is None else foreign_tensors(weights.tensors, weights.metadata)
-
-
-def _weights(path: Path, start: bytes) -> WeightsFile | None:
-    if start[8:9] == b"{":
-        return open_weights(path)
-    return open_pickle(path) if is_pickle(start) else None
 
 
 def foreign_tensors(names: Collection[str], metadata: Mapping[str, str] | None = None) -> Foreign | None:
@@ -93,7 +88,7 @@ def foreign_tensors(names: Collection[str], metadata: Mapping[str, str] | None =
         matrices = [name for name in names if name.endswith(".weight")]
         if matrices:
             return Foreign(
-                f"holds a whole model, or part of one: {len(names)} tensors without LoRA, such as "
+                f"holds a whole model, or part of one: {len(names)} tensor{'s' * (len(names) > 1)} without LoRA, such as "
                 f"`{shown(matrices[0])}`",
                 "serve it without an adapter if it is a merged model; the adapter is the file with lora_A and lora_B",
             )

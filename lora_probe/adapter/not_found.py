@@ -17,8 +17,8 @@ from lora_probe.errors import MissingWeights, ProbeError, UnreadableFile, comman
 from lora_probe.files import hub, shown
 from lora_probe.files.json_object import read_json
 
-_TRACE = ("run.json", "process.json")
-"""Documents of a trace. `recording` reads them; here the keys of the first show that it is one."""
+_RUN, _PROCESS = "run.json", "process.json"
+"""Documents of a trace, and of each process in it. `recording` reads them; here a key shows that it is one."""
 _READ_FIRST = 4
 """Files of a folder whose content is looked at."""
 _MOST_FOLDERS = 1_000
@@ -134,18 +134,15 @@ def _below(path: Path) -> list[Path]:
 
 def _is_trace(entries: Iterable[Path]) -> bool:
     """Whether a folder holds a trace: its own document, or the folder of a process with one."""
-    for entry in entries:
-        for document in (entry, entry / _TRACE[1]) if entry.name != _TRACE[0] else (entry,):
-            if document.name in _TRACE and document.is_file() and {"schema"} < _keys(document):
-                return True
-    return False
+    documents = (entry if entry.name == _RUN else entry / _PROCESS for entry in entries)
+    return any(document.is_file() and _has_schema(document) for document in documents)
 
 
-def _keys(path: Path) -> frozenset[str]:
+def _has_schema(path: Path) -> bool:
     try:
-        return frozenset(read_json(path))
+        return "schema" in read_json(path)
     except ProbeError:
-        return frozenset()
+        return False
 
 
 def _config_copy(path: Path, entries: Iterable[Path]) -> UnreadableFile | None:

@@ -108,7 +108,8 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         default=".",
         metavar="CKPT",
-        help="adapter folder, or training output folder (its last checkpoint is used); default: .",
+        help="adapter folder, training output folder (its last checkpoint is used), or the id of an adapter in the "
+        "local Hugging Face cache; default: .",
     )
 
 

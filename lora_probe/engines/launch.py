@@ -273,12 +273,15 @@ def _resolved(name: str) -> str:
 
 
 def _name(checkpoint: Adapter) -> str:
-    """The adapter's name in the engine: the name of its folder, for a checkpoint after that of the run.
+    """The adapter's name in the engine: the name of its folder, for a checkpoint after that of the run; of a snapshot
+    in the cache of the Hugging Face Hub, that of the repository.
 
     PEFT uses it as a module name, which cannot contain a dot.
     """
     path = checkpoint.path.resolve()
     name = f"{path.parent.name}-{path.name}" if path.name.startswith("checkpoint-") else path.name
+    if path.parent.name == "snapshots":
+        name = path.parent.parent.name.rpartition("--")[2]
     return (name or "adapter").replace(".", "-")
 
 

@@ -61,7 +61,8 @@ def not_lora(message: str) -> str:
     formats of kohya, diffusers, MLX, AdapterHub and SAMed, and those of a whole model, by the names of the tensors.
 
     Why it matters: vLLM 0.32 reads three keys (r, lora_alpha, target_modules) and never `peft_type`. If the config of
-    another method has these keys, vLLM loads it as LoRA.
+    another method has these keys, vLLM loads it as LoRA. Weights of another library are refused by vLLM because of
+    their names; PEFT 0.21 warns of missing keys and serves the base model.
 
     Fix: convert the adapter to PEFT's format.
     """

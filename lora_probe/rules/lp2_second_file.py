@@ -11,7 +11,7 @@ import numpy as np
 from lora_probe.adapter.file_names import LOADED
 from lora_probe.adapter.folder import inside
 from lora_probe.errors import ProbeError
-from lora_probe.files.pickled import open_pickle
+from lora_probe.files.pickled import open_by_content
 from lora_probe.files.weights import WeightsFile, read_chunk
 from lora_probe.rules.registry import AdapterFinding, survey
 
@@ -50,9 +50,11 @@ def second_weights_file(subject: Subject) -> Iterator[AdapterFinding]:
 def _different(weights: WeightsFile, path: Path) -> str | None:
     """How the tensors of `path` differ from those of `weights`; None if they do not, or if it cannot be read."""
     try:
-        other = open_pickle(inside(path.parent, path.name))
+        other = open_by_content(inside(path.parent, path.name))
     except ProbeError:
         # No engine reads this file, so that it is damaged has no consequence.
+        return None
+    if other is None:
         return None
     names = weights.tensors.keys() | other.tensors.keys()
     count = sum(not _equal(weights, other, name) for name in names)
