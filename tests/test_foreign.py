@@ -104,6 +104,21 @@ def test_under_the_name_that_loaders_read(form: str, adapter: Path, tmp_path: Pa
     assert not report.ledgers
 
 
+@pytest.mark.parametrize("with_config", [True, False])
+def test_a_link_out_of_the_folder_is_not_read(with_config: bool, adapter: Path, tmp_path: Path, capsys: Any) -> None:
+    outside = write_tensors(tmp_path / "private.safetensors", "kohya")
+    folder = tmp_path / "a"
+    folder.mkdir()
+    (folder / "weights.safetensors").symlink_to(outside)
+    (folder / "loop.safetensors").symlink_to("loop.safetensors")
+    if with_config:
+        shutil.copy(adapter / CONFIG, folder)
+    status, _, err = call("inspect", folder, capsys=capsys)
+    assert status == 2
+    assert "kohya" not in err
+    assert "lora_unet" not in err
+
+
 def test_an_adapter_of_peft_is_not_foreign(adapter: Path) -> None:
     assert foreign_tensors(load_file(adapter / WEIGHTS)) is None
     assert foreign_tensors(["base_model.model.classifier.weight", "base_model.model.classifier.bias"]) is None

@@ -87,9 +87,9 @@ def foreign_tensors(names: Collection[str], metadata: Mapping[str, str] | None =
     if names and not any("lora" in name.lower() or name.startswith(_PREFIX_OF_PEFT) for name in names):
         matrices = [name for name in names if name.endswith(".weight")]
         if matrices:
+            count = "1 tensor" if len(names) == 1 else f"{len(names)} tensors"
             return Foreign(
-                f"holds a whole model, or part of one: {len(names)} tensor{'s' * (len(names) > 1)} without LoRA, such as "
-                f"`{shown(matrices[0])}`",
+                f"holds a whole model, or part of one: {count} without LoRA, such as `{shown(matrices[0])}`",
                 "serve it without an adapter if it is a merged model; the adapter is the file with lora_A and lora_B",
             )
     return None

@@ -14,7 +14,7 @@ from lora_probe.adapter.file_names import BY_OTHERS, CONFIG, CONFIG_COPY, COPY, 
 from lora_probe.adapter.foreign import foreign_file
 from lora_probe.adapter.not_peft import not_peft
 from lora_probe.errors import MissingWeights, ProbeError, UnreadableFile, command
-from lora_probe.files import hub, shown
+from lora_probe.files import hub, shown, storage_of
 from lora_probe.files.json_object import read_json
 
 _RUN, _PROCESS = "run.json", "process.json"
@@ -82,6 +82,7 @@ def lone_file(path: Path) -> UnreadableFile:
 def no_config(path: Path, folders: Sequence[Path], entries: Sequence[Path]) -> UnreadableFile:
     """The error for a folder without a config. `folders` are its subfolders that have one."""
     names = [entry.name for entry in entries]
+    entries = [entry for entry in entries if _stays(entry)]
     if _is_trace(entries):
         return UnreadableFile(f"`{path}` is a recorded trace, not an adapter", command("show", path))
     if folders:
@@ -103,13 +104,22 @@ def no_config(path: Path, folders: Sequence[Path], entries: Sequence[Path]) -> U
             f"`{path}` is the folder of a model, not of an adapter: it has a {which} and no {CONFIG}",
             "pass the folder that PEFT's save_pretrained wrote, and the model with --model",
         )
-    others = [name for name in names if like_weights(name)]
+    others = [entry for entry in entries if like_weights(entry.name)]
     if len(others) == 1:
-        return lone_file(path / others[0])
+        return lone_file(others[0])
     if below := _below(path):
         return _in_subfolders(path, below)
     hint = "pass the folder that PEFT's save_pretrained wrote"
     return UnreadableFile(f"`{path}` is not an adapter folder: it has no {CONFIG}", hint)
+
+
+def _stays(entry: Path) -> bool:
+    """Whether an entry is not a link that leads out of its folder: the content of such a file is not looked at."""
+    try:
+        return not entry.is_symlink() or entry.resolve().is_relative_to(storage_of(entry.parent.resolve()))
+    # A cycle of links is a RuntimeError.
+    except (OSError, RuntimeError):
+        return False
 
 
 def _in_subfolders(path: Path, folders: Sequence[Path]) -> UnreadableFile:
@@ -162,7 +172,7 @@ def _config_copy(path: Path, entries: Iterable[Path]) -> UnreadableFile | None:
 
 def _foreign(start: str, entries: Sequence[Path]) -> MissingWeights | None:
     """The error for a folder with weights of another library. It begins with `start`."""
-    candidates = [entry for entry in entries if like_weights(entry.name) and entry.is_file()]
+    candidates = [entry for entry in entries if like_weights(entry.name) and entry.is_file() and _stays(entry)]
     for entry in candidates[:_READ_FIRST]:
         if (other := foreign_file(entry)) is not None:
             return MissingWeights(f"{start}: {shown(entry.name)} {other.what}", other.hint)
