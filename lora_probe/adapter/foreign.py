@@ -26,7 +26,7 @@ class Foreign:
 
 _IMAGE = "load it with diffusers (`pipeline.load_lora_weights`); PEFT and vLLM's LoRA loader do not read this format"
 
-_FORMATS: tuple[tuple[re.Pattern[str], str, str], ...] = (
+FORMATS: tuple[tuple[re.Pattern[str], str, str], ...] = (
     (
         re.compile(r"lora_(unet|te\d?|transformer|prior)_.+|.+\.lora_(down|up)\.weight"),
         "holds an image model's LoRA in kohya's format",
@@ -79,7 +79,7 @@ def foreign_file(path: Path) -> Foreign | None:
 
 def foreign_tensors(names: Collection[str], metadata: Mapping[str, str] | None = None) -> Foreign | None:
     """What tensors of these names are."""
-    for pattern, what, hint in _FORMATS:
+    for pattern, what, hint in FORMATS:
         if (name := _first(pattern, names)) is not None:
             return Foreign(f"{what} (such as the tensor `{shown(name)}`)", hint)
     if any(key.startswith("ss_") for key in metadata or ()):
