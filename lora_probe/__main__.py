@@ -13,7 +13,7 @@ from lora_probe.cli.ending import supervised
 
 def main() -> int:
     """Run the command line in a process of its own. This process only waits: it imports almost nothing."""
-    return supervised(_run)
+    return supervised(_run, sys.argv[1:])
 
 
 def _run() -> int:

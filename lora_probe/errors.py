@@ -6,6 +6,9 @@ command line returns. Only the command line prints.
 
 from __future__ import annotations
 
+import shlex
+from pathlib import Path
+
 
 class ProbeError(Exception):
     """One clear error: what is wrong and where; `hint` is what to do. Exit status 2 (nothing could be checked)."""
@@ -38,6 +41,10 @@ class NotLora(UnreadableFile):
     model."""
 
 
+class ForeignWeights(NotLora):
+    """An `adapter_config.json` of PEFT beside weights of another library, or of a whole model."""
+
+
 class MissingWeights(UnreadableFile):
     """An adapter's config, but no weights in the places that loaders search."""
 
@@ -56,6 +63,11 @@ class EngineFailed(ProbeError):
 
 class EngineStopped(EngineFailed):
     """An engine's process that exceeded its limit of time or memory."""
+
+
+def command(name: str, path: Path, *options: str) -> str:
+    """One of our commands for a hint, so that it can be copied. A path that begins with a dash is not an option."""
+    return shlex.join(["lora-probe", name, f"./{path}" if str(path).startswith("-") else str(path), *options])
 
 
 def out_of_memory(what: str) -> TooLarge:

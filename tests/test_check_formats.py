@@ -119,12 +119,14 @@ def test_a_folder_that_turns_out_to_be_none_keeps_no_other_from_being_judged(
     assert "2 adapters: 2 without findings, 1 not judged\n" in out
     assert "`notes` is none" in err
     status, out, err = call("check", "notes", "--format", "json", capsys=capsys)
-    assert (status, out) == (2, "")
+    error = {"message": "`notes` is none", "hint": "look elsewhere"}
+    assert (status, json.loads(out)) == (2, {"schema_version": 1, "error": error})
     names = ["healthy", "notes", "warned", "damaged", "deep/healthy-9"]
     status, out, _ = call("check", *names, capsys=capsys)
     assert out.splitlines()[-1].startswith("4 adapters: ")
     data = json.loads(call("check", *names, "--format", "json", capsys=capsys)[1])
-    assert data["not_judged"] == [{"path": "notes", "message": "`notes` is none"}]
+    assert data["not_judged"] == [{"path": "notes", **error}]
+    assert data["error"] == error
 
 
 def test_json_of_one(runs: Path, capsys: Any) -> None:
@@ -148,7 +150,7 @@ def test_json_of_one(runs: Path, capsys: Any) -> None:
 def test_json_of_several(runs: Path, capsys: Any) -> None:
     _, out, _ = call("check", "damaged", "nowhere", "--format", "json", "warned", capsys=capsys)
     data = json.loads(out)
-    assert data.keys() == {"schema_version", "reports", "not_judged", "summary"}
+    assert data.keys() == {"schema_version", "reports", "not_judged", "summary", "error"}
     assert data["reports"] == [report_json(damaged(Path("damaged"))), report_json(warned(Path("warned")))]
     assert [one["path"] for one in data["not_judged"]] == ["nowhere"]
     assert data["summary"] == {

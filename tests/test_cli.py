@@ -118,9 +118,10 @@ def test_rules(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Why it matters" in out
     status, out, _ = call("rule", "--format", "json", capsys=capsys)
     assert {"LP201", "LP501", "LP604"} <= {rule["code"] for rule in json.loads(out)["rules"]}
-    status, _, err = call("rule", "LP999", capsys=capsys)
+    status, _, err = call("rule", "LP2O1", capsys=capsys)
     assert status == 2
-    assert "LP201" in err
+    assert "unknown rule `LP2O1`; did you mean LP721 or LP221" in err
+    assert "201-2" in err
 
 
 def bad_inputs(adapter: Path, llama: Path, tmp_path: Path) -> dict[str, tuple[list[str | Path], str]]:
@@ -139,7 +140,7 @@ def bad_inputs(adapter: Path, llama: Path, tmp_path: Path) -> dict[str, tuple[li
     trace = ["trace", "--engine", "peft", "-o", tmp_path / "run.lptrace"]
     return {
         "no folder": (["inspect", tmp_path / "no"], "no"),
-        "a file": (["inspect", adapter / config], "is a file"),
+        "a file": (["inspect", tmp_path / "empty.txt"], "is not a file of an adapter"),
         "no config": (["inspect", damaged("a", config, None)], config),
         "broken JSON": (["inspect", damaged("b", config, b"{,")], "line 1"),
         "truncated": (["inspect", damaged("c", weights, whole[:-5])], "truncated"),

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from lora_probe.adapter.checkpoint import Adapter, AdapterModule, OtherTensor, adapter_in, open_adapter
 from lora_probe.adapter.config import AdapterConfig, TrainedAs, open_config
-from lora_probe.adapter.folder import CONFIG, WEIGHTS, find_checkpoint
+from lora_probe.adapter.file_names import CONFIG, WEIGHTS
+from lora_probe.adapter.folder import find_checkpoint, located
 
 __all__ = [
     "CONFIG",
@@ -20,6 +21,7 @@ __all__ = [
     "TrainedAs",
     "adapter_in",
     "find_checkpoint",
+    "located",
     "open_adapter",
     "open_config",
 ]

@@ -15,11 +15,12 @@ import numpy as np
 import numpy.typing as npt
 
 from lora_probe.adapter.config import AdapterConfig, open_config
-from lora_probe.adapter.folder import CONFIG as CONFIG
-from lora_probe.adapter.folder import WEIGHTS as WEIGHTS
+from lora_probe.adapter.file_names import CONFIG, WEIGHTS
 from lora_probe.adapter.folder import find_checkpoint as find_checkpoint
 from lora_probe.adapter.folder import inside, listed, weights_path
+from lora_probe.adapter.foreign import foreign_tensors
 from lora_probe.adapter.variants import EXTRAS
+from lora_probe.errors import ForeignWeights
 from lora_probe.files import is_text, sha256
 from lora_probe.files.limits import step
 from lora_probe.files.pickled import open_pickle
@@ -126,7 +127,7 @@ def open_adapter(path: str | Path) -> Adapter:
     """Open an adapter folder, or the last checkpoint of a training output folder.
 
     Raises:
-        NotLora: it is the config of something other than a LoRA adapter.
+        NotLora: it is the config of something other than a LoRA adapter; or ForeignWeights: the weights are.
         MissingWeights: there is a config, but no weights where loaders look.
         UnreadableFile: the folder, the config or the weights are missing or damaged.
     """
@@ -136,6 +137,8 @@ def open_adapter(path: str | Path) -> Adapter:
     weights = open_weights(file) if file.name == WEIGHTS else open_pickle(file)
     step("sorting the tensors", file)
     modules, others = _sort(weights.tensors, config)
+    if not modules and (other := foreign_tensors(weights.tensors, weights.metadata)) is not None:
+        raise ForeignWeights(f"`{file}` {other.what}", other.hint)
     used = {CONFIG, file.name}
     files = tuple(_text(entry.name) for entry in listed(folder) if entry.name not in used)
     return Adapter(folder, config, weights, modules, others, files, notes + more)

@@ -23,7 +23,7 @@ from lora_probe.adapter.targets import Targets, numbering, saving
 from lora_probe.adapter.variants import initialisation, variants_of
 from lora_probe.errors import NotLora, ProbeError, TooLarge, UnreadableFile
 from lora_probe.files import brief, is_text, shown
-from lora_probe.files.json_object import parsed, read_text, top_level
+from lora_probe.files.json_object import parsed, read_json, read_text, top_level
 from lora_probe.files.limits import step
 from lora_probe.files.regexes import Expressions, compiled
 
@@ -151,6 +151,16 @@ class AdapterConfig:
     @cached_property
     def _expressions(self) -> Expressions:
         return Expressions(self.path, self.lines)
+
+
+def base_named_in(path: Path) -> str | None:
+    """The base model that a config names, even if it is not one of LoRA or has a wrong field; None if it cannot be
+    parsed."""
+    try:
+        name = _text(read_json(path).get("base_model_name_or_path"))
+    except ProbeError:
+        return None
+    return name if name is not None and is_text(name) else None
 
 
 def open_config(path: Path) -> AdapterConfig:

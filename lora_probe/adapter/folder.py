@@ -1,38 +1,21 @@
 """Finds an adapter on disk: its folder, and the files in it that loaders read.
 
 In: a path. Out: the folder with `adapter_config.json`, and the file with the weights. If the weights have a name or a
-place that no loader looks for, the error names them and says what to rename.
+place that no loader looks for, or the path leads to something else, the error comes from `not_found.py`.
 """
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
-from lora_probe.errors import MissingWeights, UnreadableFile
-from lora_probe.files import shown, storage_of
-
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PICKLE, VLLM_PICKLE = "adapter_model.bin", "adapter_model.pt"
-LOADED = (WEIGHTS, PICKLE, VLLM_PICKLE)
-"""The names that loaders look for, in order. PEFT accepts the first two, vLLM all three."""
-
-_SHARD = re.compile(r"adapter_model-\d+-of-\d+\.(safetensors|bin)|adapter_model\.(safetensors|bin)\.index\.json")
-_COPY = re.compile(r"adapter_model\s*(?:\(\d+\)|- copy|copy)?\s*(?:\(\d+\))?\.(safetensors|bin|pt)", re.IGNORECASE)
-_OTHERS: dict[str, tuple[str, str]] = {
-    "adapters.safetensors": (
-        "MLX's name",
-        "convert it; renaming is not enough, because MLX stores lora_a and lora_b transposed",
-    ),
-    "adapters.npz": ("MLX's name", "convert it; MLX stores lora_a and lora_b transposed"),
-    "pytorch_lora_weights.safetensors": ("diffusers' name", f"load it with diffusers; PEFT reads {WEIGHTS}"),
-    "pytorch_adapter.bin": ("AdapterHub's name", "load it with the adapters library; PEFT reads another format"),
-    "model.safetensors": ("the name of a whole model", "serve it without an adapter if it is a merged model"),
-    "pytorch_model.bin": ("the name of a whole model", f"rename it to {PICKLE} if it holds lora_A and lora_B"),
-}
-_WEIGHTS_LIKE = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".npz", ".gguf")
-_NOT_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|rng_state.*|scaler|random_states.*)\.(bin|pt|pth)")
+from lora_probe.adapter.file_names import CONFIG, CONFIG_COPY, COPY, LOADED, PICKLE, VLLM_PICKLE, WEIGHTS
+from lora_probe.adapter.not_found import lone_file, no_config, no_weights, nothing_there, several
+from lora_probe.errors import UnreadableFile
+from lora_probe.files import hub, sha256, shown, storage_of
 
 
 def find_checkpoint(path: Path) -> tuple[Path, tuple[str, ...]]:
@@ -49,11 +32,26 @@ def find_checkpoint(path: Path) -> tuple[Path, tuple[str, ...]]:
         raise UnreadableFile(f"cannot read `{shown(str(path), 300)}`: {why}") from error
 
 
+def located(path: Path) -> Path:
+    """The folder that a user means: the path itself, the folder of an adapter's file, or the snapshot of a repository
+    in the local Hugging Face cache."""
+    try:
+        if path.is_file() and path.name in (CONFIG, *LOADED) and os.path.lexists(path.parent / CONFIG):
+            return path.parent
+        if not os.path.lexists(path) and hub.is_id(str(path)):
+            return hub.snapshot(str(path)) or path
+    except (OSError, ValueError):
+        # What reads the path reports why it cannot be read.
+        return path
+    return path
+
+
 def _find(path: Path) -> tuple[Path, tuple[str, ...]]:
+    path = located(path)
     if not path.exists():
-        raise UnreadableFile(f"folder `{path}` does not exist", "pass the folder with adapter_config.json")
+        raise nothing_there(path)
     if not path.is_dir():
-        raise UnreadableFile(f"`{path}` is a file, not an adapter folder", f"pass its folder: `{path.parent}`")
+        raise lone_file(path)
     if (path / CONFIG).exists() or (path / CONFIG).is_symlink():
         return path, ()
     entries = listed(path)
@@ -65,29 +63,7 @@ def _find(path: Path) -> tuple[Path, tuple[str, ...]]:
     if checkpoints:
         names = ", ".join(entry.name for entry in checkpoints)
         return checkpoints[-1], (f"`{path}` holds {names}; using the last, {checkpoints[-1].name}",)
-    raise _no_config(path, folders, [entry.name for entry in entries])
-
-
-def _no_config(path: Path, folders: list[Path], names: list[str]) -> UnreadableFile:
-    if folders:
-        which = _several([folder.name for folder in folders])
-        return UnreadableFile(
-            f"`{path}` is not an adapter folder: {CONFIG} is not in it but in {which}",
-            f"pass `{folders[0]}`",
-        )
-    weights = [name for name in names if name in LOADED or _SHARD.fullmatch(name) or _COPY.fullmatch(name)]
-    if weights:
-        return UnreadableFile(
-            f"`{path}` holds {_several(weights)} but no {CONFIG}, the only file with rank, scaling and targets",
-            f"copy {CONFIG} from the training output; PEFT's save_pretrained writes both files",
-        )
-    if "config.json" in names:
-        return UnreadableFile(
-            f"`{path}` is the folder of a model, not of an adapter: it has a config.json and no {CONFIG}",
-            "pass the folder that PEFT's save_pretrained wrote, and the model with --model",
-        )
-    hint = "pass the folder that PEFT's save_pretrained wrote"
-    return UnreadableFile(f"`{path}` is not an adapter folder: it has no {CONFIG}", hint)
+    raise no_config(path, folders, entries)
 
 
 def listed(folder: Path) -> list[Path]:
@@ -137,56 +113,37 @@ def weights_path(folder: Path) -> tuple[Path, tuple[str, ...]]:
     """
     names = [name for name in LOADED if os.path.lexists(folder / name)]
     if not names:
-        raise _missing(folder, [entry for entry in listed(folder) if entry.name != CONFIG])
+        raise no_weights(folder, [entry for entry in listed(folder) if entry.name != CONFIG])
     path, rest = inside(folder, names[0]), names[1:]
     notes = []
     if names[0] == VLLM_PICKLE:
         notes.append(f"only vLLM reads {VLLM_PICKLE}; PEFT looks for {WEIGHTS} and {PICKLE}")
     if rest:
-        notes.append(f"{_several(rest)} {'is' if len(rest) == 1 else 'are'} ignored: loaders read {names[0]} first")
-    return path, tuple(notes)
+        notes.append(f"{several(rest)} {'is' if len(rest) == 1 else 'are'} ignored: loaders read {names[0]} first")
+    return path, (*notes, *_copies(folder, names[0]))
 
 
-def _missing(folder: Path, entries: list[Path]) -> MissingWeights:
-    names = [entry.name for entry in entries]
-    start = f"`{folder}` holds {CONFIG} but no {WEIGHTS}"
-    folders = [entry for entry in entries if entry.is_dir() and any(os.path.lexists(entry / name) for name in LOADED)]
-    if folders:
-        return MissingWeights(
-            f"{start}: the weights are in the subfolder {_several([sub.name for sub in folders])}, "
-            "where no loader looks",
-            f"pass `{folders[0]}`"
-            if (folders[0] / CONFIG).exists()
-            else f"move the weights out of `{folders[0]}`; PEFT saves adapters with a name other than `default` there",
-        )
-    if shards := [name for name in names if _SHARD.fullmatch(name)]:
-        return MissingWeights(
-            f"{start}: the weights are in shards ({_several(shards)}), and no loader accepts a sharded adapter",
-            f"merge their tensors into one file, {WEIGHTS}"
-            if len([name for name in shards if not name.endswith(".json")]) != 1
-            else f"rename it to adapter_model{Path(shards[0]).suffix}",
-        )
-    if copies := [name for name in names if _COPY.fullmatch(name)]:
-        suffix = Path(copies[0]).suffix.lower()
-        return MissingWeights(
-            f"{start}: no loader looks for {_several(copies)}, named like a duplicate download or a copy",
-            f"rename it to adapter_model{suffix}"
-            + (f"; there are {len(copies)} copies, check which one is right" if len(copies) > 1 else ""),
-        )
-    for name, (origin, hint) in _OTHERS.items():
-        if name in names:
-            return MissingWeights(f"{start}: no loader of PEFT adapters looks for {name}, {origin}", hint)
-    others = [name for name in names if name.endswith(_WEIGHTS_LIKE) and not _NOT_WEIGHTS.fullmatch(name)]
-    if others:
-        like = others[0]
-        to = "safetensors" if like.endswith(".safetensors") else "bin"
-        return MissingWeights(
-            f"{start}: no loader looks for {_several(others)}",
-            f"rename {shown(like)} to adapter_model.{to} if it holds the adapter",
-        )
-    return MissingWeights(f"{start} and no other file that could be weights", "save or download the adapter again")
+def _copies(folder: Path, weights: str) -> Iterator[str]:
+    """Notes about copies of the config and of the weights, which no loader reads."""
+    for entry in listed(folder):
+        for name, pattern in ((CONFIG, CONFIG_COPY), (weights, COPY)):
+            if entry.name not in (CONFIG, *LOADED) and pattern.fullmatch(entry.name):
+                # A link that leads out of the folder is not followed.
+                with suppress(UnreadableFile, OSError):
+                    state = (
+                        "the same as" if _same(inside(folder, entry.name), inside(folder, name)) else "different from"
+                    )
+                    yield f"no loader reads {shown(entry.name)}, a copy that is {state} {name}"
 
 
-def _several(names: list[str]) -> str:
-    head = ", ".join(shown(name) for name in names[:4])
-    return head if len(names) <= 4 else f"{head} and {len(names) - 4} more"
+def _same(one: Path, other: Path) -> bool:
+    return one.stat().st_size == other.stat().st_size and sha256(one) == sha256(other)
+
+
+def weights_in(folder: Path) -> tuple[str, ...]:
+    """The names in a folder that loaders look for, then others that begin like them."""
+    try:
+        names = sorted(entry.name for entry in folder.iterdir())
+    except OSError:
+        return ()
+    return (*(name for name in LOADED if name in names), *(name for name in names if name.startswith("adapter_model")))

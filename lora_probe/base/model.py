@@ -6,14 +6,13 @@ without safetensors files has no `shapes`, and rules that need them are not run.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lora_probe.errors import ModelNotFound, TooLarge, UnreadableFile
-from lora_probe.files import brief, shown
+from lora_probe.files import brief, hub, shown
 from lora_probe.files.json_object import read_json
 from lora_probe.files.weights import open_weights
 from lora_probe.precision import FLOATS
@@ -129,23 +128,13 @@ def find_model(name: str, *, role: str = "base model") -> Path:
     cached = _cached(name)
     if cached is None:
         raise ModelNotFound(
-            f"{role} `{name}` was not found: it is neither a folder nor a model in {_cache()}",
+            f"{role} `{name}` was not found: it is neither a folder nor a model in {hub.cache()}",
             f"pass a folder or a cached model with {option}",
         )
     return cached
 
 
-def _cache() -> Path:
-    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "huggingface"
-    return Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
-
-
 def _cached(name: str) -> Path | None:
-    """The newest snapshot in the cache; the layout is documented in huggingface_hub's "Understand caching"."""
-    repository = _cache() / f"models--{name.replace('/', '--')}"
-    try:
-        commit = (repository / "refs" / "main").read_text().strip()
-    except (OSError, ValueError):
-        return None
-    snapshot = repository / "snapshots" / commit
-    return snapshot if (snapshot / "config.json").exists() else None
+    """The newest snapshot in the cache, if it is one of a model."""
+    folder = hub.snapshot(name)
+    return folder if folder is not None and (folder / "config.json").exists() else None

@@ -6,29 +6,32 @@ every finding with its rule, and the rules that could not run.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from lora_probe.adapter import CONFIG, WEIGHTS, Adapter, find_checkpoint, open_adapter, open_config
+from lora_probe.adapter import CONFIG, Adapter, find_checkpoint, located, open_adapter, open_config
+from lora_probe.adapter.config import base_named_in
+from lora_probe.adapter.file_names import LOADED
+from lora_probe.adapter.folder import weights_in
 from lora_probe.checking.bases import Bases, BaseViews
 from lora_probe.checking.renaming import Fix, find_fix
-from lora_probe.errors import MissingWeights, NotLora, ProbeError, UnreadableFile
+from lora_probe.errors import ForeignWeights, MissingWeights, NotLora, ProbeError, UnreadableFile
 from lora_probe.files import limits
 from lora_probe.files.regexes import EndlessPattern
 from lora_probe.ledger import Fate, Ledger, clauses
 from lora_probe.names import Key, in_words, name_modules
 from lora_probe.prediction import Prediction, predict, predictors, subject_of
 from lora_probe.rules import Diagnostic, Rule, Severity, all_rules, diagnostic, family_of
-from lora_probe.rules.codes import meant, numbers_of
+from lora_probe.rules.codes import meant, numbers_of, suggestion
 from lora_probe.rules.diagnostics import of_clause, under
 from lora_probe.rules.lp1_config import config_unreadable, not_lora
 from lora_probe.rules.lp2_files import weights_not_found, weights_unreadable
 from lora_probe.rules.lp4_serving import MAX_RANKS, engines_differ
 from lora_probe.rules.subject import Serving
-from lora_probe.rules.vllm_versions import ENGINE_OPTIONS, behaviour
+from lora_probe.rules.vllm_versions import ENGINE_OPTIONS, behaviour, note_on
 
 _RANKS: dict[Severity, int] = {"error": 0, "warning": 1, "info": 2}
 
@@ -116,8 +119,9 @@ def check_all(
         if engine not in predictors():
             raise ProbeError(f"unknown engine `{engine}`", f"engines: {', '.join(predictors())}")
     bases = Bases(model, progress, engines)
+    newer = note_on(vllm_version)
     for adapter in adapters:
-        limits.begin(Path(adapter))
+        limits.begin(located(Path(adapter)))
         try:
             folder, notes = find_checkpoint(Path(adapter))
         except UnreadableFile as error:
@@ -127,14 +131,12 @@ def check_all(
             yield _unreadable(Path(adapter), (), model, error, selected)
             continue
         progress(f"reading {folder}")
+        notes = (*notes, newer) if newer else notes
         yield _report(folder, notes, serving, bases, selected, engines)
 
 
 def _holds_weights(folder: Path) -> bool:
-    try:
-        return any(path.name.startswith("adapter_model") for path in folder.iterdir())
-    except OSError:
-        return False
+    return bool(weights_in(folder))
 
 
 def fix_for(adapter: str | Path, model: str | None = None, progress: Callable[[str], None] = lambda _: None) -> Fix:
@@ -143,7 +145,7 @@ def fix_for(adapter: str | Path, model: str | None = None, progress: Callable[[s
     Raises:
         ProbeError: the adapter cannot be read, or there is no such base model.
     """
-    limits.begin(Path(adapter))
+    limits.begin(located(Path(adapter)))
     folder, _ = find_checkpoint(Path(adapter))
     opened = open_adapter(folder)
     bases = Bases(model, progress)
@@ -166,10 +168,8 @@ def selection(select: Sequence[str], ignore: Sequence[str]) -> frozenset[str]:
 def _codes_of(word: str, rules: Mapping[str, Rule]) -> list[str]:
     codes = meant(word, rules)
     if not codes:
-        near = get_close_matches(word, [*rules, *(rule.name for rule in rules.values())], 3, 0.5)
-        suggestion = f"; did you mean {' or '.join(near)}?" if near else ""
         raise ProbeError(
-            f"`check` has no rule `{word}`{suggestion}",
+            f"`check` has no rule `{word}`{suggestion(word, rules)}",
             "expected a rule code (LP204), a prefix (LP2) or a rule name; "
             f"`check` has {numbers_of(rules)}, and `lora-probe rule` lists all rules",
         )
@@ -217,7 +217,7 @@ def _report(
         prediction.ledgers,
         tuple(sorted(diagnostics, key=lambda d: (_RANKS[d.severity], rules[d.code].consequence, d.code))),
         _not_run(prediction, selected),
-        (*notes, *base_notes, *described.notes),
+        (*notes, *subject.adapter.notes, *base_notes, *described.notes),
         serving.vllm.version,
         len(every) - len(diagnostics),
         not_served,
@@ -236,9 +236,12 @@ def _not_served(adapter: Adapter, described: BaseViews) -> dict[str, str]:
 def _unreadable(
     folder: Path, notes: tuple[str, ...], model: str | None, error: UnreadableFile, selected: frozenset[str]
 ) -> Report:
-    """The report on files that no engine loads: the error is the only finding."""
-    path = folder / CONFIG
-    if isinstance(error, NotLora):
+    """The report on files that no engine loads: the error is the only finding. `model` is the base model that the user
+    passed, by default the one that the config names."""
+    path = _present(folder, (CONFIG, *weights_in(folder)))
+    if isinstance(error, ForeignWeights):
+        path, judged = _present(folder, LOADED), not_lora(error.message)
+    elif isinstance(error, NotLora):
         judged = not_lora(error.message)
     elif isinstance(error, MissingWeights):
         judged = weights_not_found(error.message)
@@ -246,18 +249,24 @@ def _unreadable(
         judged = config_unreadable(error.message)
     else:
         try:
-            open_config(path)
+            open_config(folder / CONFIG)
         except UnreadableFile:
             judged = config_unreadable(error.message)
         else:
-            path, judged = folder / WEIGHTS, weights_unreadable(error.message)
+            path, judged = _present(folder, LOADED), weights_unreadable(error.message)
     rule = all_rules()[judged.code]
     engines = tuple(name for name, predictor in predictors().items() if error.key not in predictor.ignored_fields)
     diagnostic = under(rule, error.message, (), engines, str(path), error.line, hint=error.hint)
     # PEFT supports other methods than LoRA, so it may load this adapter; that is not checked.
     refusing = () if isinstance(error, NotLora) else engines
     ledgers = {name: Ledger(name, (), True, error.message, judged.code, predicted=True) for name in refusing}
-    return Report(folder, model, ledgers, (diagnostic,) if rule.code in selected else (), notes=notes)
+    base = model or base_named_in(folder / CONFIG)
+    return Report(folder, base, ledgers, (diagnostic,) if rule.code in selected else (), notes=notes)
+
+
+def _present(folder: Path, names: Sequence[str]) -> Path:
+    """The first of `names` that is in the folder; the folder itself if there is none."""
+    return next((folder / name for name in names if os.path.lexists(folder / name)), folder)
 
 
 def _diagnostics(adapter: Adapter, prediction: Prediction) -> Iterator[Diagnostic]:

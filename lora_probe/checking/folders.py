@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lora_probe.adapter import located
+from lora_probe.adapter.not_found import lone_file, nothing_there
 from lora_probe.errors import ProbeError, UnreadableFile
 
 _ADAPTER_FILE = re.compile(r"adapter_config\.json|adapter_model[-.](?:.*\.)?(?:safetensors|bin)(?:\.index\.json)?")
@@ -75,14 +77,12 @@ def _folder(path: Path) -> Path:
             beside = path.name in _BESIDE or path.name.startswith("adapter_model")
             if is_adapter_file(path.name) or (beside and _holds_adapter(path.parent)):
                 return path.parent
-            raise UnreadableFile(
-                f"`{path}` is not a file of an adapter",
-                "pass the adapter's folder, its adapter_config.json or its weights",
-            )
+            raise lone_file(path)
+        if (folder := located(path)).is_dir():
+            return folder
     except (OSError, ValueError) as error:
         raise UnreadableFile(f"cannot read `{path}`: {error}") from error
-    where = "" if path.is_absolute() else f"; the current folder is `{Path.cwd()}`"
-    raise UnreadableFile(f"folder `{path}` does not exist", f"check the path{where}")
+    raise nothing_there(path)
 
 
 def _holds_adapter(folder: Path) -> bool:

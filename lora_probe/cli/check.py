@@ -14,7 +14,7 @@ from lora_probe.cli.ending import CLEAN, FOUND, UNJUDGED
 from lora_probe.cli.options import Command, add_engine, add_limits, apply_limits, budget, engine_options
 from lora_probe.errors import ProbeError
 from lora_probe.render.console import complain, hint, note
-from lora_probe.render.formats import DEFAULT, present, renderer
+from lora_probe.render.formats import DEFAULT, ERRORS, present, renderer
 from lora_probe.render.progress import status_line
 from lora_probe.render.results import CheckResult, CheckRun, FixResult, Paged
 from lora_probe.render.spool import Spool
@@ -30,7 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "checkpoints",
         nargs="*",
         metavar="CKPT",
-        help="adapter folders, training output folders, or files in adapter folders; default: .",
+        help="adapter folders, training output folders, files in adapter folders, or ids of adapters in the local "
+        "Hugging Face cache; default: .",
     )
     parser.add_argument("--recursive", action="store_true", help="check every adapter in and below the folders")
     parser.add_argument("--model", metavar="BASE", help="base model: a folder or an id; default: each adapter's own")
@@ -85,6 +86,7 @@ def run(options: argparse.Namespace) -> int:
 def _check(wanted: Requested, options: argparse.Namespace, fixed: FixResult | None = None) -> int:
     """Check the adapters. `fixed` is what `--fix` has done before."""
     from lora_probe.checking.check import check_all
+    from lora_probe.rules.vllm_versions import note_on
 
     check = partial(
         check_all,
@@ -96,9 +98,13 @@ def _check(wanted: Requested, options: argparse.Namespace, fixed: FixResult | No
         engines=options.engine or [],
     )
     result = _read(wanted, check, options, fixed)
+    # The text of several adapters has no place for what is noted about each of them.
+    if not wanted.single and (newer := note_on(options.vllm_version)) is not None:
+        note(newer)
     for path in wanted.skipped:
         note(f"{path} is not next to an adapter; skipped")
-    if result.reports or (wanted.skipped and not result.not_judged):
+    # Formats of other distributions expect reports.
+    if result.reports or not result.not_judged or options.format in ERRORS:
         present(_view(fixed), options.format, result)
     if options.format == DEFAULT:
         from lora_probe.render.text.check import next_command

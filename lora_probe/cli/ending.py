@@ -6,11 +6,12 @@ the process that waits for the command stays small.
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from lora_probe.errors import ProbeError
@@ -32,15 +33,15 @@ class _Terminated(KeyboardInterrupt):
         self.status = 128 + number
 
 
-def supervised(run: Callable[[], int]) -> int:
-    """Run a command in a process of its own, and return its exit status."""
+def supervised(run: Callable[[], int], arguments: Sequence[str]) -> int:
+    """Run the command of these arguments in a process of its own, and return its exit status."""
     # A stream that was closed before the start is None.
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: PTH123, SIM115
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: PTH123, SIM115
     board = Board()
     with _terminable():
         try:
-            return guarded.command(lambda: reported(run), board)
+            return guarded.command(lambda: reported(run, arguments), board)
         except KeyboardInterrupt as stop:
             _complain("interrupted", board.left)
             return stop.status if isinstance(stop, _Terminated) else INTERRUPTED
@@ -51,10 +52,10 @@ def supervised(run: Callable[[], int]) -> int:
             discard_output()
             return _failed(ProbeError(f"cannot write the output: {error.strerror or error}"))
         except Exception as error:
-            return _failed(error)
+            return _failed(error, arguments)
 
 
-def reported(run: Callable[[], int]) -> int:
+def reported(run: Callable[[], int], arguments: Sequence[str]) -> int:
     """Run a command in this process. Its errors are printed, and decide the exit status."""
     try:
         return run()
@@ -65,13 +66,31 @@ def reported(run: Callable[[], int]) -> int:
     except MemoryError:
         raise
     except Exception as error:
-        return _failed(error)
+        return _failed(error, arguments)
 
 
-def _failed(error: Exception) -> int:
+def _failed(error: Exception, arguments: Sequence[str] = ()) -> int:
+    """Print an error in the format of the output, which programs read, and as a sentence."""
     failure = error if isinstance(error, ProbeError) else guarded.fault(error)
+    if (name := _requested_format(arguments)) is not None:
+        from lora_probe.render.formats import present_error
+
+        present_error(name, failure)
     _complain(failure.message, failure.hint)
     return failure.exit_code
+
+
+def _requested_format(arguments: Sequence[str]) -> str | None:
+    """The value of `--format`, also in a command line that cannot be parsed otherwise."""
+    own = list(arguments[: arguments.index("--")] if "--" in arguments else arguments)
+    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+    parser.add_argument("--format")
+    try:
+        requested: str | None = parser.parse_known_args(own)[0].format
+    except argparse.ArgumentError:
+        # `--format` is the last word.
+        return None
+    return requested
 
 
 def _complain(message: str, hint: str) -> None:

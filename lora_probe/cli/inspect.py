@@ -30,11 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from lora_probe.adapter import open_adapter
+    from lora_probe.adapter import located, open_adapter
     from lora_probe.render.results import Inspection
 
     apply_limits(options)
-    limits.begin(Path(options.checkpoint))
+    limits.begin(located(Path(options.checkpoint)))
     adapter = open_adapter(options.checkpoint)
     if options.module is not None:
         from lora_probe.adapter.one_module import select

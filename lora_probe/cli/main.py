@@ -36,7 +36,7 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command in a process of its own, and return its exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    return supervised(lambda: run(arguments))
+    return supervised(lambda: run(arguments), arguments)
 
 
 def run(arguments: list[str]) -> int:

@@ -6,6 +6,7 @@ In: a parser, or parsed options. Out: arguments of the parser; a budget, prompts
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -55,6 +56,15 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
         raise UsageError(message, f"{self.prog} --help")
 
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Raises UsageError: there are unknown words. If one is the name of a file, the hint is how to pass it."""
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            names = [f"to pass `{word}`, write ./{word}" for word in unknown if os.path.lexists(word)]
+            hint = "\n".join([*names, f"{self.prog} --help"])
+            raise UsageError(f"unrecognized arguments: {' '.join(unknown)}", hint)
+        return parsed
+
 
 class Interspersed(Parser):
     """Accepts options between any number of positional arguments: `check a/ --strict b/`."""
@@ -98,7 +108,8 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         default=".",
         metavar="CKPT",
-        help="adapter folder, or training output folder (its last checkpoint is used); default: .",
+        help="adapter folder, training output folder (its last checkpoint is used), or the id of an adapter in the "
+        "local Hugging Face cache; default: .",
     )
 
 

@@ -33,11 +33,14 @@ def run(options: argparse.Namespace) -> int:
 def _chosen(word: str) -> list[Rule]:
     """The rules of a code, a family (`LP7` or `LP7xx`) or a name."""
     from lora_probe.rules import all_rules
-    from lora_probe.rules.codes import meant
+    from lora_probe.rules.codes import meant, numbers_of, suggestion
 
     rules = [all_rules()[code] for code in meant(word, all_rules())]
     if not rules:
-        raise ProbeError(f"unknown rule `{word}`", f"rules: {', '.join(all_rules())}")
+        raise ProbeError(
+            f"unknown rule `{word}`{suggestion(word, all_rules())}",
+            f"codes: {numbers_of(all_rules())}; `lora-probe rule` lists all rules",
+        )
     return rules
 
 

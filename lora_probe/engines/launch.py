@@ -19,7 +19,7 @@ from typing import Any
 
 import msgspec
 
-from lora_probe.adapter import Adapter, open_adapter
+from lora_probe.adapter import Adapter, located, open_adapter
 from lora_probe.base import open_base
 from lora_probe.engines import require
 from lora_probe.engines.allowed import RUN
@@ -67,7 +67,7 @@ def trace(
         EngineFailed: the engine did not start, lacked the plugin, or died.
         KeyboardInterrupt: after the child process and its children have been stopped.
     """
-    limits.begin(Path(adapter))
+    limits.begin(located(Path(adapter)))
     checkpoint = _runnable(adapter)
     base = _base_of(checkpoint, model)
     if keep not in LEVELS:
@@ -273,12 +273,15 @@ def _resolved(name: str) -> str:
 
 
 def _name(checkpoint: Adapter) -> str:
-    """The adapter's name in the engine: the name of its folder, for a checkpoint after that of the run.
+    """The adapter's name in the engine: the name of its folder, for a checkpoint after that of the run; of a snapshot
+    in the cache of the Hugging Face Hub, that of the repository.
 
     PEFT uses it as a module name, which cannot contain a dot.
     """
     path = checkpoint.path.resolve()
     name = f"{path.parent.name}-{path.name}" if path.name.startswith("checkpoint-") else path.name
+    if path.parent.name == "snapshots":
+        name = path.parent.parent.name.rpartition("--")[2]
     return (name or "adapter").replace(".", "-")
 
 

@@ -6,9 +6,10 @@ weights (`weights`, `pickled`), and the limits for reading them (`limits`, `guar
 
 from __future__ import annotations
 
-from lora_probe.files.untrusted import brief, is_text, opened, sha256, shown, storage_of, wrong_file_type
+from lora_probe.files.untrusted import HEAD, brief, is_text, opened, sha256, shown, storage_of, wrong_file_type
 
 __all__ = [
+    "HEAD",
     "brief",
     "is_text",
     "opened",

@@ -14,7 +14,7 @@ from typing import Any
 
 from lora_probe.errors import UnreadableFile, out_of_memory
 from lora_probe.files.limits import step
-from lora_probe.files.untrusted import opened, wrong_file_type
+from lora_probe.files.untrusted import HEAD, opened, wrong_file_type
 
 MAX_CONFIG = 10_000_000
 """Bytes; real ones have about a thousand."""
@@ -60,7 +60,7 @@ def read_text(path: Path, limit: int = MAX_CONFIG) -> str:
         raise UnreadableFile(
             f"`{path}` has {size} bytes, more than the limit of {limit}", "is it really a JSON config?"
         )
-    if wrong := wrong_file_type(data[:64], "JSON"):
+    if wrong := wrong_file_type(data[:HEAD], "JSON"):
         raise UnreadableFile(f"`{path}` {wrong[0]}", wrong[1])
     if data.startswith(b"\xef\xbb\xbf"):
         raise UnreadableFile(

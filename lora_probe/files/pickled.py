@@ -20,8 +20,8 @@ from lora_probe.errors import NeedsLibrary, TooLarge, UnreadableFile, out_of_mem
 from lora_probe.files.limits import importing, make_room, step
 from lora_probe.files.pickle_opcodes import require_harmless
 from lora_probe.files.pickle_zip import PickleRecord, pickle_record
-from lora_probe.files.untrusted import brief, is_text, opened, shown, wrong_file_type
-from lora_probe.files.weights import Raw, TensorHeader, WeightsFile, require_real_name
+from lora_probe.files.untrusted import HEAD, brief, is_text, opened, shown, wrong_file_type
+from lora_probe.files.weights import Raw, TensorHeader, WeightsFile, open_weights, require_real_name
 from lora_probe.precision import DTYPES, STORED
 
 ZIP, PROTOCOL = b"PK\x03\x04", b"\x80"
@@ -60,6 +60,18 @@ def open_pickle(path: Path) -> WeightsFile:
 
     headers = {name: header for name, (header, _) in tensors.items()}
     return WeightsFile(path, size, {}, headers, values)
+
+
+def open_by_content(path: Path) -> WeightsFile | None:
+    """The weights in a file whose name may be wrong; None if it is neither safetensors nor a pickle.
+
+    Raises as `open_weights` and `open_pickle` do.
+    """
+    with opened(path) as (file, _):
+        start = file.read(HEAD)
+    if start[8:9] == b"{":
+        return open_weights(path)
+    return open_pickle(path) if start.startswith((ZIP, PROTOCOL)) else None
 
 
 def _named(state: dict[Any, Any], path: Path, size: int) -> Iterator[tuple[str, tuple[TensorHeader, Any]]]:
@@ -110,7 +122,7 @@ def load(path: Path, largest_legacy: int | None = None) -> Any:
     """
     step("checking the pickle", path)
     with opened(path) as (file, size):
-        start = file.read(64)
+        start = file.read(HEAD)
         if wrong := wrong_file_type(start, "the weights"):
             raise UnreadableFile(f"`{path}` {wrong[0]}", wrong[1])
         _refuse_others(path, start)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import reprlib
 import stat
 from collections.abc import Iterator
@@ -19,6 +20,8 @@ from lora_probe.errors import UnreadableFile
 
 LFS_MARK = b"version https://git-lfs"
 _PAGE = (b"<!doctype html", b"<html", b"<?xml", b"<head")
+HEAD = 512
+"""Bytes of a file from which `wrong_file_type` recognises it."""
 _LONGEST = 120
 """Characters of a name or a value in a message."""
 
@@ -78,7 +81,25 @@ def wrong_file_type(start: bytes, what: str) -> tuple[str, str] | None:
             f"is a web page, not {what}",
             "download the raw file; this is the web page of the file, or a login page",
         )
+    if start.startswith(_GGUF):
+        kind = "a llama.cpp LoRA adapter (GGUF)" if _GGUF_ADAPTER.search(start) else "a GGUF file of llama.cpp"
+        return (
+            f"is {kind}, not {what}",
+            "PEFT and vLLM need the PEFT adapter that it was converted from; llama.cpp itself loads it",
+        )
+    if member := _NPY.match(start):
+        mlx = re.search(rb"\.lora_[ab]\.npy$", member[1])
+        return (
+            f"is a NumPy archive (.npz){', as MLX wrote its adapters' if mlx else ''}, not {what}",
+            "convert it; MLX stores lora_a and lora_b transposed" if mlx else "save it with safetensors",
+        )
     return None
+
+
+_GGUF = b"GGUF"
+# A key, the type of its value (8: a string) and the value, with their lengths in front.
+_GGUF_ADAPTER = re.compile(rb"general\.type\x08\0\0\0\x07\0\0\0\0\0\0\0adapter")
+_NPY = re.compile(rb"PK\x03\x04.{26}([\w.-]+\.npy)", re.DOTALL)
 
 
 def shown(name: str, longest: int = _LONGEST) -> str:

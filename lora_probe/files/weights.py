@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from lora_probe.errors import TooLarge, UnreadableFile, out_of_memory
 from lora_probe.files.limits import step
-from lora_probe.files.untrusted import brief, is_text, opened, shown, wrong_file_type
+from lora_probe.files.untrusted import HEAD, brief, is_text, opened, shown, wrong_file_type
 from lora_probe.precision import STORED
 
 MAX_HEADER = 100_000_000
@@ -79,7 +79,7 @@ def open_weights(path: Path) -> WeightsFile:
     step("reading the header", path)
     with opened(path) as (file, size):
         prefix = file.read(8)
-        _refuse_wrong_file_type(path, prefix, prefix + file.read(64))
+        _refuse_wrong_file_type(path, prefix, prefix + file.read(HEAD))
         (length,) = struct.unpack("<Q", prefix)
         if length > MAX_HEADER or length > size - 8:
             raise UnreadableFile(

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lora_probe.adapter import open_adapter
+from lora_probe.adapter import located, open_adapter
 from lora_probe.base import find_model, open_checkpoint
 from lora_probe.comparison.effect import Effect, effect
 from lora_probe.engines import launch, require
@@ -96,7 +96,7 @@ def parity(
         ProbeError: bad input, or an existing `out` without `force`.
         EngineFailed: PEFT could not merge. An engine that cannot run is a finding, because the weights were judged.
     """
-    limits.begin(Path(adapter))
+    limits.begin(located(Path(adapter)))
     checkpoint = open_adapter(adapter)
     name = checkpoint.config.base_or(model)
     if not weights_only:

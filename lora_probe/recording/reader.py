@@ -17,8 +17,9 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from lora_probe.adapter import CONFIG
 from lora_probe.adapter.folder import inside, listed
-from lora_probe.errors import UnreadableFile
+from lora_probe.errors import UnreadableFile, command
 from lora_probe.files import brief, shown
 from lora_probe.files.weights import MAX_VALUES, TensorHeader, WeightsFile
 from lora_probe.ledger import STATIONS, Finding, Ledger, Row, Station, worse
@@ -42,6 +43,7 @@ from lora_probe.recording.segments import Segment, joined, open_recorded, open_s
 from lora_probe.rules import all_rules
 from lora_probe.rules.lp5_loading import not_measured
 
+_RECORD = "record one with `lora-probe trace CKPT --engine ...`"
 _SEGMENT = re.compile(r"[0-9]{1,18}\.safetensors")
 _SCORE = re.compile(r"next-[0-9]{1,18}\.safetensors")
 
@@ -238,11 +240,15 @@ def open_trace(path: str | Path) -> Trace:
     """
     folder = Path(path)
     if not folder.is_dir():
-        raise UnreadableFile(f"trace `{folder}` does not exist", "record one with `lora-probe trace CKPT --engine ...`")
+        raise UnreadableFile(f"trace `{folder}` does not exist", _RECORD)
     run = _run(folder) if os.path.lexists(folder / "run.json") else None
     processes = [_process(home) for home in _homes(folder)]
     if run is None and not processes:
-        raise UnreadableFile(f"`{folder}` is not a trace: it contains neither run.json nor the folder of a process")
+        if (folder / CONFIG).is_file():
+            raise UnreadableFile(f"`{folder}` is an adapter, not a trace", command("inspect", folder))
+        raise UnreadableFile(
+            f"`{folder}` is not a trace: it contains neither run.json nor the folder of a process", _RECORD
+        )
     return Trace(folder, run, tuple(processes))
 
 

@@ -99,6 +99,8 @@ FORMATS: dict[str, dict[str, str]] = {
     "markdown": {"rule": "markdown:rules"},
 }
 """Format -> command -> renderer, as module of `lora_probe.render` and name. It is imported when it is used."""
+ERRORS = {"json": "json.error:error_json", "sarif": "sarif:error", "github": "github:error"}
+"""Format -> renderer of the error with which a command ends. Standard error has it in any case."""
 COMMANDS = frozenset(FORMATS[DEFAULT])
 
 
@@ -124,9 +126,7 @@ def renderer(command: str, name: str) -> Renderer:
         ProbeError: the command does not have this format, or its distribution cannot be loaded.
     """
     if place := FORMATS.get(name, {}).get(command):
-        module, _, attribute = place.partition(":")
-        with limits.importing():
-            function: Renderer = getattr(import_module(f"{__package__}.{module}"), attribute)
+        function: Renderer = _imported(place)
         return function
     if (command, name) not in _installed():
         raise ProbeError(
@@ -139,6 +139,18 @@ def present(command: str, name: str, result: Any) -> None:
     """Print a command's result. Raises as `renderer` does."""
     chosen = renderer(command, name)
     emit((chosen.whole if isinstance(chosen, Paged) else chosen)(result))
+
+
+def present_error(name: str, error: ProbeError) -> None:
+    """Print the error with which a command ends, in a format that programs read. Other formats print nothing."""
+    if place := ERRORS.get(name):
+        emit(_imported(place)(error))
+
+
+def _imported(place: str) -> Any:
+    module, _, attribute = place.partition(":")
+    with limits.importing():
+        return getattr(import_module(f"{__package__}.{module}"), attribute)
 
 
 @cache

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from lora_probe.checking import Report
+from lora_probe.errors import ProbeError
 from lora_probe.render.cells import CONTROL, one_line
 from lora_probe.render.places import file_of, relative
 from lora_probe.render.results import CheckResult
@@ -26,7 +27,12 @@ def check(result: CheckResult) -> Iterator[str]:
             title = f"not run on {relative(report.adapter)}"
             yield command("notice", f"{', '.join(skipped.codes)}: {skipped.why}", title=title)
     for lost in result.not_judged:
-        yield command("error", lost.error.message, title="not judged")
+        yield error(lost.error)
+
+
+def error(error: ProbeError) -> str:
+    """A line for the error of a folder that was not judged, or of a call that judged nothing."""
+    return command("error", error.message, title="not judged")
 
 
 def _annotation(report: Report, diagnostic: Diagnostic) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 from lora_probe import __version__
 from lora_probe.checking import Report
-from lora_probe.checking.folders import NotJudged
+from lora_probe.errors import ProbeError
 from lora_probe.names import name_modules
 from lora_probe.render.cells import one_line
 from lora_probe.render.markdown import first_sentence, page
@@ -28,10 +28,15 @@ SEVERITIES: dict[Severity, str] = {"error": "error", "warning": "warning", "info
 
 def check(result: CheckResult) -> dict[str, Any]:
     """The log of one call of `check`."""
-    return sarif(result.reports, result.not_judged)
+    return sarif(result.reports, [lost.error for lost in result.not_judged])
 
 
-def sarif(reports: Sequence[Report], not_judged: Sequence[NotJudged] = ()) -> dict[str, Any]:
+def error(error: ProbeError) -> dict[str, Any]:
+    """The log of a call that judged nothing."""
+    return sarif((), [error])
+
+
+def sarif(reports: Sequence[Report], not_judged: Sequence[ProbeError] = ()) -> dict[str, Any]:
     """The log of these reports."""
     mentioned = {diagnostic.code for report in reports for diagnostic in report.diagnostics}
     mentioned |= {code for report in reports for skipped in report.not_run for code in skipped.codes}
@@ -147,5 +152,5 @@ def _not_run(reports: Sequence[Report], numbers: dict[str, int]) -> Iterable[dic
         }
 
 
-def _not_judged(lost: NotJudged) -> dict[str, Any]:
-    return {"level": "error", "message": {"text": _text(lost.error.message)}}
+def _not_judged(error: ProbeError) -> dict[str, Any]:
+    return {"level": "error", "message": {"text": _text(error.message)}}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
 
 from lora_probe.names import ranges
 from lora_probe.rules.registry import Rule
@@ -30,6 +31,12 @@ def _covers(word: str, code: str) -> bool:
     if wanted[2]:
         return parts[1] == wanted[1] and parts[2].startswith(wanted[2])
     return parts[1] == word and parts[1] != "LP"
+
+
+def suggestion(word: str, rules: Mapping[str, Rule]) -> str:
+    """The end of an error about an unknown rule: the nearest codes and names, if there are any."""
+    near = get_close_matches(word, [*rules, *(rule.name for rule in rules.values())], 3, 0.5)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
 def numbers_of(codes: Iterable[str]) -> str:

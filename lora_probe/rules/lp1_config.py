@@ -54,13 +54,15 @@ def config_unreadable(message: str) -> str:
     hint="convert it with the library that wrote it, or pass the path of the PEFT adapter",
 )
 def not_lora(message: str) -> str:
-    """adapter_config.json is not the config of a PEFT LoRA adapter.
+    """The folder holds something other than a PEFT LoRA adapter: another method, or another library's format.
 
     What it does: recognises what other tools store under this file name: MLX, AdapterHub, prefix tuning and other PEFT
-    methods, the config of a whole model, keys of an unknown tool.
+    methods, the config of a whole model, keys of an unknown tool. Next to a PEFT config, it recognises weights in the
+    formats of kohya, diffusers, MLX, AdapterHub and SAMed, and those of a whole model, by the names of the tensors.
 
     Why it matters: vLLM 0.32 reads three keys (r, lora_alpha, target_modules) and never `peft_type`. If the config of
-    another method has these keys, vLLM loads it as LoRA.
+    another method has these keys, vLLM loads it as LoRA. Weights of another library are refused by vLLM because of
+    their names; PEFT 0.21 warns of missing keys and serves the base model.
 
     Fix: convert the adapter to PEFT's format.
     """

@@ -49,7 +49,7 @@ TABLE = (
     Behaviour("0.32", False, True, False, "run: the tests of this repository on 0.32.0"),
     Behaviour("0.33", False, True, True, "read: lora/model_manager.py (`_get_text_lora_names`) of 0.33.0"),
 )
-"""Oldest first. Newer versions than the last row are assumed to behave like it."""
+"""Oldest first. Newer versions than the last row are assumed to behave like it, and `note_on` reports that."""
 SUPPORTED = f"{TABLE[0].version} to {TABLE[-1].version}"
 """For texts; in a rule's docstring `{vllm}` stands for it."""
 
@@ -82,6 +82,15 @@ def behaviour(wanted: str | None = None) -> Behaviour:
     if not rows:
         raise ProbeError(f"vLLM {text} is older than any version known here", f"known versions: {versions}")
     return rows[-1]
+
+
+def note_on(wanted: str | None = None) -> str | None:
+    """What to note about a version that is newer than the newest row, whose behaviour is not known."""
+    text = wanted or installed()
+    newest = TABLE[-1].version
+    if text is None or _number(text) <= _number(newest):
+        return None
+    return f"vLLM {text} is newer than the versions known here ({SUPPORTED}); predicted as for vLLM {newest}"
 
 
 def _number(text: str) -> tuple[int, int]:

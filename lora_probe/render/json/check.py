@@ -18,9 +18,12 @@ and also has:
 
 Several adapters, or with `--recursive`:
 
-    {"schema_version": 1, "reports": [...], "not_judged": [{"path", "message"}],
+    {"schema_version": 1, "reports": [...], "not_judged": [{"path", "message", "hint"}],
      "summary": {"adapters", "clean", "with_errors", "with_warnings", "with_rules_not_run", "not_judged",
                  "errors", "warnings", "infos", "codes": {"LP201": number of adapters}}}
+
+If any were not judged (status 2), there is also an `error` (see `error.py`), with the message and the hint of the
+first. If the only one was not judged, `error` is all there is.
 
 `clean` adapters have no findings (from the rules that were run: see `with_rules_not_run`). Those `with_warnings` have
 warnings and no errors.
@@ -38,6 +41,7 @@ from lora_probe.checking.folders import NotJudged
 from lora_probe.ledger import as_json as ledger_json
 from lora_probe.render.console import as_json
 from lora_probe.render.json import SCHEMA_VERSION
+from lora_probe.render.json.error import error_json, message_json
 from lora_probe.render.json.fix import fix_json
 from lora_probe.render.results import CheckResult, CheckRun, Paged
 from lora_probe.rules import as_json as diagnostic_json
@@ -67,6 +71,8 @@ def _page(report: Report, run: CheckRun) -> str:
 def _whole(result: CheckResult) -> Iterable[str]:
     if result.run.single and result.reports:
         return result.pages
+    if result.run.single and result.not_judged:
+        return [as_json(error_json(result.not_judged[0].error))]
     return _several(result.pages, result.reports, result.not_judged)
 
 
@@ -94,7 +100,7 @@ def _frame(reports: Sequence[Report], not_judged: Sequence[NotJudged]) -> dict[s
     return {
         "schema_version": SCHEMA_VERSION,
         "reports": [],
-        "not_judged": [{"path": str(lost.path), "message": lost.error.message} for lost in not_judged],
+        "not_judged": [{"path": str(lost.path), **message_json(lost.error)} for lost in not_judged],
         "summary": {
             "adapters": len(reports),
             "clean": sum(not report.diagnostics for report in reports),
@@ -107,4 +113,5 @@ def _frame(reports: Sequence[Report], not_judged: Sequence[NotJudged]) -> dict[s
             "infos": sum(report.count("info") for report in reports),
             "codes": dict(sorted(codes.items())),
         },
+        **({"error": message_json(not_judged[0].error)} if not_judged else {}),
     }

@@ -11,16 +11,22 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
+from lora_probe.errors import ProbeError
 from lora_probe.ledger import as_json as ledger_json
 from lora_probe.ledger import headline
 from lora_probe.precision import finite
 from lora_probe.render.json import SCHEMA_VERSION
+from lora_probe.render.json.error import message_json
 from lora_probe.rules import as_json as diagnostic_json
 from lora_probe.rules import diagnose
 
 if TYPE_CHECKING:
     from lora_probe.recording import RequestRecord, Trace
     from lora_probe.render.results import Recording
+
+
+NO_LOAD = ProbeError("no adapter was loaded while this trace was recorded")
+"""The error of a trace without a ledger."""
 
 
 def recording_json(recording: Recording) -> dict[str, Any]:
@@ -49,6 +55,7 @@ def trace_json(trace: Trace) -> dict[str, Any]:
         "requests": requests_json(trace),
         "modules": contributions_json(trace),
         "events": [msgspec.to_builtins(event) for event in trace.events],
+        **({} if ledgers else {"error": message_json(NO_LOAD)}),
     }
 
 

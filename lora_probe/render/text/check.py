@@ -141,11 +141,18 @@ def _headlines(report: Report, indent: str = "") -> Iterable[RenderableType]:
         yield assemble(indent, (f"{engine}  ", "" if indent else "bold"), (f"not judged: {why}", "bold yellow"))
     same: dict[str, list[Ledger]] = {}
     for ledger in report.ledgers.values():
-        same.setdefault(headline(replace(ledger, engine="both")), []).append(ledger)
+        same.setdefault(_headline(replace(ledger, engine="both"), report), []).append(ledger)
     for common, ledgers in same.items():
         engines = ", ".join(ledger.engine for ledger in ledgers)
-        text = common if len(ledgers) > 1 else headline(ledgers[0])
+        text = common if len(ledgers) > 1 else _headline(ledgers[0], report)
         yield assemble(indent, (f"{engines}  ", "" if indent else "bold"), (text, _style(ledgers[0])))
+
+
+def _headline(ledger: Ledger, report: Report) -> str:
+    """The headline; of a refusal without its reason, if a diagnostic states that below."""
+    if ledger.refused and ledger.code in {diagnostic.code for diagnostic in report.diagnostics}:
+        return f"refused by {ledger.engine} ({ledger.code})"
+    return headline(ledger)
 
 
 def _tables(report: Report) -> Iterable[RenderableType]:

@@ -14,7 +14,7 @@ from rich.table import Table
 from lora_probe.ledger import Ledger
 from lora_probe.names import Key, layer_of, projection_of, ranges
 from lora_probe.render.cells import SHOWN, add_row, assemble, columns_of, grid, words
-from lora_probe.render.json.trace import contributions_json, requests_json
+from lora_probe.render.json.trace import NO_LOAD, contributions_json, requests_json
 from lora_probe.render.results import Recording
 from lora_probe.render.text.ledger import ledger_text
 
@@ -34,7 +34,7 @@ def recording(result: Recording) -> RenderableType:
         name = f"{load.name} (load {load.load}): " if len(trace.loads) > 1 else ""
         parts += [ledger_text(ledger, name), *_log_lines(trace.engine, load.said, ledger), words("")]
     if not trace.loads:
-        parts += [words("no adapter was loaded while this trace was recorded", style="bold yellow"), words("")]
+        parts += [words(NO_LOAD.message, style="bold yellow"), words("")]
     if cells := _contribution_cells(trace):
         parts += [grid("contribution ‖s·x·A·B‖ / ‖base output‖, over all rows of the adapter", cells), words("")]
     parts += _not_recorded(trace)
