@@ -291,11 +291,23 @@ def test_the_last_hint_is_the_same_command_for_the_other_engine() -> None:
     import argparse
     import shlex
 
-    from lora_probe.cli.trace import same_with_another_engine
+    from lora_probe.cli.trace import next_commands
 
     given = shlex.split("trace 'a b' --engine peft --dtype float32 --prompt 'x y' -o run.lptrace --force")
-    hint = same_with_another_engine(argparse.Namespace(engine="peft", own_arguments=given))
-    assert hint == "lora-probe trace 'a b' --engine vllm --dtype float32 --prompt 'x y' -o OTHER.lptrace"
+    hints = next_commands(argparse.Namespace(engine="peft", follow=None, own_arguments=given), "run.lptrace")
+    assert hints == [
+        "lora-probe trace 'a b' --engine vllm --dtype float32 --prompt 'x y' -o OTHER.lptrace",
+        "lora-probe compare run.lptrace OTHER.lptrace",
+    ]
+
+
+def test_after_following_a_trace_the_hint_compares_with_it() -> None:
+    import argparse
+
+    from lora_probe.cli.trace import next_commands
+
+    options = argparse.Namespace(engine="vllm", follow="peft ref.lptrace", own_arguments=["trace"])
+    assert next_commands(options, "run.lptrace") == ["lora-probe compare 'peft ref.lptrace' run.lptrace"]
 
 
 def test_a_closed_pipe_hides_no_finding(peft_trace: Any) -> None:

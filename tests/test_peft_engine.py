@@ -132,6 +132,10 @@ def test_a_forced_continuation_begins_the_answer(adapter: Path, llama: Path, tmp
     assert same.requests[1].output_ids == answer
     np.testing.assert_allclose(same.requests[1].logprobs, free.requests[1].logprobs, atol=1e-5)
     assert compare(free, same).verdict == "agree"
+    record = same.requests[1]
+    assert record.text.startswith(record.forced_text)
+    assert record.generated_text
+    assert [record.forced_text for record in free.requests] == [None, None]
     other = record_peft(adapter, llama, tmp_path / "other", prompts=("hi",), continuation=[[70, 71, 72]])
     assert other.requests[1].output_ids[:3] == [70, 71, 72]
     assert len(other.requests[1].output_ids) == len(other.requests[1].logprobs) == 3 + 6
