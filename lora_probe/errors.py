@@ -6,6 +6,8 @@ command line returns. Only the command line prints.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class ProbeError(Exception):
     """One clear error: what is wrong and where; `hint` is what to do. Exit status 2 (nothing could be checked)."""
@@ -56,6 +58,23 @@ class EngineFailed(ProbeError):
 
 class EngineStopped(EngineFailed):
     """An engine's process that exceeded its limit of time or memory."""
+
+
+def words_of(argument: str, value: object) -> list[str]:
+    """A list argument of the Python interface: `prompts`, `select`. One string is a list of one, because its characters
+    are never meant; None is an empty list.
+
+    Raises:
+        ProbeError: it is neither a string nor a list of strings.
+    """
+    if value is None or isinstance(value, str):
+        return [] if value is None else [value]
+    words = []
+    for word in value if isinstance(value, Iterable) else [value]:
+        if not isinstance(word, str):
+            raise ProbeError(f"`{argument}` must be a string or a list of strings, not of {type(word).__name__}")
+        words.append(word)
+    return words
 
 
 def out_of_memory(what: str) -> TooLarge:

@@ -243,11 +243,15 @@ def test_interrupting_a_trace_leaves_nothing_running(adapter: Path, tmp_path: Pa
     while not process.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     pid = json.loads(process.read_text())["pid"]
+    second = subprocess.run([*command, "--force"], capture_output=True, text=True, check=False)
+    assert (second.returncode, second.stdout) == (2, "")
+    assert "run.lptrace` is being recorded by another process" in second.stderr
     run.send_signal(signal.SIGINT)
     out, err = run.communicate(timeout=30)
     assert run.returncode == 130
     assert out == ""
     assert "interrupted" in err
+    assert "run.lptrace` is incomplete; overwrite it with --force" in err
     assert "Traceback" not in err
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)

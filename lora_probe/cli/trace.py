@@ -46,7 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     from lora_probe.engines.launch import LOG, trace
 
-    apply_limits(options, "the recording is incomplete; nothing is left running")
+    where = f" in `{options.output}`" if options.output else ""
+    again = "; overwrite it with --force" if options.output else ""
+    apply_limits(options, f"the recording{where} is incomplete{again}; nothing is left running")
     with status_line(f"{options.engine}: starting") as report:
         recorded = trace(
             options.checkpoint,
