@@ -22,6 +22,21 @@ from rich.text import Text
 from lora_probe.files.limits import step
 from lora_probe.render.cells import SURROGATES, assemble, words
 
+NARROWEST, WIDEST = 20, 1000
+"""Columns of a terminal that a person can read. A table of less is empty, and every line of more is memory."""
+
+
+def heed_columns() -> None:
+    """Keep COLUMNS from making output unreadable: rich by itself would use any number, and print nothing at 0."""
+    try:
+        columns = int(os.environ.get("COLUMNS", "0"))
+    except ValueError:
+        columns = 0
+    if columns < NARROWEST:
+        os.environ.pop("COLUMNS", None)
+    elif columns > WIDEST:
+        os.environ["COLUMNS"] = str(WIDEST)
+
 
 def complain(message: str, hint: str = "") -> None:
     """Print an error, and what to do about it."""
@@ -45,6 +60,7 @@ def _on_stderr(text: Text, command: bool = False) -> None:
         sys.stdout.flush()
     except BrokenPipeError:
         discard_output()
+    heed_columns()
     console = Console(stderr=True)
     whole = command or not console.is_terminal
     # If standard error cannot be written, the exit status is all that is left.
