@@ -144,8 +144,8 @@ def dump(data: dict[str, Any]) -> None:
 
 
 def as_json(data: dict[str, Any]) -> str:
-    """JSON in which every character is printable. What moves the cursor, changes the direction of text or starts a
-    command of a workflow runner is escaped, so that values stay the same."""
+    """JSON in which every character is printable, and in the encoding of standard output. What moves the cursor,
+    changes the direction of text or starts a command of a workflow runner is escaped, so that values stay the same."""
     step("writing JSON")
     text = json.dumps(_bounded(data), ensure_ascii=False, indent=2, allow_nan=False)
     return _UNPRINTABLE.sub(lambda match: "".join(map(_escape, match[0])), text)
@@ -159,7 +159,15 @@ LONGEST = 1_000_000
 def _escape(character: str) -> str:
     if character == "#":
         return "\\u0023"
-    return character if character.isprintable() else json.dumps(character)[1:-1]
+    return character if character.isprintable() and _encodable(character) else json.dumps(character)[1:-1]
+
+
+def _encodable(character: str) -> bool:
+    try:
+        character.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _bounded(value: Any) -> Any:
