@@ -68,6 +68,22 @@ class Parity:
         return (*self.weights.diagnostics, *about_outputs)
 
 
+def later_in_outputs(weights: MergeReport, outputs: Effect) -> str:
+    """Why the outputs first differ at a later module than the weights: a small change of an output is within round-off.
+    Empty if they do not."""
+    order = {module.key: number for number, module in enumerate(outputs.modules)}
+    wrong = [module.key for module in weights.modules if module.status == "differs" and module.key in order]
+    first = outputs.first_module
+    earliest = min(wrong, key=lambda key: order[key], default=None)
+    if first is None or earliest is None or order[earliest] >= order[first.key]:
+        return ""
+    error, limit = outputs.modules[order[earliest]].error, outputs.tolerance
+    state = (
+        f"within the tolerance of {outputs.dtype}" if error <= limit else "beyond the tolerance at later tokens only"
+    )
+    return f"{name_modules([earliest[0]])}, the first module with wrong weights, is {state}: error {error:.1e}"
+
+
 def parity(
     adapter: str | Path,
     *,
