@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,14 @@ def test_qwen2_with_biases_and_all_projections(qwen2: Path, tmp_path: Path) -> N
 def test_chat_prompts_go_through_the_template(adapter: Path, llama: Path, tmp_path: Path) -> None:
     trace = record_peft(adapter, llama, tmp_path / "run", chat=True, prompts=("hi",))
     assert len(trace.requests[0].prompt_ids) == len("<user>hi<reply>")
+
+
+def test_the_worst_of_the_recomputed_modules_is_named_after_the_error(peft_trace: Any) -> None:
+    (event,) = [event for event in peft_trace.events if event.stage == "agree"]
+    assert event.module == ""
+    assert re.fullmatch(
+        r"recomputed \d+ modules from the file: worst relative error [\d.e-]+, layer \d \w+", event.text
+    )
 
 
 def test_a_forced_continuation_begins_the_answer(adapter: Path, llama: Path, tmp_path: Path) -> None:

@@ -79,12 +79,8 @@ def trace(
     texts, flags = words_of("prompts", prompts), flags_of(engine_args)
     if follow is not None and (texts or chat):
         raise ProbeError("a run with --follow uses the prompts of the followed trace", "remove the prompts and --chat")
-    wanted, continuation = (
-        _tokens_of(follow) if follow is not None else ([Prompt(text) for text in texts or BUILT_IN], None)
-    )
-    for prompt in wanted:
-        if any("\ud800" <= character <= "\udfff" for character in prompt.text):
-            raise ProbeError(f"the prompt {prompt.text!r} is not valid UTF-8")
+    wanted, continuation = _tokens_of(follow) if follow is not None else (list(map(Prompt, texts or BUILT_IN)), None)
+    _refuse_invalid(wanted)
     require(engine, flags)
     folder = folder_for(_name(checkpoint), engine, out, force)
     spec = RunSpec(
@@ -209,6 +205,12 @@ def flags_of(engine_args: object) -> list[str]:
             f"pass engine_args={engine_args.split()!r}",
         )
     return words_of("engine_args", engine_args)
+
+
+def _refuse_invalid(prompts: Sequence[Prompt]) -> None:
+    for prompt in prompts:
+        if any("\ud800" <= character <= "\udfff" for character in prompt.text):
+            raise ProbeError(f"the prompt {prompt.text!r} is not valid UTF-8")
 
 
 def _passed(options: dict[str, Any] | None) -> dict[str, Any]:

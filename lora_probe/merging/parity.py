@@ -78,10 +78,8 @@ def later_in_outputs(weights: MergeReport, outputs: Effect) -> str:
     if first is None or earliest is None or order[earliest] >= order[first.key]:
         return ""
     error, limit = outputs.modules[order[earliest]].error, outputs.tolerance
-    state = (
-        f"within the tolerance of {outputs.dtype}" if error <= limit else "beyond the tolerance at later tokens only"
-    )
-    return f"{name_modules([earliest[0]])}, the first module with wrong weights, is {state}: error {error:.1e}"
+    state = f"stays within the tolerance of {outputs.dtype}" if error <= limit else "exceeds it at later tokens only"
+    return f"{name_modules([earliest[0]])}, the first module with wrong weights, {state}: error {error:.1e}"
 
 
 def parity(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +18,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from lora_probe.adapter.folder import inside, listed
+from lora_probe.adapter.folder import CONFIG, inside, listed
 from lora_probe.errors import UnreadableFile
 from lora_probe.files import brief, shown
 from lora_probe.files.weights import MAX_VALUES, TensorHeader, WeightsFile
@@ -248,7 +249,11 @@ def open_trace(path: str | Path) -> Trace:
     run = _run(folder) if os.path.lexists(folder / "run.json") else None
     processes = [_process(home) for home in _homes(folder)]
     if run is None and not processes:
-        raise UnreadableFile(f"`{folder}` is not a trace: it contains neither run.json nor the folder of a process")
+        is_adapter = os.path.lexists(folder / CONFIG)
+        raise UnreadableFile(
+            f"`{folder}` is not a trace: it contains neither run.json nor the folder of a process",
+            f"it is an adapter: lora-probe inspect {shlex.quote(str(folder))}" if is_adapter else "",
+        )
     return Trace(folder, run, tuple(processes))
 
 
