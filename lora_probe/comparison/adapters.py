@@ -6,6 +6,7 @@ In: two traces. Out: an `AdapterDifference` for each way in which modules differ
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -27,12 +28,14 @@ SAME_SCALING = 16 * FLOAT32.round_off
 class AdapterDifference:
     """Modules that differ in the same way. `values` are the rank or the scaling of the reference and of the candidate;
     for A and B ‖B·A‖ of the first of `keys`. `factors` are the smallest and the largest quotient of these values.
-    `total` is how many modules both adapters have."""
+    `same_product`: ‖B·A‖ of all `keys` is the same, so that nothing else is known to differ. `total` is how many
+    modules both adapters have."""
 
     kind: Kind
     keys: tuple[Key, ...]
     values: tuple[float, float]
     factors: tuple[float, float]
+    same_product: bool
     total: int
 
     @property
@@ -41,7 +44,8 @@ class AdapterDifference:
         modules = f"{len(self.keys)} of {self.total} modules ({name_modules(key[0] for key in self.keys)})"
         where = f"all {self.total} modules" if len(self.keys) == self.total > 1 else modules
         if self.kind in ("rank", "scaling"):
-            return f"{self.kind} is {self.values[1]:.6g} instead of {self.values[0]:.6g} in {where}"
+            same = "; ‖B·A‖ is the same" if self.same_product else ""
+            return f"{self.kind} is {self.values[1]:.6g} instead of {self.values[0]:.6g} in {where}{same}"
         low, high = (f"{factor:.4g}" for factor in self.factors)
         times = f"{low} times" if low == high else f"{low} to {high} times"
         return f"{self.kind} differs in {where}: ‖B·A‖ is {times} that of the reference"
@@ -55,6 +59,21 @@ class _Pair:
     reference: ModuleRecord
     candidate: ModuleRecord
     grams: tuple[Floats | None, Floats | None]
+
+    @property
+    def products(self) -> tuple[float, float] | None:
+        """‖B·A‖ of both; None if it was not recorded, is multiplied by 0, or is not a number."""
+        one, two = self.reference, self.candidate
+        if not one.scaling or not two.scaling or one.norm is None or two.norm is None:
+            return None
+        before, after = one.norm / abs(one.scaling), two.norm / abs(two.scaling)
+        return (before, after) if math.isfinite(before) and math.isfinite(after) else None
+
+    def same_product(self, limit: float) -> bool:
+        if self.products is None:
+            return False
+        before, after = self.products
+        return abs(after - before) <= limit * before
 
 
 def adapter_differences(reference: Trace, candidate: Trace, limit: float) -> tuple[AdapterDifference, ...]:
@@ -70,7 +89,8 @@ def adapter_differences(reference: Trace, candidate: Trace, limit: float) -> tup
             # Each rank and each scaling is a group; values of A and B are different in every module.
             same = (before, after) if kind in ("rank", "scaling") else (0.0, 0.0)
             groups.setdefault((kind, *same), []).append((pair.key, before, after))
-    return tuple(_difference(kind, members, len(pairs)) for (kind, _, _), members in groups.items())
+    unchanged = {pair.key for pair in pairs if pair.same_product(limit)}
+    return tuple(_difference(kind, members, unchanged, len(pairs)) for (kind, _, _), members in groups.items())
 
 
 def different_files(reference: Trace, candidate: Trace) -> tuple[str, str] | None:
@@ -94,17 +114,18 @@ def _pairs(reference: Trace, candidate: Trace, loads: tuple[Load, Load]) -> Iter
     for trace, load in zip((reference, candidate), loads, strict=True):
         modules = trace.modules.items()
         records.append({key: m for (number, key), m in modules if number == load.load and m.stored_as is not None})
+    grams = _grams(reference, loads[0]), _grams(candidate, loads[1])
     for key in sorted(records[0].keys() & records[1].keys(), key=lambda key: natural(key[0])):
-        grams = _gram(reference, loads[0], key), _gram(candidate, loads[1], key)
-        yield _Pair(key, records[0][key], records[1][key], grams)
+        yield _Pair(key, records[0][key], records[1][key], (grams[0].get(key), grams[1].get(key)))
 
 
-def _gram(trace: Trace, load: Load, key: Key) -> Floats | None:
+def _grams(trace: Trace, load: Load) -> dict[Key, Floats]:
+    """G of each module that has rows in a trace, as far as it was kept."""
     rows = trace.rows
-    if rows is None or key not in rows.modules:
-        return None
-    held = grams_of(rows.placed, load.load, rows.modules.index(key))
-    return held.gram if held is not None else None
+    if rows is None:
+        return {}
+    held = ((key, grams_of(rows.placed, load.load, number)) for number, key in enumerate(rows.modules))
+    return {key: weights.gram for key, weights in held if weights is not None}
 
 
 def _differences(pair: _Pair, limit: float) -> Iterator[tuple[Kind, float, float]]:
@@ -112,15 +133,11 @@ def _differences(pair: _Pair, limit: float) -> Iterator[tuple[Kind, float, float
     one, two = pair.reference, pair.candidate
     if one.rank is not None and two.rank is not None and one.rank != two.rank:
         yield "rank", float(one.rank), float(two.rank)
-    if not one.scaling or not two.scaling:
-        return
-    if abs(two.scaling - one.scaling) > SAME_SCALING * abs(one.scaling):
-        yield "scaling", one.scaling, two.scaling
-    if one.norm is None or two.norm is None:
-        return
-    before, after = one.norm / abs(one.scaling), two.norm / abs(two.scaling)
-    if abs(after - before) > limit * before:
-        yield _half(pair, limit), before, after
+    before, after = one.scaling, two.scaling
+    if before is not None and after is not None and abs(after - before) > SAME_SCALING * abs(before):
+        yield "scaling", before, after
+    if pair.products is not None and not pair.same_product(limit):
+        yield _half(pair, limit), *pair.products
 
 
 def _half(pair: _Pair, limit: float) -> Kind:
@@ -137,7 +154,7 @@ def _half(pair: _Pair, limit: float) -> Kind:
     return "A" if same else "B"
 
 
-def _difference(kind: Kind, members: list[tuple[Key, float, float]], total: int) -> AdapterDifference:
+def _difference(kind: Kind, members: list[tuple[Key, float, float]], same: set[Key], total: int) -> AdapterDifference:
     factors = [after / before if before else float("inf") for _, before, after in members]
     keys = tuple(key for key, _, _ in members)
-    return AdapterDifference(kind, keys, members[0][1:], (min(factors), max(factors)), total)
+    return AdapterDifference(kind, keys, members[0][1:], (min(factors), max(factors)), same.issuperset(keys), total)

@@ -78,6 +78,7 @@ def _adapter_difference(difference: AdapterDifference) -> dict[str, Any]:
     return {
         "kind": difference.kind,
         "values": [finite(value) for value in difference.values],
+        "same_product": difference.same_product,
         "factors": [finite(factor) for factor in difference.factors],
         "modules": [{"module": key[0], "parameter": key[1], "expert": key[2]} for key in difference.keys],
     }

@@ -75,19 +75,17 @@ def _answers(result: Comparison, diff: RequestDiff) -> str:
     """How far two answers are the same. Forced tokens are always the same, so they are counted apart."""
     one, two = len(diff.reference.output_ids), len(diff.candidate.output_ids)
     forced = max(result.reference.forced(diff.reference), result.candidate.forced(diff.candidate))
+    by_follow = f"{forced} forced by --follow" if forced else ""
     if diff.equal:
-        text = f"all {one} answer tokens are the same"
-    elif diff.same_tokens == min(one, two):
+        text = f"all {one} answer tokens are the same" + (f" ({by_follow})" if forced else "")
+        error = diff.logprob_error
+        return text if error is None else f"{text}, largest logprob difference {error:.1e}"
+    lengths = f"both have {one} tokens" if one == two else f"they have {one} and {two} tokens"
+    lengths += f", {by_follow}" if forced else ""
+    if diff.same_tokens == min(one, two):
         ends, goes_on = ("reference", "candidate") if one < two else ("candidate", "reference")
-        text = f"the {ends}'s answer ends after {min(one, two)} tokens, the {goes_on}'s after {max(one, two)}"
-    else:
-        lengths = f"both have {one} tokens" if one == two else f"they have {one} and {two} tokens"
-        text = f"the answers differ from token {diff.same_tokens + 1} on ({lengths})"
-    if forced:
-        text += f"; the first {forced}: forced by --follow" if forced > 1 else "; the first: forced by --follow"
-    if diff.equal and diff.logprob_error is not None:
-        text += f", largest logprob difference {diff.logprob_error:.1e}"
-    return text
+        return f"the {ends}'s answer ends first, the {goes_on}'s goes on ({lengths})"
+    return f"the answers differ from token {diff.same_tokens + 1} on ({lengths})"
 
 
 def _first_divergence(result: Comparison) -> RenderableType:
