@@ -173,7 +173,7 @@ def _answers(trace: Trace) -> RenderableType:
 
 def _forced(trace: Trace, request: RequestRecord) -> RichText:
     if request.forced_text is None:
-        return words(f"token ids {', '.join(map(str, request.output_ids[: trace.forced(request)]))}", style="dim")
+        return _ids(request.output_ids[: trace.forced(request)])
     return _shown(request.forced_text)
 
 
@@ -184,8 +184,14 @@ def _generated(trace: Trace, request: RequestRecord | None) -> RichText:
     count = trace.forced(request)
     text = request.generated_text if count else request.text
     if text is None:
-        return words(f"token ids {', '.join(map(str, request.output_ids[count:]))}", style="dim")
+        return _ids(request.output_ids[count:])
     return _shown(text)
+
+
+def _ids(ids: Sequence[int]) -> RichText:
+    """Tokens whose text was not recorded."""
+    more = f" and {len(ids) - SHOWN} more" if len(ids) > SHOWN else ""
+    return words(f"token ids {', '.join(map(str, ids[:SHOWN]))}{more}", style="dim")
 
 
 def _shown(text: str) -> RichText:
