@@ -42,6 +42,11 @@ _HOMES = {
 }
 
 
+def __dir__() -> list[str]:
+    """The public names, also those that are not imported yet: what completion in a notebook offers."""
+    return __all__
+
+
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'lora_probe' has no attribute {name!r}")

@@ -7,6 +7,7 @@ command line returns. Only the command line prints.
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -68,6 +69,23 @@ class EngineStopped(EngineFailed):
 def command(name: str, path: Path, *options: str) -> str:
     """One of our commands for a hint, so that it can be copied. A path that begins with a dash is not an option."""
     return shlex.join(["lora-probe", name, f"./{path}" if str(path).startswith("-") else str(path), *options])
+
+
+def words_of(argument: str, value: object) -> list[str]:
+    """A list argument of the Python interface: `prompts`, `select`. One string is a list of one, because its characters
+    are never meant; None is an empty list.
+
+    Raises:
+        ProbeError: it is neither a string nor a list of strings.
+    """
+    if value is None or isinstance(value, str):
+        return [] if value is None else [value]
+    words = []
+    for word in value if isinstance(value, Iterable) else [value]:
+        if not isinstance(word, str):
+            raise ProbeError(f"`{argument}` must be a string or a list of strings, not of {type(word).__name__}")
+        words.append(word)
+    return words
 
 
 def out_of_memory(what: str) -> TooLarge:

@@ -154,7 +154,7 @@ def _clause(fate: Fate, station: Station, members: Sequence[tuple[Row, Finding]]
     rows, findings = tuple(row for row, _ in members), [finding for _, finding in members]
     first, others = findings[0], len({finding.message for finding in findings}) - 1
     what = first.message if whole else _about([row.module for row in rows], first)
-    where = f" at {station}" if fate != "unknown" else f" (first not measured: {station})"
+    where = f" at {station}" if fate != "unknown" else f" from {station} on"
     more = f" (and {others} more of this kind)" if others else ""
     return Clause(f"{len(rows)} {fate}{where}: {what}{more}", station, first, rows, not whole)
 

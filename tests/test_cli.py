@@ -244,11 +244,15 @@ def test_interrupting_a_trace_leaves_nothing_running(adapter: Path, tmp_path: Pa
     while not process.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     pid = json.loads(process.read_text())["pid"]
+    second = subprocess.run([*command, "--force"], capture_output=True, text=True, check=False)
+    assert (second.returncode, second.stdout) == (2, "")
+    assert "run.lptrace` is being recorded by another process" in second.stderr
     run.send_signal(signal.SIGINT)
     out, err = run.communicate(timeout=30)
     assert run.returncode == 130
     assert out == ""
     assert "interrupted" in err
+    assert "run.lptrace` is incomplete; overwrite it with --force" in err
     assert "Traceback" not in err
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
@@ -292,11 +296,23 @@ def test_the_last_hint_is_the_same_command_for_the_other_engine() -> None:
     import argparse
     import shlex
 
-    from lora_probe.cli.trace import same_with_another_engine
+    from lora_probe.cli.trace import next_commands
 
     given = shlex.split("trace 'a b' --engine peft --dtype float32 --prompt 'x y' -o run.lptrace --force")
-    hint = same_with_another_engine(argparse.Namespace(engine="peft", own_arguments=given))
-    assert hint == "lora-probe trace 'a b' --engine vllm --dtype float32 --prompt 'x y' -o OTHER.lptrace"
+    hints = next_commands(argparse.Namespace(engine="peft", follow=None, own_arguments=given), "run.lptrace")
+    assert hints == [
+        "lora-probe trace 'a b' --engine vllm --dtype float32 --prompt 'x y' -o OTHER.lptrace",
+        "lora-probe compare run.lptrace OTHER.lptrace",
+    ]
+
+
+def test_after_following_a_trace_the_hint_compares_with_it() -> None:
+    import argparse
+
+    from lora_probe.cli.trace import next_commands
+
+    options = argparse.Namespace(engine="vllm", follow="peft ref.lptrace", own_arguments=["trace"])
+    assert next_commands(options, "run.lptrace") == ["lora-probe compare 'peft ref.lptrace' run.lptrace"]
 
 
 def test_a_closed_pipe_hides_no_finding(peft_trace: Any) -> None:

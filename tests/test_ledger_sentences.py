@@ -37,12 +37,12 @@ SENTENCES = [
     (predicted(row("0.q", stations=3)), "1 of 1 modules take effect"),
     (
         measured(row("0.q", UNKNOWN, 4)),
-        "0 of 1 modules took effect, 1 unknown (first not measured: applied): no rows",
+        "0 of 1 modules took effect, 1 unknown from applied on: no rows",
     ),
     (predicted(row("0.q", UNKNOWN, 3)), "1 modules read, no problems in the files; effect unknown because no rows"),
     (
         predicted(row("0.q", UNKNOWN, 3), row("1.q", stations=3)),
-        "1 of 2 modules take effect, 1 unknown (first not measured: placed): layer 0 q: no rows",
+        "1 of 2 modules take effect, 1 unknown from placed on: layer 0 q: no rows",
     ),
     (measured(row("0.q", LOST)), "0 of 1 modules took effect, 1 lost at agrees: not in the file (LP204)"),
     (

@@ -16,6 +16,7 @@ from lora_probe.adapter import Adapter, open_adapter
 from lora_probe.engines.load_record import ENOUGH_ROWS, LoadRecord
 from lora_probe.engines.sampler import SAMPLED, Sampler
 from lora_probe.ledger import OK, Finding, Ledger, Station
+from lora_probe.names import name_modules
 from lora_probe.precision import agrees
 from lora_probe.recording import DECODE, PREFILL, SCHEMA, Floats, Load, Process, TraceWriter
 from lora_probe.rules.lp5_loading import no_lora_layer
@@ -232,7 +233,7 @@ def test_the_error_is_that_of_all_rows_together(load: Recording) -> None:
     assert error == pytest.approx(0.01, rel=1e-3)
     assert worst == pytest.approx(0.01, rel=1e-3)
     assert count == 2 * ROWS
-    assert agree.module == Q[0]
+    assert agree.text.endswith(f", {name_modules([Q[0]])}")
 
 
 @bfloat16

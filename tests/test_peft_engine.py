@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,14 @@ def test_chat_prompts_go_through_the_template(adapter: Path, llama: Path, tmp_pa
     assert len(trace.requests[0].prompt_ids) == len("<user>hi<reply>")
 
 
+def test_the_worst_of_the_recomputed_modules_is_named_after_the_error(peft_trace: Any) -> None:
+    (event,) = [event for event in peft_trace.events if event.stage == "agree"]
+    assert event.module == ""
+    assert re.fullmatch(
+        r"recomputed \d+ modules from the file: worst relative error [\d.e-]+, layer \d \w+", event.text
+    )
+
+
 def test_a_forced_continuation_begins_the_answer(adapter: Path, llama: Path, tmp_path: Path) -> None:
     free = record_peft(adapter, llama, tmp_path / "free", prompts=("hi",))
     answer = free.requests[1].output_ids
@@ -132,6 +141,10 @@ def test_a_forced_continuation_begins_the_answer(adapter: Path, llama: Path, tmp
     assert same.requests[1].output_ids == answer
     np.testing.assert_allclose(same.requests[1].logprobs, free.requests[1].logprobs, atol=1e-5)
     assert compare(free, same).verdict == "agree"
+    record = same.requests[1]
+    assert record.text.startswith(record.forced_text)
+    assert record.generated_text
+    assert [record.forced_text for record in free.requests] == [None, None]
     other = record_peft(adapter, llama, tmp_path / "other", prompts=("hi",), continuation=[[70, 71, 72]])
     assert other.requests[1].output_ids[:3] == [70, 71, 72]
     assert len(other.requests[1].output_ids) == len(other.requests[1].logprobs) == 3 + 6

@@ -18,7 +18,8 @@ from written import Tensors, edited, write_adapter, write_base
 
 from lora_probe import open_trace
 from lora_probe.comparison.effect import Effect
-from lora_probe.merging.parity import Parity, _judged
+from lora_probe.comparison.outputs import FirstModule, ModuleOutput
+from lora_probe.merging.parity import Parity, _judged, later_in_outputs
 from lora_probe.merging.report import MergeReport
 from lora_probe.merging.weights import check_merge
 
@@ -242,9 +243,29 @@ def effect(tmp_path: Path) -> Effect:
         tolerance=1e-3,
         prompts=(),
         first_module=None,
-        worst_module=None,
+        modules=(),
         notes=(),
     )
+
+
+@pytest.mark.parametrize(("error", "state"), [(0.5e-3, "stays within the tolerance of float32"), (0.2, "exceeds it")])
+def test_outputs_that_first_differ_at_a_later_module_are_explained(
+    error: float, state: str, effect: Effect, judged: Callable[..., MergeReport]
+) -> None:
+    """The weights name layer 0, the outputs layer 1: both are printed, and why."""
+    weights = judged()
+    keys = [module.key for module in weights.modules]
+    errors = tuple(ModuleOutput(key, error if number == 0 else 0.3) for number, key in enumerate(keys))
+    first = FirstModule(keys[1], 0, 0, -1, 0.3)
+    outputs = replace(effect, first_module=first, modules=errors)
+    wrong = replace(weights, modules=(replace(weights.modules[0], status="differs"), *weights.modules[1:]))
+    text = later_in_outputs(wrong, outputs)
+    assert text.startswith("layer 0 q_proj, the first module with wrong weights, ")
+    assert state in text
+    assert f"error {error:.1e}" in text
+    assert later_in_outputs(weights, outputs) == ""
+    assert later_in_outputs(wrong, replace(outputs, first_module=replace(first, key=keys[0]))) == ""
+    assert later_in_outputs(wrong, effect) == ""
 
 
 def test_what_survives_of_the_effect_decides(effect: Effect, judged: Callable[..., MergeReport]) -> None:

@@ -185,8 +185,15 @@ def test_the_worst_finding_of_all_ranks_counts(tmp_path: Path) -> None:
 def test_not_a_trace(tmp_path: Path) -> None:
     with pytest.raises(UnreadableFile, match="does not exist"):
         open_trace(tmp_path / "no")
-    with pytest.raises(UnreadableFile, match="is not a trace"):
+    with pytest.raises(UnreadableFile, match="is not a trace") as refused:
         open_trace(tmp_path)
+    assert refused.value.hint == ""
+    adapter = tmp_path / "an adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    with pytest.raises(UnreadableFile, match="is not a trace") as refused:
+        open_trace(adapter)
+    assert refused.value.hint == f"it is an adapter: lora-probe inspect '{adapter}'"
 
 
 def test_rows_without_shrink(tmp_path: Path) -> None:

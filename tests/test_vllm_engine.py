@@ -54,6 +54,9 @@ def test_a_run_that_follows_another_sees_its_tokens(
     found = compare(mine, theirs)
     assert found.verdict == "agree"
     assert found.rows == len(mine.rows)
+    with_adapter = theirs.requests[-1]
+    assert with_adapter.text.startswith(with_adapter.forced_text)
+    assert with_adapter.generated_text
 
 
 def test_rows_are_those_of_the_requests(engine: SharedEngine, adapter: Path, tmp_path: Path) -> None:

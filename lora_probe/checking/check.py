@@ -18,7 +18,7 @@ from lora_probe.adapter.file_names import LOADED
 from lora_probe.adapter.folder import weights_in
 from lora_probe.checking.bases import Bases, BaseViews
 from lora_probe.checking.renaming import Fix, find_fix
-from lora_probe.errors import ForeignWeights, MissingWeights, NotLora, ProbeError, UnreadableFile
+from lora_probe.errors import ForeignWeights, MissingWeights, NotLora, ProbeError, UnreadableFile, words_of
 from lora_probe.files import limits
 from lora_probe.files.regexes import EndlessPattern
 from lora_probe.ledger import Fate, Ledger, clauses
@@ -75,9 +75,9 @@ def check(
     model: str | None = None,
     options: Mapping[str, Any] | None = None,
     vllm_version: str | None = None,
-    select: Sequence[str] = (),
-    ignore: Sequence[str] = (),
-    engines: Sequence[str] = (),
+    select: str | Sequence[str] = (),
+    ignore: str | Sequence[str] = (),
+    engines: str | Sequence[str] = (),
 ) -> Report:
     """What is wrong with one adapter. Accepts and raises the same as `check_all`."""
     (report,) = check_all(
@@ -98,9 +98,9 @@ def check_all(
     model: str | None = None,
     options: Mapping[str, Any] | None = None,
     vllm_version: str | None = None,
-    select: Sequence[str] = (),
-    ignore: Sequence[str] = (),
-    engines: Sequence[str] = (),
+    select: str | Sequence[str] = (),
+    ignore: str | Sequence[str] = (),
+    engines: str | Sequence[str] = (),
     progress: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Report]:
     """A report for each folder, as soon as it is done. Each engine describes each base model only once.
@@ -113,8 +113,9 @@ def check_all(
     Raises:
         ProbeError: there is no such folder, base model, rule or engine, or the version of vLLM is unknown.
     """
-    selected = selection(select, ignore)
+    selected = selection(words_of("select", select), words_of("ignore", ignore))
     serving = _serving(options or {}, vllm_version)
+    engines = words_of("engines", engines)
     for engine in engines:
         if engine not in predictors():
             raise ProbeError(f"unknown engine `{engine}`", f"engines: {', '.join(predictors())}")
@@ -185,7 +186,7 @@ def _serving(options: Mapping[str, Any], vllm_version: str | None) -> Serving:
     rank = options.get("max_lora_rank")
     if rank is not None and rank not in MAX_RANKS:
         raise ProbeError(f"vLLM does not accept --max-lora-rank {rank}", f"accepted: {', '.join(map(str, MAX_RANKS))}")
-    targets = options.get("lora_target_modules")
+    targets = words_of("lora_target_modules", options.get("lora_target_modules"))
     settings = {name: options.get(name) for name in ("max_lora_rank", "dtype", "lora_dtype")}
     return Serving(behaviour(vllm_version), lora_target_modules=tuple(targets) if targets else None, **settings)
 

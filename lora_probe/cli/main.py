@@ -17,6 +17,7 @@ from lora_probe import __version__
 from lora_probe.cli import check, compare, env, inspect, parity, rule, show, trace
 from lora_probe.cli.ending import supervised
 from lora_probe.cli.options import Interspersed, Parser, add_command
+from lora_probe.render.console import heed_columns
 
 COMMANDS = {
     command.name: command
@@ -41,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(arguments: list[str]) -> int:
     """Run one command in this process. Raises ProbeError, and SystemExit after `--help`."""
+    heed_columns()
     own, flags = _split(arguments)
     options = argparse.Namespace()
     parser_of_all().parse_args(own, options)

@@ -71,6 +71,12 @@ class Interspersed(Parser):
 
     _within = False
 
+    def format_usage(self) -> str:
+        """The usage without colours: argparse keeps it without its first seven characters, `usage: `."""
+        formatter = argparse.HelpFormatter(self.prog)
+        formatter.add_usage(self.usage, self._actions, self._mutually_exclusive_groups)
+        return formatter.format_help()
+
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         if self._within:
             return super().parse_known_args(args, namespace)

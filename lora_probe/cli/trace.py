@@ -46,7 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     from lora_probe.engines.launch import LOG, trace
 
-    apply_limits(options, "the recording is incomplete; nothing is left running")
+    where = f" in `{options.output}`" if options.output else ""
+    again = "; overwrite it with --force" if options.output else ""
+    apply_limits(options, f"the recording{where} is incomplete{again}; nothing is left running")
     with status_line(f"{options.engine}: starting") as report:
         recorded = trace(
             options.checkpoint,
@@ -65,9 +67,16 @@ def run(options: argparse.Namespace) -> int:
         )
     status = present_trace(recorded, options)
     note(f"wrote {recorded.path}; the engine's log is {recorded.path / LOG}")
-    hint(same_with_another_engine(options))
-    hint(shlex.join(["lora-probe", "compare", str(recorded.path), "OTHER.lptrace"]))
+    for command in next_commands(options, str(recorded.path)):
+        hint(command)
     return status
+
+
+def next_commands(options: argparse.Namespace, recorded: str) -> list[str]:
+    """Compare the trace with the one that it followed; or record another one first, and compare with that."""
+    if options.follow is not None:
+        return [shlex.join(["lora-probe", "compare", options.follow, recorded])]
+    return [same_with_another_engine(options), shlex.join(["lora-probe", "compare", recorded, "OTHER.lptrace"])]
 
 
 def same_with_another_engine(options: argparse.Namespace) -> str:

@@ -12,12 +12,13 @@ from typing import Literal
 
 import numpy as np
 
+from lora_probe.comparison.adapters import AdapterDifference, adapter_differences, different_files
 from lora_probe.comparison.joined import Joined, RequestDiff, by_load, distances, join, matched_requests
 from lora_probe.comparison.tolerance import NOT_RECORDED_NOTE, judged_dtype
 from lora_probe.errors import ProbeError
 from lora_probe.ledger import Fate, Ledger
-from lora_probe.names import Key, natural
-from lora_probe.precision import NOT_RECORDED, ROW_SLACK, drift
+from lora_probe.names import Key, in_words, natural
+from lora_probe.precision import NOT_RECORDED, ROW_SLACK, agrees, drift
 from lora_probe.recording import Floats, Trace
 
 Verdict = Literal["agree", "differ", "undecided"]
@@ -56,7 +57,8 @@ class Divergence:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The result of `compare`. Errors are relative to the reference."""
+    """The result of `compare`. Errors are relative to the reference. `adapters` is what is known to differ between the
+    two adapters; `estimated` is why some errors are estimates (those that are not `exact`), empty if none is."""
 
     reference: Trace
     candidate: Trace
@@ -68,6 +70,8 @@ class Comparison:
     requests: tuple[RequestDiff, ...]
     first: Divergence | None
     notes: tuple[str, ...]
+    adapters: tuple[AdapterDifference, ...] = ()
+    estimated: str = ""
 
     @property
     def worst(self) -> ModuleDiff | None:
@@ -77,7 +81,7 @@ class Comparison:
     @property
     def verdict(self) -> Verdict:
         diverged = any(not request.equal for request in self.requests) and self.dtype == "float32"
-        if diverged or any(module.status != "ok" for module in self.modules):
+        if diverged or self.adapters or any(module.status != "ok" for module in self.modules):
             return "differ"
         if any(ledger.refused or ledger.count("lost") or ledger.count("wrong") for ledger in self.ledgers):
             return "differ"
@@ -109,13 +113,19 @@ def compare(reference: Trace, candidate: Trace, rtol: float | None = None) -> Co
     if joined is not None:
         modules, first = _modules(joined, _fates(reference), _fates(candidate), limit=limit)
         count = len(joined.where)
-    notes = tuple(_notes(reference, candidate, joined is not None or bool(refused)))
+    adapters = adapter_differences(reference, candidate, agrees(dtype))
+    notes = tuple(_notes(reference, candidate, joined is not None or bool(refused), adapters))
     if dtype == NOT_RECORDED:
         notes = (*notes, NOT_RECORDED_NOTE)
-    return Comparison(reference, candidate, ledgers, dtype, limit, count, modules, requests, first, notes)
+    why = _why_estimated(reference, candidate, modules, bool(adapters))
+    return Comparison(
+        reference, candidate, ledgers, dtype, limit, count, modules, requests, first, notes, adapters, why
+    )
 
 
-def _notes(reference: Trace, candidate: Trace, compared: bool) -> Iterator[str]:
+def _notes(
+    reference: Trace, candidate: Trace, compared: bool, adapters: tuple[AdapterDifference, ...]
+) -> Iterator[str]:
     for trace in (reference, candidate):
         if not trace.complete:
             yield f"{trace.path} is incomplete: {', '.join(trace.unclosed)}"
@@ -123,11 +133,32 @@ def _notes(reference: Trace, candidate: Trace, compared: bool) -> Iterator[str]:
             yield f"{trace.path} contains shards of {len(trace.workers)} workers; their rows cannot be joined yet"
         elif trace.rows is None:
             yield f"{trace.path} contains no rows"
-    load, other = reference.loads[0][0], candidate.loads[0][0]
-    if load.digest != other.digest:
-        yield f"the runs loaded different adapters: {load.path} and {other.path}"
+    if (paths := different_files(reference, candidate)) is not None:
+        what = "different adapters" if adapters else "different files"
+        yield f"the runs loaded {what}: {paths[0]} and {paths[1]}"
+        if not adapters:
+            yield "no difference in rank, scaling or ‖B·A‖ of a module is recorded"
+    for difference in adapters:
+        yield f"the adapters differ: {difference.text}"
     if not compared:
         yield "no rows were compared, only the ledgers and the answers"
+
+
+def _why_estimated(
+    reference: Trace, candidate: Trace, modules: tuple[ModuleDiff, ...], different_adapters: bool
+) -> str:
+    """Why some errors are not exact; empty if all are."""
+    if all(diff.exact for diff in modules if diff.error is not None):
+        return ""
+    for trace in (reference, candidate):
+        if trace.rows is not None and trace.rows.shrink is None:
+            return f"{trace.path} did not keep shrink"
+    if different_adapters:
+        return "the adapters differ"
+    dtypes = dict.fromkeys(w.process.lora_dtype or w.process.dtype for t in (reference, candidate) for w in t.workers)
+    if len(dtypes) > 1:
+        return f"B is rounded differently in {in_words(list(dtypes))}"
+    return "the weights in the engines are not known to be the same"
 
 
 def _ledger(trace: Trace) -> Ledger:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lora_probe.comparison.outputs import FirstModule, WorstModule, compare_outputs
+from lora_probe.comparison.outputs import FirstModule, ModuleOutput, compare_outputs
 from lora_probe.comparison.tolerance import NOT_RECORDED_NOTE, judged_dtype
 from lora_probe.errors import ProbeError
 from lora_probe.names import Key
@@ -67,7 +67,8 @@ class PromptEffect(Measures):
 @dataclass(frozen=True)
 class Effect(Measures):
     """All prompts together. `tolerance` is what `precision.drift` allows a module at `dtype`, the coarsest dtype of the
-    two runs; a single row may be ROW_SLACK times further away. `notes` report what could not be measured."""
+    two runs; a single row may be ROW_SLACK times further away. `modules` are in the order of computation. `notes`
+    report what could not be measured."""
 
     unmerged: Trace
     merged: Trace
@@ -75,8 +76,13 @@ class Effect(Measures):
     tolerance: float
     prompts: tuple[PromptEffect, ...]
     first_module: FirstModule | None
-    worst_module: WorstModule | None
+    modules: tuple[ModuleOutput, ...]
     notes: tuple[str, ...]
+
+    @property
+    def worst_module(self) -> ModuleOutput | None:
+        """The module whose outputs differ most."""
+        return max(self.modules, key=lambda module: module.error, default=None)
 
 
 def effect(unmerged: Trace, merged: Trace) -> Effect:
@@ -104,7 +110,7 @@ def effect(unmerged: Trace, merged: Trace) -> Effect:
         if not trace.complete:
             notes.append(f"{trace.path} is incomplete: {', '.join(trace.unclosed)}")
     scores = [(scored.score, of_merged.score) for scored, of_merged in pairs]
-    first, worst = compare_outputs(unmerged, merged, scores, drift(dtype), notes)
+    first, modules = compare_outputs(unmerged, merged, scores, drift(dtype), notes)
     return Effect(
         **_measures(tables, dtype),
         unmerged=unmerged,
@@ -113,7 +119,7 @@ def effect(unmerged: Trace, merged: Trace) -> Effect:
         tolerance=drift(dtype),
         prompts=tuple(prompts),
         first_module=first,
-        worst_module=worst,
+        modules=modules,
         notes=tuple(dict.fromkeys(notes)),
     )
 
@@ -261,7 +267,8 @@ def as_json(effect: Effect) -> dict[str, Any]:
         if first is None
         else {**_key(first.key), "prompt": first.prompt, "position": first.position, "token": first.token}
         | {"error": finite(first.error)},
-        "worst_module": None if worst is None else {**_key(worst.key), "error": finite(worst.error)},
+        "worst_module": None if worst is None else _module(worst),
+        "modules": [_module(module) for module in effect.modules],
         "prompts": [_of_prompt(prompt) for prompt in effect.prompts],
         "notes": list(effect.notes),
     }
@@ -275,6 +282,10 @@ def _of_prompt(effect: PromptEffect) -> dict[str, Any]:
 
 def _plain(measures: Measures) -> dict[str, Any]:
     return {name: finite(getattr(measures, name)) for name in Measures.__dataclass_fields__}
+
+
+def _module(module: ModuleOutput) -> dict[str, Any]:
+    return {**_key(module.key), "error": finite(module.error)}
 
 
 def _key(key: Key) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""The first divergence inside a merged model: the first module whose output differs from the unmerged run, and the
-worst one.
+"""The first divergence inside a merged model: the first module whose output differs from the unmerged run, and how
+far each module's output is from it.
 
 In: two traces with sketches of the outputs of the same modules, and the passes that belong together. Out: a
-`FirstModule` and a `WorstModule`.
+`FirstModule`, and a `ModuleOutput` for each module.
 """
 
 from __future__ import annotations
@@ -37,9 +37,8 @@ class FirstModule:
 
 
 @dataclass(frozen=True)
-class WorstModule:
-    """The module whose outputs differ most: `error` is the root mean square over all rows, relative as in
-    `FirstModule`."""
+class ModuleOutput:
+    """One module in both runs: `error` is the root mean square over all rows, relative as in `FirstModule`."""
 
     key: Key
     error: float
@@ -47,8 +46,8 @@ class WorstModule:
 
 def compare_outputs(
     unmerged: Trace, merged: Trace, pairs: Sequence[tuple[Score, Score]], limit: float, notes: list[str]
-) -> tuple[FirstModule | None, WorstModule | None]:
-    """The first row and module beyond the tolerance, by the order of tokens, then of modules; and the worst module.
+) -> tuple[FirstModule | None, tuple[ModuleOutput, ...]]:
+    """The first row and module beyond the tolerance, by the order of tokens, then of modules; and all modules in order.
 
     The distance of two outputs is that of their sketches, relative to the module's usual output in the unmerged run.
     """
@@ -61,7 +60,7 @@ def compare_outputs(
         else:
             rows.append(trace.rows)
     if len(rows) != 2:
-        return None, None
+        return None, ()
     one, two = rows
     missing = len(set(one.modules) ^ set(two.modules))
     if missing:
@@ -70,17 +69,16 @@ def compare_outputs(
     keys = sorted(set(one.modules) & set(two.modules), key=lambda key: natural(key[0]))
     if not where or not keys:
         notes.append("no module was recorded on the same rows of both runs")
-        return None, None
+        return None, ()
     table = np.stack([_row_errors(one, two, unmerged_rows, merged_rows, key) for key in keys], axis=1)
     errors = np.sqrt(np.mean(np.square(table), axis=0))
-    worst = int(errors.argmax())
     differ = (errors > limit) | (table.max(axis=0) > ROW_SLACK * limit)
     first = None
     if differ.any():
         row, column = (int(number) for number in np.argwhere((table > limit) & differ)[0])
         prompt, position, token = where[row]
         first = FirstModule(keys[column], prompt, position, token, float(table[row, column]))
-    return first, WorstModule(keys[worst], float(errors[worst]))
+    return first, tuple(ModuleOutput(key, float(error)) for key, error in zip(keys, errors, strict=True))
 
 
 def _joined(

@@ -21,13 +21,12 @@ from lora_probe.adapter import TrainedAs
 from lora_probe.base import open_base
 from lora_probe.engines import make
 from lora_probe.engines.allowed import Allowed, Watched
+from lora_probe.engines.folder import ERROR, LOG, lock
 from lora_probe.engines.peft.merge import MERGE, merge_into
 from lora_probe.errors import EngineFailed, EngineStopped, ProbeError
 from lora_probe.files.isolation import empty_folder, environment, python
 from lora_probe.recording import Run, write_json
 
-LOG = "engine.log"
-ERROR = "error.json"
 DESCRIBE, VIEW = "describe.json", "view.json"
 """The request to describe a base model, and the answer."""
 POLL_SECONDS = 0.1
@@ -70,6 +69,7 @@ def run_child(folder: Path, wanted: int, progress: Callable[[Progress], None], a
         KeyboardInterrupt: after the child and its children have been stopped.
     """
     with empty_folder() as empty, (folder / LOG).open("ab") as log:
+        lock(log)
         child = subprocess.Popen(
             python("-m", "lora_probe.engines", str(folder.absolute())),
             cwd=empty,

@@ -19,7 +19,8 @@ from lora_probe.adapter import TrainedAs
 from lora_probe.base import Base, EngineView
 from lora_probe.engines import require
 from lora_probe.engines.allowed import DESCRIBE as ALLOWED
-from lora_probe.engines.child import DESCRIBE, LOG, POLL_SECONDS, VIEW, DescribeSpec, Progress, run_child
+from lora_probe.engines.child import DESCRIBE, POLL_SECONDS, VIEW, DescribeSpec, Progress, run_child
+from lora_probe.engines.folder import LOG
 from lora_probe.engines.remembered import MAX_ANSWER, keys_of, remember, remembered
 from lora_probe.errors import EngineStopped, ProbeError
 from lora_probe.files import limits

@@ -23,16 +23,15 @@ from lora_probe.adapter import Adapter, located, open_adapter
 from lora_probe.base import open_base
 from lora_probe.engines import require
 from lora_probe.engines.allowed import RUN
-from lora_probe.engines.child import ERROR, LOG, Progress, run_child
+from lora_probe.engines.child import Progress, run_child
+from lora_probe.engines.folder import BEFORE, LOG, folder_for, make_folder
 from lora_probe.engines.peft.merge import MERGE, MERGED, MergeSpec
 from lora_probe.engines.prompts import BUILT_IN
-from lora_probe.errors import ProbeError
+from lora_probe.errors import ProbeError, words_of
 from lora_probe.files import limits, shown
 from lora_probe.files.isolation import absolute_flags
 from lora_probe.recording import LEVELS, SCHEMA, LoadEvent, Prompt, Record, Run, RunSpec, Trace, open_trace, write_json
 
-BEFORE = ".before"
-"""Suffix of a trace that --force overwrites, until the new one is recorded."""
 PARTIAL = ".partial"
 """Suffix of a merged model that is not finished."""
 
@@ -44,7 +43,7 @@ def trace(
     *,
     engine: str,
     model: str | None = None,
-    prompts: Sequence[str] = (),
+    prompts: str | Sequence[str] = (),
     chat: bool = False,
     max_tokens: int = 32,
     follow: str | Path | None = None,
@@ -62,6 +61,9 @@ def trace(
     runs can be compared to the end even if their own answers would diverge (bfloat16). With `score`, it also keeps the
     next-token distributions of the answers, with and without the adapter, and sketches of the adapted modules' outputs.
 
+    `prompts` is one prompt or a list of them (default: three built-in ones), `engine_args` a list of flags of the
+    engine, one word each.
+
     Raises:
         ProbeError: bad input, or an existing `out` without `force`.
         EngineFailed: the engine did not start, lacked the plugin, or died.
@@ -74,16 +76,13 @@ def trace(
         raise ProbeError(f"unknown level `{keep}`", f"use one of: {', '.join(LEVELS)}")
     if max_tokens < 1:
         raise ProbeError(f"--max-tokens must be at least 1, not {max_tokens}")
-    if follow is not None and (prompts or chat):
+    texts, flags = words_of("prompts", prompts), flags_of(engine_args)
+    if follow is not None and (texts or chat):
         raise ProbeError("a run with --follow uses the prompts of the followed trace", "remove the prompts and --chat")
-    wanted, continuation = (
-        _tokens_of(follow) if follow is not None else ([Prompt(text) for text in prompts or BUILT_IN], None)
-    )
-    for prompt in wanted:
-        if any("\ud800" <= character <= "\udfff" for character in prompt.text):
-            raise ProbeError(f"the prompt {prompt.text!r} is not valid UTF-8")
-    require(engine, engine_args)
-    folder = _folder(_name(checkpoint), engine, out, force)
+    wanted, continuation = _tokens_of(follow) if follow is not None else (list(map(Prompt, texts or BUILT_IN)), None)
+    _refuse_invalid(wanted)
+    require(engine, flags)
+    folder = folder_for(_name(checkpoint), engine, out, force)
     spec = RunSpec(
         engine=engine,
         adapter=str(checkpoint.path.resolve()),
@@ -93,7 +92,7 @@ def trace(
         max_tokens=max_tokens if follow is None else 1,
         keep=keep,
         options=_passed(options),
-        engine_args=absolute_flags(engine_args),
+        engine_args=absolute_flags(flags),
         chat=chat,
         continuation=continuation,
         score=score,
@@ -125,7 +124,8 @@ def trace_plain(
     followed = [scored.score for scored in follow.scores if scored.score.kind == "adapter"]
     if not followed:
         raise ProbeError(f"`{follow.path}` contains no scored answers of an adapter to follow")
-    require(engine, engine_args)
+    flags = flags_of(engine_args)
+    require(engine, flags)
     source = _resolved(str(model))
     if watch is None:
         watch = [module for module, parameter, _ in follow.rows.modules if parameter == "weight"] if follow.rows else []
@@ -139,12 +139,12 @@ def trace_plain(
         max_tokens=1,
         keep="norms",
         options=_passed(options),
-        engine_args=absolute_flags(engine_args),
+        engine_args=absolute_flags(flags),
         continuation=[score.answer_ids for score in followed],
         score=True,
         watch=list(watch),
     )
-    return _record(_folder(Path(source).name, engine, out, force), spec, len(followed), progress)
+    return _record(folder_for(Path(source).name, engine, out, force), spec, len(followed), progress)
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ def merge(
     folder = target.with_name(target.name + PARTIAL)
     if (folder / MERGE).exists():
         shutil.rmtree(folder)
-    _make(folder)
+    make_folder(folder)
     write_json(folder / MERGE, MergeSpec(str(checkpoint.path.resolve()), base, dtype))
     with limits.waiting():
         run_child(folder, 1, progress, RUN)
@@ -193,8 +193,31 @@ def merge(
     return Merged(target, warnings)
 
 
+def flags_of(engine_args: object) -> list[str]:
+    """The flags of an engine, one word each.
+
+    Raises:
+        ProbeError: they are one string: where it is to be split is not known.
+    """
+    if isinstance(engine_args, str):
+        raise ProbeError(
+            f"`engine_args` must be a list of words, not the string {engine_args!r}",
+            f"pass engine_args={engine_args.split()!r}",
+        )
+    return words_of("engine_args", engine_args)
+
+
+def _refuse_invalid(prompts: Sequence[Prompt]) -> None:
+    for prompt in prompts:
+        if any("\ud800" <= character <= "\udfff" for character in prompt.text):
+            raise ProbeError(f"the prompt {prompt.text!r} is not valid UTF-8")
+
+
 def _passed(options: dict[str, Any] | None) -> dict[str, Any]:
-    return {key: value for key, value in (options or {}).items() if value is not None}
+    passed = {key: value for key, value in (options or {}).items() if value is not None}
+    if "lora_target_modules" in passed:
+        passed["lora_target_modules"] = words_of("lora_target_modules", passed["lora_target_modules"])
+    return passed
 
 
 def _record(folder: Path, spec: RunSpec, wanted: int, progress: Callable[[Progress], None]) -> Trace:
@@ -283,37 +306,3 @@ def _name(checkpoint: Adapter) -> str:
     if path.parent.name == "snapshots":
         name = path.parent.parent.name.rpartition("--")[2]
     return (name or "adapter").replace(".", "-")
-
-
-def _folder(name: str, engine: str, out: str | Path | None, force: bool) -> Path:
-    if out is not None:
-        folder = Path(out)
-        if (folder / ERROR).exists():
-            # A run that failed before it recorded anything: nothing is lost.
-            shutil.rmtree(folder)
-        elif folder.exists():
-            if not force:
-                raise ProbeError(
-                    f"`{folder}` already exists", "pass another name with -o, or overwrite it with --force"
-                )
-            if not (folder / "run.json").exists():
-                raise ProbeError(f"`{folder}` is not a trace and is not overwritten", "pass another name with -o")
-            # Kept until the new one is recorded.
-            before = folder.with_name(folder.name + BEFORE)
-            shutil.rmtree(before, ignore_errors=True)
-            folder.rename(before)
-    else:
-        stem, number = f"{name}-{engine}", 1
-        folder = Path(f"{stem}.lptrace")
-        while folder.exists():
-            number += 1
-            folder = Path(f"{stem}-{number}.lptrace")
-    return _make(folder)
-
-
-def _make(folder: Path) -> Path:
-    try:
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise ProbeError(f"cannot create the folder `{folder}`: {error.strerror or error}") from error
-    return folder

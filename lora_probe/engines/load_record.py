@@ -15,7 +15,7 @@ from msgspec.structs import replace
 
 from lora_probe.adapter import Adapter
 from lora_probe.ledger import OK, STATIONS, Finding, Station
-from lora_probe.names import Key
+from lora_probe.names import Key, name_modules
 from lora_probe.precision import agrees as agrees_tolerance
 from lora_probe.precision import finite
 from lora_probe.recording import Floats, Load, ModuleRecord, TraceWriter
@@ -193,14 +193,10 @@ class LoadRecord:
         self._station_of("applied", applied)
         self._station_of("agrees", agrees)
         if facts:
-            worst = max(facts.items(), key=lambda item: item[1][0])
-            self._writer.event(
-                "agree",
-                f"recomputed {len(facts)} modules from the file: worst relative error {worst[1][0]:.2g}",
-                module=worst[0],
-                errors=facts,
-                tolerance=agrees_tolerance(self._dtype),
-            )
+            worst, (error, *_) = max(facts.items(), key=lambda item: item[1][0])
+            where = name_modules([worst])
+            text = f"recomputed {len(facts)} modules from the file: worst relative error {error:.2g}, {where}"
+            self._writer.event("agree", text, errors=facts, tolerance=agrees_tolerance(self._dtype))
 
     def _applied(self, counters: _Counters) -> Finding:
         if counters.contaminated:

@@ -39,6 +39,16 @@ def forced(spec: RunSpec, number: int) -> list[int]:
     return spec.continuation[number] if spec.continuation else []
 
 
+def texts(forced_ids: list[int], generated: list[int], tokenizer: Any) -> dict[str, str]:
+    """The texts of a `RequestRecord` whose answer begins with forced tokens. A special token that was generated is part
+    of `generated_text`: often an answer's only new token is the one that ends it."""
+    return {
+        "text": tokenizer.decode(forced_ids + generated, skip_special_tokens=True),
+        "forced_text": tokenizer.decode(forced_ids, skip_special_tokens=True),
+        "generated_text": tokenizer.decode(generated),
+    }
+
+
 def _encode(text: str, chat: bool, tokenizer: Any) -> list[int]:
     if not chat:
         return list(tokenizer(text).input_ids)

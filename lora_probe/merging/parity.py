@@ -19,7 +19,8 @@ from lora_probe.adapter import located, open_adapter
 from lora_probe.base import find_model, open_checkpoint
 from lora_probe.comparison.effect import Effect, effect
 from lora_probe.engines import launch, require
-from lora_probe.errors import EngineFailed, ProbeError
+from lora_probe.engines.folder import is_locked, lock
+from lora_probe.errors import EngineFailed, ProbeError, words_of
 from lora_probe.files import limits
 from lora_probe.ledger import Finding
 from lora_probe.merging.report import MergeReport, Verdict
@@ -67,6 +68,20 @@ class Parity:
         return (*self.weights.diagnostics, *about_outputs)
 
 
+def later_in_outputs(weights: MergeReport, outputs: Effect) -> str:
+    """Why the outputs first differ at a later module than the weights: a small change of an output is within round-off.
+    Empty if they do not."""
+    order = {module.key: number for number, module in enumerate(outputs.modules)}
+    wrong = [module.key for module in weights.modules if module.status == "differs" and module.key in order]
+    first = outputs.first_module
+    earliest = min(wrong, key=lambda key: order[key], default=None)
+    if first is None or earliest is None or order[earliest] >= order[first.key]:
+        return ""
+    error, limit = outputs.modules[order[earliest]].error, outputs.tolerance
+    state = f"stays within the tolerance of {outputs.dtype}" if error <= limit else "exceeds it at later tokens only"
+    return f"{name_modules([earliest[0]])}, the first module with wrong weights, {state}: error {error:.1e}"
+
+
 def parity(
     adapter: str | Path,
     *,
@@ -74,7 +89,7 @@ def parity(
     merged: str | Path | None = None,
     engine: str = "peft",
     weights_only: bool = False,
-    prompts: Sequence[str] = (),
+    prompts: str | Sequence[str] = (),
     chat: bool = False,
     max_tokens: int = 32,
     out: str | Path | None = None,
@@ -96,11 +111,12 @@ def parity(
         ProbeError: bad input, or an existing `out` without `force`.
         EngineFailed: PEFT could not merge. An engine that cannot run is a finding, because the weights were judged.
     """
+    texts, flags = words_of("prompts", prompts), launch.flags_of(engine_args)
     limits.begin(located(Path(adapter)))
     checkpoint = open_adapter(adapter)
     name = checkpoint.config.base_or(model)
     if not weights_only:
-        _check_requested(engine, prompts, max_tokens, engine_args)
+        _check_requested(engine, texts, max_tokens, flags)
     dtype = str((options or {}).get("dtype") or "auto")
     warnings: tuple[str, ...] = ()
     made_here = merged is None
@@ -118,9 +134,9 @@ def parity(
         if weights_only:
             return Parity(weights, None, None, made, warnings, ())
         dtype = _dtype_of(weights) if dtype == "auto" else dtype
-        run = _Run(adapter, model, Path(merged), engine, {**(options or {}), "dtype": dtype}, tuple(engine_args))
+        run = _Run(adapter, model, Path(merged), engine, {**(options or {}), "dtype": dtype}, tuple(flags))
         try:
-            outputs = _effect(run, folder, prompts, chat, max_tokens, engine_progress)
+            outputs = _effect(run, folder, texts, chat, max_tokens, engine_progress)
         except EngineFailed as error:
             log = "" if out is not None else " (add -o DIR to keep its log)"
             why = effect_not_measured(f"{engine} could not run both models: {error.message}{log}")
@@ -243,6 +259,10 @@ def _workplace(out: str | Path | None, force: bool, size: int) -> Iterator[Path]
             raise ProbeError(
                 f"`{folder}` was not written by parity and is not overwritten", "pass another folder with -o"
             )
+        if is_locked(folder / REPORT):
+            raise ProbeError(
+                f"`{folder}` is being written by another process", "wait until it ends, or pass another folder with -o"
+            )
         if not force:
             raise ProbeError(f"`{folder}` already exists", "pass another folder with -o, or overwrite it with --force")
         shutil.rmtree(folder)
@@ -251,5 +271,8 @@ def _workplace(out: str | Path | None, force: bool, size: int) -> Iterator[Path]
     except OSError as error:
         raise ProbeError(f"cannot create the folder `{folder}`: {error.strerror or error}") from error
     # Written first, so that the folder of an interrupted run can be overwritten as well.
-    (folder / REPORT).write_text("{}\n")
-    yield folder
+    with (folder / REPORT).open("w") as report:
+        report.write("{}\n")
+        report.flush()
+        lock(report)
+        yield folder

@@ -140,6 +140,12 @@ class Trace:
     def requests(self) -> tuple[RequestRecord, ...]:
         return tuple(request for process in self.processes for request in process.requests)
 
+    def forced(self, request: RequestRecord) -> int:
+        """How many tokens at the beginning of an answer were forced (`--follow`), not generated."""
+        continuation = (self.run.spec.continuation if self.run else None) or []
+        count = len(continuation[request.prompt]) if 0 <= request.prompt < len(continuation) else 0
+        return min(count, len(request.output_ids))
+
     @cached_property
     def scores(self) -> tuple[Scored, ...]:
         """The scored passes, in the order in which they ran."""

@@ -146,7 +146,8 @@ Record = LoadEvent | Load | ModuleRecord | StationRecord
 
 class RequestRecord(msgspec.Struct, frozen=True):
     """One request and its answer. `prompt` is the index in the spec's prompts; `logprobs` are those of `output_ids`,
-    None if the engine returned no number (NaN)."""
+    None if the engine returned no number (NaN). If the answer begins with forced tokens, `text` contains them too;
+    `forced_text` and `generated_text` are its parts (None in engines that do not write them, and in older traces)."""
 
     id: str
     prompt: int
@@ -156,6 +157,8 @@ class RequestRecord(msgspec.Struct, frozen=True):
     text: str
     logprobs: list[float | None] = []
     seconds: float = 0.0
+    forced_text: str | None = None
+    generated_text: str | None = None
 
 
 class Score(msgspec.Struct, frozen=True):

@@ -22,6 +22,21 @@ from rich.text import Text
 from lora_probe.files.limits import step
 from lora_probe.render.cells import SURROGATES, assemble, words
 
+NARROWEST, WIDEST = 20, 1000
+"""Columns of a terminal that a person can read. A table of less is empty, and every line of more is memory."""
+
+
+def heed_columns() -> None:
+    """Keep COLUMNS from making output unreadable: rich by itself would use any number, and print nothing at 0."""
+    try:
+        columns = int(os.environ.get("COLUMNS", "0"))
+    except ValueError:
+        columns = 0
+    if columns < NARROWEST:
+        os.environ.pop("COLUMNS", None)
+    elif columns > WIDEST:
+        os.environ["COLUMNS"] = str(WIDEST)
+
 
 def complain(message: str, hint: str = "") -> None:
     """Print an error, and what to do about it."""
@@ -45,6 +60,7 @@ def _on_stderr(text: Text, command: bool = False) -> None:
         sys.stdout.flush()
     except BrokenPipeError:
         discard_output()
+    heed_columns()
     console = Console(stderr=True)
     whole = command or not console.is_terminal
     # If standard error cannot be written, the exit status is all that is left.
@@ -128,8 +144,8 @@ def dump(data: dict[str, Any]) -> None:
 
 
 def as_json(data: dict[str, Any]) -> str:
-    """JSON in which every character is printable. What moves the cursor, changes the direction of text or starts a
-    command of a workflow runner is escaped, so that values stay the same."""
+    """JSON in which every character is printable, and in the encoding of standard output. What moves the cursor,
+    changes the direction of text or starts a command of a workflow runner is escaped, so that values stay the same."""
     step("writing JSON")
     text = json.dumps(_bounded(data), ensure_ascii=False, indent=2, allow_nan=False)
     return _UNPRINTABLE.sub(lambda match: "".join(map(_escape, match[0])), text)
@@ -143,7 +159,15 @@ LONGEST = 1_000_000
 def _escape(character: str) -> str:
     if character == "#":
         return "\\u0023"
-    return character if character.isprintable() else json.dumps(character)[1:-1]
+    return character if character.isprintable() and _encodable(character) else json.dumps(character)[1:-1]
+
+
+def _encodable(character: str) -> bool:
+    try:
+        character.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _bounded(value: Any) -> Any:

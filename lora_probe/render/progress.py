@@ -65,10 +65,16 @@ def weights_progress(report: Callable[..., None]) -> Callable[[WeightsProgress],
 
 @contextmanager
 def progress_bar(task: str, steps: int) -> Iterator[Callable[[], None]]:
-    """A bar that disappears when the work is done. What it yields is called after each step."""
+    """A bar that disappears when the work is done; nothing if standard error is not a terminal. What it yields is
+    called after each step."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        # rich would still print an empty line.
+        yield lambda: None
+        return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with Progress(*columns, console=console, transient=True) as bar:
         number = bar.add_task(task, total=steps)
         yield lambda: bar.advance(number)

@@ -15,7 +15,7 @@ FAMILY = Family("LP5", "loading, in a running engine", commands="trace", in_chec
     "load",
     "unknown",
     severity="warning",
-    hint="read the reason in the message; trace again, with a higher level of detail if this one was switched off",
+    hint="see the reason in the message; if the recording ended early or --keep was too low, trace again",
 )
 def not_measured(why: str) -> str:
     """A station was not measured, so the fate of the module is unknown.

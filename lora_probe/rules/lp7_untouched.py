@@ -20,7 +20,7 @@ def untouched_changed(values: int, count: int, relative: float) -> str:
 
     Why it matters: the merged model is not this base model plus this adapter.
     """
-    message = f"differs from the base model, although the adapter does not change it: {values} of {count} values"
+    message = f"not equal to the base model, although the adapter does not change it: {values} of {count} values differ"
     return message if math.isnan(relative) else f"{message}, {relative:.2g} relative"
 
 

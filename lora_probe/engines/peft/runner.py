@@ -13,7 +13,7 @@ from typing import Any
 
 from lora_probe.engines.peft.models import next_logprobs
 from lora_probe.engines.peft.steps import Steps
-from lora_probe.engines.prompts import forced
+from lora_probe.engines.prompts import forced, texts
 from lora_probe.errors import ProbeError
 from lora_probe.recording import RequestRecord, RunSpec, Score, TraceWriter
 from lora_probe.recording.records import ScoreKind
@@ -66,9 +66,13 @@ class Runner:
                 if token in self.eos or len(output) >= longest:
                     break
                 feed = [token]
-        text = self.tokenizer.decode(output, skip_special_tokens=True)
+        beginning = forced(self.spec, prompt)
+        if beginning:
+            parts = texts(beginning, output[len(beginning) :], self.tokenizer)
+        else:
+            parts = {"text": self.tokenizer.decode(output, skip_special_tokens=True)}
         seconds = round(time.perf_counter() - started, 3)
-        return RequestRecord(request, prompt, adapter, ids, output, text, logprobs, seconds)
+        return RequestRecord(request, prompt, adapter, ids, output, logprobs=logprobs, seconds=seconds, **parts)
 
     def score(
         self, request: str, kind: ScoreKind, answer: RequestRecord, steps: Steps | None = None, unmeasured: str = ""

@@ -10,18 +10,21 @@ from typing import TYPE_CHECKING, Any
 from lora_probe.ledger import as_json as ledger_json
 from lora_probe.precision import finite
 from lora_probe.render.json import SCHEMA_VERSION
-from lora_probe.render.json.trace import base_texts, request_json
+from lora_probe.render.json.trace import base_answers, request_json
 from lora_probe.rules import as_json as diagnostic_json
 from lora_probe.rules import diagnose
 
 if TYPE_CHECKING:
     from lora_probe.comparison import Comparison
+    from lora_probe.comparison.adapters import AdapterDifference
+    from lora_probe.recording import Trace
 
 
 def comparison_json(comparison: Comparison) -> dict[str, Any]:
     """Verdict, first divergence, both ledgers, requests and modules. Two traces of one engine have their ledgers under
     `ENGINE:reference` and `ENGINE:candidate`."""
     traces, ledgers = (comparison.reference, comparison.candidate), comparison.ledgers
+    bases = [base_answers(trace) for trace in traces]
     names = [trace.engine for trace in traces]
     if names[0] == names[1]:
         names = [f"{name}:{side}" for name, side in zip(names, ("reference", "candidate"), strict=True)]
@@ -30,6 +33,8 @@ def comparison_json(comparison: Comparison) -> dict[str, Any]:
         "verdict": comparison.verdict,
         "reference": str(comparison.reference.path),
         "candidate": str(comparison.candidate.path),
+        "runs": dict(zip(("reference", "candidate"), map(_run, traces), strict=True)),
+        "adapters": [_adapter_difference(difference) for difference in comparison.adapters],
         "dtype": comparison.dtype,
         "tolerance": comparison.tolerance,
         "rows": comparison.rows,
@@ -38,8 +43,8 @@ def comparison_json(comparison: Comparison) -> dict[str, Any]:
         "diagnostics": [diagnostic_json(diagnostic) for ledger in ledgers for diagnostic in diagnose(ledger)],
         "requests": [
             {
-                **request_json(request.reference, base_texts(comparison.reference)),
-                "candidate": request_json(request.candidate, base_texts(comparison.candidate)),
+                **request_json(comparison.reference, request.reference, bases[0]),
+                "candidate": request_json(comparison.candidate, request.candidate, bases[1]),
                 "same_tokens": request.same_tokens,
                 "logprob_error": finite(request.logprob_error),
             }
@@ -60,6 +65,22 @@ def comparison_json(comparison: Comparison) -> dict[str, Any]:
             for diff in comparison.modules
         ],
         "notes": list(comparison.notes),
+    }
+
+
+def _run(trace: Trace) -> list[dict[str, str]]:
+    """The engine, the dtypes and the device of each worker."""
+    names = ("engine", "dtype", "lora_dtype", "device")
+    return [{name: getattr(worker.process, name) for name in names} for worker in trace.workers]
+
+
+def _adapter_difference(difference: AdapterDifference) -> dict[str, Any]:
+    return {
+        "kind": difference.kind,
+        "values": [finite(value) for value in difference.values],
+        "same_product": difference.same_product,
+        "factors": [finite(factor) for factor in difference.factors],
+        "modules": [{"module": key[0], "parameter": key[1], "expert": key[2]} for key in difference.keys],
     }
 
 

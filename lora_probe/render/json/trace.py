@@ -61,25 +61,35 @@ def trace_json(trace: Trace) -> dict[str, Any]:
 
 def requests_json(trace: Trace) -> list[dict[str, Any]]:
     """One entry for each answer of the adapter, with the base model's answer to the same prompt."""
-    base = base_texts(trace)
-    requests = [request for request in trace.requests if request.adapter is not None] or list(trace.requests)
-    return [request_json(request, base) for request in requests]
+    base = base_answers(trace)
+    return [request_json(trace, request, base) for request in answers(trace)]
 
 
-def base_texts(trace: Trace) -> dict[int, str]:
-    """The base model's answers by the number of their prompt."""
-    return {request.prompt: request.text for request in trace.requests if request.adapter is None}
+def answers(trace: Trace) -> list[RequestRecord]:
+    """The adapter's requests; those of the base model if there are no others."""
+    return [request for request in trace.requests if request.adapter is not None] or list(trace.requests)
 
 
-def request_json(request: RequestRecord, base: Mapping[int, str]) -> dict[str, Any]:
-    """One answer; `base` is from `base_texts`."""
+def base_answers(trace: Trace) -> dict[int, RequestRecord]:
+    """The base model's requests by the number of their prompt."""
+    return {request.prompt: request for request in trace.requests if request.adapter is None}
+
+
+def request_json(trace: Trace, request: RequestRecord, bases: Mapping[int, RequestRecord]) -> dict[str, Any]:
+    """One answer; `bases` is from `base_answers`. Texts contain the forced tokens at their beginning, generated texts
+    do not."""
+    base = bases.get(request.prompt)
     return {
         "id": request.id,
         "adapter": request.adapter,
         "prompt_ids": request.prompt_ids,
         "output_ids": request.output_ids,
         "text": request.text,
-        "base_text": base.get(request.prompt),
+        "base_text": base.text if base else None,
+        "forced_tokens": trace.forced(request),
+        "forced_text": request.forced_text,
+        "generated_text": request.generated_text,
+        "base_generated_text": base.generated_text if base else None,
     }
 
 

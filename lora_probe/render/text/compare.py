@@ -16,6 +16,8 @@ from lora_probe.render.cells import assemble, grid, paragraphs, words
 
 if TYPE_CHECKING:
     from lora_probe.comparison import Comparison
+    from lora_probe.comparison.joined import RequestDiff
+    from lora_probe.recording import Trace
 
 
 def comparison(result: Comparison) -> RenderableType:
@@ -24,20 +26,32 @@ def comparison(result: Comparison) -> RenderableType:
     traces = {"reference": result.reference, "candidate": result.candidate}
     for (side, trace), ledger in zip(traces.items(), result.ledgers, strict=True):
         style = "green" if ledger.healthy else "bold red"
-        parts.append(assemble((f"{side} ", "bold"), f"{trace.path} ({trace.engine}): ", (headline(ledger), style)))
+        parts.append(assemble((f"{side} ", "bold"), f"{trace.path} ({_run_in(trace)}): ", (headline(ledger), style)))
     parts += [words(f"note: {note}", style="bold yellow") for note in result.notes]
     parts.append(words(""))
     if result.modules:
-        parts += [_errors(result), *_lower_bounds(result), words("")]
+        parts += [_errors(result), *_estimates(result), words("")]
     if result.requests:
         parts.append(_tokens(result))
     return Group(*parts, _first_divergence(result), _verdict(result))
 
 
+def _run_in(trace: Trace) -> str:
+    """The engine, its dtypes and its device: `vllm, bfloat16 on cuda`."""
+    parts: dict[str, None] = {}
+    for worker in trace.workers:
+        process = worker.process
+        adapter = f", adapter in {process.lora_dtype}" if process.lora_dtype not in ("", process.dtype) else ""
+        parts.setdefault(f"{process.dtype or 'no dtype recorded'} on {process.device}{adapter}")
+    return ", ".join([trace.engine, *parts])
+
+
 def _errors(result: Comparison) -> RenderableType:
+    dtypes = {worker.process.dtype for trace in (result.reference, result.candidate) for worker in trace.workers}
+    coarser = ", the coarser dtype" if result.dtype and len(dtypes) > 1 else ""
     title = (
         f"relative error of s·x·A·B, {result.candidate.engine} against {result.reference.engine}, "
-        f"{result.rows} rows; tolerance {result.tolerance:.1e} ({result.dtype or 'no dtype recorded'})"
+        f"{result.rows} rows; tolerance {result.tolerance:.1e} ({result.dtype or 'no dtype recorded'}{coarser})"
     )
     cells = {
         diff.key: (diff.error, f"{diff.error:.1e}" + ("" if diff.status == "ok" else "!"))
@@ -48,25 +62,30 @@ def _errors(result: Comparison) -> RenderableType:
     return grid(title, cells)
 
 
-def _lower_bounds(result: Comparison) -> Iterable[RenderableType]:
-    if any(not diff.exact for diff in result.modules if diff.error is not None):
-        yield words(
-            "some errors are lower bounds from norms: the two runs have different B, or did not keep shrink",
-            style="dim",
-        )
+def _estimates(result: Comparison) -> Iterable[RenderableType]:
+    if result.estimated:
+        yield words(f"some errors are estimated from norms, because {result.estimated}", style="dim")
 
 
 def _tokens(result: Comparison) -> RenderableType:
-    lines = []
-    for request in result.requests:
-        counts = len(request.reference.output_ids), len(request.candidate.output_ids)
-        text = f"all {counts[0]} answer tokens are the same"
-        if not request.equal:
-            text = f"the answers differ from token {request.same_tokens + 1} (of {counts[0]} and {counts[1]})"
-        elif request.logprob_error is not None:
-            text += f", largest logprob difference {request.logprob_error:.1e}"
-        lines.append(f"prompt {request.prompt + 1}: {text}")
-    return paragraphs("\n".join(lines))
+    return paragraphs("\n".join(f"prompt {diff.prompt + 1}: {_answers(result, diff)}" for diff in result.requests))
+
+
+def _answers(result: Comparison, diff: RequestDiff) -> str:
+    """How far two answers are the same. Forced tokens are always the same, so they are counted apart."""
+    one, two = len(diff.reference.output_ids), len(diff.candidate.output_ids)
+    forced = max(result.reference.forced(diff.reference), result.candidate.forced(diff.candidate))
+    by_follow = f"{forced} forced by --follow" if forced else ""
+    if diff.equal:
+        text = f"all {one} answer tokens are the same" + (f" ({by_follow})" if forced else "")
+        error = diff.logprob_error
+        return text if error is None else f"{text}, largest logprob difference {error:.1e}"
+    lengths = f"both have {one} tokens" if one == two else f"they have {one} and {two} tokens"
+    lengths += f", {by_follow}" if forced else ""
+    if diff.same_tokens == min(one, two):
+        ends, goes_on = ("reference", "candidate") if one < two else ("candidate", "reference")
+        return f"the {ends}'s answer ends first, the {goes_on}'s goes on ({lengths})"
+    return f"the answers differ from token {diff.same_tokens + 1} on ({lengths})"
 
 
 def _first_divergence(result: Comparison) -> RenderableType:
@@ -75,7 +94,9 @@ def _first_divergence(result: Comparison) -> RenderableType:
     first = result.first
     token = f"answer token {first.token + 1}" if first.token >= 0 else f"prompt token {first.position + 1}"
     where = f"{name_modules([first.key[0]])}, prompt {first.prompt + 1}, {token}"
-    return words(f"first divergence: {where}: error {first.error:.1e}", style="bold red")
+    whole = next((diff.error for diff in result.modules if diff.key == first.key), None)
+    all_rows = "" if whole is None else f" in this row, {whole:.1e} over all rows"
+    return words(f"first divergence: {where}: error {first.error:.1e}{all_rows}", style="bold red")
 
 
 def _verdict(result: Comparison) -> RenderableType:
@@ -93,8 +114,12 @@ def _verdict(result: Comparison) -> RenderableType:
 
 def _what_differs(result: Comparison) -> str:
     different = sum(diff.status != "ok" for diff in result.modules)
+    total = len(result.modules)
+    if result.adapters:
+        exceeding = f"{different} of {total} modules exceed" if different else "no module exceeds"
+        return f"the runs loaded different adapters; {exceeding} the tolerance"
     if different:
-        return f"{different} of {len(result.modules)} modules"
+        return f"{different} of {total} modules"
     if any(not ledger.healthy for ledger in result.ledgers):
         return "in their ledgers"
     return "in their answers"

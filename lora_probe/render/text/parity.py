@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from rich.console import Group, RenderableType
 
 from lora_probe.comparison.effect import Effect, Measures
-from lora_probe.merging.parity import Parity
+from lora_probe.merging.parity import Parity, later_in_outputs
 from lora_probe.merging.report import MergeReport, ModuleMerge
 from lora_probe.names import Key, name_modules
 from lora_probe.render.cells import SEVERITIES, add_row, columns_of, facts, grid, words
@@ -37,7 +37,7 @@ def parity(result: Parity) -> RenderableType:
     parts += [words(f"note: {note}", style="cyan") for note in weights.notes]
     parts += [words(f"PEFT warned: {line}") for line in result.warnings]
     if result.outputs is not None:
-        parts += [words(""), *_outputs(result.outputs)]
+        parts += [words(""), *_outputs(result.outputs, weights)]
     if result.diagnostics:
         parts.append(words(""))
         parts += [line for diagnostic in result.diagnostics for line in _diagnostic(diagnostic)]
@@ -93,7 +93,7 @@ def _counts(report: MergeReport) -> Iterable[RenderableType]:
     yield words(f"{report.read / 2**20:,.0f} MiB compared in {report.seconds:.1f} s ({speed:,.0f} MiB/s)", style="dim")
 
 
-def _outputs(effect: Effect) -> Iterable[RenderableType]:
+def _outputs(effect: Effect, weights: MergeReport) -> Iterable[RenderableType]:
     yield words(f"outputs on the unmerged adapter's own answers, {effect.merged.engine}, {effect.dtype}", style="bold")
     table = columns_of(
         "prompt", "tokens", "top-1", "first other token", "KL merged", "KL base", "logprob error", "survives"
@@ -111,6 +111,8 @@ def _outputs(effect: Effect) -> Iterable[RenderableType]:
         more = "pass prompts like the training data (--prompt, --chat) to learn more"
         yield words(f"note: only {effect.tokens} answer tokens; {more}", style="bold yellow")
     yield from _divergence(effect)
+    if later := later_in_outputs(weights, effect):
+        yield words(later)
     for note in effect.notes:
         yield words(f"note: {note}", style="bold yellow")
 

@@ -16,7 +16,7 @@ from msgspec.structs import replace
 
 from lora_probe.adapter import TrainedAs, open_adapter
 from lora_probe.base import Base, EngineView, open_base
-from lora_probe.engines.prompts import encode, forced
+from lora_probe.engines.prompts import encode, forced, texts
 from lora_probe.errors import EngineFailed, ProbeError, UnreadableFile
 from lora_probe.recording import SCHEMA, Process, RequestRecord, RunSpec, Score, TraceWriter
 from lora_probe_vllm import NOT_ARMED, TRACE
@@ -251,16 +251,17 @@ def _generate(llm: Any, spec: RunSpec, number: int, ids: list[int], request: Any
     answer = output.outputs[0]
     tokens = [int(token) for token in answer.token_ids]
     scores = zip(tokens, answer.logprobs or [], strict=False)
+    parts = texts(prefix, tokens, llm.get_tokenizer()) if prefix else {"text": answer.text}
     return RequestRecord(
         id=str(output.request_id),
         prompt=number,
         adapter=request.lora_name if request is not None else None,
         prompt_ids=ids,
         output_ids=prefix + tokens,
-        text=llm.get_tokenizer().decode(prefix + tokens, skip_special_tokens=True) if prefix else answer.text,
         # vLLM treats forced tokens as part of the prompt and returns no number for them.
         logprobs=[None] * len(prefix) + [round(float(logprobs[token].logprob), 6) for token, logprobs in scores],
         seconds=round(time.perf_counter() - started, 3),
+        **parts,
     )
 
 
