@@ -187,13 +187,13 @@ def test_not_a_trace(tmp_path: Path) -> None:
         open_trace(tmp_path / "no")
     with pytest.raises(UnreadableFile, match="is not a trace") as refused:
         open_trace(tmp_path)
-    assert refused.value.hint == ""
+    assert "lora-probe trace" in refused.value.hint
     adapter = tmp_path / "an adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text("{}")
-    with pytest.raises(UnreadableFile, match="is not a trace") as refused:
+    with pytest.raises(UnreadableFile, match="is an adapter, not a trace") as refused:
         open_trace(adapter)
-    assert refused.value.hint == f"it is an adapter: lora-probe inspect '{adapter}'"
+    assert refused.value.hint == f"lora-probe inspect '{adapter}'"
 
 
 def test_rows_without_shrink(tmp_path: Path) -> None:
