@@ -132,7 +132,7 @@ def fix_for(adapter: str | Path, model: str | None = None, progress: Callable[[s
     folder, _ = find_checkpoint(Path(adapter))
     opened = open_adapter(folder)
     bases = Bases(model, progress)
-    base, _, _ = bases.base(opened)
+    base = bases.base(opened).base
     views = bases.views(base, _task(opened)).views if base is not None else {}
     return find_fix(opened, subject_of(opened, _serving({}, None), base, views).shapes)
 
@@ -178,9 +178,9 @@ def _serving(options: Mapping[str, Any], vllm_version: str | None) -> Serving:
 def _report(folder: Path, notes: tuple[str, ...], serving: Serving, bases: Bases, selected: frozenset[str]) -> Report:
     try:
         adapter = open_adapter(folder)
-        base, name, base_notes = bases.base(adapter)
-        described = bases.views(base, _task(adapter)) if base is not None else BaseViews()
-        subject = subject_of(adapter, serving, base, described.views, described.missing)
+        opened_base = bases.base(adapter)
+        described = bases.views(opened_base.base, _task(adapter)) if opened_base.base is not None else BaseViews()
+        subject = subject_of(adapter, serving, opened_base.base, described.views, described.missing, opened_base.origin)
         prediction = predict(subject)
     except UnreadableFile as error:
         return _unreadable(folder, notes, bases.model, error, selected)
@@ -189,11 +189,11 @@ def _report(folder: Path, notes: tuple[str, ...], serving: Serving, bases: Bases
     rules = all_rules()
     return Report(
         folder,
-        name,
+        opened_base.name,
         prediction.ledgers,
         tuple(sorted(diagnostics, key=lambda d: (_RANKS[d.severity], rules[d.code].consequence, d.code))),
         _not_run(prediction, selected),
-        (*notes, *base_notes, *described.notes),
+        (*notes, *opened_base.notes, *described.notes),
         serving.vllm.version,
         len(every) - len(diagnostics),
     )
@@ -251,7 +251,8 @@ def _diagnostics(adapter: Adapter, prediction: Prediction) -> Iterator[Diagnosti
                 of_clause(rules[code], clause, engine), message=clause.text, path=str(path), line=line
             )
     yield from merged.values()
-    yield from _differing(adapter, prediction.ledgers)
+    if reported.isdisjoint(rules["LP410"].follows):
+        yield from _differing(adapter, prediction.ledgers)
 
 
 def _place(adapter: Adapter, field: str | None) -> tuple[Path, int | None]:

@@ -24,6 +24,7 @@ FAMILY = Family("LP3", "the base model", commands="check, some also by trace", l
     engines=("vllm",),
     needs="vllm",
     hint="merge the adapter, or train without this module: vLLM's model class cannot adapt it",
+    follows=("LP301",),
 )
 def unexpected_module(subject: Subject) -> Iterator[AdapterFinding]:
     """The last part of a pair's name is not a module that vLLM's model class adapts, so vLLM refuses the file.
@@ -107,6 +108,7 @@ def not_adaptable_in_peft(subject: Subject) -> Iterator[AdapterFinding]:
     "vocabulary-differs",
     needs="base",
     hint="resize the base model's embeddings as in training, or serve the base model with the added tokens",
+    follows=("LP301",),
 )
 def vocabulary_differs(subject: Subject) -> Iterator[AdapterFinding]:
     """Embeddings or heads in the file have a different number of tokens than the base model.
