@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from lora_probe.adapter.checkpoint import FROZEN
 from lora_probe.base.engine_view import CLASSIFIER_HEADS
 from lora_probe.files import brief, shown
 from lora_probe.names import PREFIX, layer_of, projection_of
@@ -49,6 +50,8 @@ def unexpected_module(subject: Subject) -> Iterator[AdapterFinding]:
         word = name[name.find(".experts") + 1 :] if ".experts" in name else projection_of(name)
         if word not in expected:
             names.append(name)
+    frozen = [name for name in subject.adapter.weights.tensors if FROZEN in name and ".lora_" in name]
+    names += [path for name in frozen if (path := name[: name.rindex(".lora_")]).rpartition(".")[2] not in expected]
     saved = set(subject.adapter.config.raw.get("modules_to_save") or ())
     for name in subject.adapter.weights.tensors:
         parts = name.split(".")

@@ -12,6 +12,8 @@ from lora_probe.base import Base
 from lora_probe.errors import ProbeError
 from lora_probe.files import brief, shown
 from lora_probe.files.json_object import read_json
+from lora_probe.names import name_modules
+from lora_probe.rules.containment import contained, shares
 from lora_probe.rules.initialisation import alignments
 from lora_probe.rules.registry import AdapterFinding, survey
 from lora_probe.rules.sizes import differing
@@ -259,3 +261,39 @@ def part_of_the_base(subject: Subject) -> Iterator[AdapterFinding]:
 ALIGNED = 0.5
 """Measured: PiSSA 0.97 and OLoRA 0.99 after some training, 0.82 and 0.93 after B had moved by its own size; pairs that
 started at zero 0.08 or less, those of the demo 0.03."""
+
+
+@survey(
+    "LP320",
+    "merged-already",
+    needs="weights of the base",
+    hint="pass the base model that the adapter was trained on with --model, or serve this one without the adapter",
+)
+def merged_already(subject: Subject) -> Iterator[AdapterFinding]:
+    """The base model's weights already contain this adapter.
+
+    What it does: reads the weights W of up to six modules and computes ⟨W, ΔW⟩ / |ΔW|², the share of ΔW = s·B·A that W
+    contains: 1 if the adapter was merged into W, 0 if W is unrelated. The weight itself moves the share by chance; how
+    far is estimated from W in the directions of ΔW. Reports nothing unless that noise is small in each module that
+    counts, and the share is near 1 in all of them. An initialisation that takes a part out of the base (PiSSA, OLoRA)
+    is left to LP317.
+
+    Why it matters: the adapter is added a second time, silently, in both engines: the training counts twice.
+
+    Example: `--model` is the output of `merge_and_unload`.
+
+    Fix: serve the base model that the adapter was trained on, or the merged one without the adapter.
+    """
+    assert subject.base is not None
+    row = initialisation(subject.adapter.config.raw.get("init_lora_weights"))
+    if (row is not None and row.changes_base) or any(part_of_the_base(subject)):
+        return
+    result = contained(list(shares(subject.adapter, subject.base)))
+    if result is not None:
+        mean, clear = result
+        count = f"each of {len(clear)} weights that were read" if len(clear) > 1 else "the weight that was read"
+        yield AdapterFinding(
+            f"this base model already contains the adapter: {count} holds {mean:.2f} times s·B·A "
+            f"({name_modules([share.pair.module for share in clear])})",
+            path=subject.adapter.weights.path,
+        )
