@@ -109,8 +109,9 @@ def _is_same_model(wanted: str, passed: str, base: Base) -> bool:
         same_folder = Path(wanted).resolve() == base.path.resolve()
     except (OSError, ValueError):
         same_folder = False
-    names = {_id(passed), _id(str(base.path))}
-    return same_folder or base.config.get("_name_or_path") == wanted or any(_same_name(_id(wanted), n) for n in names)
+    own = base.config.get("_name_or_path")
+    names = [_id(passed), _id(str(base.path)), *([own] if isinstance(own, str) and own else [])]
+    return same_folder or any(_same_name(_id(wanted), name) for name in names)
 
 
 def _id(name: str) -> str:
@@ -233,6 +234,7 @@ def _template(folder: Path) -> tuple[str, Path] | None:
     needs="weights of the base",
     hint="restore `pissa` or `olora` in init_lora_weights for PEFT, or convert the adapter",
     field="init_lora_weights",
+    follows=("LP320",),
 )
 def part_of_the_base(subject: Subject) -> Iterator[AdapterFinding]:
     """A and B are a part of this base model's own weights, but the config does not state it.
@@ -286,7 +288,7 @@ def merged_already(subject: Subject) -> Iterator[AdapterFinding]:
     """
     assert subject.base is not None
     row = initialisation(subject.adapter.config.raw.get("init_lora_weights"))
-    if (row is not None and row.changes_base) or any(part_of_the_base(subject)):
+    if row is not None and row.changes_base:
         return
     result = contained(list(shares(subject.adapter, subject.base)))
     if result is not None:
