@@ -86,6 +86,22 @@ def test_a_pair_on_a_whole_module_is_dropped(saved: list[str] | None, tmp_path: 
     }
 
 
+@pytest.mark.parametrize("old", ["lora_A", "base_layer"])
+def test_a_pair_in_place_of_a_whole_module_is_refused(old: str, tmp_path: Path) -> None:
+    """`base_layer`: the head was saved inside of a LoRA layer."""
+    base = write_base(tmp_path / "base")
+    adapter = classifier(tmp_path / "a", base, 2)
+
+    def inside(tensors: Tensors) -> Tensors:
+        both = {n: t[:2] if "score.lora_B" in n else t for n, t in _pair(tensors).items()}
+        kept = {f"{HEAD}.base_layer.weight": both.pop(f"{HEAD}.weight")}
+        return both | (kept if old == "base_layer" else {})
+
+    made = edited(adapter, tmp_path / "b", inside)
+    assert of_peft(made, base) == {"LP321"}
+    assert check(made, model=str(base)).ledgers["peft"].refused
+
+
 def test_the_frozen_copy_is_not_a_lost_module(tmp_path: Path) -> None:
     base = write_base(tmp_path / "base")
     adapter = classifier(tmp_path / "a", base, 2)
@@ -108,7 +124,7 @@ def test_a_head_under_the_name_of_the_live_model(name: str, tmp_path: Path) -> N
     adapter = classifier(tmp_path / "a", base, 2)
     live = f"{HEAD}.{name}.weight"
     beside = edited(adapter, tmp_path / "b", lambda ts: ts | {live: ts[f"{HEAD}.weight"]})
-    assert of_peft(beside, base) == {"LP322"}
+    assert of_peft(beside, base) == {"LP323"}
     assert not check(beside, model=str(base)).ledgers["peft"].refused
     alone = edited(adapter, tmp_path / "c", lambda ts: {n.replace("score", f"score.{name}"): t for n, t in ts.items()})
     assert of_peft(alone, base) == {"LP322"}

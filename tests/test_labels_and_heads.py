@@ -111,9 +111,26 @@ def test_a_pair_on_a_head_is_dropped(targets: list[str], classifier: tuple[Path,
     assert not [name for name in load(made, base, num_labels=LABELS) if "score" in name and "lora_" in name]
 
 
+@pytest.mark.parametrize("old", ["lora_A", "base_layer"])
+def test_a_pair_in_place_of_a_head_is_refused(old: str, classifier: tuple[Path, Path], tmp_path: Path) -> None:
+    base, adapter = classifier
+
+    def inside(tensors: Tensors) -> Tensors:
+        both = _pair(tensors)
+        kept = {f"{PREFIX}score.base_layer.weight": both.pop(f"{PREFIX}score.weight")}
+        return both | (kept if old == "base_layer" else {})
+
+    made = edited(adapter, tmp_path / "a", inside)
+    judged = of_peft(made, base)
+    assert set(judged) == {"LP319", "LP321", "ledger"}
+    assert judged["ledger"].refused
+    with pytest.raises(KeyError, match=r"score\.weight"):
+        load(made, base, num_labels=LABELS)
+
+
 @pytest.mark.parametrize(
     ("edit", "codes", "lands"),
-    [(_frozen, set(), False), (_both, {"LP322"}, False), (_live, {"LP322"}, None)],
+    [(_frozen, set(), False), (_both, {"LP323"}, False), (_live, {"LP322"}, None)],
 )
 def test_names_of_the_live_model(
     edit: Callable[[Tensors], Tensors],

@@ -10,8 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from lora_probe.adapter import Adapter, AdapterModule, adapter_in
-from lora_probe.adapter.pattern_index import beginnings
-from lora_probe.adapter.saved import names_without_pairs, saves_module
+from lora_probe.adapter.saved import names_without_pairs
 from lora_probe.base import EngineView, Shapes
 from lora_probe.ledger import OK, Finding
 from lora_probe.names import PREFIX, Key
@@ -19,7 +18,7 @@ from lora_probe.prediction.places import name_in_file, place_of
 from lora_probe.prediction.predictor import Predictor, Refusal, expected_shape, no_module, not_known
 from lora_probe.rules.lp1_targets import not_targeted
 from lora_probe.rules.lp2_names import doubled_prefix, odd_ending, prefix_missing, wrapper_in_name
-from lora_probe.rules.lp3_heads import on_whole_module
+from lora_probe.rules.lp3_heads import on_whole_module, whole_module
 from lora_probe.rules.lp3_names import no_lora_layer_there
 from lora_probe.rules.paths import wrapper_words
 from lora_probe.rules.stored import Expected
@@ -84,19 +83,13 @@ def _judge(subject: Subject, row: Expected, place: Place | None) -> tuple[Findin
         return no_module(row, subject.views[NAME]), gone
     if (ending := odd_ending(half.name, place.module.kind == "embedding", adapter_in(half))) is not None:
         return ending, gone
-    if (whole := _saved_whole(subject, row.module)) is not None:
-        return OK, on_whole_module(whole)
+    if (trained := whole_module(names_without_pairs(subject.adapter.config.raw), row.module)) is not None:
+        return OK, on_whole_module(trained)
     if not targeted:
         return OK, not_targeted()
     # A parameter is adapted whatever kind of module it belongs to.
     adaptable = not place.module.why_not or subject.adapter.config.targets_parameter(f"{row.module}.weight")
     return OK, OK if adaptable else no_lora_layer_there(place.module.why_not)
-
-
-def _saved_whole(subject: Subject, module: str) -> str | None:
-    """The module that PEFT trains as a whole and that `module` is, or is inside of."""
-    names = names_without_pairs(subject.adapter.config.raw)
-    return next((path for path in (module, *beginnings(module)) if saves_module(names, path)), None) if names else None
 
 
 def _misnamed(stored: str, place: Place | None) -> Finding | None:

@@ -7,8 +7,11 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
+from lora_probe.adapter.pattern_index import beginnings
+from lora_probe.adapter.saved import names_without_pairs, saves_module
 from lora_probe.files import shown
-from lora_probe.rules.registry import AdapterFinding, rule, survey
+from lora_probe.names import PREFIX
+from lora_probe.rules.registry import AdapterFinding, rule, survey, whole
 
 if TYPE_CHECKING:
     from lora_probe.rules.subject import Subject
@@ -64,59 +67,97 @@ def _labels(count: int) -> str:
     hint="train again with the module in only one of target_modules and modules_to_save: PEFT keeps the whole module",
     field="modules_to_save",
 )
-def on_whole_module(whole: str) -> str:
+def on_whole_module(trained: str) -> str:
     """The pair adapts a module that is trained as a whole, or a module inside of it.
 
     What it does: compares the names of pairs with `modules_to_save`. For classifiers PEFT adds `classifier` and `score`
     to it, whatever the config lists.
 
     Why it matters: PEFT 0.21 replaces the module by its trained copy and creates no LoRA layer in it, so it silently
-    drops the pair. If the whole module is not in the file, PEFT fails with a KeyError (LP212).
+    drops the pair. If the whole module is not in the file, PEFT fails with a KeyError. So it does for
+    a head that was saved inside of a LoRA layer, as `classifier.base_layer.weight`.
 
     Example: `classifier.lora_A.weight` in an adapter of `SEQ_CLS`.
     """
-    return f"PEFT drops the pair: `{shown(whole)}` is trained as a whole (modules_to_save)"
+    return f"PEFT drops the pair: `{shown(trained)}` is trained as a whole (modules_to_save)"
+
+
+@whole("LP321")
+def without_the_whole_module(subject: Subject) -> Iterator[AdapterFinding]:
+    """PEFT fails if a pair is all that the file holds of such a module."""
+    config, tensors = subject.adapter.config, subject.adapter.weights.tensors
+    view = subject.views.get("peft")
+    names = names_without_pairs(config.raw)
+    if view is None or not names:
+        return
+    for pair in subject.adapter.modules:
+        trained = whole_module(names, pair.module)
+        plain = f"{PREFIX}{pair.module}.weight"
+        if trained is not None and pair.module in view.modules and plain not in tensors:
+            yield AdapterFinding(
+                f"PEFT looks for `{shown(plain)}`, because `{shown(trained)}` is trained as a whole (modules_to_save), "
+                "but the file has only a pair there",
+                refuses=True,
+            )
+            return
+
+
+def whole_module(names: tuple[str, ...], module: str) -> str | None:
+    """The module that PEFT trains as a whole, by `names` of modules_to_save, and that `module` is or is inside of."""
+    return next((path for path in (module, *beginnings(module)) if saves_module(names, path)), None) if names else None
+
+
+def _live(subject: Subject) -> tuple[dict[str, str], dict[str, str]]:
+    """The tensors with names of the live model, and their plain names: those that are not in the file, and those that
+    are."""
+    tensors = subject.adapter.weights.tensors
+    plain = {name: _SAVED.sub(".", name) for name in tensors if _SAVED.search(name)}
+    absent = {name: meant for name, meant in plain.items() if meant not in tensors}
+    return absent, {name: meant for name, meant in plain.items() if meant in tensors}
 
 
 @survey(
     "LP322",
-    "names-of-the-live-model",
+    "head-under-a-live-name",
+    engines=("peft",),
+    hint="remove `.modules_to_save` (and `.default` after it) from the names",
+)
+def head_under_a_live_name(subject: Subject) -> Iterator[AdapterFinding]:
+    """A whole module is stored under the name that it has in PEFT's live model: with `.modules_to_save.`.
+
+    Why it matters: the state dict of the live model was saved, not the output of `save_pretrained`. PEFT 0.21 looks for
+    the plain name and fails with a KeyError.
+
+    Example: `classifier.modules_to_save.default.weight` instead of `classifier.weight`.
+    """
+    absent, _ = _live(subject)
+    if absent:
+        message = f"PEFT looks for {_first(absent, 1)}, but the file has {_first(absent, 0)}"
+        yield AdapterFinding(message, refuses=True, path=subject.adapter.weights.path)
+
+
+@survey(
+    "LP323",
+    "second-copy-of-a-head",
     severity="warning",
     engines=("peft",),
-    hint="save the adapter with `save_pretrained`: it writes `classifier.weight`",
+    hint="delete them if the tensors that PEFT uses are the trained ones; otherwise replace those by them",
 )
-def names_of_the_live_model(subject: Subject) -> Iterator[AdapterFinding]:
-    """Tensors have names of PEFT's live model: `.modules_to_save.` or `.original_module.`.
+def second_copy_of_a_head(subject: Subject) -> Iterator[AdapterFinding]:
+    """The file holds tensors of a whole module twice: under the plain name, and with `.modules_to_save.`.
 
-    What it does: looks for both words in the names. A tensor under `.modules_to_save.` belongs to the trained module
-    without that word; one under `.original_module.` is the frozen copy that PEFT keeps beside it.
+    What it does: looks for names of PEFT's live model beside the plain ones. `.original_module.`, the frozen copy that
+    PEFT keeps beside a trained module, has no effect in training or in PEFT, and is not reported.
 
-    Why it matters: the state dict of the live model was saved. PEFT 0.21 silently drops what is named
-    `.modules_to_save.`, also if it differs from the head that it loads; if the file holds no plain name for it, PEFT
-    fails with a KeyError. The frozen copy and pairs on it never had any effect: they are not counted as lost.
+    Why it matters: PEFT 0.21 silently drops the tensors with `.modules_to_save.` in their names, even if only they were
+    trained.
 
     Example: `classifier.modules_to_save.bias` beside `classifier.bias`.
-
-    Fix: remove `.modules_to_save` from the names, where the plain name is missing; delete the other tensors.
     """
-    tensors = subject.adapter.weights.tensors
-    plain = {name: _SAVED.sub(".", name) for name in tensors if _SAVED.search(name)}
-    absent = {name: meant for name, meant in plain.items() if meant not in tensors}
-    dropped = {name: meant for name, meant in plain.items() if meant in tensors}
-    path = subject.adapter.weights.path
-    if absent:
-        yield AdapterFinding(
-            f"PEFT looks for {_first(absent, 1)}, but the file has {_first(absent, 0)}",
-            refuses=True,
-            path=path,
-            hint="remove `.modules_to_save` (and `.default` after it) from the names",
-        )
-    if dropped:
-        yield AdapterFinding(
-            f"PEFT silently drops {_first(dropped, 0)} and uses {_first(dropped, 1)}",
-            path=path,
-            hint="delete them if the tensors that PEFT uses are the trained ones; otherwise replace those by them",
-        )
+    _, present = _live(subject)
+    if present:
+        message = f"PEFT silently drops {_first(present, 0)} and uses {_first(present, 1)}"
+        yield AdapterFinding(message, path=subject.adapter.weights.path)
 
 
 def _first(names: Mapping[str, str], which: int) -> str:
