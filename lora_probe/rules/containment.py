@@ -19,7 +19,7 @@ from lora_probe.errors import UnreadableFile
 from lora_probe.files.limits import step
 from lora_probe.rules.initialisation import Floats, fits, spread, weight_of
 
-SAMPLED = 6
+SAMPLED = 4
 """Modules whose weights are read, evenly spread over the adapter."""
 MOST_RANK = 512
 """Pairs of a higher rank are not checked: nobody trains them, and the work grows with it."""
@@ -103,14 +103,16 @@ def share(a: Floats, b: Floats, scaling: float, weight: Floats) -> tuple[float, 
     total = float(np.square(size).sum())
     if not total > 0 or len(size) >= min(weight.shape):
         return None
-    rows = (left @ u).T @ weight
-    columns = weight @ (right @ v.T)
-    seen = rows @ (right @ v.T)
+    # In float32: a copy of a large weight in float64 would need twice the memory of the weight itself.
+    outputs, inputs = left @ u, right @ v.T
+    rows = (outputs.T.astype(np.float32) @ weight).astype(np.float64)
+    columns = (weight @ inputs.astype(np.float32)).astype(np.float64)
+    seen = rows @ inputs
     value = float((size * np.diag(seen)).sum()) / total
     # Without the merge W₀ is W, with it W - ΔW; the other of the two counts ΔW as noise.
     added = np.diag(size)
     unmerged = _noise(size, rows, columns, seen)
-    noise = min(unmerged, _noise(size, rows - added @ (right @ v.T).T, columns - left @ u @ added, seen - added))
+    noise = min(unmerged, _noise(size, rows - added @ inputs.T, columns - outputs @ added, seen - added))
     return value, noise, _rest(weight, size, rows, columns, seen)
 
 
@@ -128,7 +130,7 @@ def _rest(weight: Floats, size: Doubles, rows: Doubles, columns: Doubles, seen: 
     a large ΔW would outweigh it."""
     tall, wide = weight.shape[0] - len(size), weight.shape[1] - len(size)
     outside = np.square(rows).sum(axis=1) - np.square(seen).sum(axis=1)
-    elsewhere = np.square(weight, dtype=np.float64).sum() - np.square(columns).sum() - outside.sum()
+    elsewhere = float(np.linalg.norm(weight)) ** 2 - np.square(columns).sum() - outside.sum()
     if not elsewhere > 0:
         return 0.0
     share_outside = (np.square(size) * outside.clip(0)).sum() / np.square(size).sum() / wide

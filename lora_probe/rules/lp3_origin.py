@@ -274,7 +274,7 @@ started at zero 0.08 or less, those of the demo 0.03."""
 def merged_already(subject: Subject) -> Iterator[AdapterFinding]:
     """The base model's weights already contain this adapter.
 
-    What it does: reads the weights W of up to six modules and computes ⟨W, ΔW⟩ / |ΔW|², the share of ΔW = s·B·A that W
+    What it does: reads the weights W of up to four modules and computes ⟨W, ΔW⟩ / |ΔW|², the share of ΔW = s·B·A that W
     contains: 1 if the adapter was merged into W, 0 if W is unrelated. The weight itself moves the share by chance; how
     far is estimated from W in the directions of ΔW. Reports nothing unless that noise is small in each module that
     counts, and the share is near 1 in all of them. An initialisation that takes a part out of the base (PiSSA, OLoRA)
@@ -293,9 +293,13 @@ def merged_already(subject: Subject) -> Iterator[AdapterFinding]:
     result = contained(list(shares(subject.adapter, subject.base)))
     if result is not None:
         mean, clear = result
-        count = f"each of {len(clear)} weights that were read" if len(clear) > 1 else "the weight that was read"
+        named, passed = subject.adapter.config.base_model, subject.origin.passed
+        other = bool(named) and passed not in (None, named)
+        own = f"--model {shown(named or '')}, which adapter_config.json names" if other else ""
+        count = f"each of {len(clear)} weights that were compared" if len(clear) > 1 else "the weight that was compared"
         yield AdapterFinding(
             f"this base model already contains the adapter: {count} holds {mean:.2f} times s·B·A "
             f"({name_modules([share.pair.module for share in clear])})",
             path=subject.adapter.weights.path,
+            hint=f"pass {own}, or serve this model without the adapter" if own else "",
         )
