@@ -201,7 +201,7 @@ def test_a_quantised_base_that_is_served_otherwise_is_named(adapter: Path, llama
         adapter, tmp_path / "a", config=lambda raw: raw | {"base_model_name_or_path": "unsloth/tiny-Instruct-bnb-4bit"}
     )
     report = check(named, model=str(llama))
-    assert [(one.code, one.severity) for one in report.diagnostics] == [("LP313", "warning")]
+    assert [(one.code, one.severity) for one in report.diagnostics] == [("LP313", "warning"), ("LP318", "info")]
     assert "bnb-4bit" in report.diagnostics[0].message
     line = report.diagnostics[0].line
     assert line is not None

@@ -64,7 +64,7 @@ def test_names_on_a_multimodal_model(prefix: str, expected: set[str], tmp_path: 
     report = check(named, model=str(base))
     assert errors(report) == expected
     assert [(one.codes, one.why) for one in report.not_run] == [
-        (("LP317",), "the base model's weights were not found, or are not safetensors files")
+        (("LP317", "LP320"), "the base model's weights were not found, or are not safetensors files")
     ]
     healthy = 0 if expected else 3 * LAYERS
     assert {ledger.count("took effect") for ledger in report.ledgers.values()} == {healthy}

@@ -50,7 +50,7 @@ def test_an_engine_that_has_no_answer_is_unknown(adapter: Path, tmp_path: Path) 
 def test_without_a_base_all_is_unknown(adapter: Path, tmp_path: Path) -> None:
     nameless = edited(adapter, tmp_path / "a", config=lambda raw: raw | {"base_model_name_or_path": None})
     for ledger in check(nameless).ledgers.values():
-        assert headline(ledger) == f"{WHOLE} the base model was not found"
+        assert headline(ledger) == f"{WHOLE} adapter_config.json does not name a base model"
 
 
 def test_layers_that_peft_copies_are_not_predicted(adapter: Path, llama: Path, tmp_path: Path) -> None:

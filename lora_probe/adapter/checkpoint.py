@@ -33,6 +33,9 @@ _PAIR = re.compile(
 )
 _EXTRA = re.compile(rf"^(?P<path>.+)\.(?:{'|'.join(re.escape(extra.name) for extra in EXTRAS.values())})(?:\.weight)?$")
 
+FROZEN = ".original_module."
+"""What PEFT adds to the names of the original beside a module that is trained as a whole. The original is not used."""
+
 
 @dataclass(frozen=True)
 class AdapterModule:
@@ -160,7 +163,9 @@ def _sort(
         tensors.items(), key=lambda item: (not item[0].startswith(PREFIX), bool(adapter_in(item[1])))
     ):
         path = name.removeprefix(PREFIX)
-        if match := _PAIR.match(path):
+        if FROZEN in path:
+            others.append(OtherTensor(tensor, "of the frozen copy of a module that is trained as a whole", True))
+        elif match := _PAIR.match(path):
             pair = halves.setdefault(match["path"], {})
             half = match["half"]
             if half[-1] in (taken[-1] for taken in pair):

@@ -15,7 +15,19 @@ from lora_probe.adapter import Adapter, TrainedAs
 from lora_probe.base import Base, EngineView, open_base
 from lora_probe.engines.describing import views_of
 from lora_probe.errors import ModelNotFound, ProbeError
+from lora_probe.files import shown
 from lora_probe.prediction import peft, predictors
+from lora_probe.rules.subject import Origin
+
+
+@dataclass(frozen=True)
+class BaseOf:
+    """The base model of an adapter, its name, how it was found, and notes for the report."""
+
+    base: Base | None
+    name: str | None
+    origin: Origin
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -41,21 +53,32 @@ class Bases:
             # A base model that the user passed must exist.
             self._bases[model] = open_base(model)
 
-    def base(self, adapter: Adapter) -> tuple[Base | None, str | None, tuple[str, ...]]:
-        """The base model, its name, and notes for the report."""
-        name = self.model or adapter.config.base_model
-        if name is None:
-            return None, None, ("adapter_config.json does not name a base model; pass --model",)
+    def base(self, adapter: Adapter) -> BaseOf:
+        """The base model of an adapter: the one that was passed, or the one that its config names."""
+        named = adapter.config.base_model
+        if self.model is not None:
+            other = self._open(named) if named and named != self.model else None
+            passed = self._open(self.model)
+            assert isinstance(passed, Base)
+            return BaseOf(passed, self.model, Origin(self.model, other if isinstance(other, Base) else None))
+        if named is None:
+            why = "adapter_config.json does not name a base model"
+            return BaseOf(None, None, Origin(why_not=why), (f"{why}; pass --model",))
+        base = self._open(named)
+        if isinstance(base, Base):
+            return BaseOf(base, named, Origin())
+        short = "was not found" if isinstance(base, ModelNotFound) else "cannot be read"
+        why = short if isinstance(base, ModelNotFound) else f"{short} ({base.message})"
+        note = f"base model `{named}` (from adapter_config.json) {why}; pass --model"
+        return BaseOf(None, named, Origin(why_not=f"base model `{shown(named)}` {short}"), (note,))
+
+    def _open(self, name: str) -> Base | ProbeError:
         if name not in self._bases:
             try:
                 self._bases[name] = open_base(name)
             except ProbeError as error:
                 self._bases[name] = error
-        base = self._bases[name]
-        if isinstance(base, ProbeError):
-            why = "was not found" if isinstance(base, ModelNotFound) else f"cannot be read ({base.message})"
-            return None, name, (f"base model `{name}` (from adapter_config.json) {why}; pass --model",)
-        return base, name, ()
+        return self._bases[name]
 
     def views(self, base: Base, trained: TrainedAs) -> BaseViews:
         """Each engine's view of the base model; made from the headers of its files if an engine has none."""

@@ -150,7 +150,7 @@ def fix_for(adapter: str | Path, model: str | None = None, progress: Callable[[s
     folder, _ = find_checkpoint(Path(adapter))
     opened = open_adapter(folder)
     bases = Bases(model, progress)
-    base, _, _ = bases.base(opened)
+    base = bases.base(opened).base
     views = bases.views(base, opened.config.trained_as).views if base is not None else {}
     return find_fix(opened, subject_of(opened, _serving({}, None), base, views).shapes)
 
@@ -201,11 +201,11 @@ def _report(
 ) -> Report:
     try:
         adapter = open_adapter(folder)
-        base, name, base_notes = bases.base(adapter)
-        described = bases.views(base, adapter.config.trained_as) if base is not None else BaseViews()
+        found = bases.base(adapter)
+        described = bases.views(found.base, adapter.config.trained_as) if found.base is not None else BaseViews()
         not_served = {} if engines else _not_served(adapter, described)
         judged = [name for name in predictors() if name not in not_served and (not engines or name in engines)]
-        subject = subject_of(adapter, serving, base, described.views, described.missing, judged)
+        subject = subject_of(adapter, serving, found.base, described.views, described.missing, found.origin, judged)
         prediction = predict(subject)
     except UnreadableFile as error:
         return _unreadable(folder, notes, bases.model, error, selected)
@@ -214,11 +214,11 @@ def _report(
     rules = all_rules()
     return Report(
         folder,
-        name,
+        found.name,
         prediction.ledgers,
         tuple(sorted(diagnostics, key=lambda d: (_RANKS[d.severity], rules[d.code].consequence, d.code))),
         _not_run(prediction, selected),
-        (*notes, *subject.adapter.notes, *base_notes, *described.notes),
+        (*notes, *subject.adapter.notes, *found.notes, *described.notes),
         serving.vllm.version,
         len(every) - len(diagnostics),
         not_served,
@@ -290,7 +290,8 @@ def _diagnostics(adapter: Adapter, prediction: Prediction) -> Iterator[Diagnosti
                 of_clause(rules[code], clause, engine), message=clause.text, path=str(path), line=line
             )
     yield from merged.values()
-    yield from _differing(adapter, prediction.ledgers)
+    if reported.isdisjoint(rules["LP410"].follows):
+        yield from _differing(adapter, prediction.ledgers)
 
 
 def _place(adapter: Adapter, field: str | None) -> tuple[Path, int | None]:

@@ -7,7 +7,7 @@ predictors.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 
 from lora_probe.adapter.spectrum import Spectrum, pair_spectrum
@@ -16,14 +16,15 @@ from lora_probe.ledger import Finding, Ledger, Row, Station, worse
 from lora_probe.names import Key
 from lora_probe.prediction.places import aliases, engine_names
 from lora_probe.prediction.predictor import Predictor, Refusal, predictors
-from lora_probe.rules import AdapterFinding, Needs, Rule, family_of, surveys
+from lora_probe.rules import AdapterFinding, Needs, Rule, all_rules, family_of, surveys
 from lora_probe.rules.stored import Expected, expect
 from lora_probe.rules.subject import Place, Subject
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """The ledgers by engine, and the findings by rule. `not_run` lists rules that could not run, and why."""
+    """The ledgers by engine, and the findings by rule without those that follow from another one (`Rule.follows`).
+    `not_run` lists rules that could not run, and why."""
 
     ledgers: Mapping[str, Ledger]
     findings: tuple[tuple[Rule, AdapterFinding], ...]
@@ -50,7 +51,10 @@ def predict(subject: Subject) -> Prediction:
         step(f"predicting the ledger of {engine}", subject.adapter.path)
         about = [(rule, finding) for rule, finding in findings if engine in (finding.engines or rule.in_engines)]
         ledgers[engine] = _ledger(subject, predictor, spectra, about)
-    return Prediction(ledgers, tuple(findings), tuple(not_run))
+    causes = {rule.code for rule, _ in findings}
+    ledgers = {engine: replace(ledger, rows=_explained(ledger.rows, causes)) for engine, ledger in ledgers.items()}
+    reported = tuple((rule, finding) for rule, finding in findings if causes.isdisjoint(rule.follows))
+    return Prediction(ledgers, reported, tuple(not_run))
 
 
 def _judged(finding: AdapterFinding, engines: Sequence[str]) -> Iterator[AdapterFinding]:
@@ -62,7 +66,7 @@ def _judged(finding: AdapterFinding, engines: Sequence[str]) -> Iterator[Adapter
 
 def _why_not(subject: Subject, needs: Needs) -> str:
     if needs != "files" and subject.base is None:
-        return "the base model was not found"
+        return subject.origin.why_not
     if needs == "weights of the base" and not (subject.base is not None and subject.base.shapes):
         return "the base model's weights were not found, or are not safetensors files"
     engine = predictors().get(needs)
@@ -100,6 +104,19 @@ def _ledger(
         return Ledger(predictor.name, tuple(rows), predicted=True)
     code, message = refusal
     return Ledger(predictor.name, tuple(_refused(row) for row in rows), True, message, code, predicted=True)
+
+
+def _explained(rows: tuple[Row, ...], causes: Set[str]) -> tuple[Row, ...]:
+    """The rows with the cause in place of each finding that follows from one of `causes`. Values do not change."""
+    rules, result = all_rules(), []
+    for row in rows:
+        stations = dict(row.stations)
+        for station, finding in row.stations.items():
+            cause = next((code for code in rules[finding.code].follows if code in causes), "") if finding.code else ""
+            if cause:
+                stations[station] = Finding(finding.value, cause, f"follows from {rules[cause].name}")
+        result.append(replace(row, stations=stations))
+    return tuple(result)
 
 
 def _expected(subject: Subject, engine: str, spectra: Mapping[Key, Spectrum | None]) -> tuple[Expected, ...]:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from lora_probe.adapter import Adapter, AdapterModule, adapter_in
+from lora_probe.adapter.saved import names_without_pairs
 from lora_probe.base import EngineView, Shapes
 from lora_probe.ledger import OK, Finding
 from lora_probe.names import PREFIX, Key
@@ -17,6 +18,7 @@ from lora_probe.prediction.places import name_in_file, place_of
 from lora_probe.prediction.predictor import Predictor, Refusal, expected_shape, no_module, not_known
 from lora_probe.rules.lp1_targets import not_targeted
 from lora_probe.rules.lp2_names import doubled_prefix, odd_ending, prefix_missing, wrapper_in_name
+from lora_probe.rules.lp3_heads import on_whole_module, whole_module
 from lora_probe.rules.lp3_names import no_lora_layer_there
 from lora_probe.rules.paths import wrapper_words
 from lora_probe.rules.stored import Expected
@@ -81,6 +83,8 @@ def _judge(subject: Subject, row: Expected, place: Place | None) -> tuple[Findin
         return no_module(row, subject.views[NAME]), gone
     if (ending := odd_ending(half.name, place.module.kind == "embedding", adapter_in(half))) is not None:
         return ending, gone
+    if (trained := whole_module(names_without_pairs(subject.adapter.config.raw), row.module)) is not None:
+        return OK, on_whole_module(trained)
     if not targeted:
         return OK, not_targeted()
     # A parameter is adapted whatever kind of module it belongs to.

@@ -22,7 +22,6 @@ from lora_probe.rules.paths import starts
 from lora_probe.rules.stored import Expected
 from lora_probe.rules.subject import Place, Serving, Subject
 
-BASE_UNKNOWN = Finding("unknown", message="the base model was not found")
 VIEW_UNKNOWN = Finding("unknown", message="the engine's modules for this base model are unknown")
 
 Refusal = tuple[str, str]
@@ -86,7 +85,7 @@ def predictors() -> Mapping[str, Predictor]:
 
 def not_known(subject: Subject) -> Finding:
     """The finding for a row if the engine's modules for the base model are unknown."""
-    return BASE_UNKNOWN if subject.base is None else VIEW_UNKNOWN
+    return Finding("unknown", message=subject.origin.why_not) if subject.base is None else VIEW_UNKNOWN
 
 
 def no_module(row: Expected, view: EngineView) -> Finding:

@@ -74,7 +74,7 @@ def diagnostic(rule: Rule, finding: AdapterFinding, path: Path, line: int | None
     """What a rule on a whole adapter found, in the file and line that it is about."""
     modules = tuple(dict.fromkeys(module for module, _, _ in finding.keys))
     engines = finding.engines or rule.in_engines
-    return under(rule, finding.message, modules, engines, str(finding.path or path), line)
+    return under(rule, finding.message, modules, engines, str(finding.path or path), line, hint=finding.hint)
 
 
 def of_clause(rule: Rule, clause: Clause, engine: str) -> Diagnostic:

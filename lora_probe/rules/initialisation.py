@@ -7,7 +7,7 @@ from its QR decomposition; in both A = B⁺·W up to a factor, while a pair that
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -30,18 +30,16 @@ all that started at zero, need not be compared with the base."""
 
 def alignments(adapter: Adapter, base: Base) -> Iterator[tuple[AdapterModule, float]]:
     """The cosine for some modules of the adapter. Empty if the pairs do not look like such an initialisation."""
-    fitting = [pair for pair in adapter.modules if pair.parameter == "weight" and _fits(pair, base)]
-    if not fitting:
-        return
-    sampled = {number: fitting[number] for number in (0, len(fitting) // 2, len(fitting) - 1)}
-    for pair in list(sampled.values())[:SAMPLED]:
+    # With one row of A a match may be chance.
+    fitting = [p for p in adapter.modules if p.parameter == "weight" and fits(p, base) and (p.rank or 0) > 1]
+    for pair in spread(fitting, SAMPLED):
         assert pair.a is not None
         assert pair.b is not None
         try:
             a, b = adapter.values(pair.a), adapter.values(pair.b)
             if not _balanced(a, b):
                 return
-            weight = _weight(base, pair.module)
+            weight = weight_of(base, pair.module)
         except UnreadableFile:
             continue
         if weight is not None:
@@ -55,15 +53,21 @@ def alignment(a: Floats, b: Floats, weight: Floats) -> float:
     return abs(float((a * meant).sum())) / size if size else 0.0
 
 
-def _fits(pair: AdapterModule, base: Base) -> bool:
+def spread(pairs: Sequence[AdapterModule], most: int) -> list[AdapterModule]:
+    """At most `most` of the pairs: the first, the last, and others evenly between them."""
+    last = len(pairs) - 1
+    numbers = {round(last * number / (most - 1)) for number in range(most)} if pairs else set()
+    return [pairs[number] for number in sorted(numbers)]
+
+
+def fits(pair: AdapterModule, base: Base, transposed: bool = False) -> bool:
+    """Whether A and B are matrices of the shape of a weight of the base that is small enough to be read. `transposed`:
+    the base stores its weights as (in, out)."""
     shape = base.shapes.get(pair.module)
     if shape is None or pair.a is None or pair.b is None or pair.embedding or shape[0] * shape[1] > MOST:
         return False
-    matrices = len(pair.a.shape) == 2 and len(pair.b.shape) == 2
-    # With one row of A a match may be chance.
-    if not matrices or pair.a.shape[0] < 2 or pair.a.shape[0] != pair.b.shape[1]:
-        return False
-    return (pair.b.shape[0], pair.a.shape[1]) == shape
+    shape = shape[::-1] if transposed else shape
+    return pair.matrices and (pair.b.shape[0], pair.a.shape[1]) == shape
 
 
 def _balanced(a: Floats, b: Floats) -> bool:
@@ -78,7 +82,8 @@ def _cosine(x: Floats, y: Floats) -> float:
     return float((x * y).sum()) / size if size else 0.0
 
 
-def _weight(base: Base, module: str) -> Floats | None:
+def weight_of(base: Base, module: str) -> Floats | None:
+    """The weight of a module, read from the safetensors files of a base."""
     for file in sorted(base.path.glob("*.safetensors")):
         weights = open_weights(file)
         if (tensor := weights.tensors.get(f"{module}.weight")) is not None:

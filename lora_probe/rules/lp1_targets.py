@@ -74,6 +74,7 @@ def not_targeted() -> str:
     needs="base",
     hint="correct target_modules: PEFT compares it with the paths of the base model's modules",
     field="target_modules",
+    follows=("LP301",),
 )
 def nothing_targeted(subject: Subject) -> Iterator[AdapterFinding]:
     """The config does not target any module of the base model.
@@ -105,6 +106,7 @@ def nothing_targeted(subject: Subject) -> Iterator[AdapterFinding]:
     needs="base",
     hint="ignore this if the name is for another model type; otherwise correct the typo",
     field="target_modules",
+    follows=("LP301",),
 )
 def target_matches_nothing(subject: Subject) -> Iterator[AdapterFinding]:
     """One of several target_modules does not match any module of the base model.

@@ -55,6 +55,7 @@ def tensors_without_flag(subject: Subject) -> Iterator[AdapterFinding]:
     "LP212",
     "flag-without-tensors",
     hint="save the adapter again: the file lacks the tensors that the flag requires",
+    follows=("LP321", "LP322"),
 )
 def flag_without_tensors(subject: Subject) -> Iterator[AdapterFinding]:
     """The config lists whole modules or tokens as trained, but they are not in the file.

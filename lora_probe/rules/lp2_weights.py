@@ -126,6 +126,7 @@ def zero_delta(pair: AdapterModule, spectrum: Spectrum, config: AdapterConfig) -
     hint="save the adapter again; if the module was not trained, remove it from target_modules",
     consequence=True,
     predicate=True,
+    follows=("LP301",),
 )
 def not_in_file() -> str:
     """The config targets a module of the base model, but the file has no pair for it.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from lora_probe.adapter.checkpoint import FROZEN
 from lora_probe.base.engine_view import CLASSIFIER_HEADS
 from lora_probe.files import brief, shown
 from lora_probe.names import PREFIX, layer_of, projection_of
@@ -24,6 +25,7 @@ FAMILY = Family("LP3", "the base model", commands="check, some also by trace", l
     engines=("vllm",),
     needs="vllm",
     hint="merge the adapter, or train without this module: vLLM's model class cannot adapt it",
+    follows=("LP301",),
 )
 def unexpected_module(subject: Subject) -> Iterator[AdapterFinding]:
     """The last part of a pair's name is not a module that vLLM's model class adapts, so vLLM refuses the file.
@@ -48,6 +50,8 @@ def unexpected_module(subject: Subject) -> Iterator[AdapterFinding]:
         word = name[name.find(".experts") + 1 :] if ".experts" in name else projection_of(name)
         if word not in expected:
             names.append(name)
+    frozen = [name for name in subject.adapter.weights.tensors if FROZEN in name and ".lora_" in name]
+    names += [path for name in frozen if (path := name[: name.rindex(".lora_")]).rpartition(".")[2] not in expected]
     saved = set(subject.adapter.config.raw.get("modules_to_save") or ())
     for name in subject.adapter.weights.tensors:
         parts = name.split(".")
@@ -107,6 +111,7 @@ def not_adaptable_in_peft(subject: Subject) -> Iterator[AdapterFinding]:
     "vocabulary-differs",
     needs="base",
     hint="resize the base model's embeddings as in training, or serve the base model with the added tokens",
+    follows=("LP301",),
 )
 def vocabulary_differs(subject: Subject) -> Iterator[AdapterFinding]:
     """Embeddings or heads in the file have a different number of tokens than the base model.

@@ -40,6 +40,7 @@ def other_class(file_start: str, base_start: str) -> str:
     needs="base",
     hint="pass the model that the adapter was trained on with --model: this is another one",
     consequence=True,
+    follows=("LP301",),
 )
 def no_such_module(model: str) -> str:
     """The pair's name does not match any module of the base model, not even one in another class of the model.

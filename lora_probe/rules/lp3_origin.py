@@ -8,11 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_probe.adapter.variants import initialisation
+from lora_probe.base import Base
 from lora_probe.errors import ProbeError
 from lora_probe.files import brief, shown
 from lora_probe.files.json_object import read_json
+from lora_probe.names import name_modules
+from lora_probe.rules.containment import contained, shares
 from lora_probe.rules.initialisation import alignments
 from lora_probe.rules.registry import AdapterFinding, survey
+from lora_probe.rules.sizes import differing
 
 if TYPE_CHECKING:
     from lora_probe.rules.subject import Subject
@@ -28,12 +32,14 @@ QUANTISED = ("bnb-4bit", "bnb-8bit", "-4bit", "-8bit", "awq", "gptq", "fp8", "in
     needs="base",
     hint="serve it on the base model that it was trained on; names and shapes alone cannot tell similar models apart",
     field="base_model_name_or_path",
+    follows=("LP301",),
 )
 def another_base(subject: Subject) -> Iterator[AdapterFinding]:
-    """The base model is not the one that the adapter's config sets.
+    """The base model is not the one that the adapter's config sets, although every pair fits.
 
-    What it does: compares the last part of `base_model_name_or_path` with the name in the base model's own config
-    (`_name_or_path`), if both are set. Folder names prove nothing and are not compared.
+    What it does: compares the sizes in the configs of both models, if the one that adapter_config.json sets is on this
+    machine. Otherwise compares the last part of `base_model_name_or_path` with the name in the base model's own config
+    (`_name_or_path`), if both are set. Folder names prove nothing; LP318 reports them.
 
     Why it matters: an adapter of the instruct model loads silently on the plain base model, or on another fine-tune,
     in both engines; the answers are poor.
@@ -42,14 +48,76 @@ def another_base(subject: Subject) -> Iterator[AdapterFinding]:
     """
     assert subject.base is not None
     wanted, own = subject.adapter.config.base_model, subject.base.config.get("_name_or_path")
-    if not wanted or not isinstance(own, str) or not own or Path(own).is_absolute() or Path(wanted).is_absolute():
-        return
-    words = [word.rstrip("/").split("/")[-1].lower() for word in (wanted, own)]
-    plain = [_without_quantisation(word) for word in words]
-    if plain[0] and plain[1] and plain[0] != plain[1]:
+    named, passed = subject.origin.named, subject.origin.passed
+    if named is not None and (sizes := differing(named, subject.base)) is not None:
+        words, theirs, ours = sizes
         yield AdapterFinding(
-            f"the adapter's base model is `{shown(wanted)}`, but this base model's config states `{shown(own)}`"
+            f"the adapter's base model is `{shown(wanted or '')}` ({words} {theirs}), "
+            f"but `{shown(passed or '')}` has {words} {ours}"
         )
+    elif _has_other_name(subject):
+        yield AdapterFinding(
+            f"the adapter's base model is `{shown(wanted or '')}`, "
+            f"but this base model's config states `{shown(str(own))}`"
+        )
+
+
+def _has_other_name(subject: Subject) -> bool:
+    """Whether the base model's own config names another model than the adapter's config does."""
+    assert subject.base is not None
+    wanted, own = subject.adapter.config.base_model, subject.base.config.get("_name_or_path")
+    if not wanted or not isinstance(own, str) or not own or Path(own).is_absolute() or Path(wanted).is_absolute():
+        return False
+    return not _same_name(wanted, own)
+
+
+def _same_name(first: str, second: str) -> bool:
+    """Whether two ids or paths end alike, quantisation aside; also if nothing is left of one of them."""
+    words = [_without_quantisation(name.rstrip("/").split("/")[-1].lower()) for name in (first, second)]
+    return not all(words) or words[0] == words[1]
+
+
+@survey(
+    "LP318",
+    "base-of-another-name",
+    severity="info",
+    needs="base",
+    hint="ignore this if both names mean the same model",
+    field="base_model_name_or_path",
+    follows=("LP301", "LP312"),
+)
+def base_of_another_name(subject: Subject) -> Iterator[AdapterFinding]:
+    """--model has another name than the base model in adapter_config.json, and the files do not show a difference.
+
+    What it does: compares the last parts of both names, and the place of the model in the Hugging Face cache. Reports
+    nothing for the same folder, for a snapshot of the named model, and for a quantised copy of it (LP313).
+
+    Why it matters: a folder may have any name, so this is often the same model. If it is another fine-tune of it,
+    every pair fits, and the answers are poor in every engine.
+
+    Example: the config names `Qwen/Qwen2.5-0.5B-Instruct`, and `--model /models/qwen` is passed.
+    """
+    assert subject.base is not None
+    wanted, passed = subject.adapter.config.base_model, subject.origin.passed
+    if not wanted or passed is None or _is_same_model(wanted, passed, subject.base):
+        return
+    yield AdapterFinding(f"adapter_config.json names the base model `{shown(wanted)}`, --model is `{shown(passed)}`")
+
+
+def _is_same_model(wanted: str, passed: str, base: Base) -> bool:
+    try:
+        same_folder = Path(wanted).resolve() == base.path.resolve()
+    except (OSError, ValueError):
+        same_folder = False
+    own = base.config.get("_name_or_path")
+    names = [_id(passed), _id(str(base.path)), *([own] if isinstance(own, str) and own else [])]
+    return same_folder or any(_same_name(_id(wanted), name) for name in names)
+
+
+def _id(name: str) -> str:
+    """The id of a model for a folder in the Hugging Face cache, which is named `models--org--name`; else the name."""
+    folder = next((part for part in name.split("/") if part.startswith("models--")), None)
+    return name if folder is None else folder.removeprefix("models--").replace("--", "/")
 
 
 @survey(
@@ -122,6 +190,7 @@ def _without_quantisation(word: str) -> str:
     severity="warning",
     needs="base",
     hint="serve with the adapter's template: `vllm serve --chat-template CKPT/chat_template.jinja`",
+    follows=("LP301",),
 )
 def tokenizer_differs(subject: Subject) -> Iterator[AdapterFinding]:
     """The chat template in the adapter's folder differs from that of the base model.
@@ -165,6 +234,7 @@ def _template(folder: Path) -> tuple[str, Path] | None:
     needs="weights of the base",
     hint="restore `pissa` or `olora` in init_lora_weights for PEFT, or convert the adapter",
     field="init_lora_weights",
+    follows=("LP320",),
 )
 def part_of_the_base(subject: Subject) -> Iterator[AdapterFinding]:
     """A and B are a part of this base model's own weights, but the config does not state it.
@@ -193,3 +263,43 @@ def part_of_the_base(subject: Subject) -> Iterator[AdapterFinding]:
 ALIGNED = 0.5
 """Measured: PiSSA 0.97 and OLoRA 0.99 after some training, 0.82 and 0.93 after B had moved by its own size; pairs that
 started at zero 0.08 or less, those of the demo 0.03."""
+
+
+@survey(
+    "LP320",
+    "merged-already",
+    needs="weights of the base",
+    hint="pass the base model that the adapter was trained on with --model, or serve this one without the adapter",
+)
+def merged_already(subject: Subject) -> Iterator[AdapterFinding]:
+    """The base model's weights already contain this adapter.
+
+    What it does: reads the weights W of up to four modules and computes ⟨W, ΔW⟩ / |ΔW|², the share of ΔW = s·B·A that W
+    contains: 1 if the adapter was merged into W, 0 if W is unrelated. The weight itself moves the share by chance; how
+    far is estimated from W in the directions of ΔW. Reports nothing unless that noise is small in each module that
+    counts, and the share is near 1 in all of them. An initialisation that takes a part out of the base (PiSSA, OLoRA)
+    is left to LP317.
+
+    Why it matters: the adapter is added a second time, silently, in both engines: the training counts twice.
+
+    Example: `--model` is the output of `merge_and_unload`.
+
+    Fix: serve the base model that the adapter was trained on, or the merged one without the adapter.
+    """
+    assert subject.base is not None
+    row = initialisation(subject.adapter.config.raw.get("init_lora_weights"))
+    if row is not None and row.changes_base:
+        return
+    result = contained(list(shares(subject.adapter, subject.base)))
+    if result is not None:
+        mean, clear = result
+        named, passed = subject.adapter.config.base_model, subject.origin.passed
+        other = bool(named) and passed not in (None, named)
+        own = f"--model {shown(named or '')}, which adapter_config.json names" if other else ""
+        count = f"each of {len(clear)} weights that were compared" if len(clear) > 1 else "the weight that was compared"
+        yield AdapterFinding(
+            f"this base model already contains the adapter: {count} holds {mean:.2f} times s·B·A "
+            f"({name_modules([share.pair.module for share in clear])})",
+            path=subject.adapter.weights.path,
+            hint=f"pass {own}, or serve this model without the adapter" if own else "",
+        )

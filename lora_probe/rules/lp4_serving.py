@@ -323,6 +323,7 @@ def class_without_adapters(subject: Subject) -> Iterator[AdapterFinding]:
     "wrong",
     hint="fix the modules that one engine loses, or use the engine that the adapter was trained with",
     consequence=True,
+    follows=("LP301",),
 )
 def engines_differ(engines: str, count: int, total: int, only: str) -> str:
     """PEFT and vLLM will run different adapters.

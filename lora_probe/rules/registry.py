@@ -69,8 +69,9 @@ class Rule:
     unless it has its own. `fixable`: `check --fix` repairs it. `short` fits into a cell of a table. `consequence`: it
     usually follows from another finding, and is reported after it. `predicate`: the sentence continues one that begins
     with the modules' names (`layer 5 q_proj` is `not in the file`). `per_message`: different messages are different
-    diagnostics; for other rules all findings are one diagnostic with the first message. `module` is the Python module
-    that registered the rule.
+    diagnostics; for other rules all findings are one diagnostic with the first message. `follows`: the rules on whole
+    adapters that explain its findings; if one of them has a finding, those of this rule are not reported. `module` is
+    the Python module that registered the rule.
     """
 
     code: str
@@ -88,6 +89,7 @@ class Rule:
     consequence: bool = False
     predicate: bool = False
     per_message: bool = False
+    follows: tuple[str, ...] = ()
     module: str = ""
 
     @property
@@ -119,7 +121,7 @@ class AdapterFinding:
 
     With `refuses` the engines do not load the adapter, and `message` is the reason. With `value` and `keys` the modules
     get that finding at `station` in the ledgers of the engines. `field` is the key of adapter_config.json that
-    caused it, `path` another file. `engines` are those of the rule unless set.
+    caused it, `path` another file. `engines` and `hint` are those of the rule unless set.
     """
 
     message: str
@@ -130,6 +132,7 @@ class AdapterFinding:
     refuses: bool = False
     field: str | None = None
     path: Path | None = None
+    hint: str = ""
 
 
 class _Facts(TypedDict, total=False):
@@ -144,6 +147,7 @@ class _Facts(TypedDict, total=False):
     consequence: bool
     predicate: bool
     per_message: bool
+    follows: tuple[str, ...]
 
 
 _registry: dict[str, Rule] = {}
@@ -223,17 +227,28 @@ def survey(code: str, name: str, *, hint: str, **facts: Unpack[_Facts]) -> Calla
     def register(judge: Survey) -> Survey:
         of_adapter = Rule(code, name, "adapter", "wrong", hint, _page(judge), module=judge.__module__, **facts)
         _register(of_adapter)
-
-        @wraps(judge)
-        def findings(subject: Subject) -> Iterator[AdapterFinding]:
-            for finding in judge(subject):
-                placed = finding.field is not None or finding.path is not None
-                yield finding if placed else replace(finding, field=of_adapter.field)
-
-        _surveys[code] = findings
-        return findings
+        return _add_survey(of_adapter, judge)
 
     return register
+
+
+def whole(code: str) -> Callable[[Survey], Survey]:
+    """Register a function that checks a whole subject for a rule on modules, `code`, which needs to be registered.
+
+    Its findings are reported instead of the rule's findings on single modules.
+    """
+    return lambda judge: _add_survey(_registry[code], judge)
+
+
+def _add_survey(of_adapter: Rule, judge: Survey) -> Survey:
+    @wraps(judge)
+    def findings(subject: Subject) -> Iterator[AdapterFinding]:
+        for finding in judge(subject):
+            placed = finding.field is not None or finding.path is not None
+            yield finding if placed else replace(finding, field=of_adapter.field)
+
+    _surveys[of_adapter.code] = findings
+    return findings
 
 
 def surveys() -> Iterator[tuple[Rule, Survey]]:

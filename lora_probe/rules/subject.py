@@ -13,6 +13,7 @@ from functools import cached_property
 from lora_probe.adapter import Adapter
 from lora_probe.base import Base, EngineView, ModuleView, Shapes
 from lora_probe.names import Key
+from lora_probe.rules.labels import Labels
 from lora_probe.rules.vllm_versions import Behaviour
 
 
@@ -25,6 +26,19 @@ class Serving:
     dtype: str | None = None
     lora_dtype: str | None = None
     lora_target_modules: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Origin:
+    """How the base model was found.
+
+    `passed` is what the user passed with --model, None for the base that adapter_config.json names. `named` is the base
+    that the config names, if it is on this machine and another one was passed. `why_not`: why there is no base.
+    """
+
+    passed: str | None = None
+    named: Base | None = None
+    why_not: str = "the base model was not found"
 
 
 @dataclass(frozen=True)
@@ -43,10 +57,11 @@ class Place:
 class Subject:
     """One adapter, and all that is known about where it will run; `prediction.subject_of` makes it.
 
-    `views` holds each engine's modules for the base, `unasked` why an engine could not be asked. `shapes` are the
-    modules of the base by the names of Transformers, as far as PEFT can adapt them; None if the base is unknown.
-    `places` maps each engine in `views` and each pair to where it leads. `engines` are those that the adapter is judged
-    for; others may have a view.
+    `origin` is how the base was found, or why it was not. `views` holds each engine's modules for the base, `unasked`
+    why an engine could not be asked. `shapes` are the modules of the base by the names of Transformers, as far as PEFT
+    can adapt them; None if the base is unknown. `places` maps each engine in `views` and each pair to where it leads.
+    `engines` are those that the adapter is judged for; others may have a view. `labels` is set if the adapter's
+    classifier has another number of labels than the base's config; then `views` and `shapes` have the adapter's.
     """
 
     adapter: Adapter
@@ -57,6 +72,8 @@ class Subject:
     shapes: Shapes | None = None
     places: Mapping[str, Mapping[Key, Place]] = field(default_factory=dict)
     engines: tuple[str, ...] = ()
+    origin: Origin = field(default_factory=Origin)
+    labels: Labels | None = None
 
     @cached_property
     def targeted(self) -> frozenset[str]:
