@@ -8,10 +8,11 @@ a module may be wrong at `stored` and still ok at `placed` and `applied`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
-from lora_probe.names import Key, name_modules
+from lora_probe.names import Key, Universe, name_modules, path_of
 
 Station = Literal["stored", "read", "placed", "applied", "agrees"]
 Value = Literal["ok", "wrong", "absent", "unknown"]
@@ -83,7 +84,7 @@ class Row:
 @dataclass(frozen=True)
 class Ledger:
     """All modules of one load of an adapter in one engine, or the engine's refusal of the whole adapter (`message`, and
-    the `code` of the rule for it)."""
+    the `code` of the rule for it). `universe` holds the modules of the base model as well, if they are known."""
 
     engine: str
     rows: tuple[Row, ...]
@@ -91,6 +92,12 @@ class Ledger:
     message: str = ""
     code: str = "LP401"
     predicted: bool = False
+    universe: Universe | None = field(default=None, repr=False, compare=False)
+
+    @cached_property
+    def names(self) -> Universe:
+        """The modules among which a short name in a sentence about this ledger is unique."""
+        return self.universe or Universe(tuple(path_of(row.key) for row in self.rows))
 
     def count(self, fate: Fate) -> int:
         return sum(row.fate == fate for row in self.rows)
@@ -145,24 +152,25 @@ def clauses(ledger: Ledger) -> list[Clause]:
             station, finding = row.decisive
             groups.setdefault((row.fate, station, finding.code, finding.field), []).append((row, finding))
     return [
-        _clause(fate, station, members, len(members) == len(ledger.rows))
+        _clause(fate, station, members, None if len(members) == len(ledger.rows) else ledger.names)
         for (fate, station, _, _), members in groups.items()
     ]
 
 
-def _clause(fate: Fate, station: Station, members: Sequence[tuple[Row, Finding]], whole: bool) -> Clause:
+def _clause(fate: Fate, station: Station, members: Sequence[tuple[Row, Finding]], universe: Universe | None) -> Clause:
+    """The clause of some modules, with their names; without names if it is about all of them (no `universe`)."""
     rows, findings = tuple(row for row, _ in members), [finding for _, finding in members]
     first, others = findings[0], len({finding.message for finding in findings}) - 1
-    what = first.message if whole else _about([row.module for row in rows], first)
+    what = first.message if universe is None else _about(rows, first, universe)
     where = f" at {station}" if fate != "unknown" else f" (first not measured: {station})"
     more = f" (and {others} more of this kind)" if others else ""
-    return Clause(f"{len(rows)} {fate}{where}: {what}{more}", station, first, rows, not whole)
+    return Clause(f"{len(rows)} {fate}{where}: {what}{more}", station, first, rows, universe is not None)
 
 
-def _about(modules: Sequence[str], finding: Finding) -> str:
-    names = name_modules(modules)
+def _about(rows: Sequence[Row], finding: Finding, universe: Universe) -> str:
+    names = name_modules([path_of(row.key) for row in rows], universe)
     if finding.predicate:
-        return f"{names} {'is' if len(modules) == 1 else 'are'} {finding.message}"
+        return f"{names} {'is' if len(rows) == 1 else 'are'} {finding.message}"
     return f"{names}: {finding.message}"
 
 

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from lora_probe.comparison.outputs import FirstModule, WorstModule, compare_outputs
 from lora_probe.comparison.tolerance import NOT_RECORDED_NOTE, judged_dtype
 from lora_probe.errors import ProbeError
-from lora_probe.names import Key
+from lora_probe.names import Key, name_modules, path_of
 from lora_probe.precision import NOT_RECORDED, drift, finite, floor
 from lora_probe.recording import Floats, Score, Scored, Trace
 
@@ -77,6 +77,10 @@ class Effect(Measures):
     first_module: FirstModule | None
     worst_module: WorstModule | None
     notes: tuple[str, ...]
+
+    def name(self, key: Key) -> str:
+        """A module in short, as no other module of the adapter is named."""
+        return name_modules([path_of(key)], next((ledger.names for _, ledger in self.unmerged.loads), None))
 
 
 def effect(unmerged: Trace, merged: Trace) -> Effect:

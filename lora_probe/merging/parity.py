@@ -24,7 +24,6 @@ from lora_probe.files import limits
 from lora_probe.ledger import Finding
 from lora_probe.merging.report import MergeReport, Verdict
 from lora_probe.merging.weights import Progress, check_merge
-from lora_probe.names import name_modules
 from lora_probe.precision import STORED, floor
 from lora_probe.rules import Diagnostic, all_rules
 from lora_probe.rules.diagnostics import under
@@ -220,8 +219,9 @@ def _where(outputs: Effect) -> str:
     first = outputs.first_module
     if first is None:
         return ""
-    module = name_modules([first.key[0]])
-    return f"; the outputs first diverge at {module} (prompt {first.prompt + 1}, error {first.error:.1e})"
+    return (
+        f"; the outputs first diverge at {outputs.name(first.key)} (prompt {first.prompt + 1}, error {first.error:.1e})"
+    )
 
 
 @contextmanager

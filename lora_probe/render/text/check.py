@@ -17,7 +17,6 @@ from rich.text import Text as RichText
 
 from lora_probe.checking import NotRun, Report
 from lora_probe.ledger import Ledger, headline
-from lora_probe.names import name_modules
 from lora_probe.render.cells import SEVERITIES, SHOWN, assemble, facts, one_line, words
 from lora_probe.render.places import relative
 from lora_probe.render.results import CheckResult, CheckRun, Paged
@@ -182,11 +181,10 @@ def _diagnostics(diagnostics: Sequence[Diagnostic], hints: bool = True) -> Itera
 
 def _about(diagnostic: Diagnostic) -> str:
     """The file, the engines and the modules."""
-    modules = name_modules(diagnostic.modules) if not diagnostic.names_modules else ""
     where = ""
     if diagnostic.path:
         where = relative(diagnostic.path) + (f":{diagnostic.line}" if diagnostic.line is not None else "")
-    return ", ".join(filter(None, [where, "/".join(diagnostic.engines), modules]))
+    return ", ".join(filter(None, [where, "/".join(diagnostic.engines), diagnostic.about]))
 
 
 def _worst_first(diagnostics: Sequence[Diagnostic]) -> list[Diagnostic]:
