@@ -1,7 +1,6 @@
 """Names of modules: keys, prefixes, layers, and short texts for many paths.
 
-In: paths of modules as Transformers names them. Out: their layer, their projection, a sort key, or a short text, in which
-no two modules look alike.
+In: paths of modules as Transformers names them. Out: their layer, their projection, a sort key, or a short text.
 """
 
 from __future__ import annotations
@@ -103,8 +102,13 @@ def name_modules(modules: Iterable[str], universe: Universe | None = None) -> st
 
 
 def in_text(names: Iterable[ShortName]) -> str:
-    """Short names as one text: names with the same numbers share them."""
-    return _in_text([(name.numbers, name.words, name.name) for name in names], "; ", loose_last=True)
+    """Short names as one text, each once: names with the same numbers share them."""
+    return _in_text([(name.numbers, name.words, name.name) for name in dict.fromkeys(names)], "; ", loose_last=True)
+
+
+def in_layer(name: ShortName) -> ShortName:
+    """The name of a module in its layer: `self_attn.q_proj`, `experts 3 up_proj`."""
+    return ShortName(name.numbers[1:], name.words[1:], name.name)
 
 
 def _in_text(
@@ -120,12 +124,13 @@ def _in_text(
         by_text: dict[str, list[int]] = {}
         for number, members in by_number.items():
             by_text.setdefault(_in_text(members, ", "), []).append(number)
-        parts += [f"{_one_or_more(word, numbers)} {ranges(numbers)} {text}" for text, numbers in by_text.items()]
+        parts += [f"{one_or_more(word, len(numbers))} {ranges(numbers)} {text}" for text, numbers in by_text.items()]
     return between.join([*parts, *loose] if loose_last else [*loose, *parts])
 
 
-def _one_or_more(word: str, numbers: Sequence[int]) -> str:
-    return word.removesuffix("s") if len(numbers) == 1 and word.split(" ")[-1] == LAYERS else word
+def one_or_more(word: str, count: int) -> str:
+    """`layer` or `layers`. Names in a path stay as they are."""
+    return word.removesuffix("s") if count == 1 and word.split(" ")[-1] == LAYERS else word
 
 
 def short_names(paths: Iterable[str]) -> dict[str, ShortName]:
@@ -199,8 +204,8 @@ def _words(parts: Mapping[_Pattern, tuple[str, ...]], towers: Mapping[str, str])
 
 
 def _ends(names: Mapping[_Pattern, tuple[tuple[str, ...], str]]) -> dict[_Pattern, str]:
-    """The shortest end of each name that is unique among the names with the same words. Directly in a layer it is unique
-    in the whole layer: `shared_expert.up_proj` if there is `experts 0-7 up_proj`."""
+    """The shortest end of each name that is unique among the names with the same words. Directly in a layer it is
+    unique in the whole layer: `shared_expert.up_proj` if there is `experts 0-7 up_proj`."""
     groups: dict[tuple[str, ...], dict[_Pattern, list[str]]] = {}
     for pattern, (words, name) in names.items():
         for group in {words, words[:1]} if words else ():

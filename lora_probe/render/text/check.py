@@ -17,9 +17,10 @@ from rich.text import Text as RichText
 
 from lora_probe.checking import NotRun, Report
 from lora_probe.ledger import Ledger, headline
-from lora_probe.render.cells import SEVERITIES, SHOWN, assemble, facts, one_line, words
+from lora_probe.render.cells import SEVERITIES, SHOWN, assemble, one_line, words
 from lora_probe.render.places import relative
 from lora_probe.render.results import CheckResult, CheckRun, Paged
+from lora_probe.render.tables import facts
 from lora_probe.render.text.ledger import alike, stations
 from lora_probe.rules import Diagnostic, all_rules
 

@@ -12,7 +12,8 @@ from rich.console import Group, RenderableType
 
 from lora_probe.ledger import headline
 from lora_probe.names import Key, Universe, name_modules, path_of
-from lora_probe.render.cells import assemble, grid, paragraphs, words
+from lora_probe.render.cells import assemble, paragraphs, words
+from lora_probe.render.tables import grid
 
 if TYPE_CHECKING:
     from lora_probe.comparison import Comparison

@@ -12,7 +12,8 @@ from rich.text import Text as RichText
 
 from lora_probe.ledger import STATIONS, Ledger, Station, headline
 from lora_probe.names import name_modules, path_of
-from lora_probe.render.cells import add_row, columns_of, words
+from lora_probe.render.cells import words
+from lora_probe.render.tables import add_row, columns_of
 from lora_probe.rules import diagnose
 
 

@@ -13,7 +13,8 @@ from lora_probe.comparison.effect import Effect, Measures
 from lora_probe.merging.parity import Parity
 from lora_probe.merging.report import MergeReport, ModuleMerge
 from lora_probe.names import Key
-from lora_probe.render.cells import SEVERITIES, add_row, columns_of, facts, grid, words
+from lora_probe.render.cells import SEVERITIES, words
+from lora_probe.render.tables import add_row, columns_of, facts, grid
 from lora_probe.rules import Diagnostic, all_rules
 
 THIN = 16

@@ -13,9 +13,10 @@ from rich.table import Table
 
 from lora_probe.ledger import Ledger
 from lora_probe.names import Key, Universe, name_modules
-from lora_probe.render.cells import SHOWN, add_row, assemble, columns_of, grid, words
+from lora_probe.render.cells import SHOWN, assemble, words
 from lora_probe.render.json.trace import contributions_json, requests_json
 from lora_probe.render.results import Recording
+from lora_probe.render.tables import add_row, columns_of, grid
 from lora_probe.render.text.ledger import ledger_text
 
 if TYPE_CHECKING:
