@@ -112,16 +112,21 @@ def headline(ledger: Ledger) -> str:
     """The result of a run in one sentence."""
     if ledger.refused:
         return f"refused by {ledger.engine}: {ledger.message} ({ledger.code})"
-    total = len(ledger.rows)
-    if ledger.predicted and total and ledger.count("unknown") == total:
-        reasons = {row.decisive[1].message: None for row in ledger.rows if row.decisive}
-        return f"{total} modules read, no problems in the files; effect unknown because {'; '.join(reasons)}"
+    total, unknown = len(ledger.rows), ledger.count("unknown")
     if ledger.predicted and not total:
         return "no modules in the files"
+    every = clauses(ledger)
+    if ledger.predicted and unknown and not ledger.count("took effect"):
+        # Nobody has asked about an effect on an unknown base: that must not read like a loss.
+        losses = [clause.with_code for clause in every if clause.finding.value != "unknown"]
+        reasons = [row.decisive[1].message for row in ledger.rows if row.decisive and row.fate == "unknown"]
+        effect = f"; effect of the other {unknown} unknown" if losses else "; effect unknown"
+        problems = ", ".join(losses) or "no problems in the files"
+        return f"{total} modules read, {problems}{effect} because {'; '.join(dict.fromkeys(reasons))}"
     trained = " as trained" if ledger.count("wrong") else ""
     verb = "take" if ledger.predicted else "took"
     start = f"{ledger.count('took effect')} of {total} modules {verb} effect{trained}"
-    return ", ".join([start, *(clause.with_code for clause in clauses(ledger))])
+    return ", ".join([start, *(clause.with_code for clause in every)])
 
 
 @dataclass(frozen=True)
@@ -151,20 +156,18 @@ def clauses(ledger: Ledger) -> list[Clause]:
         if row.decisive is not None:
             station, finding = row.decisive
             groups.setdefault((row.fate, station, finding.code, finding.field), []).append((row, finding))
-    return [
-        _clause(fate, station, members, None if len(members) == len(ledger.rows) else ledger.names)
-        for (fate, station, _, _), members in groups.items()
-    ]
+    return [_clause(ledger, fate, station, members) for (fate, station, _, _), members in groups.items()]
 
 
-def _clause(fate: Fate, station: Station, members: Sequence[tuple[Row, Finding]], universe: Universe | None) -> Clause:
-    """The clause of some modules, with their names; without names if it is about all of them (no `universe`)."""
+def _clause(ledger: Ledger, fate: Fate, station: Station, members: Sequence[tuple[Row, Finding]]) -> Clause:
+    """The clause of some modules, with their names unless they are all modules."""
     rows, findings = tuple(row for row, _ in members), [finding for _, finding in members]
     first, others = findings[0], len({finding.message for finding in findings}) - 1
-    what = first.message if universe is None else _about(rows, first, universe)
-    where = f" at {station}" if fate != "unknown" else f" (first not measured: {station})"
+    whole = len(rows) == len(ledger.rows)
+    what = first.message if whole else _about(rows, first, ledger.names)
+    where = f" at {station}" if fate != "unknown" or ledger.predicted else f" (first not measured: {station})"
     more = f" (and {others} more of this kind)" if others else ""
-    return Clause(f"{len(rows)} {fate}{where}: {what}{more}", station, first, rows, universe is not None)
+    return Clause(f"{len(rows)} {fate}{where}: {what}{more}", station, first, rows, not whole)
 
 
 def _about(rows: Sequence[Row], finding: Finding, universe: Universe) -> str:

@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Group, RenderableType
-from rich.text import Text as RichText
 
 from lora_probe.checking import NotRun, Report
 from lora_probe.ledger import Ledger, headline
@@ -23,31 +22,42 @@ from lora_probe.render.results import CheckResult, CheckRun, Paged
 from lora_probe.render.tables import facts
 from lora_probe.render.text.ledger import alike, stations
 from lora_probe.rules import Diagnostic, all_rules
+from lora_probe.rules.codes import in_ranges
 
-FULL = 3
-"""Up to this many adapters are shown in full. Of more, each gets a line, and those with diagnostics their details."""
 WIDEST = 60
-"""The most columns for the adapters' paths, if there are many adapters."""
+"""The most columns for the adapters' paths, if there are several adapters."""
 
 
 def _page(report: Report, run: CheckRun) -> RenderableType | None:
-    return full_report(report) if run.adapters <= FULL else _details(report)
+    if run.adapters <= 1:
+        return full_report(report)
+    return _details(report) if run.verbose else None
 
 
 def _whole(result: CheckResult) -> RenderableType:
-    reports, lost = result.reports, len(result.not_judged)
-    if not reports:
+    if not result.reports:
         return Group()
-    if result.run.adapters > FULL:
-        parts = [part for page in result.pages if page is not None for part in (page, words(""))]
-        not_run = _not_run(_together(reports))
-        return Group(_lines(reports), words(""), *parts, *not_run, _summary(reports, lost))
-    if len(reports) == 1:
+    if result.run.adapters <= 1:
         return Group(*result.pages)
-    return Group(*(part for page in result.pages for part in (page, words(""))), _summary(reports, lost))
+    details = _all_details(result) if result.run.verbose else ()
+    not_run = _not_run(_together(result.reports))
+    return Group(_rows(result), words(""), *details, *not_run, _summary(result.reports, len(result.not_judged)))
 
 
 CHECK = Paged(_page, _whole)
+
+
+def _all_details(result: CheckResult) -> Iterable[RenderableType]:
+    """The pages of the adapters with findings. What was found in an earlier adapter as well is not repeated."""
+    first: dict[tuple[tuple[str, str], ...], str] = {}
+    for report, page in zip(result.reports, result.pages, strict=True):
+        if page is None:
+            continue
+        name = _name(report)
+        earlier = first.setdefault(tuple((d.code, d.message) for d in report.diagnostics), name)
+        if earlier != name:
+            page = Group(words(name, style="bold"), words(f"  the same findings as in {earlier}"))
+        yield from (page, words(""))
 
 
 def full_report(report: Report) -> RenderableType:
@@ -70,10 +80,29 @@ def _details(report: Report) -> RenderableType | None:
     )
 
 
-def _lines(reports: Sequence[Report]) -> RenderableType:
-    """A line for each adapter: its state, the number of diagnostics, and the first of them."""
-    width = min(max(len(_name(report)) for report in reports), WIDEST)
-    return Group(*(_line(report, width) for report in reports))
+def _rows(result: CheckResult) -> RenderableType:
+    """A row for each adapter: its verdict, the number of findings, and the first of them. Paths are never broken."""
+    heads = ("verdict", "adapter", "findings", "first cause")
+    rows = [_row(report) for report in result.reports]
+    rows += [("unread", one_line(relative(lost.path)), "", "see the error below") for lost in result.not_judged]
+    widths = [max(len(head), *(len(row[at]) for row in rows)) for at, head in enumerate(heads)]
+    widths[1] = min(widths[1], WIDEST)
+    head, *lines = ([f"{cell:{width}}  " for cell, width in zip(row, widths, strict=True)] for row in (heads, *rows))
+    styles = {"ok": "bold green", "unknown": "bold yellow", "unread": "bold red"} | SEVERITIES
+    parts = [words("".join(head).rstrip(), style="bold")]
+    for (verdict, *cells), row in zip(lines, rows, strict=True):
+        parts.append(assemble((verdict, styles[row[0]]), "".join(cells).rstrip()))
+    return Group(*parts)
+
+
+def _row(report: Report) -> tuple[str, str, str, str]:
+    first = next(iter(_worst_first(report.diagnostics)), None)
+    state = _state(report)
+    causes = [f"{first.code} {first.name}"] if first is not None else []
+    if state == "unknown":
+        causes += dict.fromkeys(skipped.why for skipped in report.not_run if skipped.codes)
+    counts = f"{_counts(report.diagnostics)}{_ignored(report.ignored)}".strip()
+    return state, _name(report), counts, "; ".join(causes)
 
 
 def _summary(reports: Sequence[Report], lost: int) -> RenderableType:
@@ -86,23 +115,26 @@ def _summary(reports: Sequence[Report], lost: int) -> RenderableType:
     counts = _counts([diagnostic for report in reports for diagnostic in report.diagnostics])
     ignored = sum(report.ignored for report in reports)
     style = "bold red" if states["error"] or lost else "bold green" if states["ok"] == len(reports) else "bold yellow"
-    sentence = f"{_plural(len(reports), 'adapter')}: {', '.join(parts)}{counts and '; '}{counts}{_ignored(ignored)}"
-    return words(sentence, style)
+    every = _plural(len(reports) + lost, "adapter")
+    return words(f"{every}: {', '.join(parts)}{counts and '; '}{counts}{_ignored(ignored)}", style)
 
 
-def next_command(reports: Sequence[Report], model: str | None, fixed: bool) -> str:
-    """The command to run next: the one that fixes the first adapter that can be fixed (unless `fixed`: that has just
-    been done), else the page of the first error."""
+def next_command(result: CheckResult, model: str | None) -> str:
+    """The command to run next: the one that fixes the first adapter that can be fixed (unless that has just been done),
+    else the page of the first error, or of several adapters the details of the first with an error."""
     rules = all_rules()
-    for report in reports if not fixed else ():
+    base = ["--model", model] if model else []
+    for report in result.reports if result.run.fixed is None else ():
         if any(rules[diagnostic.code].fixable for diagnostic in report.diagnostics):
             folder = relative(report.adapter)
             beside = folder if Path(folder).name not in ("", "..") else str(report.adapter.resolve())
-            base = ["--model", model] if model else []
             return shlex.join(["lora-probe", "check", folder, *base, "--fix", "-o", f"{beside}-fixed"])
-    errors = (diagnostic for report in reports for diagnostic in report.diagnostics if diagnostic.severity == "error")
-    first = next(errors, None)
-    return f"lora-probe rule {first.code}" if first is not None else ""
+    for report in result.reports:
+        if not report.clean:
+            if result.run.adapters > 1 and not result.run.verbose:
+                return shlex.join(["lora-probe", "check", relative(report.adapter), *base])
+            return f"lora-probe rule {next(d.code for d in report.diagnostics if d.severity == 'error')}"
+    return ""
 
 
 def _state(report: Report) -> str:
@@ -119,17 +151,6 @@ def _rules_not_run(report: Report) -> int:
     return len({code for skipped in report.not_run for code in skipped.codes})
 
 
-def _line(report: Report, width: int) -> RichText:
-    first = next(iter(_worst_first(report.diagnostics)), None)
-    state = _state(report)
-    style = {"ok": "bold green", "unknown": "bold yellow"}.get(state) or SEVERITIES[first.severity if first else "info"]
-    parts = [f"{_counts(report.diagnostics)}: {first.code} {first.name}"] if first is not None else []
-    if state == "unknown":
-        parts.append(f"({'; '.join(dict.fromkeys(skipped.why for skipped in report.not_run if skipped.codes))})")
-    parts += [_ignored(report.ignored).strip()] if report.ignored else []
-    return assemble((f"{state:7}  ", style), f"{_name(report):{width}}", *(f"  {part}" for part in parts))
-
-
 def _name(report: Report) -> str:
     return one_line(relative(report.adapter))
 
@@ -142,6 +163,9 @@ def _headlines(report: Report, indent: str = "") -> Iterable[RenderableType]:
     for common, ledgers in same.items():
         engines = ", ".join(ledger.engine for ledger in ledgers)
         text = common if len(ledgers) > 1 else headline(ledgers[0])
+        if ledgers[0].refused and any(ledgers[0].message in d.message for d in report.diagnostics):
+            # The reason is the message of a finding below.
+            text = f"refused by {'both' if len(ledgers) > 1 else engines} ({ledgers[0].code})"
         yield assemble(indent, (f"{engines}  ", "" if indent else "bold"), (text, _style(ledgers[0])))
 
 
@@ -195,7 +219,8 @@ def _worst_first(diagnostics: Sequence[Diagnostic]) -> list[Diagnostic]:
 def _not_run(every: Iterable[NotRun]) -> Iterable[RenderableType]:
     skipped = [reason for reason in every if reason.codes]
     for reason in skipped[:SHOWN]:
-        yield words(f"not run: {', '.join(reason.codes)}: {reason.why}", "yellow")
+        count = _plural(len(reason.codes), "rule")
+        yield words(f"not run because {reason.why}: {count} ({in_ranges(reason.codes)})", "yellow")
     if len(skipped) > SHOWN:
         yield words(f"not run for {len(skipped) - SHOWN} more reasons: see --format json", style="yellow")
 
