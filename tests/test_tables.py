@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import call
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from test_names import BERT, LLAMA, MOE, T5, UNET, WHISPER
 
 from lora_probe.cli.main import COMMANDS
@@ -110,3 +110,21 @@ def test_a_broken_example_is_the_same_command() -> None:
     run = subprocess.run(["sh", "-c", echo], capture_output=True, text=True, check=True).stdout
     assert run.split("|")[-4:] == ["Who are you, and why?", "-o", "run.lptrace", ""]
     assert _narrow("  lora-probe env") == "  lora-probe env"
+
+
+@pytest.mark.parametrize(("bias", "count"), [("all", 3), ("lora_only", 1)])
+def test_trained_biases_are_called_so(bias: str, count: int, tmp_path: Path, capsys: Any) -> None:
+    """PEFT stores the bias of an adapted layer under `base_layer`, and other ones under their own names."""
+    modules = [f"bert.encoder.layer.{n}.attention.self.query" for n in range(2)]
+    folder = write(tmp_path / "a", modules, bias=bias, modules_to_save=["classifier"], task_type="SEQ_CLS")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    stored = [f"{modules[0]}.base_layer.bias", "bert.pooler.dense.bias", "bert.encoder.layer.0.output.dense.bias"]
+    head = ["classifier.weight", "classifier.bias"]
+    for name in [*stored[:count], *head]:
+        tensors[f"base_model.model.{name}"] = np.zeros(4, np.float32)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    others = json.loads(call("inspect", folder, "--format", "json", capsys=capsys)[1])["others"]
+    what = {other["name"].removeprefix("base_model.model."): other["what"] for other in others}
+    assert what == dict.fromkeys(stored[:count], f"a trained bias (bias: {bias})") | dict.fromkeys(
+        head, "a whole parameter (modules_to_save)"
+    )
