@@ -46,8 +46,9 @@ def layer_of(module: str) -> int | None:
 
 
 def projection_of(module: str) -> str:
-    """The last word of a module's path: `q_proj`."""
-    return module.rpartition(".")[2]
+    """The last word of a module's path, with the number if it has one: `q_proj`, `to_out.0`."""
+    before, _, last = module.rpartition(".")
+    return f"{before.rpartition('.')[2]}.{last}" if last.isdecimal() and before else last
 
 
 def ranges(numbers: list[int]) -> str:

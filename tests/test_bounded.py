@@ -223,7 +223,7 @@ def test_three_thousand_modules_to_save(tmp_path: Path) -> None:
     folder = adapter(tmp_path / "a", halves(400), {"modules_to_save": [f"s{n}" for n in range(3_000)]})
     status, said = answer("check", folder)
     assert status == 1
-    assert "modules_to_save s0, s1, s2, s3, s4, s5, s6, s7, s8, s9 and 2990 more (LP406)" in " ".join(said.split())
+    assert "modules_to_save s0, s1, s2, s3, s4, s5, s6, s7, s8, s9 and 2990 more" in " ".join(said.split())
 
 
 @fuzzed

@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 
 from lora_probe.ledger import OK, STATIONS, Finding, Ledger, Row, headline
-from lora_probe.names import Universe, name_modules, path_of
+from lora_probe.names import Universe, name_modules, path_of, projection_of
 
 N = range(3)
 LLAMA = [f"model.layers.{n}.self_attn.{p}_proj" for n in N for p in "qkv"]
@@ -123,6 +123,11 @@ def test_lost_and_healthy_modules_of_a_ledger_are_worded_differently() -> None:
     universe = Universe(tuple(RENAMED))
     only = Ledger("peft", (row(RENAMED[0], lost), row(RENAMED[2])), universe=universe)
     assert "layer 0 self_attn.q_proj: " in headline(only)
+
+
+def test_a_number_is_not_a_projection() -> None:
+    names = ("a.0.to_out.0", "a.q_proj", "q_proj", "0", "")
+    assert [projection_of(name) for name in names] == ["to_out.0", "q_proj", "q_proj", "0", ""]
 
 
 def test_parameters_of_one_module_are_told_apart() -> None:

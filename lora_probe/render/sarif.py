@@ -14,6 +14,7 @@ from typing import Any
 from lora_probe import __version__
 from lora_probe.checking import Report
 from lora_probe.checking.folders import NotJudged
+from lora_probe.names import projection_of
 from lora_probe.render.cells import one_line
 from lora_probe.render.markdown import first_sentence, page
 from lora_probe.render.places import file_of, uri
@@ -118,7 +119,7 @@ def _location(report: Report, diagnostic: Diagnostic) -> dict[str, Any]:
     if diagnostic.line is not None:
         physical["region"] = {"startLine": diagnostic.line}
     modules = [
-        {"name": module.rpartition(".")[2], "fullyQualifiedName": module, "kind": "module"}
+        {"name": projection_of(module), "fullyQualifiedName": module, "kind": "module"}
         for module in dict.fromkeys(diagnostic.modules)
     ]
     return {"physicalLocation": physical, **({"logicalLocations": modules} if modules else {})}
