@@ -163,8 +163,9 @@ def _headlines(report: Report, indent: str = "") -> Iterable[RenderableType]:
     for common, ledgers in same.items():
         engines = ", ".join(ledger.engine for ledger in ledgers)
         text = common if len(ledgers) > 1 else headline(ledgers[0])
-        if ledgers[0].refused and any(ledgers[0].message in d.message for d in report.diagnostics):
-            # The reason is the message of a finding below.
+        # What is found in the adapter as a whole is printed below as the reason.
+        reasons = {d.code for d in report.diagnostics if not d.modules and ledgers[0].engine in d.engines}
+        if ledgers[0].refused and ledgers[0].code in reasons:
             text = f"refused by {'both' if len(ledgers) > 1 else engines} ({ledgers[0].code})"
         yield assemble(indent, (f"{engines}  ", "" if indent else "bold"), (text, _style(ledgers[0])))
 
