@@ -149,6 +149,25 @@ def test_the_findings_of_many_are_verbose(runs: Path, capsys: Any) -> None:
     assert "no findings in deep/healthy-9/" in call("check", "--recursive", "deep/healthy-9", capsys=capsys)[1]
 
 
+@pytest.mark.parametrize("width", [40, 60, 80, 200])
+def test_paths_in_the_table_are_never_broken(
+    width: int, runs: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    long = f"damaged-{'x' * 90}"
+    (runs / long).mkdir()
+    lines = call("check", "healthy", "damaged", capsys=capsys)[1].splitlines()
+    assert [line.split()[:2] for line in lines if line.startswith(("ok", "error"))] == [
+        ["ok", "healthy"],
+        ["error", "damaged"],
+    ]
+    assert max(map(len, lines[:3])) <= width
+    lines = call("check", long, "damaged", capsys=capsys)[1].splitlines()
+    assert any(line.startswith(f"error    {long}  1 error" if width == 200 else f"error  {long}") for line in lines)
+    if width == 80:
+        assert lines[1] == "  1 error, 1 warning  LP204 not-in-the-file"
+
+
 def test_a_refusal_is_explained_once(runs: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     message = "the file holds no tensors"
 

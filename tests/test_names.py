@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from itertools import product
+from pathlib import Path
 
 import pytest
+from written import edited, write_adapter, write_base
 
+from lora_probe import check
 from lora_probe.ledger import OK, STATIONS, Finding, Ledger, Row, headline
 from lora_probe.names import Universe, name_modules, path_of, projection_of
 
@@ -136,3 +140,18 @@ def test_parameters_of_one_module_are_told_apart() -> None:
     keys = [("layers.0.mlp.experts", parameter, None) for parameter in ("gate_up_proj", "down_proj")]
     rows = tuple(Row(key, dict.fromkeys(STATIONS, f)) for key, f in zip(keys, (OK, lost), strict=True))
     assert headline(Ledger("peft", rows)).endswith("layer 0 down_proj is not in the file (LP204)")
+
+
+def test_check_names_modules_as_no_other_module_of_the_base_is_named(tmp_path: Path) -> None:
+    """The base has `mlp.c_proj` too, although the adapter has none."""
+    base = write_base(tmp_path / "base", "gpt2")
+    whole = write_adapter(tmp_path / "a", base, target_modules=["attn.c_proj"], fan_in_fan_out=True)
+    hole = edited(whole, tmp_path / "hole", lambda tensors: {n: t for n, t in tensors.items() if ".h.1." not in n})
+    report = check(hole, model=str(base), select=["LP204"])
+    assert report.diagnostics[0].message == "1 lost at stored: layer 1 attn.c_proj is not in the file"
+    assert "layer 1 attn.c_proj is not in the file" in headline(report.ledgers["peft"])
+    # All modules: the message does not name them, so that `about` does.
+    zero = edited(whole, tmp_path / "zero", lambda tensors: {n: t * 0 for n, t in tensors.items()})
+    (diagnostic,) = check(zero, model=str(base), select=["LP203"]).diagnostics
+    assert not diagnostic.names_modules
+    assert re.fullmatch(r"layers 0-\d attn\.c_proj", diagnostic.about)

@@ -1,4 +1,5 @@
-"""`check` as text: for each adapter the predicted ledgers, the diagnostics, and the rules that were not run.
+"""`check` as text: the predicted ledgers of an adapter, the diagnostics, and the rules that were not run; of several
+adapters a table, and with `--verbose` the diagnostics of each.
 
 In: a `CheckResult`, whose pages are made here as well. Out: rich renderables. Everything from a file is on one line, so
 that no name in a file can look like a line of ours.
@@ -13,19 +14,17 @@ from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Group, RenderableType
+from rich.padding import Padding
 
 from lora_probe.checking import NotRun, Report
 from lora_probe.ledger import Ledger, headline
 from lora_probe.render.cells import SEVERITIES, SHOWN, assemble, one_line, words
 from lora_probe.render.places import relative
 from lora_probe.render.results import CheckResult, CheckRun, Paged
-from lora_probe.render.tables import facts
+from lora_probe.render.tables import Fitted, add_row, facts
 from lora_probe.render.text.ledger import alike, stations
 from lora_probe.rules import Diagnostic, all_rules
 from lora_probe.rules.codes import in_ranges
-
-WIDEST = 60
-"""The most columns for the adapters' paths, if there are several adapters."""
 
 
 def _page(report: Report, run: CheckRun) -> RenderableType | None:
@@ -81,18 +80,21 @@ def _details(report: Report) -> RenderableType | None:
 
 
 def _rows(result: CheckResult) -> RenderableType:
-    """A row for each adapter: its verdict, the number of findings, and the first of them. Paths are never broken."""
-    heads = ("verdict", "adapter", "findings", "first cause")
+    """A row for each adapter: its verdict, the number of findings, and the first of them. Paths are never broken: where
+    they leave no room, the findings are in a line of their own."""
     rows = [_row(report) for report in result.reports]
     rows += [("unread", one_line(relative(lost.path)), "", "see the error below") for lost in result.not_judged]
-    widths = [max(len(head), *(len(row[at]) for row in rows)) for at, head in enumerate(heads)]
-    widths[1] = min(widths[1], WIDEST)
-    head, *lines = ([f"{cell:{width}}  " for cell, width in zip(row, widths, strict=True)] for row in (heads, *rows))
     styles = {"ok": "bold green", "unknown": "bold yellow", "unread": "bold red"} | SEVERITIES
-    parts = [words("".join(head).rstrip(), style="bold")]
-    for (verdict, *cells), row in zip(lines, rows, strict=True):
-        parts.append(assemble((verdict, styles[row[0]]), "".join(cells).rstrip()))
-    return Group(*parts)
+    lines: list[RenderableType] = []
+    for verdict, adapter, counts, cause in rows:
+        first = assemble((f"{verdict}  ", styles[verdict]), adapter)
+        first.no_wrap, first.overflow = True, "ignore"
+        lines += [first, *([Padding(words(f"{counts}  {cause}".strip()), (0, 0, 0, 2))] if cause else [])]
+    table = Fitted("verdict", "adapter", "findings", "first cause", narrow=Group(*lines))
+    for verdict, *cells in rows:
+        add_row(table, words(verdict, styles[verdict]), *cells)
+    table.columns[1].min_width = max(len(adapter) for _, adapter, _, _ in rows)
+    return table
 
 
 def _row(report: Report) -> tuple[str, str, str, str]:
