@@ -112,15 +112,15 @@ def headline(ledger: Ledger) -> str:
     """The result of a run in one sentence."""
     if ledger.refused:
         return f"refused by {ledger.engine}: {ledger.message} ({ledger.code})"
-    total, unknown = len(ledger.rows), ledger.count("unknown")
+    total, unknown = len(ledger.rows), [row for row in ledger.rows if row.fate == "unknown"]
     if ledger.predicted and not total:
         return "no modules in the files"
     every = clauses(ledger)
     if ledger.predicted and unknown and not ledger.count("took effect"):
         # Nobody has asked about an effect on an unknown base: that must not read like a loss.
         losses = [clause.with_code for clause in every if clause.finding.value != "unknown"]
-        reasons = [row.decisive[1].message for row in ledger.rows if row.decisive and row.fate == "unknown"]
-        effect = f"; effect of the other {unknown} unknown" if losses else "; effect unknown"
+        reasons = [row.decisive[1].message for row in unknown if row.decisive]
+        effect = f"; effect of the other {len(unknown)} unknown" if losses else "; effect unknown"
         problems = ", ".join(losses) or "no problems in the files"
         return f"{total} modules read, {problems}{effect} because {'; '.join(dict.fromkeys(reasons))}"
     trained = " as trained" if ledger.count("wrong") else ""
