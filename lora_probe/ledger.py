@@ -8,10 +8,11 @@ a module may be wrong at `stored` and still ok at `placed` and `applied`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
-from lora_probe.names import Key, name_modules
+from lora_probe.names import Key, Universe, name_modules, path_of
 
 Station = Literal["stored", "read", "placed", "applied", "agrees"]
 Value = Literal["ok", "wrong", "absent", "unknown"]
@@ -83,7 +84,7 @@ class Row:
 @dataclass(frozen=True)
 class Ledger:
     """All modules of one load of an adapter in one engine, or the engine's refusal of the whole adapter (`message`, and
-    the `code` of the rule for it)."""
+    the `code` of the rule for it). `universe` holds the modules of the base model as well, if they are known."""
 
     engine: str
     rows: tuple[Row, ...]
@@ -91,6 +92,12 @@ class Ledger:
     message: str = ""
     code: str = "LP401"
     predicted: bool = False
+    universe: Universe | None = field(default=None, repr=False, compare=False)
+
+    @cached_property
+    def names(self) -> Universe:
+        """The modules among which a short name in a sentence about this ledger is unique."""
+        return self.universe or Universe(tuple(path_of(row.key) for row in self.rows))
 
     def count(self, fate: Fate) -> int:
         return sum(row.fate == fate for row in self.rows)
@@ -105,16 +112,21 @@ def headline(ledger: Ledger) -> str:
     """The result of a run in one sentence."""
     if ledger.refused:
         return f"refused by {ledger.engine}: {ledger.message} ({ledger.code})"
-    total = len(ledger.rows)
-    if ledger.predicted and total and ledger.count("unknown") == total:
-        reasons = {row.decisive[1].message: None for row in ledger.rows if row.decisive}
-        return f"{total} modules read, no problems in the files; effect unknown because {'; '.join(reasons)}"
+    total, unknown = len(ledger.rows), [row for row in ledger.rows if row.fate == "unknown"]
     if ledger.predicted and not total:
         return "no modules in the files"
+    every = clauses(ledger)
+    if ledger.predicted and unknown and not ledger.count("took effect"):
+        # Nobody has asked about an effect on an unknown base: that must not read like a loss.
+        losses = [clause.with_code for clause in every if clause.finding.value != "unknown"]
+        reasons = [row.decisive[1].message for row in unknown if row.decisive]
+        effect = f"; effect of the other {len(unknown)} unknown" if losses else "; effect unknown"
+        problems = ", ".join(losses) or "no problems in the files"
+        return f"{total} modules read, {problems}{effect} because {'; '.join(dict.fromkeys(reasons))}"
     trained = " as trained" if ledger.count("wrong") else ""
     verb = "take" if ledger.predicted else "took"
     start = f"{ledger.count('took effect')} of {total} modules {verb} effect{trained}"
-    return ", ".join([start, *(clause.with_code for clause in clauses(ledger))])
+    return ", ".join([start, *(clause.with_code for clause in every)])
 
 
 @dataclass(frozen=True)
@@ -144,25 +156,24 @@ def clauses(ledger: Ledger) -> list[Clause]:
         if row.decisive is not None:
             station, finding = row.decisive
             groups.setdefault((row.fate, station, finding.code, finding.field), []).append((row, finding))
-    return [
-        _clause(fate, station, members, len(members) == len(ledger.rows))
-        for (fate, station, _, _), members in groups.items()
-    ]
+    return [_clause(ledger, fate, station, members) for (fate, station, _, _), members in groups.items()]
 
 
-def _clause(fate: Fate, station: Station, members: Sequence[tuple[Row, Finding]], whole: bool) -> Clause:
+def _clause(ledger: Ledger, fate: Fate, station: Station, members: Sequence[tuple[Row, Finding]]) -> Clause:
+    """The clause of some modules, with their names unless they are all modules."""
     rows, findings = tuple(row for row, _ in members), [finding for _, finding in members]
     first, others = findings[0], len({finding.message for finding in findings}) - 1
-    what = first.message if whole else _about([row.module for row in rows], first)
-    where = f" at {station}" if fate != "unknown" else f" from {station} on"
+    whole = len(rows) == len(ledger.rows)
+    what = first.message if whole else _about(rows, first, ledger.names)
+    where = f" at {station}" if fate != "unknown" or ledger.predicted else f" from {station} on"
     more = f" (and {others} more of this kind)" if others else ""
     return Clause(f"{len(rows)} {fate}{where}: {what}{more}", station, first, rows, not whole)
 
 
-def _about(modules: Sequence[str], finding: Finding) -> str:
-    names = name_modules(modules)
+def _about(rows: Sequence[Row], finding: Finding, universe: Universe) -> str:
+    names = name_modules([path_of(row.key) for row in rows], universe)
     if finding.predicate:
-        return f"{names} {'is' if len(modules) == 1 else 'are'} {finding.message}"
+        return f"{names} {'is' if len(rows) == 1 else 'are'} {finding.message}"
     return f"{names}: {finding.message}"
 
 

@@ -85,7 +85,7 @@ def test_an_adapter_that_we_do_not_get_over_keeps_no_other_from_being_judged(
     monkeypatch.setattr(checking, "check_all", check_all)
     status, out, err = call("check", "damaged", "healthy", capsys=capsys)
     assert status == 2
-    assert "no findings in healthy/" in out
+    assert "\nok       healthy\nunread   damaged            see the error below\n" in out
     assert "error: `damaged`: lora-probe failed: ValueError: cannot reshape (test_check_formats.py:" in err
     assert "report this bug" in err
     assert "lora-probe env" in err
@@ -94,9 +94,8 @@ def test_an_adapter_that_we_do_not_get_over_keeps_no_other_from_being_judged(
 def test_the_others_are_reported_when_one_is_missing(runs: Path, capsys: Any) -> None:
     status, out, err = call("check", "nowhere", "damaged", "healthy", "notes/todo.txt", capsys=capsys)
     assert status == 2
-    assert "1 error, 1 warning in damaged/" in out
-    assert "no findings in healthy/" in out
-    assert "2 adapters: 1 without findings, 1 with errors, 2 not judged; " in out
+    assert "\nerror    damaged         1 error, 1 warning  LP204 not-in-the-file\nok       healthy\n" in out
+    assert "4 adapters: 1 without findings, 1 with errors, 2 not judged; " in out
     assert err.count("error:") == 2
     assert "nowhere" in err
     assert "todo.txt" in err
@@ -114,16 +113,15 @@ def test_a_folder_that_turns_out_to_be_none_keeps_no_other_from_being_judged(
     monkeypatch.setattr(checking, "check_all", check_all)
     status, out, err = call("check", "healthy", "notes", "warned", capsys=capsys)
     assert status == 2
-    assert "no findings in healthy/" in out
-    assert "no findings in warned/" in out
-    assert "2 adapters: 2 without findings, 1 not judged\n" in out
+    assert "\nok       healthy\nok       warned\nunread   notes              see the error below\n" in out
+    assert "3 adapters: 2 without findings, 1 not judged\n" in out
     assert "`notes` is none" in err
     status, out, err = call("check", "notes", "--format", "json", capsys=capsys)
     error = {"message": "`notes` is none", "hint": "look elsewhere"}
     assert (status, json.loads(out)) == (2, {"schema_version": 1, "error": error})
     names = ["healthy", "notes", "warned", "damaged", "deep/healthy-9"]
     status, out, _ = call("check", *names, capsys=capsys)
-    assert out.splitlines()[-1].startswith("4 adapters: ")
+    assert out.splitlines()[-1].startswith("5 adapters: ")
     data = json.loads(call("check", *names, "--format", "json", capsys=capsys)[1])
     assert data["not_judged"] == [{"path": "notes", **error}]
     assert data["error"] == error

@@ -18,6 +18,7 @@ from rich.text import Text
 
 from lora_probe.checking import NotRun, Report
 from lora_probe.checking import check as checking
+from lora_probe.ledger import Ledger
 from lora_probe.render.console import wrapped
 from lora_probe.render.text.fix import change
 from lora_probe.rules import all_rules
@@ -35,7 +36,7 @@ def test_rules_that_were_not_run_fail_when_strict(runs: Path, capsys: Any, monke
     monkeypatch.setattr(checking, "check_all", without_base)
     status, out, _ = call("check", "healthy", capsys=capsys)
     assert status == 0
-    assert "not run: LP301: no base" in out
+    assert "not run because no base: 1 rule (LP301)" in out
     assert out.endswith("no findings in healthy/; 1 rule was not run\n")
     assert call("check", "healthy", "--strict", capsys=capsys)[0] == 1
 
@@ -51,8 +52,10 @@ def test_nothing_is_ok_where_rules_were_not_run(runs: Path, capsys: Any) -> None
     assert out.endswith("no findings in baseless/; 2 rules were not run\n")
     _, out, _ = call("check", "baseless", "baseless-2", "baseless-3", "healthy", "damaged", capsys=capsys)
     lines = out.splitlines()
-    assert lines[:2] == [f"unknown  {name}  (the base model was not found)" for name in ("baseless  ", "baseless-2")]
-    assert lines[3].split() == ["ok", "healthy"]
+    assert lines[0].split() == ["verdict", "adapter", "findings", "first", "cause"]
+    why = f"{'':22}the base model was not found"
+    assert lines[1:3] == [f"unknown  {name}{why}" for name in ("baseless  ", "baseless-2")]
+    assert lines[4].split() == ["ok", "healthy"]
     assert lines[-1].startswith("5 adapters: 1 without findings, 3 not fully judged, 1 with errors; ")
     data = json.loads(call("check", "baseless", "healthy", "--format", "json", capsys=capsys)[1])
     assert data["summary"]["with_rules_not_run"] == 1
@@ -69,7 +72,7 @@ def test_what_is_ignored_is_counted(runs: Path, capsys: Any, monkeypatch: pytest
         "1 error, 1 warning in damaged/ (3 ignored); 1 rule was not run\n" in call("check", "damaged", capsys=capsys)[1]
     )
     out = call("check", "--recursive", capsys=capsys)[1]
-    assert "ok       healthy          (3 ignored)" in out
+    assert "ok       healthy          (3 ignored)\n" in out
     assert out.endswith(" (18 ignored)\n")
     assert json.loads(call("check", "healthy", "--format", "json", capsys=capsys)[1])["ignored"] == 3
 
@@ -102,7 +105,7 @@ def test_text(runs: Path, capsys: Any) -> None:
     assert lines[at + 1] == "  damaged/adapter_model.safetensors, vllm"
     assert lines[at + 2].startswith("  hint: save the adapter again")
     assert "  damaged/adapter_config.json:12, peft/vllm" in lines
-    assert "not run: LP301: no base" in lines
+    assert "not run because no base: 1 rule (LP301)" in lines
     assert lines[-1] == "1 error, 1 warning in damaged/; 1 rule was not run"
     assert "hint: lora-probe rule LP204" in err
     _, out, err = call("check", "healthy", capsys=capsys)
@@ -117,15 +120,66 @@ def test_text_of_many(runs: Path, capsys: Any) -> None:
     status, out, err = call("check", "--recursive", capsys=capsys)
     assert status == 1
     assert err.startswith("6 adapters below .\n")
-    first = [line.split()[:2] for line in out.splitlines()[:6]]
+    first = [line.split()[:2] for line in out.splitlines()[1:7]]
     order = ["damaged", "deep/damaged-2", "deep/healthy-9", "deep/healthy-10", "healthy", "warned"]
     words = ["error", "error", "ok", "ok", "ok", "warning"]
     assert first == [list(pair) for pair in zip(words, order, strict=True)]
-    assert "1 error, 1 warning: LP204 not-in-the-file" in out.splitlines()[0]
-    assert "\ndeep/damaged-2\n" in out
-    assert "\nhealthy\n" not in out
-    assert "not run: LP301: no base (2 of 6 adapters)" in out
+    assert out.splitlines()[1].split(None, 2)[2] == "1 error, 1 warning  LP204 not-in-the-file"
+    assert "not run because no base (2 of 6 adapters): 1 rule (LP301)" in out
+    assert "\ndeep/damaged-2\n" not in out
+    assert err.endswith("hint: lora-probe check damaged\n")
     assert out.endswith("6 adapters: 3 without findings, 1 with warnings, 2 with errors; 2 errors, 3 warnings\n")
+
+
+def test_the_findings_of_many_are_verbose(runs: Path, capsys: Any) -> None:
+    short = call("check", "--recursive", capsys=capsys)[1]
+    for option in ("-v", "--verbose"):
+        status, out, err = call("check", "--recursive", option, capsys=capsys)
+        assert status == 1
+        assert out.splitlines()[:8] == short.splitlines()[:8]
+        assert out.splitlines()[-1] == short.splitlines()[-1]
+        assert "\ndamaged\n  peft  90 of 90 modules take effect\n" in out
+        assert "\nhealthy\n" not in out
+        assert "\ndeep/damaged-2\n  the same findings as in damaged\n" in out
+        assert "\nwarned\n  " in out
+        assert out.count("error LP204 not-in-the-file: ") == 1
+        assert err.endswith("hint: lora-probe rule LP204\n")
+    # One adapter is shown in full anyway.
+    assert call("check", "deep/healthy-9", "-v", capsys=capsys) == call("check", "deep/healthy-9", capsys=capsys)
+    assert "no findings in deep/healthy-9/" in call("check", "--recursive", "deep/healthy-9", capsys=capsys)[1]
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 200])
+def test_paths_in_the_table_are_never_broken(
+    width: int, runs: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    long = f"damaged-{'x' * 90}"
+    (runs / long).mkdir()
+    lines = call("check", "healthy", "damaged", capsys=capsys)[1].splitlines()
+    assert [line.split()[:2] for line in lines if line.startswith(("ok", "error"))] == [
+        ["ok", "healthy"],
+        ["error", "damaged"],
+    ]
+    assert max(map(len, lines[:3])) <= width
+    lines = call("check", long, "damaged", capsys=capsys)[1].splitlines()
+    assert any(line.startswith(f"error    {long}  1 error" if width == 200 else f"error  {long}") for line in lines)
+    if width == 80:
+        assert lines[1] == "  1 error, 1 warning  LP204 not-in-the-file"
+
+
+def test_a_refusal_is_explained_once(runs: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    message = "the file holds no tensors"
+
+    def check_all(adapters: Sequence[Path], **_: Any) -> Iterator[Report]:
+        for folder in adapters:
+            ledgers = {name: Ledger(name, (), True, message, "LP209", predicted=True) for name in ("peft", "vllm")}
+            yield replace(healthy(folder), ledgers=ledgers, diagnostics=(finding("LP209", message),))
+
+    monkeypatch.setattr(checking, "check_all", check_all)
+    out = call("check", "healthy", capsys=capsys)[1]
+    assert "\npeft, vllm  refused by both (LP209)\n" in out
+    assert out.count(message) == 1
 
 
 def test_sentences_are_broken_at_spaces() -> None:

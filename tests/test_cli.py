@@ -271,27 +271,6 @@ def test_names_in_files_cannot_drive_the_terminal(
         assert "\x1b" not in out
 
 
-def test_modules_of_one_layer_have_columns_of_their_own() -> None:
-    from lora_probe.render.cells import _labels
-
-    def key(module: str, parameter: str = "weight") -> tuple[str, str, None]:
-        return module, parameter, None
-
-    keys = {
-        key("model.layers.0.self_attn.q_proj"): "q_proj",
-        key("model.layers.11.self_attn.q_proj"): "q_proj",
-        key("model.layers.0.mlp.experts.0.w1"): "mlp.experts.0.w1",
-        key("model.layers.0.mlp.experts.1.w1"): "mlp.experts.1.w1",
-        key("visual.blocks.0.attn.k_proj"): "attn.k_proj",
-        key("model.layers.0.self_attn.k_proj"): "self_attn.k_proj",
-        key("encoder.layers.0.attn.v_proj"): "encoder.layers.*.attn.v_proj",
-        key("decoder.layers.0.attn.v_proj"): "decoder.layers.*.attn.v_proj",
-        key("model.layers.0.mlp.experts", "down_proj"): "down_proj",
-        key("lm_head"): "lm_head",
-    }
-    assert _labels(keys) == keys
-
-
 def test_the_last_hint_is_the_same_command_for_the_other_engine() -> None:
     import argparse
     import shlex

@@ -57,7 +57,8 @@ def test_no_engine_is_asked_to_build_it(
     status, out, err = call("check", named, capsys=capsys)
     assert status == 0
     assert message in out
-    assert "LP303" in out.partition("not run: ")[2]
+    (not_run,) = json.loads(call("check", named, "--format", "json", capsys=capsys)[1])["not_run"]
+    assert "LP303" in not_run["codes"]
     assert "listing the modules" not in err
 
 

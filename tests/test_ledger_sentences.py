@@ -42,7 +42,16 @@ SENTENCES = [
     (predicted(row("0.q", UNKNOWN, 3)), "1 modules read, no problems in the files; effect unknown because no rows"),
     (
         predicted(row("0.q", UNKNOWN, 3), row("1.q", stations=3)),
-        "1 of 2 modules take effect, 1 unknown from placed on: layer 0 q: no rows",
+        "1 of 2 modules take effect, 1 unknown at placed: layer 0 q: no rows",
+    ),
+    (
+        predicted(row("0.q", LOST, 3), row("1.q", LOST, 3)),
+        "0 of 2 modules take effect, 2 lost at placed: not in the file (LP204)",
+    ),
+    (
+        predicted(row("0.q", UNKNOWN, 3), row("1.q", WRONG, 3), row("2.q", UNKNOWN, 3)),
+        "3 modules read, 1 wrong at placed: layer 1 q: r=8 in the config (LP201); "
+        "effect of the other 2 unknown because no rows",
     ),
     (measured(row("0.q", LOST)), "0 of 1 modules took effect, 1 lost at agrees: not in the file (LP204)"),
     (

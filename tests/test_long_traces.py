@@ -50,7 +50,7 @@ def test_steps_on_modules_are_one_line_until_another_step(trace: Path, capsys: p
         tell(trace, 1, lambda n: {"text": "done"})
     out = call("show", trace, capsys=capsys)[1]
     told = [" ".join(line.split()[2:]) for line in out.splitlines() if line.startswith("1.000 s")]
-    groups = ["put 3 × q_proj (layers 0, 2, 4) slot 0", "put 3 × q_proj (layers 1, 3, 5) slot 1", "put done"]
+    groups = ["put 3: layers 0, 2, 4 q_proj slot 0", "put 3: layers 1, 3, 5 q_proj slot 1", "put done"]
     assert told == groups * 2
 
 

@@ -176,7 +176,7 @@ def _sort(
         elif match := _EXTRA.match(path):
             extras.setdefault(match["path"], []).append(tensor)
         else:
-            others.append(_other(path, tensor))
+            others.append(_other(path, tensor, config))
     for path in extras.keys() - halves.keys():
         others.extend(OtherTensor(t, "belongs to a module without lora_A and lora_B", False) for t in extras[path])
     modules = [_module(path, pair, extras.get(path, []), config) for path, pair in halves.items()]
@@ -220,8 +220,12 @@ def _expert_parameter(path: str, config: AdapterConfig) -> tuple[str, str]:
     return module, "gate_up_proj" if path != module else "down_proj"
 
 
-def _other(path: str, tensor: TensorHeader) -> OtherTensor:
-    last = path.rpartition(".")[2]
+def _other(path: str, tensor: TensorHeader, config: AdapterConfig) -> OtherTensor:
+    module, _, last = path.rpartition(".")
+    trained = config.raw.get("bias")
+    # A bias of an adapted layer is stored under `base_layer`, which PEFT has put around it.
+    if last == "bias" and trained in ("all", "lora_only") and not config.targets.saves(module):
+        return OtherTensor(tensor, f"a trained bias (bias: {trained})", True)
     if "trainable_tokens" in path:
         return OtherTensor(tensor, "trained tokens (trainable_token_indices)", True)
     if ".base_layer." in path:

@@ -63,7 +63,7 @@ class Targets:
         return [name for path in paths if path in named for name in named[path][:2]][:2]
 
     def _is_module(self, name: str) -> bool:
-        if not self._modules or self._is_excluded(name) or self._is_saved(name):
+        if not self._modules or self._is_excluded(name) or self.saves(name):
             return False
         if self._modules == ALL_LINEAR:
             return name.rpartition(".")[2] not in _NOT_IN_ALL_LINEAR
@@ -78,7 +78,7 @@ class Targets:
             return self._expressions.fullmatch(self._excluded, name, "exclude_modules") is not None
         return bool(self._excluded) and not self._excluded.isdisjoint(ends(name))
 
-    def _is_saved(self, name: str) -> bool:
+    def saves(self, name: str) -> bool:
         """Whether modules_to_save names the module, or a module that contains it."""
         if self._saved and not self._saved.isdisjoint(parts(name)):
             return True

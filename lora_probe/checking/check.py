@@ -22,7 +22,7 @@ from lora_probe.errors import ForeignWeights, MissingWeights, NotLora, ProbeErro
 from lora_probe.files import limits
 from lora_probe.files.regexes import EndlessPattern
 from lora_probe.ledger import Fate, Ledger, clauses
-from lora_probe.names import Key, in_words, name_modules
+from lora_probe.names import Key, Universe, in_words, name_modules, path_of
 from lora_probe.prediction import Prediction, predict, predictors, subject_of
 from lora_probe.rules import Diagnostic, Rule, Severity, all_rules, diagnostic, family_of
 from lora_probe.rules.codes import meant, numbers_of, suggestion
@@ -30,7 +30,7 @@ from lora_probe.rules.diagnostics import of_clause, under
 from lora_probe.rules.lp1_config import config_unreadable, not_lora
 from lora_probe.rules.lp2_files import weights_not_found, weights_unreadable
 from lora_probe.rules.lp4_serving import MAX_RANKS, engines_differ
-from lora_probe.rules.subject import Serving
+from lora_probe.rules.subject import Serving, Subject
 from lora_probe.rules.vllm_versions import ENGINE_OPTIONS, behaviour, note_on
 
 _RANKS: dict[Severity, int] = {"error": 0, "warning": 1, "info": 2}
@@ -206,11 +206,11 @@ def _report(
         not_served = {} if engines else _not_served(adapter, described)
         judged = [name for name in predictors() if name not in not_served and (not engines or name in engines)]
         subject = subject_of(adapter, serving, found.base, described.views, described.missing, found.origin, judged)
-        prediction = predict(subject)
+        prediction = _named(predict(subject), subject)
     except UnreadableFile as error:
         return _unreadable(folder, notes, bases.model, error, selected)
     every = list(_diagnostics(subject.adapter, prediction))
-    diagnostics = [diagnostic for diagnostic in every if diagnostic.code in selected]
+    diagnostics = [_about(d, prediction.ledgers) for d in every if d.code in selected]
     rules = all_rules()
     return Report(
         folder,
@@ -232,6 +232,23 @@ def _not_served(adapter: Adapter, described: BaseViews) -> dict[str, str]:
         for name, predictor in predictors().items()
     }
     return {name: why for name, why in reasons.items() if why}
+
+
+def _named(prediction: Prediction, subject: Subject) -> Prediction:
+    """The prediction, with ledgers that name modules as shortly as no other module of the adapter or of the base is
+    named."""
+    keys = (row.key for ledger in prediction.ledgers.values() for row in ledger.rows)
+    universe = Universe(tuple(dict.fromkeys((*map(path_of, keys), *(subject.shapes or ())))))
+    ledgers = {engine: replace(ledger, universe=universe) for engine, ledger in prediction.ledgers.items()}
+    return replace(prediction, ledgers=ledgers)
+
+
+def _about(diagnostic: Diagnostic, ledgers: Mapping[str, Ledger]) -> Diagnostic:
+    """The diagnostic with the short names of its modules, unless its message contains them."""
+    if diagnostic.names_modules or not diagnostic.modules:
+        return diagnostic
+    universe = next((ledger.names for ledger in ledgers.values()), None)
+    return replace(diagnostic, about=name_modules(diagnostic.modules, universe))
 
 
 def _unreadable(
@@ -308,28 +325,29 @@ def _differing(adapter: Adapter, ledgers: Mapping[str, Ledger]) -> Iterator[Diag
     for engine, ledger in ledgers.items():
         for row in ledger.rows if not ledger.refused else ():
             fates.setdefault(row.key, {})[engine] = row.fate
-    groups: dict[tuple[tuple[str, ...], tuple[str, ...]], list[str]] = {}
-    for (module, _, _), of_module in fates.items():
+    groups: dict[tuple[tuple[str, ...], tuple[str, ...]], list[Key]] = {}
+    for key, of_module in fates.items():
         having, losing = (
             tuple(engine for engine, fate in of_module.items() if fate == wanted) for wanted in ("took effect", "lost")
         )
         if having and losing:
-            groups.setdefault((having, losing), []).append(module)
+            groups.setdefault((having, losing), []).append(key)
     order = list(ledgers)
     rule = all_rules()["LP410"]
-    for (having, losing), modules in sorted(
-        groups.items(), key=lambda item: [order.index(name) for name in item[0][0]]
-    ):
+    universe = next((ledger.names for ledger in ledgers.values()), None)
+    for (having, losing), keys in sorted(groups.items(), key=lambda item: [order.index(name) for name in item[0][0]]):
         engines = tuple(sorted((*having, *losing), key=order.index))
-        message = engines_differ(_titles(engines), len(modules), len(fates), _only_in(having, losing, modules)).message
-        yield under(rule, message, tuple(modules), engines, str(adapter.path), names_modules=True)
+        names = name_modules(map(path_of, keys), universe)
+        message = engines_differ(_titles(engines), len(keys), len(fates), _only_in(having, losing, names)).message
+        modules = tuple(module for module, _, _ in keys)
+        yield under(rule, message, modules, engines, str(adapter.path), names_modules=True)
 
 
-def _only_in(having: tuple[str, ...], losing: tuple[str, ...], modules: Sequence[str]) -> str:
+def _only_in(having: tuple[str, ...], losing: tuple[str, ...], names: str) -> str:
     """In which engines modules take effect and in which they do not, by the titles of the engines."""
     two = len(having) == len(losing) == 1
     where = f"{_titles(having)} alone" if two else f"{_titles(having)} and are lost in {_titles(losing)}"
-    return f"take effect in {where} ({name_modules(modules)})"
+    return f"take effect in {where} ({names})"
 
 
 def _titles(engines: Sequence[str]) -> str:

@@ -109,7 +109,7 @@ def _judge(
 def _lean(report: Report, shown: bool) -> Report:
     diagnostics = report.diagnostics
     if shown:
-        diagnostics = tuple(replace(diagnostic, modules=()) for diagnostic in diagnostics)
+        diagnostics = tuple(replace(diagnostic, modules=(), about="") for diagnostic in diagnostics)
     return replace(report, ledgers={}, diagnostics=diagnostics)
 
 

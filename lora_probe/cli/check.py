@@ -34,6 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Hugging Face cache; default: .",
     )
     parser.add_argument("--recursive", action="store_true", help="check every adapter in and below the folders")
+    parser.add_argument(
+        "-v", "--verbose", action="store_true", help="of several adapters, print the findings of each, not only its row"
+    )
     parser.add_argument("--model", metavar="BASE", help="base model: a folder or an id; default: each adapter's own")
     parser.add_argument(
         "--engine",
@@ -109,10 +112,12 @@ def _check(wanted: Requested, options: argparse.Namespace, fixed: FixResult | No
     if options.format == DEFAULT:
         from lora_probe.render.text.check import next_command
 
-        if command := next_command(result.reports, options.model, fixed is not None):
+        if command := next_command(result, options.model):
             hint(command)
+    hints = set()
     for lost in result.not_judged:
-        complain(lost.error.message, lost.error.hint)
+        complain(lost.error.message, "" if lost.error.hint in hints else lost.error.hint)
+        hints.add(lost.error.hint)
     return _status(result, options)
 
 
@@ -126,7 +131,7 @@ def _read(wanted: Requested, check: Check, options: argparse.Namespace, fixed: F
     from lora_probe.checking.folders import NotJudged
     from lora_probe.checking.judging import judged
 
-    checkrun = CheckRun(len(wanted.folders), wanted.single, fixed)
+    checkrun = CheckRun(len(wanted.folders), wanted.single, fixed, options.verbose)
     chosen = renderer(_view(fixed), options.format)
     page = partial(_paged, chosen, checkrun) if isinstance(chosen, Paged) else None
     reports: list[Report] = []

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from lora_probe.render.formats import DEFAULT, Names
 from lora_probe.rules.vllm_versions import ENGINE_OPTIONS
 
 DTYPES = ("auto", *(dtype.name for dtype in precision.DTYPES if dtype.fits_float32))
+NARROW = 60
+"""The columns of a narrow terminal."""
 LEAST = 1 / 16
 """GiB of memory without which Python itself does not run."""
 MOST = 1e6
@@ -93,7 +96,7 @@ def add_command(commands: Any, command: Command) -> None:
         command.name,
         help=command.about,
         description=f"{command.about[0].upper()}{command.about[1:]}.",
-        epilog=f"examples:\n{command.examples}",
+        epilog="\n".join(["examples:", *map(_narrow, command.examples.split("\n"))]),
         formatter_class=RawDescriptionRichHelpFormatter,
     )
     parser.set_defaults(command=command.name)
@@ -105,6 +108,17 @@ def add_command(commands: Any, command: Command) -> None:
         help=f"output format: %(choices)s; default: {DEFAULT}",
     )
     command.add_arguments(parser)
+
+
+def _narrow(example: str) -> str:
+    """A command in lines that fit a narrow terminal, which would break it inside a word."""
+    lines = [" "]
+    for word in re.findall(r"(?:'[^']*'|[^ '])+", example):
+        if len(f"{lines[-1]} {word} \\") > NARROW:
+            lines[-1] += " \\"
+            lines.append("     ")
+        lines[-1] += f" {word}"
+    return "\n".join(lines)
 
 
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:

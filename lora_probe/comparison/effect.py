@@ -17,7 +17,7 @@ import numpy.typing as npt
 from lora_probe.comparison.outputs import FirstModule, ModuleOutput, compare_outputs
 from lora_probe.comparison.tolerance import NOT_RECORDED_NOTE, judged_dtype
 from lora_probe.errors import ProbeError
-from lora_probe.names import Key
+from lora_probe.names import Key, name_modules, path_of
 from lora_probe.precision import NOT_RECORDED, drift, finite, floor
 from lora_probe.recording import Floats, Score, Scored, Trace
 
@@ -83,6 +83,10 @@ class Effect(Measures):
     def worst_module(self) -> ModuleOutput | None:
         """The module whose outputs differ most."""
         return max(self.modules, key=lambda module: module.error, default=None)
+
+    def name(self, key: Key) -> str:
+        """A module in short, as no other module of the adapter is named."""
+        return name_modules([path_of(key)], next((ledger.names for _, ledger in self.unmerged.loads), None))
 
 
 def effect(unmerged: Trace, merged: Trace) -> Effect:

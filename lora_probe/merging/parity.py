@@ -25,7 +25,6 @@ from lora_probe.files import limits
 from lora_probe.ledger import Finding
 from lora_probe.merging.report import MergeReport, Verdict
 from lora_probe.merging.weights import Progress, check_merge
-from lora_probe.names import name_modules
 from lora_probe.precision import STORED, floor
 from lora_probe.rules import Diagnostic, all_rules
 from lora_probe.rules.diagnostics import under
@@ -79,7 +78,7 @@ def later_in_outputs(weights: MergeReport, outputs: Effect) -> str:
         return ""
     error, limit = outputs.modules[order[earliest]].error, outputs.tolerance
     state = f"stays within the tolerance of {outputs.dtype}" if error <= limit else "exceeds it at later tokens only"
-    return f"{name_modules([earliest[0]])}, the first module with wrong weights, {state}: error {error:.1e}"
+    return f"{outputs.name(earliest)}, the first module with wrong weights, {state}: error {error:.1e}"
 
 
 def parity(
@@ -236,8 +235,9 @@ def _where(outputs: Effect) -> str:
     first = outputs.first_module
     if first is None:
         return ""
-    module = name_modules([first.key[0]])
-    return f"; the outputs first diverge at {module} (prompt {first.prompt + 1}, error {first.error:.1e})"
+    return (
+        f"; the outputs first diverge at {outputs.name(first.key)} (prompt {first.prompt + 1}, error {first.error:.1e})"
+    )
 
 
 @contextmanager

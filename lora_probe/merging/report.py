@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from lora_probe.ledger import Finding
-from lora_probe.names import Key, name_modules
+from lora_probe.names import Key, Universe, name_modules
 from lora_probe.rules import Diagnostic, Rule, all_rules
 from lora_probe.rules.diagnostics import under
 from lora_probe.rules.lp7_merging import lost_to_rounding
@@ -124,12 +124,12 @@ class MergeReport:
         )
 
     def _diagnostic(self, rule: Rule, names: list[str], message: str) -> Diagnostic:
-        labels = {module.label for module in self.modules}
+        labels = dict.fromkeys(module.label for module in self.modules)
         named = [name for name in dict.fromkeys(names) if name]
         about = "the adapter as a whole"
-        if named and set(named) <= labels:
+        if named and labels.keys() >= set(named):
             about = f"{len(named)} of {len(labels)} modules"
-            about += "" if len(named) == len(labels) else f" ({_few_modules(named)})"
+            about += "" if len(named) == len(labels) else f" ({_few_modules(named, labels)})"
         elif named:
             about = named[0] if len(named) == 1 else f"{len(named)} tensors ({_few(named)})"
         more = "" if len(named) < 2 or rule.per_message else " (the first one)"
@@ -141,9 +141,9 @@ def _few(names: Iterable[str], shown: int = 3) -> str:
     return ", ".join(listed[:shown]) + (f" and {len(listed) - shown} more" if len(listed) > shown else "")
 
 
-def _few_modules(labels: list[str], longest: int = 160) -> str:
+def _few_modules(labels: list[str], every: Iterable[str], longest: int = 160) -> str:
     """Modules by layers and projections; only the first few if that is too long."""
-    text = name_modules(labels)
+    text = name_modules(labels, Universe(tuple(every)))
     return text if len(text) <= longest else _few(labels)
 
 

@@ -105,10 +105,12 @@ def show(renderable: Any) -> None:
         if isinstance(part, Group):
             waiting[:0] = part.renderables
         elif console.is_terminal:
-            console.print(wrapped(part, console.width) if isinstance(part, Text) else part, soft_wrap=_whole(part))
+            console.print(
+                wrapped(part, console.width) if isinstance(part, Text) else part, soft_wrap=_whole(part), crop=False
+            )
         else:
             with console.capture() as capture:
-                console.print(part, soft_wrap=_whole(part))
+                console.print(part, soft_wrap=_whole(part), crop=False)
             write([_BLANKS.sub("", capture.get()).removesuffix("\n")])
 
 

@@ -15,6 +15,7 @@ from lora_probe.render.cells import CONTROL, one_line
 from lora_probe.render.places import file_of, relative
 from lora_probe.render.results import CheckResult
 from lora_probe.rules import Diagnostic, Severity
+from lora_probe.rules.codes import in_ranges
 
 COMMANDS: dict[Severity, str] = {"error": "error", "warning": "warning", "info": "notice"}
 
@@ -25,7 +26,7 @@ def check(result: CheckResult) -> Iterator[str]:
         yield from (_annotation(report, diagnostic) for diagnostic in report.diagnostics)
         for skipped in report.not_run:
             title = f"not run on {relative(report.adapter)}"
-            yield command("notice", f"{', '.join(skipped.codes)}: {skipped.why}", title=title)
+            yield command("notice", f"{in_ranges(skipped.codes)}: {skipped.why}", title=title)
     for lost in result.not_judged:
         yield error(lost.error)
 

@@ -43,11 +43,13 @@ class CheckRun:
     """What is known about a run of `check` before the first adapter is read.
 
     `adapters` is how many there are, and `single` whether the command line names one folder, without `--recursive`.
+    `verbose`: of several adapters, the findings of each are shown, not only its row.
     """
 
     adapters: int
     single: bool
     fixed: FixResult | None = None
+    verbose: bool = False
 
 
 @dataclass(frozen=True)

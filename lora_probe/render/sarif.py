@@ -14,7 +14,7 @@ from typing import Any
 from lora_probe import __version__
 from lora_probe.checking import Report
 from lora_probe.errors import ProbeError
-from lora_probe.names import name_modules
+from lora_probe.names import projection_of
 from lora_probe.render.cells import one_line
 from lora_probe.render.markdown import first_sentence, page
 from lora_probe.render.places import file_of, uri
@@ -109,7 +109,7 @@ def _results(reports: Iterable[Report], numbers: dict[str, int]) -> Iterable[dic
 
 
 def _message(diagnostic: Diagnostic) -> str:
-    about = f"{name_modules(diagnostic.modules)}: " if diagnostic.modules and not diagnostic.names_modules else ""
+    about = f"{diagnostic.about}: " if diagnostic.about else ""
     hint = f"\nhint: {_text(diagnostic.hint)}" if diagnostic.hint else ""
     return f"{_text(about + diagnostic.message)}{hint}"
 
@@ -124,7 +124,7 @@ def _location(report: Report, diagnostic: Diagnostic) -> dict[str, Any]:
     if diagnostic.line is not None:
         physical["region"] = {"startLine": diagnostic.line}
     modules = [
-        {"name": module.rpartition(".")[2], "fullyQualifiedName": module, "kind": "module"}
+        {"name": projection_of(module), "fullyQualifiedName": module, "kind": "module"}
         for module in dict.fromkeys(diagnostic.modules)
     ]
     return {"physicalLocation": physical, **({"logicalLocations": modules} if modules else {})}

@@ -41,8 +41,17 @@ def suggestion(word: str, rules: Mapping[str, Rule]) -> str:
 
 def numbers_of(codes: Iterable[str]) -> str:
     """Codes by their prefixes: `101-112, 201 after LP, 101 after XY`."""
+    return ", ".join(f"{ranges(numbers)} after {prefix}" for prefix, numbers in _by_prefix(codes).items())
+
+
+def in_ranges(codes: Iterable[str]) -> str:
+    """Codes in few words: `LP101-112, 201, XY101`."""
+    return ", ".join(f"{prefix}{ranges(numbers)}" for prefix, numbers in _by_prefix(codes).items())
+
+
+def _by_prefix(codes: Iterable[str]) -> dict[str, list[int]]:
     numbers: dict[str, list[int]] = {}
     for code in codes:
         if match := _PARTS.fullmatch(code):
             numbers.setdefault(match[1], []).append(int(match[2]))
-    return ", ".join(f"{ranges(of_prefix)} after {prefix}" for prefix, of_prefix in numbers.items())
+    return numbers

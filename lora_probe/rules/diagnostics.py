@@ -17,7 +17,8 @@ from lora_probe.rules.registry import AdapterFinding, Rule, Severity, all_rules
 
 @dataclass(frozen=True)
 class Diagnostic:
-    """One finding for a person or a program, over all modules that share it. `names_modules`: the message does so."""
+    """One finding for a person or a program, over all modules that share it. `names_modules`: the message does so;
+    otherwise `about` names them, as shortly as no other module is named."""
 
     code: str
     name: str
@@ -29,6 +30,7 @@ class Diagnostic:
     path: str | None = None
     line: int | None = None
     names_modules: bool = False
+    about: str = ""
 
 
 def under(

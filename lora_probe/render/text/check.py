@@ -1,4 +1,5 @@
-"""`check` as text: for each adapter the predicted ledgers, the diagnostics, and the rules that were not run.
+"""`check` as text: the predicted ledgers of an adapter, the diagnostics, and the rules that were not run; of several
+adapters a table, and with `--verbose` the diagnostics of each.
 
 In: a `CheckResult`, whose pages are made here as well. Out: rich renderables. Everything from a file is on one line, so
 that no name in a file can look like a line of ours.
@@ -13,41 +14,49 @@ from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Group, RenderableType
-from rich.text import Text as RichText
+from rich.padding import Padding
 
 from lora_probe.checking import NotRun, Report
 from lora_probe.ledger import Ledger, headline
-from lora_probe.names import name_modules
-from lora_probe.render.cells import SEVERITIES, SHOWN, assemble, facts, one_line, words
+from lora_probe.render.cells import SEVERITIES, SHOWN, assemble, one_line, words
 from lora_probe.render.places import relative
 from lora_probe.render.results import CheckResult, CheckRun, Paged
+from lora_probe.render.tables import Fitted, add_row, facts
 from lora_probe.render.text.ledger import alike, stations
 from lora_probe.rules import Diagnostic, all_rules
-
-FULL = 3
-"""Up to this many adapters are shown in full. Of more, each gets a line, and those with diagnostics their details."""
-WIDEST = 60
-"""The most columns for the adapters' paths, if there are many adapters."""
+from lora_probe.rules.codes import in_ranges
 
 
 def _page(report: Report, run: CheckRun) -> RenderableType | None:
-    return full_report(report) if run.adapters <= FULL else _details(report)
+    if run.adapters <= 1:
+        return full_report(report)
+    return _details(report) if run.verbose else None
 
 
 def _whole(result: CheckResult) -> RenderableType:
-    reports, lost = result.reports, len(result.not_judged)
-    if not reports:
+    if not result.reports:
         return Group()
-    if result.run.adapters > FULL:
-        parts = [part for page in result.pages if page is not None for part in (page, words(""))]
-        not_run = _not_run(_together(reports))
-        return Group(_lines(reports), words(""), *parts, *not_run, _summary(reports, lost))
-    if len(reports) == 1:
+    if result.run.adapters <= 1:
         return Group(*result.pages)
-    return Group(*(part for page in result.pages for part in (page, words(""))), _summary(reports, lost))
+    details = _all_details(result) if result.run.verbose else ()
+    not_run = _not_run(_together(result.reports))
+    return Group(_rows(result), words(""), *details, *not_run, _summary(result.reports, len(result.not_judged)))
 
 
 CHECK = Paged(_page, _whole)
+
+
+def _all_details(result: CheckResult) -> Iterable[RenderableType]:
+    """The pages of the adapters with findings. What was found in an earlier adapter as well is not repeated."""
+    first: dict[tuple[tuple[str, str], ...], str] = {}
+    for report, page in zip(result.reports, result.pages, strict=True):
+        if page is None:
+            continue
+        name = _name(report)
+        earlier = first.setdefault(tuple((d.code, d.message) for d in report.diagnostics), name)
+        if earlier != name:
+            page = Group(words(name, style="bold"), words(f"  the same findings as in {earlier}"))
+        yield from (page, words(""))
 
 
 def full_report(report: Report) -> RenderableType:
@@ -70,10 +79,32 @@ def _details(report: Report) -> RenderableType | None:
     )
 
 
-def _lines(reports: Sequence[Report]) -> RenderableType:
-    """A line for each adapter: its state, the number of diagnostics, and the first of them."""
-    width = min(max(len(_name(report)) for report in reports), WIDEST)
-    return Group(*(_line(report, width) for report in reports))
+def _rows(result: CheckResult) -> RenderableType:
+    """A row for each adapter: its verdict, the number of findings, and the first of them. Paths are never broken: where
+    they leave no room, the findings are in a line of their own."""
+    rows = [_row(report) for report in result.reports]
+    rows += [("unread", one_line(relative(lost.path)), "", "see the error below") for lost in result.not_judged]
+    styles = {"ok": "bold green", "unknown": "bold yellow", "unread": "bold red"} | SEVERITIES
+    lines: list[RenderableType] = []
+    for verdict, adapter, counts, cause in rows:
+        first = assemble((f"{verdict}  ", styles[verdict]), adapter)
+        first.no_wrap, first.overflow = True, "ignore"
+        lines += [first, *([Padding(words(f"{counts}  {cause}".strip()), (0, 0, 0, 2))] if cause else [])]
+    table = Fitted("verdict", "adapter", "findings", "first cause", narrow=Group(*lines))
+    for verdict, *cells in rows:
+        add_row(table, words(verdict, styles[verdict]), *cells)
+    table.columns[1].min_width = max(len(adapter) for _, adapter, _, _ in rows)
+    return table
+
+
+def _row(report: Report) -> tuple[str, str, str, str]:
+    first = next(iter(_worst_first(report.diagnostics)), None)
+    state = _state(report)
+    causes = [f"{first.code} {first.name}"] if first is not None else []
+    if state == "unknown":
+        causes += dict.fromkeys(skipped.why for skipped in report.not_run if skipped.codes)
+    counts = f"{_counts(report.diagnostics)}{_ignored(report.ignored)}".strip()
+    return state, _name(report), counts, "; ".join(causes)
 
 
 def _summary(reports: Sequence[Report], lost: int) -> RenderableType:
@@ -86,23 +117,26 @@ def _summary(reports: Sequence[Report], lost: int) -> RenderableType:
     counts = _counts([diagnostic for report in reports for diagnostic in report.diagnostics])
     ignored = sum(report.ignored for report in reports)
     style = "bold red" if states["error"] or lost else "bold green" if states["ok"] == len(reports) else "bold yellow"
-    sentence = f"{_plural(len(reports), 'adapter')}: {', '.join(parts)}{counts and '; '}{counts}{_ignored(ignored)}"
-    return words(sentence, style)
+    every = _plural(len(reports) + lost, "adapter")
+    return words(f"{every}: {', '.join(parts)}{counts and '; '}{counts}{_ignored(ignored)}", style)
 
 
-def next_command(reports: Sequence[Report], model: str | None, fixed: bool) -> str:
-    """The command to run next: the one that fixes the first adapter that can be fixed (unless `fixed`: that has just
-    been done), else the page of the first error."""
+def next_command(result: CheckResult, model: str | None) -> str:
+    """The command to run next: the one that fixes the first adapter that can be fixed (unless that has just been done),
+    else the page of the first error, or of several adapters the details of the first with an error."""
     rules = all_rules()
-    for report in reports if not fixed else ():
+    base = ["--model", model] if model else []
+    for report in result.reports if result.run.fixed is None else ():
         if any(rules[diagnostic.code].fixable for diagnostic in report.diagnostics):
             folder = relative(report.adapter)
             beside = folder if Path(folder).name not in ("", "..") else str(report.adapter.resolve())
-            base = ["--model", model] if model else []
             return shlex.join(["lora-probe", "check", folder, *base, "--fix", "-o", f"{beside}-fixed"])
-    errors = (diagnostic for report in reports for diagnostic in report.diagnostics if diagnostic.severity == "error")
-    first = next(errors, None)
-    return f"lora-probe rule {first.code}" if first is not None else ""
+    for report in result.reports:
+        if not report.clean:
+            if result.run.adapters > 1 and not result.run.verbose:
+                return shlex.join(["lora-probe", "check", relative(report.adapter), *base])
+            return f"lora-probe rule {next(d.code for d in report.diagnostics if d.severity == 'error')}"
+    return ""
 
 
 def _state(report: Report) -> str:
@@ -117,17 +151,6 @@ def _state(report: Report) -> str:
 
 def _rules_not_run(report: Report) -> int:
     return len({code for skipped in report.not_run for code in skipped.codes})
-
-
-def _line(report: Report, width: int) -> RichText:
-    first = next(iter(_worst_first(report.diagnostics)), None)
-    state = _state(report)
-    style = {"ok": "bold green", "unknown": "bold yellow"}.get(state) or SEVERITIES[first.severity if first else "info"]
-    parts = [f"{_counts(report.diagnostics)}: {first.code} {first.name}"] if first is not None else []
-    if state == "unknown":
-        parts.append(f"({'; '.join(dict.fromkeys(skipped.why for skipped in report.not_run if skipped.codes))})")
-    parts += [_ignored(report.ignored).strip()] if report.ignored else []
-    return assemble((f"{state:7}  ", style), f"{_name(report):{width}}", *(f"  {part}" for part in parts))
 
 
 def _name(report: Report) -> str:
@@ -192,11 +215,10 @@ def _diagnostics(diagnostics: Sequence[Diagnostic], hints: bool = True) -> Itera
 
 def _about(diagnostic: Diagnostic) -> str:
     """The file, the engines and the modules."""
-    modules = name_modules(diagnostic.modules) if not diagnostic.names_modules else ""
     where = ""
     if diagnostic.path:
         where = relative(diagnostic.path) + (f":{diagnostic.line}" if diagnostic.line is not None else "")
-    return ", ".join(filter(None, [where, "/".join(diagnostic.engines), modules]))
+    return ", ".join(filter(None, [where, "/".join(diagnostic.engines), diagnostic.about]))
 
 
 def _worst_first(diagnostics: Sequence[Diagnostic]) -> list[Diagnostic]:
@@ -206,7 +228,8 @@ def _worst_first(diagnostics: Sequence[Diagnostic]) -> list[Diagnostic]:
 def _not_run(every: Iterable[NotRun]) -> Iterable[RenderableType]:
     skipped = [reason for reason in every if reason.codes]
     for reason in skipped[:SHOWN]:
-        yield words(f"not run: {', '.join(reason.codes)}: {reason.why}", "yellow")
+        count = _plural(len(reason.codes), "rule")
+        yield words(f"not run because {reason.why}: {count} ({in_ranges(reason.codes)})", "yellow")
     if len(skipped) > SHOWN:
         yield words(f"not run for {len(skipped) - SHOWN} more reasons: see --format json", style="yellow")
 

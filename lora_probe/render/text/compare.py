@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 from rich.console import Group, RenderableType
 
 from lora_probe.ledger import headline
-from lora_probe.names import name_modules
-from lora_probe.render.cells import assemble, grid, paragraphs, words
+from lora_probe.names import Key, Universe, name_modules, path_of
+from lora_probe.render.cells import assemble, paragraphs, words
+from lora_probe.render.tables import grid
 
 if TYPE_CHECKING:
     from lora_probe.comparison import Comparison
@@ -93,7 +94,7 @@ def _first_divergence(result: Comparison) -> RenderableType:
         return words("no row of any module exceeds the tolerance" if result.rows else "no rows were compared")
     first = result.first
     token = f"answer token {first.token + 1}" if first.token >= 0 else f"prompt token {first.position + 1}"
-    where = f"{name_modules([first.key[0]])}, prompt {first.prompt + 1}, {token}"
+    where = f"{_name(result, first.key)}, prompt {first.prompt + 1}, {token}"
     whole = next((diff.error for diff in result.modules if diff.key == first.key), None)
     all_rows = "" if whole is None else f" in this row, {whole:.1e} over all rows"
     return words(f"first divergence: {where}: error {first.error:.1e}{all_rows}", style="bold red")
@@ -101,9 +102,7 @@ def _first_divergence(result: Comparison) -> RenderableType:
 
 def _verdict(result: Comparison) -> RenderableType:
     worst = result.worst
-    about = (
-        f"; worst module {name_modules([worst.module])}: {worst.error:.1e}" if worst and worst.error is not None else ""
-    )
+    about = f"; worst module {_name(result, worst.key)}: {worst.error:.1e}" if worst and worst.error is not None else ""
     text = {
         "agree": f"the traces agree on {len(result.modules)} modules{about}",
         "differ": f"the traces differ: {_what_differs(result)}{about}",
@@ -123,3 +122,7 @@ def _what_differs(result: Comparison) -> str:
     if any(not ledger.healthy for ledger in result.ledgers):
         return "in their ledgers"
     return "in their answers"
+
+
+def _name(result: Comparison, key: Key) -> str:
+    return name_modules([path_of(key)], Universe(tuple(path_of(diff.key) for diff in result.modules)))

@@ -23,7 +23,7 @@ def diff(fix: Fix) -> RenderableType:
     for old, new in fix.renamed.items():
         parts += _pair(old, new)
     if not fix.renamed:
-        parts = [words("all tensor names are already correct")]
+        parts = [words("nothing to fix: no tensor has a name that --fix can correct")]
     if fix.converted:
         parts.append(words(f"{weights.name} is converted to adapter_model.safetensors"))
     return Group(*parts, *(words(f"not renamed: {name}: {why}") for name, why in fix.left.items()))
@@ -60,7 +60,7 @@ def summary(result: FixResult) -> str:
     """What was done, in one line."""
     fix = result.fix
     if not fix.needed:
-        return "nothing to fix: all tensor names are already correct; nothing was written"
+        return "nothing to fix: no tensor has a name that --fix can correct; nothing was written"
     count = len(fix.renamed)
     parts = [f"wrote {result.folder}: {count} of {len(fix.adapter.weights.tensors)} tensors renamed"]
     if count:

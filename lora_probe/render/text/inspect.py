@@ -5,16 +5,17 @@ In: an `Inspection`. Out: rich renderables.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from rich.console import Group, RenderableType
 
 from lora_probe.adapter import Adapter
 from lora_probe.adapter.spectrum import Spectrum
 from lora_probe.adapter.variants import EXTRAS
-from lora_probe.names import Key, layer_of, natural, projection_of, ranges
-from lora_probe.render.cells import add_row, columns_of, facts, grid, size, words
+from lora_probe.names import Key, ShortName, in_layer, in_text, natural, one_or_more, path_of, ranges, short_names
+from lora_probe.render.cells import size, words
 from lora_probe.render.results import Inspection
+from lora_probe.render.tables import add_row, columns_of, facts, grid
 
 
 def inspection(result: Inspection) -> RenderableType:
@@ -54,18 +55,30 @@ def _targets(adapter: Adapter) -> str:
 
 def _by_projection(adapter: Adapter) -> RenderableType:
     table = columns_of("projection", "modules", "layers", "A", "B", "rank", "scaling", "dtype")
-    groups: dict[tuple[str, ...], list[int | None]] = {}
+    names = short_names(path_of(module.key) for module in adapter.modules)
+    groups: dict[tuple[tuple[str, ...], str, tuple[str, ...]], list[ShortName]] = {}
     for module in adapter.modules:
-        name = projection_of(module.module) + ("" if module.parameter == "weight" else f" {module.parameter}")
+        name = names[path_of(module.key)]
         pair = (module.a, module.b)
         shapes = tuple("missing" if t is None else "×".join(map(str, t.shape)) or "scalar" for t in pair)
         dtypes = ", ".join(dict.fromkeys(t.dtype for t in pair if t is not None))
-        cells = (name, *shapes, str(module.rank), f"{module.scaling:g}", dtypes)
-        groups.setdefault(cells, []).append(layer_of(module.module))
-    for cells in sorted(groups, key=lambda cells: natural(cells[0])):
-        layers = [layer for layer in groups[cells] if layer is not None]
-        add_row(table, cells[0], str(len(groups[cells])), ranges(layers) or "-", *cells[1:])
+        cells = (*shapes, str(module.rank), f"{module.scaling:g}", dtypes)
+        groups.setdefault((name.words, name.name, cells), []).append(name)
+    # Modules outside of all layers come last.
+    for path, end, cells in sorted(groups, key=lambda group: (not group[0], group[0][:1], natural(group[1]))):
+        members = groups[path, end, cells]
+        projection = in_text(in_layer(name) for name in members)
+        add_row(table, projection, str(len(members)), _layers(members), *cells)
     return table
+
+
+def _layers(names: Sequence[ShortName]) -> str:
+    """The layers of modules that have the same words: `0-29`, of several lists `encoder layers 0-11`."""
+    if not names[0].words:
+        return "-"
+    numbers = [name.numbers[0] for name in names]
+    word = one_or_more(names[0].words[0], len(set(numbers)))
+    return ranges(numbers) if word in ("layer", "layers") else f"{word} {ranges(numbers)}"
 
 
 def _other_tensors(adapter: Adapter) -> Iterable[RenderableType]:

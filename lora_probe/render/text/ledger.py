@@ -11,8 +11,9 @@ from rich.console import Group, RenderableType
 from rich.text import Text as RichText
 
 from lora_probe.ledger import STATIONS, Ledger, Station, headline
-from lora_probe.names import name_modules
-from lora_probe.render.cells import add_row, columns_of, words
+from lora_probe.names import name_modules, path_of
+from lora_probe.render.cells import words
+from lora_probe.render.tables import add_row, columns_of
 from lora_probe.rules import diagnose
 
 
@@ -30,7 +31,7 @@ def stations(ledger: Ledger, title: str = "modules") -> RenderableType:
     columns = [station for station in STATIONS if any(station in row.stations for row in ledger.rows)]
     table = columns_of(title, *columns, "fate")
     for values, modules in alike(ledger).items():
-        label = f"{len(modules)}: {name_modules(modules)}"
+        label = f"{len(modules)}: {name_modules(modules, ledger.names)}"
         add_row(table, label, *(_cell(value) for value in values))
     return table
 
@@ -41,7 +42,7 @@ def alike(ledger: Ledger) -> dict[tuple[str, ...], list[str]]:
     for row in ledger.rows:
         fate = "takes effect" if ledger.predicted and row.fate == "took effect" else row.fate
         values = (row.stations[station].value for station in STATIONS if station in row.stations)
-        groups.setdefault((*values, fate), []).append(row.module)
+        groups.setdefault((*values, fate), []).append(path_of(row.key))
     return groups
 
 

@@ -11,7 +11,8 @@ from rich.console import Group, RenderableType
 
 from lora_probe.adapter.one_module import OneModule, TensorValues, label
 from lora_probe.files.weights import TensorHeader
-from lora_probe.render.cells import add_row, columns_of, facts, words
+from lora_probe.render.cells import words
+from lora_probe.render.tables import add_row, columns_of, facts
 
 _PER_LINE = 8
 """Singular values in a line."""

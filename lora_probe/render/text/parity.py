@@ -12,8 +12,9 @@ from rich.console import Group, RenderableType
 from lora_probe.comparison.effect import Effect, Measures
 from lora_probe.merging.parity import Parity, later_in_outputs
 from lora_probe.merging.report import MergeReport, ModuleMerge
-from lora_probe.names import Key, name_modules
-from lora_probe.render.cells import SEVERITIES, add_row, columns_of, facts, grid, words
+from lora_probe.names import Key
+from lora_probe.render.cells import SEVERITIES, words
+from lora_probe.render.tables import add_row, columns_of, facts, grid
 from lora_probe.rules import Diagnostic, all_rules
 
 THIN = 16
@@ -122,7 +123,7 @@ def _divergence(effect: Effect) -> Iterable[RenderableType]:
     if effect.first_module is not None:
         first = effect.first_module
         yield words(
-            f"merged and unmerged first differ at {name_modules([first.key[0]])}: prompt {first.prompt + 1}, "
+            f"merged and unmerged first differ at {effect.name(first.key)}: prompt {first.prompt + 1}, "
             f"position {first.position + 1}, error {first.error:.1e} (tolerance {effect.tolerance:.1e})",
             style="bold red",
         )
@@ -130,7 +131,7 @@ def _divergence(effect: Effect) -> Iterable[RenderableType]:
         worst = effect.worst_module
         yield words(
             f"no module's output differs by more than {effect.tolerance:.1e}; "
-            f"worst {name_modules([worst.key[0]])}: {worst.error:.1e}"
+            f"worst {effect.name(worst.key)}: {worst.error:.1e}"
         )
 
 

@@ -9,10 +9,14 @@ from collections.abc import Sequence
 
 from rich.console import Group, RenderableType
 
-from lora_probe.render.cells import add_row, assemble, columns_of, paragraphs, words
+from lora_probe.render.cells import assemble, paragraphs, words
 from lora_probe.render.markdown import facts, families, first_sentence
 from lora_probe.render.results import RuleList
+from lora_probe.render.tables import add_row, columns_of
 from lora_probe.rules import Rule, family_of
+
+_LEAST = 24
+"""The narrowest column for a sentence."""
 
 
 def rules(result: RuleList) -> RenderableType:
@@ -34,7 +38,7 @@ def _list(rules: Sequence[Rule]) -> RenderableType:
     parts: list[RenderableType] = []
     for title, members in families(rules).items():
         table = columns_of("code", "name", "station", "severity", "reports")
-        for column, width in zip(table.columns, widths, strict=False):
+        for column, width in zip(table.columns, (*widths, _LEAST), strict=True):
             column.min_width = width
         for rule in members:
             add_row(table, *_cells(rule), first_sentence(rule))

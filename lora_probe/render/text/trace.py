@@ -13,15 +13,18 @@ from rich.table import Table
 from rich.text import Text as RichText
 
 from lora_probe.ledger import Ledger
-from lora_probe.names import Key, layer_of, projection_of, ranges
-from lora_probe.render.cells import SHOWN, add_row, assemble, columns_of, grid, words
+from lora_probe.names import Key, Universe, name_modules
+from lora_probe.render.cells import SHOWN, assemble, words
 from lora_probe.render.json.trace import NO_LOAD, answers, base_answers, contributions_json
 from lora_probe.render.results import Recording
+from lora_probe.render.tables import add_row, columns_of, grid
 from lora_probe.render.text.ledger import ledger_text
 
 if TYPE_CHECKING:
     from lora_probe.recording import LoadEvent, RequestRecord, Trace
 
+MOST_NAMED = 200_000
+"""More modules than any adapter has are only counted: names would take more memory than the trace."""
 STEPS = 200
 """How many lines of the load timeline are printed without `--events`."""
 
@@ -77,10 +80,11 @@ def _timeline(events: Sequence[LoadEvent], whole: bool) -> Iterable[RenderableTy
     for justify in ("right", "left", "left", "right"):
         table.add_column(justify=justify, overflow="fold")
     groups = [[event] for event in events] if whole else _alike(events)
+    universes = {} if whole else _universes(events)
     for group in groups if whole else groups[:STEPS]:
         first, count = group[0], len(group)
         times = [event.seconds for event in group if event.seconds is not None]
-        where = first.module if count == 1 else f"{count} × {_modules(group)}"
+        where = first.module if count == 1 else _modules(group, universes[first.stage])
         add_row(
             table,
             f"{first.at:.3f} s",
@@ -110,10 +114,19 @@ def _alike(events: Iterable[LoadEvent]) -> list[list[LoadEvent]]:
     return groups
 
 
-def _modules(group: Sequence[LoadEvent]) -> str:
-    names = dict.fromkeys(projection_of(event.module) for event in group)
-    layers = [layer for event in group if (layer := layer_of(event.module)) is not None]
-    return ", ".join(names) + (f" (layers {ranges(layers)})" if layers else "")
+def _universes(events: Iterable[LoadEvent]) -> dict[str, Universe]:
+    """The modules of each stage. The names of a module in the file and in the engine are not compared."""
+    modules: dict[str, dict[str, None]] = {}
+    for event in events:
+        if event.module:
+            modules.setdefault(event.stage, {})[event.module] = None
+    return {stage: Universe(tuple(paths)) for stage, paths in modules.items()}
+
+
+def _modules(group: Sequence[LoadEvent], universe: Universe) -> str:
+    if len(universe.paths) > MOST_NAMED:
+        return f"{len(group):,} modules"
+    return f"{len(group)}: {name_modules([event.module for event in group], universe)}"
 
 
 def _duration(seconds: float) -> str:
