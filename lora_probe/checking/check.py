@@ -14,6 +14,7 @@ from typing import Any
 
 from lora_probe.adapter import CONFIG, WEIGHTS, Adapter, find_checkpoint, open_adapter, open_config
 from lora_probe.checking.bases import Bases, BaseViews
+from lora_probe.checking.causes import causes
 from lora_probe.checking.renaming import Fix, find_fix
 from lora_probe.errors import MissingWeights, NotLora, ProbeError, UnreadableFile
 from lora_probe.files import limits
@@ -185,7 +186,8 @@ def _report(folder: Path, notes: tuple[str, ...], serving: Serving, bases: Bases
     except UnreadableFile as error:
         return _unreadable(folder, notes, bases.model, error, selected)
     every = list(_diagnostics(subject.adapter, prediction))
-    diagnostics = [diagnostic for diagnostic in every if diagnostic.code in selected]
+    # A cause that is not selected does not replace its consequences.
+    diagnostics = causes([d for d in every if d.code in selected], prediction.ledgers.values())
     rules = all_rules()
     return Report(
         folder,
@@ -195,7 +197,7 @@ def _report(folder: Path, notes: tuple[str, ...], serving: Serving, bases: Bases
         _not_run(prediction, selected),
         (*notes, *base_notes, *described.notes),
         serving.vllm.version,
-        len(every) - len(diagnostics),
+        sum(diagnostic.code not in selected for diagnostic in every),
     )
 
 

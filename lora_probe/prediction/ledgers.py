@@ -73,7 +73,7 @@ def _ledger(
     located = [
         (row, places[row.entry.key] if row.entry is not None and places is not None else None) for row in expected
     ]
-    about = [(rule, finding, frozenset(finding.keys)) for rule, finding in findings]
+    about = [(rule, finding, frozenset(finding.keys)) for rule, finding in findings if finding.value != "ok"]
     rows = []
     for row, place in located:
         stations = _stations(subject, predictor, row, place)

@@ -74,12 +74,13 @@ def diagnostic(rule: Rule, finding: AdapterFinding, path: Path, line: int | None
     """What a rule on a whole adapter found, in the file and line that it is about."""
     modules = tuple(dict.fromkeys(module for module, _, _ in finding.keys))
     engines = finding.engines or rule.in_engines
-    return under(rule, finding.message, modules, engines, str(finding.path or path), line)
+    return under(rule, finding.message, modules, engines, str(finding.path or path), line, hint=finding.hint)
 
 
 def of_clause(rule: Rule, clause: Clause, engine: str) -> Diagnostic:
     """A clause of an engine's ledger."""
-    return under(rule, clause.with_code, clause.modules, (engine,), names_modules=clause.names_modules)
+    hint = clause.finding.hint
+    return under(rule, clause.with_code, clause.modules, (engine,), hint=hint, names_modules=clause.names_modules)
 
 
 def as_json(diagnostic: Diagnostic) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from lora_probe.base.engine_view import CLASSIFIER_HEADS
 from lora_probe.files import brief, shown
-from lora_probe.names import PREFIX, layer_of, projection_of
+from lora_probe.names import PREFIX, Key, layer_of, projection_of
 from lora_probe.rules.lp2_files import EMBEDDINGS
 from lora_probe.rules.paths import listed
 from lora_probe.rules.registry import AdapterFinding, Family, survey
@@ -40,7 +40,8 @@ def unexpected_module(subject: Subject) -> Iterator[AdapterFinding]:
     if not view.suffixes:
         return
     expected = set(view.suffixes)
-    names = []
+    names: list[str] = []
+    keys: list[Key] = []
     for pair in subject.adapter.modules:
         name = subject.places["vllm"][pair.key].name
         if name is None or any("base_layer" in tensor.name for tensor in pair.tensors):
@@ -48,6 +49,7 @@ def unexpected_module(subject: Subject) -> Iterator[AdapterFinding]:
         word = name[name.find(".experts") + 1 :] if ".experts" in name else projection_of(name)
         if word not in expected:
             names.append(name)
+            keys.append(pair.key)
     saved = set(subject.adapter.config.raw.get("modules_to_save") or ())
     for name in subject.adapter.weights.tensors:
         parts = name.split(".")
@@ -62,7 +64,8 @@ def unexpected_module(subject: Subject) -> Iterator[AdapterFinding]:
         words = sorted(map(shown, expected))
         more = f" and {len(words) - MOST_WORDS} more" if len(words) > MOST_WORDS else ""
         adapts = f"{shown(view.model)} adapts {', '.join(words[:MOST_WORDS])}{more}"
-        yield AdapterFinding(f"{adapts}; the file has {listed(names, 3)}", refuses=True)
+        pairs = tuple(keys) if len(keys) == len(names) else ()
+        yield AdapterFinding(f"{adapts}; the file has {listed(names, 3)}", keys=pairs, refuses=True)
 
 
 MOST_WORDS = 30
