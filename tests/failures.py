@@ -174,6 +174,14 @@ _by_config("whole-path-beside-layers", "LP106", target_modules=[Q0, "k_proj", "v
 _by_tensors("A-and-B-of-different-ranks", _each(lambda name, t: t[:4] if f"{Q0}.lora_A" in name else t), "LP206")
 _by_tensors("saved-without-weight-in-names", _renamed(".weight", ""), "LP221")
 
+failure("half-of-an-embedding-under-another-name", "LP221", trained=True)(
+    lambda healthy, base, folder, save: edited(
+        save(folder.with_name(f"{folder.name}-whole"), base, target_modules=["q_proj", "embed_tokens"]),
+        folder,
+        _renamed("lora_embedding_B", "lora_B.weight"),
+    )
+)
+
 # C. names and the base
 _by_tensors("C01-text-names", _renamed("model.layers", "model.language_model.layers"), "LP302")
 _by_tensors("C01-no-model", _renamed("model.layers", "layers"), "LP302")

@@ -437,7 +437,7 @@ def test_names_on_a_multimodal_model(on_multimodal: dict[str, Path], paligemma: 
     assert all("model.language_model.layers" in new for new in fix.renamed.values())
     newer = check(on_multimodal["text"], model=str(paligemma), vllm_version="0.33")
     assert newer.ledgers["vllm"].count("took effect") == 3 * LAYERS
-    assert errors(newer) == {"LP302"}
+    assert errors(newer) == {"LP204", "LP302"}
 
 
 def test_a_tower_that_vllm_does_not_adapt(on_multimodal: dict[str, Path], paligemma: Path, tmp_path: Path) -> None:

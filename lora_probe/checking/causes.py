@@ -28,7 +28,7 @@ def causes(diagnostics: Sequence[Diagnostic], ledgers: Iterable[Ledger]) -> list
     """
     names = {bare(row.stored_as): row.module for ledger in ledgers for row in ledger.rows if row.stored_as is not None}
     every = [(diagnostic, _modules(diagnostic, names)) for diagnostic in _together(diagnostics)]
-    kept = [about for about in every if about[0].code != DIFFER]
+    kept = list(every)
     for consequence in list(kept):
         explaining = [cause for cause in kept if cause is not consequence and _may_explain(cause, consequence)]
         modules = set().union(*(of_cause for _, of_cause in explaining))
@@ -37,9 +37,9 @@ def causes(diagnostics: Sequence[Diagnostic], ledgers: Iterable[Ledger]) -> list
             for cause in explaining:
                 engines = _united(cause[0].engines, consequence[0].engines)
                 kept[kept.index(cause)] = replace(cause[0], engines=engines), cause[1]
-    for about in every:
-        if about[0].code == DIFFER:
-            kept = _with_difference(kept, about)
+    for about in [about for about in kept if about[0].code == DIFFER]:
+        kept.remove(about)
+        kept = _with_difference(kept, about)
     return [diagnostic for diagnostic, _ in kept]
 
 

@@ -65,9 +65,7 @@ def _judge(subject: Subject, row: Expected, place: Place | None) -> tuple[Findin
     """`read` and `placed`: the name as it stands, and whether the config targets the module."""
     assert row.entry is not None
     gone = Finding("absent")
-    half = row.entry.a or row.entry.b
-    assert half is not None
-    if (named := _misnamed(row.entry, half.name, place)) is not None:
+    if (named := _misnamed(row.entry, place)) is not None:
         return named, gone
     targeted = bool(subject.adapter.config.targeted([row.module])) or row.entry.parameter != "weight"
     if place is None:
@@ -78,8 +76,9 @@ def _judge(subject: Subject, row: Expected, place: Place | None) -> tuple[Findin
         return LAYERS_COPIED, LAYERS_COPIED
     if place.module is None:
         return no_module(row, subject.views[NAME]), gone
-    if (ending := odd_ending(half.name, place.module.kind == "embedding", adapter_in(half))) is not None:
-        return ending, gone
+    for tensor in filter(None, (row.entry.a, row.entry.b)):
+        if (ending := odd_ending(tensor.name, place.module.kind == "embedding", adapter_in(tensor))) is not None:
+            return ending, gone
     if not targeted:
         return OK, not_targeted(subject.adapter.config, row.module)
     # A parameter is adapted whatever kind of module it belongs to.
@@ -87,8 +86,9 @@ def _judge(subject: Subject, row: Expected, place: Place | None) -> tuple[Findin
     return OK, OK if adaptable else no_lora_layer_there(place.module.why_not)
 
 
-def _misnamed(pair: AdapterModule, stored: str, place: Place | None) -> Finding | None:
-    """What in the name `stored` of a pair keeps PEFT from finding it, for any base model."""
+def _misnamed(pair: AdapterModule, place: Place | None) -> Finding | None:
+    """What in a pair's name keeps PEFT from finding it, for any base model."""
+    stored = name_in_file(pair)
     named = wrapper_in_name(wrappers_of(pair)) if place is None or place.module is None else None
     named = named or (prefix_missing(stored, PREFIX) if place is None or place.dropped else None)
     return named or doubled_prefix(stored.removeprefix(PREFIX))

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     "LP113",
     "config-of-another-adapter",
     hint=f"{RESTORE}; do not correct single values: `lora_alpha` cannot be checked, and the scaling depends on it",
-    explains=("LP106", "LP201", "LP204", "LP402"),
+    explains=("LP106", "LP201", "LP204", "LP402", "LP410"),
 )
 def config_of_another(subject: Subject) -> Iterator[AdapterFinding]:
     """The config and the weights disagree in several facts: the config is probably that of another adapter.

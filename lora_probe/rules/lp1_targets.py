@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from lora_probe.adapter.pattern_index import ends
+from lora_probe.names import projection_of
 from lora_probe.rules.paths import listed
 from lora_probe.rules.registry import AdapterFinding, Sentence, rule, survey
 
@@ -97,6 +98,8 @@ LEFT_OUT = {
     ),
 }
 """For each field that may leave a module out: why the module is not targeted, and what to change."""
+MOST_NAMES = 10
+"""Names of modules that a hint lists."""
 OTHERS = frozenset(LEFT_OUT) - {"target_modules"}
 
 
@@ -128,10 +131,16 @@ def nothing_targeted(subject: Subject) -> Iterator[AdapterFinding]:
     if others:
         field, *_ = others
         message = f"{field} leaves out every module that target_modules matches"
-        yield AdapterFinding(message, refuses=True, field=field, hint=f"{RESTORE}, or {LEFT_OUT[field][1]}")
+        hint, keys = f"{RESTORE}, or {LEFT_OUT[field][1]}", tuple(pair.key for pair in subject.adapter.modules)
+        yield AdapterFinding(message, keys, refuses=True, field=field, hint=hint)
         return
     targets, modules = _named(config.target_modules), len(subject.shapes)
-    yield AdapterFinding(f"target_modules {targets} matches none of the base model's {modules} modules", refuses=True)
+    held = sorted({projection_of(pair.module) for pair in subject.adapter.modules if pair.module in subject.shapes})
+    hint = (
+        f"{RESTORE}, or write the modules of the file into target_modules: {listed(held, MOST_NAMES)}" if held else ""
+    )
+    message = f"target_modules {targets} matches none of the base model's {modules} modules"
+    yield AdapterFinding(message, refuses=True, hint=hint)
 
 
 @survey(
