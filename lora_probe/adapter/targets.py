@@ -50,9 +50,19 @@ class Targets:
             self._results[name] = self.parameter(f"{name}.weight") or self._is_module(name)
         return self._results[name]
 
+    def is_named(self, name: str) -> bool:
+        """Whether target_modules names the module, whatever the other fields are."""
+        if not self._modules:
+            return False
+        if self._modules == ALL_LINEAR:
+            return name.rpartition(".")[2] not in _NOT_IN_ALL_LINEAR
+        if isinstance(self._modules, str):
+            return self._expressions.fullmatch(self._modules, name, "target_modules") is not None
+        return not self._wanted.isdisjoint(ends(name))
+
     def left_out_by(self, name: str) -> str:
         """The field of the config that keeps PEFT from adapting a module which is not targeted."""
-        if not self._is_named(name):
+        if not self.is_named(name):
             return "target_modules"
         if self._is_excluded(name):
             return "exclude_modules"
@@ -73,20 +83,10 @@ class Targets:
         return [name for path in paths if path in named for name in named[path][:2]][:2]
 
     def _is_module(self, name: str) -> bool:
-        if self._is_excluded(name) or self._is_saved(name) or not self._is_named(name):
+        if self._is_excluded(name) or self._is_saved(name) or not self.is_named(name):
             return False
         # An expression and a whole path are targeted whatever the layers are.
         return isinstance(self._modules, str) or name in self._wanted or self._is_in_layers(name)
-
-    def _is_named(self, name: str) -> bool:
-        """Whether target_modules names the module, whatever the other fields are."""
-        if not self._modules:
-            return False
-        if self._modules == ALL_LINEAR:
-            return name.rpartition(".")[2] not in _NOT_IN_ALL_LINEAR
-        if isinstance(self._modules, str):
-            return self._expressions.fullmatch(self._modules, name, "target_modules") is not None
-        return not self._wanted.isdisjoint(ends(name))
 
     def _is_excluded(self, name: str) -> bool:
         """PEFT's rule: a string is a regular expression for the whole name; a list holds names or ends of names."""

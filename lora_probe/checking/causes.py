@@ -48,14 +48,25 @@ _About = tuple[Diagnostic, frozenset[str]]
 
 
 def _together(diagnostics: Sequence[Diagnostic]) -> list[Diagnostic]:
-    """Findings with the same message, each in other engines, as one."""
-    merged: dict[tuple[str, str, str | None, int | None], Diagnostic] = {}
+    """Findings of one rule about one place as one, if their messages are the same or one has all modules of the other:
+    an engine loses some of the modules for other reasons."""
+    merged: list[Diagnostic] = []
     for diagnostic in diagnostics:
-        key = (diagnostic.code, diagnostic.message, diagnostic.path, diagnostic.line)
-        before = merged.get(key, diagnostic)
-        modules = tuple(dict.fromkeys((*before.modules, *diagnostic.modules)))
-        merged[key] = replace(before, modules=modules, engines=_united(before.engines, diagnostic.engines))
-    return list(merged.values())
+        for number, before in enumerate(merged):
+            if _is_same(before, diagnostic):
+                larger = max(before, diagnostic, key=lambda d: len(d.modules))
+                merged[number] = replace(larger, engines=_united(before.engines, diagnostic.engines))
+                break
+        else:
+            merged.append(diagnostic)
+    return merged
+
+
+def _is_same(first: Diagnostic, second: Diagnostic) -> bool:
+    if (first.code, first.path, first.field) != (second.code, second.path, second.field):
+        return False
+    few, many = sorted((set(first.modules), set(second.modules)), key=len)
+    return few <= many and (first.message == second.message or bool(few))
 
 
 def _modules(diagnostic: Diagnostic, names: Mapping[str, str]) -> frozenset[str]:
@@ -71,8 +82,8 @@ def _may_explain(cause: _About, consequence: _About) -> bool:
         return False
     if modules and others:
         return bool(modules & others)
-    whole_file = not modules and first.path is not None and Path(first.path).name != CONFIG
-    return whole_file or (first.path, first.line) == (second.path, second.line)
+    whole_file = not modules and first.field is None and first.path is not None and Path(first.path).name != CONFIG
+    return whole_file or (first.path, first.field) == (second.path, second.field)
 
 
 def _with_difference(kept: list[_About], about: _About) -> list[_About]:
@@ -82,18 +93,16 @@ def _with_difference(kept: list[_About], about: _About) -> list[_About]:
     explaining = [
         cause
         for cause in kept
-        if cause[0].severity == "error"
-        and cause[1]
-        and cause[1] <= modules
-        and engines > (engines & set(cause[0].engines)) > set()
+        if cause[0].severity == "error" and cause[1] & modules and engines > (engines & set(cause[0].engines)) > set()
     ]
-    if not explaining or not modules <= set().union(*(of_cause for _, of_cause in explaining)):
+    if not modules <= set().union(*(of_cause for _, of_cause in explaining)):
         return [*kept, about]
     for cause in explaining:
-        diagnostic = cause[0]
+        diagnostic, count, total = cause[0], len(cause[1] & modules), len(cause[1])
         having = [predictors()[name].title for name in differing.engines if name not in diagnostic.engines]
-        these = "this module takes" if len(diagnostic.modules) == 1 else "these modules take"
-        message = f"{diagnostic.message}; {these} effect in {in_words(having)}"
+        these = "these modules take" if total > 1 else "this module takes"
+        some = these if count == total else f"{count} of these modules {'take' if count > 1 else 'takes'}"
+        message = f"{diagnostic.message}; {some} effect in {in_words(having)}"
         kept[kept.index(cause)] = replace(diagnostic, message=message), cause[1]
     return kept
 

@@ -100,7 +100,7 @@ def field_missing(subject: Subject) -> Iterator[AdapterFinding]:
         held = listed(sorted({projection_of(pair.module) for pair in subject.adapter.modules}), MOST_KEYS)
         hint = f"write the modules of the file into target_modules: {held}" if missing == ["target_modules"] else ""
         yield AdapterFinding(
-            f"the config has no {names} ({assumed})", engines=("vllm",), refuses=True, path=config.path, hint=hint
+            f"the config has no {names} ({assumed})", engines=("vllm",), refuses=True, field=missing[-1], hint=hint
         )
     if "peft_type" not in config.raw:
         message, hint = "the config has no `peft_type`", 'add `"peft_type": "LORA"`'

@@ -16,6 +16,7 @@ from lora_probe.files import brief, shown
 from lora_probe.files.json_object import read_json
 from lora_probe.files.weights import TensorHeader, read_chunk
 from lora_probe.names import PREFIX, Key, layer_of, ranges
+from lora_probe.rules.paths import RENAME
 from lora_probe.rules.registry import AdapterFinding, Family, rule, survey
 
 if TYPE_CHECKING:
@@ -124,9 +125,11 @@ def refused_tensor(subject: Subject) -> Iterator[AdapterFinding]:
     refused = [name for name in tensors if not _vllm_parses(name, subject) and adapter_in(tensors[name]) is None]
     if refused:
         more = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
+        halves = {half.name for pair in subject.adapter.modules for half in (pair.a, pair.b) if half is not None}
         yield AdapterFinding(
             f"`{shown(refused[0])}`{more} is unsupported LoRA weight",
             keys=_keys_of(subject.adapter, refused),
+            hint=RENAME if halves.issuperset(refused) else "",
             refuses=True,
             path=subject.adapter.weights.path,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lora_probe.rules.paths import RENAME
 from lora_probe.rules.registry import Sentence, rule
 
 
@@ -87,7 +88,7 @@ def prefix_missing(stored_as: str, prefix: str) -> str | None:
     "read",
     "absent",
     engines=("peft",),
-    hint="rename the keys: `lora-probe check --fix -o FIXED/` does it",
+    hint=RENAME,
     fixable=True,
     explains=("LP210",),
 )

@@ -9,7 +9,7 @@ from lora_probe.base.engine_view import CLASSIFIER_HEADS
 from lora_probe.files import brief, shown
 from lora_probe.names import PREFIX, Key, layer_of, projection_of
 from lora_probe.rules.lp2_files import EMBEDDINGS
-from lora_probe.rules.paths import listed
+from lora_probe.rules.paths import RENAME, listed
 from lora_probe.rules.registry import AdapterFinding, Family, survey
 
 if TYPE_CHECKING:
@@ -65,7 +65,9 @@ def unexpected_module(subject: Subject) -> Iterator[AdapterFinding]:
         more = f" and {len(words) - MOST_WORDS} more" if len(words) > MOST_WORDS else ""
         adapts = f"{shown(view.model)} adapts {', '.join(words[:MOST_WORDS])}{more}"
         pairs = tuple(keys) if len(keys) == len(names) else ()
-        yield AdapterFinding(f"{adapts}; the file has {listed(names, 3)}", keys=pairs, refuses=True)
+        meant = {row.entry.key for row in subject.rows if row.entry is not None and row.module != row.entry.module}
+        hint = RENAME if pairs and meant.issuperset(pairs) else ""
+        yield AdapterFinding(f"{adapts}; the file has {listed(names, 3)}", keys=pairs, refuses=True, hint=hint)
 
 
 MOST_WORDS = 30

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lora_probe.files import shown
-from lora_probe.rules.paths import difference
+from lora_probe.rules.paths import RENAME, difference
 from lora_probe.rules.registry import rule
 
 
@@ -39,7 +39,7 @@ def other_class(stored_as: str, meant: str) -> str:
     "read",
     "absent",
     needs="base",
-    hint="rename the keys: `lora-probe check --fix -o FIXED/` does it",
+    hint=RENAME,
     fixable=True,
     explains=("LP306",),
 )

@@ -11,6 +11,9 @@ from collections.abc import Sequence
 from lora_probe.files import shown
 from lora_probe.names import PREFIX
 
+RENAME = "rename the keys: `lora-probe check --fix -o FIXED/` does it"
+"""The hint of rules about names that `--fix` corrects."""
+
 
 def listed(names: Sequence[str], most: int = 5) -> str:
     """Names from a file, in a sentence: `q_proj`, `v_proj` and 3 more."""
@@ -43,12 +46,15 @@ def changed_words(stored_as: str, meant: str) -> dict[str, str]:
     """The words of a path in the file that the module which was meant has others for; none if only what stands before
     the layers differs."""
     ours, theirs = bare(stored_as).split("."), meant.split(".")
-    if len(ours) != len(theirs) or _from_number_on(ours) == _from_number_on(theirs):
+    if len(ours) != len(theirs):
+        ours, theirs = from_number_on(ours), from_number_on(theirs)
+    if len(ours) != len(theirs) or from_number_on(ours) == from_number_on(theirs):
         return {}
     return {word: other for word, other in zip(ours, theirs, strict=True) if word != other}
 
 
-def _from_number_on(words: list[str]) -> list[str]:
+def from_number_on(words: list[str]) -> list[str]:
+    """The words of a path from its first number on; without a number the last one."""
     first = next((i for i, word in enumerate(words) if word.isdecimal()), len(words) - 1)
     return words[first:]
 

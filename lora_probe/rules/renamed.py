@@ -1,12 +1,12 @@
 """Words of module names that a file and its base model write differently: `attention` where the base has `self_attn`.
 
-In: the pairs whose names are not modules of the base model, and the targeted modules that have no pair. Out: a module
-for each of these pairs, if exactly one renaming of words gives every pair a module that fits.
+In: the pairs whose names are not modules of the base model, and the modules that have no pair. Out: a module for each
+of these pairs, if exactly one renaming of words gives every pair a module that fits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import product
 from math import prod
@@ -15,7 +15,7 @@ from lora_probe.adapter import AdapterModule
 from lora_probe.base import Shapes
 from lora_probe.names import Key
 from lora_probe.rules.lp3_shapes import shape_differs
-from lora_probe.rules.paths import bare
+from lora_probe.rules.paths import bare, from_number_on
 
 MOST_PATTERNS = 100
 """The most kinds of modules (paths without their numbers) that are compared. Real adapters have fewer than thirty."""
@@ -36,22 +36,41 @@ class _Kind:
     unknown: tuple[int, ...]
 
 
-def renamed_homes(pairs: Mapping[Key, AdapterModule], vacant: Collection[str], shapes: Shapes) -> dict[Key, str]:
+def renamed_homes(
+    pairs: Mapping[Key, AdapterModule], vacant: Set[str], shapes: Shapes, is_named: Callable[[str], bool]
+) -> dict[Key, str]:
     """The module that each of `pairs` was meant for, of the modules `vacant` of a base with `shapes`.
 
     Only words that no module of the base has are renamed, each to the same word everywhere, and no two to the same
-    word. There is no result if a pair finds no module, does not fit its shape, or if another renaming is possible.
+    word. There is no result if a pair finds no module, does not fit its shape, or if another renaming is possible. The
+    last word is renamed only to one that target_modules names (`is_named`). Whole paths are compared first, then paths
+    from the layer's number on: the part before it may differ as well.
     """
     if not pairs or not vacant:
         return {}
     words = {word for name in shapes for word in name.split(".")}
-    free: dict[Pattern, dict[_Numbers, str]] = {}
+    named = {name for name in vacant if is_named(name)}
+    for whole in (True, False):
+        for modules in (named, vacant):
+            if modules is named or all(key[0].rpartition(".")[2] in words for key in pairs):
+                homes = _renaming(pairs, modules, shapes, words, whole)
+                if homes:
+                    return homes
+    return {}
+
+
+def _renaming(
+    pairs: Mapping[Key, AdapterModule], vacant: Set[str], shapes: Shapes, words: Set[str], whole: bool
+) -> dict[Key, str]:
+    free: dict[Pattern, dict[_Numbers, str | None]] = {}
     for name in vacant:
-        pattern, numbers = _pattern(name)
-        free.setdefault(pattern, {})[numbers] = name
+        pattern, numbers = _pattern(name, whole)
+        # Two towers of the base may have layers with the same names.
+        same = free.setdefault(pattern, {})
+        same[numbers] = None if numbers in same else name
     kinds: dict[Pattern, dict[_Numbers, tuple[Key, AdapterModule]]] = {}
     for key, pair in pairs.items():
-        pattern, numbers = _pattern(bare(key[0]))
+        pattern, numbers = _pattern(bare(key[0]), whole)
         if numbers in kinds.setdefault(pattern, {}):
             return {}
         kinds[pattern][numbers] = key, pair
@@ -68,31 +87,34 @@ def renamed_homes(pairs: Mapping[Key, AdapterModule], vacant: Collection[str], s
     if len(renamings) != 1:
         return {}
     return {
-        key: free[pattern][numbers]
+        key: home
         for kind, pattern in zip(asked, renamings[0], strict=True)
         for numbers, (key, _) in kind.pairs.items()
+        if (home := free[pattern][numbers]) is not None
     }
 
 
-def _pattern(path: str) -> tuple[Pattern, _Numbers]:
+def _pattern(path: str, whole: bool) -> tuple[Pattern, _Numbers]:
+    """The words of a path, or of its part from the first number on, and the numbers."""
     parts = path.split(".")
+    if not whole:
+        parts = from_number_on(parts)
     return tuple("#" if part.isdecimal() else part for part in parts), tuple(p for p in parts if p.isdecimal())
 
 
-def _may_be(kind: _Kind, pattern: Pattern, modules: Mapping[_Numbers, str], shapes: Shapes) -> bool:
+def _may_be(kind: _Kind, pattern: Pattern, modules: Mapping[_Numbers, str | None], shapes: Shapes) -> bool:
     """Whether all pairs of the kind would have a module of the right shape there, if the unknown words are renamed."""
     if len(pattern) != len(kind.pattern) or not kind.unknown:
         return False
     for place, (word, meant) in enumerate(zip(kind.pattern, pattern, strict=True)):
         if (place in kind.unknown and meant == "#") or (place not in kind.unknown and word != meant):
             return False
-    return all(
-        numbers in modules and _fits(pair, shapes[modules[numbers]]) for numbers, (_, pair) in kind.pairs.items()
-    )
-
-
-def _fits(pair: AdapterModule, shape: tuple[int, int] | None) -> bool:
-    return shape is not None and shape_differs(pair, shape, transposed=False) is None
+    for numbers, (_, pair) in kind.pairs.items():
+        home = modules.get(numbers)
+        shape = shapes[home] if home is not None else None
+        if shape is None or shape_differs(pair, shape, transposed=False) is not None:
+            return False
+    return True
 
 
 def _is_consistent(kinds: Sequence[_Kind], chosen: Sequence[Pattern]) -> bool:

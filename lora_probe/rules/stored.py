@@ -69,7 +69,8 @@ def expect(
     homes = _homes(entries, modules, set(same.values())) | same
     if modules:
         lost = {k: e for k, e in entries.items() if k[0] not in modules and k not in homes and e.parameter == "weight"}
-        homes |= renamed_homes(lost, targeted - {homes.get(key, key[0]) for key in entries}, modules)
+        vacant = modules.keys() - {homes.get(key, key[0]) for key in entries}
+        homes |= renamed_homes(lost, vacant, modules, adapter.config.targets.is_named)
     transposed = bool(adapter.config.raw.get("fan_in_fan_out"))
     rows: dict[Key, Expected] = {}
     for key, entry in entries.items():
