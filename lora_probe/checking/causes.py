@@ -48,8 +48,8 @@ _About = tuple[Diagnostic, frozenset[str]]
 
 
 def _together(diagnostics: Sequence[Diagnostic]) -> list[Diagnostic]:
-    """Findings of one rule about one place as one, if their messages are the same or one has all modules of the other:
-    an engine loses some of the modules for other reasons."""
+    """Findings of one rule and field as one, if one has all modules of the other: an engine loses the rest of them for
+    other reasons."""
     merged: list[Diagnostic] = []
     for diagnostic in diagnostics:
         for number, before in enumerate(merged):
@@ -66,7 +66,7 @@ def _is_same(first: Diagnostic, second: Diagnostic) -> bool:
     if (first.code, first.path, first.field) != (second.code, second.path, second.field):
         return False
     few, many = sorted((set(first.modules), set(second.modules)), key=len)
-    return few <= many and (first.message == second.message or bool(few))
+    return bool(few) and few <= many
 
 
 def _modules(diagnostic: Diagnostic, names: Mapping[str, str]) -> frozenset[str]:

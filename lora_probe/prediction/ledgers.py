@@ -118,7 +118,7 @@ def _refusals(
 ) -> Iterator[Refusal]:
     """Why the engine refuses the whole adapter: for the findings of the rules, then for the shapes of a pair."""
     for rule, finding in sorted(findings, key=lambda item: family_of(item[0].code).loading_step):
-        if finding.refuses:
+        if finding.refuses or predictor.name in finding.refused_by:
             yield rule.code, finding.message
     for row, place in located:
         if row.entry is not None and row.entry.parameter == "weight":

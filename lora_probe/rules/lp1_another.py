@@ -9,7 +9,7 @@ from lora_probe.names import projection_of, ranges
 from lora_probe.rules.lp1_targets import RESTORE
 from lora_probe.rules.paths import listed
 from lora_probe.rules.registry import AdapterFinding, survey
-from lora_probe.rules.stored import Expected
+from lora_probe.rules.stored import Expected, rows_of
 
 if TYPE_CHECKING:
     from lora_probe.rules.subject import Subject
@@ -35,7 +35,7 @@ def config_of_another(subject: Subject) -> Iterator[AdapterFinding]:
 
     Fix: restore the adapter_config.json that was saved with these weights, or the weights that belong to the config.
     """
-    rows = subject.rows
+    rows = rows_of(subject)
     facts = [fact for fact in (_ranks(rows), _lacking(rows), _extra(rows, subject)) if fact is not None]
     if len(facts) > 1:
         keys = tuple(dict.fromkeys(row.key for _, of_fact in facts for row in of_fact))

@@ -291,8 +291,9 @@ def variant_not_read(subject: Subject) -> Iterator[AdapterFinding]:
         message = f"`{shown(field)}` is set, but vLLM never reads it and runs the adapter as plain LoRA"
         if field == "arrow_config":
             message += ", and PEFT cannot load an Arrow router on its own"
-            yield AdapterFinding(message, engines=("peft",), refuses=True, field=field, hint=ARROW)
-        yield AdapterFinding(message, engines=("vllm",), field=field, hint=ARROW if field == "arrow_config" else "")
+            yield AdapterFinding(message, refused_by=("peft",), field=field, hint=ARROW)
+        else:
+            yield AdapterFinding(message, engines=("vllm",), field=field)
     if rest := fields[MOST_KEYS:]:
         plain = "vLLM never reads them and runs the adapter as plain LoRA"
         yield AdapterFinding(f"{listed(rest)} are set, but {plain}", engines=("vllm",), field=rest[0])

@@ -97,8 +97,7 @@ def no_pairs(subject: Subject) -> Iterator[AdapterFinding]:
     tensors = len(subject.adapter.weights.tensors)
     some = "1 tensor, which is not" if tensors == 1 else f"{tensors} tensors, none of them"
     what = f"{some} half of a LoRA pair" if tensors else "no tensors"
-    yield AdapterFinding(f"the file holds {what}", engines=("vllm",), refuses=True, path=path)
-    yield AdapterFinding(f"the file holds {what}", engines=("peft",), path=path)
+    yield AdapterFinding(f"the file holds {what}", refused_by=("vllm",), path=path)
 
 
 @survey(
@@ -177,14 +176,13 @@ def adapter_name_in_keys(subject: Subject) -> Iterator[AdapterFinding]:
         return
     first, more = next(iter(named.items())), f" (and {len(named) - 1} more)" if len(named) > 1 else ""
     message = f"`{shown(first[0])}`{more} contains the adapter's name `{shown(first[1])}`"
-    yield AdapterFinding(message, engines=("vllm",), refuses=True, path=subject.adapter.weights.path)
     dropped = tuple(
         pair.key
         for pair in subject.adapter.modules
         if any(named.get(tensor.name, "default") != "default" for tensor in (pair.a, pair.b) if tensor is not None)
     )
-    if dropped:
-        yield AdapterFinding(message, dropped, "read", "absent", engines=("peft",), path=subject.adapter.weights.path)
+    engines, path = ("peft", "vllm") if dropped else ("vllm",), subject.adapter.weights.path
+    yield AdapterFinding(message, dropped, "read", "absent", engines, refused_by=("vllm",), path=path)
 
 
 @survey(

@@ -11,6 +11,7 @@ from lora_probe.names import PREFIX, Key, layer_of, projection_of
 from lora_probe.rules.lp2_files import EMBEDDINGS
 from lora_probe.rules.paths import RENAME, listed
 from lora_probe.rules.registry import AdapterFinding, Family, survey
+from lora_probe.rules.stored import rows_of
 
 if TYPE_CHECKING:
     from lora_probe.rules.subject import Subject
@@ -65,7 +66,7 @@ def unexpected_module(subject: Subject) -> Iterator[AdapterFinding]:
         more = f" and {len(words) - MOST_WORDS} more" if len(words) > MOST_WORDS else ""
         adapts = f"{shown(view.model)} adapts {', '.join(words[:MOST_WORDS])}{more}"
         pairs = tuple(keys) if len(keys) == len(names) else ()
-        meant = {row.entry.key for row in subject.rows if row.entry is not None and row.module != row.entry.module}
+        meant = {row.entry.key for row in rows_of(subject) if row.entry is not None and row.module != row.entry.module}
         hint = RENAME if pairs and meant.issuperset(pairs) else ""
         yield AdapterFinding(f"{adapts}; the file has {listed(names, 3)}", keys=pairs, refuses=True, hint=hint)
 

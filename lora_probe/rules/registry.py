@@ -121,9 +121,10 @@ class Sentence:
 class AdapterFinding:
     """What a rule on a whole adapter found.
 
-    With `refuses` the engines do not load the adapter, and `message` is the reason. With `value` and `keys` the modules
-    get that finding at `station` in the ledgers of the engines. `field` is the key of adapter_config.json that
-    caused it, `path` another file. `engines` and `hint` are those of the rule unless set.
+    With `refuses` the engines do not load the adapter, and `message` is the reason; with `refused_by` only these engines
+    do not. With `value` and `keys` the modules get that finding at `station` in the ledgers of the engines. `field` is
+    the key of adapter_config.json that caused it, `path` another file. `engines` and `hint` are those of the rule
+    unless set.
     """
 
     message: str
@@ -135,6 +136,7 @@ class AdapterFinding:
     field: str | None = None
     path: Path | None = None
     hint: str = ""
+    refused_by: tuple[str, ...] = ()
 
 
 class _Facts(TypedDict, total=False):

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from lora_probe.adapter import Adapter, AdapterModule
 from lora_probe.adapter.spectrum import Spectrum, pair_spectrum
@@ -29,6 +30,9 @@ from lora_probe.rules.lp2_weights import (
 from lora_probe.rules.lp3_shapes import shape_differs
 from lora_probe.rules.paths import bare
 from lora_probe.rules.renamed import renamed_homes
+
+if TYPE_CHECKING:
+    from lora_probe.rules.subject import Subject
 
 MOST_CANDIDATES = 100
 """The most modules of a base that one name may mean. Real models have fewer towers; with more, none is chosen."""
@@ -87,6 +91,11 @@ def expect(
         key = (module, "weight", None)
         rows[key] = Expected(key, None, False, ("config",), not_in_file(), None)
     return tuple(rows[key] for key in sorted(rows, key=lambda k: (natural(k[0]), k[1], k[2] or 0)))
+
+
+def rows_of(subject: Subject) -> tuple[Expected, ...]:
+    """The rows for the adapter of a subject, by the names of its base model, without spectra."""
+    return expect(subject.adapter, subject.shapes, spectra={pair.key: None for pair in subject.adapter.modules})
 
 
 def judge_stored(

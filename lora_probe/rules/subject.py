@@ -13,7 +13,6 @@ from functools import cached_property
 from lora_probe.adapter import Adapter
 from lora_probe.base import Base, EngineView, ModuleView, Shapes
 from lora_probe.names import Key
-from lora_probe.rules.stored import Expected, expect
 from lora_probe.rules.vllm_versions import Behaviour
 
 
@@ -56,11 +55,6 @@ class Subject:
     unasked: Mapping[str, str] = field(default_factory=dict)
     shapes: Shapes | None = None
     places: Mapping[str, Mapping[Key, Place]] = field(default_factory=dict)
-
-    @cached_property
-    def rows(self) -> tuple[Expected, ...]:
-        """The modules of the base that the config targets or the file holds, without their spectra."""
-        return expect(self.adapter, self.shapes, spectra={pair.key: None for pair in self.adapter.modules})
 
     @cached_property
     def targeted(self) -> frozenset[str]:
