@@ -121,7 +121,7 @@ class Sentence:
 class AdapterFinding:
     """What a rule on a whole adapter found.
 
-    With `refuses` the engines do not load the adapter, and `message` is the reason; with `refused_by` only these engines
+    With `refuses` the engines do not load the adapter, and `message` is the reason; with `refused_by` only some of them
     do not. With `value` and `keys` the modules get that finding at `station` in the ledgers of the engines. `field` is
     the key of adapter_config.json that caused it, `path` another file. `engines` and `hint` are those of the rule
     unless set.
