@@ -200,3 +200,35 @@ def test_a_layer_under_another_layer_is_not_a_wrapper_of_experts(tmp_path: Path)
     )
     assert "LP213" not in errors(check(experts, model=str(base)))
     assert not fix_for(experts, str(base)).needed
+
+
+def test_a_fused_parameter_of_any_module_is_stored_under_base_layer(adapter: Path, tmp_path: Path) -> None:
+    def edit(tensors: Tensors) -> Tensors:
+        inner = {name.replace(".lora_", ".base_layer.lora_"): tensor for name, tensor in tensors.items()}
+        return tensors | inner
+
+    fused = {"target_parameters": ["q_proj.w1", "q_proj.w2", "k_proj.w1", "k_proj.w2", "v_proj.w1", "v_proj.w2"]}
+    nameless = {"target_modules": None, "base_model_name_or_path": None}
+    folder = edited(adapter, tmp_path / "a", edit, lambda raw: raw | fused | nameless)
+    assert {pair.parameter for pair in open_adapter(folder).modules} == {"gate_up_proj", "down_proj"}
+    assert errors(check(folder)) == set()
+    assert not fix_for(folder).needed
+
+
+# without a base
+
+
+def test_the_config_of_another_adapter_is_seen_without_a_base(adapter: Path, tmp_path: Path) -> None:
+    changed = {"base_model_name_or_path": None, "r": 16, "target_modules": ["q_proj", "v_proj"]}
+    whole = check(edited(adapter, tmp_path / "a", config=lambda raw: raw | changed))
+    assert errors(whole) == {"LP113"}
+    # What a finding names is not known to be placed.
+    assert {row.stations["placed"].value for row in whole.ledgers["vllm"].rows} == {"unknown"}
+
+
+def test_targets_that_may_be_of_other_models_do_not_make_it_the_config_of_another(
+    adapter: Path, tmp_path: Path
+) -> None:
+    """Without a base nobody knows which names of a list are modules."""
+    changed = {"base_model_name_or_path": None, "target_modules": ["q_proj", "v_proj", "query", "value"]}
+    assert errors(check(edited(adapter, tmp_path / "a", config=lambda raw: raw | changed))) == {"LP106"}

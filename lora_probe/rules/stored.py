@@ -71,10 +71,9 @@ def expect(
     same = {key: (aliases or {}).get(key[0], key[0]) for key in entries if key[0] not in modules}
     same = {key: home for key, home in same.items() if home in modules}
     homes = _homes(entries, modules, set(same.values())) | same
-    if modules:
-        lost = {k: e for k, e in entries.items() if k[0] not in modules and k not in homes and e.parameter == "weight"}
-        vacant = modules.keys() - {homes.get(key, key[0]) for key in entries}
-        homes |= renamed_homes(lost, vacant, modules, adapter.config.targets.is_named)
+    lost = {k: e for k, e in entries.items() if k[0] not in modules and k not in homes and e.parameter == "weight"}
+    vacant = modules.keys() - {homes.get(key, key[0]) for key in entries}
+    homes |= renamed_homes(lost, vacant, modules, adapter.config.targets.is_named)
     transposed = bool(adapter.config.raw.get("fan_in_fan_out"))
     rows: dict[Key, Expected] = {}
     for key, entry in entries.items():
