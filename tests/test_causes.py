@@ -169,12 +169,13 @@ def test_two_damages_to_names_are_fixed_at_once(
         ([("k_proj", "key"), ("v_proj", "value")], {}),
         # Two words for one.
         ([("layers.0.self_attn", "layers.0.attention"), ("layers.1.self_attn", "layers.1.attn")], {}),
+        ([("self_attn.q", "attention.q"), ("self_attn.k", "attn.k"), ("self_attn.v", "attn.v")], {}),
         # A word that the base has is meant.
         ([("self_attn", "mlp")], {}),
         # Nothing targets the projection.
         ([("v_proj", "foo_proj")], {"target_modules": ["q_proj", "k_proj"]}),
         # A shape that does not fit.
-        ([("q_proj", "query")], {"target_modules": ["gate_proj", "k_proj", "v_proj"]}),
+        ([("v_proj", "value")], {"target_modules": ["q_proj", "k_proj", "o_proj"]}),
         # A layer that the base does not have.
         ([("self_attn", "attention"), ("layers.2", "layers.7")], {}),
     ],
@@ -185,6 +186,21 @@ def test_names_that_may_mean_several_modules_are_left_alone(
     damaged = edited(adapter, tmp_path / "a", renamed(*pairs), lambda raw: raw | config)
     assert "LP319" not in errors(report(damaged, llama))
     assert not fix_for(damaged, str(llama)).needed
+
+
+def test_a_word_of_one_of_two_towers_is_left_alone(tmp_path: Path) -> None:
+    """The part before the layers is another one too, so that the file may mean either tower."""
+    base = write_base(tmp_path / "base", "paligemma")
+    adapter = write_adapter(tmp_path / "a", base, target_modules=["q_proj", "k_proj", "v_proj"])
+    path = "model.language_model.layers"
+
+    def edit(tensors: Tensors) -> Tensors:
+        language = {name: tensor for name, tensor in tensors.items() if path in name}
+        return renamed((path, "text.layers"), ("self_attn", "attention"))(language)
+
+    damaged = edited(adapter, tmp_path / "b", edit)
+    assert open_adapter(damaged).modules
+    assert not fix_for(damaged, str(base)).needed
 
 
 def test_a_layer_under_another_layer_is_not_a_wrapper_of_experts(tmp_path: Path) -> None:
