@@ -6,6 +6,7 @@ In: adapters with one damage or two. Out: the errors of `check`, by rule and eng
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -192,12 +193,12 @@ def test_a_word_of_one_of_two_towers_is_left_alone(tmp_path: Path) -> None:
     """The part before the layers is another one too, so that the file may mean either tower."""
     base = write_base(tmp_path / "base", "paligemma")
     adapter = write_adapter(tmp_path / "a", base, target_modules=["q_proj", "k_proj", "v_proj"])
-    path = "model.language_model.layers"
 
     def edit(tensors: Tensors) -> Tensors:
-        language = {name: tensor for name, tensor in tensors.items() if path in name}
-        return renamed((path, "text.layers"), ("self_attn", "attention"))(language)
+        tower = {name: tensor for name, tensor in tensors.items() if "vision_tower" in name}
+        return {re.sub(r"model\.vision_tower.*?layers", "text.layers", n): t for n, t in attention(tower).items()}
 
+    attention = renamed(("self_attn", "attention"))
     damaged = edited(adapter, tmp_path / "b", edit)
     assert open_adapter(damaged).modules
     assert not fix_for(damaged, str(base)).needed

@@ -63,7 +63,7 @@ def _renaming(
     pairs: Mapping[Key, AdapterModule], vacant: Set[str], shapes: Shapes, words: Set[str], whole: bool
 ) -> dict[Key, str]:
     free: dict[Pattern, dict[_Numbers, str | None]] = {}
-    for name in vacant:
+    for name in sorted(vacant):
         pattern, numbers = _pattern(name, whole)
         # Two towers of the base may have layers with the same names.
         same = free.setdefault(pattern, {})
