@@ -204,6 +204,16 @@ def test_a_word_of_one_of_two_towers_is_left_alone(tmp_path: Path) -> None:
     assert not fix_for(damaged, str(base)).needed
 
 
+def test_a_word_that_the_base_has_elsewhere_is_renamed(tmp_path: Path) -> None:
+    """The head of this vision tower has an `attention`; its layers have a `self_attn`."""
+    base = write_base(tmp_path / "base", "paligemma")
+    adapter = write_adapter(tmp_path / "a", base, target_modules=["q_proj", "k_proj", "v_proj"])
+    damaged = edited(adapter, tmp_path / "b", renamed(("encoder.layers.0.self_attn", "encoder.layers.0.attention")))
+    renames = fix_for(damaged, str(base)).renamed
+    assert len(renames) == 6
+    assert all(new == old.replace("attention", "self_attn") for old, new in renames.items())
+
+
 def test_a_layer_under_another_layer_is_not_a_wrapper_of_experts(tmp_path: Path) -> None:
     """Fused experts are stored under `base_layer`, whatever the config targets."""
     base = write_base(tmp_path / "base", "moe")

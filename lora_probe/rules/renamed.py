@@ -25,6 +25,8 @@ MOST_RENAMINGS = 10_000
 Pattern = tuple[str, ...]
 """The words of a path, `#` for each number."""
 _Numbers = tuple[str, ...]
+_Word = tuple[int, str]
+"""A word, and how far behind the last number of its path it is: 0 in front of it, -1 in a path without numbers."""
 
 
 @dataclass(frozen=True)
@@ -41,18 +43,18 @@ def renamed_homes(
 ) -> dict[Key, str]:
     """The module that each of `pairs` was meant for, of the modules `vacant` of a base with `shapes`.
 
-    Only words that no module of the base has are renamed, each to the same word everywhere, and no two to the same
-    word. There is no result if a pair finds no module, does not fit its shape, or if another renaming is possible. The
-    last word is renamed only to one that target_modules names (`is_named`). Whole paths are compared first, then paths
-    from the layer's number on: the part before it may differ as well.
+    Only words that no module of the base has at that place are renamed, each to the same word everywhere, and no two to
+    the same word. There is no result if a pair finds no module, does not fit its shape, or if another renaming is
+    possible. The last word is renamed only to one that target_modules names (`is_named`). Whole paths are compared
+    first, then paths from the layer's number on: the part before it may differ as well.
     """
     if not pairs or not vacant:
         return {}
-    words = {word for name in shapes for word in name.split(".")}
+    words = {word for name in shapes for word in _placed(name.split("."))}
     named = {name for name in vacant if is_named(name)}
     for whole in (True, False):
         for modules in (named, vacant):
-            if modules is named or all(key[0].rpartition(".")[2] in words for key in pairs):
+            if modules is named or all(_placed(bare(key[0]).split("."))[-1] in words for key in pairs):
                 homes = _renaming(pairs, modules, shapes, words, whole)
                 if homes:
                     return homes
@@ -60,7 +62,7 @@ def renamed_homes(
 
 
 def _renaming(
-    pairs: Mapping[Key, AdapterModule], vacant: Set[str], shapes: Shapes, words: Set[str], whole: bool
+    pairs: Mapping[Key, AdapterModule], vacant: Set[str], shapes: Shapes, words: Set[_Word], whole: bool
 ) -> dict[Key, str]:
     free: dict[Pattern, dict[_Numbers, str | None]] = {}
     for name in sorted(vacant):
@@ -77,7 +79,7 @@ def _renaming(
     if max(len(kinds), len(free)) > MOST_PATTERNS:
         return {}
     asked = [
-        _Kind(pattern, members, tuple(i for i, word in enumerate(pattern) if word != "#" and word not in words))
+        _Kind(pattern, members, tuple(i for i, word in enumerate(_placed(pattern)) if word not in words))
         for pattern, members in kinds.items()
     ]
     choices = [[pattern for pattern in free if _may_be(kind, pattern, free[pattern], shapes)] for kind in asked]
@@ -92,6 +94,13 @@ def _renaming(
         for numbers, (key, _) in kind.pairs.items()
         if (home := free[pattern][numbers]) is not None
     }
+
+
+def _placed(words: Sequence[str]) -> list[_Word]:
+    last = max((i for i, word in enumerate(words) if word == "#" or word.isdecimal()), default=None)
+    if last is None:
+        return [(-1, word) for word in words]
+    return [(max(i - last, 0), "#" if word.isdecimal() else word) for i, word in enumerate(words)]
 
 
 def _pattern(path: str, whole: bool) -> tuple[Pattern, _Numbers]:
