@@ -202,9 +202,9 @@ _by_tensors("C04-twice-wrapped", _renamed("base_model.model.", "base_model.model
 _by_tensors("C06-no-prefix", _renamed("base_model.model.", ""), "LP215")
 _by_tensors("C08-smaller-base", _each(lambda name, t: t[:, :96] if "lora_A" in name else t), "LP301")
 _by_tensors("C08-larger-base", _each(lambda name, t: np.tile(t, (1, 2) if "lora_A" in name else (2, 1))), "LP301")
-_by_tensors("C14-fused", _renamed("q_proj", "qkv_proj"), "LP319")
-_by_tensors("C14-unknown-word", _renamed("v_proj", "foo_proj"), "LP319")
-_by_tensors("C14-other-word", _renamed("self_attn", "attention"), "LP319")
+_by_tensors("C14-fused", _renamed("q_proj", "qkv_proj"), "LP325")
+_by_tensors("C14-unknown-word", _renamed("v_proj", "foo_proj"), "LP325")
+_by_tensors("C14-other-word", _renamed("self_attn", "attention"), "LP325")
 _by_tensors("C03-base-layer", _renamed(".lora_", ".base_layer.lora_"), "LP213")
 _by_tensors(
     "C17-layer-too-many",

@@ -94,11 +94,11 @@ def test_a_part_of_the_modules_takes_effect_in_the_other_engine(adapter: Path, l
         (None, {"use_dora": True, "init_lora_weights": "gausian"}, {"LP220", "LP111"}),
         # Modules that a cause does not name are not explained by it.
         (lambda ts: {n: t for n, t in ts.items() if "layers.1" not in n}, {"r": 16}, {"LP201", "LP204"}),
-        (renamed(("layers.0.self_attn.v_proj", "layers.0.self_attn.foo_proj")), {}, {"LP319"}),
+        (renamed(("layers.0.self_attn.v_proj", "layers.0.self_attn.foo_proj")), {}, {"LP325"}),
         (
             lambda ts: {n: t for n, t in renamed(("v_proj", "foo_proj"))(ts).items() if "layers.1" not in n},
             {},
-            {"LP319", "LP204"},
+            {"LP325", "LP204"},
         ),
         (None, {"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["v_proj"]}, {"LP106"}),
         # Two facts of three: either side may be right.
@@ -185,7 +185,7 @@ def test_names_that_may_mean_several_modules_are_left_alone(
     pairs: list[tuple[str, str]], config: dict[str, Any], adapter: Path, llama: Path, tmp_path: Path
 ) -> None:
     damaged = edited(adapter, tmp_path / "a", renamed(*pairs), lambda raw: raw | config)
-    assert "LP319" not in errors(report(damaged, llama))
+    assert "LP325" not in errors(report(damaged, llama))
     assert not fix_for(damaged, str(llama)).needed
 
 

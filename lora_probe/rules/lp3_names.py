@@ -34,7 +34,7 @@ def other_class(stored_as: str, meant: str) -> str:
 
 
 @rule(
-    "LP319",
+    "LP325",
     "renamed-part",
     "read",
     "absent",
