@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from failures import FAILURES, Q0, Maker
 from safetensors.numpy import load_file, save_file
+from test_fix import FIXABLE
 from test_predictions import LIMIT
 from written import WEIGHTS, Tensors, edited, write_adapter
 
@@ -288,26 +289,12 @@ CASES: dict[str, Case] = {
     **{
         name: _of(name)
         for name in (
+            *FIXABLE,
             "B01-r-larger",
             "B01-r-smaller",
             "B03-alpha-missing",
             "B03-peft-type-missing",
             "B06-targets-missing",
-            "C01-text-names",
-            "C01-no-model",
-            "C02-other-prefix",
-            "C03-orig-mod-outside",
-            "C03-ddp",
-            "C03-base-layer",
-            "C03-checkpointing-in-part",
-            "C04-twice-wrapped",
-            "C06-no-prefix",
-            "C14-fused",
-            "C14-unknown-word",
-            "C14-other-word",
-            "adapter-name-in-keys",
-            "another-adapter-name-in-keys",
-            "saved-without-weight-in-names",
             "twice-with-and-without-prefix",
             "twice-with-doubled-prefix",
             "D01-rank-above-limit",
