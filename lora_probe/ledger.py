@@ -29,13 +29,15 @@ class Finding:
     """What one station shows of one module: a value and, unless it is `ok`, the reason (with a rule's code, if any).
 
     `field` is the key of adapter_config.json that caused it; a finding without a field is about the tensors.
-    `predicate`: the message continues a sentence that begins with the names of modules."""
+    `predicate`: the message continues a sentence that begins with the names of modules. `hint`: what to do, if that is
+    not the rule's own hint."""
 
     value: Value
     code: str = ""
     message: str = ""
     field: str | None = None
     predicate: bool = False
+    hint: str = ""
 
 
 OK = Finding("ok")

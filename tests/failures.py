@@ -84,7 +84,7 @@ LAST = f"model.layers.{LAYERS - 1}.self_attn.q_proj"
 """A module whose NaN does not reach the input of any other module."""
 
 # A. the file
-_by_tensors("A01-empty", _only(lambda name: False), "LP209", "LP204")
+_by_tensors("A01-empty", _only(lambda name: False), "LP209")
 _by_tensors("A02-flat", _each(lambda name, t: t.flatten()[:100]), "LP206")
 _by_tensors("A02-size-0", _each(lambda name, t: t[:0, 0] if Q0 in name else t), "LP206")
 _by_tensors("A05-nan", _each(lambda name, t: t * float("nan") if f"{LAST}.lora_B" in name else t), "LP205")
@@ -110,15 +110,18 @@ failure("B03-peft-type-missing", "LP103")(
         healthy, folder, config=lambda raw: {key: value for key, value in raw.items() if key != "peft_type"}
     )
 )
-failure("B06-targets-missing", "LP103", "LP106")(
+failure("B06-targets-missing", "LP103")(
     lambda healthy, base, folder, save: edited(
         healthy, folder, config=lambda raw: {key: value for key, value in raw.items() if key != "target_modules"}
     )
 )
-_by_config("B06-narrower", "LP106", "LP410", target_modules=["q_proj"])
-_by_config("B06-layers", "LP106", "LP410", layers_to_transform=[0, 1])
-_by_config("B06-excluded", "LP106", "LP410", exclude_modules=["v_proj"])
+_by_config("B06-narrower", "LP106", target_modules=["q_proj"])
+_by_config("B06-layers", "LP106", layers_to_transform=[0, 1])
+_by_config("B06-excluded", "LP106", exclude_modules=["v_proj"])
 _by_config("B06-nothing", "LP107", target_modules=["query_key_value"])
+_by_config("B06-excluded-by-name", "LP106", exclude_modules=["v_proj"])
+_by_config("B06-pattern", "LP107", layers_to_transform=[0, 1, 2], layers_pattern="blocks")
+_by_config("B06-another", "LP113", r=16, lora_alpha=32, target_modules=["q_proj", "v_proj", "o_proj"])
 _by_config("B06-wider", "LP204", target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
 _by_training("B08-dora", "LP210", "LP406", use_dora=True)
 failure("B08-dora-flag-off", "LP210", "LP211", trained=True)(
@@ -128,7 +131,7 @@ failure("B08-dora-flag-off", "LP210", "LP211", trained=True)(
         config=lambda raw: raw | {"use_dora": False},
     )
 )
-_by_config("B08-dora-without-vectors", "LP220", "LP406", use_dora=True)
+_by_config("B08-dora-without-vectors", "LP220", use_dora=True)
 _by_training("B10-lora-bias", "LP210", "LP406", lora_bias=True)
 failure("B10-lora-bias-flag-off", "LP210", "LP211", trained=True)(
     lambda healthy, base, folder, save: edited(
@@ -150,9 +153,9 @@ failure("B11-head-unsaid", "LP210")(
 )
 _by_training("B13-pissa", "LP406", init_lora_weights="pissa")
 _by_training("B13-olora", "LP406", init_lora_weights="olora")
-_by_training("B15-pissa-niter", "LP109", "LP406", init_lora_weights="pissa_niter_4")
+_by_training("B15-pissa-niter", "LP109", init_lora_weights="pissa_niter_4")
 _by_config("B16-lora-ga", "LP109", init_lora_weights="lora_ga")
-_by_config("B13-unknown-init", "LP111", "LP406", init_lora_weights="gausian")
+_by_config("B13-unknown-init", "LP111", init_lora_weights="gausian")
 _by_config("B18-arrow", "LP110", arrow_config={"top_k": 2})
 failure("B20-alora", "LP406")(
     lambda healthy, base, folder, save: edited(
@@ -165,13 +168,19 @@ _by_training("B22-trained-tokens", "LP210", trainable_token_indices={"embed_toke
 _by_config("B06-expression-and-layers", "LP112", target_modules=r".*\.[qkv]_proj", layers_to_transform=[0, 1, 2])
 _by_config("task-type-in-lower-case", "LP112", task_type="causal_lm")
 _by_config("rank-as-float", "LP112", r=8.0)
-_by_config("bias-null", "LP112", "LP406", bias=None)
-_by_config("init-in-upper-case", "LP111", "LP406", init_lora_weights="PiSSA")
-_by_config(
-    "whole-path-beside-layers", "LP106", "LP410", target_modules=[Q0, "k_proj", "v_proj"], layers_to_transform=[1]
-)
+_by_config("bias-null", "LP112", bias=None)
+_by_config("init-in-upper-case", "LP111", init_lora_weights="PiSSA")
+_by_config("whole-path-beside-layers", "LP106", target_modules=[Q0, "k_proj", "v_proj"], layers_to_transform=[1])
 _by_tensors("A-and-B-of-different-ranks", _each(lambda name, t: t[:4] if f"{Q0}.lora_A" in name else t), "LP206")
-_by_tensors("saved-without-weight-in-names", _renamed(".weight", ""), "LP210", "LP221")
+_by_tensors("saved-without-weight-in-names", _renamed(".weight", ""), "LP221")
+
+failure("half-of-an-embedding-under-another-name", "LP221", trained=True)(
+    lambda healthy, base, folder, save: edited(
+        save(folder.with_name(f"{folder.name}-whole"), base, target_modules=["q_proj", "embed_tokens"]),
+        folder,
+        _renamed("lora_embedding_B", "lora_B.weight"),
+    )
+)
 
 # C. names and the base
 _by_tensors("C01-text-names", _renamed("model.layers", "model.language_model.layers"), "LP302")
@@ -189,12 +198,14 @@ _by_tensors(
     },
     "LP213",
 )
-_by_tensors("C04-twice-wrapped", _renamed("base_model.model.", "base_model.model.base_model.model."), "LP214", "LP410")
-_by_tensors("C06-no-prefix", _renamed("base_model.model.", ""), "LP215", "LP410")
+_by_tensors("C04-twice-wrapped", _renamed("base_model.model.", "base_model.model.base_model.model."), "LP214")
+_by_tensors("C06-no-prefix", _renamed("base_model.model.", ""), "LP215")
 _by_tensors("C08-smaller-base", _each(lambda name, t: t[:, :96] if "lora_A" in name else t), "LP301")
 _by_tensors("C08-larger-base", _each(lambda name, t: np.tile(t, (1, 2) if "lora_A" in name else (2, 1))), "LP301")
-_by_tensors("C14-fused", _renamed("q_proj", "qkv_proj"), "LP204", "LP303", "LP306")
-_by_tensors("C14-unknown-word", _renamed("v_proj", "foo_proj"), "LP204", "LP303", "LP306")
+_by_tensors("C14-fused", _renamed("q_proj", "qkv_proj"), "LP325")
+_by_tensors("C14-unknown-word", _renamed("v_proj", "foo_proj"), "LP325")
+_by_tensors("C14-other-word", _renamed("self_attn", "attention"), "LP325")
+_by_tensors("C03-base-layer", _renamed(".lora_", ".base_layer.lora_"), "LP213")
 _by_tensors(
     "C17-layer-too-many",
     lambda tensors: (
@@ -212,7 +223,7 @@ _by_tensors(
     },
     "LP219",
 )
-_by_config("D01-rank-above-limit", "LP402", "LP201", r=64)
+_by_config("D01-rank-above-limit", "LP201", r=64)
 
 
 def _resized(tensors: Tensors) -> Tensors:
@@ -249,7 +260,6 @@ _by_tensors("twice-with-and-without-prefix", _twice, "LP216")
 _by_tensors(
     "twice-with-doubled-prefix",
     lambda tensors: tensors | {f"base_model.model.{name}": tensor * 2 for name, tensor in tensors.items()},
-    "LP214",
     "LP216",
 )
 

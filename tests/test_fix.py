@@ -27,7 +27,13 @@ FIXABLE = (
     "C03-checkpointing-in-part",
     "C04-twice-wrapped",
     "C06-no-prefix",
+    "C03-base-layer",
+    "C14-fused",
+    "C14-unknown-word",
+    "C14-other-word",
     "adapter-name-in-keys",
+    "another-adapter-name-in-keys",
+    "saved-without-weight-in-names",
 )
 
 

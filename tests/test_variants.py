@@ -67,8 +67,8 @@ def adapter_with(folder: Path, extra: str | None = None, **config: Any) -> Path:
 
 
 def messages(adapter: Path, code: str, version: str | None = None) -> list[str]:
-    report = check(adapter, vllm_version=version)
-    return [diagnostic.message for diagnostic in report.diagnostics if diagnostic.code == code]
+    """What a rule reports, also where another rule is about the same cause."""
+    return [diagnostic.message for diagnostic in check(adapter, vllm_version=version, select=[code]).diagnostics]
 
 
 def by_version(adapter: Path, code: str) -> list[str]:

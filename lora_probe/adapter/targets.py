@@ -51,6 +51,27 @@ class Targets:
             self._results[name] = self.parameter(f"{name}.weight") or self._is_module(name)
         return self._results[name]
 
+    def is_named(self, name: str) -> bool:
+        """Whether target_modules names the module, whatever the other fields are."""
+        if not self._modules:
+            return False
+        if self._modules == ALL_LINEAR:
+            return name.rpartition(".")[2] not in _NOT_IN_ALL_LINEAR
+        if isinstance(self._modules, str):
+            return self._expressions.fullmatch(self._modules, name, "target_modules") is not None
+        return not self._wanted.isdisjoint(ends(name))
+
+    def left_out_by(self, name: str) -> str:
+        """The field of the config that keeps PEFT from adapting a module which is not targeted."""
+        if not self.is_named(name):
+            return "target_modules"
+        if self._is_excluded(name):
+            return "exclude_modules"
+        if self.saves(name):
+            return "modules_to_save"
+        unnumbered = self._layer_of(name) is None and self._numbering != [_ANY_LAYER]
+        return "layers_pattern" if unnumbered else "layers_to_transform"
+
     def parameter(self, path: str) -> bool:
         """Whether target_parameters names the parameter with this path."""
         return bool(self._parameters) and not self._parameters.isdisjoint(ends(path))
@@ -63,14 +84,10 @@ class Targets:
         return [name for path in paths if path in named for name in named[path][:2]][:2]
 
     def _is_module(self, name: str) -> bool:
-        if not self._modules or self._is_excluded(name) or self.saves(name):
+        if self._is_excluded(name) or self.saves(name) or not self.is_named(name):
             return False
-        if self._modules == ALL_LINEAR:
-            return name.rpartition(".")[2] not in _NOT_IN_ALL_LINEAR
-        if isinstance(self._modules, str):
-            return self._expressions.fullmatch(self._modules, name, "target_modules") is not None
-        # A whole path is targeted whatever the layers are.
-        return name in self._wanted or (not self._wanted.isdisjoint(ends(name)) and self._is_in_layers(name))
+        # An expression and a whole path are targeted whatever the layers are.
+        return isinstance(self._modules, str) or name in self._wanted or self._is_in_layers(name)
 
     def _is_excluded(self, name: str) -> bool:
         """PEFT's rule: a string is a regular expression for the whole name; a list holds names or ends of names."""
@@ -85,14 +102,16 @@ class Targets:
         return any(self._expressions.match(expression, name, "modules_to_save") for expression in self._saving)
 
     def _is_in_layers(self, name: str) -> bool:
-        if self._any_layer:
-            return True
+        return self._any_layer or self._layer_of(name) in self._layers
+
+    def _layer_of(self, name: str) -> int | None:
+        """The layer number in a path, where layers_pattern states that it is."""
         for expression in self._numbering:
             # Python refuses to convert numbers with thousands of digits.
             match = self._expressions.match(expression, name, "layers_pattern")
             if match and len(match["idx"]) < 20:
-                return int(match["idx"]) in self._layers
-        return False
+                return int(match["idx"])
+        return None
 
 
 def saving(name: str) -> str:

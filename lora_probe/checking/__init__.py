@@ -5,7 +5,7 @@ In: folders and options. Out: a `Report` for each adapter.
 
 from __future__ import annotations
 
-from lora_probe.checking.check import NotRun, Report
+from lora_probe.checking.report import NotRun, Report
 
 __all__ = [
     "NotRun",

@@ -6,67 +6,30 @@ every finding with its rule, and the rules that could not run.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lora_probe.adapter import CONFIG, Adapter, find_checkpoint, located, open_adapter, open_config
-from lora_probe.adapter.config import base_named_in
-from lora_probe.adapter.file_names import LOADED
-from lora_probe.adapter.folder import weights_in
+from lora_probe.adapter import Adapter, find_checkpoint, located, open_adapter
 from lora_probe.checking.bases import Bases, BaseViews
+from lora_probe.checking.causes import causes
+from lora_probe.checking.diagnosing import diagnostics_of
 from lora_probe.checking.renaming import Fix, find_fix
-from lora_probe.errors import ForeignWeights, MissingWeights, NotLora, ProbeError, UnreadableFile, words_of
+from lora_probe.checking.report import NotRun, Report
+from lora_probe.checking.unreadable import holds_weights, unreadable
+from lora_probe.errors import ProbeError, UnreadableFile, words_of
 from lora_probe.files import limits
-from lora_probe.files.regexes import EndlessPattern
-from lora_probe.ledger import Fate, Ledger, clauses
-from lora_probe.names import Key, Universe, in_words, name_modules, path_of
+from lora_probe.ledger import Ledger
+from lora_probe.names import Universe, name_modules, path_of
 from lora_probe.prediction import Prediction, predict, predictors, subject_of
-from lora_probe.rules import Diagnostic, Rule, Severity, all_rules, diagnostic, family_of
+from lora_probe.rules import Diagnostic, Rule, Severity, all_rules, family_of
 from lora_probe.rules.codes import meant, numbers_of, suggestion
-from lora_probe.rules.diagnostics import of_clause, under
-from lora_probe.rules.lp1_config import config_unreadable, not_lora
-from lora_probe.rules.lp2_files import weights_not_found, weights_unreadable
-from lora_probe.rules.lp4_serving import MAX_RANKS, engines_differ
+from lora_probe.rules.lp4_serving import MAX_RANKS
 from lora_probe.rules.subject import Serving, Subject
 from lora_probe.rules.vllm_versions import ENGINE_OPTIONS, behaviour, note_on
 
 _RANKS: dict[Severity, int] = {"error": 0, "warning": 1, "info": 2}
-
-
-@dataclass(frozen=True)
-class NotRun:
-    """Rules that could not run, and why."""
-
-    codes: tuple[str, ...]
-    why: str
-
-
-@dataclass(frozen=True)
-class Report:
-    """The result of `check` for one adapter folder. `ledgers` is empty if the files cannot be read at all. `vllm` is
-    the version that the prediction is for; `ignored` counts findings of rules that were not selected. `not_served`
-    holds the engines that the adapter is not judged for, because they do not serve its model, each with why."""
-
-    adapter: Path
-    model: str | None
-    ledgers: Mapping[str, Ledger] = field(repr=False)
-    diagnostics: tuple[Diagnostic, ...]
-    not_run: tuple[NotRun, ...] = ()
-    notes: tuple[str, ...] = field(default=())
-    vllm: str = ""
-    ignored: int = 0
-    not_served: Mapping[str, str] = field(default_factory=dict)
-
-    def count(self, severity: Severity) -> int:
-        return sum(diagnostic.severity == severity for diagnostic in self.diagnostics)
-
-    @property
-    def clean(self) -> bool:
-        """No error was found."""
-        return self.count("error") == 0
 
 
 def check(
@@ -126,18 +89,14 @@ def check_all(
         try:
             folder, notes = find_checkpoint(Path(adapter))
         except UnreadableFile as error:
-            if not _holds_weights(Path(adapter)):
+            if not holds_weights(Path(adapter)):
                 raise
             # This is an adapter without a config, which no engine loads.
-            yield _unreadable(Path(adapter), (), model, error, selected)
+            yield unreadable(Path(adapter), (), model, error, selected)
             continue
         progress(f"reading {folder}")
         notes = (*notes, newer) if newer else notes
         yield _report(folder, notes, serving, bases, selected, engines)
-
-
-def _holds_weights(folder: Path) -> bool:
-    return bool(weights_in(folder))
 
 
 def fix_for(adapter: str | Path, model: str | None = None, progress: Callable[[str], None] = lambda _: None) -> Fix:
@@ -208,9 +167,12 @@ def _report(
         subject = subject_of(adapter, serving, found.base, described.views, described.missing, found.origin, judged)
         prediction = _named(predict(subject), subject)
     except UnreadableFile as error:
-        return _unreadable(folder, notes, bases.model, error, selected)
-    every = list(_diagnostics(subject.adapter, prediction))
-    diagnostics = [_about(d, prediction.ledgers) for d in every if d.code in selected]
+        return unreadable(folder, notes, bases.model, error, selected)
+    every = list(diagnostics_of(subject.adapter, prediction))
+    # A cause that is not selected does not replace its consequences.
+    chosen = [diagnostic for diagnostic in every if diagnostic.code in selected]
+    ledgers = prediction.ledgers
+    diagnostics = [_about(diagnostic, ledgers) for diagnostic in causes(chosen, ledgers.values())]
     rules = all_rules()
     return Report(
         folder,
@@ -220,7 +182,7 @@ def _report(
         _not_run(prediction, selected),
         (*notes, *subject.adapter.notes, *found.notes, *described.notes),
         serving.vllm.version,
-        len(every) - len(diagnostics),
+        sum(diagnostic.code not in selected for diagnostic in every),
         not_served,
     )
 
@@ -249,109 +211,6 @@ def _about(diagnostic: Diagnostic, ledgers: Mapping[str, Ledger]) -> Diagnostic:
         return diagnostic
     universe = next((ledger.names for ledger in ledgers.values()), None)
     return replace(diagnostic, about=name_modules(diagnostic.modules, universe))
-
-
-def _unreadable(
-    folder: Path, notes: tuple[str, ...], model: str | None, error: UnreadableFile, selected: frozenset[str]
-) -> Report:
-    """The report on files that no engine loads: the error is the only finding. `model` is the base model that the user
-    passed, by default the one that the config names."""
-    path = _present(folder, (CONFIG, *weights_in(folder)))
-    if isinstance(error, ForeignWeights):
-        path, judged = _present(folder, LOADED), not_lora(error.message)
-    elif isinstance(error, NotLora):
-        judged = not_lora(error.message)
-    elif isinstance(error, MissingWeights):
-        judged = weights_not_found(error.message)
-    elif isinstance(error, EndlessPattern):
-        judged = config_unreadable(error.message)
-    else:
-        try:
-            open_config(folder / CONFIG)
-        except UnreadableFile:
-            judged = config_unreadable(error.message)
-        else:
-            path, judged = _present(folder, LOADED), weights_unreadable(error.message)
-    rule = all_rules()[judged.code]
-    engines = tuple(name for name, predictor in predictors().items() if error.key not in predictor.ignored_fields)
-    diagnostic = under(rule, error.message, (), engines, str(path), error.line, hint=error.hint)
-    # PEFT supports other methods than LoRA, so it may load this adapter; that is not checked.
-    refusing = () if isinstance(error, NotLora) else engines
-    ledgers = {name: Ledger(name, (), True, error.message, judged.code, predicted=True) for name in refusing}
-    base = model or base_named_in(folder / CONFIG)
-    return Report(folder, base, ledgers, (diagnostic,) if rule.code in selected else (), notes=notes)
-
-
-def _present(folder: Path, names: Sequence[str]) -> Path:
-    """The first of `names` that is in the folder; the folder itself if there is none."""
-    return next((folder / name for name in names if os.path.lexists(folder / name)), folder)
-
-
-def _diagnostics(adapter: Adapter, prediction: Prediction) -> Iterator[Diagnostic]:
-    reported = set()
-    for rule, finding in prediction.findings:
-        reported.add(rule.code)
-        yield diagnostic(rule, finding, *_place(adapter, finding.field))
-    merged: dict[tuple[str, tuple[str, ...]], Diagnostic] = {}
-    rules = all_rules()
-    for engine, ledger in prediction.ledgers.items():
-        for clause in clauses(ledger):
-            code = clause.finding.code
-            if clause.finding.value == "unknown" or code in reported or not code:
-                continue
-            if (before := merged.get((code, clause.modules))) is not None:
-                merged[code, clause.modules] = replace(before, engines=(*before.engines, engine))
-                continue
-            path, line = _place(adapter, clause.finding.field)
-            merged[code, clause.modules] = replace(
-                of_clause(rules[code], clause, engine), message=clause.text, path=str(path), line=line
-            )
-    yield from merged.values()
-    if reported.isdisjoint(rules["LP410"].follows):
-        yield from _differing(adapter, prediction.ledgers)
-
-
-def _place(adapter: Adapter, field: str | None) -> tuple[Path, int | None]:
-    """The file and the line of a finding: those of its config key, or the weights file if it has none."""
-    if field is None:
-        return adapter.weights.path, None
-    return adapter.config.path, adapter.config.lines.get(field)
-
-
-def _differing(adapter: Adapter, ledgers: Mapping[str, Ledger]) -> Iterator[Diagnostic]:
-    """LP410: the modules that take effect in some engines and are lost in others. Engines that refuse the adapter do
-    not count."""
-    fates: dict[Key, dict[str, Fate]] = {}
-    for engine, ledger in ledgers.items():
-        for row in ledger.rows if not ledger.refused else ():
-            fates.setdefault(row.key, {})[engine] = row.fate
-    groups: dict[tuple[tuple[str, ...], tuple[str, ...]], list[Key]] = {}
-    for key, of_module in fates.items():
-        having, losing = (
-            tuple(engine for engine, fate in of_module.items() if fate == wanted) for wanted in ("took effect", "lost")
-        )
-        if having and losing:
-            groups.setdefault((having, losing), []).append(key)
-    order = list(ledgers)
-    rule = all_rules()["LP410"]
-    universe = next((ledger.names for ledger in ledgers.values()), None)
-    for (having, losing), keys in sorted(groups.items(), key=lambda item: [order.index(name) for name in item[0][0]]):
-        engines = tuple(sorted((*having, *losing), key=order.index))
-        names = name_modules(map(path_of, keys), universe)
-        message = engines_differ(_titles(engines), len(keys), len(fates), _only_in(having, losing, names)).message
-        modules = tuple(module for module, _, _ in keys)
-        yield under(rule, message, modules, engines, str(adapter.path), names_modules=True)
-
-
-def _only_in(having: tuple[str, ...], losing: tuple[str, ...], names: str) -> str:
-    """In which engines modules take effect and in which they do not, by the titles of the engines."""
-    two = len(having) == len(losing) == 1
-    where = f"{_titles(having)} alone" if two else f"{_titles(having)} and are lost in {_titles(losing)}"
-    return f"take effect in {where} ({names})"
-
-
-def _titles(engines: Sequence[str]) -> str:
-    return in_words([predictors()[engine].title for engine in engines])
 
 
 def _not_run(prediction: Prediction, selected: frozenset[str]) -> tuple[NotRun, ...]:

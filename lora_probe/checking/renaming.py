@@ -12,7 +12,7 @@ import re
 import shutil
 import struct
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,10 +27,12 @@ from lora_probe.files import opened
 from lora_probe.files.weights import read_chunk
 from lora_probe.names import PREFIX
 from lora_probe.precision import STORED
-from lora_probe.rules.paths import unwrapped
+from lora_probe.rules.paths import bare
 from lora_probe.rules.stored import expect
 
 _NAMED = re.compile(r"\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B)\.(?!weight$|bias$)([^.]+)(\.weight)?$")
+_UNENDED = re.compile(r"\.(lora_A|lora_B)$")
+_EMBEDDED = re.compile(r"\.(lora_embedding_A|lora_embedding_B)\.weight$")
 TRAINING = ("optimizer.pt", "scheduler.pt", "rng_state", "training_args.bin", "scaler.pt", "pytorch_model")
 """Files of a training run that are not part of an adapter and are not copied."""
 
@@ -55,9 +57,9 @@ class Fix:
 def find_fix(adapter: Adapter, shapes: Shapes | None) -> Fix:
     """Find the correct name of every tensor of the file.
 
-    Wrappers, doubled and missing prefixes, and an adapter's name inside the keys are visible in the names alone. The
-    prefix of another class of the model can be fixed if the base is known: the right module is the one with the same
-    path from the layer's number on. Tensors that would get the same name are left as they are.
+    Wrappers, doubled and missing prefixes, missing endings, and an adapter's name inside the keys are visible in the
+    names alone. The prefix of another class of the model, and words that the base model does not have, can be fixed if
+    the base is known (`rules/stored.py`). Tensors that would get the same name are left as they are.
     """
     modules = shapes or {}
     rows = expect(adapter, modules, spectra={pair.key: None for pair in adapter.modules}) if modules else ()
@@ -66,7 +68,8 @@ def find_fix(adapter: Adapter, shapes: Shapes | None) -> Fix:
         for row in rows
         if row.entry is not None and row.entry.parameter == "weight" and row.module in modules
     }
-    names = {name: _fixed(name, paths) for name in adapter.weights.tensors}
+    fused = {pair.stored_as for pair in adapter.modules if pair.parameter != "weight"}
+    names = {name: _fixed(name, paths, fused) for name in adapter.weights.tensors}
     owners: dict[str, list[str]] = {}
     for name, new in names.items():
         owners.setdefault(new, []).append(name)
@@ -81,15 +84,18 @@ def find_fix(adapter: Adapter, shapes: Shapes | None) -> Fix:
     return Fix(adapter, renamed, left, converted=adapter.weights.path.name != WEIGHTS)
 
 
-def _fixed(name: str, paths: Mapping[str, str]) -> str:
-    """The name with PEFT's prefix once, without wrappers and the adapter's name, and with the base's path (`paths`)."""
-    bare = unwrapped(name.replace(PREFIX, ""))
-    bare = _NAMED.sub(lambda match: f".{match[1]}{'' if match[1].startswith('lora_emb') else '.weight'}", bare)
+def _fixed(name: str, paths: Mapping[str, str], fused: Set[str]) -> str:
+    """The name with PEFT's prefix once, with its endings, without wrappers and the adapter's name, and with the base's
+    path (`paths`). The paths of `fused` parameters are left as they are."""
     stored = name.removeprefix(PREFIX)
     path = next((stored[: match.start()] for match in re.finditer(r"\.lora_", stored)), "")
+    plain = stored if path in fused else bare(name)
+    plain = _NAMED.sub(lambda match: f".{match[1]}", plain)
+    plain = _UNENDED.sub(r".\1.weight", plain)
+    plain = _EMBEDDED.sub(r".\1", plain)
     if path in paths:
-        bare = paths[path] + bare[bare.index(".lora_") :]
-    return PREFIX + bare
+        plain = paths[path] + plain[plain.index(".lora_") :]
+    return PREFIX + plain
 
 
 def write(fix: Fix, folder: Path) -> list[str]:

@@ -87,7 +87,7 @@ def _ledger(
     located = [
         (row, places[row.entry.key] if row.entry is not None and places is not None else None) for row in expected
     ]
-    about = [(rule, finding, frozenset(finding.keys)) for rule, finding in findings]
+    about = [(rule, finding, frozenset(finding.keys)) for rule, finding in findings if finding.value != "ok"]
     rows = []
     for row, place in located:
         stations = _stations(subject, predictor, row, place)
@@ -145,7 +145,7 @@ def _refusals(
 ) -> Iterator[Refusal]:
     """Why the engine refuses the whole adapter: for the findings of the rules, then for the shapes of a pair."""
     for rule, finding in sorted(findings, key=lambda item: family_of(item[0].code).loading_step):
-        if finding.refuses:
+        if finding.refuses or predictor.name in finding.refused_by:
             yield rule.code, finding.message
     for row, place in located:
         if row.entry is not None and row.entry.parameter == "weight":

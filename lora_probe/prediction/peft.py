@@ -14,13 +14,12 @@ from lora_probe.adapter.saved import names_without_pairs
 from lora_probe.base import EngineView, Shapes
 from lora_probe.ledger import OK, Finding
 from lora_probe.names import PREFIX, Key
-from lora_probe.prediction.places import name_in_file, place_of
+from lora_probe.prediction.places import name_in_file, place_of, wrappers_of
 from lora_probe.prediction.predictor import Predictor, Refusal, expected_shape, no_module, not_known
 from lora_probe.rules.lp1_targets import not_targeted
 from lora_probe.rules.lp2_names import doubled_prefix, odd_ending, prefix_missing, wrapper_in_name
 from lora_probe.rules.lp3_heads import on_whole_module, whole_module
 from lora_probe.rules.lp3_names import no_lora_layer_there
-from lora_probe.rules.paths import wrapper_words
 from lora_probe.rules.stored import Expected
 from lora_probe.rules.subject import Place, Serving, Subject
 
@@ -68,33 +67,33 @@ def _judge(subject: Subject, row: Expected, place: Place | None) -> tuple[Findin
     """`read` and `placed`: the name as it stands, and whether the config targets the module."""
     assert row.entry is not None
     gone = Finding("absent")
-    half = row.entry.a or row.entry.b
-    assert half is not None
-    if (named := _misnamed(half.name, place)) is not None:
+    if (named := _misnamed(row.entry, place)) is not None:
         return named, gone
     targeted = bool(subject.adapter.config.targeted([row.module])) or row.entry.parameter != "weight"
     if place is None:
-        return OK, not_known(subject) if targeted else not_targeted()
+        return OK, not_known(subject) if targeted else not_targeted(subject.adapter.config, row.module)
     if place.module is None and ".experts." in f"{row.entry.module}." and subject.views[NAME].parameters:
         return EXPERTS_CONVERTED, EXPERTS_CONVERTED
     if place.module is None and subject.adapter.config.raw.get("layer_replication"):
         return LAYERS_COPIED, LAYERS_COPIED
     if place.module is None:
         return no_module(row, subject.views[NAME]), gone
-    if (ending := odd_ending(half.name, place.module.kind == "embedding", adapter_in(half))) is not None:
-        return ending, gone
+    for tensor in filter(None, (row.entry.a, row.entry.b)):
+        if (ending := odd_ending(tensor.name, place.module.kind == "embedding", adapter_in(tensor))) is not None:
+            return ending, gone
     if (trained := whole_module(names_without_pairs(subject.adapter.config.raw), row.module)) is not None:
         return OK, on_whole_module(trained)
     if not targeted:
-        return OK, not_targeted()
+        return OK, not_targeted(subject.adapter.config, row.module)
     # A parameter is adapted whatever kind of module it belongs to.
     adaptable = not place.module.why_not or subject.adapter.config.targets_parameter(f"{row.module}.weight")
     return OK, OK if adaptable else no_lora_layer_there(place.module.why_not)
 
 
-def _misnamed(stored: str, place: Place | None) -> Finding | None:
-    """What in a tensor's name keeps PEFT from finding it, for any base model."""
-    named = wrapper_in_name(wrapper_words(stored)) if place is None or place.module is None else None
+def _misnamed(pair: AdapterModule, place: Place | None) -> Finding | None:
+    """What in a pair's name keeps PEFT from finding it, for any base model."""
+    stored = name_in_file(pair)
+    named = wrapper_in_name(wrappers_of(pair)) if place is None or place.module is None else None
     named = named or (prefix_missing(stored, PREFIX) if place is None or place.dropped else None)
     return named or doubled_prefix(stored.removeprefix(PREFIX))
 

@@ -12,6 +12,7 @@ from lora_probe.adapter import Adapter, AdapterModule
 from lora_probe.adapter.pattern_index import ends
 from lora_probe.base import EngineView, Shapes
 from lora_probe.names import PREFIX, Key
+from lora_probe.rules.paths import wrapper_words
 from lora_probe.rules.subject import Place, Serving
 
 _HALVES = (".lora_A", ".lora_B", ".lora_embedding_A", ".lora_embedding_B")
@@ -22,6 +23,12 @@ def name_in_file(pair: AdapterModule) -> str:
     half = pair.a or pair.b
     assert half is not None, "a pair has at least one half"
     return half.name
+
+
+def wrappers_of(pair: AdapterModule) -> tuple[str, ...]:
+    """The words in a pair's name that come from wrappers. `base_layer` belongs to the name of a fused parameter."""
+    words = wrapper_words(name_in_file(pair))
+    return tuple(word for word in words if word != "base_layer" or pair.parameter == "weight")
 
 
 def place_of(view: EngineView, renamed: str | None) -> Place:

@@ -17,8 +17,8 @@ from lora_probe.files.extensions import PREDICTORS, broken, engine_names, load, 
 from lora_probe.ledger import Finding
 from lora_probe.names import Key
 from lora_probe.prediction.places import resolve
-from lora_probe.rules.lp3_names import no_such_module, other_class
-from lora_probe.rules.paths import starts
+from lora_probe.rules.lp3_names import no_such_module, other_class, renamed_part
+from lora_probe.rules.paths import changed_words
 from lora_probe.rules.stored import Expected
 from lora_probe.rules.subject import Place, Serving, Subject
 
@@ -92,7 +92,8 @@ def no_module(row: Expected, view: EngineView) -> Finding:
     """The finding for a pair whose name leads to no module of the engine."""
     assert row.entry is not None
     if row.homeless and row.module != row.entry.module:
-        return other_class(*starts(row.entry.stored_as, row.module))
+        stored_as, meant = row.entry.stored_as, row.module
+        return (renamed_part if changed_words(stored_as, meant) else other_class)(stored_as, meant)
     return no_such_module(view.model)
 
 

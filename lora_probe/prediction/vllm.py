@@ -16,14 +16,13 @@ from lora_probe.base import Base, EngineView, ModuleView
 from lora_probe.base.engine_view import EXPERT, of_headers
 from lora_probe.ledger import OK, Finding
 from lora_probe.names import PREFIX, Key
-from lora_probe.prediction.places import name_in_file, place_of
+from lora_probe.prediction.places import name_in_file, place_of, wrappers_of
 from lora_probe.prediction.predictor import Predictor, Refusal, expected_shape, no_module, not_known
 from lora_probe.rules.lp1_config import TASKS
 from lora_probe.rules.lp2_names import wrapper_in_name
 from lora_probe.rules.lp2_weights import half_missing
 from lora_probe.rules.lp3_names import no_lora_layer_there, skipped
 from lora_probe.rules.lp4_serving import MAX_RANKS, outside_filter
-from lora_probe.rules.paths import wrapper_words
 from lora_probe.rules.stored import Expected
 from lora_probe.rules.subject import Place, Serving, Subject
 
@@ -71,14 +70,13 @@ def _judge(subject: Subject, row: Expected, place: Place | None) -> tuple[Findin
     """`read` and `placed`: the name after vLLM's own renaming, and whether the layer is one that it wraps."""
     assert row.entry is not None
     gone = Finding("absent")
-    stored = name_in_file(row.entry)
     if place is None:
-        named = wrapper_in_name(wrapper_words(stored))
+        named = wrapper_in_name(wrappers_of(row.entry))
         return (named, gone) if named is not None else (OK, not_known(subject))
     if place.dropped:
         return skipped(place.dropped), gone
     if place.module is None:
-        return wrapper_in_name(wrapper_words(stored)) or no_module(row, subject.views[NAME]), gone
+        return wrapper_in_name(wrappers_of(row.entry)) or no_module(row, subject.views[NAME]), gone
     if place.module.why_not:
         return OK, no_lora_layer_there(place.module.why_not)
     targets = subject.serving.lora_target_modules

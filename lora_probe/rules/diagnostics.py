@@ -18,7 +18,8 @@ from lora_probe.rules.registry import AdapterFinding, Rule, Severity, all_rules
 @dataclass(frozen=True)
 class Diagnostic:
     """One finding for a person or a program, over all modules that share it. `names_modules`: the message does so;
-    otherwise `about` names them, as shortly as no other module is named."""
+    otherwise `about` names them, as shortly as no other module is named. `field` is the key of adapter_config.json that
+    caused it."""
 
     code: str
     name: str
@@ -31,6 +32,7 @@ class Diagnostic:
     line: int | None = None
     names_modules: bool = False
     about: str = ""
+    field: str | None = None
 
 
 def under(
@@ -43,10 +45,11 @@ def under(
     *,
     hint: str = "",
     names_modules: bool = False,
+    field: str | None = None,
 ) -> Diagnostic:
     """A finding under a rule, with the rule's hint unless another is passed."""
     facts = rule.code, rule.name, rule.severity, message, hint or rule.hint
-    return Diagnostic(*facts, modules, engines, path, line, names_modules)
+    return Diagnostic(*facts, modules, engines, path, line, names_modules, field=field)
 
 
 def diagnose(ledger: Ledger) -> list[Diagnostic]:
@@ -76,12 +79,15 @@ def diagnostic(rule: Rule, finding: AdapterFinding, path: Path, line: int | None
     """What a rule on a whole adapter found, in the file and line that it is about."""
     modules = tuple(dict.fromkeys(module for module, _, _ in finding.keys))
     engines = finding.engines or rule.in_engines
-    return under(rule, finding.message, modules, engines, str(finding.path or path), line, hint=finding.hint)
+    place = str(finding.path or path), line
+    return under(rule, finding.message, modules, engines, *place, hint=finding.hint, field=finding.field)
 
 
 def of_clause(rule: Rule, clause: Clause, engine: str) -> Diagnostic:
     """A clause of an engine's ledger."""
-    return under(rule, clause.with_code, clause.modules, (engine,), names_modules=clause.names_modules)
+    names, finding = clause.names_modules, clause.finding
+    about = rule, clause.with_code, clause.modules, (engine,)
+    return under(*about, hint=finding.hint, names_modules=names, field=finding.field)
 
 
 def as_json(diagnostic: Diagnostic) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from lora_probe.adapter.variants import BY_FIELD, INITIALISATIONS, initialisation
 from lora_probe.files import brief, shown
+from lora_probe.names import projection_of
 from lora_probe.rules.paths import listed
 from lora_probe.rules.registry import AdapterFinding, Family, rule, survey
 
@@ -17,6 +18,7 @@ FAMILY = Family("LP1", "adapter_config.json", commands="check", loading_step=0)
 
 REQUIRED = ("r", "lora_alpha", "target_modules")
 """vLLM's `PEFTHelper.from_dict` requires these; PEFT has defaults."""
+CONVERT = "convert it before the training run ends: save_pretrained(path_initial_model_for_weight_conversion=...)"
 MOST_KEYS = 10
 """Keys of a config that a rule reports one by one; one more finding covers the rest."""
 
@@ -73,6 +75,7 @@ def not_lora(message: str) -> str:
     "LP103",
     "field-missing",
     hint="add the value that the adapter was trained with; look in the training script or its log",
+    explains=("LP106",),
 )
 def field_missing(subject: Subject) -> Iterator[AdapterFinding]:
     """The config lacks a field that an engine requires.
@@ -96,11 +99,14 @@ def field_missing(subject: Subject) -> Iterator[AdapterFinding]:
     if missing:
         names = ", ".join(f"`{name}`" for name in missing)
         assumed = f"PEFT assumes r {config.rank} and lora_alpha {config.alpha:g}"
+        held = listed(sorted({projection_of(pair.module) for pair in subject.adapter.modules}), MOST_KEYS)
+        hint = f"write the modules of the file into target_modules: {held}" if missing == ["target_modules"] else ""
         yield AdapterFinding(
-            f"the config has no {names} ({assumed})", engines=("vllm",), refuses=True, path=config.path
+            f"the config has no {names} ({assumed})", engines=("vllm",), refuses=True, field=missing[-1], hint=hint
         )
     if "peft_type" not in config.raw:
-        yield AdapterFinding("the config has no `peft_type`", engines=("peft",), refuses=True, path=config.path)
+        message, hint = "the config has no `peft_type`", 'add `"peft_type": "LORA"`'
+        yield AdapterFinding(message, engines=("peft",), refuses=True, path=config.path, hint=hint)
 
 
 @survey(
@@ -129,8 +135,9 @@ def key_twice(subject: Subject) -> Iterator[AdapterFinding]:
 @survey(
     "LP109",
     "init-lost-on-load",
-    hint="convert it before the training run ends: save_pretrained(path_initial_model_for_weight_conversion=...)",
+    hint=CONVERT,
     field="init_lora_weights",
+    explains=("LP406",),
 )
 def init_lost(subject: Subject) -> Iterator[AdapterFinding]:
     """The initialisation changed the base model in a way that no engine can reproduce.
@@ -166,8 +173,10 @@ def init_lost(subject: Subject) -> Iterator[AdapterFinding]:
     "LP111",
     "unknown-init",
     engines=("peft",),
-    hint="set it to `true`: it only matters at the start of training, not for a saved adapter",
+    hint="set it to `true` if the initialisation left the base model's weights as they were: for a trained adapter it "
+    "has no other effect",
     field="init_lora_weights",
+    explains=("LP406",),
 )
 def unknown_init(subject: Subject) -> Iterator[AdapterFinding]:
     """init_lora_weights has a value that PEFT does not support.
@@ -175,21 +184,27 @@ def unknown_init(subject: Subject) -> Iterator[AdapterFinding]:
     Why it matters: PEFT 0.21 refuses the adapter (`Unknown initialization`), although the value has no effect on a
     trained adapter; vLLM 0.32 refuses every value that it does not support (LP406).
 
-    Example: `"gausian"`; a value that only a newer PEFT supports.
+    Example: `"gausian"`; `"PiSSA"`, which PEFT accepts only in lower case; a value that only a newer PEFT supports.
     """
     init = subject.adapter.config.raw.get("init_lora_weights")
     if not init or init is True:
         return
     if isinstance(init, str) and any(row.accepts(init) for row in INITIALISATIONS):
         return
-    yield AdapterFinding(f"PEFT does not support init_lora_weights {brief(init)}", refuses=True)
+    row, hint = initialisation(init), ""
+    if row is not None and row.loads:
+        hint = "write `pissa_niter_` and the number of iterations" if row.spelling else f"write `{row.name}`"
+    elif row is not None:
+        hint = f"{CONVERT}: PEFT loads it only together with data from the training"
+    yield AdapterFinding(f"PEFT does not support init_lora_weights {brief(init)}", refuses=True, hint=hint)
 
 
 @survey(
     "LP112",
     "value-that-peft-refuses",
     engines=("peft",),
-    hint="use a value that PEFT's documentation of LoraConfig allows; vLLM does not read most of these fields",
+    hint="write a value that PEFT accepts; vLLM does not read most of these fields",
+    explains=("LP406",),
 )
 def refused_value(subject: Subject) -> Iterator[AdapterFinding]:
     """A field of the config has a value with which PEFT cannot load the adapter.
@@ -213,16 +228,36 @@ def refused_value(subject: Subject) -> Iterator[AdapterFinding]:
         ("trainable_token_indices", raw.get("trainable_token_indices") == []),
     ):
         if wrong:
-            yield AdapterFinding(f"PEFT does not accept `{field}`: {brief(raw[field])}", refuses=True, field=field)
+            message = f"PEFT does not accept `{field}`: {brief(raw[field])}"
+            yield AdapterFinding(message, refuses=True, field=field, hint=_accepted(field, raw[field], subject))
     layers = raw.get("layers_to_transform")
     if isinstance(subject.adapter.config.target_modules, str) and layers is not None and "target_modules" in raw:
         yield AdapterFinding(
             "layers_to_transform requires a list of target_modules, not a regular expression",
             refuses=True,
             field="layers_to_transform",
+            hint="remove layers_to_transform, or write target_modules as a list of names",
         )
     elif raw.get("layers_pattern") and not layers and layers != 0:
-        yield AdapterFinding("layers_pattern requires layers_to_transform", refuses=True, field="layers_pattern")
+        message, hint = "layers_pattern requires layers_to_transform", "remove layers_pattern"
+        yield AdapterFinding(message, refuses=True, field="layers_pattern", hint=hint)
+
+
+def _accepted(field: str, value: object, subject: Subject) -> str:
+    """What to write into a field instead of a value that PEFT does not accept."""
+    if field == "task_type":
+        near = value.upper() if isinstance(value, str) else ""
+        return f"write `{near}`" if near in TASKS else f"write null, or one of {listed(TASKS, len(TASKS))}"
+    if field == "bias":
+        held = any(name.endswith(".bias") for name in subject.adapter.weights.tensors)
+        return 'write "all" or "lora_only": the file has biases' if held else 'write "none": the file has no biases'
+    return {
+        "r": f"write it as a whole number: {subject.adapter.config.rank}",
+        "rank_pattern": "write an object of patterns and whole numbers, or {} if no module has a rank of its own",
+        "alpha_pattern": "write an object of patterns and numbers, or {} if no module has an alpha of its own",
+        "lora_dropout": "write a number from 0 to 1; it has no effect on a trained adapter",
+        "trainable_token_indices": "write null",
+    }[field]
 
 
 TASKS = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
@@ -254,17 +289,19 @@ def variant_not_read(subject: Subject) -> Iterator[AdapterFinding]:
     Example: `"arrow_config": {...}`, `"kasa_config": {...}`.
     """
     fields = [field for field, value in subject.adapter.config.raw.items() if value and _is_unread(field)]
-    plain = "vLLM never reads it and runs the adapter as plain LoRA"
     for field in fields[:MOST_KEYS]:
-        yield AdapterFinding(f"`{shown(field)}` is set, but {plain}", engines=("vllm",), field=field)
+        message = f"`{shown(field)}` is set, but vLLM never reads it and runs the adapter as plain LoRA"
+        if field == "arrow_config":
+            message += ", and PEFT cannot load an Arrow router on its own"
+            yield AdapterFinding(message, refused_by=("peft",), field=field, hint=ARROW)
+        else:
+            yield AdapterFinding(message, engines=("vllm",), field=field)
     if rest := fields[MOST_KEYS:]:
         plain = "vLLM never reads them and runs the adapter as plain LoRA"
         yield AdapterFinding(f"{listed(rest)} are set, but {plain}", engines=("vllm",), field=rest[0])
-    if "arrow_config" in fields:
-        field = "arrow_config"
-        yield AdapterFinding(
-            "PEFT cannot load an Arrow router on its own", engines=("peft",), refuses=True, field=field
-        )
+
+
+ARROW = "create the Arrow model with PEFT's `create_arrow_model`, which loads the adapters that the router needs"
 
 
 def _is_unread(field: str) -> bool:

@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from lora_probe.adapter.pattern_index import ends
+from lora_probe.names import projection_of
 from lora_probe.rules.paths import listed
-from lora_probe.rules.registry import AdapterFinding, rule, survey
+from lora_probe.rules.registry import AdapterFinding, Sentence, rule, survey
 
 if TYPE_CHECKING:
+    from lora_probe.adapter import AdapterConfig
     from lora_probe.rules.subject import Subject
 
 
@@ -47,14 +49,15 @@ def pattern_without_module(subject: Subject) -> Iterator[AdapterFinding]:
     "placed",
     "absent",
     engines=("peft",),
-    hint="add the module to target_modules if it was trained: its tensors are in the file",
+    hint="restore the adapter_config.json that was saved with these weights, or correct the field",
     field="target_modules",
 )
-def not_targeted() -> str:
+def not_targeted(config: AdapterConfig, module: str) -> Sentence:
     """The file holds a pair that the config does not target.
 
-    What it does: resolves target_modules, exclude_modules, layers_to_transform and layers_pattern as PEFT does, and
-    compares the result with the names in the file.
+    What it does: resolves target_modules, exclude_modules, layers_to_transform, layers_pattern and modules_to_save as
+    PEFT does, and compares the result with the names in the file. The finding points at the field that leaves the
+    module out.
 
     Why it matters: the engines run different adapters, and neither reports a problem. PEFT 0.21 creates layers only
     for the config's modules and silently drops the other tensors; vLLM ({vllm}) does not read these fields and applies
@@ -64,7 +67,40 @@ def not_targeted() -> str:
 
     References: hiyouga/LlamaFactory#10662.
     """
-    return "the config does not target it"
+    field = config.targets.left_out_by(module)
+    why, cure = LEFT_OUT[field]
+    if field == "target_modules" and isinstance(config.target_modules, str):
+        cure = "change target_modules so that it matches these modules"
+    return Sentence(why, field, f"{RESTORE}, or {cure}")
+
+
+RESTORE = "restore the adapter_config.json that was saved with these weights"
+LEFT_OUT = {
+    "target_modules": (
+        "target_modules does not match it",
+        "add the modules to target_modules, by name or by path",
+    ),
+    "exclude_modules": (
+        "exclude_modules excludes it",
+        "change exclude_modules so that it does not match these modules",
+    ),
+    "modules_to_save": (
+        "modules_to_save matches it, so PEFT trains the whole module instead of a pair",
+        "remove the modules from modules_to_save",
+    ),
+    "layers_to_transform": (
+        "layers_to_transform does not list its layer",
+        "add their layers to layers_to_transform (outside of layers: add the whole paths to target_modules)",
+    ),
+    "layers_pattern": (
+        "layers_pattern does not match its path",
+        "remove layers_pattern: without it, PEFT finds the layer numbers itself",
+    ),
+}
+"""For each field that may leave a module out: why the module is not targeted, and what to change."""
+MOST_NAMES = 10
+"""Names of modules that a hint lists."""
+OTHERS = frozenset(LEFT_OUT) - {"target_modules"}
 
 
 @survey(
@@ -79,6 +115,8 @@ def not_targeted() -> str:
 def nothing_targeted(subject: Subject) -> Iterator[AdapterFinding]:
     """The config does not target any module of the base model.
 
+    What it does: if target_modules matches modules and another field leaves all of them out, points at that field.
+
     Why it matters: PEFT 0.21 refuses the adapter (`Target modules ... not found in the base model`). vLLM 0.32 decides
     by the tensors and does not use the field.
 
@@ -90,12 +128,20 @@ def nothing_targeted(subject: Subject) -> Iterator[AdapterFinding]:
     config = subject.adapter.config
     if subject.targeted or config.raw.get("target_parameters") or not subject.shapes:
         return
+    others = {field: None for name in subject.shapes if (field := config.targets.left_out_by(name)) in OTHERS}
+    if others:
+        field, *_ = others
+        message = f"{field} leaves out every module that target_modules matches"
+        hint, keys = f"{RESTORE}, or {LEFT_OUT[field][1]}", tuple(pair.key for pair in subject.adapter.modules)
+        yield AdapterFinding(message, keys, refuses=True, field=field, hint=hint)
+        return
     targets, modules = _named(config.target_modules), len(subject.shapes)
-    yield AdapterFinding(
-        f"target_modules {targets} matches none of the base model's {modules} modules",
-        engines=("peft",),
-        refuses=True,
+    held = sorted({projection_of(pair.module) for pair in subject.adapter.modules if pair.module in subject.shapes})
+    hint = (
+        f"{RESTORE}, or write the modules of the file into target_modules: {listed(held, MOST_NAMES)}" if held else ""
     )
+    message = f"target_modules {targets} matches none of the base model's {modules} modules"
+    yield AdapterFinding(message, refuses=True, hint=hint)
 
 
 @survey(

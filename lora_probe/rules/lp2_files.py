@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lora_probe.adapter import AdapterModule, adapter_in
+from lora_probe.adapter import Adapter, AdapterModule, adapter_in
 from lora_probe.base import checkpoint
 from lora_probe.base import engine_view as view
 from lora_probe.errors import ProbeError
 from lora_probe.files import brief, shown
 from lora_probe.files.json_object import read_json
 from lora_probe.files.weights import TensorHeader, read_chunk
-from lora_probe.names import PREFIX, layer_of, ranges
+from lora_probe.names import PREFIX, Key, layer_of, ranges
+from lora_probe.rules.paths import RENAME
 from lora_probe.rules.registry import AdapterFinding, Family, rule, survey
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ def weights_unreadable(message: str) -> str:
     "LP209",
     "no-pairs",
     hint="save the adapter again; with ZeRO-3 or FSDP, gather the weights first",
+    explains=("LP204", "LP210", "LP211", "LP212"),
 )
 def no_pairs(subject: Subject) -> Iterator[AdapterFinding]:
     """The file does not hold any LoRA pair.
@@ -93,9 +95,9 @@ def no_pairs(subject: Subject) -> Iterator[AdapterFinding]:
         return
     path = subject.adapter.weights.path
     tensors = len(subject.adapter.weights.tensors)
-    what = "no tensors" if not tensors else f"{tensors} tensors, none of them half of a LoRA pair"
-    yield AdapterFinding(f"the file holds {what}", engines=("vllm",), refuses=True, path=path)
-    yield AdapterFinding(f"the file holds {what}: PEFT serves the base model", engines=("peft",), path=path)
+    some = "1 tensor, which is not" if tensors == 1 else f"{tensors} tensors, none of them"
+    what = f"{some} half of a LoRA pair" if tensors else "no tensors"
+    yield AdapterFinding(f"the file holds {what}", refused_by=("vllm",), path=path)
 
 
 @survey(
@@ -122,9 +124,20 @@ def refused_tensor(subject: Subject) -> Iterator[AdapterFinding]:
     refused = [name for name in tensors if not _vllm_parses(name, subject) and adapter_in(tensors[name]) is None]
     if refused:
         more = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
+        halves = {half.name for pair in subject.adapter.modules for half in (pair.a, pair.b) if half is not None}
         yield AdapterFinding(
-            f"`{shown(refused[0])}`{more} is unsupported LoRA weight", refuses=True, path=subject.adapter.weights.path
+            f"`{shown(refused[0])}`{more} is unsupported LoRA weight",
+            keys=_keys_of(subject.adapter, refused),
+            hint=RENAME if halves.issuperset(refused) else "",
+            refuses=True,
+            path=subject.adapter.weights.path,
         )
+
+
+def _keys_of(adapter: Adapter, names: list[str]) -> tuple[Key, ...]:
+    """The pairs that tensors belong to; none if one of them does not belong to a pair."""
+    owners = {tensor.name: pair.key for pair in adapter.modules for tensor in pair.tensors}
+    return tuple(dict.fromkeys(owners[name] for name in names)) if owners.keys() >= set(names) else ()
 
 
 def _vllm_parses(name: str, subject: Subject) -> bool:
@@ -146,7 +159,7 @@ def _vllm_parses(name: str, subject: Subject) -> bool:
 @survey(
     "LP219",
     "adapter-name-in-keys",
-    hint="remove the adapter's name from the keys: `lora-probe check --fix` does it",
+    hint="remove the adapter's name from the keys: `lora-probe check --fix -o FIXED/` does it",
     fixable=True,
 )
 def adapter_name_in_keys(subject: Subject) -> Iterator[AdapterFinding]:
@@ -163,14 +176,13 @@ def adapter_name_in_keys(subject: Subject) -> Iterator[AdapterFinding]:
         return
     first, more = next(iter(named.items())), f" (and {len(named) - 1} more)" if len(named) > 1 else ""
     message = f"`{shown(first[0])}`{more} contains the adapter's name `{shown(first[1])}`"
-    yield AdapterFinding(message, engines=("vllm",), refuses=True, path=subject.adapter.weights.path)
     dropped = tuple(
         pair.key
         for pair in subject.adapter.modules
         if any(named.get(tensor.name, "default") != "default" for tensor in (pair.a, pair.b) if tensor is not None)
     )
-    if dropped:
-        yield AdapterFinding(message, dropped, "read", "absent", engines=("peft",), path=subject.adapter.weights.path)
+    engines, path = ("peft", "vllm") if dropped else ("vllm",), subject.adapter.weights.path
+    yield AdapterFinding(message, dropped, "read", "absent", engines, refused_by=("vllm",), path=path)
 
 
 @survey(
@@ -201,6 +213,7 @@ def integer_weights(subject: Subject) -> Iterator[AdapterFinding]:
     "LP216",
     "module-twice",
     hint="keep one of the two: engines differ in which one they use",
+    explains=("LP214",),
 )
 def module_twice(subject: Subject) -> Iterator[AdapterFinding]:
     """Two tensors of the file are the same half of the same module.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from lora_probe.rules.registry import rule
+from lora_probe.rules.paths import RENAME
+from lora_probe.rules.registry import Sentence, rule
 
 
 @rule(
@@ -14,9 +15,9 @@ from lora_probe.rules.registry import rule
     fixable=True,
 )
 def wrapper_in_name(words: tuple[str, ...]) -> str | None:
-    """The keys contain the name of a wrapper: torch.compile, DDP, FSDP or activation checkpointing.
+    """The keys contain the name of a wrapper: torch.compile, DDP, FSDP, checkpointing, or a second LoRA layer.
 
-    What it does: looks for parts of a path that only wrappers add.
+    What it does: looks for parts of a path that only wrappers add. PEFT adds `base_layer` to a layer that it wraps.
 
     Why it matters: the adapter was saved from the wrapped model. vLLM ({vllm}) accepts the keys, finds no module for
     them and silently serves the base model; if only attention was wrapped, half of the adapter works. PEFT 0.21 warns
@@ -87,9 +88,11 @@ def prefix_missing(stored_as: str, prefix: str) -> str | None:
     "read",
     "absent",
     engines=("peft",),
-    hint="save the adapter with PEFT's save_pretrained, or rename the keys",
+    hint=RENAME,
+    fixable=True,
+    explains=("LP210",),
 )
-def odd_ending(stored: str, embedding: bool, adapter: str | None) -> str | None:
+def odd_ending(stored: str, embedding: bool, adapter: str | None) -> Sentence | None:
     """The keys do not end as PEFT expects for this type of layer.
 
     What it does: expects `lora_A.weight` and `lora_B.weight`, on embeddings `lora_embedding_A` and `lora_embedding_B`.
@@ -102,4 +105,9 @@ def odd_ending(stored: str, embedding: bool, adapter: str | None) -> str | None:
     if adapter is not None:
         stored = stored.replace(f".{adapter}.weight", ".weight").removesuffix(f".{adapter}")
     wanted = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
-    return None if stored.endswith(wanted) else f"the names do not end in {' or '.join(f'`{end}`' for end in wanted)}"
+    if stored.endswith(wanted):
+        return None
+    ends = " or ".join(f"`{end}`" for end in wanted)
+    # `--fix` does not know which modules are embeddings.
+    hint = f"rename the endings of the keys to {ends}" if embedding and "lora_embedding" not in stored else ""
+    return Sentence(f"the names do not end in {ends}", None, hint)

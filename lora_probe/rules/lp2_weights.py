@@ -14,18 +14,22 @@ from lora_probe.rules.registry import Sentence, rule
     "rank-differs-from-config",
     "stored",
     "wrong",
-    hint="set `r` (or `rank_pattern`) in adapter_config.json to the rank of the tensors, or save the adapter again",
+    hint="restore the adapter_config.json that was saved with these weights; do not change `r` alone: it changes the "
+    "scaling, and `lora_alpha` belongs to it",
+    explains=("LP402",),
 )
 def rank_differs(pair: AdapterModule, config: AdapterConfig) -> Sentence | None:
     """The rank of the tensors differs from the rank that the config sets for their module.
 
-    Why it matters: the scaling is `lora_alpha / r` of the *config*, so an engine that does not compare the two runs
-    the pair at the wrong strength. vLLM ({vllm}) never compares them: it answers normally, at the wrong scale. PEFT
-    0.21 refuses the checkpoint with a size mismatch.
+    Why it matters: the config is not the one of the training, and the scaling is `lora_alpha / r` of the *config*.
+    vLLM ({vllm}) never compares the ranks: it answers normally, at whatever scale the config gives. PEFT 0.21 refuses
+    the checkpoint with a size mismatch.
 
-    Example: `r: 8`, `lora_alpha: 16`, and `lora_A` of shape `[4, 576]`: trained with scaling 4, served with 2.
+    Example: `r: 16`, `lora_alpha: 32`, and `lora_A` of shape `[8, 576]`. If the training used r 8 and alpha 16, the
+    scaling 2 is right; writing 8 into `r` alone would double it to 4.
 
-    Fix: set the config's rank to that of the tensors.
+    Fix: restore the adapter_config.json that was saved with these weights. Otherwise look up `r` and `lora_alpha` in
+    the training script, and write both: the rank is visible in the tensors, the alpha is not.
 
     References: huggingface/peft#1746.
     """
@@ -35,11 +39,9 @@ def rank_differs(pair: AdapterModule, config: AdapterConfig) -> Sentence | None:
         return None
     if pair.a is None or pair.b is None or rank is None or rank == pair.config_rank:
         return None
-    alpha = pair.scaling * (pair.config_rank**0.5 if config.rslora else pair.config_rank)
-    meant = alpha / (rank**0.5 if config.rslora else rank)
     return Sentence(
         f"r={pair.config_rank} in the config, rank {rank} in the tensors, "
-        f"so vLLM scales by {pair.scaling:g} instead of {meant:g}",
+        f"so the config's scaling of {pair.scaling:g} may be wrong",
         field=config.rank_field_of(pair.pattern_name),
     )
 
@@ -71,6 +73,7 @@ def half_missing(pair: AdapterModule) -> str | None:
     "stored",
     "wrong",
     hint="save the adapter again with the missing tensor, or remove the flag if it is from another run",
+    explains=("LP406",),
 )
 def variant_missing(pair: AdapterModule, config: AdapterConfig) -> Sentence | None:
     """The config enables a LoRA variant with a third tensor for every module, but a module lacks that tensor.

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 from lora_probe.adapter.checkpoint import FROZEN
 from lora_probe.base.engine_view import CLASSIFIER_HEADS
 from lora_probe.files import brief, shown
-from lora_probe.names import PREFIX, layer_of, projection_of
+from lora_probe.names import PREFIX, Key, layer_of, projection_of
 from lora_probe.rules.lp2_files import EMBEDDINGS
-from lora_probe.rules.paths import listed
+from lora_probe.rules.paths import RENAME, listed
 from lora_probe.rules.registry import AdapterFinding, Family, survey
+from lora_probe.rules.stored import rows_of
 
 if TYPE_CHECKING:
     from lora_probe.rules.subject import Subject
@@ -42,7 +43,8 @@ def unexpected_module(subject: Subject) -> Iterator[AdapterFinding]:
     if not view.suffixes:
         return
     expected = set(view.suffixes)
-    names = []
+    names: list[str] = []
+    keys: list[Key] = []
     for pair in subject.adapter.modules:
         name = subject.places["vllm"][pair.key].name
         if name is None or any("base_layer" in tensor.name for tensor in pair.tensors):
@@ -50,6 +52,7 @@ def unexpected_module(subject: Subject) -> Iterator[AdapterFinding]:
         word = name[name.find(".experts") + 1 :] if ".experts" in name else projection_of(name)
         if word not in expected:
             names.append(name)
+            keys.append(pair.key)
     frozen = [name for name in subject.adapter.weights.tensors if FROZEN in name and ".lora_" in name]
     names += [path for name in frozen if (path := name[: name.rindex(".lora_")]).rpartition(".")[2] not in expected]
     saved = set(subject.adapter.config.raw.get("modules_to_save") or ())
@@ -66,7 +69,10 @@ def unexpected_module(subject: Subject) -> Iterator[AdapterFinding]:
         words = sorted(map(shown, expected))
         more = f" and {len(words) - MOST_WORDS} more" if len(words) > MOST_WORDS else ""
         adapts = f"{shown(view.model)} adapts {', '.join(words[:MOST_WORDS])}{more}"
-        yield AdapterFinding(f"{adapts}; the file has {listed(names, 3)}", refuses=True)
+        pairs = tuple(keys) if len(keys) == len(names) else ()
+        meant = {row.entry.key for row in rows_of(subject) if row.entry is not None and row.module != row.entry.module}
+        hint = RENAME if pairs and meant.issuperset(pairs) else ""
+        yield AdapterFinding(f"{adapts}; the file has {listed(names, 3)}", keys=pairs, refuses=True, hint=hint)
 
 
 MOST_WORDS = 30

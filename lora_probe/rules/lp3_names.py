@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lora_probe.files import shown
+from lora_probe.rules.paths import RENAME, difference
 from lora_probe.rules.registry import rule
 
 
@@ -15,7 +16,7 @@ from lora_probe.rules.registry import rule
     hint="rename the keys (`lora-probe check --fix -o FIXED/`), or serve the model class that it was trained on",
     fixable=True,
 )
-def other_class(file_start: str, base_start: str) -> str:
+def other_class(stored_as: str, meant: str) -> str:
     """The names match the base model except for the part before the layers: they belong to another class of the same
     model.
 
@@ -29,7 +30,31 @@ def other_class(file_start: str, base_start: str) -> str:
 
     References: vllm-project/vllm#34186, #48019, #41754, huggingface/peft#2566.
     """
-    return f"the names in the file begin with `{shown(file_start)}`, the model's with `{shown(base_start)}`"
+    return difference(stored_as, meant)
+
+
+@rule(
+    "LP325",
+    "renamed-part",
+    "read",
+    "absent",
+    needs="base",
+    hint=RENAME,
+    fixable=True,
+    explains=("LP306",),
+)
+def renamed_part(stored_as: str, meant: str) -> str:
+    """The names in the file have a word that the base model does not have, in place of a word that it has.
+
+    What it does: looks for a renaming of words that gives every pair without a module one of the modules that the
+    config targets and that have no pair, with the right shape. It must be the only one, and the same for all pairs.
+
+    Why it matters: vLLM ({vllm}) silently drops the pairs if the last word of their names is known to it, and refuses
+    the file otherwise (LP306). PEFT 0.21 warns of missing keys and serves the base model.
+
+    Example: a converter that writes `attention.q_proj` for `self_attn.q_proj`.
+    """
+    return difference(stored_as, meant)
 
 
 @rule(

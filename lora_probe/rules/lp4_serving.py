@@ -68,7 +68,9 @@ def rank_above_limit(subject: Subject) -> Iterator[AdapterFinding]:
     config, field = _config_rank(subject)
     held = max((_held_rank(pair) for pair in subject.adapter.modules), default=0)
     if config > limit:
-        yield AdapterFinding(f"LoRA rank {config} is greater than max_lora_rank {limit}", refuses=True, field=field)
+        above = tuple(p.key for p in subject.adapter.modules if max(p.config_rank, _held_rank(p)) > limit)
+        message = f"LoRA rank {config} is greater than max_lora_rank {limit}"
+        yield AdapterFinding(message, keys=above, refuses=True, field=field)
     elif held > limit:
         yield AdapterFinding(f"the tensors have rank {held}, more than max_lora_rank {limit}", refuses=True)
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from lora_probe.files import shown
-from lora_probe.rules.paths import starts
+from lora_probe.rules.paths import difference
 from lora_probe.rules.registry import Family, rule
 
 FAMILY = Family("LP5", "loading, in a running engine", commands="trace", in_check=False)
@@ -49,8 +48,7 @@ def name_without_home(stored_as: str, meant: str | None, engine: str) -> str:
     """
     if meant is None:
         return f"{engine} has no module with that name"
-    file_start, base_start = starts(stored_as, meant)
-    return f"the names in the file begin with `{shown(file_start)}`, the model's with `{shown(base_start)}`"
+    return difference(stored_as, meant)
 
 
 @rule(

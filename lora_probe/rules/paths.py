@@ -5,9 +5,14 @@ In: names from a file or a base. Out: a list for a message, the different starts
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from lora_probe.files import shown
+from lora_probe.names import PREFIX
+
+RENAME = "rename the keys: `lora-probe check --fix -o FIXED/` does it"
+"""The hint of rules about names that `--fix` corrects."""
 
 
 def listed(names: Sequence[str], most: int = 5) -> str:
@@ -28,17 +33,53 @@ def starts(stored_as: str, meant: str) -> tuple[str, str]:
     return ".".join(ours[: len(ours) - keep]), ".".join(theirs[: len(theirs) - keep])
 
 
+def difference(stored_as: str, meant: str) -> str:
+    """How a path in the file differs from that of the module which was meant, in a sentence."""
+    if words := changed_words(stored_as, meant):
+        old, new = (listed([*names]) for names in (words, words.values()))
+        return f"the names in the file have {old} where the base model has {new}"
+    file_start, base_start = starts(stored_as, meant)
+    return f"the names in the file begin with `{shown(file_start)}`, the model's with `{shown(base_start)}`"
+
+
+def changed_words(stored_as: str, meant: str) -> dict[str, str]:
+    """The words of a path in the file that the module which was meant has others for; none if only what stands before
+    the layers differs."""
+    ours, theirs = bare(stored_as).split("."), meant.split(".")
+    if len(ours) != len(theirs):
+        ours, theirs = from_number_on(ours), from_number_on(theirs)
+    if len(ours) != len(theirs) or from_number_on(ours) == from_number_on(theirs):
+        return {}
+    return {word: other for word, other in zip(ours, theirs, strict=True) if word != other}
+
+
+def from_number_on(words: list[str]) -> list[str]:
+    """The words of a path from its first number on; without a number the last one."""
+    first = next((i for i, word in enumerate(words) if word.isdecimal()), len(words) - 1)
+    return words[first:]
+
+
+def bare(path: str) -> str:
+    """The path of a module, or of a tensor of it, without PEFT's prefix and without what wrappers add."""
+    return unwrapped(path.replace(PREFIX, ""))
+
+
 def wrapper_words(path: str) -> tuple[str, ...]:
     """The words of a path that come from a wrapper, not from the model."""
-    if not any(word in path for word in WRAPPERS):
-        return ()
-    return tuple(dict.fromkeys(word for word in path.split(".") if word in WRAPPERS))
+    words = [word for word in path.split(".") if word in WRAPPERS]
+    if _INNER.search(path):
+        words.append("base_layer")
+    return tuple(dict.fromkeys(words))
 
 
 def unwrapped(path: str) -> str:
     """The path without the words of wrappers."""
-    return ".".join(word for word in path.split(".") if word not in WRAPPERS)
+    return ".".join(word for word in _INNER.sub("", path).split(".") if word not in WRAPPERS)
 
+
+_INNER = re.compile(r"(?<!\.experts)(?:\.base_layer)+(?=\.lora_|$)")
+"""What PEFT adds to the path of a layer that it has wrapped already. Of fused experts, and of whole embeddings
+(`lm_head.base_layer.weight`), it belongs to the name."""
 
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module")
 """What torch.compile, FSDP, activation checkpointing and DDP add to the names of a model that is not unwrapped."""

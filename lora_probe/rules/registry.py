@@ -67,11 +67,12 @@ class Rule:
 
     `engines` is empty for a rule about every engine. `field` is the key of adapter_config.json that a finding points at
     unless it has its own. `fixable`: `check --fix` repairs it. `short` fits into a cell of a table. `consequence`: it
-    usually follows from another finding, and is reported after it. `predicate`: the sentence continues one that begins
-    with the modules' names (`layer 5 q_proj` is `not in the file`). `per_message`: different messages are different
-    diagnostics; for other rules all findings are one diagnostic with the first message. `follows`: the rules on whole
-    adapters that explain its findings; if one of them has a finding, those of this rule are not reported. `module` is
-    the Python module that registered the rule.
+    usually follows from another finding, and is reported after it. `explains`: codes of rules whose findings about the
+    same modules or the same field follow from this one and are left out. `predicate`: the sentence continues one that
+    begins with the modules' names (`layer 5 q_proj` is `not in the file`). `per_message`: different messages are
+    different diagnostics; for other rules all findings are one diagnostic with the first message. `follows`: the rules
+    on whole adapters that explain its findings; if one of them has a finding, those of this rule are not reported.
+    `module` is the Python module that registered the rule.
     """
 
     code: str
@@ -87,6 +88,7 @@ class Rule:
     fixable: bool = False
     short: str = ""
     consequence: bool = False
+    explains: tuple[str, ...] = ()
     predicate: bool = False
     per_message: bool = False
     follows: tuple[str, ...] = ()
@@ -102,26 +104,29 @@ class Rule:
         """Whether only a run or a merge shows it."""
         return self.station in ("applied", "agrees", "merge")
 
-    def finding(self, value: Value, message: str, field: str | None = None) -> Finding:
+    def finding(self, value: Value, message: str, field: str | None = None, hint: str = "") -> Finding:
         """A finding under this rule; it points at the rule's field unless another is passed."""
-        return Finding(value, self.code, message, field or self.field, self.predicate)
+        return Finding(value, self.code, message, field or self.field, self.predicate, hint)
 
 
 @dataclass(frozen=True)
 class Sentence:
-    """What a rule function returns instead of a string if the cause is `field` and not the rule's field."""
+    """What a rule function returns instead of a string if the cause is `field` and not the rule's field. `hint`: what
+    to do about it, if that is not the rule's hint."""
 
     message: str
     field: str | None
+    hint: str = ""
 
 
 @dataclass(frozen=True)
 class AdapterFinding:
     """What a rule on a whole adapter found.
 
-    With `refuses` the engines do not load the adapter, and `message` is the reason. With `value` and `keys` the modules
-    get that finding at `station` in the ledgers of the engines. `field` is the key of adapter_config.json that
-    caused it, `path` another file. `engines` and `hint` are those of the rule unless set.
+    With `refuses` the engines do not load the adapter, and `message` is the reason; with `refused_by` only some of them
+    do not. With `value` and `keys` the modules get that finding at `station` in the ledgers of the engines. `field` is
+    the key of adapter_config.json that caused it, `path` another file. `engines` and `hint` are those of the rule
+    unless set.
     """
 
     message: str
@@ -133,6 +138,7 @@ class AdapterFinding:
     field: str | None = None
     path: Path | None = None
     hint: str = ""
+    refused_by: tuple[str, ...] = ()
 
 
 class _Facts(TypedDict, total=False):
@@ -145,6 +151,7 @@ class _Facts(TypedDict, total=False):
     fixable: bool
     short: str
     consequence: bool
+    explains: tuple[str, ...]
     predicate: bool
     per_message: bool
     follows: tuple[str, ...]
@@ -186,7 +193,7 @@ class _Register:
         def finding(*args: P.args, **kwargs: P.kwargs) -> Finding | None:
             sentence = judge(*args, **kwargs)
             if isinstance(sentence, Sentence):
-                return registered.finding(registered.value, sentence.message, sentence.field)
+                return registered.finding(registered.value, sentence.message, sentence.field, sentence.hint)
             return None if sentence is None else registered.finding(registered.value, sentence)
 
         return finding

@@ -2,7 +2,8 @@
 
 In: an adapter, and the base's module shapes if they are known. Out: one `Expected` for each module that the
 config targets on this base or the file holds. A name in the file that is not a module of the base shares the row of the
-only base module that ends in the same path from the layer number on, if that module has no pair of its own.
+only base module that ends in the same path from the layer number on, if that module has no pair of its own, or of the
+targeted module that it becomes by renaming words (`renamed.py`).
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from lora_probe.adapter import Adapter, AdapterModule
 from lora_probe.adapter.spectrum import Spectrum, pair_spectrum
 from lora_probe.base import Shapes
 from lora_probe.ledger import OK, Finding, worse
-from lora_probe.names import LAYER, PREFIX, Key, natural
+from lora_probe.names import LAYER, Key, natural
 from lora_probe.rules.lp2_weights import (
     half_missing,
     not_a_matrix,
@@ -26,7 +28,11 @@ from lora_probe.rules.lp2_weights import (
     zero_delta,
 )
 from lora_probe.rules.lp3_shapes import shape_differs
-from lora_probe.rules.paths import unwrapped
+from lora_probe.rules.paths import bare
+from lora_probe.rules.renamed import renamed_homes
+
+if TYPE_CHECKING:
+    from lora_probe.rules.subject import Subject
 
 MOST_CANDIDATES = 100
 """The most modules of a base that one name may mean. Real models have fewer towers; with more, none is chosen."""
@@ -65,6 +71,9 @@ def expect(
     same = {key: (aliases or {}).get(key[0], key[0]) for key in entries if key[0] not in modules}
     same = {key: home for key, home in same.items() if home in modules}
     homes = _homes(entries, modules, set(same.values())) | same
+    lost = {k: e for k, e in entries.items() if k[0] not in modules and k not in homes and e.parameter == "weight"}
+    vacant = modules.keys() - {homes.get(key, key[0]) for key in entries}
+    homes |= renamed_homes(lost, vacant, modules, adapter.config.targets.is_named)
     transposed = bool(adapter.config.raw.get("fan_in_fan_out"))
     rows: dict[Key, Expected] = {}
     for key, entry in entries.items():
@@ -81,6 +90,11 @@ def expect(
         key = (module, "weight", None)
         rows[key] = Expected(key, None, False, ("config",), not_in_file(), None)
     return tuple(rows[key] for key in sorted(rows, key=lambda k: (natural(k[0]), k[1], k[2] or 0)))
+
+
+def rows_of(subject: Subject) -> tuple[Expected, ...]:
+    """The rows for the adapter of a subject, by the names of its base model, without spectra."""
+    return expect(subject.adapter, subject.shapes, spectra={pair.key: None for pair in subject.adapter.modules})
 
 
 def judge_stored(
@@ -123,8 +137,7 @@ def _homes(entries: Mapping[Key, AdapterModule], shapes: Shapes, taken: set[str]
     for key, entry in entries.items():
         if key[0] in shapes:
             continue
-        bare = unwrapped(key[0].replace(PREFIX, ""))
-        same = ends.get(_from_layer_on(bare), [])
+        same = ends.get(_from_layer_on(bare(key[0])), [])
         candidates[key] = [name for name in same if name not in own] if len(same) <= MOST_CANDIDATES else []
         for name in candidates[key]:
             votes.setdefault(_beginning(key[0]), Counter())[_beginning(name)] += 1 + 10_000 * _fits(entry, shapes[name])

@@ -133,9 +133,9 @@ class ActiveLoad:
         if not {adapter_in(tensor) for tensor in row.entry.tensors} <= {None, ADAPTER}:
             return not_taken("PEFT", "its name contains the name of another adapter")
         embedded = bool(getattr(self.layers.get(row.module), "lora_embedding_A", None))
-        half = row.entry.a or row.entry.b
-        if half is not None and (ending := odd_ending(half.name, embedded, adapter_in(half))) is not None:
-            return ending
+        for tensor in filter(None, (row.entry.a, row.entry.b)):
+            if (ending := odd_ending(tensor.name, embedded, adapter_in(tensor))) is not None:
+                return ending
         return OK
 
     def judge_slots(self, moment: str) -> None:
