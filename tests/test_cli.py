@@ -120,7 +120,7 @@ def test_rules(capsys: pytest.CaptureFixture[str]) -> None:
     assert {"LP201", "LP501", "LP604"} <= {rule["code"] for rule in json.loads(out)["rules"]}
     status, _, err = call("rule", "LP2O1", capsys=capsys)
     assert status == 2
-    assert "unknown rule `LP2O1`; did you mean LP721 or LP221" in err
+    assert "unknown rule `LP2O1`; did you mean LP201 or LP211 or LP221?" in err
     assert "201-2" in err
 
 

@@ -284,7 +284,8 @@ def test_an_id_in_the_cache(cached: Path, adapter: Path, capsys: Any) -> None:
     for command in ("inspect", "check"):
         status, out, _ = call(command, "org/adapter", capsys=capsys)
         assert status == call(command, adapter, capsys=capsys)[0]
-        assert str(cached) in out
+        # A long path is broken at the width of the terminal.
+        assert str(cached) in "".join(out.split())
     assert "pass org/adapter" in call("inspect", "https://huggingface.co/org/adapter", capsys=capsys)[2]
 
 

@@ -12,8 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lora_probe.checking.check import Report
 from lora_probe.checking.folders import NotJudged
+from lora_probe.checking.report import Report
 from lora_probe.errors import ProbeError
 from lora_probe.files import limits
 from lora_probe.files.guarded import OverBudget, Send, fault, results

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
+from operator import eq
 
 from lora_probe.names import ranges
 from lora_probe.rules.registry import Rule
@@ -35,7 +36,10 @@ def _covers(word: str, code: str) -> bool:
 
 def suggestion(word: str, rules: Mapping[str, Rule]) -> str:
     """The end of an error about an unknown rule: the nearest codes and names, if there are any."""
-    near = get_close_matches(word, [*rules, *(rule.name for rule in rules.values())], 3, 0.5)
+    # Codes are compared letter by letter: those of one family have neighbours that mean something similar.
+    alike = {code: sum(map(eq, word.upper(), code)) for code in rules}
+    near = [code for code in sorted(alike, key=lambda code: -alike[code]) if alike[code] > len(code) - 2][:3]
+    near = near or get_close_matches(word, [*(rule.name for rule in rules.values())], 3, 0.5)
     return f"; did you mean {' or '.join(near)}?" if near else ""
 
 

@@ -15,7 +15,7 @@ from lora_probe.render.results import RuleList
 from lora_probe.render.tables import add_row, columns_of
 from lora_probe.rules import Rule, family_of
 
-_LEAST = 24
+_LEAST = 20
 """The narrowest column for a sentence."""
 
 
