@@ -91,6 +91,13 @@ BASES: dict[str, tuple[str, str, dict[str, Any]]] = {
         {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2, "patch_size": 4},
     ),
     "wav2vec2": ("Wav2Vec2Config", "Wav2Vec2ForCTC", AUDIO),
+    "unet": (
+        "",
+        "UNet2DConditionModel",
+        {"sample_size": 8, "layers_per_block": 1, "block_out_channels": (32, 32), "norm_num_groups": 8}
+        | {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "cross_attention_dim": 16}
+        | {"up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "attention_head_dim": 8},
+    ),
     "clip": (
         "CLIPConfig",
         "CLIPModel",
@@ -101,7 +108,7 @@ BASES: dict[str, tuple[str, str, dict[str, Any]]] = {
         },
     ),
 }
-"""Config class, the class that the base is saved as, and the sizes."""
+"""Config class, the class that the base is saved as, and the sizes. Models of diffusers have no config class."""
 
 QKV = ("q_proj", "k_proj", "v_proj")
 BERT = ("query", "key", "value")
@@ -231,6 +238,8 @@ CASES: dict[str, Case] = {
     "wav2vec2": Case("wav2vec2", "Wav2Vec2ForCTC", None, ("q_proj", "v_proj")),
     "wav2vec2-classifier": Case("wav2vec2", "Wav2Vec2ForSequenceClassification", "SEQ_CLS", ("q_proj", "v_proj")),
     "clip": Case("clip", "CLIPModel", None, ("q_proj", "v_proj")),
+    "unet": Case("unet", "UNet2DConditionModel", None, ("to_q", "to_k", "to_v", "to_out.0")),
+    "unet-convolutions": Case("unet", "UNet2DConditionModel", None, ("to_q", "to_v", "conv1", "proj_in")),
     "clip-features": Case("clip", "CLIPModel", "FEATURE_EXTRACTION", "all-linear"),
 }
 
@@ -242,8 +251,16 @@ def make_base(folder: Path, base: str) -> Path:
 
     config, model, sizes = BASES[base]
     torch.manual_seed(0)
-    getattr(transformers, model)(getattr(transformers, config)(**sizes)).save_pretrained(folder)
+    settings = (getattr(transformers, config)(**sizes),) if config else ()
+    _class_of(model)(*settings, **({} if config else sizes)).save_pretrained(folder)
     return folder
+
+
+def _class_of(model: str) -> Any:
+    import diffusers
+    import transformers
+
+    return getattr(transformers, model, None) or getattr(diffusers, model)
 
 
 def make_adapter(folder: Path, base: Path, case: Case) -> Path:
@@ -268,10 +285,9 @@ def make_adapter(folder: Path, base: Path, case: Case) -> Path:
 
 def loaded(base: Path, case: Case) -> Any:
     import torch
-    import transformers
 
     torch.manual_seed(0)
-    return getattr(transformers, case.model).from_pretrained(base, **case.load)
+    return _class_of(case.model).from_pretrained(base, **case.load)
 
 
 def landed(adapter: Path, base: Path, case: Case) -> dict[str, bool]:

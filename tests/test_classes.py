@@ -140,10 +140,15 @@ def test_the_heads_that_peft_adds_for_a_task() -> None:
         assert tuple(config.modules_to_save or ()) == HEADS_OF_TASKS.get(task, ()), task
 
 
+WARNED = {"bert-tokens": {"LP319"}, "qwen2-reward-causal-base": {"LP319"}, "bert-classifier-bias": {"LP323"}}
+"""The number of labels must be passed when the base is loaded, and the second copy of a bias has no effect."""
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_a_healthy_adapter_has_no_findings(name: str, corpus: Corpus) -> None:
     for report in (corpus.reports[name], corpus.without_base[name]):
-        assert report.diagnostics == ()
+        assert report.clean
+        assert {diagnostic.code for diagnostic in report.diagnostics} <= WARNED.get(name, set())
     assert corpus.reports[name].not_run == ()
 
 

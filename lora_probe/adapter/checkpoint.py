@@ -39,7 +39,8 @@ FROZEN = ".original_module."
 
 @dataclass(frozen=True)
 class AdapterModule:
-    """One pair of the file. `A: [r, in]`, `B: [out, r]`; for an embedding `A: [r, vocabulary]`.
+    """One pair of the file. `A: [r, in]`, `B: [out, r]`; for an embedding `A: [r, vocabulary]`, for a convolution
+    `A: [r, in, *kernel]`, `B: [out, r, 1, ...]`.
 
     `module` is `stored_as` (the path in the file) without PEFT's prefix and with fused experts resolved.
     """
@@ -69,7 +70,7 @@ class AdapterModule:
         """The rank of the tensors, which may differ from the config's."""
         if self.a is not None and self.a.shape:
             return self.a.shape[0]
-        return self.b.shape[-1] if self.b is not None and self.b.shape else None
+        return self.b.shape[1] if self.b is not None and len(self.b.shape) > 1 else None
 
     @property
     def matrices(self) -> bool:
@@ -78,6 +79,14 @@ class AdapterModule:
             return False
         plain = all(len(t.shape) == 2 and 0 not in t.shape for t in (self.a, self.b))
         return plain and self.a.shape[0] == self.b.shape[1]
+
+    @property
+    def convolution(self) -> bool:
+        """Whether A and B are the kernels of PEFT's LoRA layer for a convolution, and of one rank."""
+        if self.a is None or self.b is None or 0 in self.a.shape or 0 in self.b.shape:
+            return False
+        same = len(self.a.shape) == len(self.b.shape) and 3 <= len(self.a.shape) <= 5
+        return same and set(self.b.shape[2:]) == {1} and self.a.shape[0] == self.b.shape[1]
 
     @property
     def tensors(self) -> tuple[TensorHeader, ...]:

@@ -7,8 +7,9 @@ singular values).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -154,13 +155,19 @@ def _rows(file: WeightsFile, tensor: TensorHeader) -> Iterator[Double]:
 
 
 def pair_spectrum(adapter: Adapter, pair: AdapterModule) -> Spectrum | None:
-    """The spectrum of a pair; None if A and B are not a pair of float matrices."""
-    if pair.a is None or pair.b is None or not pair.matrices:
+    """The spectrum of a pair; None if A and B are not a pair of matrices or of kernels."""
+    if pair.a is None or pair.b is None or not (pair.matrices or pair.convolution):
         return None
     step(f"computing ‖ΔW‖ of {shown(pair.stored_as)}", adapter.weights.path)
+    a, b = _as_matrix(pair.a), _as_matrix(pair.b)
     try:
-        if pair.a.parameters + pair.b.parameters > LARGE:
-            return spectrum_in_blocks(adapter.weights, pair.a, pair.b, pair.scaling)
-        return spectrum(adapter.values(pair.a), adapter.values(pair.b), pair.scaling)
+        if a.parameters + b.parameters > LARGE:
+            return spectrum_in_blocks(adapter.weights, a, b, pair.scaling)
+        return spectrum(adapter.values(a), adapter.values(b), pair.scaling)
     except UnreadableFile:
         return None
+
+
+def _as_matrix(tensor: TensorHeader) -> TensorHeader:
+    """A kernel with all axes but the first as one: ΔW of a convolution is the product of these."""
+    return replace(tensor, shape=(tensor.shape[0], math.prod(tensor.shape[1:])))

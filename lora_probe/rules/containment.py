@@ -65,8 +65,9 @@ CLEAR, ALONE = 0.06, 0.03
 own strong directions, so shares of unmerged adapters were up to 6 deviations from 0; 0.5, the middle, is 8 of them."""
 NEAR = 0.3
 """How far from 1 the mean share may be. Measured on tiny models that were trained and then fine-tuned (ranks 1 to 64,
-scalings 0.25 to 8, seven seeds; merged in float32, bfloat16 and float16): modules that count had shares between -0.14
-and 0.25 before the merge, and between 0.86 and 1.25 after it. The rounding of bfloat16 moved a share by 0.02 at most."""
+scalings 0.25 to 8, seven seeds; merged in float32, bfloat16 and float16): modules that count had shares between
+-0.14 and 0.25 before the merge, and between 0.86 and 1.25 after it. The rounding of bfloat16 moved a share by at most
+0.02."""
 UNRELATED = 0.5
 """The least rest of a weight that ΔW was added to. Measured: 0.9 or more for all of these, between 0.2 and 0.4 for
 PiSSA and OLoRA after some training."""

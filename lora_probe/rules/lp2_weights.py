@@ -172,7 +172,7 @@ def not_finite(spectrum: Spectrum) -> str | None:
     hint="gather the weights of a sharded model, and save the adapter again",
 )
 def not_a_matrix(pair: AdapterModule) -> str | None:
-    """A or B is not a two-dimensional matrix, or their ranks disagree.
+    """A or B is not a matrix, nor are both the kernels of a convolution, or their ranks disagree.
 
     Why it matters: shards that were saved without gathering are flat or empty. vLLM 0.32 fails at the first request
     with an IndexError that does not name a tensor; PEFT 0.21 reports a size mismatch.
@@ -181,6 +181,8 @@ def not_a_matrix(pair: AdapterModule) -> str | None:
 
     References: huggingface/peft#2500, huggingface/accelerate#3508.
     """
+    if pair.convolution:
+        return None
     for half, tensor in (("lora_A", pair.a), ("lora_B", pair.b)):
         if tensor is None:
             continue

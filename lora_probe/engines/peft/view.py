@@ -179,7 +179,7 @@ def _conversions(model: Any) -> tuple[tuple[Rename, ...], tuple[str, ...]]:
     except ImportError:
         # transformers 4, or a PEFT without support for transformers 5: names are not changed.
         return (), ()
-    if get_checkpoint_conversion_mapping(model.config.model_type) is None:
+    if get_checkpoint_conversion_mapping(getattr(model.config, "model_type", "")) is None:
         return (), ()
     from transformers.core_model_loading import WeightRenaming
 

@@ -73,8 +73,9 @@ def describe(base: Base, trained: TrainedAs) -> EngineView:
     except EngineFailed as error:
         if _has_class(base.architecture):
             raise
-        refuses, notes = NOT_SERVED.format(cls=base.architecture), (short(error.message),)
-        return EngineView("vllm", vllm_version(), base.architecture, {}, refuses=refuses, notes=notes)
+        cls = base.architecture or str(base.config.get("_class_name") or base.config.get("model_type"))
+        refuses, notes = NOT_SERVED.format(cls=cls), (short(error.message),)
+        return EngineView("vllm", vllm_version(), cls, {}, refuses=refuses, notes=notes)
     model = manager.model
     modules = dict(_wrapped(manager))
     modules |= {name: view for name, view in _bare(manager) if name not in modules}
