@@ -301,6 +301,8 @@ def landed(adapter: Path, base: Path, case: Case) -> dict[str, bool]:
 
     model = PeftModel.from_pretrained(loaded(base, case), adapter)
     live = {_saved_name(name): value for name, value in model.state_dict().items()}
+    # For some classes PEFT adds its prefix to names that lack it.
+    live |= {name.removeprefix("base_model.model."): value for name, value in live.items()}
     stored = load_file(adapter / "adapter_model.safetensors")
     return {
         name: name in live and live[name].shape == value.shape and bool(torch.equal(live[name], value.to(live[name])))

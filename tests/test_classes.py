@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from typing import Any
 import msgspec
 import pytest
 from classes import BASES, CASES, landed, make_adapter, make_base
+from cures import PREFIX, Patient, follow
+from safetensors.numpy import load_file, save_file
+from written import WEIGHTS
 
 from lora_probe import check
 from lora_probe.adapter import open_adapter
@@ -201,3 +205,93 @@ def test_what_vllm_does_not_serve_is_judged_if_it_is_asked_for(name: str, why: s
     assert asked.ledgers["vllm"].refused
     assert {diagnostic.engines for diagnostic in asked.diagnostics} == {("vllm",)}
     assert check(corpus.adapter(name), model=str(corpus.base(name)), engines=["peft"]).diagnostics == ()
+
+
+# The same adapters, damaged: the cause is named, its advice is followed, and PEFT loads everything again.
+
+Damage = Callable[[Path], None]
+
+
+def renamed(new: Callable[[str], str]) -> Damage:
+    def damage(folder: Path) -> None:
+        tensors = load_file(folder / WEIGHTS)
+        save_file({new(name): tensor for name, tensor in tensors.items()}, folder / WEIGHTS, {"format": "pt"})
+
+    return damage
+
+
+def configured(change: Callable[[dict[str, Any]], dict[str, Any]]) -> Damage:
+    def damage(folder: Path) -> None:
+        path = folder / "adapter_config.json"
+        config = json.loads(path.read_text())
+        path.write_text(json.dumps(config | change(config), indent=2))
+
+    return damage
+
+
+def damages(adapter: Path) -> dict[str, tuple[set[str], Damage]]:
+    """What can go wrong with this adapter -> the codes of rules that may name it, and the damage."""
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    names = list(load_file(adapter / WEIGHTS))
+    pairs = [name.partition(".lora_")[0].removeprefix(PREFIX) for name in names if ".lora_" in name]
+    heads = {name.rpartition(".")[0] for name in names if ".lora_" not in name}
+    possible = {
+        "no prefix": ({"LP215", "LP322"}, renamed(lambda name: name.removeprefix(PREFIX))),
+        "prefix twice": ({"LP214", "LP322"}, renamed(lambda name: PREFIX + name)),
+        "compiled": ({"LP213", "LP322"}, renamed(lambda name: name.replace(PREFIX, f"{PREFIX}_orig_mod."))),
+        "another rank": ({"LP201"}, configured(lambda raw: {"r": 2 * raw["r"]})),
+    }
+    targets = config["target_modules"]
+    if isinstance(targets, list) and len(targets) > 1:
+        left = min(targets)
+        rest = [name for name in targets if name != left]
+        possible["target left out"] = {"LP106"}, configured(lambda _: {"target_modules": rest})
+        possible["target excluded"] = {"LP106"}, configured(lambda _: {"exclude_modules": [left]})
+    for word in ("layers", "layer", "h", "block"):
+        if all(f".{word}." in f".{pair}" for pair in pairs):
+            other = renamed(lambda name, word=word: name.replace(f".{word}.", ".parts.") if ".lora_" in name else name)
+            possible["another word"] = {"LP302", "LP325"}, other
+            break
+    if heads and config["task_type"] in HEADS_OF_TASKS:
+        live = {f"{head}.": f"{head}.modules_to_save.default." for head in heads}
+        possible["head under its live name"] = {"LP322"}, renamed(lambda name: _replaced(name, live))
+    return possible
+
+
+def _replaced(name: str, beginnings: Mapping[str, str]) -> str:
+    return next((new + name.removeprefix(old) for old, new in beginnings.items() if name.startswith(old)), name)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_damage_is_named_and_cured(name: str, corpus: Corpus, tmp_path: Path) -> None:
+    possible = damages(corpus.adapter(name))
+    assert len(possible) >= 4
+    for number, (kind, (codes, damage)) in enumerate(possible.items()):
+        damaged = shutil.copytree(corpus.adapter(name), tmp_path / str(number))
+        damage(damaged)
+        report = check(damaged, model=str(corpus.base(name)))
+        if kind == "no prefix" and report.clean:
+            # For some classes PEFT adds the prefix itself.
+            assert all_landed(damaged, name, corpus)
+            continue
+        (diagnostic,) = [found for found in report.diagnostics if found.severity == "error"]
+        assert diagnostic.code in codes, (kind, diagnostic)
+        assert_cured(Patient(damaged, corpus.adapter(name), corpus.base(name), diagnostic), name, corpus)
+
+
+def assert_cured(patient: Patient, name: str, corpus: Corpus) -> None:
+    """Every alternative of the hint leads to an adapter without findings, with the scalings of the healthy one, that
+    PEFT loads as a whole."""
+    scalings = {module.key: module.scaling for module in open_adapter(patient.healthy).modules}
+    for words, cured in follow(patient):
+        report = check(cured.folder, model=str(patient.base))
+        assert report.clean, (words, report.diagnostics)
+        assert all(ledger.healthy for ledger in report.ledgers.values()), words
+        assert {module.key: module.scaling for module in open_adapter(cured.folder).modules} == scalings
+        assert all_landed(cured.folder, name, corpus), words
+
+
+def all_landed(adapter: Path, name: str, corpus: Corpus) -> bool:
+    """Whether PEFT loads every tensor of the adapter, under its own name or the one that it makes of it."""
+    tensors = landed(adapter, corpus.base(name), CASES[name])
+    return all(loaded for tensor, loaded in tensors.items() if tensor != SAVED_TWICE)

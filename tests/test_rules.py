@@ -125,7 +125,7 @@ def test_a_trained_head_on_a_language_model(engine: SharedEngine, llama: Path, t
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.05)
     peft_model.save_pretrained(tmp_path / "a")
-    report = check(tmp_path / "a", model=str(llama), options=LIMIT)
+    report = check(tmp_path / "a", model=str(llama), options=LIMIT, engines=["peft", "vllm"])
     assert errors(report) == {"LP409"}
     assert report.ledgers["peft"].healthy
     assert_predicted(report.ledgers["vllm"], engine.record(tmp_path / "a", tmp_path / "t", prompts=("Hi",)))

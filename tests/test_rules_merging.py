@@ -260,7 +260,7 @@ def test_outputs_that_first_differ_at_a_later_module_are_explained(
     outputs = replace(effect, first_module=first, modules=errors)
     wrong = replace(weights, modules=(replace(weights.modules[0], status="differs"), *weights.modules[1:]))
     text = later_in_outputs(wrong, outputs)
-    assert text.startswith("layer 0 q_proj, the first module with wrong weights, ")
+    assert text.startswith("layer 0 self_attn.q_proj, the first module with wrong weights, ")
     assert state in text
     assert f"error {error:.1e}" in text
     assert later_in_outputs(weights, outputs) == ""

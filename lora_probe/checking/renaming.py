@@ -12,7 +12,7 @@ import re
 import shutil
 import struct
 import tempfile
-from collections.abc import Mapping, Set
+from collections.abc import Container, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from lora_probe.files import opened
 from lora_probe.files.weights import read_chunk
 from lora_probe.names import PREFIX
 from lora_probe.precision import STORED
+from lora_probe.rules.lp3_heads import meant_of_whole
 from lora_probe.rules.paths import bare
 from lora_probe.rules.stored import expect
 
@@ -69,7 +70,7 @@ def find_fix(adapter: Adapter, shapes: Shapes | None) -> Fix:
         if row.entry is not None and row.entry.parameter == "weight" and row.module in modules
     }
     fused = {pair.stored_as for pair in adapter.modules if pair.parameter != "weight"}
-    names = {name: _fixed(name, paths, fused) for name in adapter.weights.tensors}
+    names = {name: _fixed(name, paths, fused, adapter.weights.tensors) for name in adapter.weights.tensors}
     owners: dict[str, list[str]] = {}
     for name, new in names.items():
         owners.setdefault(new, []).append(name)
@@ -84,11 +85,13 @@ def find_fix(adapter: Adapter, shapes: Shapes | None) -> Fix:
     return Fix(adapter, renamed, left, converted=adapter.weights.path.name != WEIGHTS)
 
 
-def _fixed(name: str, paths: Mapping[str, str], fused: Set[str]) -> str:
+def _fixed(name: str, paths: Mapping[str, str], fused: Set[str], tensors: Container[str]) -> str:
     """The name with PEFT's prefix once, with its endings, without wrappers and the adapter's name, and with the base's
     path (`paths`). The paths of `fused` parameters are left as they are."""
     stored = name.removeprefix(PREFIX)
     path = next((stored[: match.start()] for match in re.finditer(r"\.lora_", stored)), "")
+    if not path:
+        return meant_of_whole(name, tensors)
     plain = stored if path in fused else bare(name)
     plain = _NAMED.sub(lambda match: f".{match[1]}", plain)
     plain = _UNENDED.sub(r".\1.weight", plain)

@@ -35,15 +35,17 @@ def predict(subject: Subject) -> Prediction:
     """Run every rule, then judge every pair at the stations that files decide, once for each engine."""
     findings: list[tuple[Rule, AdapterFinding]] = []
     not_run: list[tuple[Rule, str]] = []
+    # An engine without a predictor has no ledger, and may have rules.
+    left_out = predictors().keys() - set(subject.engines)
     for rule, survey in surveys():
-        if rule.engines and not set(rule.engines) & set(subject.engines):
+        if rule.engines and left_out.issuperset(rule.engines):
             continue
         step(f"running the rule {rule.code} {rule.name}", subject.adapter.path)
         why = _why_not(subject, rule.needs)
         if why:
             not_run.append((rule, why))
         else:
-            findings += [(rule, about) for finding in survey(subject) for about in _judged(finding, subject.engines)]
+            findings += [(rule, about) for finding in survey(subject) for about in _without(finding, left_out)]
     spectra = {pair.key: pair_spectrum(subject.adapter, pair) for pair in subject.adapter.modules}
     ledgers = {}
     for engine in subject.engines:
@@ -57,9 +59,9 @@ def predict(subject: Subject) -> Prediction:
     return Prediction(ledgers, reported, tuple(not_run))
 
 
-def _judged(finding: AdapterFinding, engines: Sequence[str]) -> Iterator[AdapterFinding]:
-    """The finding for those engines that the adapter is judged for, if it is about one of them."""
-    about = tuple(engine for engine in finding.engines if engine in engines)
+def _without(finding: AdapterFinding, left_out: Set[str]) -> Iterator[AdapterFinding]:
+    """The finding without engines that the adapter is not judged for, if it is about others."""
+    about = tuple(engine for engine in finding.engines if engine not in left_out)
     if about or not finding.engines:
         yield replace(finding, engines=about)
 

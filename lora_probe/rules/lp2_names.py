@@ -66,6 +66,7 @@ def doubled_prefix(bare: str) -> str | None:
     engines=("peft",),
     hint="add `base_model.model.` to the start of the keys: `lora-probe check --fix -o FIXED/` does it",
     fixable=True,
+    explains=("LP210",),
 )
 def prefix_missing(stored_as: str, prefix: str) -> str | None:
     """The keys do not begin with `base_model.model.`.

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from lora_probe.adapter.pattern_index import beginnings
-from lora_probe.adapter.saved import names_without_pairs, saves_module
+from lora_probe.adapter.saved import names_without_pairs, saved_names, saves_module, saves_tensor
 from lora_probe.files import shown
 from lora_probe.names import PREFIX
+from lora_probe.rules.paths import RENAME, bare
 from lora_probe.rules.registry import AdapterFinding, rule, survey, whole
 
 if TYPE_CHECKING:
@@ -107,33 +108,41 @@ def whole_module(names: tuple[str, ...], module: str) -> str | None:
     return next((path for path in (module, *beginnings(module)) if saves_module(names, path)), None) if names else None
 
 
-def _live(subject: Subject) -> tuple[dict[str, str], dict[str, str]]:
-    """The tensors with names of the live model, and their plain names: those that are not in the file, and those that
-    are."""
-    tensors = subject.adapter.weights.tensors
-    plain = {name: _SAVED.sub(".", name) for name in tensors if _SAVED.search(name)}
-    absent = {name: meant for name, meant in plain.items() if meant not in tensors}
-    return absent, {name: meant for name, meant in plain.items() if meant in tensors}
-
-
 @survey(
     "LP322",
-    "head-under-a-live-name",
+    "whole-module-misnamed",
     engines=("peft",),
-    hint="remove `.modules_to_save` (and `.default` after it) from the names",
+    hint=RENAME,
+    fixable=True,
+    explains=("LP210", "LP213", "LP214", "LP215"),
 )
-def head_under_a_live_name(subject: Subject) -> Iterator[AdapterFinding]:
-    """A whole module is stored under the name that it has in PEFT's live model: with `.modules_to_save.`.
+def whole_module_misnamed(subject: Subject) -> Iterator[AdapterFinding]:
+    """A whole module is not stored under the name that PEFT looks for.
 
-    Why it matters: the state dict of the live model was saved, not the output of `save_pretrained`. PEFT 0.21 looks for
-    the plain name and fails with a KeyError.
+    What it does: looks for tensors of `modules_to_save` under names of the live model (`.modules_to_save.`), with a
+    wrapper's name, and with PEFT's prefix missing or doubled. PEFT adds `classifier`, `score` and `qa_outputs` to
+    `modules_to_save` for some tasks.
 
-    Example: `classifier.modules_to_save.default.weight` instead of `classifier.weight`.
+    Why it matters: PEFT 0.21 looks for the plain name and fails with a KeyError.
+
+    Example: `classifier.modules_to_save.default.weight` instead of `classifier.weight`: the state dict of the live
+    model was saved, not the output of `save_pretrained`.
     """
-    absent, _ = _live(subject)
-    if absent:
-        message = f"PEFT looks for {_first(absent, 1)}, but the file has {_first(absent, 0)}"
+    names, tensors = saved_names(subject.adapter.config.raw), subject.adapter.weights.tensors
+    misnamed = {}
+    for name in tensors if names else ():
+        meant = meant_of_whole(name, tensors)
+        if ".lora_" not in name and meant not in tensors and saves_tensor(names, bare(meant)):
+            misnamed[name] = meant
+    if misnamed:
+        message = f"PEFT looks for {_first(misnamed, 1)}, but the file has {_first(misnamed, 0)}"
         yield AdapterFinding(message, refuses=True, path=subject.adapter.weights.path)
+
+
+def meant_of_whole(name: str, tensors: Container[str]) -> str:
+    """The name under which `save_pretrained` writes a tensor of a whole module. The second copy of one stays such."""
+    plain = _SAVED.sub(".", name)
+    return PREFIX + bare(name if plain != name and plain in tensors else plain)
 
 
 @survey(
@@ -154,7 +163,9 @@ def second_copy_of_a_head(subject: Subject) -> Iterator[AdapterFinding]:
 
     Example: `classifier.modules_to_save.bias` beside `classifier.bias`.
     """
-    _, present = _live(subject)
+    tensors = subject.adapter.weights.tensors
+    plain = {name: _SAVED.sub(".", name) for name in tensors if _SAVED.search(name)}
+    present = {name: meant for name, meant in plain.items() if meant in tensors}
     if present:
         message = f"PEFT silently drops {_first(present, 0)} and uses {_first(present, 1)}"
         yield AdapterFinding(message, path=subject.adapter.weights.path)

@@ -137,7 +137,8 @@ def _homes(entries: Mapping[Key, AdapterModule], shapes: Shapes, taken: set[str]
     for key, entry in entries.items():
         if key[0] in shapes:
             continue
-        same = ends.get(_from_layer_on(bare(key[0])), [])
+        plain = bare(key[0])
+        same = [plain] if plain in shapes else ends.get(_from_layer_on(plain), [])
         candidates[key] = [name for name in same if name not in own] if len(same) <= MOST_CANDIDATES else []
         for name in candidates[key]:
             votes.setdefault(_beginning(key[0]), Counter())[_beginning(name)] += 1 + 10_000 * _fits(entry, shapes[name])
