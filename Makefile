@@ -16,7 +16,7 @@ SUITABLE := import sys; sys.exit(not ((3, 11) <= sys.version_info[:2] <= (3, 13)
 VENV := .venv
 BIN := $(VENV)/bin
 # Two processes, each with whole files of tests: fixtures of a file and a session are made once in each.
-PARALLEL := --numprocesses 2 --dist loadfile
+PARALLEL := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 digest = $(shell cat $(1) | sha256sum | cut -c1-16)
 LOCKED := $(VENV)/.lock-$(call digest,requirements.lock)
 READY := $(VENV)/.ready-$(call digest,requirements.lock setup.cfg pyproject.toml plugins/vllm/setup.cfg plugins/vllm/pyproject.toml)

@@ -69,6 +69,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("engine") or (isinstance(item, pytest.Function) and is_slow(item)):
             item.add_marker("slow")
+    # Files with engines take longest, so they are begun first where several processes share the tests.
+    first = {item.path for item in items if item.get_closest_marker("engine")}
+    items.sort(key=lambda item: item.path not in first)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -123,8 +123,8 @@ _by_config("B06-excluded-by-name", "LP106", exclude_modules=["v_proj"])
 _by_config("B06-pattern", "LP107", layers_to_transform=[0, 1, 2], layers_pattern="blocks")
 _by_config("B06-another", "LP113", r=16, lora_alpha=32, target_modules=["q_proj", "v_proj", "o_proj"])
 _by_config("B06-wider", "LP204", target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
-_by_training("B08-dora", "LP210", "LP406", use_dora=True)
-failure("B08-dora-flag-off", "LP210", "LP211", trained=True)(
+_by_training("B08-dora", "LP406", use_dora=True)
+failure("B08-dora-flag-off", "LP211", trained=True)(
     lambda healthy, base, folder, save: edited(
         save(folder.with_name(folder.name + "-whole"), base, use_dora=True),
         folder,
@@ -132,8 +132,8 @@ failure("B08-dora-flag-off", "LP210", "LP211", trained=True)(
     )
 )
 _by_config("B08-dora-without-vectors", "LP220", use_dora=True)
-_by_training("B10-lora-bias", "LP210", "LP406", lora_bias=True)
-failure("B10-lora-bias-flag-off", "LP210", "LP211", trained=True)(
+_by_training("B10-lora-bias", "LP406", lora_bias=True)
+failure("B10-lora-bias-flag-off", "LP211", trained=True)(
     lambda healthy, base, folder, save: edited(
         save(folder.with_name(folder.name + "-whole"), base, lora_bias=True),
         folder,
@@ -141,9 +141,9 @@ failure("B10-lora-bias-flag-off", "LP210", "LP211", trained=True)(
     )
 )
 _by_config("B09-bias-flag", "LP406", bias="lora_only")
-_by_training("B11-saved-head", "LP210", "LP406", modules_to_save=["lm_head"])
-_by_config("B11-head-not-saved", "LP212", "LP406", modules_to_save=["lm_head"])
-_by_training("B11-saved-norms", "LP210", "LP406", modules_to_save=["norm"])
+_by_training("B11-saved-head", "LP406", modules_to_save=["lm_head"])
+_by_config("B11-head-not-saved", "LP212", modules_to_save=["lm_head"])
+_by_training("B11-saved-norms", "LP406", modules_to_save=["norm"])
 failure("B11-head-unsaid", "LP210")(
     lambda healthy, base, folder, save: edited(
         healthy,
@@ -235,7 +235,7 @@ def _resized(tensors: Tensors) -> Tensors:
     }
 
 
-_by_tensors("C11-resized", _resized, "LP210", "LP308")
+_by_tensors("C11-resized", _resized, "LP308")
 
 
 def _wider(name: str, tensor: Any) -> Any:

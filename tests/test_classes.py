@@ -234,7 +234,7 @@ def damages(adapter: Path) -> dict[str, tuple[set[str], Damage]]:
     config = json.loads((adapter / "adapter_config.json").read_text())
     names = list(load_file(adapter / WEIGHTS))
     pairs = [name.partition(".lora_")[0].removeprefix(PREFIX) for name in names if ".lora_" in name]
-    heads = {name.rpartition(".")[0] for name in names if ".lora_" not in name}
+    heads = {name.rpartition(".")[0] for name in names if ".lora_" not in name and name != SAVED_TWICE}
     possible = {
         "no prefix": ({"LP215", "LP322"}, renamed(lambda name: name.removeprefix(PREFIX))),
         "prefix twice": ({"LP214", "LP322"}, renamed(lambda name: PREFIX + name)),
@@ -263,10 +263,11 @@ def _replaced(name: str, beginnings: Mapping[str, str]) -> str:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_every_damage_is_named_and_cured(name: str, corpus: Corpus, tmp_path: Path) -> None:
+def test_damages_are_named_and_cured(name: str, corpus: Corpus, tmp_path: Path) -> None:
     possible = damages(corpus.adapter(name))
     assert len(possible) >= 4
-    for number, (kind, (codes, damage)) in enumerate(possible.items()):
+    # Every second one: each damage is done to half of the adapters, and each adapter has at least two.
+    for number, (kind, (codes, damage)) in list(enumerate(possible.items()))[list(CASES).index(name) % 2 :: 2]:
         damaged = shutil.copytree(corpus.adapter(name), tmp_path / str(number))
         damage(damaged)
         report = check(damaged, model=str(corpus.base(name)))

@@ -56,7 +56,7 @@ def test_no_engine_is_asked_to_build_it(
     named = edited(adapter, tmp_path / "named", config=lambda config: config | {"base_model_name_or_path": str(base)})
     status, out, err = call("check", named, capsys=capsys)
     assert status == 0
-    assert message in out
+    assert message in err
     (not_run,) = json.loads(call("check", named, "--format", "json", capsys=capsys)[1])["not_run"]
     assert "LP303" in not_run["codes"]
     assert "listing the modules" not in err

@@ -13,6 +13,7 @@ import re
 import shutil
 import struct
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from safetensors.numpy import load_file, save_file
 from lora_probe.adapter import TrainedAs
 from lora_probe.base import EngineView, open_base
 from lora_probe.engines.remembered import _DECIDING, _installed, keys_of, remember
+from lora_probe.errors import ProbeError
 
 DATA = Path(__file__).parent / "data"
 WEIGHTS = "adapter_model.safetensors"
@@ -74,7 +76,8 @@ def keep_answers() -> None:
     if state != _state[0]:
         _state[0] = state
         for folder, kind in _written:
-            if folder.exists():
+            # Some bases are gone, others were damaged on purpose.
+            with suppress(ProbeError):
                 remember_answers(folder, kind)
 
 

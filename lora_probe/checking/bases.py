@@ -39,6 +39,10 @@ class BaseViews:
     notes: tuple[str, ...] = ()
 
 
+PASS = "pass the base model with --model"
+"""The note on an adapter whose base model is not there; why it is not is in the headline."""
+
+
 class Bases:
     """The base models that were opened so far, and the engines' views of them."""
 
@@ -63,14 +67,13 @@ class Bases:
             return BaseOf(passed, self.model, Origin(self.model, other if isinstance(other, Base) else None))
         if named is None:
             why = "adapter_config.json does not name a base model"
-            return BaseOf(None, None, Origin(why_not=why), (f"{why}; pass --model",))
+            return BaseOf(None, None, Origin(why_not=why), (PASS,))
         base = self._open(named)
         if isinstance(base, Base):
             return BaseOf(base, named, Origin())
         short = "was not found" if isinstance(base, ModelNotFound) else "cannot be read"
-        why = short if isinstance(base, ModelNotFound) else f"{short} ({base.message})"
-        note = f"base model `{named}` (from adapter_config.json) {why}; pass --model"
-        return BaseOf(None, named, Origin(why_not=f"base model `{shown(named)}` {short}"), (note,))
+        notes = (PASS,) if isinstance(base, ModelNotFound) else (PASS, base.message)
+        return BaseOf(None, named, Origin(why_not=f"base model `{shown(named)}` {short}"), notes)
 
     def _open(self, name: str) -> Base | ProbeError:
         if name not in self._bases:

@@ -82,8 +82,10 @@ def _may_explain(cause: _About, consequence: _About) -> bool:
         return False
     if modules and others:
         return bool(modules & others)
+    # What is wrong with the file as a whole explains everything, and a field what it makes of the tensors.
     whole_file = not modules and first.field is None and first.path is not None and Path(first.path).name != CONFIG
-    return whole_file or (first.path, first.field) == (second.path, second.field)
+    of_field = not modules and first.field is not None and second.field is None
+    return whole_file or of_field or (first.path, first.field) == (second.path, second.field)
 
 
 def _with_difference(kept: list[_About], about: _About) -> list[_About]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from lora_probe.cli.ending import CLEAN, FOUND, UNJUDGED
 from lora_probe.cli.options import Command, add_engine, add_limits, apply_limits, budget, engine_options
 from lora_probe.errors import ProbeError
-from lora_probe.render.console import complain, hint, note
+from lora_probe.render.console import complain, hint, note, remarks
 from lora_probe.render.formats import DEFAULT, ERRORS, present, renderer
 from lora_probe.render.progress import status_line
 from lora_probe.render.results import CheckResult, CheckRun, FixResult, Paged
@@ -101,7 +101,9 @@ def _check(wanted: Requested, options: argparse.Namespace, fixed: FixResult | No
         engines=options.engine or [],
     )
     result = _read(wanted, check, options, fixed)
-    # The text of several adapters has no place for what is noted about each of them.
+    if options.format == DEFAULT and wanted.single:
+        remarks(text for report in result.reports for text in report.notes)
+    # What is noted about one of several adapters would hide what is noted about all.
     if not wanted.single and (newer := note_on(options.vllm_version)) is not None:
         note(newer)
     for path in wanted.skipped:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from lora_probe.cli.ending import CLEAN
 from lora_probe.cli.options import Command, add_checkpoint, add_limits, apply_limits
 from lora_probe.files import limits
-from lora_probe.render.console import hint
+from lora_probe.render.console import hint, remarks
 from lora_probe.render.formats import DEFAULT, present
 from lora_probe.render.progress import progress_bar
 
@@ -36,6 +36,8 @@ def run(options: argparse.Namespace) -> int:
     apply_limits(options)
     limits.begin(located(Path(options.checkpoint)))
     adapter = open_adapter(options.checkpoint)
+    if options.format == DEFAULT:
+        remarks(adapter.notes)
     if options.module is not None:
         from lora_probe.adapter.one_module import select
 

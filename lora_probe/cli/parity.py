@@ -22,8 +22,8 @@ from lora_probe.cli.options import (
     prompts,
 )
 from lora_probe.errors import ProbeError
-from lora_probe.render.console import as_json, hint, note
-from lora_probe.render.formats import present
+from lora_probe.render.console import as_json, hint, note, remarks
+from lora_probe.render.formats import DEFAULT, present
 from lora_probe.render.progress import run_progress, status_line, weights_progress
 
 
@@ -75,6 +75,8 @@ def run(options: argparse.Namespace) -> int:
             weights_progress=weights_progress(report),
             engine_progress=lambda name, now: run_progress(name, report)(now),
         )
+    if options.format == DEFAULT:
+        remarks(result.weights.notes)
     present("parity", options.format, result)
     if kept:
         from lora_probe.render.json.parity import parity_json

@@ -50,6 +50,12 @@ def note(text: str) -> None:
     _on_stderr(words(text))
 
 
+def remarks(texts: Iterable[str]) -> None:
+    """Print what was noticed beside the result, so that standard output holds the result alone."""
+    for text in texts:
+        _on_stderr(assemble(("note:", "cyan"), f" {text}"))
+
+
 def hint(text: str) -> None:
     """Print what to do next: a command, which is never broken into lines, so that it can be copied."""
     _on_stderr(assemble(("hint:", "cyan"), f" {text}"), command=True)

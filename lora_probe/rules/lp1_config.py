@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from lora_probe.adapter.variants import BY_FIELD, INITIALISATIONS, initialisation
+from lora_probe.adapter.variants import BY_FIELD, EXTRAS, INITIALISATIONS, initialisation
 from lora_probe.files import brief, shown
 from lora_probe.names import projection_of
 from lora_probe.rules.paths import listed
@@ -275,6 +275,7 @@ def _share(value: object) -> bool:
     "LP110",
     "variant-not-read",
     hint="serve it with PEFT, or merge it first if PEFT can merge it",
+    explains=("LP210",),
 )
 def variant_not_read(subject: Subject) -> Iterator[AdapterFinding]:
     """The config enables a LoRA variant through a field that vLLM never reads.
@@ -282,7 +283,8 @@ def variant_not_read(subject: Subject) -> Iterator[AdapterFinding]:
     What it does: reports every field that is set, that vLLM's `PEFTHelper` does not declare, and that concerns neither
     training nor the choice of modules.
 
-    Why it matters: vLLM 0.32 drops every field that it does not declare and runs the adapter as plain LoRA. For Arrow,
+    Why it matters: vLLM 0.32 drops every field that it does not declare. It refuses the file if the variant has tensors
+    of its own there (LP210), and otherwise runs the adapter as plain LoRA. For Arrow,
     which routes between several adapters, that is a different function. PEFT 0.21 cannot load an Arrow adapter on its
     own.
 
@@ -290,15 +292,19 @@ def variant_not_read(subject: Subject) -> Iterator[AdapterFinding]:
     """
     fields = [field for field, value in subject.adapter.config.raw.items() if value and _is_unread(field)]
     for field in fields[:MOST_KEYS]:
-        message = f"`{shown(field)}` is set, but vLLM never reads it and runs the adapter as plain LoRA"
+        message = f"`{shown(field)}` is set, but vLLM never reads it"
+        if field in EXTRAS and any(map(EXTRAS[field].is_named, subject.adapter.weights.tensors)):
+            yield AdapterFinding(f"{message} and refuses its tensors", engines=("vllm",), refuses=True, field=field)
+            continue
+        message += " and runs the adapter as plain LoRA"
         if field == "arrow_config":
             message += ", and PEFT cannot load an Arrow router on its own"
             yield AdapterFinding(message, refused_by=("peft",), field=field, hint=ARROW)
         else:
             yield AdapterFinding(message, engines=("vllm",), field=field)
     if rest := fields[MOST_KEYS:]:
-        plain = "vLLM never reads them and runs the adapter as plain LoRA"
-        yield AdapterFinding(f"{listed(rest)} are set, but {plain}", engines=("vllm",), field=rest[0])
+        message = f"{listed(rest)} are set, but vLLM never reads them and runs the adapter as plain LoRA"
+        yield AdapterFinding(message, engines=("vllm",), field=rest[0])
 
 
 ARROW = "create the Arrow model with PEFT's `create_arrow_model`, which loads the adapters that the router needs"

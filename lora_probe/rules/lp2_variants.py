@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     "LP211",
     "tensors-without-flag",
     hint="restore the flag in adapter_config.json: it was removed, or the config is from another run",
+    explains=("LP210",),
 )
 def tensors_without_flag(subject: Subject) -> Iterator[AdapterFinding]:
     """The file holds tensors of a variant that the config does not enable.
@@ -56,6 +57,7 @@ def tensors_without_flag(subject: Subject) -> Iterator[AdapterFinding]:
     "flag-without-tensors",
     hint="save the adapter again: the file lacks the tensors that the flag requires",
     follows=("LP321", "LP322"),
+    explains=("LP406",),
 )
 def flag_without_tensors(subject: Subject) -> Iterator[AdapterFinding]:
     """The config lists whole modules or tokens as trained, but they are not in the file.

@@ -118,6 +118,7 @@ def not_adaptable_in_peft(subject: Subject) -> Iterator[AdapterFinding]:
     needs="base",
     hint="resize the base model's embeddings as in training, or serve the base model with the added tokens",
     follows=("LP301",),
+    explains=("LP210",),
 )
 def vocabulary_differs(subject: Subject) -> Iterator[AdapterFinding]:
     """Embeddings or heads in the file have a different number of tokens than the base model.

@@ -160,6 +160,7 @@ def lora_dtype(subject: Subject) -> Iterator[AdapterFinding]:
     "LP406",
     "variant-refused",
     engines=("vllm",),
+    explains=("LP210",),
     hint="serve it with PEFT, or merge it into the base model first: merge_and_unload(), then `lora-probe parity`",
 )
 def variant_refused(subject: Subject) -> Iterator[AdapterFinding]:

@@ -65,8 +65,7 @@ def full_report(report: Report) -> RenderableType:
     if report.vllm and "vllm" not in report.not_served:
         pairs.append(("predicted for", f"vLLM {report.vllm}"))
     parts: list[RenderableType] = [facts(*pairs)]
-    parts += [*(words(f"note: {note}", "cyan") for note in report.notes), words("")]
-    parts += [*_headlines(report), *_tables(report), *([words("")] if report.ledgers else [])]
+    parts += [words(""), *_headlines(report), *_tables(report), *([words("")] if report.ledgers else [])]
     return Group(*parts, *_findings(report), _verdict(report))
 
 

@@ -30,7 +30,6 @@ def _checkpoint(adapter: Adapter) -> RenderableType:
     kind = "LoRA" + "".join(f" + {variant}" for variant in config.variants)
     dtypes = ", ".join(adapter.dtypes) or "empty"
     return Group(
-        *(words(f"note: {note}", style="cyan") for note in adapter.notes),
         facts(
             ("adapter", str(adapter.path)),
             ("kind", f"{kind}, rank {config.rank}, alpha {config.alpha:g}, scaling {config.scaling:g}"),

@@ -29,7 +29,6 @@ def module(selected: OneModule) -> RenderableType:
     for values in selected.tensors:
         add_row(table, values.tensor.name, _shape(values.tensor), values.tensor.dtype, _norm(values))
     return Group(
-        *(words(f"note: {note}", style="cyan") for note in selected.adapter.notes),
         facts(
             ("adapter", str(selected.adapter.path)),
             ("module", label(pair)),

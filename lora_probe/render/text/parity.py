@@ -35,7 +35,6 @@ def parity(result: Parity) -> RenderableType:
         _modules(weights),
         *_counts(weights),
     ]
-    parts += [words(f"note: {note}", style="cyan") for note in weights.notes]
     parts += [words(f"PEFT warned: {line}") for line in result.warnings]
     if result.outputs is not None:
         parts += [words(""), *_outputs(result.outputs, weights)]
@@ -110,12 +109,12 @@ def _outputs(effect: Effect, weights: MergeReport) -> Iterable[RenderableType]:
     yield table
     if effect.tokens < THIN:
         more = "pass prompts like the training data (--prompt, --chat) to learn more"
-        yield words(f"note: only {effect.tokens} answer tokens; {more}", style="bold yellow")
+        yield words(f"only {effect.tokens} answer tokens; {more}", style="bold yellow")
     yield from _divergence(effect)
     if later := later_in_outputs(weights, effect):
         yield words(later)
     for note in effect.notes:
-        yield words(f"note: {note}", style="bold yellow")
+        yield words(note, style="bold yellow")
 
 
 def _divergence(effect: Effect) -> Iterable[RenderableType]:
