@@ -308,15 +308,20 @@ def head_without_home(subject: Subject) -> Iterator[AdapterFinding]:
     hint="merge the adapter: merge_and_unload(), then `lora-probe parity`",
 )
 def class_without_adapters(subject: Subject) -> Iterator[AdapterFinding]:
-    """vLLM's model class for this base model does not support LoRA.
+    """vLLM does not serve this base model, or not with adapters.
 
-    Why it matters: vLLM does not start with `--enable-lora` (`... does not support LoRA yet`, 0.32), for any adapter.
+    What it does: builds vLLM's model and its LoRA manager without weights. `check` judges such an adapter for vLLM only
+    if `--engine` names it.
 
-    Example: GPT-2.
+    Why it matters: without a class for the model vLLM does not start; with a class that does not support LoRA it does
+    not start with `--enable-lora` (`... does not support LoRA yet`, 0.32), for any adapter.
+
+    Example: T5; GPT-2.
     """
     view = subject.views["vllm"]
     if view.refuses:
-        yield AdapterFinding(view.refuses, refuses=True)
+        hint = "" if view.modules else "serve it with PEFT: vLLM cannot serve the merged model either"
+        yield AdapterFinding(view.refuses, refuses=True, hint=hint)
 
 
 @rule(

@@ -160,7 +160,11 @@ def _headlines(report: Report, indent: str = "") -> Iterable[RenderableType]:
     """The predicted headline of each engine. Engines with the same headline share a line; those that do not serve the
     model come first."""
     for engine, why in report.not_served.items():
-        yield assemble(indent, (f"{engine}  ", "" if indent else "bold"), (f"not judged: {why}", "bold yellow"))
+        yield assemble(
+            indent,
+            (f"{engine}  ", "" if indent else "bold"),
+            (f"not judged: {why}; --engine {engine} judges it", "bold yellow"),
+        )
     same: dict[str, list[Ledger]] = {}
     for ledger in report.ledgers.values():
         same.setdefault(_headline(replace(ledger, engine="both"), report), []).append(ledger)
