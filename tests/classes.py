@@ -232,6 +232,14 @@ CASES: dict[str, Case] = {
     ),
     # Vision and audio.
     "vit": Case("vit", "ViTForImageClassification", None, ("q_proj", "v_proj"), {"modules_to_save": ["classifier"]}),
+    "vit-labels": Case(
+        "vit",
+        "ViTForImageClassification",
+        None,
+        ("q_proj", "v_proj"),
+        {"modules_to_save": ["classifier"]},
+        {"num_labels": 5, "ignore_mismatched_sizes": True},
+    ),
     "vit-classifier": Case("vit", "ViTForImageClassification", "SEQ_CLS", ("q_proj", "v_proj")),
     "swin": Case("swin", "SwinForImageClassification", None, ("q_proj", "v_proj"), {"modules_to_save": ["classifier"]}),
     "convnext": Case("convnext", "ConvNextForImageClassification", None, ("pwconv1", "pwconv2")),

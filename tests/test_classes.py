@@ -144,7 +144,12 @@ def test_the_heads_that_peft_adds_for_a_task() -> None:
         assert tuple(config.modules_to_save or ()) == HEADS_OF_TASKS.get(task, ()), task
 
 
-WARNED = {"bert-tokens": {"LP319"}, "qwen2-reward-causal-base": {"LP319"}, "bert-classifier-bias": {"LP323"}}
+WARNED = {
+    "bert-tokens": {"LP319"},
+    "qwen2-reward-causal-base": {"LP319"},
+    "bert-classifier-bias": {"LP323"},
+    "vit-labels": {"LP319"},
+}
 """The number of labels must be passed when the base is loaded, and the second copy of a bias has no effect."""
 
 

@@ -41,7 +41,7 @@ def test_labels(labels: int, reported: bool, tmp_path: Path) -> None:
     if reported:
         assert f"{labels} label{'s' * (labels > 1)}, the base model's config gives 2" in diagnostics[0].message
         assert diagnostics[0].hint == (
-            f"load the base model with `AutoModelForSequenceClassification.from_pretrained(base, num_labels={labels})`"
+            f"load the base model with `LlamaForSequenceClassification.from_pretrained(base, num_labels={labels})`"
         )
 
 

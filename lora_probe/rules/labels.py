@@ -17,37 +17,29 @@ from lora_probe.base import EngineView, ModuleView
 from lora_probe.base.engine_view import CLASSIFIER_HEADS
 from lora_probe.names import PREFIX
 
-CLASSES = {
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-}
-"""transformers' class for each of PEFT's task types that has labels."""
-
 
 @dataclass(frozen=True)
 class Labels:
-    """`of_adapter` labels in the adapter's file at the module `head`, `of_base` by the config of the base. `class_name`
-    is the class of transformers to load the base with."""
+    """`of_adapter` labels in the adapter's file at the module `head`, `of_base` by the config of the base. `model` is
+    the class of transformers that the base is loaded as."""
 
     head: str
     of_adapter: int
     of_base: int
-    class_name: str
+    model: str
 
 
 def labels_of(adapter: Adapter, views: Mapping[str, EngineView]) -> Labels | None:
     """The labels of the adapter's classifier, if PEFT's model of the base has another number of them."""
     view = views.get("peft")
-    task = adapter.config.raw.get("task_type")
-    class_name = CLASSES.get(task) if isinstance(task, str) else None
-    if view is None or class_name is None:
+    if view is None:
         return None
     for head, module in view.modules.items():
         if module.kind == "linear" and module.shape is not None and _is_head(head):
             rows, columns = module.shape
             shape = _shape_in_file(adapter, head)
             if shape is not None and shape[1] == columns and shape[0] != rows:
-                return Labels(head, shape[0], rows, class_name)
+                return Labels(head, shape[0], rows, view.model)
     return None
 
 

@@ -50,7 +50,7 @@ def labels_differ(subject: Subject) -> Iterator[AdapterFinding]:
             f"`{shown(labels.head)}` in the file has {_labels(labels.of_adapter)}, the base model's config gives "
             f"{labels.of_base}: PEFT refuses the adapter unless the base is loaded with {setting}",
             path=subject.adapter.weights.path,
-            hint=f"load the base model with `{labels.class_name}.from_pretrained(base, {setting})`",
+            hint=f"load the base model with `{labels.model}.from_pretrained(base, {setting})`",
         )
 
 
