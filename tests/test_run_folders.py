@@ -66,3 +66,17 @@ def test_a_parity_in_use_is_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / "out" / REPORT).exists()
     with _workplace(tmp_path / "out", True, 0) as folder:
         assert [path.name for path in folder.iterdir()] == [REPORT]
+
+
+def test_only_a_run_that_failed_is_replaced_without_force(tmp_path: Path) -> None:
+    """error.json is not a rare name: a folder of somebody's own may hold one."""
+    failed = tmp_path / "failed"
+    failed.mkdir()
+    for name in ("run.json", "error.json", LOG):
+        (failed / name).write_text("{}")
+    assert list(folder_for("a", "vllm", failed, force=False).iterdir()) == []
+    for name in ("run.json", "error.json", "thesis.tex"):
+        (failed / name).write_text("{}")
+    with pytest.raises(ProbeError, match="contains an incomplete recording"):
+        folder_for("a", "vllm", failed, force=False)
+    assert (failed / "thesis.tex").exists()

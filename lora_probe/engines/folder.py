@@ -49,7 +49,7 @@ def folder_for(name: str, engine: str, out: str | Path | None, force: bool) -> P
     """
     if out is not None:
         folder = Path(out)
-        if (folder / ERROR).exists():
+        if _failed(folder):
             # A run that failed before it recorded anything: nothing is lost.
             shutil.rmtree(folder)
         elif folder.exists():
@@ -89,6 +89,14 @@ def _move_away(folder: Path, force: bool) -> None:
     else:
         # Kept until the new one is recorded.
         folder.rename(before)
+
+
+def _failed(folder: Path) -> bool:
+    """Whether a folder holds a run that failed, and nothing else."""
+    if not (folder / ERROR).is_file() or not (folder / "run.json").is_file():
+        return False
+    others = [entry for entry in folder.iterdir() if entry.name not in (ERROR, LOG, "run.json")]
+    return all((entry / "process.json").is_file() for entry in others)
 
 
 def _complete(folder: Path) -> bool:
