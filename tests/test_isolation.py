@@ -141,7 +141,7 @@ def test_interrupting_a_check_leaves_nothing(checkout: Path) -> None:
 def test_a_base_of_an_unknown_kind_brings_no_code(checkout: Path) -> None:
     """There is no prompt whether the code may run, because nobody could answer it."""
     remote(checkout / "base", "config.json", model_type="evil")
-    assert "peft did not describe the base (transformers cannot build" in call(checkout, "check", "a").stdout
+    assert "peft did not describe the base (transformers cannot build" in call(checkout, "check", "a").stderr
     done = call(checkout, "trace", "a", "--engine", "peft", "--prompt", "hi", "--max-tokens", "2", "-o", "r.lptrace")
     assert done.returncode == 2
     assert "Do you wish to run the custom code" not in (checkout / "r.lptrace" / "engine.log").read_text()

@@ -69,7 +69,7 @@ def test_the_core_alone_inspects_and_shows(adapter: Path, peft_trace: object, tm
     checked = call("check", adapter)
     assert checked.returncode == 0, checked.stdout
     assert "peft, vllm  9 of 9 modules take effect" in checked.stdout
-    assert "peft did not describe the base" in checked.stdout
+    assert "peft did not describe the base" in checked.stderr
     assert "9 of 9 modules took effect" in call("show", trace).stdout
     assert call("compare", trace, trace).returncode == 0
     for engine, word in (("peft", "needs the module"), ("vllm", "is not installed")):
