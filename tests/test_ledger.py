@@ -130,6 +130,7 @@ def test_without_a_base_the_rows_are_those_of_the_file(adapter: Path) -> None:
         (lambda t: t * float("nan"), "LP205"),
         (lambda t: t * 0, "LP203"),
         (lambda t: t.flatten(), "LP206"),
+        (lambda t: t[0, 0].reshape(()), "LP206"),
         (lambda t: t[:, :0], "LP206"),
         (lambda t: t[:, :4], "LP206"),
         (lambda t: t[:-1], "LP301"),
