@@ -35,6 +35,20 @@ def test_the_module_that_ends_alike_is_meant(tmp_path: Path) -> None:
     }
 
 
+def test_a_name_with_a_prefix_too_many_means_the_module_of_its_own_tower(tmp_path: Path) -> None:
+    shapes = {f"{tower}.layers.0.q_proj": SHAPE for tower in ("encoder", "decoder")}
+    name = "base_model.model.encoder.layers.0.q_proj"
+    assert homes(tmp_path / "a", [name], shapes) == {name: "encoder.layers.0.q_proj"}
+
+
+def test_a_module_of_the_base_means_itself(tmp_path: Path) -> None:
+    """Also where a word of its path is one that wrappers add."""
+    shapes = {f"{start}layers.0.q_proj": SHAPE for start in ("module.", "")}
+    assert homes(tmp_path / "a", ["module.layers.0.q_proj"], shapes) == {
+        "module.layers.0.q_proj": "module.layers.0.q_proj"
+    }
+
+
 def test_of_two_pairs_that_mean_one_module_neither_has_it(tmp_path: Path) -> None:
     names = ["a.layers.0.q_proj", "b.layers.0.q_proj"]
     assert homes(tmp_path / "a", names, {"text.layers.0.q_proj": SHAPE}) == {name: name for name in names}
