@@ -211,10 +211,9 @@ def _ending(patient: Patient, named: re.Match[str]) -> None:
     assert {f"lora_embedding_{half}" for half in "AB"} == set(named.groups())
 
 
-@action("if the module was not trained, remove it from target_modules")
-def _untarget(patient: Patient, _: re.Match[str]) -> None:
-    untrained = {module.rpartition(".")[2] for module in patient.diagnostic.modules}
-    patient.write(target_modules=[name for name in patient.config["target_modules"] if name not in untrained])
+@action("if the module was not trained, add its path to exclude_modules")
+def _exclude(patient: Patient, _: re.Match[str]) -> None:
+    patient.write(exclude_modules=list(patient.diagnostic.modules))
 
 
 @action("start vLLM with a larger --max-lora-rank: (.*)")

@@ -132,3 +132,33 @@ def test_a_head_under_the_name_of_the_live_model(name: str, tmp_path: Path) -> N
     # The hint is followed.
     fixed = edited(alone, tmp_path / "d", lambda ts: {n.replace(f".{name}", ""): t for n, t in ts.items()})
     assert of_peft(fixed, base) == set()
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        (lambda t: t * np.float32("nan"), "LP326"),
+        (lambda t: np.tile(t, (1, 2)), "LP324"),
+    ],
+)
+def test_the_values_and_the_shape_of_a_head(change: Any, code: str, tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base")
+    adapter = classifier(tmp_path / "a", base, 2)
+    name = f"{HEAD}.weight"
+    damaged = edited(adapter, tmp_path / "b", lambda ts: ts | {name: change(ts[name])})
+    assert of_peft(adapter, base) == set()
+    assert of_peft(damaged, base) == {code}
+    assert check(damaged, model=str(base)).ledgers["peft"].refused == (code == "LP324")
+
+
+def test_a_head_without_its_ending_is_not_in_the_file(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base")
+    adapter = classifier(tmp_path / "a", base, 2)
+    bare = edited(adapter, tmp_path / "b", lambda ts: {n.replace(f"{HEAD}.weight", HEAD): t for n, t in ts.items()})
+    assert of_peft(bare, base) == {"LP212"}
+
+
+def test_a_name_in_modules_to_save_that_matches_nothing(adapter: Path, llama: Path, tmp_path: Path) -> None:
+    odd = edited(adapter, tmp_path / "a", config=lambda raw: raw | {"modules_to_save": ["scoer"]})
+    found = [one for one in check(odd, model=str(llama), engines=["peft"]).diagnostics if one.code == "LP108"]
+    assert [one.message for one in found] == ["the base model has no module that matches `scoer` in modules_to_save"]

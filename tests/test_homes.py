@@ -92,3 +92,13 @@ def test_what_is_found_of_a_pair_is_told_of_the_row_that_it_shares(adapter: Path
     (row,) = [row for row in ledger.rows if row.module == "model.layers.1.self_attn.v_proj"]
     assert row.stored_as == "model.text.layers.1.self_attn.v_proj"
     assert [finding.code for finding in row.stations.values()] == ["", "LP302", "LP407"]
+
+
+def test_both_towers_are_found_where_all_names_lack_a_part(tmp_path: Path) -> None:
+    """Cross-attention tells the decoder from the encoder, self-attention does not."""
+    inner = {"encoder": ("self_attn",), "decoder": ("self_attn", "encoder_attn")}
+    paths = [f"{tower}.layers.0.{kind}.q_proj" for tower, kinds in inner.items() for kind in kinds]
+    shapes: dict[str, tuple[int, int] | None] = {f"model.{path}": SHAPE for path in paths}
+    assert homes(tmp_path / "a", paths, shapes) == {path: f"model.{path}" for path in paths}
+    longer = [f"outer.model.{path}" for path in paths]
+    assert homes(tmp_path / "b", longer, shapes) == {path: path.removeprefix("outer.") for path in longer}

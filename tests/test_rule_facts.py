@@ -314,3 +314,9 @@ def test_nothing_matches_on_a_message() -> None:
     assert len(files) > 100
     wrong = {str(path): lines for path in files if (lines := matches_on_messages(ast.parse(path.read_text())))}
     assert not wrong
+
+
+def test_a_flag_that_is_text_counts_as_true(tmp_path: Path) -> None:
+    (diagnostic,) = found(adapter(tmp_path / "a", {"use_rslora": "false"}), "LP114")
+    assert diagnostic.message == "`use_rslora` is the text 'false', which counts as true"
+    assert not found(adapter(tmp_path / "b", {"use_rslora": False}), "LP114")

@@ -17,7 +17,7 @@ from lora_probe.base.checkpoint import EMBEDDINGS
 from lora_probe.base.model import Base
 from lora_probe.names import PREFIX
 
-SCHEMA = 4
+SCHEMA = 5
 """Incremented when views are built or written in another way, so that older ones are not reused."""
 
 LM_HEADS = ("lm_head", "embed_out")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from lora_probe.files import brief
 from lora_probe.names import projection_of, ranges
 from lora_probe.rules.lp1_targets import RESTORE
 from lora_probe.rules.paths import listed
@@ -42,6 +43,27 @@ def config_of_another(subject: Subject) -> Iterator[AdapterFinding]:
         field = "target_modules" if _ranks(rows) is None else "r"
         what = "; ".join(text for text, _ in facts)
         yield AdapterFinding(f"the config is probably that of another adapter: {what}", keys=keys, field=field)
+
+
+FLAGS = ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out")
+"""Fields of which both engines ask only whether they are true, and that change what the adapter computes."""
+
+
+@survey(
+    "LP114",
+    "flag-that-is-text",
+    hint="write true or false without quotes: the value of the training",
+)
+def flag_that_is_text(subject: Subject) -> Iterator[AdapterFinding]:
+    """A flag of the config is a text, not true or false.
+
+    Why it matters: PEFT 0.21 and vLLM ({vllm}) take every text that is not empty for true, also "false". With
+    `"use_rslora": "false"`, rank 4 and alpha 8, both scale by 4 instead of 2, and report nothing.
+    """
+    for field in FLAGS:
+        value = subject.adapter.config.raw.get(field)
+        if isinstance(value, str) and value:
+            yield AdapterFinding(f"`{field}` is the text {brief(value)}, which counts as true", field=field)
 
 
 Fact = tuple[str, list[Expected]]

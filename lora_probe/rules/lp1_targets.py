@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from lora_probe.adapter.pattern_index import ends
+from lora_probe.adapter.saved import HEADS_OF_TASKS, saved_names
 from lora_probe.names import projection_of
 from lora_probe.rules.paths import listed
 from lora_probe.rules.registry import AdapterFinding, Sentence, rule, survey
@@ -155,14 +156,22 @@ def nothing_targeted(subject: Subject) -> Iterator[AdapterFinding]:
     follows=("LP301",),
 )
 def target_matches_nothing(subject: Subject) -> Iterator[AdapterFinding]:
-    """One of several target_modules does not match any module of the base model.
+    """One of several target_modules, or one of modules_to_save, does not match any module of the base model.
 
     Why it matters: PEFT 0.21 uses the others and does not warn, so the modules behind a misspelled name stay
-    untrained.
+    untrained, or keep their random weights.
 
     Example: `["q_proj", "v_proj", "query"]`: a list for several model types.
     """
     config = subject.adapter.config
+    if (view := subject.views.get("peft")) is not None:
+        # PEFT itself writes the heads of a task, which no model has all of.
+        known = HEADS_OF_TASKS.get(str(config.raw.get("task_type")), ())
+        saved = [name for name in saved_names(config.raw) if name not in known]
+        unknown = [name for name in saved if not any(module.endswith(name) for module in view.modules)]
+        if unknown:
+            message = f"the base model has no module that matches {listed(unknown)} in modules_to_save"
+            yield AdapterFinding(message, field="modules_to_save")
     if not isinstance(config.target_modules, tuple) or not subject.shapes or not subject.targeted:
         return
     idle = set(config.target_modules)

@@ -125,13 +125,18 @@ def refused_tensor(subject: Subject) -> Iterator[AdapterFinding]:
     if refused:
         more = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
         halves = {half.name for pair in subject.adapter.modules for half in (pair.a, pair.b) if half is not None}
+        strange = {other.tensor.name for other in subject.adapter.others if not other.understood}
+        hint = RENAME if halves.issuperset(refused) else STRANGE if strange.issuperset(refused) else ""
         yield AdapterFinding(
             f"`{shown(refused[0])}`{more} is unsupported LoRA weight",
             keys=_keys_of(subject.adapter, refused),
-            hint=RENAME if halves.issuperset(refused) else "",
+            hint=hint,
             refuses=True,
             path=subject.adapter.weights.path,
         )
+
+
+STRANGE = "remove these tensors from the file, if they are not part of the adapter: PEFT does not know them either"
 
 
 def _keys_of(adapter: Adapter, names: list[str]) -> tuple[Key, ...]:

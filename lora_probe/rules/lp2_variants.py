@@ -49,7 +49,11 @@ def tensors_without_flag(subject: Subject) -> Iterator[AdapterFinding]:
                 f"the file holds {what} (`{shown(names[0])}`), but `{field}` is {_shown(setting)}: PEFT {effect}",
                 engines=("peft",),
                 path=subject.adapter.weights.path,
+                hint=LEFT_OVER if ".base_layer." in names[0] else "",
             )
+
+
+LEFT_OVER = "remove the tensors of the base model (`.base_layer.`) from the file: the base has them already"
 
 
 @survey(
@@ -100,11 +104,8 @@ def _unsaved(subject: Subject) -> list[str]:
         if (described.kind != "other" or "norm" in described.why_not.lower())
         and (module in whole or not whole.isdisjoint(beginnings(module)))
     ]
-    absent = set(modules)
-    for name in subject.adapter.weights.tensors:
-        if ".lora_" not in name:
-            absent.difference_update(beginnings(name.removeprefix(PREFIX)))
-    return [module for module in modules if module in absent]
+    held = {name.removeprefix(PREFIX).replace(".base_layer.", ".") for name in subject.adapter.weights.tensors}
+    return [module for module in modules if f"{module}.weight" not in held]
 
 
 def _variants(subject: Subject) -> dict[str, tuple[str, list[str]]]:

@@ -7,10 +7,14 @@ import re
 from collections.abc import Container, Iterator, Mapping
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from lora_probe.adapter.pattern_index import beginnings
 from lora_probe.adapter.saved import names_without_pairs, saved_names, saves_module, saves_tensor
 from lora_probe.files import shown
+from lora_probe.files.weights import read_chunk, widen
 from lora_probe.names import PREFIX
+from lora_probe.rules.lp2_files import CHUNK
 from lora_probe.rules.paths import RENAME, bare
 from lora_probe.rules.registry import AdapterFinding, rule, survey, whole
 
@@ -174,3 +178,54 @@ def second_copy_of_a_head(subject: Subject) -> Iterator[AdapterFinding]:
 def _first(names: Mapping[str, str], which: int) -> str:
     pair = next(iter(names.items()))
     return f"`{shown(pair[which])}`" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+
+
+@survey(
+    "LP324",
+    "whole-module-does-not-fit",
+    engines=("peft",),
+    needs="base",
+    hint="pass the base model that it was trained on, or restore the tensor: PEFT requires exactly this shape",
+)
+def whole_module_does_not_fit(subject: Subject) -> Iterator[AdapterFinding]:
+    """A whole module in the file has another shape than in the base model.
+
+    What it does: compares the weights of modules_to_save, and of the heads that PEFT adds to it, with the base model's.
+    The number of labels is compared by LP319, the vocabulary by LP308.
+
+    Why it matters: PEFT 0.21 refuses the adapter with a size mismatch.
+    """
+    view, names = subject.views.get("peft"), saved_names(subject.adapter.config.raw)
+    for name, tensor in subject.adapter.weights.tensors.items() if view is not None and names else ():
+        path = name.removeprefix(PREFIX)
+        module = view.modules.get(path.removesuffix(".weight")) if view is not None else None
+        if module is None or module.kind != "linear" or module.shape is None or not path.endswith(".weight"):
+            continue
+        if saves_tensor(names, path) and len(tensor.shape) == 2 and tensor.shape != module.shape:
+            shapes = f"shape {list(tensor.shape)}, the base model's has {list(module.shape)}"
+            yield AdapterFinding(f"`{shown(name)}` has {shapes}", refuses=True, path=subject.adapter.weights.path)
+            return
+
+
+@survey(
+    "LP326",
+    "whole-module-not-finite",
+    engines=("peft",),
+    hint="use an earlier checkpoint, or train again with a lower learning rate",
+)
+def whole_module_not_finite(subject: Subject) -> Iterator[AdapterFinding]:
+    """A whole module in the file contains NaN or infinity.
+
+    What it does: reads the values of modules_to_save, and of the heads that PEFT adds to it. Pairs are LP205.
+
+    Why it matters: PEFT 0.21 loads it silently, and every output of the model is NaN.
+    """
+    file, names = subject.adapter.weights, saved_names(subject.adapter.config.raw)
+    for name, tensor in file.tensors.items() if names else ():
+        if ".lora_" in name or not saves_tensor(names, bare(name)):
+            continue
+        for start in range(0, tensor.parameters, CHUNK):
+            values = read_chunk(file, tensor, start, min(start + CHUNK, tensor.parameters))
+            if not np.isfinite(widen(values, tensor.dtype)).all():
+                yield AdapterFinding(f"`{shown(name)}` contains NaN or infinity", path=file.path)
+                return

@@ -39,6 +39,9 @@ def difference(stored_as: str, meant: str) -> str:
         old, new = (listed([*names]) for names in (words, words.values()))
         return f"the names in the file have {old} where the base model has {new}"
     file_start, base_start = starts(stored_as, meant)
+    if not file_start or not base_start:
+        lacking, having = ("file", base_start) if not file_start else ("model", file_start)
+        return f"the names in the {lacking} lack `{shown(having)}` at the beginning"
     return f"the names in the file begin with `{shown(file_start)}`, the model's with `{shown(base_start)}`"
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lora_probe.adapter import Adapter, AdapterModule
+from lora_probe.adapter.pattern_index import ends as path_ends
 from lora_probe.adapter.spectrum import Spectrum, pair_spectrum
 from lora_probe.base import Shapes
 from lora_probe.ledger import OK, Finding, worse
@@ -129,8 +130,13 @@ def _homes(entries: Mapping[Key, AdapterModule], shapes: Shapes, taken: set[str]
     if not shapes:
         return {}
     ends: dict[str, list[str]] = {}
+    # A whole path says more than what is left of it from the layer on: `encoder.layers.0.q` is not of the decoder.
+    longer: dict[str, list[str]] = {}
     for name in shapes:
         ends.setdefault(_from_layer_on(name), []).append(name)
+        for end in path_ends(name) if LAYER.search(name) else ():
+            if LAYER.search(end):
+                longer.setdefault(end, []).append(name)
     own = {key[0] for key in entries} | taken
     candidates: dict[Key, list[str]] = {}
     votes: dict[str, Counter[str]] = {}
@@ -138,7 +144,8 @@ def _homes(entries: Mapping[Key, AdapterModule], shapes: Shapes, taken: set[str]
         if key[0] in shapes:
             continue
         plain = bare(key[0])
-        same = [plain] if plain in shapes else ends.get(_from_layer_on(plain), [])
+        same = longer.get(plain) or next(([end] for end in path_ends(plain) if end in shapes), [])
+        same = same if len(same) == 1 else ends.get(_from_layer_on(plain), [])
         candidates[key] = [name for name in same if name not in own] if len(same) <= MOST_CANDIDATES else []
         for name in candidates[key]:
             votes.setdefault(_beginning(key[0]), Counter())[_beginning(name)] += 1 + 10_000 * _fits(entry, shapes[name])
