@@ -199,9 +199,9 @@ def whole_module_does_not_fit(subject: Subject) -> Iterator[AdapterFinding]:
     for name, tensor in subject.adapter.weights.tensors.items() if view is not None and names else ():
         path = name.removeprefix(PREFIX)
         module = view.modules.get(path.removesuffix(".weight")) if view is not None else None
-        if module is None or module.kind != "linear" or module.shape is None or not path.endswith(".weight"):
+        if module is None or module.kind != "linear" or module.shape is None or name != f"{PREFIX}{path}":
             continue
-        if saves_tensor(names, path) and len(tensor.shape) == 2 and tensor.shape != module.shape:
+        if path.endswith(".weight") and saves_tensor(names, path) and tensor.shape != module.shape:
             shapes = f"shape {list(tensor.shape)}, the base model's has {list(module.shape)}"
             yield AdapterFinding(f"`{shown(name)}` has {shapes}", refuses=True, path=subject.adapter.weights.path)
             return
