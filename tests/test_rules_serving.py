@@ -134,3 +134,18 @@ def test_a_target_that_peft_cannot_adapt(adapter: Path, llama: Path, tmp_path: P
     assert "LP307" in errors(report)
     assert report.ledgers["peft"].refused
     assert not report.ledgers["vllm"].refused
+
+
+def test_an_engine_that_is_left_out_is_not_judged(adapter: Path, llama: Path, tmp_path: Path) -> None:
+    """Neither by a rule about it alone, nor by a finding about it of a rule on both."""
+    dora = edited(adapter, tmp_path / "a", config=lambda raw: raw | {"bias": "lora_only"})
+    live = edited(
+        adapter,
+        tmp_path / "b",
+        lambda ts: {n.replace(".weight", ".default.weight"): t for n, t in ts.items()},
+    )
+    for damaged, code in ((dora, "LP406"), (live, "LP219")):
+        assert errors(check(damaged, model=str(llama))) == {code}
+        report = check(damaged, model=str(llama), engines="peft")
+        assert list(report.ledgers) == ["peft"]
+        assert report.diagnostics == ()
