@@ -320,3 +320,10 @@ def test_a_flag_that_is_text_counts_as_true(tmp_path: Path) -> None:
     (diagnostic,) = found(adapter(tmp_path / "a", {"use_rslora": "false"}), "LP114")
     assert diagnostic.message == "`use_rslora` is the text 'false', which counts as true"
     assert not found(adapter(tmp_path / "b", {"use_rslora": False}), "LP114")
+
+
+def test_a_text_for_a_list_of_modules_is_one_finding(tmp_path: Path) -> None:
+    folder = adapter(tmp_path / "a", {"modules_to_save": "lm_head"})
+    (diagnostic,) = [one for one in check(folder).diagnostics if one.severity == "error"]
+    assert (diagnostic.code, pointed_at(folder, diagnostic)) == ("LP112", "modules_to_save")
+    assert "write a list of names" in diagnostic.hint

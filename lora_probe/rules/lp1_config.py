@@ -204,14 +204,14 @@ def unknown_init(subject: Subject) -> Iterator[AdapterFinding]:
     "value-that-peft-refuses",
     engines=("peft",),
     hint="write a value that PEFT accepts; vLLM does not read most of these fields",
-    explains=("LP406",),
+    explains=("LP212", "LP406"),
 )
 def refused_value(subject: Subject) -> Iterator[AdapterFinding]:
     """A field of the config has a value with which PEFT cannot load the adapter.
 
     What it does: repeats the checks of `LoraConfig` and of layer creation in PEFT 0.21: the task, the bias, the
-    dropout, a rank that is a float, layers_to_transform together with a regular expression, layers_pattern without
-    layers_to_transform, patterns that are null.
+    dropout, a rank that is a float, modules_to_save that is a text, layers_to_transform together with a regular
+    expression, layers_pattern without layers_to_transform, patterns that are null.
 
     Why it matters: PEFT refuses the adapter. vLLM loads it, because it does not read these fields.
 
@@ -226,6 +226,7 @@ def refused_value(subject: Subject) -> Iterator[AdapterFinding]:
         ("alpha_pattern", "alpha_pattern" in raw and not isinstance(raw["alpha_pattern"], dict)),
         ("lora_dropout", "lora_dropout" in raw and not _share(raw["lora_dropout"])),
         ("trainable_token_indices", raw.get("trainable_token_indices") == []),
+        ("modules_to_save", isinstance(raw.get("modules_to_save"), str)),
     ):
         if wrong:
             message = f"PEFT does not accept `{field}`: {brief(raw[field])}"
@@ -257,6 +258,7 @@ def _accepted(field: str, value: object, subject: Subject) -> str:
         "alpha_pattern": "write an object of patterns and numbers, or {} if no module has an alpha of its own",
         "lora_dropout": "write a number from 0 to 1; it has no effect on a trained adapter",
         "trainable_token_indices": "write null",
+        "modules_to_save": f"write a list of names: [{brief(value)}]",
     }[field]
 
 
