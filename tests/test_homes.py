@@ -102,3 +102,7 @@ def test_both_towers_are_found_where_all_names_lack_a_part(tmp_path: Path) -> No
     assert homes(tmp_path / "a", paths, shapes) == {path: f"model.{path}" for path in paths}
     longer = [f"outer.model.{path}" for path in paths]
     assert homes(tmp_path / "b", longer, shapes) == {path: path.removeprefix("outer.") for path in longer}
+
+
+def test_a_name_without_a_layer_is_not_of_the_only_layer(tmp_path: Path) -> None:
+    assert homes(tmp_path / "a", ["q_proj"], {"text.layers.0.q_proj": SHAPE}) == {"q_proj": "q_proj"}

@@ -134,9 +134,8 @@ def _homes(entries: Mapping[Key, AdapterModule], shapes: Shapes, taken: set[str]
     longer: dict[str, list[str]] = {}
     for name in shapes:
         ends.setdefault(_from_layer_on(name), []).append(name)
-        for end in path_ends(name) if LAYER.search(name) else ():
-            if LAYER.search(end):
-                longer.setdefault(end, []).append(name)
+        for end in filter(LAYER.search, path_ends(name)):
+            longer.setdefault(end, []).append(name)
     own = {key[0] for key in entries} | taken
     candidates: dict[Key, list[str]] = {}
     votes: dict[str, Counter[str]] = {}
