@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from lora_probe.adapter import Adapter, open_adapter
+from lora_probe.adapter import Adapter, TrainedAs, open_adapter
 from lora_probe.base import EngineView, ModuleView, open_base
 from lora_probe.base.engine_view import Rename
 from lora_probe.errors import ProbeError
@@ -187,3 +187,37 @@ def test_an_entry_point_that_is_no_predictor(value: str, message: str, monkeypat
     with pytest.raises(ProbeError) as raised:
         predictors.__wrapped__()
     assert message in raised.value.message
+
+
+BASE = "whether vLLM serves it depends on the base model"
+
+
+@pytest.mark.parametrize(
+    ("trained", "why"),
+    [
+        (TrainedAs("CAUSAL_LM"), ""),
+        (TrainedAs(), ""),
+        (TrainedAs(None, "LlamaForCausalLM"), ""),
+        (TrainedAs("SEQ_CLS"), BASE),
+        (TrainedAs(None, "WhisperForConditionalGeneration"), BASE),
+    ],
+)
+def test_without_a_base_vllm_is_judged_for_causal_models(trained: TrainedAs, why: str) -> None:
+    assert vllm.PREDICTOR.not_served(trained, {}) == why
+
+
+def test_models_that_vllm_does_not_serve() -> None:
+    served, head = view("q_proj"), EngineView("peft", "", "ModelForSequenceClassification", {})
+
+    def why(task: str, **views: EngineView) -> str:
+        return vllm.PREDICTOR.not_served(TrainedAs(task), views)
+
+    assert why("CAUSAL_LM", vllm=served, peft=head) == ""
+    assert why("SEQ_CLS", vllm=served, peft=head).startswith(
+        "vLLM serves this base model as Model, not as the ModelFor"
+    )
+    assert why("SEQ_CLS", vllm=served, peft=EngineView("peft", "", "Model", {})) == ""
+    assert why("CAUSAL_LM", peft=head) == ""
+    assert why("CAUSAL_LM", vllm=EngineView("vllm", "", "T5", {}, refuses="no class")) == "no class"
+    without = view("q_proj", refuses="no LoRA yet")
+    assert why("CAUSAL_LM", vllm=without) == "vLLM serves this base model without adapters (no LoRA yet)"
