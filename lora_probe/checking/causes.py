@@ -14,7 +14,7 @@ from lora_probe.adapter import CONFIG
 from lora_probe.ledger import Ledger
 from lora_probe.names import in_words
 from lora_probe.prediction import predictors
-from lora_probe.rules import Diagnostic, all_rules
+from lora_probe.rules import Diagnostic, Rule, all_rules
 from lora_probe.rules.paths import bare
 
 DIFFER = "LP410"
@@ -28,9 +28,9 @@ def causes(diagnostics: Sequence[Diagnostic], ledgers: Iterable[Ledger]) -> list
     """
     names = {bare(row.stored_as): row.module for ledger in ledgers for row in ledger.rows if row.stored_as is not None}
     every = [(diagnostic, _modules(diagnostic, names)) for diagnostic in _together(diagnostics)]
-    kept = list(every)
+    kept, rules = list(every), all_rules()
     for consequence in list(kept):
-        explaining = [cause for cause in kept if cause is not consequence and _may_explain(cause, consequence)]
+        explaining = [cause for cause in kept if cause is not consequence and _may_explain(rules, cause, consequence)]
         modules = set().union(*(of_cause for _, of_cause in explaining))
         if explaining and (not modules or consequence[1] <= modules):
             kept.remove(consequence)
@@ -74,10 +74,10 @@ def _modules(diagnostic: Diagnostic, names: Mapping[str, str]) -> frozenset[str]
     return frozenset(bare(names.get(bare(module), module)) for module in diagnostic.modules)
 
 
-def _may_explain(cause: _About, consequence: _About) -> bool:
+def _may_explain(rules: Mapping[str, Rule], cause: _About, consequence: _About) -> bool:
     """Whether the rule of `cause` explains that of `consequence`, and both are about the same modules or place."""
     (first, modules), (second, others) = cause, consequence
-    rule = all_rules().get(first.code)
+    rule = rules.get(first.code)
     if rule is None or second.code not in rule.explains or first.severity != "error":
         return False
     if modules and others:

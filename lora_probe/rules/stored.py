@@ -127,7 +127,8 @@ def _homes(entries: Mapping[Key, AdapterModule], shapes: Shapes, taken: set[str]
     Several towers of one base may have a layer of that number. One tower is chosen for all keys with the same start:
     the one with modules of the right shape for most of them.
     """
-    if not shapes:
+    strange = {key: entry for key, entry in entries.items() if key[0] not in shapes}
+    if not shapes or not strange:
         return {}
     ends: dict[str, list[str]] = {}
     # A whole path says more than what is left of it from the layer on: `encoder.layers.0.q` is not of the decoder.
@@ -139,9 +140,7 @@ def _homes(entries: Mapping[Key, AdapterModule], shapes: Shapes, taken: set[str]
     own = {key[0] for key in entries} | taken
     candidates: dict[Key, list[str]] = {}
     votes: dict[str, Counter[str]] = {}
-    for key, entry in entries.items():
-        if key[0] in shapes:
-            continue
+    for key, entry in strange.items():
         plain = bare(key[0])
         same = longer.get(plain) or next(([end] for end in path_ends(plain) if end in shapes), [])
         same = same if len(same) == 1 else ends.get(_from_layer_on(plain), [])
