@@ -15,12 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.numpy import load_file, save_file
-from written import WEIGHTS
+from written import PREFIX, WEIGHTS
 
 from lora_probe.cli.main import main
 from lora_probe.rules import Diagnostic
-
-PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)

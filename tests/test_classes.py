@@ -18,9 +18,9 @@ from typing import Any
 import msgspec
 import pytest
 from classes import BASES, CASES, landed, make_adapter, make_base
-from cures import PREFIX, Patient, follow
+from cures import Patient, follow
 from safetensors.numpy import load_file, save_file
-from written import WEIGHTS
+from written import PREFIX, WEIGHTS
 
 from lora_probe import check
 from lora_probe.adapter import open_adapter

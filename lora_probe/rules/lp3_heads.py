@@ -196,9 +196,11 @@ def whole_module_does_not_fit(subject: Subject) -> Iterator[AdapterFinding]:
     Why it matters: PEFT 0.21 refuses the adapter with a size mismatch.
     """
     view, names = subject.views.get("peft"), saved_names(subject.adapter.config.raw)
-    for name, tensor in subject.adapter.weights.tensors.items() if view is not None and names else ():
+    if view is None or not names:
+        return
+    for name, tensor in subject.adapter.weights.tensors.items():
         path = name.removeprefix(PREFIX)
-        module = view.modules.get(path.removesuffix(".weight")) if view is not None else None
+        module = view.modules.get(path.removesuffix(".weight"))
         if module is None or module.kind != "linear" or module.shape is None or name != f"{PREFIX}{path}":
             continue
         if path.endswith(".weight") and saves_tensor(names, path) and tensor.shape != module.shape:
