@@ -14,7 +14,7 @@ import torch
 from lora_probe.errors import ProbeError
 from lora_probe.recording import SCHEMA, Run, RunSpec, write_json
 from lora_probe_vllm.capture import Step, stack
-from lora_probe_vllm.seams import StepRows
+from lora_probe_vllm.rows import StepRows
 from lora_probe_vllm.steps import contaminated_rows
 from lora_probe_vllm.worker import level_of
 

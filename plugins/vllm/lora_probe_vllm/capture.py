@@ -19,7 +19,8 @@ from lora_probe.names import Key
 from lora_probe.recording import Floats, Level, Placed, Rows
 from lora_probe.recording.rows import TABLES, kept
 from lora_probe.recording.sketch import SKETCH, projection
-from lora_probe_vllm.seams import Patches, StepRows, token_slots
+from lora_probe_vllm.rows import StepRows
+from lora_probe_vllm.seams import Patches, token_slots
 
 
 @dataclass

@@ -21,7 +21,7 @@ from lora_probe.recording.rows import kept
 from lora_probe_vllm.capture import Capture, Step, stack
 from lora_probe_vllm.loads import ActiveLoad, SlotContents
 from lora_probe_vllm.plain import locate
-from lora_probe_vllm.seams import v1_rows
+from lora_probe_vllm.rows import v1_rows
 
 SAME = 0.05
 """The largest relative difference between two norms of a contribution from the same adapter."""
