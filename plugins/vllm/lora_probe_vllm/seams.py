@@ -1,7 +1,8 @@
 """Every vLLM name that lora-probe uses; no other file contains any.
 
-In: an installed vLLM. Out: its classes and functions by lora-probe's names, and patches that can be removed. A name that moved is a `SeamMoved` error with that name and the version. The names are
-those of the versions in SUPPORTED; the tests run 0.32.
+In: an installed vLLM. Out: its classes and functions by lora-probe's names, and patches that can be removed. A name
+that moved is a `SeamMoved` error with that name and the version. The names are those of the versions in SUPPORTED; the
+tests run 0.32.
 """
 
 from __future__ import annotations
