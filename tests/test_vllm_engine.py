@@ -306,7 +306,7 @@ def test_a_failure_of_the_probe_does_not_fail_the_request(
     def broken(*_: Any) -> Any:
         raise RuntimeError("made on purpose")
 
-    monkeypatch.setattr(steps, "v1_rows", broken)
+    monkeypatch.setattr(steps, "rows_of", broken)
     trace = engine.record(adapter, tmp_path / "run")
     assert len(trace.requests) == 2 * len(PROMPTS)
     assert any("made on purpose" in event.text for event in trace.events if event.stage == "probe")

@@ -144,8 +144,13 @@ class Capture:
         self.bypassed: set[Key] = set()
         """Columns whose layer ran without calling the stand-in: it applies LoRA in a way that is not captured."""
         self.columns: dict[Key, Column] = {}
+        self.transient = False
+        """Whether stand-ins and hooks are on the layers during observed steps alone: code that vLLM compiles in between
+        must not meet them."""
         self._patches = Patches()
+        self._observing: Patches | None = None
         self._watched: dict[int, list[Column]] = {}
+        self._layers: list[tuple[Any, list[Column]]] = []
         self._signs: dict[int, torch.Tensor] = {}
 
     def watch(self, key: Key, layer: Any, index: int) -> None:
@@ -158,10 +163,32 @@ class Capture:
             columns.append(column)
             return
         columns = self._watched[id(layer)] = [column]
+        self._layers.append((layer, columns))
+        if not self.transient or self._observing is not None:
+            self._install(layer, columns)
+
+    def _install(self, layer: Any, columns: list[Column]) -> None:
+        patches = self._observing if self.transient else self._patches
+        assert patches is not None
         real = layer.punica_wrapper
         layer.punica_wrapper = StandIn(real, columns, self)
-        self._patches.callback(setattr, layer, "punica_wrapper", real)
-        self._patches.callback(layer.register_forward_hook(self._after(columns)).remove)
+        patches.callback(setattr, layer, "punica_wrapper", real)
+        patches.callback(layer.register_forward_hook(self._after(columns)).remove)
+
+    @contextmanager
+    def observing(self) -> Iterator[None]:
+        """An observed step. If stand-ins are transient, they are on the layers within this block alone."""
+        if not self.transient:
+            yield
+            return
+        with Patches() as self._observing:
+            try:
+                with self.guard("observing a step"):
+                    for layer, columns in self._layers:
+                        self._install(layer, columns)
+                yield
+            finally:
+                self._observing = None
 
     def watch_output(self, key: Key, layer: Any, index: int, widths: list[int]) -> None:
         """Record the output of slice `index` of a layer without LoRA; `widths` are those of all its slices."""
@@ -171,7 +198,7 @@ class Capture:
     def close(self) -> None:
         """Remove every stand-in and hook."""
         self._patches.close()
-        self.columns, self._watched, self._step, self.bypassed = {}, {}, None, set()
+        self.columns, self._watched, self._layers, self._step, self.bypassed = {}, {}, [], None, set()
 
     @property
     def step(self) -> Step | None:

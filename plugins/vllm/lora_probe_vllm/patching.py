@@ -16,6 +16,8 @@ from typing import Any
 from lora_probe.recording import Level
 from lora_probe_vllm import TRACE
 from lora_probe_vllm.patching_loads import Find, patch_loads
+from lora_probe_vllm.rows import is_warm_up
+from lora_probe_vllm.runners import supported
 from lora_probe_vllm.seams import Patches, seams
 from lora_probe_vllm.worker import Probe, level_of
 
@@ -76,6 +78,7 @@ def install(folder: Path) -> Patches:
     patches.add(seams.worker, "lora_probe_begin", _begin(probes))
     patches.add(seams.worker, "lora_probe_finish", _finish(probes))
     _patch_model(patches, probe_of, probe_of_manager)
+    _patch_steps(patches, probe_of)
     patch_loads(patches, probe_of_manager, recording)
     return patches
 
@@ -127,16 +130,37 @@ def _patch_model(patches: Patches, probe_of: Find, probe_of_manager: Find) -> No
 
         return wrapper
 
+    patches.wrap(seams.runner_mixin, "load_lora_model", load_lora_model)
+    patches.wrap(seams.manager, "register_module", register_module)
+
+
+def _patch_steps(patches: Patches, probe_of: Find) -> None:
+    """Record the steps of each runner that this vLLM has."""
+
     def execute_model(original: Callable[..., Any]) -> Callable[..., Any]:
         def wrapper(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
             probe = probe_of(self)
-            if probe is None or not probe.recording:
+            # The V2 runner calls itself for profiling, warm-up and idle steps.
+            dummy = kwargs.get("dummy_run", False) or is_warm_up(scheduler_output)
+            if probe is None or not probe.recording or dummy:
                 return original(self, scheduler_output, *args, **kwargs)
             with probe.stepping(self, scheduler_output):
                 return original(self, scheduler_output, *args, **kwargs)
 
         return wrapper
 
-    patches.wrap(seams.runner_mixin, "load_lora_model", load_lora_model)
-    patches.wrap(seams.manager, "register_module", register_module)
-    patches.wrap(seams.runner, "execute_model", execute_model)
+    def prepare_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+            batch = original(self, *args, **kwargs)
+            probe = probe_of(self)
+            if probe is not None and probe.recording:
+                probe.steps.prepared = batch
+            return batch
+
+        return wrapper
+
+    classes = supported()
+    for runner in classes.values():
+        patches.wrap(runner, "execute_model", execute_model)
+    if "V2" in classes:
+        patches.wrap(classes["V2"], "prepare_inputs", prepare_inputs)

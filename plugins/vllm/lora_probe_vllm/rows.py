@@ -27,6 +27,18 @@ class StepRows:
         return {number for number in self.lora if number}
 
 
+def rows_of(runner: Any, scheduler_output: Any, prepared: Any = None) -> StepRows:
+    """The rows of the step that `runner` has prepared. `prepared` is the batch of the V2 runner, None on V1."""
+    return v1_rows(runner, scheduler_output) if prepared is None else v2_rows(runner, prepared)
+
+
+def is_warm_up(scheduler_output: Any) -> bool:
+    """Whether a step is vLLM's own: `warmup_kernels` of the V2 runner executes real steps whose requests have ids such
+    as `_warmup_0_`, without the suffix that vLLM gives to the id of every client."""
+    requests = scheduler_output.num_scheduled_tokens
+    return bool(requests) and all(name.startswith("_") and external_id(name) == name for name in requests)
+
+
 def v1_rows(runner: Any, scheduler_output: Any) -> StepRows:
     """The V1 model runner's rows while its forward pass runs.
 
@@ -45,6 +57,29 @@ def v1_rows(runner: Any, scheduler_output: Any) -> StepRows:
         positions += range(start, start + count)
         lengths += [int(batch.num_prompt_tokens[index])] * count
         lora += [int(batch.request_lora_mapping[index])] * count
+    return StepRows(requests, positions, lengths, lora)
+
+
+def v2_rows(runner: Any, batch: Any) -> StepRows:
+    """The V2 model runner's rows. `batch` is the `InputBatch` that its `prepare_inputs` returned for this step.
+
+    V2 sorts its batch anew in every step. With speculative decoding the first positions on the host are too high after
+    a draft was rejected, so the positions are read from the device.
+    """
+    requests: list[str] = []
+    positions: list[int] = []
+    lengths: list[int] = []
+    lora: list[int] = []
+    states, adapters = runner.req_states, runner.lora_state.lora_ids
+    for index, internal in enumerate(batch.req_ids):
+        count, start = int(batch.num_scheduled_tokens[index]), int(batch.num_computed_tokens_np[index])
+        state = int(batch.idx_mapping_np[index])
+        requests += [external_id(internal)] * count
+        positions += range(start, start + count)
+        lengths += [int(states.prompt_len.np[state])] * count
+        lora += [int(adapters[state])] * count
+    if batch.num_draft_tokens:
+        positions = batch.positions[: len(positions)].tolist()
     return StepRows(requests, positions, lengths, lora)
 
 

@@ -25,7 +25,10 @@ SUPPORTED = ("0.30", "0.31", "0.32", "0.33")
 NAMES = {
     "worker": ("vllm.v1.worker.worker_base", "WorkerBase"),
     "runner_mixin": ("vllm.v1.worker.lora_model_runner_mixin", "LoRAModelRunnerMixin"),
-    "runner": ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner"),
+    "v1_runner": ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner"),
+    "v2_runner": ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner"),
+    "v2_dispatch": ("vllm.v1.worker.gpu.model_runner", "dispatch_cg_and_sync_dp"),
+    "forward_context": ("vllm.forward_context", "get_forward_context"),
     "worker_manager": ("vllm.lora.worker_manager", "WorkerLoRAManager"),
     "manager": ("vllm.lora.model_manager", "LoRAModelManager"),
     "packed_weights": ("vllm.lora.lora_weights", "PackedLoRALayerWeights"),
@@ -56,7 +59,8 @@ NAMES = {
 METHODS = {
     "worker": ("__init__",),
     "runner_mixin": ("load_lora_model",),
-    "runner": ("execute_model",),
+    "v1_runner": ("execute_model", "_determine_batch_execution_and_padding"),
+    "v2_runner": ("execute_model", "prepare_inputs"),
     "worker_manager": ("_load_adapter",),
     "manager": ("register_module", "_add_adapter", "activate_adapter", "_deactivate_adapter"),
     "packed_weights": ("pack", "optimize"),
@@ -137,22 +141,6 @@ class Patches:
         """Add an attribute that `owner` does not have."""
         setattr(owner, name, value)
         self._stack.callback(delattr, owner, name)
-
-
-def why_not_recordable(vllm_config: Any, runner: Any) -> str | None:
-    """Why this engine's contributions cannot be recorded; None if they can.
-
-    Compiled or captured steps do not run Python, so the probe would record no contributions there.
-    """
-    if not isinstance(runner, seams.runner):
-        return f"the probe does not support the model runner {type(runner).__module__} yet"
-    compilation = vllm_config.compilation_config
-    for name, what in (("mode", "compiles its model"), ("cudagraph_mode", "replays captured graphs")):
-        value = getattr(compilation, name, None)
-        mode = getattr(value, "name", str(value))
-        if not vllm_config.model_config.enforce_eager and mode not in ("NONE", "None", "0"):
-            return f"the engine {what} ({name} {mode}); start it with --enforce-eager"
-    return None
 
 
 def engine_settings(config: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ rows for the trace, counts for `applied`, samples for `agrees`. A step is open f
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,10 @@ from lora_probe.recording.rows import kept
 from lora_probe_vllm.capture import Capture, Step, stack
 from lora_probe_vllm.loads import ActiveLoad, SlotContents
 from lora_probe_vllm.plain import locate
-from lora_probe_vllm.rows import v1_rows
+from lora_probe_vllm.rows import rows_of
+from lora_probe_vllm.runners import eager_step
+from lora_probe_vllm.seams import token_slots
+from lora_probe_vllm.unobserved import Unobserved
 
 SAME = 0.05
 """The largest relative difference between two norms of a contribution from the same adapter."""
@@ -35,6 +38,9 @@ class Steps:
     ) -> None:
         self.guard = guard
         self.capture = Capture(keep, guard, sketching)
+        self.unobserved = Unobserved()
+        self.prepared: Any = None
+        """The batch of the current step on the V2 runner, which returns it from `prepare_inputs`; None on V1."""
         self.sampler = Sampler()
         self.loads: dict[int, ActiveLoad] = {}
         self._contents: dict[int, SlotContents] = {}
@@ -81,9 +87,15 @@ class Steps:
             self._placed[load.number] = self._contents[adapter].placed(keys, wanted)
 
     @contextmanager
-    def stepping(self, runner: Any, scheduler_output: Any, writer: TraceWriter) -> Iterator[None]:
-        """One `execute_model`."""
-        with self.capture.stepping(runner.model, lambda: self._begin(runner, scheduler_output)):
+    def stepping(
+        self, runner: Any, scheduler_output: Any, writer: TraceWriter, eager: str | None = None
+    ) -> Iterator[None]:
+        """One `execute_model`. `eager` is the kind of runner if this step of a compiled engine is to be run eager."""
+        with (
+            self.capture.observing(),
+            eager_step(runner, eager) if eager is not None else nullcontext(),
+            self.capture.stepping(runner.model, lambda: self._begin(runner, scheduler_output)),
+        ):
             try:
                 yield
             finally:
@@ -91,8 +103,22 @@ class Steps:
                     with self.guard("the end of a step"):
                         self._finish(step, writer)
 
+    @contextmanager
+    def passing(self, runner: Any, scheduler_output: Any) -> Iterator[None]:
+        """One `execute_model` of a compiled engine that is not observed: its rows are counted."""
+        yield
+        with self.guard("a step that is not observed"):
+            homes = next((load.homes for load in self.loads.values() if load.homes), None)
+            if homes is None:
+                return
+            rows = rows_of(runner, scheduler_output, self.prepared)
+            layer = next(iter(homes.values())).layer
+            table = token_slots(layer.punica_wrapper, len(rows))
+            slots = {adapter: (load.number, load.slot) for adapter, load in self.loads.items() if load.slot is not None}
+            self.unobserved.add(rows, slots, table)
+
     def _begin(self, runner: Any, scheduler_output: Any) -> Step:
-        rows = v1_rows(runner, scheduler_output)
+        rows = rows_of(runner, scheduler_output, self.prepared)
         ends = zip(rows.positions, rows.prompt_lengths, strict=True)
         phases = [DECODE if at >= end else PREFILL for at, end in ends]
         sampled = [number for number in self.sampler.pick(rows.requests, phases) if rows.lora[number]]

@@ -26,7 +26,9 @@ from lora_probe.recording import LEVELS, SCHEMA, Level, Load, Process, Run, RunS
 from lora_probe.rules.stored import expect
 from lora_probe_vllm import KEEP
 from lora_probe_vllm.loads import ActiveLoad
-from lora_probe_vllm.seams import engine_settings, manager_of, model_of, seams, vllm_version, why_not_recordable
+from lora_probe_vllm.runners import Running, eager_step, running
+from lora_probe_vllm.sampling import ChosenSteps, sample_every
+from lora_probe_vllm.seams import engine_settings, manager_of, model_of, seams, vllm_version
 from lora_probe_vllm.slots import Homes
 from lora_probe_vllm.steps import Steps
 
@@ -41,7 +43,10 @@ class Probe:
         self.base: Base | None = None
         self.loads: dict[int, ActiveLoad] = {}
         self.not_recorded: str | None = None
+        self.running: Running | None = None
         self.broken = False
+        self._every = sample_every()
+        self._chosen: ChosenSteps | None = None
         self._generations: dict[int, int] = {}
         self._writer: TraceWriter | None = None
         self._numbers = 0
@@ -120,13 +125,22 @@ class Probe:
         """The LoRA manager was created, and the model's layers were replaced in place."""
         self.homes = Homes(manager_of(runner))
         config = self.worker.vllm_config
-        self.not_recorded = why_not_recordable(config, runner)
-        self.writer.describe(not_recorded=self.not_recorded)
+        self._recognise(runner)
         self._record_manager("replaced", seconds)
         try:
             self.base = open_base(config.model_config.model)
         except ProbeError as error:
             self.writer.event("base", f"the files of the base model cannot be read here: {error.message}")
+
+    def _recognise(self, runner: Any) -> None:
+        """The model runner of this engine, and whether its steps can be recorded."""
+        self.running = running(self.worker.vllm_config, runner)
+        self.not_recorded = self.running.why_not(sampling=self._every is not None)
+        if self.running.compiled is not None and self._every is not None:
+            self._chosen = ChosenSteps(self._every)
+        self.steps.capture.transient = self._chosen is not None
+        settings = self.writer.process.settings | self.running.settings(self._every)
+        self.writer.describe(not_recorded=self.not_recorded, settings=settings)
 
     def _record_manager(self, when: str, seconds: float | None = None) -> None:
         assert self.homes is not None
@@ -216,15 +230,29 @@ class Probe:
         if self._outputs_of:
             with self.guard("the recorded modules"):
                 self._begin_watching(runner)
-        if self.broken or self.not_recorded or self.keep == "events":
-            return nullcontext()
-        return self.steps.stepping(runner, scheduler_output, self.writer)
+        recorded = not (self.broken or self.not_recorded or self.keep == "events")
+        if self._chosen is None:
+            return self.steps.stepping(runner, scheduler_output, self.writer) if recorded else nullcontext()
+        return self._stepping_compiled(runner, scheduler_output, self._chosen, recorded)
+
+    def _stepping_compiled(self, runner: Any, scheduler_output: Any, chosen: ChosenSteps, recorded: bool) -> Any:
+        """One step of an engine that compiles or replays: eager and observed if it is chosen, else counted.
+
+        A rank whose probe has failed still runs the chosen steps eager: the ranks of an engine must not differ.
+        """
+        assert self.running is not None
+        eager = self.running.runner if chosen.choose(scheduler_output) else None
+        if not recorded:
+            alone = self.worker.vllm_config.parallel_config.world_size == 1
+            return nullcontext() if eager is None or alone else eager_step(runner, eager)
+        if eager is None:
+            return self.steps.passing(runner, scheduler_output)
+        return self.steps.stepping(runner, scheduler_output, self.writer, eager)
 
     def _begin_watching(self, runner: Any) -> None:
         """The first step of a model without LoRA layers, which the probe has not seen before."""
         names, self._outputs_of = self._outputs_of, []
-        self.not_recorded = why_not_recordable(self.worker.vllm_config, runner)
-        self.writer.describe(not_recorded=self.not_recorded)
+        self._recognise(runner)
         if self.not_recorded is None:
             count = self.steps.watch(model_of(runner), names)
             self.writer.event("watch", f"recording the outputs of {count} of {len(names)} modules")

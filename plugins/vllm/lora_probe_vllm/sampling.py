@@ -1,0 +1,103 @@
+"""Which steps of a compiled engine are run eager, so that the probe sees them.
+
+In: the scheduler's output of each step, in order. Out: whether this step is chosen. The choice depends on nothing else,
+so that all workers of an engine agree: ranks that ran compiled and eager code in one step could wait for each other for
+ever. Chosen are the first prefill chunk and the first decode steps of every adapter, then one step in `every`.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from lora_probe.errors import ProbeError
+
+SAMPLE = "LORA_PROBE_SAMPLE"
+MAX_TOKENS = 512
+"""A step with more tokens is never run eager: vLLM measured how much memory its compiled model needs, and an eager one
+may need more."""
+FIRST_PREFILLS, FIRST_DECODES = 1, 4
+
+
+@dataclass
+class _Seen:
+    """The chosen steps with rows of one adapter."""
+
+    prefills: int = 0
+    decodes: int = 0
+
+
+class ChosenSteps:
+    """Chooses steps from the first one on. A request is forgotten when the scheduler reports it as finished."""
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+        self.too_long = 0
+        """How many steps would have been chosen, but had more than MAX_TOKENS."""
+        self._adapters: dict[str, tuple[int, str] | None] = {}
+        self._prompts: dict[str, int] = {}
+        self._seen: dict[tuple[int, str], _Seen] = {}
+        self._since = 0
+
+    def choose(self, scheduler_output: Any) -> bool:
+        """Whether the step of this `SchedulerOutput` is run eager."""
+        starts = self._starts(scheduler_output)
+        wanted = self._wanted(starts, scheduler_output.num_scheduled_tokens)
+        self._since += 1
+        # A step without any adapter teaches nothing; the next one with an adapter is chosen in its place.
+        due = self._since >= self.every and any(self._adapters.get(request) for request in starts)
+        if not wanted and not due:
+            return False
+        if scheduler_output.total_num_scheduled_tokens > MAX_TOKENS:
+            self.too_long += 1
+            return False
+        for seen, prefill in wanted:
+            seen.prefills += prefill
+            seen.decodes += not prefill
+        self._since = 0
+        return True
+
+    def _starts(self, scheduler_output: Any) -> dict[str, int]:
+        """The first position of each request with rows in this step."""
+        for request in scheduler_output.finished_req_ids:
+            self._adapters.pop(request, None)
+            self._prompts.pop(request, None)
+        starts = {}
+        for new in scheduler_output.scheduled_new_reqs:
+            lora = new.lora_request
+            # The V2 runner is sent a preempted request as a new one, with its answer as part of what is prefilled.
+            self._adapters[new.req_id] = (lora.lora_int_id, lora.lora_path) if lora is not None else None
+            self._prompts.setdefault(new.req_id, len(new.prompt_token_ids or ()))
+            starts[new.req_id] = new.num_computed_tokens
+        cached = scheduler_output.scheduled_cached_reqs
+        starts |= dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+        return starts
+
+    def _wanted(self, starts: dict[str, int], scheduled: dict[str, int]) -> list[tuple[_Seen, bool]]:
+        """The adapters of which too few steps were chosen; and whether this one is a prefill of theirs."""
+        kinds: dict[tuple[tuple[int, str], bool], None] = {}
+        for request in scheduled:
+            adapter = self._adapters.get(request)
+            if adapter is not None:
+                kinds[adapter, starts.get(request, 0) < self._prompts.get(request, 0)] = None
+        wanted = []
+        for adapter, prefill in kinds:
+            seen = self._seen.setdefault(adapter, _Seen())
+            if (seen.prefills < FIRST_PREFILLS) if prefill else (seen.decodes < FIRST_DECODES):
+                wanted.append((seen, prefill))
+        return wanted
+
+
+def sample_every() -> int | None:
+    """The value of LORA_PROBE_SAMPLE; None if it is not set.
+
+    Raises:
+        ProbeError: it is not a positive whole number.
+    """
+    text = os.environ.get(SAMPLE)
+    if not text:
+        return None
+    if not text.isdecimal() or int(text) == 0:
+        raise ProbeError(f"{SAMPLE} is `{text}`, expected a whole number of at least 1", f"for example: {SAMPLE}=200")
+    return int(text)
