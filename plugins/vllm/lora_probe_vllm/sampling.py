@@ -40,6 +40,10 @@ class ChosenSteps:
         self._seen: dict[tuple[int, str], _Seen] = {}
         self._since = 0
 
+    def begin_again(self) -> None:
+        """Choose the first steps of every adapter again, for another recording of the same engine."""
+        self._seen, self._since, self.too_long = {}, 0, 0
+
     def choose(self, scheduler_output: Any) -> bool:
         """Whether the step of this `SchedulerOutput` is run eager."""
         starts = self._starts(scheduler_output)
@@ -69,6 +73,9 @@ class ChosenSteps:
             # The V2 runner is sent a preempted request as a new one, with its answer as part of what is prefilled.
             self._adapters[new.req_id] = (lora.lora_int_id, lora.lora_path) if lora is not None else None
             self._prompts.setdefault(new.req_id, len(new.prompt_token_ids or ()))
+            if getattr(lora, "load_inplace", False):
+                # The adapter is read again for this request: its first steps are those of another load.
+                self._seen.pop((lora.lora_int_id, lora.lora_path), None)
             starts[new.req_id] = new.num_computed_tokens
         cached = scheduler_output.scheduled_cached_reqs
         starts |= dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))

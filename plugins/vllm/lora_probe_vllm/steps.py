@@ -104,7 +104,7 @@ class Steps:
                         self._finish(step, writer)
 
     @contextmanager
-    def passing(self, runner: Any, scheduler_output: Any) -> Iterator[None]:
+    def passing(self, runner: Any, scheduler_output: Any, writer: TraceWriter) -> Iterator[None]:
         """One `execute_model` of a compiled engine that is not observed: its rows are counted."""
         yield
         with self.guard("a step that is not observed"):
@@ -116,6 +116,13 @@ class Steps:
             table = token_slots(layer.punica_wrapper, len(rows))
             slots = {adapter: (load.number, load.slot) for adapter, load in self.loads.items() if load.slot is not None}
             self.unobserved.add(rows, slots, table)
+            if self.unobserved.due:
+                self.record_unobserved(writer)
+
+    def record_unobserved(self, writer: TraceWriter) -> None:
+        """Write how many rows of each load were not observed, if that has changed."""
+        for load, passed in self.unobserved.take().items():
+            writer.event("graphs", passed.text, load=load, rows=passed.rows, wrong=passed.wrong)
 
     def _begin(self, runner: Any, scheduler_output: Any) -> Step:
         rows = rows_of(runner, scheduler_output, self.prepared)

@@ -7,6 +7,7 @@ are compared on their device, so that nothing waits for it before the counts are
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -14,6 +15,9 @@ import numpy as np
 import torch
 
 from lora_probe_vllm.rows import StepRows
+
+SECONDS = 60.0
+"""How often the counts of a running engine are written."""
 
 
 @dataclass
@@ -40,6 +44,12 @@ class Unobserved:
         self.passed: dict[int, Passed] = {}
         self._wrong: dict[int, torch.Tensor] = {}
         self._changed: set[int] = set()
+        self._taken = time.monotonic()
+
+    @property
+    def due(self) -> bool:
+        """Whether something has changed, and nothing was taken for SECONDS."""
+        return bool(self._changed) and time.monotonic() - self._taken >= SECONDS
 
     def add(self, rows: StepRows, slots: Mapping[int, tuple[int, int]], table: torch.Tensor) -> None:
         """One step. `slots` has for each adapter id the number of its load and its slot; `table: [rows]` is vLLM's slot
@@ -60,4 +70,5 @@ class Unobserved:
         for load in self._changed:
             self.passed[load].wrong = int(self._wrong[load])
         changed, self._changed = self._changed, set()
+        self._taken = time.monotonic()
         return {load: self.passed[load] for load in sorted(changed)}

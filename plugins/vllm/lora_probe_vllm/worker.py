@@ -27,7 +27,7 @@ from lora_probe.rules.stored import expect
 from lora_probe_vllm import KEEP
 from lora_probe_vllm.loads import ActiveLoad
 from lora_probe_vllm.runners import Running, eager_step, running
-from lora_probe_vllm.sampling import ChosenSteps, sample_every
+from lora_probe_vllm.sampling import MAX_TOKENS, ChosenSteps, sample_every
 from lora_probe_vllm.seams import engine_settings, manager_of, model_of, seams, vllm_version
 from lora_probe_vllm.slots import Homes
 from lora_probe_vllm.steps import Steps
@@ -81,6 +81,9 @@ class Probe:
         self.broken, self._numbers = False, 0
         self._outputs_of = list(spec.watch) if spec is not None else []
         self.steps = Steps(self.keep, self.guard, sketching=spec is not None and spec.score)
+        self.steps.capture.transient = self._chosen is not None
+        if self._chosen is not None:
+            self._chosen.begin_again()
         config = self.worker.vllm_config
         settings = engine_settings(config)
         process = Process(
@@ -246,7 +249,7 @@ class Probe:
             alone = self.worker.vllm_config.parallel_config.world_size == 1
             return nullcontext() if eager is None or alone else eager_step(runner, eager)
         if eager is None:
-            return self.steps.passing(runner, scheduler_output)
+            return self.steps.passing(runner, scheduler_output, self.writer)
         return self.steps.stepping(runner, scheduler_output, self.writer, eager)
 
     def _begin_watching(self, runner: Any) -> None:
@@ -262,6 +265,10 @@ class Probe:
         if self._writer is None:
             return
         with self.guard("the end of the run"):
+            self.steps.record_unobserved(self.writer)
+            if self._chosen is not None and self._chosen.too_long:
+                count, limit = self._chosen.too_long, MAX_TOKENS
+                self.writer.event("graphs", f"{count} steps had more than {limit} tokens and were not run eager")
             for adapter_id in list(self.loads):
                 self._retire(adapter_id)
         self.loads = {}
@@ -294,6 +301,9 @@ class Probe:
             return "this layer applies LoRA in a way that is not captured yet (fully sharded, dual stream)"
         if key not in self.steps.capture.columns:
             return "the adapter never got a slot"
+        passed = self.steps.unobserved.passed.get(active.number)
+        if passed is not None and not active.record.has_run(key):
+            return passed.text
         return None
 
 
