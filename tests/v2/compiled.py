@@ -1,7 +1,8 @@
 """A vLLM engine on a CPU that compiles its model with LoRA in it, as an engine on a GPU does. Only for tests.
 
-In: a base model, an adapter, and a folder for the trace or "-"; this folder on PYTHONPATH, and TRITON_INTERPRET=1. Out:
-one line of JSON with the tokens of each answer. vLLM's CPU platform switches compilation off as soon as LoRA is on, and
+In: a base model, an adapter, and for each engine to start in turn a folder for its trace, or "-" for an engine without
+the probe; this folder on PYTHONPATH, and TRITON_INTERPRET=1. Out: a line of JSON for each engine, with the tokens of
+each answer. vLLM's CPU platform switches compilation off as soon as LoRA is on, and
 its CPU kernels for LoRA keep lengths in Python, which compiled code would freeze. So the platform's choice is undone,
 and vLLM's wrapper for GPUs is used, whose metadata is in tensors, with its two Triton kernels written in torch.
 """
@@ -14,6 +15,8 @@ import sys
 from typing import Any
 
 import torch
+
+PROMPT, TOKENS = 20, 24
 
 
 def shrink(
@@ -88,10 +91,14 @@ def force_compilation() -> None:
     CpuPlatform.check_and_update_config = staticmethod(check_and_update_config)
     CpuPlatform.get_punica_wrapper = classmethod(lambda cls: wrapper)
     torch_utils.direct_register_custom_op = direct_register_custom_op
+    # The V1 runner's sampler has a Triton kernel that the interpreter cannot run.
+    from vllm.v1.sample.ops import topk_topp_sampler
+
+    topk_topp_sampler.HAS_TRITON = False
 
 
-def answer(model: str, adapter: str) -> list[list[int]]:
-    """The tokens of eight requests in mixed batches: two of the base, then one, for each two of the adapter."""
+def answers(model: str, adapter: str) -> list[list[int]]:
+    """The tokens of eight requests in mixed batches of two with the adapter and two without."""
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
@@ -105,20 +112,25 @@ def answer(model: str, adapter: str) -> list[list[int]]:
         max_num_batched_tokens=64,
         enable_prefix_caching=False,
         max_num_seqs=4,
-        seed=0,
     )
     request = LoRARequest("adapter", 1, adapter)
-    prompts = [{"prompt_token_ids": [(7 * number + token) % 250 + 3 for token in range(20)]} for number in range(8)]
+    prompts = [{"prompt_token_ids": [(7 * number + token) % 250 + 3 for token in range(PROMPT)]} for number in range(8)]
     asked = [request if number % 2 else None for number in range(8)]
-    parameters = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+    parameters = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True)
     outputs = llm.generate(prompts, parameters, use_tqdm=False, lora_request=asked)
-    llm.collective_rpc("lora_probe_finish") if "LORA_PROBE_TRACE" in os.environ else None
+    if "LORA_PROBE_TRACE" in os.environ:
+        llm.collective_rpc("lora_probe_finish")
     return [[int(token) for token in output.outputs[0].token_ids] for output in outputs]
 
 
 if __name__ == "__main__":
-    base, lora, trace = sys.argv[1:]
-    if trace != "-":
-        os.environ["LORA_PROBE_TRACE"] = trace
+    from lora_probe_vllm import register
+
+    base, lora, *traces = sys.argv[1:]
     force_compilation()
-    print(json.dumps(answer(base, lora)))
+    for trace in traces:
+        if trace != "-":
+            os.environ["LORA_PROBE_TRACE"] = trace
+            # vLLM calls its plugins once in a process, and did so before the first engine.
+            register()
+        print(json.dumps(answers(base, lora)), flush=True)
