@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 
 EVERY = 1.0
 """Seconds between two looks at a recording that is followed."""
+LOOKS = 3
+"""How often a trace is read if its files change while it is read."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,9 +42,7 @@ def run(options: argparse.Namespace) -> int:
     apply_limits(options)
     if options.follow:
         return _follow(options)
-    result = _opened(options)
-    present(options.command, options.format, result)
-    return _status(result)
+    return _status(_shown(options, partial(present, options.command, options.format)))
 
 
 def present_trace(trace: Trace, options: argparse.Namespace) -> int:
@@ -50,13 +52,27 @@ def present_trace(trace: Trace, options: argparse.Namespace) -> int:
     return _status(result)
 
 
-def _opened(options: argparse.Namespace) -> Recording:
-    """The trace as it is now, within a new budget."""
+def _shown(options: argparse.Namespace, draw: Callable[[Recording], None]) -> Recording:
+    """Show the trace as it is now. It may run and remove an old segment meanwhile; then this looks again."""
+    folder = Path(options.trace)
+    for _ in range(LOOKS - 1):
+        files = _files(folder)
+        try:
+            return _shown_once(options, draw)
+        except UnreadableFile:
+            if files == _files(folder):
+                raise
+    return _shown_once(options, draw)
+
+
+def _shown_once(options: argparse.Namespace, draw: Callable[[Recording], None]) -> Recording:
     from lora_probe.recording import open_trace
 
     limits.begin(Path(options.trace))
     trace = open_trace(options.trace)
-    return Recording(trace, options.events, options.adapter, options.load, options.requests, options.all)
+    result = Recording(trace, options.events, options.adapter, options.load, options.requests, options.all)
+    draw(result)
+    return result
 
 
 def _status(result: Recording) -> int:
@@ -74,31 +90,25 @@ def _follow(options: argparse.Namespace) -> int:
     from lora_probe.comparison.recorded import running
     from lora_probe.render.live import display
 
+    limits.run_until_interrupted()
     before: object = None
     with display(options.command, options.format, live=options.format == DEFAULT) as draw:
         while True:
-            now = _files(Path(options.trace))
-            if now != before:
-                try:
-                    result = _opened(options)
-                    draw(result)
-                except UnreadableFile:
-                    # A segment may have been removed between two looks; then there is another look.
-                    if before is None or now == _files(Path(options.trace)):
-                        raise
-                    continue
-                before = now
+            # Read before the trace is: what comes later is shown at the next look.
+            files = _files(Path(options.trace))
+            if files != before:
+                result, before = _shown(options, draw), files
             # A process that was killed changes no file.
             if not running(result.trace):
                 return _status(result)
-            limits.run_until_interrupted()
             time.sleep(EVERY)
 
 
 def _files(folder: Path) -> list[tuple[str, int, int]]:
     """The name, size and time of every file of a trace: what changes when something is recorded."""
     files = []
-    for path in folder.glob("*/*"):
+    # A later run in the same folder has a folder of its own.
+    for path in (*folder.glob("*/*"), *folder.glob("*/*/*")):
         try:
             status = path.stat()
         except OSError:

@@ -33,7 +33,7 @@ class LoadEntry:
     at: float | None
     used: bool
     waiting: str = ""
-    graphs: str = ""
+    graphs: LoadEvent | None = None
 
     @property
     def number(self) -> int:
@@ -118,8 +118,8 @@ def recorded_rows(trace: Trace) -> int:
     return sum(segment.count for worker in trace.workers[:1] for segment in worker.opened_segments())
 
 
-# The live and the bounded recording. REWIRE ON MERGE: replace these by `ProcessTrace.running`, `Trace.other_runs` and
-# `Trace.dropped`; nothing else in `comparison`, `render` or `cli` asks for them.
+# The live and the bounded recording. REWIRE ON MERGE: use `running`, `other_runs` and `dropped` of `Trace` and
+# `ProcessTrace`, and remove `_alive`. Nothing else in `comparison`, `render` or `cli` asks for them.
 
 
 def running(trace: Trace) -> bool:
@@ -133,8 +133,13 @@ def other_runs(trace: Trace) -> tuple[Path, ...]:
 
 
 def dropped(trace: Trace) -> int:
-    """How many rows were removed to keep the recording under its limit."""
-    return int(getattr(trace, "dropped", 0))
+    """How many rows were removed again to keep the recording under its size limit."""
+    return int(getattr(getattr(trace, "dropped", None), "rows", 0))
+
+
+def lost(trace: Trace) -> int:
+    """How many rows could not be written."""
+    return int(getattr(getattr(trace, "dropped", None), "lost_rows", 0))
 
 
 def _alive(process: ProcessTrace) -> bool:
@@ -162,7 +167,7 @@ def _entries(trace: Trace) -> Iterator[LoadEntry]:
     unknown = _recorded_unknown(trace) if live else {}
     for load, ledger in trace.loads:
         number = load.load
-        entry = LoadEntry(load, ledger, times.get(number), number in used, "", graphs.get(number, ""))
+        entry = LoadEntry(load, ledger, times.get(number), number in used, "", graphs.get(number))
         yield _so_far(trace, entry, unknown.get(number, frozenset())) if live else entry
 
 
@@ -213,10 +218,10 @@ def _times(trace: Trace) -> Mapping[int, float]:
     return times
 
 
-def _graphs(trace: Trace) -> Mapping[int, str]:
+def _graphs(trace: Trace) -> Mapping[int, LoadEvent]:
     """The last report on captured graphs of each load."""
     return {
-        event.facts["load"]: event.text
+        event.facts["load"]: event
         for event in trace.events
         if event.stage == GRAPHS and isinstance(event.facts.get("load"), int)
     }

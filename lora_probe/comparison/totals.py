@@ -119,10 +119,10 @@ def totals(trace: Trace, loads: Collection[int]) -> Totals:
 
 
 def own_contributions(ledger: Ledger, contributions: Iterable[Contribution]) -> Iterator[Contribution]:
-    """The contributions at the modules of a load. A step records the modules of all adapters, so a load also has rows
-    at the modules of others: these are left out, unless the load contributed something there."""
+    """The contributions at the modules of a load. A step may record the modules of all adapters, so the rows of a load
+    may have zeros at the modules of others."""
     own = {row.key for row in ledger.rows}
-    return (entry for entry in contributions if entry.key in own or entry.delta_norm)
+    return (contribution for contribution in contributions if contribution.key in own)
 
 
 def _index(segments: Sequence[Segment]) -> _Index:

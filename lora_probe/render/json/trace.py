@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from lora_probe.comparison.recorded import AdapterLoads, LoadEntry, dropped, other_runs, running
+from lora_probe.comparison.recorded import AdapterLoads, LoadEntry, dropped, lost, other_runs, running
 from lora_probe.comparison.totals import Contribution, RequestRows, Totals, own_contributions, totals
 from lora_probe.errors import ProbeError
 from lora_probe.ledger import as_json as ledger_json
@@ -46,6 +46,7 @@ def recording_json(recording: Recording) -> dict[str, Any]:
         "unclosed": list(trace.unclosed),
         "running": live,
         "dropped_rows": dropped(trace),
+        "lost_rows": lost(trace),
         "other_runs": [str(path) for path in other_runs(trace)],
         "run": msgspec.to_builtins(trace.run),
         "processes": [msgspec.to_builtins(process.process) for process in trace.processes],
@@ -79,7 +80,7 @@ def _load_json(entry: LoadEntry, measured: Totals) -> dict[str, Any]:
         "headline": entry.headline,
         "at": entry.at,
         "rows": measured.rows.get(entry.number, 0),
-        "graphs": entry.graphs or None,
+        "graphs": entry.graphs.text if entry.graphs is not None else None,
         "modules": [_contribution_json(contribution) for contribution in contributions],
     }
 

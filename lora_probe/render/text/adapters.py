@@ -40,8 +40,8 @@ def section(result: Recording, adapter: AdapterLoads, measured: Totals | None) -
     if entry.used or not entry.sound:
         yield words(f"  {', '.join(_facts(entry, measured))}", style="dim")
         yield words(f"  from {entry.load.path}, content {_digest(entry.load.digest)}", style="dim")
-    if entry.graphs:
-        yield words(f"  {entry.graphs}")
+    if entry.graphs is not None:
+        yield words(f"  {entry.graphs.text}", style="bold red" if entry.graphs.facts.get("wrong") else "")
     yield from _log_lines(result.trace.engine, entry.load.said, entry)
     if cells := _cells(entry, measured):
         yield grid(f"{CONTRIBUTION}, over the rows of load {entry.number}", cells)
@@ -104,9 +104,9 @@ def _cells(entry: LoadEntry, measured: Totals | None) -> dict[Key, tuple[float |
         key: (None, fate) for key, fate in fates.items() if fate in ("lost", "wrong")
     }
     for contribution in own_contributions(entry.ledger, measured.contributions[entry.number]):
-        fate, strength = fates.get(contribution.key, "not in the adapter"), contribution.strength
+        fate, strength = fates[contribution.key], contribution.strength
         if contribution.rows and fate != "lost":
-            mark = f" {fate}" if fate in ("wrong", "not in the adapter") else ""
+            mark = " wrong" if fate == "wrong" else ""
             cells[contribution.key] = strength, ("-" if strength is None else f"{strength:.3g}") + mark
     return cells
 

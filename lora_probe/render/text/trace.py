@@ -5,14 +5,15 @@ In: a `Recording`. Out: rich renderables: the heading, a section for each adapte
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
 
-from lora_probe.comparison.recorded import dropped, other_runs, recorded_rows, running, unfinished
+from lora_probe.comparison.recorded import GRAPHS, dropped, lost, other_runs, recorded_rows, running, unfinished
 from lora_probe.comparison.totals import Totals, totals
 from lora_probe.names import in_words
+from lora_probe.recording import StationRecord
 from lora_probe.render.cells import SHOWN, assemble, words
 from lora_probe.render.json.trace import NO_LOAD
 from lora_probe.render.results import Recording
@@ -22,7 +23,8 @@ from lora_probe.render.text.requests import requests_table
 from lora_probe.render.text.timeline import timeline
 
 if TYPE_CHECKING:
-    from lora_probe.recording import Trace
+    from lora_probe.comparison.recorded import AdapterLoads
+    from lora_probe.recording import LoadEvent, Trace
 
 
 def recording(result: Recording) -> RenderableType:
@@ -31,13 +33,13 @@ def recording(result: Recording) -> RenderableType:
     entries = [entry for adapter in result.adapters for entry in adapter.loads]
     # One adapter in a run of `trace`: the steps come first, in the order in which they happened.
     single = trace.run is not None and len(entries) < 2 and result.whole
-    steps = [words("loading", style="bold"), *timeline(trace.events, result.events), words("")]
+    steps = [words("loading", style="bold"), *timeline(_steps(result), result.events), words("")]
     parts: list[RenderableType] = [_heading(trace), *(steps if single else ())]
     measured = _totals(result)
     if single and entries:
         parts += [*alone(result, entries[0], measured), words("")]
     else:
-        parts += _sections(result, measured)
+        parts += _sections(result, measured, result.adapters)
     parts += _not_recorded(trace)
     if result.requests and measured is not None:
         parts += [*requests_table(result, measured), words("")]
@@ -48,22 +50,29 @@ def recording(result: Recording) -> RenderableType:
     return Group(*parts)
 
 
+def _steps(result: Recording) -> Sequence[LoadEvent]:
+    """The load timeline. The sections have the last counts of rows in captured graphs."""
+    events = result.trace.events
+    return events if result.events else [event for event in events if event.stage != GRAPHS]
+
+
 def followed(result: Recording) -> RenderableType:
     """The same without what does not change, for a picture of a recording that runs. Its last line is erased when the
     command is interrupted."""
     measured = _totals(result)
     parts: list[RenderableType] = [_heading(result.trace)]
-    parts += _sections(result, measured)
+    # A terminal shows the beginning of a long picture.
+    parts += _sections(result, measured, sorted(result.adapters, key=lambda adapter: adapter.newest.sound))
     if result.requests and measured is not None:
         parts += [*requests_table(result, measured), words("")]
     return Group(*parts, words("drawn again when the recording changes; Ctrl-C ends this", style="dim"))
 
 
-def _sections(result: Recording, measured: Totals | None) -> Iterator[RenderableType]:
-    if not result.adapters:
+def _sections(result: Recording, measured: Totals | None, adapters: Sequence[AdapterLoads]) -> Iterator[RenderableType]:
+    if not adapters:
         yield words(_no_load(result.trace), style="bold yellow")
         yield words("")
-    for adapter in result.adapters:
+    for adapter in adapters:
         yield from section(result, adapter, measured)
         yield words("")
 
@@ -93,7 +102,7 @@ def _heading(trace: Trace) -> RenderableType:
     )
     lines = [
         assemble(("trace ", "bold"), f"{trace.path}   engine {trace.engine}   {numbers}"),
-        assemble(*_adapters(trace)),
+        *([assemble(*_adapters(trace))] if trace.run is not None or trace.loads else []),
     ]
     if process is not None:
         if model := _model(process.settings):
@@ -110,8 +119,8 @@ def _adapters(trace: Trace) -> tuple[tuple[str, str], str]:
     names = list(dict.fromkeys(load.name for load, _ in trace.loads))
     if trace.run is not None:
         return ("adapter ", "bold"), trace.run.spec.adapter or "none: the model by itself"
-    if len(names) < 2:
-        return ("adapter ", "bold"), names[0] if names else "none was loaded"
+    if len(names) == 1:
+        return ("adapter ", "bold"), names[0]
     more = [f"{len(names) - SHOWN} more"] if len(names) > SHOWN else []
     return ("adapters ", "bold"), in_words([*names[:SHOWN], *more])
 
@@ -120,27 +129,40 @@ def _model(settings: dict[str, object]) -> str:
     """The base model, the model runner and how the engine runs steps, as far as a server recorded them."""
     parts = [str(settings["model"])] if settings.get("model") else []
     if runner := settings.get("model_runner"):
-        parts.append(f"{runner} model runner")
+        parts.append(f"model runner {runner}")
     if settings.get("enforce_eager") is True:
         parts.append("eager")
-    else:
-        parts += [f"{name} {settings[name]}" for name in ("compilation", "cudagraphs") if settings.get(name)]
+    elif compiled := settings.get("compiled"):
+        parts.append(f"the engine {compiled}")
+        if every := settings.get("sample"):
+            parts.append(f"one step in {every} is run eager and observed")
     return ", ".join(parts)
 
 
 def _state(trace: Trace) -> Iterator[RenderableType]:
     """Whether the recording runs, is complete, and has all its rows."""
     if running(trace):
-        count = recorded_rows(trace)
-        yield words(f"running: {f'{count:,} rows so far' if count else 'no request yet'}", style="bold cyan")
+        yield words(f"running: {_so_far(trace)}", style="bold cyan")
     if not trace.processes or unfinished(trace):
         yield words(f"incomplete: {_incomplete(trace)}; the data below may end early", style="bold red")
     if removed := dropped(trace):
         yield words(f"{removed:,} rows were removed to keep the recording under its size limit", style="yellow")
+    if missing := lost(trace):
+        yield words(f"{missing:,} rows could not be written", style="bold red")
     if others := other_runs(trace):
         names = [str(path) for path in others[:SHOWN]]
         more = [f"{len(others) - SHOWN} more"] if len(others) > SHOWN else []
         yield words(f"earlier runs in this folder: {in_words([*names, *more])}")
+
+
+def _so_far(trace: Trace) -> str:
+    """What a running recording has on disk."""
+    if count := recorded_rows(trace):
+        return f"{count:,} rows so far"
+    if any(worker.process.keep == "events" for worker in trace.workers):
+        return "contributions are not recorded at level events"
+    judged = any(record.station == "applied" for worker in trace.workers for record in worker.of(StationRecord))
+    return "no rows on disk yet" if judged else "no request yet"
 
 
 def _incomplete(trace: Trace) -> str:
