@@ -68,7 +68,7 @@ def _adapter_json(adapter: AdapterLoads) -> dict[str, Any]:
         "name": adapter.name,
         "loads": [entry.number for entry in adapter.loads],
         "headline": adapter.newest.headline,
-        "sound": adapter.newest.sound,
+        "healthy": adapter.newest.sound,
     }
 
 
