@@ -149,7 +149,8 @@ def test_requests(requests: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, out = shown(requests, "--requests", capsys=capsys)
     assert status == 0
     lines = [line.split() for line in out.partition("requests by their recorded rows: all 3\n")[2].splitlines() if line]
-    assert lines == [
+    # Rows of one step may be in different segments, so requests that began together have no order.
+    assert [lines[0], *sorted(lines[1:])] == [
         ["request", "adapter", "load", "prompt", "rows", "positions", "from", "cache", "decode", "repeated"],
         ["a", "A", "0", "5", "7", "0-6", "-", "2", "6"],
         ["b", "B", "1", "40", "10", "32-41", "32", "2", "-"],
@@ -157,7 +158,8 @@ def test_requests(requests: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ]
     assert "contribution" not in out
     data = as_json(requests, "--requests", capsys=capsys)
-    assert data["request_rows"][1] == {
+    by_id = {request["id"]: request for request in data["request_rows"]}
+    assert by_id["b"] == {
         "id": "b",
         "adapters": ["B"],
         "loads": [1],
@@ -170,7 +172,7 @@ def test_requests(requests: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "decode": 2,
         "repeated": 0,
     }
-    assert [request["id"] for request in data["request_rows"]] == ["a", "b", "c"]
+    assert sorted(by_id) == ["a", "b", "c"]
     assert as_json(requests, capsys=capsys)["request_rows"] is None
     only = as_json(requests, "--requests", "--adapter", "A", capsys=capsys)
     assert [request["id"] for request in only["request_rows"]] == ["a"]

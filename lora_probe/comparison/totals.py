@@ -67,7 +67,8 @@ class RequestRows:
 
 @dataclass(frozen=True)
 class Totals:
-    """`contributions` and `rows` are by the number of the load; `requests` are in the order of their first row."""
+    """`contributions` and `rows` are by the number of the load; `requests` are in the order in which their first rows
+    were written."""
 
     contributions: Mapping[int, tuple[Contribution, ...]]
     rows: Mapping[int, int]
