@@ -128,7 +128,7 @@ def running(trace: Trace) -> bool:
 
 
 def other_runs(trace: Trace) -> tuple[Path, ...]:
-    """Earlier runs in the same folder."""
+    """Other runs in the same folder."""
     return tuple(getattr(trace, "other_runs", ()))
 
 

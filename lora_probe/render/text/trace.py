@@ -152,7 +152,7 @@ def _state(trace: Trace) -> Iterator[RenderableType]:
     if others := other_runs(trace):
         names = [str(path) for path in others[:SHOWN]]
         more = [f"{len(others) - SHOWN} more"] if len(others) > SHOWN else []
-        yield words(f"earlier runs in this folder: {in_words([*names, *more])}")
+        yield words(f"other runs in this folder: {in_words([*names, *more])}")
 
 
 def _so_far(trace: Trace) -> str:
@@ -166,10 +166,14 @@ def _so_far(trace: Trace) -> str:
 
 
 def _incomplete(trace: Trace) -> str:
+    """Why a recording that has ended is not complete."""
     ended = unfinished(trace)
     if missing := sum(process.missing for process in trace.processes):
         return f"{missing} segments of {', '.join(ended)} are missing"
-    return f"{', '.join(ended)} did not exit cleanly" if ended else "no process started"
+    unclosed = [p.folder.name for p in trace.processes if p.folder.name in ended and not p.process.closed]
+    if ended and not unclosed:
+        return f"not all data of {', '.join(ended)} could be written"
+    return f"{', '.join(unclosed)} did not exit cleanly" if unclosed else "no process started"
 
 
 def _no_load(trace: Trace) -> str:
