@@ -115,7 +115,7 @@ def in_layer(name: ShortName) -> ShortName:
 def _in_text(
     names: Sequence[tuple[tuple[int, ...], tuple[str, ...], str]], between: str, *, loose_last: bool = False
 ) -> str:
-    loose = [name for _, words, name in names if not words]
+    loose = _folded([name for _, words, name in names if not words])
     counted: dict[str, dict[int, list[tuple[tuple[int, ...], tuple[str, ...], str]]]] = {}
     for numbers, words, name in names:
         if words:
@@ -127,6 +127,22 @@ def _in_text(
             by_text.setdefault(_in_text(members, ", "), []).append(number)
         parts += [f"{one_or_more(word, len(numbers))} {ranges(numbers)} {text}" for text, numbers in by_text.items()]
     return between.join([*parts, *loose] if loose_last else [*loose, *parts])
+
+
+def _folded(names: Sequence[str]) -> list[str]:
+    """Names that differ only in the expert at their end as one name: `down_proj[0-2, 5]`."""
+    experts: dict[tuple[str, bool], list[int]] = {}
+    for name in names:
+        stem, number = _stem(name)
+        # A name and the same name with an expert are two modules.
+        experts.setdefault((stem, number is None), []).extend([] if number is None else [number])
+    return [f"{stem}[{ranges(numbers)}]" if numbers else stem for (stem, _), numbers in experts.items()]
+
+
+def _stem(name: str) -> tuple[str, int | None]:
+    """A name without its expert, and the number of the expert."""
+    match = _EXPERT.fullmatch(name)
+    return (match["stem"], int(match["expert"])) if match else (name, None)
 
 
 def one_or_more(word: str, count: int) -> str:
@@ -160,6 +176,8 @@ LAYERS = "layers"
 _CONTAINERS = frozenset({LAYERS, "layer", "h", "block", "blocks", ""})
 """Names of lists of layers, all of which are called `layers` in texts."""
 _COUNT = re.compile("0|[1-9][0-9]{0,8}")
+_EXPERT = re.compile(r"(?P<stem>.+)\[(?P<expert>0|[1-9][0-9]{0,8})\]", re.DOTALL)
+"""The name of an expert, as `path_of` writes it."""
 _MOST_NUMBERS = 3
 _DEEPEST = 8
 """The most parts of a path in a short name. If these are not unique, the name is the whole path in its layer."""

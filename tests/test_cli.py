@@ -94,6 +94,12 @@ def test_show_is_what_trace_showed(peft_trace: Any, capsys: pytest.CaptureFixtur
     assert every.count("wrap ") == MODULES
 
 
+def kill(trace: Path) -> None:
+    """Make a trace that this process recorded look like one of a process that was killed."""
+    path = trace / "peft" / "process.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"closed": False, "pid": 1}))
+
+
 def test_compare_statuses(peft_trace: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = peft_trace.path
     status, out, _ = call("compare", path, path, capsys=capsys)
@@ -102,8 +108,7 @@ def test_compare_statuses(peft_trace: Any, tmp_path: Path, capsys: pytest.Captur
     data = json.loads(call("compare", path, path, "--format", "json", capsys=capsys)[1])
     assert data["verdict"] == "agree"
     assert data["ledger"].keys() == {"peft:reference", "peft:candidate"}
-    process = path / "peft" / "process.json"
-    process.write_text(process.read_text().replace('"closed": true', '"closed": false'))
+    kill(path)
     status, out, _ = call("compare", path, path, capsys=capsys)
     assert status == 1
     assert "is incomplete: peft" in out
@@ -296,8 +301,7 @@ def test_after_following_a_trace_the_hint_compares_with_it() -> None:
 
 def test_a_closed_pipe_hides_no_finding(peft_trace: Any) -> None:
     """Status 1 stays 1 if the reader closes the pipe early."""
-    process = peft_trace.path / "peft" / "process.json"
-    process.write_text(process.read_text().replace('"closed": true', '"closed": false'))
+    kill(peft_trace.path)
     for more in ("", "--format json"):
         command = f"{sys.executable} -m lora_probe show {peft_trace.path} {more} | head -1"
         run = subprocess.run(["bash", "-c", f"{command}; exit ${{PIPESTATUS[0]}}"], capture_output=True, check=False)

@@ -14,6 +14,7 @@ from conftest import call
 from test_trace_format import process, rows
 
 from lora_probe import compare, open_trace
+from lora_probe.comparison.adapters import AdapterDifference
 from lora_probe.ledger import OK, STATIONS
 from lora_probe.recording import (
     SCHEMA,
@@ -211,3 +212,11 @@ def test_a_trace_without_the_texts_of_forced_tokens_shows_ids(tmp_path: Path, ca
 def test_an_empty_answer_is_not_an_empty_cell(text: str, cell: str, tmp_path: Path, capsys: Any) -> None:
     texts = {"forced_text": "x", "generated_text": text}
     assert cells(record(tmp_path / "run", forced=1, texts=texts), capsys) == ["hi", "x", cell, cell]
+
+
+def test_parameters_and_experts_that_differ_are_named() -> None:
+    keys = tuple(
+        ("model.layers.0.mlp.experts", name, expert) for name in ("gate_up_proj", "down_proj") for expert in (0, 1, 5)
+    )
+    text = AdapterDifference("rank", keys, (8, 16), (2, 2), False, 7).text
+    assert text == "rank is 16 instead of 8 in 6 of 7 modules (layer 0 gate_up_proj[0-1, 5], down_proj[0-1, 5])"

@@ -14,6 +14,7 @@ from lora_probe.ledger import OK, STATIONS, Finding, Ledger, Row, headline
 from lora_probe.names import Universe, name_modules, path_of, projection_of
 
 N = range(3)
+FUSED = [path_of((f"model.layers.{n}.mlp.experts", p, e)) for n in N for p in ("gate_up_proj", "down_proj") for e in N]
 LLAMA = [f"model.layers.{n}.self_attn.{p}_proj" for n in N for p in "qkv"]
 BERT = [
     f"bert.encoder.layer.{n}.{p}"
@@ -54,7 +55,7 @@ PALIGEMMA = [
 ODD = ["0.q", "layers.0.q", "layers.00.q", "layers.0.0.q", "layers.0.q.0", "x.layers.0.0", "q", "", ".", "0.0.0.0.0.0"]
 DEEP = [f"{'a.0.' * depth}q" for depth in range(30)] + [f"layers.0.{'b.' * depth}q" for depth in range(30)]
 EXPERTS = [f"layers.0.{block}.experts.{e}.up" for block in "ab" for e in range(2)]
-FAMILIES = [LLAMA, BERT, WHISPER, T5, GPT2, UNET, MOE, RENAMED, PREFIXED, PALIGEMMA, ODD, DEEP, EXPERTS]
+FAMILIES = [LLAMA, BERT, WHISPER, T5, GPT2, UNET, MOE, RENAMED, PREFIXED, PALIGEMMA, ODD, DEEP, EXPERTS, FUSED]
 
 
 @pytest.mark.parametrize(
@@ -78,6 +79,12 @@ FAMILIES = [LLAMA, BERT, WHISPER, T5, GPT2, UNET, MOE, RENAMED, PREFIXED, PALIGE
         (PALIGEMMA, "language_model layers 0-2 q_proj; vision_tower layers 0-2 q_proj"),
         (PREFIXED, "model.layers 0-2 q_proj; model.model layers 0-2 q_proj; transformer layers 0-2 q_proj"),
         (EXPERTS, "layer 0 a.experts 0-1 up, b.experts 0-1 up"),
+        (FUSED, "layers 0-2 gate_up_proj[0-2], down_proj[0-2]"),
+        (
+            [path for path in FUSED if path != FUSED[4]],
+            "layer 0 gate_up_proj[0-2], down_proj[0, 2]; layers 1-2 gate_up_proj[0-2], down_proj[0-2]",
+        ),
+        (["layers.0.a[0]", "layers.0.a", "layers.0.a[1]"], "layer 0 a[0-1], a"),
         ([*LLAMA, *LLAMA], "layers 0-2 q_proj, k_proj, v_proj"),
         ([], ""),
     ],

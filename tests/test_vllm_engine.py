@@ -316,9 +316,10 @@ def test_a_failure_of_the_probe_does_not_fail_the_request(
 
 
 def test_the_trace_is_json_all_through(engine: SharedEngine, adapter: Path, tmp_path: Path) -> None:
-    from lora_probe.render.json.trace import trace_json
+    from lora_probe.render.json.trace import recording_json
+    from lora_probe.render.results import Recording
 
-    data = json.loads(json.dumps(trace_json(engine.record(adapter, tmp_path / "run")), allow_nan=False))
+    data = json.loads(json.dumps(recording_json(Recording(engine.record(adapter, tmp_path / "run"))), allow_nan=False))
     assert data["schema_version"] == 1
     assert data["ledger"]["vllm"]["took_effect"] == MODULES
     assert len(data["modules"]) == MODULES

@@ -43,6 +43,8 @@ def supervised(run: Callable[[], int], arguments: Sequence[str]) -> int:
         try:
             return guarded.command(lambda: reported(run, arguments), board)
         except KeyboardInterrupt as stop:
+            if board.endless and not isinstance(stop, _Terminated):
+                return CLEAN
             _complain("interrupted", board.left)
             return stop.status if isinstance(stop, _Terminated) else INTERRUPTED
         except OSError as error:

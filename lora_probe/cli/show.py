@@ -3,46 +3,126 @@
 from __future__ import annotations
 
 import argparse
+import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_probe.cli.ending import CLEAN, FOUND, UNJUDGED
 from lora_probe.cli.options import Command, add_limits, apply_limits
+from lora_probe.errors import UnreadableFile
 from lora_probe.files import limits
-from lora_probe.render.formats import present
+from lora_probe.render.formats import DEFAULT, present
 from lora_probe.render.results import Recording
 
 if TYPE_CHECKING:
     from lora_probe.recording import Trace
 
+EVERY = 1.0
+"""Seconds between two looks at a recording that is followed."""
+LOOKS = 3
+"""How often a trace is read if its files change while it is read."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("trace", metavar="RUN.lptrace", help="folder of a recorded trace")
+    parser.add_argument("--adapter", metavar="NAME", help="show only the adapter of this name")
+    parser.add_argument("--load", type=int, metavar="N", help="show only the load of this number, in full")
+    parser.add_argument("--requests", action="store_true", help="show the recorded rows of each request")
+    parser.add_argument("--all", action="store_true", help="show every load and request, not only the last ones")
     parser.add_argument("--events", action="store_true", help="print every step of the load timeline")
+    parser.add_argument(
+        "--follow", action="store_true", help="show the trace again whenever it changes, until it ends or Ctrl-C"
+    )
     add_limits(parser)
 
 
 def run(options: argparse.Namespace) -> int:
-    from lora_probe.recording import open_trace
-
     apply_limits(options)
-    limits.begin(Path(options.trace))
-    return present_trace(open_trace(options.trace), options)
+    if options.follow:
+        return _follow(options)
+    return _status(_shown(options, partial(present, options.command, options.format)))
 
 
 def present_trace(trace: Trace, options: argparse.Namespace) -> int:
     """Print a trace, and turn its ledgers into an exit status."""
-    present(options.command, options.format, Recording(trace, options.events))
-    if not trace.loads:
-        return UNJUDGED
-    return CLEAN if trace.complete and all(ledger.healthy for _, ledger in trace.loads) else FOUND
+    result = Recording(trace, options.events)
+    present(options.command, options.format, result)
+    return _status(result)
+
+
+def _shown(options: argparse.Namespace, draw: Callable[[Recording], None]) -> Recording:
+    """Show the trace as it is now. It may run and remove an old segment meanwhile; then this looks again."""
+    folder = Path(options.trace)
+    for _ in range(LOOKS - 1):
+        files = _files(folder)
+        try:
+            return _shown_once(options, draw)
+        except UnreadableFile:
+            if files == _files(folder):
+                raise
+    return _shown_once(options, draw)
+
+
+def _shown_once(options: argparse.Namespace, draw: Callable[[Recording], None]) -> Recording:
+    from lora_probe.recording import open_trace
+
+    limits.begin(Path(options.trace))
+    trace = open_trace(options.trace)
+    result = Recording(trace, options.events, options.adapter, options.load, options.requests, options.all)
+    draw(result)
+    return result
+
+
+def _status(result: Recording) -> int:
+    from lora_probe.comparison.recorded import running, unfinished
+
+    trace = result.trace
+    if not result.adapters:
+        return CLEAN if running(trace) else UNJUDGED
+    whole = trace.processes and not unfinished(trace)
+    return CLEAN if whole and all(entry.sound for adapter in result.adapters for entry in adapter.loads) else FOUND
+
+
+def _follow(options: argparse.Namespace) -> int:
+    """Show the trace whenever its files change, until no process writes it."""
+    from lora_probe.comparison.recorded import running
+    from lora_probe.render.live import display
+
+    limits.run_until_interrupted()
+    before: object = None
+    with display(options.command, options.format, live=options.format == DEFAULT) as draw:
+        while True:
+            # Read before the trace is: what comes later is shown at the next look.
+            files = _files(Path(options.trace))
+            if files != before:
+                result, before = _shown(options, draw), files
+            # A process that was killed changes no file.
+            if not running(result.trace):
+                return _status(result)
+            time.sleep(EVERY)
+
+
+def _files(folder: Path) -> list[tuple[str, int, int]]:
+    """The name, size and time of every file of a trace: what changes when something is recorded."""
+    files = []
+    # A later run in the same folder has a folder of its own.
+    for path in (*folder.glob("*/*"), *folder.glob("*/*/*")):
+        try:
+            status = path.stat()
+        except OSError:
+            continue
+        files.append((str(path), status.st_size, status.st_mtime_ns))
+    return sorted(files)
 
 
 COMMAND = Command(
     "show",
-    "show a recorded trace, without running an engine",
+    "show a recorded trace, also while it is recorded, without running an engine",
     "  lora-probe show run.lptrace\n"
-    "  lora-probe show run.lptrace --events\n"
+    "  lora-probe show run.lptrace --adapter my-adapter --requests\n"
+    "  lora-probe show run.lptrace --follow\n"
     "  lora-probe show run.lptrace --format json | jq .headline",
     add_arguments,
     run,

@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from lora_probe.names import Key, name_modules, natural
+from lora_probe.names import Key, name_modules, natural, path_of
 from lora_probe.precision import FLOAT32
 from lora_probe.recording import Floats, Load, ModuleRecord, Trace
 from lora_probe.recording.placed import grams_of
@@ -41,7 +41,7 @@ class AdapterDifference:
     @property
     def text(self) -> str:
         """One clause: `scaling is 8 instead of 2 in all 9 modules`."""
-        modules = f"{len(self.keys)} of {self.total} modules ({name_modules(key[0] for key in self.keys)})"
+        modules = f"{len(self.keys)} of {self.total} modules ({name_modules(map(path_of, self.keys))})"
         where = f"all {self.total} modules" if len(self.keys) == self.total > 1 else modules
         if self.kind in ("rank", "scaling"):
             same = "; ‖B·A‖ is the same" if self.same_product else ""

@@ -27,8 +27,8 @@ MEMORY = 768 * 2**20
 """Bytes that a process may allocate for one folder, in addition to its libraries."""
 MEMORY_PER_BYTE = 4
 """Additional bytes for each byte on disk: bfloat16 is widened to float32 or float64 for computing."""
-_STEP, _BUDGET, _LEFT, _LONGEST = 1, 1024, 2048, 600
-"""Offsets of the texts on a board, and their maximum length in bytes."""
+_WAITING, _ENDLESS, _STEP, _BUDGET, _LEFT, _LONGEST = 0, 3000, 1, 1024, 2048, 600
+"""Offsets of the flags and the texts on a board, and the maximum length of a text in bytes."""
 
 
 @dataclass(frozen=True)
@@ -83,11 +83,20 @@ class Board:
     @property
     def waiting(self) -> bool:
         """Whether the process waits for an engine."""
-        return self._memory[0] == 1
+        return self._memory[_WAITING] == 1
 
     @waiting.setter
     def waiting(self, value: bool) -> None:
-        self._memory[0] = int(value)
+        self._memory[_WAITING] = int(value)
+
+    @property
+    def endless(self) -> bool:
+        """Whether the command runs until the user interrupts it, so that Ctrl-C is how it ends."""
+        return self._memory[_ENDLESS] == 1
+
+    @endless.setter
+    def endless(self, value: bool) -> None:
+        self._memory[_ENDLESS] = int(value)
 
 
 class _Limits:
@@ -139,6 +148,12 @@ def allow(budget: Budget, left: str) -> None:
     if _mine is not None:
         _mine.budget, _mine.board.left = budget, left
         _mine.renew()
+
+
+def run_until_interrupted() -> None:
+    """From now on, Ctrl-C is how this command ends, not an error."""
+    if _mine is not None:
+        _mine.board.endless = True
 
 
 def active() -> bool:

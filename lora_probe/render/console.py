@@ -102,9 +102,7 @@ def show(renderable: Any) -> None:
     """Print for a person. Tables fit the width. Sentences are broken at spaces, in terminals only; paths and names are
     never broken. Lines in a pipe do not end in spaces."""
     step("drawing the output")
-    console = _Output(highlight=False)
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console.width = 160
+    console = output()
     waiting = [renderable]
     while waiting:
         part = waiting.pop(0)
@@ -118,6 +116,14 @@ def show(renderable: Any) -> None:
             with console.capture() as capture:
                 console.print(part, soft_wrap=_whole(part), crop=False)
             write([_BLANKS.sub("", capture.get()).removesuffix("\n")])
+
+
+def output() -> Console:
+    """The console of standard output. A pipe is wide."""
+    console = _Output(highlight=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = 160
+    return console
 
 
 _BLANKS = re.compile(r" +$", re.MULTILINE)

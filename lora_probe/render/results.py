@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from lora_probe.checking import Report
     from lora_probe.checking.folders import NotJudged
     from lora_probe.checking.renaming import Fix
+    from lora_probe.comparison.recorded import AdapterLoads
     from lora_probe.recording import Trace
     from lora_probe.rules import Rule
 
@@ -80,10 +82,32 @@ class Paged:
 
 @dataclass(frozen=True)
 class Recording:
-    """`trace` and `show`. `events` is whether every step of the load timeline is shown."""
+    """`trace` and `show`. `events` is whether every step of the load timeline is shown; `adapter` and `load` are all
+    that is shown if they are not None; `requests` is whether the rows of requests are shown instead of contributions;
+    `everything` is whether long lists of loads and requests are shown to their end."""
 
     trace: Trace
     events: bool = False
+    adapter: str | None = None
+    load: int | None = None
+    requests: bool = False
+    everything: bool = False
+
+    @cached_property
+    def adapters(self) -> tuple[AdapterLoads, ...]:
+        """What is shown of the trace.
+
+        Raises:
+            ProbeError: it does not have the requested adapter or load.
+        """
+        from lora_probe.comparison.recorded import adapters, selected
+
+        return selected(adapters(self.trace), self.adapter, self.load)
+
+    @property
+    def whole(self) -> bool:
+        """Whether nothing is left out on request."""
+        return self.adapter is None and self.load is None and not self.requests
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-import numpy as np
 
+from lora_probe.comparison.recorded import AdapterLoads, LoadEntry, dropped, lost, other_runs, running
+from lora_probe.comparison.totals import Contribution, RequestRows, Totals, own_contributions, totals
 from lora_probe.errors import ProbeError
 from lora_probe.ledger import as_json as ledger_json
-from lora_probe.ledger import headline
 from lora_probe.precision import finite
 from lora_probe.render.json import SCHEMA_VERSION
 from lora_probe.render.json.error import message_json
@@ -30,33 +30,104 @@ NO_LOAD = ProbeError("no adapter was loaded while this trace was recorded")
 
 
 def recording_json(recording: Recording) -> dict[str, Any]:
-    """The whole run; every step of the load timeline is in it, whatever `--events` is."""
-    return trace_json(recording.trace)
-
-
-def trace_json(trace: Trace) -> dict[str, Any]:
-    """Ledger, diagnostics, requests, contributions and events."""
-    ledgers = [ledger for _, ledger in trace.loads]
+    """The whole run, or the adapter and the load that are selected; every step of the load timeline is in it, whatever
+    `--events` is. `headline`, `ledger` and `modules` are those of the first load."""
+    trace, adapters = recording.trace, recording.adapters
+    entries = sorted((entry for adapter in adapters for entry in adapter.loads), key=lambda entry: entry.number)
+    ledgers = [entry.ledger for entry in entries]
+    measured = totals(trace, [entry.number for entry in entries if entry.used])
+    loads = [_load_json(entry, measured) for entry in entries]
+    live = running(trace)
     return {
         "schema_version": SCHEMA_VERSION,
         "trace": str(trace.path),
         "engine": trace.engine,
         "complete": trace.complete,
         "unclosed": list(trace.unclosed),
+        "running": live,
+        "dropped_rows": dropped(trace),
+        "lost_rows": lost(trace),
+        "other_runs": [str(path) for path in other_runs(trace)],
         "run": msgspec.to_builtins(trace.run),
         "processes": [msgspec.to_builtins(process.process) for process in trace.processes],
-        "headline": headline(ledgers[0]) if ledgers else None,
+        "headline": loads[0]["headline"] if loads else None,
         "ledger": {trace.engine: ledger_json(ledgers[0])} if ledgers else {},
-        "loads": [
-            {"load": msgspec.to_builtins(load), "ledger": ledger_json(ledger), "headline": headline(ledger)}
-            for load, ledger in trace.loads
-        ],
+        "adapters": [_adapter_json(adapter) for adapter in adapters],
+        "loads": loads,
         "diagnostics": [diagnostic_json(diagnostic) for ledger in ledgers for diagnostic in diagnose(ledger)],
         "requests": requests_json(trace),
-        "modules": contributions_json(trace),
+        "request_rows": _request_rows_json(recording, measured) if recording.requests else None,
+        "modules": loads[0]["modules"] if loads else [],
         "events": [msgspec.to_builtins(event) for event in trace.events],
-        **({} if ledgers else {"error": message_json(NO_LOAD)}),
+        **({} if ledgers or live else {"error": message_json(NO_LOAD)}),
     }
+
+
+def _adapter_json(adapter: AdapterLoads) -> dict[str, Any]:
+    return {
+        "name": adapter.name,
+        "loads": [entry.number for entry in adapter.loads],
+        "headline": adapter.newest.headline,
+        "healthy": adapter.newest.sound,
+    }
+
+
+def _load_json(entry: LoadEntry, measured: Totals) -> dict[str, Any]:
+    contributions = own_contributions(entry.ledger, measured.contributions.get(entry.number, ()))
+    return {
+        "load": msgspec.to_builtins(entry.load),
+        "ledger": ledger_json(entry.ledger),
+        "headline": entry.headline,
+        "at": entry.at,
+        "rows": measured.rows.get(entry.number, 0),
+        "graphs": entry.graphs.text if entry.graphs is not None else None,
+        "modules": [_contribution_json(contribution) for contribution in contributions],
+    }
+
+
+def _contribution_json(contribution: Contribution) -> dict[str, Any]:
+    module, parameter, expert = contribution.key
+    return {
+        "module": module,
+        "parameter": parameter,
+        "expert": expert,
+        "rows": contribution.rows,
+        "delta_norm": finite(contribution.delta_norm),
+        "base_norm": finite(contribution.base_norm),
+        "strength": contribution.strength,
+    }
+
+
+def shown_requests(recording: Recording, measured: Totals) -> list[RequestRows]:
+    """The requests that ran with a selected load; all of them if none is selected."""
+    if recording.adapter is None and recording.load is None:
+        return list(measured.requests)
+    numbers = {entry.number for adapter in recording.adapters for entry in adapter.loads}
+    return [request for request in measured.requests if not numbers.isdisjoint(request.loads)]
+
+
+def _request_rows_json(recording: Recording, measured: Totals) -> list[dict[str, Any]]:
+    """The recorded rows of each request. A request of the base model has no loads."""
+    names = {load.load: load.name for load, _ in recording.trace.loads}
+    entries = []
+    for request in shown_requests(recording, measured):
+        loads = [load for load in request.loads if load >= 0]
+        entries.append(
+            {
+                "id": request.id,
+                "adapters": list(dict.fromkeys(names[load] for load in loads if load in names)),
+                "loads": loads,
+                "prompt_tokens": request.prompt,
+                "rows": request.rows,
+                "first": request.first,
+                "last": request.last,
+                "from_cache": request.cached,
+                "missing": request.missing,
+                "decode": request.decode,
+                "repeated": request.repeated,
+            }
+        )
+    return entries
 
 
 def requests_json(trace: Trace) -> list[dict[str, Any]]:
@@ -91,27 +162,3 @@ def request_json(trace: Trace, request: RequestRecord, bases: Mapping[int, Reque
         "generated_text": request.generated_text,
         "base_generated_text": base.generated_text if base else None,
     }
-
-
-def contributions_json(trace: Trace) -> list[dict[str, Any]]:
-    """What each module contributed, over all rows of the adapter."""
-    rows = trace.rows
-    if rows is None:
-        return []
-    with_adapter = rows.load >= 0
-    entries = []
-    for number, (module, parameter, expert) in enumerate(rows.modules):
-        delta, base = rows.delta_norm[with_adapter, number], rows.base_norm[with_adapter, number]
-        norms = [float(np.sqrt(np.nansum(np.square(column, dtype=np.float64)))) for column in (delta, base)]
-        entries.append(
-            {
-                "module": module,
-                "parameter": parameter,
-                "expert": expert,
-                "rows": int(np.isfinite(delta).sum()),
-                "delta_norm": finite(norms[0]),
-                "base_norm": finite(norms[1]),
-                "strength": finite(norms[0] / norms[1]) if norms[1] else None,
-            }
-        )
-    return entries

@@ -1,0 +1,244 @@
+"""What the rows of a trace add up to: the contributions of each load, and the rows of each request.
+
+In: a `Trace`, and the loads whose contributions are wanted. Out: `Totals`. Rows are read segment by segment, and only
+the columns that are needed, so memory does not grow with the number of modules. Rows of several loads are never added
+up. A row that was computed twice, after a preemption, counts once: the last one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lora_probe.comparison.recorded import dropped
+from lora_probe.errors import UnreadableFile, out_of_memory
+from lora_probe.files.limits import step
+from lora_probe.files.weights import read_chunk
+from lora_probe.ledger import Ledger
+from lora_probe.names import Key
+from lora_probe.precision import finite
+from lora_probe.recording import DECODE, Trace
+from lora_probe.recording.segments import Segment, values
+
+AT_ONCE = 2**22
+"""Values of a column that are in memory at the same time."""
+
+_Numbers = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """What one module contributed over the rows of one load: sqrt(Σ‖delta‖²) and sqrt(Σ‖base output‖²)."""
+
+    key: Key
+    rows: int
+    delta_norm: float
+    base_norm: float
+
+    @property
+    def strength(self) -> float | None:
+        """The contribution relative to the base output; None if it is not a number."""
+        return finite(self.delta_norm / self.base_norm) if self.base_norm else None
+
+
+@dataclass(frozen=True)
+class RequestRows:
+    """The recorded rows of one request. `rows` and `decode` count positions; `repeated` counts the rows that were
+    computed again, after a preemption. `cached` counts the positions at the beginning without a row, as they were
+    served from the prefix cache; `missing` all other positions before the last row that are not recorded.
+
+    `prompt` is the number of its tokens, None if neither a client nor the rows show it."""
+
+    id: str
+    loads: tuple[int, ...]
+    rows: int
+    first: int
+    last: int
+    cached: int
+    missing: int
+    decode: int
+    repeated: int
+    prompt: int | None
+
+
+@dataclass(frozen=True)
+class Totals:
+    """`contributions` and `rows` are by the number of the load; `requests` are in the order in which their first rows
+    were written."""
+
+    contributions: Mapping[int, tuple[Contribution, ...]]
+    rows: Mapping[int, int]
+    requests: tuple[RequestRows, ...]
+
+
+@dataclass(frozen=True)
+class _Index:
+    """All rows, without their measurements. `counted` is False for rows that were computed again later."""
+
+    requests: tuple[str, ...]
+    request: _Numbers
+    position: _Numbers
+    decode: npt.NDArray[np.bool_]
+    load: _Numbers
+    counted: npt.NDArray[np.bool_]
+
+
+@dataclass
+class _Sums:
+    """The sums of squares of one load, by module."""
+
+    rows: dict[Key, int] = field(default_factory=dict)
+    delta: dict[Key, float] = field(default_factory=dict)
+    base: dict[Key, float] = field(default_factory=dict)
+
+    def add(self, keys: Sequence[Key], delta: npt.NDArray[Any], base: npt.NDArray[Any]) -> None:
+        counts = np.isfinite(delta).sum(axis=0).tolist()
+        squares = [np.nansum(np.square(norms, dtype=np.float64), axis=0).tolist() for norms in (delta, base)]
+        for key, count, of_delta, of_base in zip(keys, counts, *squares, strict=True):
+            self.rows[key] = self.rows.get(key, 0) + count
+            self.delta[key] = self.delta.get(key, 0.0) + of_delta
+            self.base[key] = self.base.get(key, 0.0) + of_base
+
+
+def totals(trace: Trace, loads: Collection[int]) -> Totals:
+    """The contributions of `loads`, and the rows of all requests. Of several workers, which hold shards of the layers,
+    the first one's rows are counted, and no contributions are computed.
+
+    Raises:
+        UnreadableFile: a segment is damaged.
+    """
+    segments = [segment for worker in trace.workers[:1] for segment in worker.opened_segments()]
+    index = _index(segments)
+    wanted = frozenset() if trace.sharded else frozenset(loads)
+    numbers, counts = np.unique(index.load[index.counted], return_counts=True)
+    rows = dict(zip(numbers.tolist(), counts.tolist(), strict=True))
+    return Totals(_contributions(segments, index, wanted), rows, tuple(_requests(trace, index)))
+
+
+def own_contributions(ledger: Ledger, contributions: Iterable[Contribution]) -> Iterator[Contribution]:
+    """The contributions at the modules of a load. A step may record the modules of all adapters, so the rows of a load
+    may have zeros at the modules of others."""
+    own = {row.key for row in ledger.rows}
+    return (contribution for contribution in contributions if contribution.key in own)
+
+
+def _index(segments: Sequence[Segment]) -> _Index:
+    requests: dict[str, int] = {}
+    columns: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in ("request", "position", "phase", "load")}
+    for segment in segments:
+        step("reading the rows", segment.path)
+        read = {name: values(segment.weights, segment.columns[name]) for name in columns}
+        numbers = np.array([requests.setdefault(name, len(requests)) for name in segment.requests], np.int64)
+        wrong = read["request"][(read["request"] < 0) | (read["request"] >= len(numbers))]
+        if wrong.size:
+            raise UnreadableFile(
+                f"the segment `{segment.path}` is damaged: a row belongs to request {wrong[0]}, but its table has "
+                f"{len(numbers)} requests",
+                "copy the trace again, or record it again",
+            )
+        read["request"] = numbers[read["request"]] if len(numbers) else read["request"]
+        for name, column in read.items():
+            columns[name].append(column)
+    joined = {name: np.concatenate([*parts, np.empty(0, np.int8)]) for name, parts in columns.items()}
+    request, position, load = (joined[name].astype(np.int64) for name in ("request", "position", "load"))
+    # A stable sort: of equal rows the last one in the trace is the last one here.
+    order = np.lexsort((position, load, request))
+    counted = np.zeros(len(request), np.bool_)
+    changes = [np.diff(column[order]) != 0 for column in (request, load, position)]
+    counted[order] = np.append(np.logical_or.reduce(changes), True)[: len(order)]
+    return _Index(tuple(requests), request, position, joined["phase"] == DECODE, load, counted)
+
+
+def _contributions(
+    segments: Sequence[Segment], index: _Index, wanted: frozenset[int]
+) -> dict[int, tuple[Contribution, ...]]:
+    sums: dict[int, _Sums] = {load: _Sums() for load in wanted}
+    begin = 0
+    for segment in segments:
+        end = begin + segment.count
+        if not wanted.isdisjoint(index.load[begin:end].tolist()):
+            for start, delta, base in _chunks(segment):
+                rows = slice(begin + start, begin + start + len(delta))
+                of_load = np.where(index.counted[rows], index.load[rows], -1)
+                for load in wanted.intersection(of_load.tolist()):
+                    chosen = of_load == load
+                    sums[load].add(segment.modules, delta[chosen], base[chosen])
+        begin = end
+    return {
+        load: tuple(
+            Contribution(key, of_load.rows[key], float(np.sqrt(of_load.delta[key])), float(np.sqrt(of_load.base[key])))
+            for key in of_load.rows
+        )
+        for load, of_load in sums.items()
+    }
+
+
+def _chunks(segment: Segment) -> Iterator[tuple[int, npt.NDArray[Any], npt.NDArray[Any]]]:
+    """The first row, ‖delta‖ and ‖base‖ (`[rows, modules]`) of some rows at a time."""
+    step("reading the rows", segment.path)
+    width = len(segment.modules)
+    if not width:
+        return
+    rows = max(AT_ONCE // width, 1)
+    for start in range(0, segment.count, rows):
+        stop = min(start + rows, segment.count)
+        try:
+            delta, base = (
+                read_chunk(segment.weights, segment.columns[name], start * width, stop * width).reshape(-1, width)
+                for name in ("delta_norm", "base_norm")
+            )
+        except MemoryError as error:
+            raise out_of_memory(f"`{segment.path}`") from error
+        yield start, delta, base
+
+
+def _requests(trace: Trace, index: _Index) -> Iterator[RequestRows]:
+    """The rows of each request, over all loads that it ran with."""
+    order = np.lexsort((index.position, index.request))
+    request, position, decode = index.request[order], index.position[order], index.decode[order]
+    count = len(index.requests)
+    distinct = np.append(True, (np.diff(request) != 0) | (np.diff(position) != 0))[: len(order)]
+    every, rows, decoded = (
+        np.bincount(request[chosen], minlength=count).tolist() for chosen in (slice(None), distinct, distinct & decode)
+    )
+    first, last = _extent(request, position, count)
+    prompt_ends = _extent(request[~decode], position[~decode], count)[1]
+    answers_begin = _extent(request[decode], position[decode], count)[0]
+    loads: dict[int, list[int]] = {}
+    for number, load in np.unique(np.stack([index.request, index.load]), axis=1).T.tolist():
+        loads.setdefault(number, []).append(load)
+    prompts = {record.id: len(record.prompt_ids) for record in trace.requests}
+    caching = _has_prefix_cache(trace) and not dropped(trace)
+    for number, name in enumerate(index.requests):
+        if not rows[number]:
+            continue
+        adjacent = decoded[number] and prompt_ends[number] + 1 == answers_begin[number]
+        cached = first[number] if caching else 0
+        yield RequestRows(
+            id=name,
+            loads=tuple(loads[number]),
+            rows=rows[number],
+            first=first[number],
+            last=last[number],
+            cached=cached,
+            missing=last[number] + 1 - rows[number] - cached,
+            decode=decoded[number],
+            repeated=every[number] - rows[number],
+            prompt=prompts.get(name, answers_begin[number] if adjacent else None),
+        )
+
+
+def _has_prefix_cache(trace: Trace) -> bool:
+    return any(worker.process.settings.get("enable_prefix_caching") is True for worker in trace.workers)
+
+
+def _extent(request: _Numbers, position: _Numbers, count: int) -> tuple[list[int], list[int]]:
+    """The smallest and the largest position of each request."""
+    first, last = np.full(count, np.iinfo(np.int64).max), np.full(count, -1)
+    np.minimum.at(first, request, position)
+    np.maximum.at(last, request, position)
+    return first.tolist(), last.tolist()
