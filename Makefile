@@ -2,6 +2,7 @@
 # make test    set up, run the tests
 # make test-fast  the tests without engines and training, in under a minute
 # make mutants    break each rule and each judgement on purpose: the fast tests must fail
+# make matrix     the plugin's engine tests with vLLM 0.30, 0.31 and 0.32, on both model runners
 # make check   lint, types, import layers
 # make bench   measure the throughput with and without the probe, and the cost of checking a merge
 # make rules   write lora_probe/rules/RULES.md from the rules' docstrings
@@ -21,10 +22,10 @@ digest = $(shell cat $(1) | sha256sum | cut -c1-16)
 LOCKED := $(VENV)/.lock-$(call digest,requirements.lock)
 READY := $(VENV)/.ready-$(call digest,requirements.lock setup.cfg pyproject.toml plugins/vllm/setup.cfg plugins/vllm/pyproject.toml)
 
-.PHONY: help setup demo test test-fast mutants check bench rules clean
+.PHONY: help setup demo test test-fast mutants matrix check bench rules clean
 
 help:
-	@sed -n '1,8s/^# //p' Makefile
+	@sed -n '1,9s/^# //p' Makefile
 
 setup: $(READY)
 
@@ -52,6 +53,9 @@ test-fast: $(READY)
 mutants: $(READY)
 	@$(BIN)/python tests/mutants.py
 
+matrix: $(READY)
+	@$(BIN)/python tests/matrix.py
+
 check: $(READY)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -66,4 +70,4 @@ rules: $(READY)
 	@mv lora_probe/rules/RULES.md.new lora_probe/rules/RULES.md
 
 clean:
-	rm -rf $(VENV) examples/identity/out build plugins/vllm/build *.egg-info plugins/vllm/*.egg-info
+	rm -rf $(VENV) .matrix examples/identity/out build plugins/vllm/build *.egg-info plugins/vllm/*.egg-info

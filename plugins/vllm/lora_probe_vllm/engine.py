@@ -20,6 +20,7 @@ from lora_probe.engines.prompts import encode, forced, texts
 from lora_probe.errors import EngineFailed, ProbeError, UnreadableFile
 from lora_probe.recording import SCHEMA, Process, RequestRecord, RunSpec, Score, TraceWriter
 from lora_probe_vllm import NOT_ARMED, TRACE
+from lora_probe_vllm.runners import pin_v1
 from lora_probe_vllm.seams import dense_logprobs, root_cause, vllm_version, vocabulary
 
 ENVIRONMENT = {
@@ -58,6 +59,7 @@ class VllmEngine:
             os.environ.setdefault(name, value)
         # The workers find everything else in the run.json there.
         os.environ[TRACE] = str(folder.resolve())
+        pinned = pin_v1()
         arguments = engine_arguments(spec)
         process = Process(
             schema=SCHEMA,
@@ -68,7 +70,7 @@ class VllmEngine:
             versions={"vllm": vllm_version()},
             keep=spec.keep,
             settings={key: value for key, value in arguments.items() if _is_json(value)},
-            changed=_changed(arguments),
+            changed=[*_changed(arguments), *([pinned] if pinned is not None else [])],
         )
         with TraceWriter(folder / "client", process) as writer:
             writer.event("engine", f"starting vLLM {vllm_version()}")

@@ -159,7 +159,7 @@ def _patch_steps(patches: Patches, probe_of: Find) -> None:
 
         return wrapper
 
-    classes = supported()
+    classes, _ = supported()
     for runner in classes.values():
         patches.wrap(runner, "execute_model", execute_model)
     if "V2" in classes:

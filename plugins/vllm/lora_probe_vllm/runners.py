@@ -7,6 +7,7 @@ for the encoder steps of encoder-decoder models.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -38,8 +39,7 @@ class Running:
         eager."""
         if self.runner is None:
             return (
-                f"the probe does not support the model runner {self.described}; "
-                f"set {PIN_V1}=0 if vLLM {', '.join(RUNNERS)} should be used"
+                f"the probe does not support the model runner {self.described}; set {PIN_V1}=0 to use vLLM's V1 runner"
             )
         if self.compiled is not None and not sampling:
             return (
@@ -55,15 +55,25 @@ def running(vllm_config: Any, runner: Any) -> Running:
     return Running(kind, f"{type(runner).__module__}.{type(runner).__name__}", _compiled(vllm_config))
 
 
-def supported() -> dict[str, Any]:
-    """The runner classes that this vLLM has with all of their names. One that moved is left out."""
-    classes = {}
+def supported() -> tuple[dict[str, Any], list[SeamMoved]]:
+    """The runner classes that this vLLM has with all of their names; and the names that moved in the others."""
+    classes, moved = {}, []
     for name, seam in RUNNERS.items():
         try:
             classes[name] = getattr(seams, seam)
-        except SeamMoved:
-            continue
-    return classes
+        except SeamMoved as error:
+            moved.append(error)
+    return classes, moved
+
+
+def pin_v1() -> str | None:
+    """Set the variable that makes vLLM choose the V1 runner if it is the only one whose steps can be read, unless the
+    user has set it. Returns why, None if nothing was set. To be called before an engine is started."""
+    classes, moved = supported()
+    if "V2" in classes or "V1" not in classes or PIN_V1 in os.environ:
+        return None
+    os.environ[PIN_V1] = "0"
+    return f"{PIN_V1}=0, as {moved[0].message}"
 
 
 def _is(runner: Any, seam: str) -> bool:

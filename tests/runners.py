@@ -1,0 +1,40 @@
+"""The plugin's engine tests on a chosen model runner and a chosen vLLM.
+
+In: a Python interpreter with vLLM in it, and V1 or V2. Out: pytest's outcome. V2 runs on a CPU with Triton's
+interpreter and the back end in `v2/`, which is for tests alone.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+TESTS = Path(__file__).parent
+ENGINE_TESTS = ("test_vllm_engine.py", "test_vllm_mixed.py", "test_vllm_pushed.py")
+"""The files whose tests share an engine in the process of the tests."""
+RUNNERS = ("V1", "V2")
+
+
+def environment(runner: str) -> dict[str, str]:
+    """The variables for an engine with this runner."""
+    if runner == "V1":
+        return {"VLLM_USE_V2_MODEL_RUNNER": "0"}
+    return {"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1", "PYTHONPATH": str(TESTS / "v2")}
+
+
+def engine_tests(runner: str, python: str = sys.executable, *more: str) -> subprocess.CompletedProcess[str]:
+    """Run the engine tests in a process of their own."""
+    files = [str(TESTS / name) for name in ENGINE_TESTS]
+    command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:randomly", *files, *more]
+    return subprocess.run(
+        command, cwd=TESTS.parent, env=os.environ | environment(runner), capture_output=True, text=True
+    )
+
+
+def counts(output: str) -> dict[str, int]:
+    """How many tests passed, failed and so on, from pytest's last line."""
+    last = next((line for line in reversed(output.splitlines()) if " in " in line), "")
+    return {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|error|errors|skipped)", last)}
