@@ -15,13 +15,15 @@ from lora_probe.errors import ProbeError
 from lora_probe.ledger import as_json as ledger_json
 from lora_probe.ledger import headline
 from lora_probe.precision import finite
+from lora_probe.recording.rows import latest
 from lora_probe.render.json import SCHEMA_VERSION
 from lora_probe.render.json.error import message_json
 from lora_probe.rules import as_json as diagnostic_json
 from lora_probe.rules import diagnose
+from lora_probe.rules.diagnostics import of_requests
 
 if TYPE_CHECKING:
-    from lora_probe.recording import RequestRecord, Trace
+    from lora_probe.recording import RequestFinding, RequestRecord, Trace
     from lora_probe.render.results import Recording
 
 
@@ -48,14 +50,33 @@ def trace_json(trace: Trace) -> dict[str, Any]:
         "headline": headline(ledgers[0]) if ledgers else None,
         "ledger": {trace.engine: ledger_json(ledgers[0])} if ledgers else {},
         "loads": [
-            {"load": msgspec.to_builtins(load), "ledger": ledger_json(ledger), "headline": headline(ledger)}
+            {
+                "load": msgspec.to_builtins(load),
+                "ledger": ledger_json(ledger),
+                "headline": headline(ledger),
+                "request_findings": [finding_json(f) for f in trace.request_findings if f.load == load.load],
+            }
             for load, ledger in trace.loads
         ],
-        "diagnostics": [diagnostic_json(diagnostic) for ledger in ledgers for diagnostic in diagnose(ledger)],
+        "diagnostics": [
+            *(diagnostic_json(diagnostic) for ledger in ledgers for diagnostic in diagnose(ledger)),
+            *(diagnostic_json(of_requests(f.code, f.message, trace.engine)) for f in trace.request_findings),
+        ],
         "requests": requests_json(trace),
         "modules": contributions_json(trace),
         "events": [msgspec.to_builtins(event) for event in trace.events],
         **({} if ledgers else {"error": message_json(NO_LOAD)}),
+    }
+
+
+def finding_json(finding: RequestFinding) -> dict[str, Any]:
+    """What went wrong for requests: how many rows of them, up to ten ids, and how many requests more."""
+    return {
+        "code": finding.code,
+        "message": finding.message,
+        "rows": finding.rows,
+        "requests": finding.requests,
+        "more": finding.more,
     }
 
 
@@ -94,11 +115,11 @@ def request_json(trace: Trace, request: RequestRecord, bases: Mapping[int, Reque
 
 
 def contributions_json(trace: Trace) -> list[dict[str, Any]]:
-    """What each module contributed, over all rows of the adapter."""
+    """What each module contributed, over all rows of the adapter. A row that was computed again counts once."""
     rows = trace.rows
     if rows is None:
         return []
-    with_adapter = rows.load >= 0
+    with_adapter = (rows.load >= 0) & latest(rows)
     entries = []
     for number, (module, parameter, expert) in enumerate(rows.modules):
         delta, base = rows.delta_norm[with_adapter, number], rows.base_norm[with_adapter, number]

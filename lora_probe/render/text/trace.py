@@ -19,6 +19,7 @@ from lora_probe.render.json.trace import NO_LOAD, answers, base_answers, contrib
 from lora_probe.render.results import Recording
 from lora_probe.render.tables import add_row, columns_of, grid
 from lora_probe.render.text.ledger import ledger_text
+from lora_probe.rules.diagnostics import of_requests
 
 if TYPE_CHECKING:
     from lora_probe.recording import LoadEvent, RequestRecord, Trace
@@ -36,7 +37,8 @@ def recording(result: Recording) -> RenderableType:
     parts += [words("loading", style="bold"), *_timeline(trace.events, result.events), words("")]
     for load, ledger in trace.loads:
         name = f"{load.name} (load {load.load}): " if len(trace.loads) > 1 else ""
-        parts += [ledger_text(ledger, name), *_log_lines(trace.engine, load.said, ledger), words("")]
+        parts += [ledger_text(ledger, name), *_of_requests(trace, load.load)]
+        parts += [*_log_lines(trace.engine, load.said, ledger), words("")]
     if not trace.loads:
         parts += [words(NO_LOAD.message, style="bold yellow"), words("")]
     if cells := _contribution_cells(trace):
@@ -131,6 +133,15 @@ def _modules(group: Sequence[LoadEvent], universe: Universe) -> str:
 
 def _duration(seconds: float) -> str:
     return f"{seconds * 1000:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
+
+
+def _of_requests(trace: Trace, load: int) -> Iterable[RenderableType]:
+    """What went wrong for requests while a load was active."""
+    for finding in trace.request_findings:
+        if finding.load == load:
+            diagnostic = of_requests(finding.code, finding.message, trace.engine)
+            yield words(diagnostic.message, style="bold red")
+            yield words(f"  {diagnostic.code} {diagnostic.name}: {diagnostic.hint}", style="cyan")
 
 
 def _log_lines(engine: str, lines: Sequence[str], ledger: Ledger) -> Iterable[RenderableType]:

@@ -75,7 +75,7 @@ class Probe:
         self.keep = keep if keep is not None and spec is None else level_of(folder)
         self.broken, self._numbers = False, 0
         self._outputs_of = list(spec.watch) if spec is not None else []
-        self.steps = Steps(self.keep, self.guard, sketching=spec is not None and spec.score)
+        self.steps = Steps(self.keep, self.guard, self.loads, sketching=spec is not None and spec.score)
         config = self.worker.vllm_config
         settings = engine_settings(config)
         process = Process(
