@@ -6,6 +6,7 @@ In: the path of a document, or of a file with a value in each line; and a msgspe
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,9 @@ MAX_BRACKETS = 2_000_000
 """Objects and arrays in a document or a line: an empty array takes 3 bytes in a file and 60 in memory."""
 MAX_DEPTH = 64
 """Levels of nesting in the free fields of a run or an event (`options`, `settings`, `facts`)."""
+
+_KIND = re.compile(r"[a-z_]{1,40}")
+"""What a newer version may call a kind of records."""
 
 T = TypeVar("T")
 
@@ -65,7 +69,7 @@ def lines(
                 if problem := wrong(value):
                     raise ValueError(problem)
             except ValueError as error:
-                if known and (kind := _kind(line)) is not None and kind not in known:
+                if known and (kind := _kind(line)) not in known and _KIND.fullmatch(kind):
                     continue
                 raise UnreadableFile(f"`{path}`, line {number}: {error}") from error
             values.append(value)
@@ -76,12 +80,12 @@ class _Kind(msgspec.Struct):
     kind: str
 
 
-def _kind(line: bytes) -> str | None:
-    """The kind of a record; None if the line is damaged."""
+def _kind(line: bytes) -> str:
+    """The kind of a record; "" if the line is damaged."""
     try:
         return decoded(line, msgspec.json.Decoder(_Kind)).kind
     except ValueError:
-        return None
+        return ""
 
 
 def decoded(data: bytes | str, decoder: msgspec.json.Decoder[T]) -> T:

@@ -90,6 +90,11 @@ class Blocks:
                 began.append(running)
         return began
 
+    def rows_of(self, adapter: int, scheduler_output: Any) -> dict[str, int]:
+        """How many rows of the current step each request for an adapter has."""
+        rows = scheduler_output.num_scheduled_tokens
+        return {name: rows[name] for name in rows if name in self.running and self.running[name].adapter == adapter}
+
     def _note_blocks(
         self, part: Scheduled, running: Running, size: int, loads: Mapping[int, Author], begins: bool
     ) -> None:

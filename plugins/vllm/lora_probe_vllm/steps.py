@@ -112,6 +112,9 @@ class Steps:
                 if (step := self.capture.step) is not None:
                     with self.guard("the end of a step"):
                         self._finish(step, writer)
+                with self.guard("the report of a step"):
+                    for load in self._known.values():
+                        load.record.report_if_due()
 
     def _begin(self, runner: Any, scheduler_output: Any) -> Step:
         rows = v1_rows(runner, scheduler_output)
@@ -125,13 +128,16 @@ class Steps:
         return claimed
 
     def _follow(self, runner: Any, scheduler_output: Any) -> None:
-        """The requests of a step and their blocks, also of a step without any adapter."""
+        """The requests of a step and their blocks, also of a step in which no layer is recorded."""
         if self._blocks is None:
             self._blocks = Blocks(block_size_of(runner))
         for request in self._blocks.step(scheduler_output, self._authors):
             if request.other_weights and request.adapter in self.loads:
                 load = self.loads[request.adapter]
                 load.record.cached_with_other_weights({request.id: request.other_weights})
+        # An adapter that was loaded before this recording began is not known here, and may well have a slot.
+        for adapter in self._known.keys() - self.loads.keys():
+            self._known[adapter].record.not_in_its_slot(self._blocks.rows_of(adapter, scheduler_output))
 
     def _finish(self, step: Step, writer: TraceWriter) -> None:
         columns = step.rows.columns
@@ -143,8 +149,6 @@ class Steps:
             self._count(load, step, fresh & (columns.lora == adapter), fresh & (loads == load.number))
             self._sample(adapter, load, step)
         self._blame(step, loads, stacked)
-        for load in self._known.values():
-            load.record.report_if_due()
         placed = {load: self._placed[load] for load in np.unique(loads).tolist() if load >= 0}
         running = self._blocks.running if self._blocks is not None else {}
         served = {name: running[name].served for name in columns.names if name in running}
@@ -179,11 +183,9 @@ class Steps:
         """Find the rows that did not get what they requested, and the load that each of them is about."""
         columns = step.rows.columns
         astray = loads == NOT_IN_ITS_SLOT
-        for adapter in np.unique(columns.lora[astray]).tolist():
-            # An adapter that was loaded before this recording began is not known here, and may well have a slot.
-            if adapter in self._known:
-                rows = columns.by_request(astray & (columns.lora == adapter))
-                self._known[adapter].record.not_in_its_slot(rows)
+        for adapter, load in self.loads.items():
+            # The adapter has a slot, but the engine's table names another one for these rows.
+            load.record.not_in_its_slot(columns.by_request(astray & (columns.lora == adapter)))
         plain = loads == NO_ADAPTER
         got: Bools = plain & (stacked.delta_norm > 0).any(axis=1)
         if got.any():
