@@ -80,6 +80,7 @@ class Recording:
 
     def finish(self, **why: Callable[[Any], str | None]) -> None:
         self.record.finish(**({"unmeasured": lambda _: None} | why))
+        self.record.finish_requests()
 
     @property
     def trace(self) -> Trace:

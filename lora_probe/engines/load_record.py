@@ -211,6 +211,10 @@ class LoadRecord:
         if self._urgent or now - self._reported >= min(1.0, (now - self._began) / 10):
             self.so_far()
 
+    def finish_requests(self) -> None:
+        """Write the last totals of what went wrong for requests, of a refused load too."""
+        self._requests.write(final=True)
+
     def finish(
         self, unmeasured: Callable[[Key], str | None], unjudged: Callable[[Key], str | None] = lambda _: None
     ) -> None:
@@ -219,7 +223,6 @@ class LoadRecord:
         `unmeasured` returns why a module's rows were not recorded, None if they were; `unjudged` returns why its
         contribution has no reference, None if it has one.
         """
-        self._requests.write(final=True)
         applied: dict[Key, Finding] = {}
         agrees: dict[Key, Finding] = {}
         facts: dict[str, list[float]] = {}

@@ -251,6 +251,7 @@ class Probe:
             active.judge_slots("when the run ended")
         if not active.record.load.refused:
             active.record.finish(lambda key: self._why_unmeasured(active, key))
+        active.record.finish_requests()
         self.steps.deactivated(adapter_id)
 
     def _why_unmeasured(self, active: ActiveLoad, key: Key) -> str | None:
