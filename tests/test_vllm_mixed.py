@@ -134,6 +134,30 @@ def test_a_half_filled_slot_is_not_the_base_model(server: Server, adapter: Path,
     assert headline(trace.loads[0][1]) == f"{MODULES} of {MODULES} modules took effect"
 
 
+def test_a_stale_table_from_tokens_to_slots(
+    server: Server, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The adapter has a slot, and the engine's table names none for its rows."""
+    from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
+
+    original = PunicaWrapperBase.update_metadata
+
+    def outdated(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        self._token_lora_indices.fill_(-1)
+
+    server.begin(tmp_path / "run")
+    monkeypatch.setattr(PunicaWrapperBase, "update_metadata", outdated)
+    server.generate([prompt(6, 9)], [server.adapter("stale", adapter)])
+    trace = server.finish(tmp_path / "run")
+    rows = trace.rows
+    assert rows is not None
+    assert (rows.load == NOT_IN_ITS_SLOT).all()
+    assert [(finding.code, finding.rows) for finding in trace.request_findings] == [("LP606", 9)]
+    ((_, ledger),) = trace.loads
+    assert {row.stations["applied"].code for row in ledger.rows} == {"LP601"}
+
+
 def test_positions_from_the_prefix_cache_are_marked(server: Server, adapter: Path, tmp_path: Path) -> None:
     server.begin(tmp_path / "run")
     healthy = server.adapter("cached", adapter)

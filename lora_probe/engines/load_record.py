@@ -186,7 +186,7 @@ class LoadRecord:
         Servers are usually killed without warning, so the last stations cannot wait for the end. Of several records
         the worst counts, so only final findings are written: never that a module has not run yet.
         """
-        self._requests.write()
+        self.report_requests()
         self._reported, self._urgent = time.monotonic(), False
         applied: dict[Key, Finding] = {}
         agrees: dict[Key, Finding] = {}
@@ -210,6 +210,10 @@ class LoadRecord:
             self._began = now
         if self._urgent or now - self._reported >= min(1.0, (now - self._began) / 10):
             self.so_far()
+
+    def report_requests(self) -> None:
+        """Write what went wrong for requests so far, if it has grown enough."""
+        self._requests.write()
 
     def finish_requests(self) -> None:
         """Write the last totals of what went wrong for requests, of a refused load too."""

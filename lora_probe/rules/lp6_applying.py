@@ -60,7 +60,8 @@ def contamination(adapter: str, affected: Affected) -> str:
 
     Why it matters: requests for the base model are answered by the adapter. Its own rows may all be right; then it took
     effect, and the requests that are named here did not get what they asked for. vLLM up to 0.32 has this bug on its
-    CPU backend: a row without an adapter in a mixed batch gets the adapter of the last slot. 0.33 does not have it.
+    CPU backend: a row without an adapter in a mixed batch gets the adapter of the last slot, also one that was removed,
+    because vLLM leaves its weights there. 0.33 does not have it.
 
     How it is seen: the norm that the kernel wrote for such a row is the norm that the row has with this adapter.
 

@@ -75,6 +75,7 @@ class Blocks:
         for request in scheduler_output.finished_req_ids:
             self.running.pop(request, None)
         began = []
+        numbers = {adapter: self._number(author) for adapter, author in loads.items()} | {0: self._number(BASE)}
         for part in scheduled(scheduler_output):
             running = self.running.get(part.request)
             begins = running is None and part.prompt is not None
@@ -85,7 +86,7 @@ class Blocks:
                 running.served = replace(running.served, preemptions=running.served.preemptions + 1)
             running.advance(part.start, part.rows)
             if self._size is not None and len(part.blocks) <= 1:
-                self._note_blocks(part, running, self._size, loads, begins)
+                self._note_blocks(part, running, self._size, numbers, begins)
             if begins:
                 began.append(running)
         return began
@@ -96,18 +97,18 @@ class Blocks:
         return {name: rows[name] for name in rows if name in self.running and self.running[name].adapter == adapter}
 
     def _note_blocks(
-        self, part: Scheduled, running: Running, size: int, loads: Mapping[int, Author], begins: bool
+        self, part: Scheduled, running: Running, size: int, numbers: Mapping[int, int], begins: bool
     ) -> None:
-        new = list(part.blocks[0]) if part.blocks else []
-        running.blocks = new if part.whole else running.blocks + new
+        """Who computes the blocks of this step. `numbers` are those of the authors by adapter."""
+        if part.blocks:
+            running.blocks = [*(() if part.whole else running.blocks), *part.blocks[0]]
         if running.adapter is None:
             # It ran before the recording began: where its new blocks are in its table is not known.
-            self._write(new, UNKNOWN)
+            self._write(running.blocks, UNKNOWN)
             return
-        author = BASE if running.adapter == 0 else loads.get(running.adapter, STALE)
+        number = numbers[running.adapter] if running.adapter in numbers else self._number(STALE)
         if begins:
-            self._note_cached(part.start, running, size, author)
-        number = self._number(author)
+            self._note_cached(part.start, running, size, self._names[number])
         # A block is only shared when it is full, so it is enough to note the author of its first row.
         if part.rows > 1 or part.start % size == 0 or number != running.author:
             last = part.start + part.rows

@@ -81,6 +81,9 @@ class Steps:
     def close(self) -> None:
         """Remove every hook and stand-in."""
         self.capture.close()
+        for load in self._gone():
+            with self.guard("the end of a load"):
+                load.record.finish_requests()
         self.loads, self._contents, self._grams, self._placed, self._authors = {}, {}, {}, {}, {}
         self._held, self._left = {}, {}
         self.sampler, self._blocks = Sampler(), None
@@ -100,6 +103,11 @@ class Steps:
             wanted = gram if kept("shrink", self.capture.keep) else None
             self._placed[load.number] = self._contents[adapter].placed(keys, wanted)
 
+    def _gone(self) -> list[ActiveLoad]:
+        """The loads that have ended and whose weights are still in a slot."""
+        known = {id(load) for load in self._known.values()}
+        return [load for load in self._held.values() if id(load) not in known]
+
     @contextmanager
     def stepping(self, runner: Any, scheduler_output: Any, writer: TraceWriter) -> Iterator[None]:
         """One `execute_model`."""
@@ -115,6 +123,8 @@ class Steps:
                 with self.guard("the report of a step"):
                     for load in self._known.values():
                         load.record.report_if_due()
+                    for load in self._gone():
+                        load.record.report_requests()
 
     def _begin(self, runner: Any, scheduler_output: Any) -> Step:
         rows = v1_rows(runner, scheduler_output)
@@ -194,13 +204,11 @@ class Steps:
     def _blame_slots(self, columns: RowColumns, got: Bools, stacked: Stacked) -> None:
         """Find the loads whose contribution the rows `got` that requested no adapter. It is that of an active load, of
         one that lost its slot but left its weights there, or of one with which a slot could only be filled in part."""
-        known = {id(load): load for load in self._known.values()}
         for slot, load in self._held.items():
-            if id(load) in known:
-                of_load = contaminated_rows(stacked, got, self._grams.get(slot, self._left.get(slot)))
-                load.record.contaminated(columns.by_request(of_load))
-                got = got & ~of_load
-        half_filled = [load for load in known.values() if load.slot is None and load.record.load.refused]
+            of_load = contaminated_rows(stacked, got, self._grams.get(slot, self._left.get(slot)))
+            load.record.contaminated(columns.by_request(of_load))
+            got = got & ~of_load
+        half_filled = [load for load in self._known.values() if load.slot is None and load.record.load.refused]
         if len(half_filled) == 1:
             half_filled[0].record.contaminated(columns.by_request(got))
 
