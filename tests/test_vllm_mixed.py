@@ -95,16 +95,21 @@ def test_a_contaminated_request_is_named_and_the_adapter_took_effect(
     assert not trace.healthy
 
 
-def test_a_half_filled_slot_is_not_the_base_model(server: Server, adapter: Path, tmp_path: Path) -> None:
-    name = "base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"
-    path = edited(adapter, tmp_path / "bad", lambda t: t | {name: np.tile(t[name], (2, 1))})
-    server.begin(tmp_path / "run", "shrink")
+def serve_half_filled(server: Server, path: Path) -> None:
+    """vLLM raises when it fills the slot, and returns True when it is asked again."""
     bad = server.adapter("bad", path)
     with pytest.raises(Exception, match="must match"):
         server.llm.llm_engine.add_lora(bad)
     assert server.llm.llm_engine.add_lora(bad)
     server.generate([prompt(10, 1), prompt(5, 2)], [bad, bad])
     server.llm.llm_engine.remove_lora(bad.lora_int_id)
+
+
+def test_a_half_filled_slot_is_not_the_base_model(server: Server, adapter: Path, tmp_path: Path) -> None:
+    name = "base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"
+    path = edited(adapter, tmp_path / "bad", lambda t: t | {name: np.tile(t[name], (2, 1))})
+    server.begin(tmp_path / "run", "shrink")
+    serve_half_filled(server, path)
     trace = server.finish(tmp_path / "run")
     ((_, ledger),) = trace.loads
     assert ledger.refused
@@ -114,12 +119,7 @@ def test_a_half_filled_slot_is_not_the_base_model(server: Server, adapter: Path,
     good = server.adapter("good", adapter)
     server.begin(tmp_path / "two", "shrink")
     server.generate([prompt(10, 1)], [good])
-    bad = server.adapter("bad", path)
-    with pytest.raises(Exception, match="must match"):
-        server.llm.llm_engine.add_lora(bad)
-    assert server.llm.llm_engine.add_lora(bad)
-    server.generate([prompt(10, 1), prompt(5, 2)], [bad, bad])
-    server.llm.llm_engine.remove_lora(bad.lora_int_id)
+    serve_half_filled(server, path)
     # What the hint advises: the fixed adapter, under a new id.
     server.generate([prompt(10, 1)], [server.adapter("bad", adapter)])
     trace = server.finish(tmp_path / "two")
