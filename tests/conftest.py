@@ -251,20 +251,19 @@ def start_engine(model: Path, first: Path, **settings: Any) -> SharedEngine:
     os.environ["LORA_PROBE_TRACE"] = str(first)
     from vllm import LLM
 
-    llm = LLM(
-        model=str(model),
-        dtype="float32",
-        enable_lora=True,
-        max_lora_rank=16,
-        max_loras=1,
-        max_model_len=256,
-        max_num_batched_tokens=256,
-        enforce_eager=True,
-        enable_prefix_caching=False,
-        max_num_seqs=4,
-        max_logprobs=-1,
-        **settings,
-    )
+    defaults: dict[str, Any] = {
+        "dtype": "float32",
+        "enable_lora": True,
+        "max_lora_rank": 16,
+        "max_loras": 1,
+        "max_model_len": 256,
+        "max_num_batched_tokens": 256,
+        "enforce_eager": True,
+        "enable_prefix_caching": False,
+        "max_num_seqs": 4,
+        "max_logprobs": -1,
+    }
+    llm = LLM(model=str(model), **(defaults | settings))
     del os.environ["LORA_PROBE_TRACE"]
     llm.collective_rpc("lora_probe_finish")
     return SharedEngine(llm, model, itertools.count(1))

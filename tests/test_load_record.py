@@ -18,7 +18,7 @@ from lora_probe.engines.sampler import SAMPLED, Sampler
 from lora_probe.ledger import OK, Finding, Ledger, Station
 from lora_probe.names import name_modules
 from lora_probe.precision import agrees
-from lora_probe.recording import DECODE, PREFILL, SCHEMA, Floats, Load, Process, TraceWriter
+from lora_probe.recording import DECODE, PREFILL, SCHEMA, Floats, Load, Process, Trace, TraceWriter
 from lora_probe.rules.lp5_loading import no_lora_layer
 from lora_probe.rules.stored import expect
 
@@ -74,16 +74,21 @@ class Recording:
         self.record.sample(key, x, change(exact.astype(np.float32)), a, b, SCALING)
 
     def healthy(self, rows: int = ROWS) -> None:
-        self.record.ran(rows, (Q, K), rows, {})
+        self.record.ran(rows, (Q, K), rows)
         for key in (Q, K):
             self.sample(key, self.x(rows))
 
     def finish(self, **why: Callable[[Any], str | None]) -> None:
         self.record.finish(**({"unmeasured": lambda _: None} | why))
+        self.record.finish_requests()
+
+    @property
+    def trace(self) -> Trace:
+        return open_trace(self.folder)
 
     @property
     def ledger(self) -> Ledger:
-        ((_, ledger),) = open_trace(self.folder).loads
+        ((_, ledger),) = self.trace.loads
         return ledger
 
     def finding(self, key: Any, station: Station) -> Finding:
@@ -121,7 +126,7 @@ def test_a_healthy_load(load: Recording) -> None:
 
 def test_a_module_without_a_pair_is_absent_at_every_station(load: Recording) -> None:
     load.healthy()
-    load.record.ran(1, (V,), 1, {})
+    load.record.ran(1, (V,), 1)
     load.finish()
     (row,) = [row for row in load.ledger.rows if row.key == V]
     assert {finding.value for finding in row.stations.values()} == {"absent"}
@@ -154,7 +159,7 @@ def test_no_line_is_about_no_module(tmp_path: Path, adapter: Adapter) -> None:
 
 
 def test_rows_that_asked_and_never_ran(load: Recording) -> None:
-    load.record.ran(ROWS, (K,), ROWS, {})
+    load.record.ran(ROWS, (K,), ROWS)
     load.sample(K, load.x())
     load.finish()
     found = load.finding(Q, "applied")
@@ -166,7 +171,7 @@ def test_rows_that_asked_and_never_ran(load: Recording) -> None:
 
 
 def test_rows_that_ran_in_another_slot(load: Recording) -> None:
-    load.record.ran(ROWS, (Q, K), 0, {})
+    load.record.ran(ROWS, (Q, K), 0)
     load.finish()
     assert load.finding(Q, "applied").code == "LP601"
 
@@ -174,8 +179,8 @@ def test_rows_that_ran_in_another_slot(load: Recording) -> None:
 @pytest.mark.parametrize("applied", [1, ROWS - 1, ROWS + 1])
 def test_rows_that_were_missed(load: Recording, applied: int) -> None:
     load.healthy()
-    load.record.ran(ROWS, (Q,), applied, {})
-    load.record.ran(0, (K,), ROWS, {})
+    load.record.ran(ROWS, (Q,), applied)
+    load.record.ran(0, (K,), ROWS)
     load.finish()
     found = load.finding(Q, "applied")
     assert (found.value, found.code) == ("wrong", "LP603")
@@ -184,21 +189,73 @@ def test_rows_that_were_missed(load: Recording, applied: int) -> None:
 
 
 def test_rows_that_did_not_ask(load: Recording) -> None:
+    """The adapter's own rows are right, so it took effect; the finding is about the requests that got it."""
     load.healthy()
-    load.record.ran(0, (), 0, {Q: 2})
-    load.record.ran(0, (), 0, {Q: 1})
+    load.record.contaminated({"cmpl-1": 2})
+    load.record.so_far()
+    load.record.contaminated({"cmpl-1": 1, "cmpl-2": 4})
+    load.record.contaminated({})
     load.finish()
-    found = load.finding(Q, "applied")
-    assert (found.value, found.code) == ("wrong", "LP602")
-    assert found.message.startswith("3 rows that did not request")
-    assert load.finding(K, "applied") == OK
+    assert load.finding(Q, "applied") == load.finding(K, "applied") == OK
+    (finding,) = load.trace.request_findings
+    assert (finding.load, finding.code, finding.rows, finding.requests, finding.more) == (
+        0,
+        "LP602",
+        7,
+        ["cmpl-1", "cmpl-2"],
+        0,
+    )
+    assert finding.message == ("7 rows of 2 requests that did not ask for `a` got its contribution: cmpl-1, cmpl-2")
+    assert (load.record.contaminated_rows, load.record.stale_rows) == (7, 0)
+    load.writer.close()
+    assert load.trace.complete
+    assert not load.trace.healthy
 
 
 def test_contamination_is_reported_though_no_row_asked(load: Recording) -> None:
     """Rows of the base alone, in the slot of an adapter that nobody requested."""
-    load.record.ran(0, (), 0, {Q: 4})
+    load.record.contaminated({"cmpl-1": 4})
     load.record.so_far()
-    assert load.finding(Q, "applied").code == "LP602"
+    assert [finding.code for finding in load.trace.request_findings] == ["LP602"]
+
+
+def test_ten_requests_are_named_and_the_others_counted(load: Recording) -> None:
+    for number in range(13):
+        load.record.not_in_its_slot({f"r{number}": 2})
+        load.record.not_in_its_slot({"r0": 1})
+    load.record.cached_with_other_weights({"r1": 64})
+    load.finish()
+    stale, cached = load.trace.request_findings
+    assert (stale.code, stale.rows, stale.more) == ("LP606", 39, 3)
+    assert stale.requests == [f"r{number}" for number in range(10)]
+    assert stale.message.endswith("r8, r9 and 3 more")
+    assert "39 rows of 13 requests for `a`" in stale.message
+    assert (cached.code, cached.rows, cached.requests) == ("LP607", 64, ["r1"])
+    assert "64 cached positions of 1 request for `a`" in cached.message
+    assert load.record.stale_rows == 39
+
+
+def test_totals_that_grow_are_not_written_with_every_step(load: Recording) -> None:
+    for _ in range(10_000):
+        load.record.contaminated({"cmpl-1": 1})
+        load.record.report_if_due()
+    assert len(load.events("requests")) < 100
+    load.finish()
+    assert [finding.rows for finding in load.trace.request_findings] == [10_000]
+
+
+def test_a_load_is_reported_without_a_sampled_row(load: Recording) -> None:
+    load.record.ran(1, (Q, K), 1)
+    load.record.report_if_due()
+    assert (load.finding(Q, "applied"), load.finding(Q, "agrees").code) == (OK, "LP500")
+
+
+def test_what_is_wrong_is_reported_at_once(load: Recording) -> None:
+    load.record.ran(1, (Q, K), 1)
+    load.record.report_if_due()
+    load.record.ran(2, (Q, K), 1)
+    load.record.report_if_due()
+    assert load.finding(Q, "applied").code == "LP603"
 
 
 def test_no_request_asked(load: Recording) -> None:
@@ -223,7 +280,7 @@ def test_a_kernel_that_differs(load: Recording, factor: float) -> None:
 
 
 def test_the_error_is_that_of_all_rows_together(load: Recording) -> None:
-    load.record.ran(2 * ROWS, (Q, K), 2 * ROWS, {})
+    load.record.ran(2 * ROWS, (Q, K), 2 * ROWS)
     for _ in range(2):
         load.sample(Q, load.x(), lambda delta: delta * np.float32(1.01))
         load.sample(K, load.x())
@@ -238,7 +295,7 @@ def test_the_error_is_that_of_all_rows_together(load: Recording) -> None:
 
 @bfloat16
 def test_round_off_of_the_dtype_is_allowed(load: Recording) -> None:
-    load.record.ran(2 * ROWS, (Q, K), 2 * ROWS, {})
+    load.record.ran(2 * ROWS, (Q, K), 2 * ROWS)
     load.sample(Q, load.x(), lambda delta: delta * np.float32(1 + 2**-8))
     load.sample(K, load.x(), lambda delta: delta * np.float32(1.1))
     load.finish()
@@ -274,7 +331,7 @@ def test_an_input_that_is_not_finite(load: Recording) -> None:
 def test_a_contribution_where_the_file_has_none(load: Recording) -> None:
     """Rows of zeros have no contribution, and something was written all the same: infinitely wrong."""
     zeros = np.zeros((ROWS, INPUTS), np.float32)
-    load.record.ran(ROWS, (Q, K), ROWS, {})
+    load.record.ran(ROWS, (Q, K), ROWS)
     load.sample(Q, zeros)
     load.sample(K, zeros, lambda delta: delta + np.float32(1e-6))
     load.finish()
@@ -291,7 +348,7 @@ def cancelled(load: Recording, rows: int) -> Floats:
 @pytest.mark.parametrize(("rows", "code"), [(ENOUGH_ROWS - 1, "LP500"), (ENOUGH_ROWS, "LP604")])
 @bfloat16
 def test_few_rows_that_cancel_are_not_judged(load: Recording, rows: int, code: str) -> None:
-    load.record.ran(rows, (Q, K), rows, {})
+    load.record.ran(rows, (Q, K), rows)
     x = cancelled(load, rows)
     load.sample(Q, x, lambda delta: delta * np.float32(1.5))
     load.finish()
@@ -300,14 +357,14 @@ def test_few_rows_that_cancel_are_not_judged(load: Recording, rows: int, code: s
 
 @bfloat16
 def test_few_rows_are_judged_where_nothing_cancels(load: Recording) -> None:
-    load.record.ran(1, (Q, K), 1, {})
+    load.record.ran(1, (Q, K), 1)
     load.sample(Q, load.x(1), lambda delta: delta * np.float32(3))
     load.finish()
     assert load.finding(Q, "agrees").code == "LP604"
 
 
 def test_a_module_of_which_no_row_was_sampled(load: Recording) -> None:
-    load.record.ran(ROWS, (Q, K), ROWS, {})
+    load.record.ran(ROWS, (Q, K), ROWS)
     load.sample(K, load.x())
     load.finish()
     assert load.finding(Q, "applied") == OK
@@ -315,7 +372,7 @@ def test_a_module_of_which_no_row_was_sampled(load: Recording) -> None:
 
 
 def test_what_is_not_measured_says_why(load: Recording) -> None:
-    load.record.ran(ROWS, (Q, K), ROWS, {})
+    load.record.ran(ROWS, (Q, K), ROWS)
     load.sample(K, load.x(), lambda delta: delta * 2)
     load.finish(
         unmeasured=lambda key: "it is an embedding" if key == Q else None,
@@ -364,7 +421,7 @@ def test_a_load_changes_through_its_record(load: Recording) -> None:
 def test_a_killed_process_leaves_what_was_shown_until_then(load: Recording) -> None:
     load.record.so_far()
     assert load.finding(Q, "applied").code == "LP500"
-    load.record.ran(ROWS, (Q, K), ROWS, {})
+    load.record.ran(ROWS, (Q, K), ROWS)
     load.sample(Q, load.x())
     load.sample(K, load.x(ENOUGH_ROWS - 1))
     load.record.so_far()
@@ -373,10 +430,10 @@ def test_a_killed_process_leaves_what_was_shown_until_then(load: Recording) -> N
     # Too few rows to say anything yet.
     assert load.finding(K, "agrees").code == "LP500"
     lines = load.lines("applied")
-    load.record.ran(ROWS, (Q, K), ROWS, {})
+    load.record.ran(ROWS, (Q, K), ROWS)
     load.record.so_far()
     assert load.lines("applied") == lines
-    load.record.ran(ROWS, (Q, K), 0, {})
+    load.record.ran(ROWS, (Q, K), 0)
     load.record.so_far()
     assert load.finding(Q, "applied").code == "LP603"
     assert load.record.has_run(Q)

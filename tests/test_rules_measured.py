@@ -10,6 +10,8 @@ from lora_probe.ledger import Finding
 from lora_probe.rules import all_rules, lp5_loading, lp6_applying
 from lora_probe.rules.lp4_serving import refused
 
+AFFECTED = lp6_applying.Affected(3, ("cmpl-1",), 1)
+
 CASES: dict[str, tuple[Any, tuple[Any, ...], str, str]] = {
     "LP401": (refused, ("rank 64 is too large",), "absent", "rank 64 is too large"),
     "LP500": (lp5_loading.not_measured, ("no rows",), "unknown", "no rows"),
@@ -19,10 +21,12 @@ CASES: dict[str, tuple[Any, tuple[Any, ...], str, str]] = {
     "LP504": (lp5_loading.placed_differs, ("lora_A", 0.5, "at the end"), "wrong", "differs from the file by 0.5"),
     "LP505": (lp5_loading.placed_empty, ("after loading",), "absent", "only zeros after loading"),
     "LP601": (lp6_applying.never_applied, (7,), "absent", "none of the 7 rows"),
-    "LP602": (lp6_applying.contamination, (3,), "wrong", "3 rows that did not request"),
+    "LP602": (lp6_applying.contamination, ("a", AFFECTED), "wrong", "3 rows of 2 requests that did not ask for `a`"),
     "LP603": (lp6_applying.rows_missed, (2, 5), "wrong", "2 of 5 rows"),
     "LP604": (lp6_applying.kernel_differs, (0.1, 1e-3, 4), "wrong", "differs by 0.1 relative on 4 sampled rows"),
     "LP605": (lp6_applying.not_finite_output, (), "wrong", "NaN or infinity"),
+    "LP606": (lp6_applying.not_in_its_slot, ("a", AFFECTED), "wrong", "3 rows of 2 requests for `a` ran with a slot"),
+    "LP607": (lp6_applying.other_weights_in_prefix_cache, ("a", AFFECTED), "wrong", "3 cached positions of 2 requests"),
 }
 
 

@@ -171,6 +171,8 @@ def test_requests(requests: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "missing": 0,
         "decode": 2,
         "repeated": 0,
+        "cached_loads": None,
+        "preemptions": 0,
     }
     assert sorted(by_id) == ["a", "b", "c"]
     assert as_json(requests, capsys=capsys)["request_rows"] is None

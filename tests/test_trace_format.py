@@ -106,6 +106,23 @@ def test_a_file_of_events_may_be_cut_anywhere(tmp_path: Path, keep: int) -> None
     open_trace(tmp_path).loads  # noqa: B018
 
 
+def test_a_kind_of_record_that_only_a_newer_version_knows_is_skipped(tmp_path: Path) -> None:
+    write(tmp_path)
+    path = tmp_path / "peft" / "events.jsonl"
+    records = open_trace(tmp_path).processes[0].records
+    path.write_bytes(b'{"kind":"weather","at":1,"more":[{}]}\n' + path.read_bytes())
+    assert open_trace(tmp_path).processes[0].records == records
+
+
+@pytest.mark.parametrize("line", [b'{"kind":"load"}', b'{"kind":"no such kind"}', b'{"kind":1}', b"{}", b"1"])
+def test_a_record_that_no_version_writes_is_an_error(tmp_path: Path, line: bytes) -> None:
+    write(tmp_path)
+    path = tmp_path / "peft" / "events.jsonl"
+    path.write_bytes(line + b"\n" + path.read_bytes())
+    with pytest.raises(UnreadableFile, match=r"events.jsonl`, line 1"):
+        open_trace(tmp_path)
+
+
 def test_a_broken_line_in_the_middle_is_an_error(tmp_path: Path) -> None:
     write(tmp_path)
     path = tmp_path / "peft" / "events.jsonl"

@@ -47,7 +47,7 @@ def step(requested: list[int], multiplied: list[int]) -> Step:
             a, b = PAIRS[adapter]
             shrink[number] = x[number] @ a.T
             written[number] = shrink[number] @ b.T
-    found = Step(rows, [0] * count, [], mixed=BASE in requested)
+    found = Step(rows, [], mixed=BASE in requested)
     found.slots = torch.tensor([adapter - 1 for adapter in requested])
     for key in KEYS:
         found.shrink[key] = shrink
@@ -56,9 +56,9 @@ def step(requested: list[int], multiplied: list[int]) -> Step:
 
 
 def contaminated(one: Step, adapter: int) -> list[int]:
-    """How many rows got the contribution of `adapter`, module by module."""
-    norms = stack(one, KEYS, GRAMS).delta_norm
-    return [contaminated_rows(one, KEYS, GRAMS[adapter - 1], norms).get(key, 0) for key in KEYS]
+    """The rows of the base that got the contribution of `adapter`."""
+    plain = one.rows.columns.lora == BASE
+    return np.flatnonzero(contaminated_rows(stack(one, KEYS, GRAMS), plain, GRAMS[adapter - 1])).tolist()
 
 
 def test_rows_of_the_base_without_a_contribution() -> None:
@@ -66,25 +66,25 @@ def test_rows_of_the_base_without_a_contribution() -> None:
     norms = stack(one, KEYS, GRAMS).delta_norm
     assert (norms[[0, 2]] == 0).all()
     assert (norms[[1, 3]] > 0).all()
-    assert contaminated(one, FIRST) == contaminated(one, SECOND) == [0, 0]
+    assert contaminated(one, FIRST) == contaminated(one, SECOND) == []
 
 
 @pytest.mark.parametrize("adapter", [FIRST, SECOND])
 def test_rows_of_the_base_that_got_one_are_counted_for_the_adapter_that_it_is_of(adapter: int) -> None:
     one = step([BASE, FIRST, BASE, SECOND, BASE], [adapter, FIRST, BASE, SECOND, adapter])
-    assert contaminated(one, adapter) == [2, 2]
-    assert contaminated(one, FIRST + SECOND - adapter) == [0, 0]
+    assert contaminated(one, adapter) == [0, 4]
+    assert contaminated(one, FIRST + SECOND - adapter) == []
 
 
 def test_a_step_without_rows_of_the_base() -> None:
-    assert contaminated(step([FIRST, SECOND], [FIRST, SECOND]), FIRST) == [0, 0]
+    assert contaminated(step([FIRST, SECOND], [FIRST, SECOND]), FIRST) == []
 
 
 def test_a_module_that_did_not_run() -> None:
     one = step([BASE, FIRST], [FIRST, FIRST])
     for values in (one.shrink, one.written_norm):
         del values[KEYS[1]]
-    assert contaminated(one, FIRST) == [1, 0]
+    assert contaminated(one, FIRST) == [0]
     assert np.isnan(stack(one, KEYS, GRAMS).delta_norm[:, 1]).all()
 
 
@@ -96,11 +96,24 @@ def test_each_row_is_weighed_with_its_own_slot() -> None:
         np.testing.assert_allclose(norms[row], (one.shrink[KEYS[0]][row] @ b.T).norm(), rtol=1e-5)
 
 
-def test_a_slot_that_no_load_holds_has_no_contribution() -> None:
+def test_rows_of_a_slot_that_no_load_holds_have_the_norm_that_was_written() -> None:
     one = step([FIRST, SECOND], [FIRST, SECOND])
-    norms = stack(one, KEYS, {0: GRAMS[0]}).delta_norm
+    norms = stack(one, KEYS, {0: GRAMS[0]}, np.array([True, False])).delta_norm
     assert norms[0, 0] > 0
-    assert (norms[1] == 0).all()
+    np.testing.assert_allclose(norms[1, 0], one.written_norm[KEYS[0]][1], rtol=1e-6)
+    one.written_norm.clear()
+    assert np.isnan(stack(one, KEYS, {0: GRAMS[0]}, np.array([True, False])).delta_norm[1]).all()
+
+
+def test_rows_in_columns() -> None:
+    rows = StepRows(["a", "a", "a", "b", "c"], [2, 3, 4, 7, 0], [4, 4, 4, 2, 1], [1, 1, 1, 0, 2])
+    columns = rows.columns
+    assert columns.names == ("a", "b", "c")
+    assert columns.request.tolist() == [0, 0, 0, 1, 2]
+    assert columns.phase.tolist() == [0, 0, 1, 1, 0]
+    assert list(columns.runs()) == [("a", 0, 0, 2), ("a", 1, 2, 1), ("b", 1, 3, 1), ("c", 0, 4, 1)]
+    assert columns.by_request(columns.lora > 0) == {"a": 3, "c": 1}
+    assert columns.by_request(columns.lora > 9) == {}
 
 
 def test_the_level_is_that_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

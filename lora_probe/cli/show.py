@@ -82,7 +82,8 @@ def _status(result: Recording) -> int:
     if not result.adapters:
         return CLEAN if running(trace) else UNJUDGED
     whole = trace.processes and not unfinished(trace)
-    return CLEAN if whole and all(entry.sound for adapter in result.adapters for entry in adapter.loads) else FOUND
+    entries = [entry for adapter in result.adapters for entry in adapter.loads]
+    return CLEAN if whole and all(entry.sound and not entry.findings for entry in entries) else FOUND
 
 
 def _follow(options: argparse.Namespace) -> int:

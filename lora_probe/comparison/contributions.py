@@ -85,6 +85,8 @@ class Comparison:
             return "differ"
         if any(ledger.refused or ledger.count("lost") or ledger.count("wrong") for ledger in self.ledgers):
             return "differ"
+        if self.reference.request_findings or self.candidate.request_findings:
+            return "differ"
         judged = self.rows > 0 and all(ledger.healthy for ledger in self.ledgers)
         return "agree" if judged and self.reference.complete and self.candidate.complete else "undecided"
 
@@ -133,6 +135,8 @@ def _notes(
             yield f"{trace.path} contains shards of {len(trace.workers)} workers; their rows cannot be joined yet"
         elif trace.rows is None:
             yield f"{trace.path} contains no rows"
+        for finding in trace.request_findings:
+            yield f"{trace.path}: {finding.message} ({finding.code})"
     if (paths := different_files(reference, candidate)) is not None:
         what = "different adapters" if adapters else "different files"
         yield f"the runs loaded {what}: {paths[0]} and {paths[1]}"

@@ -14,7 +14,7 @@ from pathlib import Path
 from lora_probe.errors import ProbeError
 from lora_probe.ledger import Ledger, Station, headline
 from lora_probe.names import Key, in_words
-from lora_probe.recording import Load, LoadEvent, StationRecord, Trace
+from lora_probe.recording import Load, LoadEvent, RequestFinding, StationRecord, Trace
 from lora_probe.recording.reader import ProcessTrace
 from lora_probe.rules.lp5_loading import not_measured
 
@@ -26,7 +26,8 @@ GRAPHS = "graphs"
 class LoadEntry:
     """One load of an adapter. `at`: seconds from the start of the recording to the load. `used`: rows of it are on
     disk. `waiting` is why some stations of a running recording are not measured yet, empty if none is. `graphs` is the
-    last report on rows that ran in captured graphs."""
+    last report on rows that ran in captured graphs. `findings` are what went wrong for requests while the load was
+    active; the ledger does not contain it."""
 
     load: Load
     ledger: Ledger
@@ -34,6 +35,7 @@ class LoadEntry:
     used: bool
     waiting: str = ""
     graphs: LoadEvent | None = None
+    findings: tuple[RequestFinding, ...] = ()
 
     @property
     def number(self) -> int:
@@ -164,10 +166,14 @@ def _alive(process: ProcessTrace) -> bool:
 def _entries(trace: Trace) -> Iterator[LoadEntry]:
     used = {load for worker in trace.workers for segment in worker.opened_segments() for load in segment.loads}
     times, graphs, live = _times(trace), _graphs(trace), running(trace)
+    findings: dict[int, list[RequestFinding]] = {}
+    for finding in trace.request_findings:
+        findings.setdefault(finding.load, []).append(finding)
     unknown = _recorded_unknown(trace) if live else {}
     for load, ledger in trace.loads:
         number = load.load
-        entry = LoadEntry(load, ledger, times.get(number), number in used, "", graphs.get(number))
+        of_requests = tuple(findings.get(number, ()))
+        entry = LoadEntry(load, ledger, times.get(number), number in used, "", graphs.get(number), of_requests)
         yield _so_far(trace, entry, unknown.get(number, frozenset())) if live else entry
 
 

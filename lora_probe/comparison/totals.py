@@ -21,7 +21,7 @@ from lora_probe.files.weights import read_chunk
 from lora_probe.ledger import Ledger
 from lora_probe.names import Key
 from lora_probe.precision import finite
-from lora_probe.recording import DECODE, Trace
+from lora_probe.recording import DECODE, Served, Trace
 from lora_probe.recording.segments import Segment, values
 
 AT_ONCE = 2**22
@@ -51,7 +51,8 @@ class RequestRows:
     computed again, after a preemption. `cached` counts the positions at the beginning without a row, as they were
     served from the prefix cache; `missing` all other positions before the last row that are not recorded.
 
-    `prompt` is the number of its tokens, None if neither a client nor the rows show it."""
+    `prompt` is the number of its tokens, None if neither a client nor the rows show it. `cached_loads` are the loads
+    that computed the cached positions, None if that is not known; `preemptions` is how often it was preempted."""
 
     id: str
     loads: tuple[int, ...]
@@ -63,6 +64,8 @@ class RequestRows:
     decode: int
     repeated: int
     prompt: int | None
+    cached_loads: list[int] | None = None
+    preemptions: int = 0
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,8 @@ def totals(trace: Trace, loads: Collection[int]) -> Totals:
     wanted = frozenset() if trace.sharded else frozenset(loads)
     numbers, counts = np.unique(index.load[index.counted], return_counts=True)
     rows = dict(zip(numbers.tolist(), counts.tolist(), strict=True))
-    return Totals(_contributions(segments, index, wanted), rows, tuple(_requests(trace, index)))
+    served = {name: facts for segment in segments for name, facts in segment.served.items()}
+    return Totals(_contributions(segments, index, wanted), rows, tuple(_requests(trace, index, served)))
 
 
 def own_contributions(ledger: Ledger, contributions: Iterable[Contribution]) -> Iterator[Contribution]:
@@ -196,8 +200,9 @@ def _chunks(segment: Segment) -> Iterator[tuple[int, npt.NDArray[Any], npt.NDArr
         yield start, delta, base
 
 
-def _requests(trace: Trace, index: _Index) -> Iterator[RequestRows]:
-    """The rows of each request, over all loads that it ran with."""
+def _requests(trace: Trace, index: _Index, served: Mapping[str, Served]) -> Iterator[RequestRows]:
+    """The rows of each request, over all loads that it ran with. For requests that an engine does not describe
+    (`served`), the prompt and the cached positions are taken from the rows."""
     order = np.lexsort((index.position, index.request))
     request, position, decode = index.request[order], index.position[order], index.decode[order]
     count = len(index.requests)
@@ -217,7 +222,9 @@ def _requests(trace: Trace, index: _Index) -> Iterator[RequestRows]:
         if not rows[number]:
             continue
         adjacent = decoded[number] and prompt_ends[number] + 1 == answers_begin[number]
-        cached = first[number] if caching else 0
+        facts = served.get(name)
+        cached = facts.cached if facts is not None else first[number] if caching else 0
+        answer = facts.prompt if facts is not None else answers_begin[number] if adjacent else None
         yield RequestRows(
             id=name,
             loads=tuple(loads[number]),
@@ -225,10 +232,12 @@ def _requests(trace: Trace, index: _Index) -> Iterator[RequestRows]:
             first=first[number],
             last=last[number],
             cached=cached,
-            missing=last[number] + 1 - rows[number] - cached,
+            missing=max(last[number] + 1 - rows[number] - cached, 0),
             decode=decoded[number],
             repeated=every[number] - rows[number],
-            prompt=prompts.get(name, answers_begin[number] if adjacent else None),
+            prompt=prompts.get(name, answer),
+            cached_loads=facts.cached_loads if facts is not None else None,
+            preemptions=facts.preemptions if facts is not None else 0,
         )
 
 

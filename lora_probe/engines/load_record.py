@@ -1,11 +1,13 @@
 """The record of one load of an adapter while an engine runs it. It is the same for every engine.
 
 In: the adapter, the rows that ran, samples of x and delta. Out: the load's records in the trace, from `stored`
-(judged from the file before the engine reads it) to `agrees` (recomputed from the file on the sampled rows).
+(judged from the file before the engine reads it) to `agrees` (recomputed from the file on the sampled rows), and what
+went wrong for requests.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,13 +16,22 @@ import numpy as np
 from msgspec.structs import replace
 
 from lora_probe.adapter import Adapter
+from lora_probe.engines.request_findings import RequestFindings
 from lora_probe.ledger import OK, STATIONS, Finding, Station
 from lora_probe.names import Key, name_modules
 from lora_probe.precision import agrees as agrees_tolerance
 from lora_probe.precision import finite
 from lora_probe.recording import Floats, Load, ModuleRecord, TraceWriter
 from lora_probe.rules.lp5_loading import not_measured
-from lora_probe.rules.lp6_applying import contamination, kernel_differs, never_applied, not_finite_output, rows_missed
+from lora_probe.rules.lp6_applying import (
+    contamination,
+    kernel_differs,
+    never_applied,
+    not_finite_output,
+    not_in_its_slot,
+    other_weights_in_prefix_cache,
+    rows_missed,
+)
 from lora_probe.rules.stored import Expected
 
 ENOUGH_ROWS = 4
@@ -33,7 +44,6 @@ class _Counters:
     `reference` and `bound` are sums of squares over the sampled rows."""
 
     applied: int = 0
-    contaminated: int = 0
     sampled: int = 0
     error: float = 0.0
     reference: float = 0.0
@@ -51,6 +61,10 @@ class LoadRecord:
         self.adapter, self.expected = adapter, expected
         self._writer, self._load, self._dtype = writer, load, dtype
         self._requested = 0
+        self._requests = RequestFindings(writer, load.load, load.name)
+        self._began: float | None = None
+        self._reported = 0.0
+        self._urgent = False
         self._counters: dict[Key, _Counters] = {}
         self._ended: set[Key] = set()
         self._written: dict[tuple[Station, Key], Finding] = {}
@@ -115,14 +129,34 @@ class LoadRecord:
         self._station_of(station, findings)
         self._ended.update(key for key, finding in findings.items() if finding.value == "absent")
 
-    def ran(self, requested: int, keys: Iterable[Key], applied: int, contaminated: Mapping[Key, int]) -> None:
-        """Rows of one step: `requested` rows requested this load, `applied` of them ran with it at `keys`, and
-        `contaminated` rows got its contribution without a request."""
+    @property
+    def contaminated_rows(self) -> int:
+        """How many rows got this load's contribution without asking for an adapter."""
+        return self._requests.rows(contamination)
+
+    @property
+    def stale_rows(self) -> int:
+        """How many rows asked for this adapter and ran with a slot that does not hold it."""
+        return self._requests.rows(not_in_its_slot)
+
+    def ran(self, requested: int, keys: Iterable[Key], applied: int) -> None:
+        """Rows of one step: `requested` rows requested this load, and `applied` of them ran with it at `keys`."""
         self._requested += requested
+        self._urgent = self._urgent or applied != requested
         for key in keys:
             self._counters_of(key).applied += applied
-        for key, rows in contaminated.items():
-            self._counters_of(key).contaminated += rows
+
+    def contaminated(self, rows: Mapping[str, int]) -> None:
+        """Rows of one step, by request, that asked for no adapter and got this load's contribution."""
+        self._requests.add(contamination, rows)
+
+    def not_in_its_slot(self, rows: Mapping[str, int]) -> None:
+        """Rows of one step, by request, that asked for this adapter and ran with a slot that does not hold it."""
+        self._requests.add(not_in_its_slot, rows)
+
+    def cached_with_other_weights(self, positions: Mapping[str, int]) -> None:
+        """Positions of requests for this load that other weights of the same name computed."""
+        self._requests.add(other_weights_in_prefix_cache, positions)
 
     def sample(self, key: Key, x: Floats, delta: Floats, a: Floats, b: Floats, scaling: float) -> None:
         """Compare the kernel's output with s·(x·Aᵀ)·Bᵀ from the file. `x: [rows, in]`, `delta: [rows, out]`."""
@@ -131,6 +165,7 @@ class LoadRecord:
         counters.sampled += len(x)
         if not (np.isfinite(delta).all() and np.isfinite(reference).all()):
             counters.finite = False
+            self._urgent = True
             return
         errors = np.linalg.norm(delta - reference, axis=-1)
         sizes = np.linalg.norm(reference, axis=-1)
@@ -141,18 +176,22 @@ class LoadRecord:
         counters.reference += float(np.square(sizes, dtype=np.float64).sum())
         rows = sizes > 0
         if rows.any():
-            counters.worst_row = max(counters.worst_row, float((errors[rows] / sizes[rows]).max()))
+            worst_row = float((errors[rows] / sizes[rows]).max())
+            counters.worst_row = max(counters.worst_row, worst_row)
+            self._urgent = self._urgent or worst_row > agrees_tolerance(self._dtype)
 
     def so_far(self) -> None:
-        """Write the findings of `applied` and `agrees` so far, if they are new.
+        """Write the findings of `applied` and `agrees` so far, if they are new, and what went wrong for requests.
 
         Servers are usually killed without warning, so the last stations cannot wait for the end. Of several records
         the worst counts, so only final findings are written: never that a module has not run yet.
         """
+        self.report_requests()
+        self._reported, self._urgent = time.monotonic(), False
         applied: dict[Key, Finding] = {}
         agrees: dict[Key, Finding] = {}
         for key, counters in self._counters.items():
-            if key in self._ended or not (counters.applied or counters.contaminated):
+            if key in self._ended or not counters.applied:
                 continue
             applied[key] = self._applied(counters)
             if counters.sampled >= ENOUGH_ROWS:
@@ -162,6 +201,23 @@ class LoadRecord:
             new = {key: finding for key, finding in findings.items() if self._written.get((station, key)) != finding}
             self._written |= {(station, key): finding for key, finding in new.items()}
             self._station_of(station, new)
+
+    def report_if_due(self) -> None:
+        """`so_far` after a step of an engine that runs many: at first after every step, later about once a second, and
+        at once if something is wrong."""
+        now = time.monotonic()
+        if self._began is None:
+            self._began = now
+        if self._urgent or now - self._reported >= min(1.0, (now - self._began) / 10):
+            self.so_far()
+
+    def report_requests(self) -> None:
+        """Write what went wrong for requests so far, if it has grown enough."""
+        self._requests.write()
+
+    def finish_requests(self) -> None:
+        """Write the last totals of what went wrong for requests, of a refused load too."""
+        self._requests.write(final=True)
 
     def finish(
         self, unmeasured: Callable[[Key], str | None], unjudged: Callable[[Key], str | None] = lambda _: None
@@ -199,8 +255,6 @@ class LoadRecord:
             self._writer.event("agree", text, errors=facts, tolerance=agrees_tolerance(self._dtype))
 
     def _applied(self, counters: _Counters) -> Finding:
-        if counters.contaminated:
-            return contamination(counters.contaminated)
         if counters.applied == 0:
             return never_applied(self._requested)
         return rows_missed(counters.applied, self._requested) if counters.applied != self._requested else OK

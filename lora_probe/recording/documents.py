@@ -6,7 +6,8 @@ In: the path of a document, or of a file with a value in each line; and a msgspe
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,6 +27,9 @@ MAX_BRACKETS = 2_000_000
 MAX_DEPTH = 64
 """Levels of nesting in the free fields of a run or an event (`options`, `settings`, `facts`)."""
 
+_KIND = re.compile(r"[a-z_]{1,40}")
+"""What a newer version may call a kind of records."""
+
 T = TypeVar("T")
 
 
@@ -42,10 +46,13 @@ def document(path: Path, kind: type[T]) -> T:
         raise UnreadableFile(f"cannot read `{path}`: {error}") from error
 
 
-def lines(path: Path, decoder: msgspec.json.Decoder[T], wrong: Callable[[T], str]) -> list[T]:
+def lines(
+    path: Path, decoder: msgspec.json.Decoder[T], wrong: Callable[[T], str], known: Collection[str] = ()
+) -> list[T]:
     """The values of the complete lines of a file. `wrong` returns what is wrong with a decoded value, or "".
 
-    A truncated last line is left by a killed process; any other bad line is an error.
+    A truncated last line is left by a killed process; any other bad line is an error. If `known` kinds are passed,
+    lines of other kinds are skipped: a newer version wrote them.
     """
     values = []
     step("reading", path)
@@ -62,9 +69,23 @@ def lines(path: Path, decoder: msgspec.json.Decoder[T], wrong: Callable[[T], str
                 if problem := wrong(value):
                     raise ValueError(problem)
             except ValueError as error:
+                if known and (kind := _kind(line)) not in known and _KIND.fullmatch(kind):
+                    continue
                 raise UnreadableFile(f"`{path}`, line {number}: {error}") from error
             values.append(value)
     return values
+
+
+class _Kind(msgspec.Struct):
+    kind: str
+
+
+def _kind(line: bytes) -> str:
+    """The kind of a record; "" if the line is damaged."""
+    try:
+        return decoded(line, msgspec.json.Decoder(_Kind)).kind
+    except ValueError:
+        return ""
 
 
 def decoded(data: bytes | str, decoder: msgspec.json.Decoder[T]) -> T:

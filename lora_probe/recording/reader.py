@@ -1,8 +1,9 @@
 """Reading a trace: `open_trace` and `Trace`, from the files alone.
 
 In: a folder that `TraceWriter`s have written, complete or truncated anywhere, or from an untrusted source. Out: its
-run, processes, loads with their ledgers, requests, and rows. Unknown fields are ignored; a newer schema is an error; of
-a truncated last line only that line is lost. Only regular files inside the folder are read, and all within limits.
+run, processes, loads with their ledgers, requests, and rows. Unknown fields and unknown kinds of records are ignored; a
+newer schema is an error; of a truncated last line only that line is lost. Only regular files inside the folder are
+read, and all within limits.
 """
 
 from __future__ import annotations
@@ -27,17 +28,20 @@ from lora_probe.names import Key
 from lora_probe.recording.documents import decoded, document, lines, too_deep
 from lora_probe.recording.placed import Floats
 from lora_probe.recording.records import (
+    KINDS,
     SCHEMA,
     Load,
     LoadEvent,
     ModuleRecord,
     Process,
     Record,
+    RequestFinding,
     RequestRecord,
     Run,
     Score,
     StationRecord,
 )
+from lora_probe.recording.requests import joined_findings, with_client_ids
 from lora_probe.recording.rows import Rows
 from lora_probe.recording.segments import Segment, joined, open_recorded, open_segment, read_rows, values
 from lora_probe.rules import all_rules
@@ -174,6 +178,16 @@ class Trace:
         )
 
     @cached_property
+    def request_findings(self) -> tuple[RequestFinding, ...]:
+        """What went wrong for requests, by load and rule."""
+        return joined_findings(process.of(RequestFinding) for process in self.workers)
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the trace is complete, every load took effect, and every request got what it requested."""
+        return self.complete and not self.request_findings and all(ledger.healthy for _, ledger in self.loads)
+
+    @cached_property
     def modules(self) -> dict[tuple[Any, ...], ModuleRecord]:
         """The module records by load and key."""
         records: dict[tuple[Any, ...], ModuleRecord] = {}
@@ -185,11 +199,14 @@ class Trace:
     @cached_property
     def rows(self) -> Rows | None:
         """All rows, modules of several loads joined; None if no rows were kept, or if several ranks have shards of
-        them."""
+        them. Requests have the ids of the answers and scored passes in this trace, others those of the engine."""
         if self.sharded:
             return None
         segments = [segment for process in self.workers for segment in process.opened_segments()]
-        return joined(segments) if segments else None
+        if not segments:
+            return None
+        answers = {request.id for request in self.requests} | {scored.score.request for scored in self.scores}
+        return with_client_ids(joined(segments), answers)
 
     def _stations_of_loads(self) -> dict[int, dict[Key, dict[Station, Finding]]]:
         """The findings by the number of the load, the module and the station."""
@@ -293,16 +310,18 @@ def _process(home: Path) -> ProcessTrace:
     process = document(path, Process)
     _refuse_newer(path, process.schema)
     _refuse_deep(path, process.settings)
-    records = _lines(home, "events.jsonl", Record, _wrong_record)
+    records = _lines(home, "events.jsonl", Record, _wrong_record, KINDS)
     requests = _lines(home, "requests.jsonl", RequestRecord, _wrong_request)
     return ProcessTrace(home, process, tuple(records), tuple(requests))
 
 
-def _lines(home: Path, name: str, kind: Any, wrong: Callable[[Any], str]) -> list[Any]:
+def _lines(
+    home: Path, name: str, kind: Any, wrong: Callable[[Any], str], known: frozenset[str] = frozenset()
+) -> list[Any]:
     """The lines that a process wrote; none if the file does not exist yet."""
     if not os.path.lexists(home / name):
         return []
-    return lines(_file(home, name), msgspec.json.Decoder(kind), wrong)
+    return lines(_file(home, name), msgspec.json.Decoder(kind), wrong, known)
 
 
 def _wrong_record(record: Record) -> str:

@@ -141,7 +141,35 @@ class StationRecord(msgspec.Struct, frozen=True, tag="station", tag_field="kind"
     message: str = ""
 
 
-Record = LoadEvent | Load | ModuleRecord | StationRecord
+class RequestFinding(msgspec.Struct, frozen=True, tag="requests", tag_field="kind"):
+    """What went wrong for requests and not for modules: `rows` rows of `requests` and `more` other requests, under one
+    rule. The load is the one whose weights, slot or name is involved. The last line of a load and a rule counts."""
+
+    load: int
+    code: str
+    message: str
+    rows: int
+    requests: list[str]
+    more: int = 0
+
+
+Record = LoadEvent | Load | ModuleRecord | StationRecord | RequestFinding
+KINDS = frozenset(str(kind.__struct_config__.tag) for kind in get_args(Record))
+"""The kinds of records that this version knows. Readers skip lines of other kinds."""
+
+
+class Served(msgspec.Struct, frozen=True):
+    """How an engine served a request: the tokens of its prompt, how many positions it took from the prefix cache, and
+    how often it was preempted.
+
+    `cached_loads` are the loads that computed these positions, in their order, -1 for the base model and -2 for
+    an adapter without a slot; None if that is not known. The weights of a load may have changed since then.
+    """
+
+    prompt: int
+    cached: int = 0
+    cached_loads: list[int] | None = None
+    preemptions: int = 0
 
 
 class RequestRecord(msgspec.Struct, frozen=True):

@@ -15,9 +15,12 @@ import numpy.typing as npt
 
 from lora_probe.names import Key
 from lora_probe.recording.placed import Floats, Placed, joined_placed
-from lora_probe.recording.records import LEVELS, Level
+from lora_probe.recording.records import LEVELS, Level, Served
 
 Writer = Literal["every run", "runs of an adapter", "scored runs"]
+NO_ADAPTER, NOT_IN_ITS_SLOT = -1, -2
+"""Instead of the number of a load: the row requested no adapter; it requested one and did not run with the slot of a
+load of that adapter."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,8 @@ _TABLE = _column("F32", "rows", "width", by="runs of an adapter", levels=("tenso
 class Rows:
     """Rows of one step or of many, in columns. NaN means that the row did not run there.
 
-    `load` is the number of the load that a row ran with, -1 for none; `placed` contains the weights of each load.
+    `load` is the number of the load that a row requested and ran with, NO_ADAPTER or NOT_IN_ITS_SLOT. `placed` contains
+    the weights of each load, `served` how each request was served, if the engine reports that.
     `sketch` summarises the modules' whole outputs. `x`, `base` and `delta` are whole tensors, by module.
     """
 
@@ -77,6 +81,7 @@ class Rows:
     base: Mapping[Key, Floats] | None = field(default=None, metadata=_TABLE)
     delta: Mapping[Key, Floats] | None = field(default=None, metadata=_TABLE)
     placed: Mapping[int, Placed] = field(default_factory=dict)
+    served: Mapping[str, Served] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.request)
@@ -117,7 +122,8 @@ def concatenate(parts: Sequence[Rows]) -> Rows:
     columns["request"] = np.concatenate(numbers)
     modules = parts[0].modules
     placed = joined_placed(((part.modules, part.placed) for part in parts), modules)
-    return Rows(modules, tuple(requests), placed=placed, **columns)
+    served = {request: facts for part in parts for request, facts in part.served.items()}
+    return Rows(modules, tuple(requests), placed=placed, served=served, **columns)
 
 
 def output_rows(modules: tuple[Key, ...], request: str, phases: Sequence[int], norm: Floats, sketch: Floats) -> Rows:

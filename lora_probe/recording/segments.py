@@ -30,7 +30,7 @@ from lora_probe.files.weights import Raw, TensorHeader, WeightsFile, open_weight
 from lora_probe.names import Key
 from lora_probe.recording.documents import decoded
 from lora_probe.recording.placed import Placed, joined_placed
-from lora_probe.recording.records import SCHEMA
+from lora_probe.recording.records import SCHEMA, Served
 from lora_probe.recording.rows import ARRAYS, COLUMNS, REQUIRED, TABLES, Rows, concatenate, widened
 from lora_probe.recording.sketch import SKETCH
 
@@ -58,12 +58,13 @@ class _LoadTable(msgspec.Struct, frozen=True):
 
 class _Table(msgspec.Struct, frozen=True):
     """The metadata `table`: the names behind the numbers of modules, requests and loads. Older segments have
-    `placed`."""
+    `placed`. `served` has an entry for each of `requests`, or is absent."""
 
     modules: list[Key]
     requests: list[str]
     loads: list[_LoadTable] | None = None
     placed: list[str] = []
+    served: list[Served | None] = []
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ class Segment:
     weights: WeightsFile
     modules: tuple[Key, ...]
     requests: tuple[str, ...]
+    served: dict[str, Served]
     loads: tuple[int, ...]
     digests: tuple[tuple[str, ...], ...]
     columns: dict[str, TensorHeader]
@@ -105,7 +107,8 @@ def contents(rows: Rows) -> tuple[dict[str, Any], dict[str, str]]:
     if grams and len(grams) == len(rows.placed):
         tensors["grams"] = np.stack(grams)
     loads = [_LoadTable(load, list(placed.digests)) for load, placed in rows.placed.items()]
-    table = msgspec.json.encode(_Table(list(rows.modules), list(rows.requests), loads)).decode()
+    served = [rows.served.get(request) for request in rows.requests] if rows.served else []
+    table = msgspec.json.encode(_Table(list(rows.modules), list(rows.requests), loads, served=served)).decode()
     return tensors, {"schema": str(SCHEMA), "table": table}
 
 
@@ -122,10 +125,13 @@ def open_segment(path: Path) -> Segment:
     modules = tuple(table.modules)
     if len(set(modules)) < len(modules):
         raise _damaged(path, f"its table contains the module `{shown(_twice(modules)[0])}` twice")
+    if table.served and len(table.served) != len(table.requests):
+        raise _damaged(path, f"its table describes {len(table.served)} of {len(table.requests)} requests")
+    served = {name: facts for name, facts in zip(table.requests, table.served, strict=False) if facts is not None}
     columns, grams = _columns(weights, len(modules), len(table.loads or ()))
     loads, digests = _loads(weights, table, columns["load"])
     tables = _tables(weights, columns["request"].shape[0], modules)
-    return Segment(weights, modules, tuple(table.requests), loads, digests, columns, tables, grams)
+    return Segment(weights, modules, tuple(table.requests), served, loads, digests, columns, tables, grams)
 
 
 def read_rows(segment: Segment) -> Rows:
@@ -147,7 +153,7 @@ def _read_columns(segment: Segment) -> Rows:
         raise _damaged(segment.path, f"a row belongs to request {wrong[0]}, but its table has {count} requests")
     for (name, key), header in segment.tables.items():
         columns.setdefault(name, {})[key] = values(segment.weights, header)
-    return Rows(modules=segment.modules, requests=segment.requests, **columns)
+    return Rows(modules=segment.modules, requests=segment.requests, served=segment.served, **columns)
 
 
 def _read_placed(segment: Segment) -> dict[int, Placed]:

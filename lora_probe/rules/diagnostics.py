@@ -69,6 +69,11 @@ def diagnose(ledger: Ledger) -> list[Diagnostic]:
     return diagnostics
 
 
+def of_requests(code: str, message: str, engine: str) -> Diagnostic:
+    """What went wrong for requests in an engine, under the rule `code`."""
+    return under(all_rules().get(code) or _unknown(code, "wrong"), f"{message} ({code})", engines=(engine,))
+
+
 def _unknown(code: str, value: Value) -> Rule:
     """A rule that only a newer lora-probe has: a trace holds the codes of whoever wrote it."""
     hint = "upgrade lora-probe to read about this rule: a newer version wrote the trace"

@@ -1,10 +1,34 @@
-"""LP6xx: what happened while tokens ran through the layer. Out: `applied` and `agrees`."""
+"""LP6xx: what happened while tokens ran through the layer.
+
+Out: `applied` and `agrees`; and what went wrong for requests, though every module of the adapter may be right.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 from lora_probe.rules.registry import Family, rule
 
 FAMILY = Family("LP6", "applying, in a running engine", commands="trace", in_check=False)
+
+
+@dataclass(frozen=True)
+class Affected:
+    """The rows that a rule on requests is about: `rows` rows of `requests` and of `more` other requests."""
+
+    rows: int
+    requests: tuple[str, ...]
+    more: int = 0
+
+    def counted(self, what: str = "row") -> str:
+        """`48 rows of 3 requests`."""
+        total = len(self.requests) + self.more
+        return f"{self.rows} {what}{'s' * (self.rows != 1)} of {total} request{'s' * (total != 1)}"
+
+    @property
+    def named(self) -> str:
+        """`cmpl-1, cmpl-2 and 1 more`."""
+        return ", ".join(self.requests) + (f" and {self.more} more" if self.more else "")
 
 
 @rule(
@@ -31,16 +55,19 @@ def never_applied(rows: int) -> str:
     "wrong",
     hint="do not mix requests with and without adapters in this engine, or keep a spare slot (--max-loras)",
 )
-def contamination(rows: int) -> str:
-    """Rows that did not request the adapter received its contribution.
+def contamination(adapter: str, affected: Affected) -> str:
+    """Rows that did not request any adapter received the contribution of this one.
 
-    Why it matters: requests for the base model, or for another adapter, are answered by this one. vLLM up to 0.32 has
-    this bug on its CPU backend: a row without an adapter in a mixed batch gets the adapter of the last slot. 0.33 does
-    not have it.
+    Why it matters: requests for the base model are answered by the adapter. Its own rows may all be right; then it took
+    effect, and the requests that are named here did not get what they asked for. vLLM up to 0.32 has this bug on its
+    CPU backend: a row without an adapter in a mixed batch gets the adapter of the last slot, also one that was removed,
+    because vLLM leaves its weights there. 0.33 does not have it.
+
+    How it is seen: the norm that the kernel wrote for such a row is the norm that the row has with this adapter.
 
     Fix: upgrade, or leave the last slot empty (`--max-loras` = adapters + 1).
     """
-    return f"{rows} rows that did not request the adapter received its contribution"
+    return f"{affected.counted()} that did not ask for `{adapter}` got its contribution: {affected.named}"
 
 
 @rule(
@@ -92,3 +119,45 @@ def not_finite_output() -> str:
     (vllm-project/vllm#48590).
     """
     return "the contribution contains NaN or infinity on a sampled row"
+
+
+@rule(
+    "LP606",
+    "not-in-its-slot",
+    "applied",
+    "wrong",
+    hint="fix the adapter and load it under a new id, or restart the engine: it must not answer with this slot",
+)
+def not_in_its_slot(adapter: str, affected: Affected) -> str:
+    """Rows that requested the adapter ran with a slot that was not filled with it.
+
+    Why it matters: the answer is neither the adapter's nor the base model's. vLLM up to 0.32 registers an adapter
+    before it fills the slot. If filling fails, `add_lora` raises; the next `add_lora` with the same id returns True,
+    and requests are answered from a half-filled slot, or with what another adapter left there. 0.33 registers it
+    afterwards. A stale table from tokens to slots has the same effect.
+
+    How it is seen: no load of the adapter has a slot, or the engine's table names another slot than the load's.
+    """
+    return f"{affected.counted()} for `{adapter}` ran with a slot that does not hold it: {affected.named}"
+
+
+@rule(
+    "LP607",
+    "other-weights-in-prefix-cache",
+    "applied",
+    "wrong",
+    hint="load each version of an adapter under a name of its own, or call `reset_prefix_cache` after replacing one",
+)
+def other_weights_in_prefix_cache(adapter: str, affected: Affected) -> str:
+    """Positions of the prompt were taken from the prefix cache, where other weights of the same name computed them.
+
+    Why it matters: the keys and values of these positions are those of the former adapter, so the answer is neither the
+    former nor the new one's, although every row that was computed is right. vLLM finds cached blocks by the tokens and
+    by the adapter's name (0.32: and its path), not by its weights. An adapter that is replaced under its name, by
+    `load_inplace` or by unloading and loading, reuses the blocks of its predecessor.
+
+    How it is seen: the probe keeps which load computed each block, and compares the digest of its file with that of the
+    load that the request asked for.
+    """
+    counted = affected.counted("cached position")
+    return f"{counted} for `{adapter}` were computed with other weights of that name: {affected.named}"

@@ -98,6 +98,7 @@ class Capture:
             shrink=self._shrink(step, count) if kept("shrink", self.keep) else None,
             sketch=self._stacked(step, "sketch", count, SKETCH) if self.sketching else None,
             placed=placed,
+            served={},
             **{name: step.columns.get(name, {}) if kept(name, self.keep) else None for name in TABLES},
         )
 

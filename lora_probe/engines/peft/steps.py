@@ -33,7 +33,7 @@ class Steps:
         phases = [PREFILL if at < prompt else DECODE for at in positions]
         with self._capture.stepping(self._sampler.pick([request] * len(phases), phases)) as step:
             yield
-        self._load.record.ran(len(phases), step.ran, len(phases), {})
+        self._load.record.ran(len(phases), step.ran, len(phases))
         self._sample(step)
         if self._capture.keys:
             self._writer.rows(self._capture.rows(step, request, list(positions), phases, self._placed))

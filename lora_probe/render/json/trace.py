@@ -19,9 +19,10 @@ from lora_probe.render.json import SCHEMA_VERSION
 from lora_probe.render.json.error import message_json
 from lora_probe.rules import as_json as diagnostic_json
 from lora_probe.rules import diagnose
+from lora_probe.rules.diagnostics import of_requests
 
 if TYPE_CHECKING:
-    from lora_probe.recording import RequestRecord, Trace
+    from lora_probe.recording import RequestFinding, RequestRecord, Trace
     from lora_probe.render.results import Recording
 
 
@@ -54,7 +55,14 @@ def recording_json(recording: Recording) -> dict[str, Any]:
         "ledger": {trace.engine: ledger_json(ledgers[0])} if ledgers else {},
         "adapters": [_adapter_json(adapter) for adapter in adapters],
         "loads": loads,
-        "diagnostics": [diagnostic_json(diagnostic) for ledger in ledgers for diagnostic in diagnose(ledger)],
+        "diagnostics": [
+            *(diagnostic_json(diagnostic) for ledger in ledgers for diagnostic in diagnose(ledger)),
+            *(
+                diagnostic_json(of_requests(finding.code, finding.message, trace.engine))
+                for entry in entries
+                for finding in entry.findings
+            ),
+        ],
         "requests": requests_json(trace),
         "request_rows": _request_rows_json(recording, measured) if recording.requests else None,
         "modules": loads[0]["modules"] if loads else [],
@@ -81,6 +89,7 @@ def _load_json(entry: LoadEntry, measured: Totals) -> dict[str, Any]:
         "at": entry.at,
         "rows": measured.rows.get(entry.number, 0),
         "graphs": entry.graphs.text if entry.graphs is not None else None,
+        "request_findings": [finding_json(finding) for finding in entry.findings],
         "modules": [_contribution_json(contribution) for contribution in contributions],
     }
 
@@ -122,12 +131,25 @@ def _request_rows_json(recording: Recording, measured: Totals) -> list[dict[str,
                 "first": request.first,
                 "last": request.last,
                 "from_cache": request.cached,
+                "cached_loads": request.cached_loads,
+                "preemptions": request.preemptions,
                 "missing": request.missing,
                 "decode": request.decode,
                 "repeated": request.repeated,
             }
         )
     return entries
+
+
+def finding_json(finding: RequestFinding) -> dict[str, Any]:
+    """What went wrong for requests: how many rows of them, up to ten ids, and how many requests more."""
+    return {
+        "code": finding.code,
+        "message": finding.message,
+        "rows": finding.rows,
+        "requests": finding.requests,
+        "more": finding.more,
+    }
 
 
 def requests_json(trace: Trace) -> list[dict[str, Any]]:

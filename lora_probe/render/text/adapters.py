@@ -17,6 +17,7 @@ from lora_probe.render.cells import SHOWN, words
 from lora_probe.render.results import Recording
 from lora_probe.render.tables import grid
 from lora_probe.render.text.ledger import ledger_text
+from lora_probe.rules.diagnostics import of_requests
 
 CONTRIBUTION = "contribution ‖s·x·A·B‖ / ‖base output‖"
 
@@ -24,6 +25,7 @@ CONTRIBUTION = "contribution ‖s·x·A·B‖ / ‖base output‖"
 def alone(result: Recording, entry: LoadEntry, measured: Totals | None) -> Iterator[RenderableType]:
     """The only load of a run."""
     yield _state(entry, "")
+    yield from _of_requests(result, entry)
     yield from _log_lines(result.trace.engine, entry.load.said, entry)
     if cells := _cells(entry, measured):
         yield words("")
@@ -35,6 +37,7 @@ def section(result: Recording, adapter: AdapterLoads, measured: Totals | None) -
     are shown, only what the newest load lost."""
     entry = adapter.newest
     yield _state(entry, f"{adapter.name} (load {entry.number}): ")
+    yield from _of_requests(result, entry)
     if result.requests:
         return
     if entry.used or not entry.sound:
@@ -52,6 +55,14 @@ def _state(entry: LoadEntry, prefix: str) -> RenderableType:
     if entry.sound and not entry.ledger.healthy:
         return words(prefix + entry.headline, style="bold yellow")
     return ledger_text(entry.ledger, prefix)
+
+
+def _of_requests(result: Recording, entry: LoadEntry) -> Iterator[RenderableType]:
+    """What went wrong for requests while the load was active."""
+    for finding in entry.findings:
+        diagnostic = of_requests(finding.code, finding.message, result.trace.engine)
+        yield words(diagnostic.message, style="bold red")
+        yield words(f"  {diagnostic.code} {diagnostic.name}: {diagnostic.hint}", style="cyan")
 
 
 def _facts(entry: LoadEntry, measured: Totals | None) -> Iterator[str]:
@@ -79,7 +90,7 @@ def _earlier(entries: Sequence[LoadEntry], newest: LoadEntry, most: int | None) 
         when = "" if entry.at is None else f"at {entry.at:.3f} s, "
         content = "the same content" if entry.load.digest == newest.load.digest else _digest(entry.load.digest)
         text = f"  load {entry.number}: {when}generation {entry.load.generation}, {content}: {_in_short(entry)}"
-        yield words(text, style="" if entry.sound else "bold red")
+        yield words(text, style="" if entry.sound and not entry.findings else "bold red")
     if len(shown) < len(entries):
         yield words(f"  ... and {len(entries) - len(shown):,} earlier loads; --all prints all of them")
 
@@ -91,7 +102,8 @@ def _in_short(entry: LoadEntry) -> str:
         return f"refused by {ledger.engine}"
     if not entry.used and entry.sound:
         return "no request used it"
-    counts = [f"{count} {fate}" for fate in ("lost", "wrong", "unknown") if (count := ledger.count(fate))]
+    counts = [f"{finding.code} {finding.message}" for finding in entry.findings]
+    counts += [f"{count} {fate}" for fate in ("lost", "wrong", "unknown") if (count := ledger.count(fate))]
     return ", ".join([f"{ledger.count('took effect')} of {len(ledger.rows)} modules took effect", *counts])
 
 

@@ -26,6 +26,8 @@ _COLUMNS: Mapping[str, Callable[[RequestRows], object]] = {
     "missing": lambda request: request.missing,
     "decode": lambda request: request.decode,
     "repeated": lambda request: request.repeated,
+    "cached by load": lambda request: ", ".join(map(str, request.cached_loads or ())),
+    "preempted": lambda request: request.preemptions,
 }
 
 

@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from lora_probe.names import Key
-from lora_probe.recording import Floats, Level, Placed, Rows
+from lora_probe.recording import Floats, Level, Placed, Rows, Served
 from lora_probe.recording.rows import TABLES, kept
 from lora_probe.recording.sketch import SKETCH, projection
 from lora_probe_vllm.rows import StepRows
@@ -36,9 +37,9 @@ class Step:
     """One forward pass while it runs. Tensors are `[rows, ...]`, without the padding."""
 
     rows: StepRows
-    phases: list[int]
     sampled: list[int]
     mixed: bool
+    """Some of its rows belong to no active load: what the kernel writes for them is measured."""
     slots: Any = None
     shrink: dict[Key, Any] = field(default_factory=dict)
     x_norm: dict[Key, Any] = field(default_factory=dict)
@@ -258,17 +259,24 @@ class Capture:
             self._signs[width] = torch.tensor(projection(width), device=rows.device)
         return rows.float() @ self._signs[width]
 
-    def rows(self, step: Step, loads: list[int], placed: Mapping[int, Placed], stacked: Stacked) -> Rows:
-        """The step's rows for the trace. `loads: [rows]`; `placed` contains the weights of each of these loads."""
-        requests = tuple(dict.fromkeys(step.rows.requests))
-        numbers = {request: number for number, request in enumerate(requests)}
+    def rows(
+        self,
+        step: Step,
+        loads: npt.NDArray[np.int32],
+        placed: Mapping[int, Placed],
+        stacked: Stacked,
+        served: Mapping[str, Served],
+    ) -> Rows:
+        """The step's rows for the trace. `loads: [rows]`; `placed` contains the weights of each of these loads, and
+        `served` how each request was served."""
+        columns = step.rows.columns
         return Rows(
             modules=tuple(self.columns),
-            requests=requests,
-            request=np.array([numbers[request] for request in step.rows.requests], np.int32),
-            position=np.array(step.rows.positions, np.int32),
-            phase=np.array(step.phases, np.int8),
-            load=np.array(loads, np.int32),
+            requests=columns.names,
+            request=columns.request,
+            position=columns.position,
+            phase=columns.phase,
+            load=loads,
             x_norm=self._column(step.x_norm, len(loads)),
             base_norm=self._column(step.base_norm, len(loads)),
             delta_norm=stacked.delta_norm,
@@ -276,6 +284,7 @@ class Capture:
             shrink=stacked.shrink if kept("shrink", self.keep) else None,
             sketch=self._column(step.sketch, len(loads), SKETCH) if self.sketching else None,
             placed=placed,
+            served=served,
             **{name: _on_host(getattr(step, name)) if kept(name, self.keep) else None for name in TABLES},
         )
 
@@ -300,10 +309,11 @@ class Stacked:
     delta_norm: Floats
 
 
-def stack(step: Step, keys: tuple[Key, ...], grams: dict[int, Any]) -> Stacked:
+def stack(step: Step, keys: tuple[Key, ...], grams: dict[int, Any], claimed: Any = None) -> Stacked:
     """‖delta‖² = shrink·G·shrinkᵀ, one batched product for each slot that the step uses.
 
-    For rows without an adapter it is the norm that the kernel wrote (`step.written_norm`), which must be zero.
+    For rows that are not `claimed` by a load (`[rows]`; by default those without an adapter) it is the norm that the
+    kernel wrote (`step.written_norm`), NaN if that was not measured. For rows without an adapter it must be zero.
     """
     present = [(number, key) for number, key in enumerate(keys) if key in step.shrink]
     count = len(step.rows)
@@ -318,10 +328,11 @@ def stack(step: Step, keys: tuple[Key, ...], grams: dict[int, Any]) -> Stacked:
         squares = ((shrink @ gram[where]) * shrink).sum(-1).clamp_(min=0)
         total += squares * (slots == slot)
     computed = total.sqrt_()
-    if step.mixed:
-        plain = torch.tensor([number == 0 for number in step.rows.lora], device=computed.device)
-        written = torch.stack([step.written_norm[key] for _, key in present])
-        computed = torch.where(plain, written, computed)
+    own = step.rows.columns.lora != 0 if claimed is None else claimed
+    if not own.all():
+        missing = torch.full_like(computed[0], torch.nan)
+        written = torch.stack([step.written_norm.get(key, missing) for _, key in present])
+        computed = torch.where(torch.as_tensor(own, device=computed.device), computed, written)
     norms[:, where] = computed.T.cpu().numpy()
     wide = np.full((count, len(keys), shrink.shape[-1]), np.nan, np.float32)
     wide[:, where] = shrink.transpose(0, 1).cpu().numpy()

@@ -8,11 +8,11 @@ tests run 0.32.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from importlib import import_module
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -206,6 +206,45 @@ def dense_logprobs(flat: Any, position: int) -> Floats:
     logprobs = np.full(end - begin, np.nan, np.float32)
     logprobs[flat.token_ids[begin:end]] = flat.logprobs[begin:end]
     return logprobs
+
+
+class Scheduled(NamedTuple):
+    """One request in one step, as the scheduler announces it. `blocks`: the request's whole block table if the request
+    is new or comes back after a preemption (`whole`), otherwise what is added to it; one list for each group of
+    KV caches. `prompt` and `adapter` (0 for none) are only known of new requests."""
+
+    request: str
+    start: int
+    rows: int
+    blocks: tuple[list[int], ...]
+    whole: bool
+    prompt: int | None = None
+    adapter: int | None = None
+
+
+def scheduled(scheduler_output: Any) -> Iterator[Scheduled]:
+    """The requests of a step. The V2 runner gets a request that comes back as a new one."""
+    counts = scheduler_output.num_scheduled_tokens
+    for new in scheduler_output.scheduled_new_reqs:
+        tokens = new.prompt_token_ids if new.prompt_token_ids is not None else new.prompt_embeds
+        lora = new.lora_request.lora_int_id if new.lora_request is not None else 0
+        at = new.req_id, new.num_computed_tokens, counts.get(new.req_id, 0)
+        yield Scheduled(*at, tuple(new.block_ids), True, len(tokens) if tokens is not None else 0, lora)
+    cached = scheduler_output.scheduled_cached_reqs
+    for name, start, blocks in zip(cached.req_ids, cached.num_computed_tokens, cached.new_block_ids, strict=True):
+        resumed = name in cached.resumed_req_ids
+        yield Scheduled(name, start, counts.get(name, 0), tuple(blocks or ()), resumed)
+
+
+def block_size_of(runner: Any) -> int | None:
+    """How many positions a block of the KV cache has; None if a block table does not tell who computed a block: several
+    groups of caches, context that is split over ranks, or caches that are filled from outside."""
+    config, caches = runner.vllm_config, getattr(runner, "kv_cache_config", None)
+    parallel = config.parallel_config
+    split = [getattr(parallel, f"{name}_context_parallel_size", 1) for name in ("decode", "prefill")]
+    if caches is None or len(caches.kv_cache_groups) != 1 or config.kv_transfer_config is not None or max(split) > 1:
+        return None
+    return int(caches.kv_cache_groups[0].kv_cache_spec.block_size)
 
 
 def is_missing(module: Any) -> bool:

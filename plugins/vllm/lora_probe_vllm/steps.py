@@ -1,42 +1,50 @@
 """The rows of every step of the model runner, while adapters are loaded.
 
 In: the runner's `execute_model`, and the active loads, or the recorded modules of a model without LoRA layers. Out:
-rows for the trace, counts for `applied`, samples for `agrees`. A step is open from the call of the model to the end of
-`execute_model`; warm-up and dummy runs do not open one.
+rows for the trace, counts for `applied`, samples for `agrees`, and what went wrong for requests. A step is open from
+the call of the model to the end of `execute_model`; warm-up and dummy runs do not open one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from lora_probe.engines.sampler import Sampler
 from lora_probe.errors import ProbeError
-from lora_probe.names import Key
-from lora_probe.recording import DECODE, PREFILL, Floats, Level, Placed, TraceWriter
-from lora_probe.recording.rows import kept
-from lora_probe_vllm.capture import Capture, Step, stack
+from lora_probe.recording import Level, Placed, TraceWriter
+from lora_probe.recording.rows import NO_ADAPTER, NOT_IN_ITS_SLOT, kept
+from lora_probe_vllm.blocks import Author, Blocks
+from lora_probe_vllm.capture import Capture, Stacked, Step, stack
 from lora_probe_vllm.loads import ActiveLoad, SlotContents
 from lora_probe_vllm.plain import locate
-from lora_probe_vllm.rows import rows_of
+from lora_probe_vllm.rows import RowColumns, rows_of
 from lora_probe_vllm.runners import eager_step
-from lora_probe_vllm.seams import token_slots
+from lora_probe_vllm.seams import block_size_of, token_slots
 from lora_probe_vllm.unobserved import Unobserved
 
 SAME = 0.05
 """The largest relative difference between two norms of a contribution from the same adapter."""
 
+Bools = npt.NDArray[np.bool_]
+
 
 class Steps:
-    """Records steps of the active loads, until `close`."""
+    """Records steps of the active loads, until `close`. `known` are all loads that were read and not replaced, by
+    vLLM's adapter id; those that have no slot are not active."""
 
     def __init__(
-        self, keep: Level, guard: Callable[[str], AbstractContextManager[None]], sketching: bool = False
+        self,
+        keep: Level,
+        guard: Callable[[str], AbstractContextManager[None]],
+        known: Mapping[int, ActiveLoad],
+        sketching: bool = False,
     ) -> None:
-        self.guard = guard
+        self.guard, self._known = guard, known
         self.capture = Capture(keep, guard, sketching)
         self.unobserved = Unobserved()
         self.prepared: Any = None
@@ -46,6 +54,10 @@ class Steps:
         self._contents: dict[int, SlotContents] = {}
         self._grams: dict[int, Any] = {}
         self._placed: dict[int, Placed] = {}
+        self._held: dict[int, ActiveLoad] = {}
+        self._left: dict[int, Any] = {}
+        self._authors: dict[int, Author] = {}
+        self._blocks: Blocks | None = None
 
     def activated(self, adapter_id: int, load: ActiveLoad) -> None:
         """Record the layers of a load from now on."""
@@ -64,27 +76,42 @@ class Steps:
         return len(parts)
 
     def deactivated(self, adapter_id: int) -> None:
-        """The load no longer has a slot."""
-        self.loads.pop(adapter_id, None)
+        """The load no longer has a slot. vLLM leaves its weights there until it fills the slot again."""
+        load = self.loads.pop(adapter_id, None)
+        left = [slot for slot, held in self._held.items() if held is load and slot in self._grams]
+        self._left |= {slot: self._grams[slot] for slot in left}
         self._contents.pop(adapter_id, None)
         self._arrange()
 
     def close(self) -> None:
         """Remove every hook and stand-in."""
         self.capture.close()
-        self.loads, self._contents, self._grams, self._placed = {}, {}, {}, {}
-        self.sampler = Sampler()
+        for load in self._gone():
+            with self.guard("the end of a load"):
+                load.record.finish_requests()
+        self.loads, self._contents, self._grams, self._placed, self._authors = {}, {}, {}, {}, {}
+        self._held, self._left = {}, {}
+        self.sampler, self._blocks = Sampler(), None
 
     def _arrange(self) -> None:
         """Collect the weights of each active load at every column, after loads and columns have changed."""
         keys = tuple(self.capture.columns)
         self._grams, self._placed = {}, {}
+        active = {load.slot: load for load in self.loads.values() if load.slot is not None}
+        self._held |= active
+        self._left = {slot: gram for slot, gram in self._left.items() if slot not in active}
+        self._authors = {adapter: Author(load.number, load.record.load.digest) for adapter, load in self.loads.items()}
         for adapter, load in self.loads.items():
             gram = self._contents[adapter].stacked(keys)
             if gram is not None and load.slot is not None:
                 self._grams[load.slot] = gram
             wanted = gram if kept("shrink", self.capture.keep) else None
             self._placed[load.number] = self._contents[adapter].placed(keys, wanted)
+
+    def _gone(self) -> list[ActiveLoad]:
+        """The loads that have ended and whose weights are still in a slot."""
+        known = {id(load) for load in self._known.values()}
+        return [load for load in self._held.values() if id(load) not in known]
 
     @contextmanager
     def stepping(
@@ -99,14 +126,23 @@ class Steps:
             try:
                 yield
             finally:
+                with self.guard("the requests of a step"):
+                    self._follow(runner, scheduler_output)
                 if (step := self.capture.step) is not None:
                     with self.guard("the end of a step"):
                         self._finish(step, writer)
+                with self.guard("the report of a step"):
+                    for load in self._known.values():
+                        load.record.report_if_due()
+                    for load in self._gone():
+                        load.record.report_requests()
 
     @contextmanager
     def passing(self, runner: Any, scheduler_output: Any, writer: TraceWriter) -> Iterator[None]:
         """One `execute_model` of a compiled engine that is not observed: its rows are counted."""
         yield
+        with self.guard("the requests of a step"):
+            self._follow(runner, scheduler_output)
         with self.guard("a step that is not observed"):
             homes = next((load.homes for load in self.loads.values() if load.homes), None)
             if homes is None:
@@ -126,37 +162,89 @@ class Steps:
 
     def _begin(self, runner: Any, scheduler_output: Any) -> Step:
         rows = rows_of(runner, scheduler_output, self.prepared)
-        ends = zip(rows.positions, rows.prompt_lengths, strict=True)
-        phases = [DECODE if at >= end else PREFILL for at, end in ends]
-        sampled = [number for number in self.sampler.pick(rows.requests, phases) if rows.lora[number]]
-        return Step(rows, phases, sampled, mixed=0 in rows.lora)
+        lora = rows.columns.lora
+        sampled = [number for number in self.sampler.pick_runs(rows.columns.runs()) if lora[number]]
+        return Step(rows, sampled, mixed=not self._claimed(lora).all())
+
+    def _claimed(self, lora: npt.NDArray[np.int64]) -> Bools:
+        """Which rows requested an adapter that has a slot, `[rows]`."""
+        claimed: Bools = np.isin(lora, list(self.loads))
+        return claimed
+
+    def _follow(self, runner: Any, scheduler_output: Any) -> None:
+        """The requests of a step and their blocks, also of a step in which no layer is recorded."""
+        if self._blocks is None:
+            self._blocks = Blocks(block_size_of(runner))
+        for request in self._blocks.step(scheduler_output, self._authors):
+            if request.other_weights and request.adapter in self.loads:
+                load = self.loads[request.adapter]
+                load.record.cached_with_other_weights({request.id: request.other_weights})
+        # An adapter that was loaded before this recording began is not known here, and may well have a slot.
+        for adapter in self._known.keys() - self.loads.keys():
+            self._known[adapter].record.not_in_its_slot(self._blocks.rows_of(adapter, scheduler_output))
 
     def _finish(self, step: Step, writer: TraceWriter) -> None:
-        keys = tuple(self.capture.columns)
-        stacked = stack(step, keys, self._grams)
+        columns = step.rows.columns
+        claimed = self._claimed(columns.lora)
+        stacked = stack(step, tuple(self.capture.columns), self._grams, claimed)
+        loads = self._loads_of(step, claimed)
+        fresh = self._fresh(step)
         for adapter, load in self.loads.items():
-            self._count(adapter, load, step, stacked.delta_norm)
+            self._count(load, step, fresh & (columns.lora == adapter), fresh & (loads == load.number))
             self._sample(adapter, load, step)
-            if step.sampled:
-                load.record.so_far()
-        numbers = {adapter: load.number for adapter, load in self.loads.items()}
-        loads = [numbers.get(adapter, -1) for adapter in step.rows.lora]
-        placed = {load: self._placed[load] for load in dict.fromkeys(loads) if load >= 0}
-        writer.rows(self.capture.rows(step, loads, placed, stacked))
+        self._blame(step, loads, stacked)
+        placed = {load: self._placed[load] for load in np.unique(loads).tolist() if load >= 0}
+        running = self._blocks.running if self._blocks is not None else {}
+        served = {name: running[name].served for name in columns.names if name in running}
+        writer.rows(self.capture.rows(step, loads, placed, stacked, served))
 
-    def _count(self, adapter: int, load: ActiveLoad, step: Step, norms: Floats) -> None:
-        """Count the rows that ran with the slot of their adapter, and the rows that should not have."""
-        requested = [number for number, lora in enumerate(step.rows.lora) if lora == adapter]
-        if step.slots is None:
-            load.record.ran(len(requested), (), 0, {})
-            return
-        slots = step.slots.tolist()
-        applied = sum(slots[number] == load.slot for number in requested)
-        ran = [key for key in self.capture.columns if key in step.shrink and key in load.pairs]
-        gram = self._grams.get(load.slot) if load.slot is not None else None
-        contaminated = contaminated_rows(step, tuple(self.capture.columns), gram, norms)
-        of_load = {key: rows for key, rows in contaminated.items() if key in load.pairs}
-        load.record.ran(len(requested), ran, applied, of_load)
+    def _loads_of(self, step: Step, claimed: Bools) -> npt.NDArray[np.int32]:
+        """The number of the load that each row requested and ran with; what else is possible is in `Rows`."""
+        lora = step.rows.columns.lora
+        loads = np.where(lora == 0, NO_ADAPTER, NOT_IN_ITS_SLOT).astype(np.int32)
+        slots = None if step.slots is None else step.slots.cpu().numpy()
+        for adapter, load in self.loads.items():
+            rows = lora == adapter
+            loads[rows if slots is None else rows & (slots == load.slot)] = load.number
+        return loads
+
+    def _fresh(self, step: Step) -> Bools:
+        """Which rows are at a position that their request has not computed before, `[rows]`. After a preemption it
+        computes all of them again."""
+        columns = step.rows.columns
+        running = self._blocks.running if self._blocks is not None else {}
+        again = [(running[name].low, running[name].high) if name in running else (0, 0) for name in columns.names]
+        low, high = np.array(again, np.int32).T[:, columns.request]
+        fresh: Bools = (columns.position < low) | (columns.position >= high)
+        return fresh
+
+    def _count(self, load: ActiveLoad, step: Step, requested: Bools, applied: Bools) -> None:
+        """Count the rows that requested a load, and those of them that ran with its slot."""
+        ran = () if step.slots is None else [key for key in step.shrink if key in load.pairs]
+        load.record.ran(int(requested.sum()), ran, int(applied.sum()))
+
+    def _blame(self, step: Step, loads: npt.NDArray[np.int32], stacked: Stacked) -> None:
+        """Find the rows that did not get what they requested, and the load that each of them is about."""
+        columns = step.rows.columns
+        astray = loads == NOT_IN_ITS_SLOT
+        for adapter, load in self.loads.items():
+            # The adapter has a slot, but the engine's table names another one for these rows.
+            load.record.not_in_its_slot(columns.by_request(astray & (columns.lora == adapter)))
+        plain = loads == NO_ADAPTER
+        got: Bools = plain & (stacked.delta_norm > 0).any(axis=1)
+        if got.any():
+            self._blame_slots(columns, got, stacked)
+
+    def _blame_slots(self, columns: RowColumns, got: Bools, stacked: Stacked) -> None:
+        """Find the loads whose contribution the rows `got` that requested no adapter. It is that of an active load, of
+        one that lost its slot but left its weights there, or of one with which a slot could only be filled in part."""
+        for slot, load in self._held.items():
+            of_load = contaminated_rows(stacked, got, self._grams.get(slot, self._left.get(slot)))
+            load.record.contaminated(columns.by_request(of_load))
+            got = got & ~of_load
+        half_filled = [load for load in self._known.values() if load.slot is None and load.record.load.refused]
+        if len(half_filled) == 1:
+            half_filled[0].record.contaminated(columns.by_request(got))
 
     def _sample(self, adapter: int, load: ActiveLoad, step: Step) -> None:
         rows = [number for number, row in enumerate(step.sampled) if step.rows.lora[row] == adapter]
@@ -175,19 +263,15 @@ class Steps:
                 load.record.sample(key, inputs, written, expected.a, expected.b, expected.scaling)
 
 
-def contaminated_rows(step: Step, keys: tuple[Key, ...], gram: Any, norms: Floats) -> dict[Key, int]:
-    """How many rows without an adapter got a load's contribution at each of `keys`: those where the norm that the
-    kernel wrote (`norms: [rows, modules]`) is the norm that the row would have with the load's G. `gram: [modules, r,
-    r]`."""
-    plain = [number for number, lora in enumerate(step.rows.lora) if lora == 0]
-    if not plain or gram is None or not (norms[plain] > 0).any():
-        return {}
-    contaminated = {}
-    for index, key in enumerate(keys):
-        if key not in step.shrink:
-            continue
-        written, shrink = norms[plain, index], step.shrink[key][plain]
-        own = ((shrink @ gram[index]) * shrink).sum(-1).clamp(min=0).sqrt().cpu().numpy()
-        if rows := int(((written > 0) & (np.abs(own - written) <= SAME * written)).sum()):
-            contaminated[key] = rows
+def contaminated_rows(stacked: Stacked, plain: Bools, gram: Any) -> Bools:
+    """Which of the rows without an adapter (`plain: [rows]`) got a load's contribution at any module, `[rows]`: there
+    the norm that the kernel wrote is the norm that the row would have with the load's G. `gram: [modules, r, r]`, of
+    the first modules if others were added later."""
+    contaminated = np.zeros(len(plain), np.bool_)
+    if gram is not None and stacked.shrink.shape[-1]:
+        written, shrink = stacked.delta_norm[plain, : len(gram)], stacked.shrink[plain, : len(gram)].transpose(1, 0, 2)
+        squares = ((shrink @ gram.cpu().numpy()) * shrink).sum(-1).T
+        own = np.sqrt(squares.clip(min=0))
+        # A module that did not run has NaN, which is not greater than anything.
+        contaminated[plain] = ((written > 0) & (np.abs(own - written) <= SAME * written)).any(axis=1)
     return contaminated

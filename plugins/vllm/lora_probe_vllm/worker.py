@@ -80,7 +80,7 @@ class Probe:
         self.keep = keep if keep is not None and spec is None else level_of(folder)
         self.broken, self._numbers = False, 0
         self._outputs_of = list(spec.watch) if spec is not None else []
-        self.steps = Steps(self.keep, self.guard, sketching=spec is not None and spec.score)
+        self.steps = Steps(self.keep, self.guard, self.loads, sketching=spec is not None and spec.score)
         self.steps.capture.transient = self._chosen is not None
         if self._chosen is not None:
             self._chosen.begin_again()
@@ -286,6 +286,7 @@ class Probe:
             active.judge_slots("when the run ended")
         if not active.record.load.refused:
             active.record.finish(lambda key: self._why_unmeasured(active, key))
+        active.record.finish_requests()
         self.steps.deactivated(adapter_id)
 
     def _why_unmeasured(self, active: ActiveLoad, key: Key) -> str | None:

@@ -155,7 +155,7 @@ class _Run:
                 self.record.sample(key, x[sampled], delta[sampled], pair.a, pair.b, pair.scaling)
             if delta.shape[1] == len(added):
                 added += delta[-1]
-        self.record.ran(len(x), self.placed, len(x), {})
+        self.record.ran(len(x), self.placed, len(x))
         if self.placed and self.spec.keep != "events":
             self._write(request, positions, phases, columns, tensors)
         return added
