@@ -94,11 +94,6 @@ SEGMENTS: list[tuple[str, Damage, str]] = [
     ("G is narrow", tensor("grams", (1, 2, 1, 1)), "G has rank 1, but `shrink` has rank 2"),
     ("an old G is no square", tensor("gram", (2, 2, 3)), "`gram` is F32 [2, 2, 3], expected F32 [2, 2, 2]"),
     ("an old G is narrow", columns(grams=None, gram=lambda _: np.ones((2, 1, 1), np.float32)), "G has rank 1"),
-    (
-        "another G",
-        columns(SECOND, grams=lambda _: np.ones((1, 1, 3, 3), np.float32)),
-        "the rank of its G differs",
-    ),
     *(
         (f"tensor {name}", tensor(name), "does not belong to any of its 2 modules")
         for name in ("x/2", "x/-1", "x/01", "x/٣", "base/", "delta/0/0", "x/" + "9" * 30, "base/\x1b")
@@ -106,8 +101,6 @@ SEGMENTS: list[tuple[str, Damage, str]] = [
     ("x of 2 rows", tensor("x/0", (2, 3)), "`x/0` is F32 [2, 3], expected F32 [4, width]"),
     ("x of norms", tensor("delta/1", (4,)), "`delta/1` is F32 [4], expected F32 [4, width]"),
     ("x F64", tensor("base/1", dtype=np.float64), "`base/1` is F64 [4, 3], expected F32 [4, width]"),
-    ("no shrink in the second", columns(SECOND, shrink=None), "`shrink` is missing, or its width differs"),
-    ("another rank", columns(SECOND, shrink=lambda a: a[..., :1]), "`shrink` is missing, or its width differs"),
     ("another x", columns(SECOND, **{"x/0": lambda a: a[:, :1]}), "the width of `x/0` differs from an earlier segment"),
     ("cut", lambda trace: os.truncate(trace / SEGMENT, 100), "cannot read a segment: "),
     ("empty", lambda trace: os.truncate(trace / SEGMENT, 0), "is empty (0 bytes)"),
@@ -120,6 +113,27 @@ def test_a_segment_that_does_not_fit(
 ) -> None:
     damage(damaged)
     refused(damaged, good, words, capsys)
+
+
+def test_segments_of_other_ranks_and_levels_are_joined(damaged: Path) -> None:
+    """Each adapter has its own rank, and a server's level may be changed: the widest counts."""
+    columns(SECOND, shrink=lambda a: a[..., :1])(damaged)
+    rows = open_trace(damaged).rows
+    assert rows is not None
+    assert rows.shrink is not None
+    np.testing.assert_array_equal(rows.shrink[4:, 0], [[1, 0]] * 4)
+    columns(SECOND, grams=lambda _: np.ones((1, 1, 3, 3), np.float32))(damaged)
+    rows = open_trace(damaged).rows
+    assert rows is not None
+    assert rows.placed[0].gram is not None
+    # The first G that is known stays.
+    np.testing.assert_array_equal(rows.placed[0].gram[0], [[1, 1, 0], [1, 1, 0], [0, 0, 0]])
+    columns(SECOND, shrink=None)(damaged)
+    rows = open_trace(damaged).rows
+    assert rows is not None
+    assert rows.shrink is not None
+    assert np.isnan(rows.shrink[4:]).all()
+    assert (rows.shrink[:4] == 1).all()
 
 
 def test_columns_that_nobody_knows_are_ignored(damaged: Path, good: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -152,21 +153,24 @@ def test_a_segment_closes_by_its_number_of_rows(tmp_path: Path) -> None:
     assert not list((tmp_path / "peft").glob("*.partial"))
 
 
-def test_a_segment_closes_by_time_though_no_row_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lora_probe.recording import writer
-
-    monkeypatch.setattr(writer, "MAX_SECONDS", 0.05)
+def test_a_segment_closes_by_time_though_no_row_comes(tmp_path: Path) -> None:
     writer = TraceWriter(tmp_path / "vllm-rank-0", process(role="worker"))
     writer.rows(rows())
-    writer.flush_by_time()
+    writer.flush_by_time(lambda stage: nullcontext())
     segment = tmp_path / "vllm-rank-0" / "000001.safetensors"
-    for _ in range(200):
-        if segment.exists():
-            break
-        time.sleep(0.05)
+    started = time.monotonic()
+    while not segment.exists():
+        assert time.monotonic() < started + 5
+        time.sleep(0.02)
     found = open_trace(tmp_path).rows
     assert found is not None
     assert len(found) == 4
+    # Segments are counted while the recording runs.
+    wait = time.monotonic() + 5
+    while open_trace(tmp_path).processes[0].process.segments == 0:
+        assert time.monotonic() < wait
+    segment.unlink()
+    assert open_trace(tmp_path).processes[0].missing == 1
     writer.close()
 
 

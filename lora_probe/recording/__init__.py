@@ -6,7 +6,8 @@ In: records and rows from engines, through `TraceWriter`. Out: a `Trace`, read f
 from __future__ import annotations
 
 from lora_probe.recording.placed import Floats, Placed
-from lora_probe.recording.reader import Scored, Trace, open_trace
+from lora_probe.recording.process_trace import Dropped, ProcessTrace
+from lora_probe.recording.reader import Trace, open_trace
 from lora_probe.recording.records import (
     DECODE,
     LEVELS,
@@ -26,6 +27,7 @@ from lora_probe.recording.records import (
     StationRecord,
 )
 from lora_probe.recording.rows import Rows
+from lora_probe.recording.scored import Scored
 from lora_probe.recording.writer import TraceWriter, write_json
 
 __all__ = [
@@ -33,6 +35,7 @@ __all__ = [
     "LEVELS",
     "PREFILL",
     "SCHEMA",
+    "Dropped",
     "Floats",
     "Level",
     "Load",
@@ -40,6 +43,7 @@ __all__ = [
     "ModuleRecord",
     "Placed",
     "Process",
+    "ProcessTrace",
     "Prompt",
     "Record",
     "RequestRecord",
