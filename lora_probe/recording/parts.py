@@ -75,11 +75,12 @@ class Parts:
             if load >= 0:
                 yield Part(load, self._of_load(rows, None if len(loads) == 1 else chosen, load))
                 continue
+            of_none = replace(rows, placed={})
             telling = chosen & _with_columns(rows)
             if telling.any():
-                yield Part(WITHOUT_LOAD, selected(rows, telling))
+                yield Part(WITHOUT_LOAD, selected(of_none, telling))
             if (bare := chosen & ~telling).any():
-                yield Part(WITHOUT_COLUMNS, selected(rows, bare, np.array([], np.intp)))
+                yield Part(WITHOUT_COLUMNS, selected(of_none, bare, np.array([], np.intp)))
 
     def _of_load(self, rows: Rows, chosen: Bools | None, load: int) -> Rows:
         layout = self._layout(rows, load)

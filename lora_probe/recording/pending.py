@@ -14,6 +14,10 @@ from lora_probe.recording.rows import ARRAYS, Rows, concatenate
 
 MAX_ROWS, MAX_BYTES = 4096, 64_000_000
 """The segments close when all buffers together have this many rows or bytes."""
+IDLE_STEPS, IDLE_SECONDS = 4, (0.1, 1.0)
+"""An engine is idle after the time of this many steps, within these bounds."""
+BETWEEN_PARTS = 0.001
+"""The parts of one step come one after the other in less than this."""
 
 
 def segment_bytes(bound: int | None) -> int:
@@ -42,7 +46,7 @@ class Pending:
         self._max_bytes = max_bytes
         self._buffers: dict[int, _Buffer] = {}
         self._rows = self._bytes = 0
-        self._first = self._last = 0.0
+        self._first = self._last = self._between = 0.0
 
     def __bool__(self) -> bool:
         return bool(self._rows)
@@ -51,10 +55,15 @@ class Pending:
     def full(self) -> bool:
         return self._rows >= MAX_ROWS or self._bytes >= self._max_bytes
 
-    def due(self, seconds: float, idle: float | None = None) -> bool:
-        """Whether the oldest rows have waited for `seconds`, or no row has come for `idle` seconds."""
-        now = time.monotonic()
-        return bool(self) and (now - self._first >= seconds or (idle is not None and now - self._last >= idle))
+    def due(self, seconds: float) -> bool:
+        """Whether the oldest rows have waited for `seconds`."""
+        return bool(self) and time.monotonic() - self._first >= seconds
+
+    @property
+    def idle(self) -> bool:
+        """Whether the engine seems to have nothing to do: it has not run a step for longer than several usual ones."""
+        shortest, longest = IDLE_SECONDS
+        return bool(self) and time.monotonic() - self._last >= min(max(shortest, IDLE_STEPS * self._between), longest)
 
     def add(self, part: Part) -> list[Rows]:
         """Add rows. Returns the rows of the segments that must be closed before."""
@@ -63,9 +72,12 @@ class Pending:
         buffer = self._buffers.setdefault(part.load, _Buffer())
         buffer.parts.append(part.rows)
         buffer.placed |= part.rows.placed
-        self._last = time.monotonic()
+        now = time.monotonic()
         if not self._rows:
-            self._first = self._last
+            self._first = now
+        elif now - self._last > BETWEEN_PARTS:
+            self._between = now - self._last
+        self._last = now
         self._rows += len(part.rows)
         self._bytes += part.rows.nbytes
         return closed

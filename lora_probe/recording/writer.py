@@ -41,9 +41,12 @@ from lora_probe.recording.rows import Rows
 from lora_probe.recording.segment_store import SegmentStore, save
 from lora_probe.recording.timeline import Timeline
 
-MAX_SECONDS, IDLE_SECONDS = 3.0, 0.25
-"""The rows of a process that writes by time are on disk after MAX_SECONDS, and IDLE_SECONDS after the last of them: a
-server is usually ended when it is idle, within a second of its last answer."""
+MAX_SECONDS = 3.0
+"""The rows of a process that writes by time are on disk after this time, and sooner if the engine is idle. vLLM sends
+SIGKILL directly after SIGTERM to its own processes unless it has a --shutdown-timeout, so what is not on disk when a
+server is ended is lost."""
+LOOK_SECONDS = 0.05
+"""How often the thread that writes by time looks, while there are rows."""
 MOST_STATIONS = 10_000
 """Findings that are remembered: a finding that was written before is not written again."""
 
@@ -138,9 +141,9 @@ class TraceWriter:
 
         def watch() -> None:
             while self._wake.wait() and not self._closed:
-                time.sleep(IDLE_SECONDS / 2)
+                time.sleep(LOOK_SECONDS)
                 with guard("writing the rows"), self._lock:
-                    if self._pending.due(MAX_SECONDS, IDLE_SECONDS) or self._outage:
+                    if self._pending.due(MAX_SECONDS) or self._pending.idle or self._outage:
                         self.flush()
                     elif not self._pending:
                         self._wake.clear()
