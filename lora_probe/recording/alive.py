@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 _PROC = Path("/proc")
 
@@ -38,6 +39,6 @@ def is_running(pid: int, on_host: str, since: str) -> bool:
     return bool(on_host and since) and on_host == host() and began(pid) == since
 
 
-def this_process() -> dict[str, str]:
+def this_process() -> dict[str, Any]:
     """The fields of process.json that `is_running` needs."""
-    return {"host": host(), "began": began(os.getpid())}
+    return {"pid": os.getpid(), "host": host(), "began": began(os.getpid())}

@@ -53,9 +53,11 @@ def _run_folder(folder: Path, number: int) -> Path:
 def _is_ours(run: Path, launch: str) -> bool:
     """Whether a run belongs to a launch, which it does from now on if it belonged to none."""
     marker = run / LAUNCH
+    # Looked for first: whoever writes a marker does so before its process.json.
+    recorded = any(run.glob("*/process.json")) and not (run / "run.json").exists()
     if not marker.exists():
-        if any(run.glob("*/process.json")) and not (run / "run.json").exists():
-            # Recorded by an older version, which wrote no marker.
+        if recorded:
+            # By an older version, which wrote no marker.
             return False
         created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         _create(marker, msgspec.json.encode(Launch(launch, created)))
