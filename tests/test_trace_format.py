@@ -78,6 +78,9 @@ def test_an_unclosed_process_is_called_incomplete(tmp_path: Path) -> None:
     writer.record(ModuleRecord(0, *KEYS[0], ["file"]))
     writer.station(0, "stored", OK, [KEYS[0]])
     writer.rows(rows())
+    path = tmp_path / "peft" / "process.json"
+    # This process still runs. One that ended began at another time than the process that has its id now.
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"began": "1"}))
     trace = open_trace(tmp_path)
     assert trace.unclosed == ("peft",)
     assert trace.rows is None

@@ -14,7 +14,7 @@ from lora_probe.recording.rows import ARRAYS, Rows, concatenate
 
 MAX_ROWS, MAX_BYTES = 4096, 64_000_000
 """The segments close when all buffers together have this many rows or bytes."""
-IDLE_STEPS, IDLE_SECONDS = 4, (0.1, 1.0)
+IDLE_STEPS, IDLE_SECONDS = 4, (0.02, 1.0)
 """An engine is idle after the time of this many steps, within these bounds."""
 BETWEEN_PARTS = 0.001
 """The parts of one step come one after the other in less than this."""

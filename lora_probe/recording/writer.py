@@ -45,7 +45,7 @@ MAX_SECONDS = 3.0
 """The rows of a process that writes by time are on disk after this time, and sooner if the engine is idle. vLLM sends
 SIGKILL directly after SIGTERM to its own processes unless it has a --shutdown-timeout, so what is not on disk when a
 server is ended is lost."""
-LOOK_SECONDS = 0.05
+LOOK_SECONDS = 0.02
 """How often the thread that writes by time looks, while there are rows."""
 MOST_STATIONS = 10_000
 """Findings that are remembered: a finding that was written before is not written again."""
