@@ -9,6 +9,7 @@ folder are read, and all within limits.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -33,7 +34,7 @@ from lora_probe.recording.records import (
 from lora_probe.recording.rows import Rows, selected
 from lora_probe.recording.runs import inside_of, later_runs
 from lora_probe.recording.scored import Scored
-from lora_probe.recording.segments import Segment, joined, values
+from lora_probe.recording.segments import Segment, joined, read_rows, values
 from lora_probe.rules import all_rules
 from lora_probe.rules.lp5_loading import not_measured
 
@@ -149,12 +150,15 @@ class Trace:
     def rows_of(self, load: int) -> Rows | None:
         """The rows of one load, at its own modules and rank; None as for `rows`. Load -1 stands for the rows without a
         load. Only the segments of the load are read: all rows of a server may take more memory than there is."""
-        segments = [segment for segment in self._segments if self._has_rows(segment, load)]
-        if not segments:
-            return None
-        rows = joined(segments)
-        chosen = rows.load == load
-        return rows if chosen.all() else selected(rows, chosen)
+        segments = [segment for segment in self._segments if _has_rows(segment, load)]
+        return _only(joined(segments), load) if segments else None
+
+    def segments_of(self, load: int) -> Iterator[Rows]:
+        """The same, a segment at a time, for sums over more rows than fit into memory. A row that was computed twice
+        is in two of them, and only the first has the G of its load."""
+        for segment in self._segments:
+            if _has_rows(segment, load):
+                yield _only(read_rows(segment), load)
 
     @cached_property
     def _segments(self) -> tuple[Segment, ...]:
@@ -162,9 +166,6 @@ class Trace:
         if self.sharded:
             return ()
         return tuple(segment for process in self.workers for segment in process.opened_segments())
-
-    def _has_rows(self, segment: Segment, load: int) -> bool:
-        return load in segment.loads if load >= 0 else load in values(segment.weights, segment.columns["load"])
 
     def _stations_of_loads(self) -> dict[int, dict[Key, dict[Station, Finding]]]:
         """The findings by the number of the load, the module and the station."""
@@ -216,6 +217,16 @@ class Trace:
         if any("applied" in of_module for of_module in stations.values()) or any(load in w.used for w in running):
             return "not measured yet: the recording is still running"
         return "no request has used the adapter yet"
+
+
+def _has_rows(segment: Segment, load: int) -> bool:
+    return load in segment.loads if load >= 0 else load in values(segment.weights, segment.columns["load"])
+
+
+def _only(rows: Rows, load: int) -> Rows:
+    """The rows of one load. Segments of older traces have several."""
+    chosen = rows.load == load
+    return rows if chosen.all() else selected(rows, chosen)
 
 
 def _stations(recorded: dict[Station, Finding], missing: Finding) -> dict[Station, Finding]:

@@ -53,7 +53,8 @@ _TABLE = _column("F32", "rows", "width", by="runs of an adapter", levels=("tenso
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of one step or of many, in columns. NaN means that the row did not run there.
+    """Rows of one step or of many, in columns. NaN means that the row did not run there, or that it ran without a load
+    and had no contribution: of such rows no columns are kept (`parts.py`).
 
     `load` is the number of the load that a row ran with, -1 for none; `placed` contains the weights of each load.
     `sketch` summarises the modules' whole outputs. `x`, `base` and `delta` are whole tensors, by module.
