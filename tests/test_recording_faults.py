@@ -161,6 +161,15 @@ def test_a_folder_that_was_removed_is_created_again(writer: TraceWriter, tmp_pat
     assert trace.processes[0].missing == 3
 
 
+def test_a_removed_folder_is_noticed_without_any_row(writer: TraceWriter, tmp_path: Path) -> None:
+    """At level `events` there are no rows."""
+    shutil.rmtree(tmp_path / "run")
+    writer.station(0, "placed", OK, list(MODULES[0]))
+    lines = (tmp_path / "run" / WORKER / "events.jsonl").read_text().splitlines()
+    assert [json.loads(line)["kind"] for line in lines] == ["event", "station"]
+    writer.close()
+
+
 def test_a_folder_that_cannot_be_created_again(writer: TraceWriter, tmp_path: Path, reported: list[str]) -> None:
     shutil.rmtree(tmp_path / "run")
     (tmp_path / "run").write_text("a file in the way")

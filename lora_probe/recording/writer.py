@@ -131,7 +131,7 @@ class TraceWriter:
             for part in self._parts.of(rows):
                 for full in self._pending.add(part):
                     self._write_rows(full)
-            if self._pending.full or self._pending.due(MAX_SECONDS):
+            if self._pending.full or (self._pending.due(MAX_SECONDS) and not self._outage):
                 self.flush()
         self._wake.set()
 
@@ -143,7 +143,10 @@ class TraceWriter:
             while self._wake.wait() and not self._closed:
                 time.sleep(LOOK_SECONDS)
                 with guard("writing the rows"), self._lock:
-                    if self._pending.due(MAX_SECONDS) or self._pending.idle or self._outage:
+                    if self._outage:
+                        # New rows wait where they are: written one by one they would be many small segments.
+                        self._outage.attempt(self._catch_up)
+                    elif self._pending.due(MAX_SECONDS) or self._pending.idle:
                         self.flush()
                     elif not self._pending:
                         self._wake.clear()
@@ -154,7 +157,8 @@ class TraceWriter:
         """Update process.json (with a dtype that is only known later)."""
         with self._lock:
             self.process = msgspec.structs.replace(self.process, **changes)
-            self._outage.attempt(self._write_process)
+            if not self._outage.attempt(self._write_process):
+                self._wake.set()
 
     def flush(self) -> None:
         """Close the current segments, and write what had to wait."""
@@ -196,7 +200,12 @@ class TraceWriter:
         line = msgspec.json.encode(record) + b"\n"
         if self._closed:
             raise ValueError(f"the recording in {self.folder} is closed")
-        if self._outage or not self._outage.attempt(lambda: self._events.write(line)):
+
+        def write() -> None:
+            self._follow_folder()
+            self._events.write(line)
+
+        if self._outage or not self._outage.attempt(write):
             self._outage.keep_line(line)
             self._wake.set()
 
