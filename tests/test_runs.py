@@ -75,6 +75,15 @@ def test_a_link_in_place_of_a_run_is_refused(tmp_path: Path) -> None:
         open_trace(tmp_path / "trace")
 
 
+def test_a_run_that_trace_started_has_no_marker(tmp_path: Path) -> None:
+    """`trace -o` replaces the folder of a run that failed only if it knows every file in it."""
+    (tmp_path / "run.json").write_text("{}")
+    assert begin_run(tmp_path, "vllm-rank-0", "one") == begin_run(tmp_path, "vllm-rank-1", "one") == tmp_path
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+    (tmp_path / "vllm-rank-0").mkdir()
+    assert begin_run(tmp_path, "vllm-rank-0", "two") == tmp_path / "run-2"
+
+
 RANK = """
 import sys
 from pathlib import Path

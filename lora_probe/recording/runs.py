@@ -39,22 +39,21 @@ def begin_run(folder: Path, name: str, launch: str) -> Path:
     """
     number = 1
     while True:
-        run = _run_folder(folder, number)
+        run = folder if number == 1 else folder / f"run-{number}"
         run.mkdir(parents=True, exist_ok=True)
         if _is_ours(run, launch) and not (run / name).exists():
             return run
         number += 1
 
 
-def _run_folder(folder: Path, number: int) -> Path:
-    return folder if number == 1 else folder / f"run-{number}"
-
-
 def _is_ours(run: Path, launch: str) -> bool:
     """Whether a run belongs to a launch, which it does from now on if it belonged to none."""
+    if (run / "run.json").exists():
+        # Whoever wrote it has started this engine, for this run.
+        return True
     marker = run / LAUNCH
     # Looked for first: whoever writes a marker does so before its process.json.
-    recorded = any(run.glob("*/process.json")) and not (run / "run.json").exists()
+    recorded = any(run.glob("*/process.json"))
     if not marker.exists():
         if recorded:
             # By an older version, which wrote no marker.
