@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,8 @@ from lora_probe.errors import UnreadableFile
 from lora_probe.ledger import OK
 from lora_probe.names import Key
 from lora_probe.recording import Floats, Load, LoadEvent, ModuleRecord, Placed, Rows, TraceWriter
+from lora_probe.recording.parts import Parts
+from lora_probe.recording.pending import Pending
 from lora_probe.recording.segments import Segment, open_segment
 
 Q, K, UP = ((f"model.layers.0.{name}", "weight", None) for name in ("q_proj", "k_proj", "up_proj"))
@@ -195,6 +198,26 @@ def test_a_level_that_is_raised_while_it_runs(tmp_path: Path) -> None:
     assert rows.shrink is not None
     assert rows.placed[0].gram is not None
     assert np.isnan(rows.shrink).all(axis=(1, 2)).tolist() == [True, False, False]
+
+
+def test_a_slow_engine_is_not_idle_between_its_steps() -> None:
+    """Or each of its steps would be a segment."""
+    pending, parts = Pending(), Parts()
+
+    def add(start: int) -> None:
+        for part in parts.of(step([0], start=start)):
+            pending.add(part)
+
+    add(0)
+    time.sleep(0.2)
+    assert pending.idle
+    pending.taken()
+    add(1)
+    time.sleep(0.1)
+    assert not pending.idle
+    time.sleep(0.8)
+    assert pending.idle
+    assert not pending.due(3.0)
 
 
 # Bounds.

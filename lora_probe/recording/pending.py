@@ -75,7 +75,7 @@ class Pending:
         now = time.monotonic()
         if not self._rows:
             self._first = now
-        elif now - self._last > BETWEEN_PARTS:
+        if now - self._last > BETWEEN_PARTS:
             self._between = now - self._last
         self._last = now
         self._rows += len(part.rows)
