@@ -75,7 +75,8 @@ class Pending:
         now = time.monotonic()
         if not self._rows:
             self._first = now
-        if now - self._last > BETWEEN_PARTS:
+        if BETWEEN_PARTS < now - self._last < IDLE_SECONDS[1]:
+            # Not a pause in which there was nothing to do.
             self._between = now - self._last
         self._last = now
         self._rows += len(part.rows)
