@@ -19,7 +19,9 @@ from lora_probe.names import Key
 from lora_probe.recording import Floats, Load, LoadEvent, ModuleRecord, Placed, Rows, TraceWriter
 from lora_probe.recording.parts import Parts
 from lora_probe.recording.pending import Pending
+from lora_probe.recording.rows import output_rows
 from lora_probe.recording.segments import Segment, open_segment
+from lora_probe.recording.sketch import SKETCH
 
 Q, K, UP = ((f"model.layers.0.{name}", "weight", None) for name in ("q_proj", "k_proj", "up_proj"))
 KEYS: tuple[Key, ...] = (Q, K, UP)
@@ -164,6 +166,20 @@ def test_a_module_that_no_record_names_keeps_its_column(tmp_path: Path) -> None:
         announce(writer, 1, {UP: 2})
         writer.rows(step([1], start=1))
     assert [segment.modules for segment in segments(tmp_path)] == [KEYS, KEYS]
+
+
+def test_outputs_of_a_model_without_lora_keep_their_columns(tmp_path: Path) -> None:
+    norm = np.ones((3, len(KEYS)), np.float32)
+    made = output_rows(KEYS, "r", [0, 0, 1], norm, np.ones((3, len(KEYS), SKETCH), np.float32))
+    with TraceWriter(tmp_path / "peft", process()) as writer:
+        writer.rows(made)
+        writer.rows(replace(made, sketch=None))
+    rows = open_trace(tmp_path).rows
+    assert rows is not None
+    assert rows.modules == KEYS
+    assert (rows.output_norm == 1).all()
+    assert rows.sketch is not None
+    assert np.isnan(rows.sketch).any(axis=(1, 2)).tolist() == [False] * 3 + [True] * 3
 
 
 def test_g_is_written_once_and_again_when_it_changes(tmp_path: Path) -> None:
