@@ -351,8 +351,14 @@ def test_a_finding_is_written_once(tmp_path: Path) -> None:
         for _ in range(100):
             writer.station(0, "placed", OK, [Q])
         writer.station(0, "applied", OK, [Q])
+        for slot in (0, 0, 0, 1, 0):
+            writer.record(Load(0, "adapter-0", "/a", "digest-0", slot=slot))
+    ((load, _),) = open_trace(tmp_path).loads
+    assert load.slot == 0
     lines = (tmp_path / "peft" / "events.jsonl").read_text().splitlines()
     assert sum('"kind":"station"' in line for line in lines) == 2
+    # A later record of a load replaces the earlier one: each change counts.
+    assert sum('"kind":"load"' in line for line in lines) == 1 + 3
 
 
 def gram_of(rows: Rows, load: int, key: Key) -> Floats:

@@ -7,6 +7,7 @@ a process that dies loses only the rows of the segment that was not closed. proc
 
 from __future__ import annotations
 
+import hashlib
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -47,8 +48,8 @@ SIGKILL directly after SIGTERM to its own processes unless it has a --shutdown-t
 server is ended is lost."""
 LOOK_SECONDS = 0.02
 """How often the thread that writes by time looks, while there are rows."""
-MOST_STATIONS = 10_000
-"""Findings that are remembered: a finding that was written before is not written again."""
+MOST_WRITTEN = 10_000
+"""Loads and findings that are remembered: what was written before is not written again."""
 
 
 class TraceWriter:
@@ -75,7 +76,7 @@ class TraceWriter:
         self._parts, self._pending = Parts(), Pending(segment_bytes(max_bytes))
         self._segments = SegmentStore(folder, max_bytes)
         self._timeline = Timeline() if max_bytes is not None else None
-        self._stations: dict[bytes, None] = {}
+        self._written: dict[bytes, bytes] = {}
         self._scores = 0
         self._outage = Outage(report)
         self._events = Lines(folder / "events.jsonl")
@@ -96,6 +97,8 @@ class TraceWriter:
 
     def record(self, record: Record) -> None:
         with self._lock:
+            if isinstance(record, Load) and self._is_known(b"load %d" % record.load, msgspec.json.encode(record)):
+                return
             if isinstance(record, ModuleRecord):
                 self._parts.announce(record)
             before = self._timeline.loading(record) if self._timeline is not None and isinstance(record, Load) else []
@@ -112,13 +115,18 @@ class TraceWriter:
         record = StationRecord(load, station, finding.value, list(keys), finding.code, finding.message)
         line = msgspec.json.encode(record)
         with self._lock:
-            # An adapter that gets its slot again and again is judged each time, mostly with the same outcome.
-            if line in self._stations:
-                return
-            self._stations[line] = None
-            if len(self._stations) > MOST_STATIONS:
-                del self._stations[next(iter(self._stations))]
-            self._write_event(record)
+            if not self._is_known(line, line):
+                self._write_event(record)
+
+    def _is_known(self, what: bytes, line: bytes) -> bool:
+        """Whether `line` is the last that was written about something. An adapter that gets its slot again and again is
+        judged each time, mostly with the same outcome."""
+        name, digest = (hashlib.blake2b(data, digest_size=16).digest() for data in (what, line))
+        before = self._written.pop(name, None)
+        self._written[name] = digest
+        if len(self._written) > MOST_WRITTEN:
+            del self._written[next(iter(self._written))]
+        return before == digest
 
     def request(self, request: RequestRecord) -> None:
         if self._requests is None:
