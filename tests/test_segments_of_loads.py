@@ -17,6 +17,7 @@ from lora_probe.errors import UnreadableFile
 from lora_probe.ledger import OK
 from lora_probe.names import Key
 from lora_probe.recording import Floats, Load, LoadEvent, ModuleRecord, Placed, Rows, TraceWriter
+from lora_probe.recording import writer as writing
 from lora_probe.recording.parts import Parts
 from lora_probe.recording.pending import Pending
 from lora_probe.recording.rows import output_rows
@@ -343,6 +344,24 @@ def test_the_timeline_of_a_server_is_bounded(tmp_path: Path) -> None:
     assert written < MAX_BYTES
     (urgent,) = timeline.admitted(LoadEvent(0.0, "probe", "the probe failed"))
     assert urgent.stage == "probe"
+
+
+def test_a_file_of_records_stays_readable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writing, "MOST_RECORDS", 20_000)
+    reported: list[str] = []
+    with TraceWriter(tmp_path / "peft", process(), BOUND, reported.append) as writer:
+        for number in range(1000):
+            announce(writer, number, MODULES[0])
+        writer.rows(step([0]))
+    assert (tmp_path / "peft" / "events.jsonl").stat().st_size < 21_000
+    trace = open_trace(tmp_path)
+    assert 10 < len(trace.loads) < 100
+    assert trace.dropped.lost_records == 3000 - sum(1 + len(ledger.rows) for _, ledger in trace.loads)
+    assert [event.stage for event in trace.events] == ["lost"]
+    assert reported == [trace.events[0].text]
+    assert not trace.complete
+    # Rows are still recorded.
+    assert trace.rows is not None
 
 
 def test_a_finding_is_written_once(tmp_path: Path) -> None:

@@ -27,13 +27,17 @@ class Lines:
         here = os.fstat(self._file)
         return (here.st_dev, here.st_ino) != (there.st_dev, there.st_ino)
 
+    @property
+    def size(self) -> int:
+        return os.fstat(self._file).st_size
+
     def write(self, data: bytes) -> None:
         """Append whole lines.
 
         Raises:
             OSError: nothing of `data` is in the file.
         """
-        size = os.fstat(self._file).st_size
+        size = self.size
         view = memoryview(data)
         try:
             while view:

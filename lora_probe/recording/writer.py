@@ -22,6 +22,7 @@ import numpy as np
 from lora_probe.ledger import Finding, Station
 from lora_probe.names import Key
 from lora_probe.recording import alive
+from lora_probe.recording.documents import MAX_LINES
 from lora_probe.recording.lines import Lines
 from lora_probe.recording.outage import Outage
 from lora_probe.recording.parts import Parts
@@ -48,6 +49,8 @@ SIGKILL directly after SIGTERM to its own processes unless it has a --shutdown-t
 server is ended is lost."""
 LOOK_SECONDS = 0.02
 """How often the thread that writes by time looks, while there are rows."""
+MOST_RECORDS = MAX_LINES - 1_000_000
+"""Bytes of events.jsonl that are written. A load takes 0.6 kB for each of its modules: 10,000 loads of 90 modules."""
 MOST_WRITTEN = 10_000
 """Loads and findings that are remembered: what was written before is not written again."""
 
@@ -77,6 +80,7 @@ class TraceWriter:
         self._segments = SegmentStore(folder, max_bytes)
         self._timeline = Timeline() if max_bytes is not None else None
         self._written: dict[bytes, bytes] = {}
+        self._full = False
         self._scores = 0
         self._outage = Outage(report)
         self._events = Lines(folder / "events.jsonl")
@@ -208,6 +212,9 @@ class TraceWriter:
         line = msgspec.json.encode(record) + b"\n"
         if self._closed:
             raise ValueError(f"the recording in {self.folder} is closed")
+        if self._events.size + len(line) > MOST_RECORDS:
+            self._records_are_full()
+            return
 
         def write() -> None:
             self._follow_folder()
@@ -216,6 +223,16 @@ class TraceWriter:
         if self._outage or not self._outage.attempt(write):
             self._outage.keep_line(line)
             self._wake.set()
+
+    def _records_are_full(self) -> None:
+        """A reader refuses a larger file, so the record is lost. The first time this is reported, also in the file."""
+        if not self._full:
+            self._full = True
+            text = f"events.jsonl has {MOST_RECORDS} bytes: ledgers of later loads are not recorded"
+            self._outage.tell(text)
+            note = msgspec.json.encode(LoadEvent(self.now, "lost", text)) + b"\n"
+            self._outage.attempt(lambda: self._events.write(note))
+        self._outage.lost_records += 1
 
     def _write_rows(self, rows: Rows) -> None:
         """Write a segment, or let its rows wait behind others."""
