@@ -283,6 +283,28 @@ def test_segments_beyond_the_bound_are_removed_and_counted(tmp_path: Path) -> No
         assert (rows.load == load).sum() > 10
 
 
+def test_segments_that_are_removed_while_they_are_read(tmp_path: Path) -> None:
+    writer = recorded(tmp_path, 60)
+    trace = open_trace(tmp_path)
+    opened = list(trace.processes[0].opened_segments())
+    assert trace.rows_of(0) is not None
+    for start in range(60, 90):
+        writer.rows(step([0], start=start))
+        writer.flush()
+    assert not opened[10].path.exists()
+    rows = trace.rows
+    assert rows is not None
+    assert 0 < len(rows) < len(opened)
+    writer.close()
+    # Of a recording that has ended nothing may be missing.
+    ended = open_trace(tmp_path)
+    list(ended.processes[0].opened_segments())
+    assert ended.rows_of(0) is not None
+    (tmp_path / "peft" / "000150.safetensors").unlink()
+    with pytest.raises(UnreadableFile):
+        ended.rows  # noqa: B018
+
+
 def test_many_loads_do_not_exceed_the_bound(tmp_path: Path) -> None:
     recorded(tmp_path, 300, loads=150).close()
     assert sizes(tmp_path) <= BOUND

@@ -90,7 +90,17 @@ class ProcessTrace:
     def opened_segments(self) -> Iterator[Segment]:
         """The segments in the order in which they were closed. Their values stay on disk."""
         for path in self._files(_SEGMENT):
-            yield open_segment(path)
+            try:
+                segment = open_segment(path)
+            except UnreadableFile:
+                if self.has_removed(path):
+                    continue
+                raise
+            yield segment
+
+    def has_removed(self, path: Path) -> bool:
+        """Whether a running process has removed a segment to keep its bound, after it was listed here."""
+        return self.running and not os.path.lexists(path)
 
     def segments(self) -> Iterator[Rows]:
         for segment in self.opened_segments():
@@ -102,7 +112,7 @@ class ProcessTrace:
 
     def _files(self, kind: re.Pattern[str]) -> list[Path]:
         names = [entry.name for entry in listed(self.folder) if kind.fullmatch(entry.name)]
-        return [_file(self.folder, name) for name in names]
+        return [_file(self.folder, name) for name in names if not self.has_removed(self.folder / name)]
 
 
 def _file(home: Path, name: str) -> Path:

@@ -9,7 +9,7 @@ folder are read, and all within limits.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -144,14 +144,13 @@ class Trace:
     def rows(self) -> Rows | None:
         """All rows, modules of several loads joined; None if no rows were kept, or if several ranks have shards of
         them."""
-        segments = self._segments
-        return joined(segments) if segments else None
+        return self._joined(self._segments)
 
     def rows_of(self, load: int) -> Rows | None:
         """The rows of one load, at its own modules and rank; None as for `rows`. Load -1 stands for the rows without a
         load. Only the segments of the load are read: all rows of a server may take more memory than there is."""
-        segments = [segment for segment in self._segments if _has_rows(segment, load)]
-        return _only(joined(segments), load) if segments else None
+        rows = self._joined([segment for segment in self._segments if _has_rows(segment, load)])
+        return None if rows is None else _only(rows, load)
 
     def segments_of(self, load: int) -> Iterator[Rows]:
         """The same, a segment at a time, for sums over more rows than fit into memory. A row that was computed twice
@@ -159,6 +158,18 @@ class Trace:
         for segment in self._segments:
             if _has_rows(segment, load):
                 yield _only(read_rows(segment), load)
+
+    def _joined(self, segments: Sequence[Segment]) -> Rows | None:
+        """The rows of these segments, without those that a running process removes in the meantime."""
+        while segments:
+            try:
+                return joined(segments)
+            except UnreadableFile:
+                there = [s for s in segments if not any(worker.has_removed(s.path) for worker in self.workers)]
+                if len(there) == len(segments):
+                    raise
+                segments = there
+        return None
 
     @cached_property
     def _segments(self) -> tuple[Segment, ...]:
