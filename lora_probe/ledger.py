@@ -86,7 +86,8 @@ class Row:
 @dataclass(frozen=True)
 class Ledger:
     """All modules of one load of an adapter in one engine, or the engine's refusal of the whole adapter (`message`, and
-    the `code` of the rule for it). `universe` holds the modules of the base model as well, if they are known."""
+    the `code` of the rule for it). `universe` holds the modules of the base model as well, if they are known. `cut`
+    counts modules whose records are missing because the trace was cut."""
 
     engine: str
     rows: tuple[Row, ...]
@@ -95,6 +96,7 @@ class Ledger:
     code: str = "LP401"
     predicted: bool = False
     universe: Universe | None = field(default=None, repr=False, compare=False)
+    cut: int = 0
 
     @cached_property
     def names(self) -> Universe:
@@ -107,14 +109,14 @@ class Ledger:
     @property
     def healthy(self) -> bool:
         """Whether there are modules and all of them took effect."""
-        return bool(self.rows) and not self.refused and self.count("took effect") == len(self.rows)
+        return bool(self.rows) and not self.refused and not self.cut and self.count("took effect") == len(self.rows)
 
 
 def headline(ledger: Ledger) -> str:
     """The result of a run in one sentence."""
     if ledger.refused:
         return f"refused by {ledger.engine}: {ledger.message} ({ledger.code})"
-    total, unknown = len(ledger.rows), [row for row in ledger.rows if row.fate == "unknown"]
+    total, unknown = len(ledger.rows) + ledger.cut, [row for row in ledger.rows if row.fate == "unknown"]
     if ledger.predicted and not total:
         return "no modules in the files"
     every = clauses(ledger)
@@ -128,7 +130,8 @@ def headline(ledger: Ledger) -> str:
     trained = " as trained" if ledger.count("wrong") else ""
     verb = "take" if ledger.predicted else "took"
     start = f"{ledger.count('took effect')} of {total} modules {verb} effect{trained}"
-    return ", ".join([start, *(clause.with_code for clause in every)])
+    cut = [f"{ledger.cut} unknown: the trace was cut, and their records are not in it"] if ledger.cut else []
+    return ", ".join([start, *(clause.with_code for clause in every), *cut])
 
 
 @dataclass(frozen=True)
@@ -184,11 +187,11 @@ def as_json(ledger: Ledger) -> dict[str, Any]:
     return {
         "refused": ledger.refused,
         "message": ledger.message or None,
-        "total": len(ledger.rows),
+        "total": len(ledger.rows) + ledger.cut,
         "took_effect": ledger.count("took effect"),
         "wrong": ledger.count("wrong"),
         "lost": ledger.count("lost"),
-        "unknown": ledger.count("unknown"),
+        "unknown": ledger.count("unknown") + ledger.cut,
         "modules": [_row_as_json(row) for row in ledger.rows],
     }
 

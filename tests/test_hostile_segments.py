@@ -106,13 +106,6 @@ SEGMENTS: list[tuple[str, Damage, str]] = [
 ]
 
 TOGETHER: list[tuple[str, Damage, str]] = [
-    (
-        "another G",
-        columns(SECOND, grams=lambda _: np.ones((1, 1, 3, 3), np.float32)),
-        "the rank of its G differs",
-    ),
-    ("no shrink in the second", columns(SECOND, shrink=None), "`shrink` is missing, or its width differs"),
-    ("another rank", columns(SECOND, shrink=lambda a: a[..., :1]), "`shrink` is missing, or its width differs"),
     ("another x", columns(SECOND, **{"x/0": lambda a: a[:, :1]}), "the width of `x/0` differs from an earlier segment"),
 ]
 """Segments that are right by themselves, and whose rows cannot be joined."""
@@ -132,6 +125,27 @@ def test_segments_that_do_not_fit_together(
 ) -> None:
     damage(damaged)
     refused(damaged, good, words, capsys, show_too=False)
+
+
+def test_segments_of_other_ranks_and_levels_are_joined(damaged: Path) -> None:
+    """Each adapter has its own rank, and a server's level may be changed: the widest counts."""
+    columns(SECOND, shrink=lambda a: a[..., :1])(damaged)
+    rows = open_trace(damaged).rows
+    assert rows is not None
+    assert rows.shrink is not None
+    np.testing.assert_array_equal(rows.shrink[4:, 0], [[1, 0]] * 4)
+    columns(SECOND, grams=lambda _: np.ones((1, 1, 3, 3), np.float32))(damaged)
+    rows = open_trace(damaged).rows
+    assert rows is not None
+    assert rows.placed[0].gram is not None
+    # The first G that is known stays.
+    np.testing.assert_array_equal(rows.placed[0].gram[0], [[1, 1, 0], [1, 1, 0], [0, 0, 0]])
+    columns(SECOND, shrink=None)(damaged)
+    rows = open_trace(damaged).rows
+    assert rows is not None
+    assert rows.shrink is not None
+    assert np.isnan(rows.shrink[4:]).all()
+    assert (rows.shrink[:4] == 1).all()
 
 
 def test_columns_that_nobody_knows_are_ignored(damaged: Path, good: Path) -> None:

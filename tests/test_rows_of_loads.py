@@ -153,6 +153,16 @@ def test_two_loads_agree_with_themselves(loads: list[Served], flush: bool, tmp_p
     assert [(module.error, module.exact) for module in report.modules] == [(0.0, True)] * len(KEYS)
 
 
+def test_rows_of_a_level_without_shrink_are_compared_by_their_norms(tmp_path: Path) -> None:
+    """The level of a server was raised while it recorded."""
+    whole = write(tmp_path / "whole", [BOTH[0], BOTH[0]], flush=True)
+    raised = write(tmp_path / "raised", [BOTH[0], BOTH[0]], flush=True)
+    resaved(raised.path / "peft" / "000001.safetensors", lambda tensors, _: tensors.pop("shrink"))
+    report = compare(whole, open_trace(raised.path))
+    assert report.verdict == "agree"
+    assert [(module.error, module.exact) for module in report.modules] == [(0.0, False)] * len(KEYS)
+
+
 def test_two_loads_agree_in_whichever_order_they_ran(tmp_path: Path) -> None:
     report = compare(write(tmp_path / "one", BOTH), write(tmp_path / "two", BOTH[::-1]))
     assert report.verdict == "agree"

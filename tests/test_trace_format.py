@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,9 @@ def test_an_unclosed_process_is_called_incomplete(tmp_path: Path) -> None:
     writer.record(ModuleRecord(0, *KEYS[0], ["file"]))
     writer.station(0, "stored", OK, [KEYS[0]])
     writer.rows(rows())
+    path = tmp_path / "peft" / "process.json"
+    # This process still runs. One that ended began at another time than the process that has its id now.
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"began": "1"}))
     trace = open_trace(tmp_path)
     assert trace.unclosed == ("peft",)
     assert trace.rows is None
@@ -169,21 +173,24 @@ def test_a_segment_closes_by_its_number_of_rows(tmp_path: Path) -> None:
     assert not list((tmp_path / "peft").glob("*.partial"))
 
 
-def test_a_segment_closes_by_time_though_no_row_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lora_probe.recording import writer
-
-    monkeypatch.setattr(writer, "MAX_SECONDS", 0.05)
+def test_a_segment_closes_by_time_though_no_row_comes(tmp_path: Path) -> None:
     writer = TraceWriter(tmp_path / "vllm-rank-0", process(role="worker"))
     writer.rows(rows())
-    writer.flush_by_time()
+    writer.flush_by_time(lambda stage: nullcontext())
     segment = tmp_path / "vllm-rank-0" / "000001.safetensors"
-    for _ in range(200):
-        if segment.exists():
-            break
-        time.sleep(0.05)
+    started = time.monotonic()
+    while not segment.exists():
+        assert time.monotonic() < started + 5
+        time.sleep(0.02)
     found = open_trace(tmp_path).rows
     assert found is not None
     assert len(found) == 4
+    # Segments are counted while the recording runs.
+    wait = time.monotonic() + 5
+    while open_trace(tmp_path).processes[0].process.segments == 0:
+        assert time.monotonic() < wait
+    segment.unlink()
+    assert open_trace(tmp_path).processes[0].missing == 1
     writer.close()
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import shutil
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,10 @@ from conftest import LAYERS, call, edited, start_engine
 from written import write_adapter
 
 from lora_probe import open_trace
+from lora_probe.comparison.totals import totals
 from lora_probe.ledger import headline
 from lora_probe.recording import DECODE, PREFILL, Trace
-from lora_probe.recording.rows import NO_ADAPTER, NOT_IN_ITS_SLOT, latest
+from lora_probe.recording.rows import NO_ADAPTER, NOT_IN_ITS_SLOT, places
 
 pytestmark = pytest.mark.engine
 MODULES = 3 * LAYERS
@@ -239,10 +239,10 @@ def test_rows_that_were_computed_again_count_once(server: Server, adapter: Path,
     rows = trace.rows
     assert rows is not None
     assert sum(one.preemptions for one in rows.served.values()) > 0
-    counted = latest(rows)
-    assert not counted.all()
-    places = Counter(zip(rows.request[counted].tolist(), rows.position[counted].tolist(), strict=True))
-    assert set(places.values()) == {1}
+    last = places(rows)
+    assert len(last) < len(rows)
+    counted = np.zeros(len(rows), np.bool_)
+    counted[list(last.values())] = True
     assert sorted(one.prompt for one in rows.served.values()) == sorted(lengths)
     for number, name in enumerate(rows.requests):
         mine = counted & (rows.request == number)
@@ -250,6 +250,7 @@ def test_rows_that_were_computed_again_count_once(server: Server, adapter: Path,
         assert sorted(rows.position[mine].tolist()) == list(range(length + 35))
         assert set(rows.phase[mine & (rows.position < length)].tolist()) == {PREFILL}
         assert set(rows.phase[mine & (rows.position >= length)].tolist()) == {DECODE}
+    assert {load: counted for load, counted in totals(trace, [0]).rows.items() if load == 0} == {0: len(last)}
     ((_, ledger),) = trace.loads
     assert headline(ledger) == f"{MODULES} of {MODULES} modules took effect"
     assert codes(trace) == []

@@ -222,11 +222,12 @@ def test_a_script_of_the_users_own(llama: Path, adapter: Path, tmp_path: Path) -
     script = tmp_path / "own.py"
     script.write_text(OWN.format(model=str(llama), adapter=str(adapter)))
     asked = {"LORA_PROBE_TRACE": str(tmp_path / "run.lptrace"), "LORA_PROBE_KEEP": "shrink"}
-    for name in ("run.lptrace", "run-2.lptrace"):
+    for earlier in ((), (tmp_path / "run.lptrace" / "run-1",)):
         run = subprocess.run([sys.executable, str(script)], env=os.environ | asked, capture_output=True, check=False)
         assert run.returncode == 0, run.stderr[-2000:]
-        found = open_trace(tmp_path / name)
+        found = open_trace(tmp_path / "run.lptrace")
         assert found.complete
+        assert found.other_runs == earlier
         ((load, ledger),) = found.loads
         assert (load.name, load.engine_id) == ("own", 7)
         assert headline(ledger) == f"{MODULES} of {MODULES} modules took effect"

@@ -16,7 +16,7 @@ from lora_probe.recording import SCHEMA, Run, RunSpec, write_json
 from lora_probe_vllm.capture import Step, stack
 from lora_probe_vllm.rows import StepRows
 from lora_probe_vllm.steps import contaminated_rows
-from lora_probe_vllm.worker import level_of
+from lora_probe_vllm.worker import bound_of, level_of
 
 pytestmark = pytest.mark.slow
 
@@ -133,3 +133,19 @@ def test_the_level_of_a_users_own_vllm(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("LORA_PROBE_KEEP", "everything")
     with pytest.raises(ProbeError, match="unknown level `everything` in LORA_PROBE_KEEP"):
         level_of(tmp_path)
+
+
+def test_the_bound_of_a_users_own_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LORA_PROBE_MAX_MB", raising=False)
+    assert bound_of(tmp_path) == 512 * 2**20
+    monkeypatch.setenv("LORA_PROBE_MAX_MB", "3")
+    assert bound_of(tmp_path) == 3 * 2**20
+    for wrong in ("", "0", "-1", "1.5", "512MB", "٣", "9" * 30):
+        monkeypatch.setenv("LORA_PROBE_MAX_MB", wrong)
+        with pytest.raises(ProbeError, match=f"invalid bound `{wrong}` in LORA_PROBE_MAX_MB") as refused:
+            bound_of(tmp_path)
+        assert "LORA_PROBE_MAX_MB=512" in refused.value.hint
+    # A run that `trace` started ends by itself.
+    spec = RunSpec("vllm", "/a", "a", "/model", [], 1)
+    write_json(tmp_path / "run.json", Run(SCHEMA, "2026-01-01T00:00:00+00:00", spec, {}))
+    assert bound_of(tmp_path) is None

@@ -136,8 +136,12 @@ def distances(joined: Joined, here: int, there: int) -> tuple[Floats, bool]:
     rank = min(one.shrink.shape[-1], two.shrink.shape[-1])
     shrinks_one = one.shrink[joined.reference_rows, here, :rank]
     shrinks_two = two.shrink[joined.candidate_rows, there, :rank]
-    exact = True
-    for (load_one, load_two), chosen in by_load(joined):
+    # The level of a server may be changed while it records: these rows have a norm and no shrink.
+    unkept = np.isnan(shrinks_one).all(-1) & np.isfinite(one.delta_norm[joined.reference_rows, here])
+    unkept |= np.isnan(shrinks_two).all(-1) & np.isfinite(two.delta_norm[joined.candidate_rows, there])
+    exact = not unkept.any()
+    for (load_one, load_two), of_loads in by_load(joined):
+        chosen = of_loads & ~unkept
         held_one, held_two = grams_of(one.placed, load_one, here), grams_of(two.placed, load_two, there)
         if held_one is None or held_two is None:
             exact = False

@@ -6,16 +6,13 @@ still runs. Only the headers of segments are read here, no rows.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from lora_probe.errors import ProbeError
 from lora_probe.ledger import Ledger, Station, headline
 from lora_probe.names import Key, in_words
 from lora_probe.recording import Load, LoadEvent, RequestFinding, StationRecord, Trace
-from lora_probe.recording.reader import ProcessTrace
 from lora_probe.rules.lp5_loading import not_measured
 
 GRAPHS = "graphs"
@@ -111,7 +108,7 @@ def _some(numbers: Sequence[int], most: int = 20) -> str:
 
 def unfinished(trace: Trace) -> tuple[str, ...]:
     """The processes whose recording has ended and is not complete; those that still run are left out."""
-    alive = {process.folder.name for process in trace.processes if _alive(process)}
+    alive = {process.folder.name for process in trace.processes if process.running}
     return tuple(name for name in trace.unclosed if name not in alive)
 
 
@@ -120,47 +117,9 @@ def recorded_rows(trace: Trace) -> int:
     return sum(segment.count for worker in trace.workers[:1] for segment in worker.opened_segments())
 
 
-# The live and the bounded recording. REWIRE ON MERGE: use `running`, `other_runs` and `dropped` of `Trace` and
-# `ProcessTrace`, and remove `_alive`. Nothing else in `comparison`, `render` or `cli` asks for them.
-
-
 def running(trace: Trace) -> bool:
     """Whether a process still writes this recording."""
-    return any(_alive(process) for process in trace.processes)
-
-
-def other_runs(trace: Trace) -> tuple[Path, ...]:
-    """Other runs in the same folder."""
-    return tuple(getattr(trace, "other_runs", ()))
-
-
-def dropped(trace: Trace) -> int:
-    """How many rows were removed again to keep the recording under its size limit."""
-    return int(getattr(getattr(trace, "dropped", None), "rows", 0))
-
-
-def lost(trace: Trace) -> int:
-    """How many rows could not be written."""
-    return int(getattr(getattr(trace, "dropped", None), "lost_rows", 0))
-
-
-def _alive(process: ProcessTrace) -> bool:
-    """Whether the process that writes this folder runs, on this machine."""
-    alive = getattr(process, "running", None)
-    if alive is not None:
-        return bool(alive)
-    if process.process.closed or process.process.pid <= 1:
-        return False
-    try:
-        os.kill(process.process.pid, 0)
-    except PermissionError:
-        return True
-    except (OSError, OverflowError):
-        return False
-    return True
-
-
-# The entries.
+    return any(process.running for process in trace.processes)
 
 
 def _entries(trace: Trace) -> Iterator[LoadEntry]:

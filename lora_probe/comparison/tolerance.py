@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from lora_probe.errors import UnreadableFile
 from lora_probe.files import shown
 from lora_probe.precision import KNOWN, UnknownDtype, coarser, rounding
-from lora_probe.recording.reader import ProcessTrace
+from lora_probe.recording import ProcessTrace
 
 NOT_RECORDED_NOTE = "no dtype was recorded: the tolerance is that of the coarsest dtype, bfloat16"
 

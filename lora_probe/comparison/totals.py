@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lora_probe.comparison.recorded import dropped
 from lora_probe.errors import UnreadableFile, out_of_memory
 from lora_probe.files.limits import step
 from lora_probe.files.weights import read_chunk
@@ -217,7 +216,7 @@ def _requests(trace: Trace, index: _Index, served: Mapping[str, Served]) -> Iter
     for number, load in np.unique(np.stack([index.request, index.load]), axis=1).T.tolist():
         loads.setdefault(number, []).append(load)
     prompts = {record.id: len(record.prompt_ids) for record in trace.requests}
-    caching = _has_prefix_cache(trace) and not dropped(trace)
+    caching = _has_prefix_cache(trace) and not trace.dropped.rows
     for number, name in enumerate(index.requests):
         if not rows[number]:
             continue

@@ -59,7 +59,8 @@ class LoadRecord:
         self, writer: TraceWriter, load: Load, adapter: Adapter, expected: tuple[Expected, ...], dtype: str
     ) -> None:
         self.adapter, self.expected = adapter, expected
-        self._writer, self._load, self._dtype = writer, load, dtype
+        self._writer, self._dtype = writer, dtype
+        self._load = replace(load, modules=len(expected))
         self._requested = 0
         self._requests = RequestFindings(writer, load.load, load.name)
         self._began: float | None = None

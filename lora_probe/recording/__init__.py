@@ -6,7 +6,8 @@ In: records and rows from engines, through `TraceWriter`. Out: a `Trace`, read f
 from __future__ import annotations
 
 from lora_probe.recording.placed import Floats, Placed
-from lora_probe.recording.reader import Scored, Trace, open_trace
+from lora_probe.recording.process_trace import Dropped, ProcessTrace
+from lora_probe.recording.reader import Trace, open_trace
 from lora_probe.recording.records import (
     DECODE,
     LEVELS,
@@ -28,6 +29,7 @@ from lora_probe.recording.records import (
     StationRecord,
 )
 from lora_probe.recording.rows import Rows
+from lora_probe.recording.scored import Scored
 from lora_probe.recording.writer import TraceWriter, write_json
 
 __all__ = [
@@ -35,6 +37,7 @@ __all__ = [
     "LEVELS",
     "PREFILL",
     "SCHEMA",
+    "Dropped",
     "Floats",
     "Level",
     "Load",
@@ -42,6 +45,7 @@ __all__ = [
     "ModuleRecord",
     "Placed",
     "Process",
+    "ProcessTrace",
     "Prompt",
     "Record",
     "RequestFinding",

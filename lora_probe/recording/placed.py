@@ -53,6 +53,12 @@ def digest_of(a: Floats, scaled_b: Floats) -> str:
     return digest.hexdigest()[:16]
 
 
+def at_rank(gram: Floats, rank: int) -> Floats:
+    """G `[..., r, r]` padded to a larger rank. An adapter has nothing beyond its own rank: zero."""
+    more = rank - gram.shape[-1]
+    return np.pad(gram, [(0, 0)] * (gram.ndim - 2) + [(0, more)] * 2) if more > 0 else gram
+
+
 def same_loads(one: Mapping[int, Placed], two: Mapping[int, Placed]) -> bool:
     """Whether the loads that are in both have the same weights in both."""
     return all(one[load].digests == two[load].digests for load in one.keys() & two.keys())
@@ -89,8 +95,13 @@ class _Joining:
         self._disputed: set[int] = set()
 
     def add(self, where: list[int], part: Placed) -> None:
-        if self._gram is None and part.gram is not None:
-            self._gram = np.full((len(self._digests), *part.gram.shape[1:]), np.nan, np.float32)
+        gram = part.gram
+        if gram is not None:
+            rank = gram.shape[-1]
+            if self._gram is None:
+                self._gram = np.full((len(self._digests), rank, rank), np.nan, np.float32)
+            rank = max(rank, self._gram.shape[-1])
+            self._gram, gram = at_rank(self._gram, rank), at_rank(gram, rank)
         for index, (column, digest) in enumerate(zip(where, part.digests, strict=True)):
             before = self._digests[column]
             if before and digest and before != digest:
@@ -98,8 +109,8 @@ class _Joining:
                 continue
             # G belongs to its digest: a G without a digest is only used if there is none yet.
             new = self._unknown(column) if digest == before else bool(digest)
-            if new and self._gram is not None and part.gram is not None:
-                self._gram[column] = part.gram[index]
+            if new and self._gram is not None and gram is not None:
+                self._gram[column] = gram[index]
             self._digests[column] = digest or before
 
     def result(self) -> Placed:

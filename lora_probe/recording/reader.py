@@ -1,121 +1,56 @@
 """Reading a trace: `open_trace` and `Trace`, from the files alone.
 
 In: a folder that `TraceWriter`s have written, complete or truncated anywhere, or from an untrusted source. Out: its
-run, processes, loads with their ledgers, requests, and rows. Unknown fields and unknown kinds of records are ignored; a
-newer schema is an error; of a truncated last line only that line is lost. Only regular files inside the folder are
-read, and all within limits.
+newest run: processes, loads with their ledgers, requests, and rows; and the paths of its other runs. Unknown fields and
+unknown kinds of records are ignored; a newer schema is an error; of a truncated last line only that line is lost. Only
+regular files inside the folder are read, and all within limits.
 """
 
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
-
-import msgspec
+from typing import Any
 
 from lora_probe.adapter import CONFIG
 from lora_probe.adapter.folder import inside, listed
 from lora_probe.errors import UnreadableFile, command
-from lora_probe.files import brief, shown
-from lora_probe.files.weights import MAX_VALUES, TensorHeader, WeightsFile
+from lora_probe.files import shown
 from lora_probe.ledger import STATIONS, Finding, Ledger, Row, Station, worse
 from lora_probe.names import Key
-from lora_probe.recording.documents import decoded, document, lines, too_deep
-from lora_probe.recording.placed import Floats
+from lora_probe.recording.documents import document
+from lora_probe.recording.process_trace import Dropped, ProcessTrace, open_process, refuse_deep, refuse_newer
 from lora_probe.recording.records import (
-    KINDS,
-    SCHEMA,
     Load,
     LoadEvent,
     ModuleRecord,
-    Process,
-    Record,
     RequestFinding,
     RequestRecord,
     Run,
-    Score,
     StationRecord,
 )
 from lora_probe.recording.requests import joined_findings, with_client_ids
-from lora_probe.recording.rows import Rows
-from lora_probe.recording.segments import Segment, joined, open_recorded, open_segment, read_rows, values
+from lora_probe.recording.rows import Rows, selected
+from lora_probe.recording.runs import inside_of, later_runs
+from lora_probe.recording.scored import Scored
+from lora_probe.recording.segments import Segment, joined, read_rows, values
 from lora_probe.rules import all_rules
 from lora_probe.rules.lp5_loading import not_measured
 
 _RECORD = "record one with `lora-probe trace CKPT --engine ...`"
-_SEGMENT = re.compile(r"[0-9]{1,18}\.safetensors")
-_SCORE = re.compile(r"next-[0-9]{1,18}\.safetensors")
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Scored:
-    """One scored pass. Its distributions stay on disk: a whole vocabulary for every token takes too much memory."""
-
-    path: Path
-    score: Score
-
-    def logprobs(self) -> Floats | None:
-        """`[answer tokens, vocabulary]`, read from disk; None if they were not measured.
-
-        Raises:
-            UnreadableFile: the file is damaged.
-        """
-        weights = open_recorded(self.path, "a scored pass")
-        header = _distributions(weights, self.score)
-        return None if header is None else values(weights, header)
-
-
-@dataclass(frozen=True)
-class ProcessTrace:
-    """The folder of one process."""
-
-    folder: Path
-    process: Process
-    records: tuple[Record, ...]
-    requests: tuple[RequestRecord, ...]
-
-    def of(self, kind: type[T]) -> list[T]:
-        return [record for record in self.records if isinstance(record, kind)]
-
-    @property
-    def missing(self) -> int:
-        """How many of the segments and scores that it closed are missing."""
-        names = [entry.name for entry in listed(self.folder)]
-        segments, scores = (sum(map(bool, map(kind.fullmatch, names))) for kind in (_SEGMENT, _SCORE))
-        return max(0, self.process.segments - segments) + max(0, self.process.scores - scores)
-
-    def opened_segments(self) -> Iterator[Segment]:
-        """The segments in the order in which they were closed. Their values stay on disk."""
-        for path in self._files(_SEGMENT):
-            yield open_segment(path)
-
-    def segments(self) -> Iterator[Rows]:
-        for segment in self.opened_segments():
-            yield read_rows(segment)
-
-    def scores(self) -> Iterator[Scored]:
-        for path in self._files(_SCORE):
-            yield _scored(path)
-
-    def _files(self, kind: re.Pattern[str]) -> list[Path]:
-        names = [entry.name for entry in listed(self.folder) if kind.fullmatch(entry.name)]
-        return [_file(self.folder, name) for name in names]
 
 
 @dataclass(frozen=True)
 class Trace:
-    """A recorded run."""
+    """A recorded run. `path` is its own folder; `other_runs` are the other ones in the same trace folder."""
 
     path: Path
     run: Run | None
     processes: tuple[ProcessTrace, ...]
+    other_runs: tuple[Path, ...] = ()
 
     @property
     def engine(self) -> str:
@@ -123,12 +58,33 @@ class Trace:
 
     @property
     def unclosed(self) -> tuple[str, ...]:
-        """The processes that did not close their recording, or with segments missing."""
-        return tuple(p.folder.name for p in self.processes if not p.process.closed or p.missing)
+        """The processes that did not close their recording, or with segments missing, or that could not write all."""
+        return tuple(
+            p.folder.name
+            for p in self.processes
+            if not p.process.closed or p.missing or p.dropped.lost_rows or p.dropped.lost_records
+        )
 
     @property
     def complete(self) -> bool:
         return bool(self.processes) and not self.unclosed
+
+    @property
+    def running(self) -> bool:
+        """Whether a process of it still records."""
+        return any(process.running for process in self.processes)
+
+    @property
+    def dropped(self) -> Dropped:
+        """What its processes left out to keep their bounds, or could not write."""
+        parts = [process.dropped for process in self.processes]
+        return Dropped(
+            sum(part.segments for part in parts),
+            sum(part.rows for part in parts),
+            sum(part.events for part in parts),
+            sum(part.lost_rows for part in parts),
+            sum(part.lost_records for part in parts),
+        )
 
     @property
     def workers(self) -> tuple[ProcessTrace, ...]:
@@ -200,13 +156,40 @@ class Trace:
     def rows(self) -> Rows | None:
         """All rows, modules of several loads joined; None if no rows were kept, or if several ranks have shards of
         them. Requests have the ids of the answers and scored passes in this trace, others those of the engine."""
-        if self.sharded:
-            return None
-        segments = [segment for process in self.workers for segment in process.opened_segments()]
-        if not segments:
-            return None
+        return self._joined(self._segments)
+
+    def rows_of(self, load: int) -> Rows | None:
+        """The rows of one load, at its own modules and rank; None as for `rows`. Load -1 stands for the rows without a
+        load. Only the segments of the load are read: all rows of a server may take more memory than there is."""
+        rows = self._joined([segment for segment in self._segments if _has_rows(segment, load)])
+        return None if rows is None else _only(rows, load)
+
+    def segments_of(self, load: int) -> Iterator[Rows]:
+        """The same, a segment at a time, for sums over more rows than fit into memory. A row that was computed twice
+        is in two of them, and only the first has the G of its load."""
+        for segment in self._segments:
+            if _has_rows(segment, load):
+                yield _only(read_rows(segment), load)
+
+    def _joined(self, segments: Sequence[Segment]) -> Rows | None:
+        """The rows of these segments, without those that a running process removes in the meantime."""
         answers = {request.id for request in self.requests} | {scored.score.request for scored in self.scores}
-        return with_client_ids(joined(segments), answers)
+        while segments:
+            try:
+                return with_client_ids(joined(segments), answers)
+            except UnreadableFile:
+                there = [s for s in segments if not any(worker.has_removed(s.path) for worker in self.workers)]
+                if len(there) == len(segments):
+                    raise
+                segments = there
+        return None
+
+    @cached_property
+    def _segments(self) -> tuple[Segment, ...]:
+        """Those of the worker; none if several ranks have shards."""
+        if self.sharded:
+            return ()
+        return tuple(segment for process in self.workers for segment in process.opened_segments())
 
     def _stations_of_loads(self) -> dict[int, dict[Key, dict[Station, Finding]]]:
         """The findings by the number of the load, the module and the station."""
@@ -231,55 +214,94 @@ class Trace:
         return records
 
     def _ledger(self, load: Load, modules: list[ModuleRecord], stations: dict[Key, dict[Station, Finding]]) -> Ledger:
+        missing = not_measured(self._why_missing(load.load, stations))
         rows = [
             Row(
                 module.key,
-                self._stations(stations.get(module.key, {})),
+                _stations(stations.get(module.key, {}), missing),
                 tuple(module.expected_by),
                 module.stored_as,
                 module.engine_as,
             )
             for module in modules
         ]
-        return Ledger(self.engine, tuple(rows), load.refused, load.message)
+        cut = max(0, (load.modules or 0) - len(rows))
+        return Ledger(self.engine, tuple(rows), load.refused, load.message, cut=cut)
 
-    def _stations(self, recorded: dict[Station, Finding]) -> dict[Station, Finding]:
-        ended = "the recording ended before it was measured"
-        missing = not_measured(ended)
-        result: dict[Station, Finding] = {}
-        gone = False
-        for station in STATIONS:
-            finding = recorded.get(station) or (Finding("absent") if gone else missing)
-            gone = gone or (finding.value == "absent" and station != "stored")
-            result[station] = finding
-        return result
+    def _why_missing(self, load: int, stations: dict[Key, dict[Station, Finding]]) -> str:
+        """Why a station of a load that has no record is unknown."""
+        running = [worker for worker in self.workers if worker.running]
+        if not running:
+            return "the recording ended before it was measured"
+        for worker in running:
+            if worker.process.not_recorded:
+                return f"contributions not recorded: {worker.process.not_recorded}"
+            if worker.process.keep == "events":
+                return "contributions are not recorded (--keep events)"
+        if any("applied" in of_module for of_module in stations.values()) or any(load in w.used for w in running):
+            return "not measured yet: the recording is still running"
+        return "no request has used the adapter yet"
+
+
+def _has_rows(segment: Segment, load: int) -> bool:
+    return load in segment.loads if load >= 0 else load in values(segment.weights, segment.columns["load"])
+
+
+def _only(rows: Rows, load: int) -> Rows:
+    """The rows of one load. Segments of older traces have several."""
+    chosen = rows.load == load
+    return rows if chosen.all() else selected(rows, chosen)
+
+
+def _stations(recorded: dict[Station, Finding], missing: Finding) -> dict[Station, Finding]:
+    """The findings of all stations. `missing` stands for those that were not recorded."""
+    result: dict[Station, Finding] = {}
+    gone = False
+    for station in STATIONS:
+        finding = recorded.get(station) or (Finding("absent") if gone else missing)
+        gone = gone or (finding.value == "absent" and station != "stored")
+        result[station] = finding
+    return result
 
 
 def open_trace(path: str | Path) -> Trace:
-    """Open a trace folder.
+    """Open a trace folder: its newest run, or the run that `path` names (`RUN.lptrace/run-2`).
 
     Raises:
         UnreadableFile: there is no such folder, no trace in it, or its schema is newer.
     """
     folder = Path(path)
-    if not folder.is_dir():
+    trace = inside_of(folder)
+    if trace is None and not folder.is_dir():
         raise UnreadableFile(f"trace `{folder}` does not exist", _RECORD)
-    run = _run(folder) if os.path.lexists(folder / "run.json") else None
-    processes = [_process(home) for home in _homes(folder)]
-    if run is None and not processes:
-        if (folder / CONFIG).is_file():
-            raise UnreadableFile(f"`{folder}` is an adapter, not a trace", command("inspect", folder))
+    runs = _runs(trace or folder)
+    if trace is not None:
+        chosen = next((home for home, name in runs.items() if name == folder), folder)
+    else:
+        chosen = list(runs)[-1] if runs else folder
+    if chosen not in runs:
+        if (chosen / CONFIG).is_file():
+            raise UnreadableFile(f"`{chosen}` is an adapter, not a trace", command("inspect", chosen))
         raise UnreadableFile(
-            f"`{folder}` is not a trace: it contains neither run.json nor the folder of a process", _RECORD
+            f"`{chosen}` is not a trace: it contains neither run.json nor the folder of a process", _RECORD
         )
-    return Trace(folder, run, tuple(processes))
+    run = _run(chosen) if os.path.lexists(chosen / "run.json") else None
+    processes = tuple(open_process(home) for home in _homes(chosen))
+    return Trace(chosen, run, processes, tuple(name for home, name in runs.items() if home != chosen))
+
+
+def _runs(trace: Path) -> dict[Path, Path]:
+    """The folders of the runs in a trace folder that contain anything, in order, each with the path that opens it."""
+    later = later_runs(trace)
+    paths = {trace: trace / "run-1" if later else trace} | {run: run for run in later}
+    return {run: name for run, name in paths.items() if os.path.lexists(run / "run.json") or _homes(run)}
 
 
 def _run(folder: Path) -> Run:
     path = inside(folder, "run.json")
     run = document(path, Run)
-    _refuse_newer(path, run.schema)
-    _refuse_deep(path, run.spec.options)
+    refuse_newer(path, run.schema)
+    refuse_deep(path, run.spec.options)
     return run
 
 
@@ -298,83 +320,3 @@ def _homes(folder: Path) -> list[Path]:
             )
         homes.append(home)
     return homes
-
-
-def _file(home: Path, name: str) -> Path:
-    """A file of a process's folder. A link may lead to another file of the same trace."""
-    return inside(home.parent, f"{home.name}/{name}")
-
-
-def _process(home: Path) -> ProcessTrace:
-    path = _file(home, "process.json")
-    process = document(path, Process)
-    _refuse_newer(path, process.schema)
-    _refuse_deep(path, process.settings)
-    records = _lines(home, "events.jsonl", Record, _wrong_record, KINDS)
-    requests = _lines(home, "requests.jsonl", RequestRecord, _wrong_request)
-    return ProcessTrace(home, process, tuple(records), tuple(requests))
-
-
-def _lines(
-    home: Path, name: str, kind: Any, wrong: Callable[[Any], str], known: frozenset[str] = frozenset()
-) -> list[Any]:
-    """The lines that a process wrote; none if the file does not exist yet."""
-    if not os.path.lexists(home / name):
-        return []
-    return lines(_file(home, name), msgspec.json.Decoder(kind), wrong, known)
-
-
-def _wrong_record(record: Record) -> str:
-    deep = isinstance(record, LoadEvent) and record.facts and too_deep(record.facts)
-    return "its facts are nested too deeply" if deep else ""
-
-
-def _wrong_request(request: RequestRecord) -> str:
-    return f"its prompt number is {request.prompt}" if request.prompt < 0 else ""
-
-
-def _refuse_newer(path: Path, schema: int) -> None:
-    if schema > SCHEMA:
-        raise UnreadableFile(
-            f"`{path}` has trace schema {schema}; this version of lora-probe reads up to {SCHEMA}", "upgrade lora-probe"
-        )
-
-
-def _refuse_deep(path: Path, value: dict[str, Any]) -> None:
-    if too_deep(value):
-        raise UnreadableFile(f"cannot read `{path}`: it is nested too deeply")
-
-
-def _scored(path: Path) -> Scored:
-    weights = open_recorded(path, "a scored pass")
-    text = weights.metadata.get("score")
-    if text is None:
-        raise _no_score(path, "its metadata has no `score`")
-    try:
-        score = decoded(text, msgspec.json.Decoder(Score))
-    except ValueError as error:
-        raise _no_score(path, f"its `score` cannot be read: {error}") from error
-    if min((score.prompt, *score.prompt_ids, *score.answer_ids)) < 0:
-        raise _no_score(path, "its prompt number, or a token id, is negative")
-    _distributions(weights, score)
-    return Scored(path, score)
-
-
-def _distributions(weights: WeightsFile, score: Score) -> TensorHeader | None:
-    """The tensor of a pass's distributions; None if they were not measured."""
-    header = weights.tensors.get("logprobs")
-    if header is None:
-        return None
-    answers, last = len(score.answer_ids), max(score.answer_ids, default=-1)
-    if header.dtype != "F32" or len(header.shape) != 2 or header.shape[0] != answers:
-        is_now = f"{header.dtype} {brief(list(header.shape))}"
-        raise _no_score(weights.path, f"`logprobs` is {is_now}, expected F32 [{answers}, vocabulary]")
-    if last >= header.shape[1]:
-        raise _no_score(weights.path, f"its answer contains token {last}, but its vocabulary has {header.shape[1]}")
-    if header.parameters > MAX_VALUES:
-        raise _no_score(weights.path, f"it has {header.parameters} values, more than the limit of {MAX_VALUES}")
-    return header
-
-
-def _no_score(path: Path, why: str) -> UnreadableFile:
-    return UnreadableFile(f"the scored pass `{path}` is damaged: {why}", "copy the trace again, or record it again")

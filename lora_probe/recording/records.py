@@ -61,7 +61,13 @@ class Run(msgspec.Struct, frozen=True):
 
 
 class Process(msgspec.Struct, frozen=True):
-    """process.json: the process that wrote this folder. `changed` lists the engine settings that recording changed."""
+    """process.json: the process that wrote this folder. `changed` lists the engine settings that recording changed.
+
+    `host` and `began` tell whether it still runs (`alive.py`). `segments` and `scores` count what it has written so
+    far; of these `dropped_segments` with `dropped_rows` were removed again to keep a bound, and `lost_rows` could not
+    be written. `dropped_events` of the load timeline were left out for the same bound, and
+    `lost_records` of events.jsonl could not be written either.
+    """
 
     schema: int
     role: str
@@ -79,6 +85,13 @@ class Process(msgspec.Struct, frozen=True):
     segments: int = 0
     scores: int = 0
     closed: bool = False
+    host: str = ""
+    began: str = ""
+    dropped_segments: int = 0
+    dropped_rows: int = 0
+    dropped_events: int = 0
+    lost_rows: int = 0
+    lost_records: int = 0
 
 
 class LoadEvent(msgspec.Struct, frozen=True, tag="event", tag_field="kind"):
@@ -95,7 +108,8 @@ class LoadEvent(msgspec.Struct, frozen=True, tag="event", tag_field="kind"):
 class Load(msgspec.Struct, frozen=True, tag="load", tag_field="kind"):
     """One load of an adapter; each load has a ledger. A later line with the same number replaces the earlier one.
 
-    `said` contains the lines that the engine logged during the load.
+    `said` contains the lines that the engine logged during the load. `modules` is the number of its module records
+    (None in older traces): a trace with fewer was cut.
     """
 
     load: int
@@ -108,6 +122,7 @@ class Load(msgspec.Struct, frozen=True, tag="load", tag_field="kind"):
     refused: bool = False
     message: str = ""
     said: list[str] = []
+    modules: int | None = None
 
 
 class ModuleRecord(msgspec.Struct, frozen=True, tag="module", tag_field="kind"):

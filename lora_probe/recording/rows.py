@@ -1,6 +1,7 @@
 """Rows: the measurements of every module at every position of every request, in columns.
 
-In: arrays of one step, or of many. Out: `Rows`, joined, widened to more modules, and looked up by request and position.
+In: arrays of one step, or of many. Out: `Rows`, joined, widened to more modules, selected, and looked up by request and
+position.
 All facts about a column are in the metadata of its field; other code reads them from COLUMNS.
 """
 
@@ -14,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lora_probe.names import Key
-from lora_probe.recording.placed import Floats, Placed, joined_placed
+from lora_probe.recording.placed import Floats, Placed, at_rank, joined_placed
 from lora_probe.recording.records import LEVELS, Level, Served
 
 Writer = Literal["every run", "runs of an adapter", "scored runs"]
@@ -55,7 +56,8 @@ _TABLE = _column("F32", "rows", "width", by="runs of an adapter", levels=("tenso
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of one step or of many, in columns. NaN means that the row did not run there.
+    """Rows of one step or of many, in columns. NaN means that the row did not run there, or that it ran without a load
+    and had no contribution: of such rows no columns are kept (`parts.py`).
 
     `load` is the number of the load that a row requested and ran with, NO_ADAPTER or NOT_IN_ITS_SLOT. `placed` contains
     the weights of each load, `served` how each request was served, if the engine reports that.
@@ -88,8 +90,10 @@ class Rows:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the whole tensors; everything else is small in comparison."""
-        return sum(table.nbytes for name in TABLES for table in (getattr(self, name) or {}).values())
+        """Bytes of all columns."""
+        arrays = [array for name in ARRAYS if (array := getattr(self, name)) is not None]
+        tables = [table for name in TABLES for table in (getattr(self, name) or {}).values()]
+        return sum(column.nbytes for column in (*arrays, *tables))
 
 
 COLUMNS: dict[str, Column] = {f.name: f.metadata["column"] for f in fields(Rows) if "column" in f.metadata}
@@ -105,7 +109,8 @@ def kept(name: str, level: Level) -> bool:
 
 
 def concatenate(parts: Sequence[Rows]) -> Rows:
-    """Several `Rows` of the same modules as one. The tables of requests and of loads are joined."""
+    """Several `Rows` of the same modules as one. The tables of requests and of loads are joined. Their levels and ranks
+    may differ: shrink and G are padded with zeros, and a column that a part did not keep is NaN in its rows."""
     requests: dict[str, int] = {}
     numbers = []
     for part in parts:
@@ -113,17 +118,53 @@ def concatenate(parts: Sequence[Rows]) -> Rows:
             requests.setdefault(request, len(requests))
         table = np.array([requests[name] for name in part.requests], dtype=np.int32)
         numbers.append(table[part.request] if len(part.requests) else part.request)
-    columns: dict[str, Any] = {
-        name: np.concatenate([getattr(part, name) for part in parts])
-        for name in ARRAYS
-        if getattr(parts[0], name) is not None
-    }
+    columns: dict[str, Any] = {name: _concatenated(parts, name) for name in ARRAYS}
     columns |= {name: _concatenated_tables(parts, name) for name in TABLES}
     columns["request"] = np.concatenate(numbers)
     modules = parts[0].modules
     placed = joined_placed(((part.modules, part.placed) for part in parts), modules)
     served = {request: facts for part in parts for request, facts in part.served.items()}
-    return Rows(modules, tuple(requests), placed=placed, served=served, **columns)
+    rows = Rows(modules, tuple(requests), placed=placed, served=served, **columns)
+    return replace(rows, placed=as_wide(placed, rows.shrink))
+
+
+def as_wide(placed: Mapping[int, Placed], shrink: Floats | None) -> dict[int, Placed]:
+    """The loads with a G as wide as `shrink`, or as the widest G if that is wider."""
+    ranks = [of_load.gram.shape[-1] for of_load in placed.values() if of_load.gram is not None]
+    rank = max([*ranks, shrink.shape[-1] if shrink is not None else 0])
+    return {load: replace(p, gram=None if p.gram is None else at_rank(p.gram, rank)) for load, p in placed.items()}
+
+
+def _padded(shrink: Floats, rank: int) -> Floats:
+    """`[rows, modules, r]` padded to a larger rank with zeros. Without any rank no module ran: NaN."""
+    width = shrink.shape[-1]
+    return np.pad(shrink, ((0, 0), (0, 0), (0, rank - width)), constant_values=0 if width else np.nan)
+
+
+def selected(rows: Rows, chosen: npt.NDArray[np.bool_] | None, columns: npt.NDArray[np.intp] | None = None) -> Rows:
+    """Some of the rows, and of their columns; None stands for all. The loads stay as they are."""
+    if chosen is None and columns is None:
+        return rows
+    keys = rows.modules if columns is None else tuple(rows.modules[number] for number in columns)
+    everything = slice(None)
+    of_rows = everything if chosen is None else chosen
+    arrays: dict[str, Any] = {}
+    for name in ARRAYS:
+        values = getattr(rows, name)
+        if values is not None:
+            values = values[of_rows]
+            if columns is not None and "modules" in COLUMNS[name].axes:
+                values = values[:, columns]
+        arrays[name] = values
+    kept_keys = set(keys)
+    for name in TABLES:
+        tables: Mapping[Key, Floats] | None = getattr(rows, name)
+        if tables is not None:
+            arrays[name] = {key: values[of_rows] for key, values in tables.items() if key in kept_keys} or None
+    names, arrays["request"] = np.unique(arrays["request"], return_inverse=True)
+    arrays["request"] = arrays["request"].astype(np.int32)
+    requests = tuple(rows.requests[number] for number in names.tolist())
+    return replace(rows, modules=keys, requests=requests, **arrays)
 
 
 def output_rows(modules: tuple[Key, ...], request: str, phases: Sequence[int], norm: Floats, sketch: Floats) -> Rows:
@@ -171,6 +212,20 @@ def _spread(values: Any, column: Column, where: npt.NDArray[np.intp], count: int
     wide = np.full(shape, np.nan, dtype=np.float32)
     wide[(slice(None),) * axis + (where,)] = values
     return wide
+
+
+def _concatenated(parts: Sequence[Rows], name: str) -> Any:
+    """One column of all parts; None if no part has it."""
+    values = [getattr(part, name) for part in parts]
+    kept_by = [column for column in values if column is not None]
+    if not kept_by:
+        return None
+    if "r" in COLUMNS[name].axes:
+        rank = max(column.shape[-1] for column in kept_by)
+        values = [None if column is None else _padded(column, rank) for column in values]
+    shape = next(column for column in values if column is not None).shape[1:]
+    missing = [np.full((len(part), *shape), np.nan, np.float32) for part in parts if getattr(part, name) is None]
+    return np.concatenate([column if column is not None else missing.pop(0) for column in values])
 
 
 def _concatenated_tables(parts: Sequence[Rows], name: str) -> dict[Key, Floats] | None:

@@ -4,12 +4,16 @@ In: `Rows` to write; or an untrusted file that a `TraceWriter` should have writt
 a segment; a `Segment` from a file's header and its table, whose values stay on disk. `read_rows` reads them as `Rows`,
 `joined` reads those of several segments. Unknown columns are ignored. Anything inconsistent is one `UnreadableFile`.
 
-The weights of loads are in the tensor `grams`, `[loads, modules, r, r]`, and in a digest for each module in each of the
-table's `loads`. Older segments have one `gram`, `[modules, r, r]`, and one list of digests, `placed`, both of the load
-that ran last. Both layouts are schema 1, and the names differ on purpose: an older reader ignores the new names and
-uses the norms as a bound, which is right for every row. Under the old names it would use one load's G for all rows, and
-its results could be wrong by any factor. This reader uses an old `gram` for all loads with rows in the segment: the old
-writer closed a segment when the digests changed.
+A segment has the rows of one load, with columns for the modules of that load, or rows without a load. The weights of
+its loads are in the tensor `grams`, `[loads, modules, r, r]`, and in a digest for each module in each of the table's
+`loads`. Only the first segment of a load has its G. The later ones have its digests, so a reader knows that it is still
+the same.
+
+Older segments have the rows of several loads, and before that one `gram`, `[modules, r, r]`, and one list of digests,
+`placed`, both of the load that ran last. All layouts are schema 1, and the names differ on purpose: an older reader
+ignores the new names and uses the norms as a bound, which is right for every row. Under the old names it would use one
+load's G for all rows, and its results could be wrong by any factor. This reader uses an old `gram` for all loads with
+rows in the segment: the old writer closed a segment when the digests changed.
 """
 
 from __future__ import annotations
@@ -31,7 +35,7 @@ from lora_probe.names import Key
 from lora_probe.recording.documents import decoded
 from lora_probe.recording.placed import Placed, joined_placed
 from lora_probe.recording.records import SCHEMA, Served
-from lora_probe.recording.rows import ARRAYS, COLUMNS, REQUIRED, TABLES, Rows, concatenate, widened
+from lora_probe.recording.rows import ARRAYS, COLUMNS, REQUIRED, TABLES, Rows, as_wide, concatenate, widened
 from lora_probe.recording.sketch import SKETCH
 
 MAX_SEGMENT = 2**35
@@ -177,16 +181,16 @@ def _placed_parts(segments: Sequence[Segment]) -> Iterator[tuple[tuple[Key, ...]
 
 
 def joined(segments: Sequence[Segment]) -> Rows:
-    """The rows of one or more segments, with columns for the modules of all.
+    """The rows of one or more segments, with columns for the modules of all, at the widest rank of all.
 
     Raises:
-        UnreadableFile: a segment does not match the first, all together are too large, or as in `read_rows`.
+        UnreadableFile: all together are too large, or as in `read_rows`.
     """
     keys = tuple(dict.fromkeys(key for segment in segments for key in segment.modules))
     _require_joinable(segments, len(keys))
     try:
         rows = concatenate([widened(_read_columns(segment), keys) for segment in segments])
-        return replace(rows, placed=joined_placed(_placed_parts(segments), keys))
+        return replace(rows, placed=as_wide(joined_placed(_placed_parts(segments), keys), rows.shrink))
     except MemoryError as error:
         raise out_of_memory(f"the rows of all segments in `{segments[-1].path.parent}`") from error
 
@@ -295,29 +299,32 @@ def _tables(weights: WeightsFile, rows: int, modules: tuple[Key, ...]) -> dict[t
 
 
 def _require_joinable(segments: Sequence[Segment], modules: int) -> None:
-    """The columns of the first segment are in all of them with the same width, and the joined rows fit into memory."""
-    first = segments[0]
-    wide = [name for name in ARRAYS if name not in REQUIRED and name in first.columns]
+    """The joined rows fit into memory, at the widest rank of all segments, and each table has one width.
+
+    Segments may have different ranks, modules and levels: each adapter has its own rank, and the level can be changed
+    while a server runs.
+    """
+    wide = [name for name in ARRAYS if name not in REQUIRED]
+    widest = dict.fromkeys(wide, 0)
     widths: dict[tuple[str, Key], int] = {}
     rank, loads = 0, {load for segment in segments for load in segment.loads}
     for segment in segments:
-        for name in wide:
-            if segment.width(name) != first.width(name):
-                why = f"`{name}` is missing, or its width differs from {first.path.name}"
-                raise _damaged(segment.path, why)
+        widest |= {name: max(widest[name], segment.width(name) or 0) for name in wide}
         for at, header in segment.tables.items():
             if header.shape[1] != widths.setdefault(at, header.shape[1]):
                 raise _damaged(segment.path, f"the width of `{shown(header.name)}` differs from an earlier segment")
         if segment.grams is not None:
-            if rank not in (0, segment.grams.shape[-1]):
-                raise _damaged(segment.path, "the rank of its G differs from an earlier segment")
-            rank = segment.grams.shape[-1]
+            rank = max(rank, segment.grams.shape[-1])
+    if rank:
+        # G is padded to the width of `shrink`.
+        rank = max(rank, widest["shrink"])
     # An axis of length 0 must not hide the absurd length of another.
     rows = max(sum(segment.count for segment in segments), 1)
-    columns = modules * (4 + sum(first.width(name) or 0 for name in wide)) + sum(widths.values())
+    columns = modules * (4 + sum(widest.values())) + sum(widths.values())
     total = rows * columns + max(len(loads), 1) * modules * rank**2
     if total > MAX_JOINED:
         raise UnreadableFile(
-            f"the segments in `{first.path.parent}` have {total} values together, more than the limit of {MAX_JOINED}",
+            f"the segments in `{segments[0].path.parent}` have {total} values together, more than the limit of"
+            f" {MAX_JOINED}",
             "record fewer rows, or keep less of each with --keep",
         )

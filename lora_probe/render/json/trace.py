@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from lora_probe.comparison.recorded import AdapterLoads, LoadEntry, dropped, lost, other_runs, running
+from lora_probe.comparison.recorded import AdapterLoads, LoadEntry, running
 from lora_probe.comparison.totals import Contribution, RequestRows, Totals, own_contributions, totals
 from lora_probe.errors import ProbeError
 from lora_probe.ledger import as_json as ledger_json
@@ -46,9 +46,9 @@ def recording_json(recording: Recording) -> dict[str, Any]:
         "complete": trace.complete,
         "unclosed": list(trace.unclosed),
         "running": live,
-        "dropped_rows": dropped(trace),
-        "lost_rows": lost(trace),
-        "other_runs": [str(path) for path in other_runs(trace)],
+        "dropped_rows": trace.dropped.rows,
+        "lost_rows": trace.dropped.lost_rows,
+        "other_runs": [str(path) for path in trace.other_runs],
         "run": msgspec.to_builtins(trace.run),
         "processes": [msgspec.to_builtins(process.process) for process in trace.processes],
         "headline": loads[0]["headline"] if loads else None,

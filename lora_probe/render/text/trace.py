@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
 
-from lora_probe.comparison.recorded import GRAPHS, dropped, lost, other_runs, recorded_rows, running, unfinished
+from lora_probe.comparison.recorded import GRAPHS, recorded_rows, running, unfinished
 from lora_probe.comparison.totals import Totals, totals
 from lora_probe.names import in_words
 from lora_probe.recording import StationRecord
@@ -145,11 +145,11 @@ def _state(trace: Trace) -> Iterator[RenderableType]:
         yield words(f"running: {_so_far(trace)}", style="bold cyan")
     if not trace.processes or unfinished(trace):
         yield words(f"incomplete: {_incomplete(trace)}; the data below may end early", style="bold red")
-    if removed := dropped(trace):
+    if removed := trace.dropped.rows:
         yield words(f"{removed:,} rows were removed to keep the recording under its size limit", style="yellow")
-    if missing := lost(trace):
+    if missing := trace.dropped.lost_rows:
         yield words(f"{missing:,} rows could not be written", style="bold red")
-    if others := other_runs(trace):
+    if others := trace.other_runs:
         names = [str(path) for path in others[:SHOWN]]
         more = [f"{len(others) - SHOWN} more"] if len(others) > SHOWN else []
         yield words(f"other runs in this folder: {in_words([*names, *more])}")

@@ -11,8 +11,9 @@ import os
 
 __version__ = "0.1.0"
 
-TRACE, KEEP = "LORA_PROBE_TRACE", "LORA_PROBE_KEEP"
-"""The folder of the trace; and the level of detail for a user's own vLLM, which has no run.json."""
+TRACE, KEEP, MAX_MB = "LORA_PROBE_TRACE", "LORA_PROBE_KEEP", "LORA_PROBE_MAX_MB"
+"""The folder of the trace; and, for a user's own vLLM, which has no run.json, the level of detail, and how many
+megabytes of rows each worker keeps."""
 NOT_ARMED = "not-armed.txt"
 """A file in the trace folder with the reason why a process could not arm the probe."""
 

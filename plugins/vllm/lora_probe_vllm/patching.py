@@ -18,8 +18,9 @@ from lora_probe_vllm import TRACE
 from lora_probe_vllm.patching_loads import Find, patch_loads
 from lora_probe_vllm.rows import is_warm_up
 from lora_probe_vllm.runners import supported
-from lora_probe_vllm.seams import Patches, seams
-from lora_probe_vllm.worker import Probe, level_of
+from lora_probe_vllm.sampling import sample_every
+from lora_probe_vllm.seams import Patches, before_shutdown, seams
+from lora_probe_vllm.worker import Probe, bound_of, level_of
 
 _armed: Patches | None = None
 
@@ -29,8 +30,10 @@ def arm() -> None:
     global _armed
     if _armed is None:
         folder = Path(os.environ[TRACE])
-        # A level that does not exist is reported before a worker is built.
+        # A level that does not exist, or a bound that is not a number, is reported before a worker is built.
         level_of(folder)
+        bound_of(folder)
+        sample_every()
         _armed = install(folder)
 
 
@@ -67,7 +70,8 @@ def install(folder: Path) -> Patches:
         def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
             original(self, *args, **kwargs)
             try:
-                probes[id(self)] = Probe(self, folder)
+                probe = probes[id(self)] = Probe(self, folder)
+                before_shutdown(patches, self, probe.shutting_down)
             # Any exception: the engine must not fail because of it. `trace` reports that no worker has the probe.
             except Exception as error:
                 logging.getLogger("vllm.lora_probe").error("lora-probe cannot record into %s: %r", folder, error)

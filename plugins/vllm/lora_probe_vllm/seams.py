@@ -163,6 +163,27 @@ def engine_settings(config: Any) -> dict[str, Any]:
     return settings
 
 
+def launch_id(config: Any) -> str:
+    """What the workers of one engine have in common, and those of two engines have not: it is part of the config that
+    every worker is started with."""
+    return str(config.instance_id)
+
+
+def before_shutdown(patches: Patches, worker: Any, call: Callable[[], None]) -> None:
+    """Call something before a worker shuts down. Every executor calls this method when the engine ends, on SIGTERM as
+    well; functions of `atexit` do not run in processes that vLLM forks. Workers override it, so it is replaced in the
+    object."""
+
+    def shutdown(original: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            call()
+            return original(*args, **kwargs)
+
+        return wrapper
+
+    patches.wrap(worker, "shutdown", shutdown)
+
+
 def manager_of(runner: Any) -> Any:
     """The LoRA manager, which has the layers and the slots."""
     return runner.lora_manager._adapter_manager

@@ -23,14 +23,20 @@ from lora_probe.errors import ProbeError
 from lora_probe.names import Key
 from lora_probe.precision import coarser
 from lora_probe.recording import LEVELS, SCHEMA, Level, Load, Process, Run, RunSpec, TraceWriter
+from lora_probe.recording.runs import begin_run
 from lora_probe.rules.stored import expect
-from lora_probe_vllm import KEEP
+from lora_probe_vllm import KEEP, MAX_MB
 from lora_probe_vllm.loads import ActiveLoad
 from lora_probe_vllm.runners import Running, eager_step, running
 from lora_probe_vllm.sampling import MAX_TOKENS, ChosenSteps, sample_every
-from lora_probe_vllm.seams import engine_settings, manager_of, model_of, seams, vllm_version
+from lora_probe_vllm.seams import engine_settings, launch_id, manager_of, model_of, seams, vllm_version
 from lora_probe_vllm.slots import Homes
 from lora_probe_vllm.steps import Steps
+
+_log = logging.getLogger("vllm.lora_probe")
+
+MOST_MB = 10_000_000
+"""10 TB: a larger number is a typing error."""
 
 
 class Probe:
@@ -49,7 +55,7 @@ class Probe:
         self._chosen: ChosenSteps | None = None
         self._generations: dict[int, int] = {}
         self._writer: TraceWriter | None = None
-        self._numbers = 0
+        self._numbers = self._recordings = 0
         self._outputs_of: list[str] = []
         self.open(folder)
         # A user's own script ends without a call of `finish`.
@@ -65,17 +71,17 @@ class Probe:
         return self._writer is not None
 
     def open(self, folder: Path, keep: Level | None = None) -> None:
-        """Begin to write into `folder`, or into a numbered folder next to it if this rank has written there before.
+        """Begin to write into `folder`, as a new run inside it if something was recorded there before.
 
         `keep` is the level of detail if there is no run.json; the default is that of the environment.
         """
         self.finish()
-        first, number = folder, 1
-        while (folder / f"vllm-rank-{self.rank}").exists():
-            number += 1
-            folder = first.with_name(f"{first.stem}-{number}{first.suffix}")
-        if number > 1:
-            logging.getLogger("vllm.lora_probe").warning("%s exists; this recording goes to %s", first, folder)
+        config = self.worker.vllm_config
+        # All ranks of an engine begin their recordings in the same order, so they agree on the launch.
+        launch, self._recordings = f"{launch_id(config)} {self._recordings}", self._recordings + 1
+        first, folder = folder, begin_run(folder, f"vllm-rank-{self.rank}", launch)
+        if folder != first:
+            _log.info("%s has recordings of earlier runs; this one goes to %s", first, folder)
         spec = _requested(folder)
         self.keep = keep if keep is not None and spec is None else level_of(folder)
         self.broken, self._numbers = False, 0
@@ -84,8 +90,9 @@ class Probe:
         self.steps.capture.transient = self._chosen is not None
         if self._chosen is not None:
             self._chosen.begin_again()
-        config = self.worker.vllm_config
         settings = engine_settings(config)
+        if self.running is not None:
+            settings |= self.running.settings(self._every)
         process = Process(
             schema=SCHEMA,
             role="worker",
@@ -100,8 +107,8 @@ class Probe:
             settings=settings,
             not_recorded=self.not_recorded,
         )
-        self._writer = TraceWriter(folder / f"vllm-rank-{self.rank}", process)
-        self._writer.flush_by_time()
+        self._writer = TraceWriter(folder / f"vllm-rank-{self.rank}", process, bound_of(folder), _log.warning)
+        self._writer.flush_by_time(self.guard)
         if self.homes is not None:
             for name, layer in self.homes.manager.modules.items():
                 self.wrapped(name, layer)
@@ -117,12 +124,13 @@ class Probe:
             self.broken = True
             self.steps.capture.abandon()
             text = f"the probe failed at `{stage}` and stopped: {error!r}"
-            logging.getLogger("vllm.lora_probe").error(text)
+            _log.error(text)
             try:
-                self.writer.event("probe", text)
-            except OSError:
-                # The disk is full or gone: nothing more can be recorded, and the reason is in the log.
-                self._writer = None
+                if self._writer is not None:
+                    self._writer.event("probe", text)
+            # Any exception here as well: the reason is in the log.
+            except Exception as failure:
+                _log.error("the probe could not record this either: %r", failure)
 
     def model_loaded(self, runner: Any, seconds: float) -> None:
         """The LoRA manager was created, and the model's layers were replaced in place."""
@@ -260,6 +268,13 @@ class Probe:
             count = self.steps.watch(model_of(runner), names)
             self.writer.event("watch", f"recording the outputs of {count} of {len(names)} modules")
 
+    def shutting_down(self) -> None:
+        """The worker is about to end, and may be killed at any time: what was recorded is written first."""
+        if self._writer is not None:
+            with self.guard("the worker's end"):
+                self._writer.flush()
+            self.finish()
+
     def finish(self) -> None:
         """Judge the slots again, write `applied` and `agrees`, and close the recording. May be called again."""
         if self._writer is None:
@@ -326,3 +341,18 @@ def level_of(folder: Path) -> Level:
     if level not in LEVELS:
         raise ProbeError(f"unknown level `{level}` in {KEEP}", f"use one of: {', '.join(LEVELS)}")
     return level
+
+
+def bound_of(folder: Path) -> int | None:
+    """How many bytes of rows a worker keeps in its folder; None for a run with a run.json, which ends by itself.
+
+    Raises:
+        ProbeError: the bound in the environment is not a positive whole number.
+    """
+    if _requested(folder) is not None:
+        return None
+    text = os.environ.get(MAX_MB, "512")
+    if not (text.isascii() and text.isdigit() and 0 < int(text) <= MOST_MB):
+        hint = f"use a whole number of megabytes from 1 to {MOST_MB:,}, such as {MAX_MB}=512"
+        raise ProbeError(f"invalid bound `{text}` in {MAX_MB}", hint)
+    return int(text) * 2**20
