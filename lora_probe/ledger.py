@@ -86,7 +86,8 @@ class Row:
 @dataclass(frozen=True)
 class Ledger:
     """All modules of one load of an adapter in one engine, or the engine's refusal of the whole adapter (`message`, and
-    the `code` of the rule for it). `universe` holds the modules of the base model as well, if they are known."""
+    the `code` of the rule for it). `universe` holds the modules of the base model as well, if they are known. `reloads`
+    counts how often the engine read the unchanged adapter again."""
 
     engine: str
     rows: tuple[Row, ...]
@@ -94,6 +95,7 @@ class Ledger:
     message: str = ""
     code: str = "LP401"
     predicted: bool = False
+    reloads: int = 0
     universe: Universe | None = field(default=None, repr=False, compare=False)
 
     @cached_property

@@ -224,7 +224,7 @@ class Trace:
             )
             for module in modules
         ]
-        return Ledger(self.engine, tuple(rows), load.refused, load.message)
+        return Ledger(self.engine, tuple(rows), load.refused, load.message, reloads=load.reloads)
 
     def _stations(self, recorded: dict[Station, Finding]) -> dict[Station, Finding]:
         ended = "the recording ended before it was measured"
