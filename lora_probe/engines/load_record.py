@@ -69,6 +69,11 @@ class LoadRecord:
         """Whether nothing more is written for a module: it is absent at some station, or another rank judges it."""
         return key in self._ended
 
+    @property
+    def requested(self) -> int:
+        """How many rows requested the load so far."""
+        return self._requested
+
     def has_run(self, key: Key) -> bool:
         """Whether any row of a module was seen."""
         return key in self._counters and self._counters[key].applied > 0
@@ -210,10 +215,8 @@ class LoadRecord:
         self._station_of("agrees", agrees)
         if facts:
             worst, (error, *_) = max(facts.items(), key=lambda item: item[1][0])
-            where = name_modules([worst])
-            text = (
-                f"recomputed {len(facts)} modules from {self.adapter.source}: worst relative error {error:.2g}, {where}"
-            )
+            where, source = name_modules([worst]), self.adapter.source
+            text = f"recomputed {len(facts)} modules from {source}: worst relative error {error:.2g}, {where}"
             self._writer.event("agree", text, errors=facts, tolerance=agrees_tolerance(self._dtype))
 
     def _applied(self, counters: _Counters) -> Finding:

@@ -134,8 +134,8 @@ FEW_RELOADS = 1
     "load",
     "wrong",
     severity="warning",
-    hint="set load_inplace only on the request that loads new weights; later requests go without it. On a server, unload "
-    "the adapter and load it again without load_inplace",
+    hint="set load_inplace only on the request that loads new weights, not on later ones; on a server, unload the "
+    "adapter and load it again without load_inplace",
 )
 def reloaded(reloads: int) -> str | None:
     """The engine read the same adapter again and again, because its requests have `load_inplace`.
@@ -147,8 +147,8 @@ def reloaded(reloads: int) -> str | None:
     What it does: a load whose content is unchanged stays one load with one ledger, and its repetitions are counted. New
     content under the same id is a new load with the next generation.
 
-    Example: 14 tokens of one request made 15 loads. A server keeps the flag of `/v1/load_lora_adapter` with `load_inplace:
-    true`, and sends it with every request for that adapter.
+    Example: one request for 14 tokens read the adapter 15 times. A server keeps `load_inplace: true` of
+    `/v1/load_lora_adapter`, and sends it with every request for that adapter.
 
     Fix: in a script, send `load_inplace=True` once, then requests without it. On a server, call
     `/v1/unload_lora_adapter`, then `/v1/load_lora_adapter` without `load_inplace`. Its new id also keeps the prefix
