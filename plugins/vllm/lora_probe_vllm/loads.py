@@ -121,7 +121,7 @@ class ActiveLoad:
             elif name is None or name not in self.engine.known:
                 intended = row.module if row.module != row.entry.module else None
                 read[key] = name_without_home(row.entry.stored_as, intended, "vLLM", self.record.adapter.source)
-            elif lora.get_lora(name) is None:
+            elif lora.get_lora(name) is None and not self._is_fused(lora, key):
                 read[key] = not_taken("vLLM", "the module exists, but its pair was skipped")
             else:
                 read[key] = OK
@@ -132,6 +132,11 @@ class ActiveLoad:
         self.record.leave_to_another_rank(elsewhere)
         self.record.station("read", read)
         self.record.station("placed", placed)
+
+    def _is_fused(self, lora: Any, key: Key) -> bool:
+        """Whether a model of an adapter was packed before it arrived: then the parts of a layer have no names."""
+        home = self.homes.get(key)
+        return home is not None and home.slices > 1 and lora.get_lora(home.name) is not None
 
     def judge_slots(self, moment: str) -> None:
         """`placed`: the slot compared with the values expected from the adapter."""
