@@ -432,9 +432,10 @@ def test_a_slot_that_vllm_failed_to_fill_is_known(
     import torch
 
     numbers = [next(pushing.numbers), next(pushing.numbers)]
-    bad = dict(tensors)
-    name = f"base_model.model.model.layers.{LAYERS - 1}.self_attn.o_proj"
-    bad |= {f"{name}.lora_A.weight": torch.randn(8, 128), f"{name}.lora_B.weight": torch.randn(4096, 8)}
+    name = "model.layers.0.self_attn.o_proj"
+    stored_as = f"base_model.model.{name}"
+    bad = {key: tensor * 2 for key, tensor in tensors.items()}
+    bad |= {f"{stored_as}.lora_A.weight": torch.randn(8, 128), f"{stored_as}.lora_B.weight": torch.randn(4096, 8)}
     config = CONFIG | {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
 
     def work() -> None:
@@ -454,9 +455,13 @@ def test_a_slot_that_vllm_failed_to_fill_is_known(
     assert headline(good) == WHOLE
     assert load.refused
     assert load.slot == slots.index(numbers[1])
-    (row,) = [row for row in ledger.rows if row.module == name.removeprefix("base_model.model.")]
-    assert row.stations["placed"].value in ("wrong", "absent")
-    assert "after vLLM failed to fill it" in row.stations["placed"].message
+    placed = {row.module: row.stations["placed"] for row in ledger.rows}
+    assert placed["model.layers.0.self_attn.q_proj"].value == "ok"
+    assert (placed[name].value, placed[name].code) == ("absent", "LP505")
+    # The layers behind it hold what the former adapter left there.
+    stale = placed[f"model.layers.{LAYERS - 1}.self_attn.q_proj"]
+    assert (stale.value, stale.code) == ("wrong", "LP504")
+    assert stale.message.endswith("differs from the pushed tensors by 0.5 relative, seen after vLLM failed to fill it")
     assert trace.rows.load.tolist().count(load.load) == len(IDS) + 2
 
 

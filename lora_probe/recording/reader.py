@@ -162,7 +162,7 @@ class Trace:
         """Each load of an adapter with its ledger, joined over the ranks: of several findings the worst counts."""
         numbers: dict[int, Load] = {}
         for process in self.workers:
-            for load in process.of(Load):
+            for load in {load.load: load for load in process.of(Load)}.values():
                 before = numbers.get(load.load)
                 # A refusal on one rank is a refusal, whatever the other ranks report.
                 if before is None or not before.refused:
