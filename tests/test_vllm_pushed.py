@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import LAYERS, SharedEngine, save_adapter, start_engine
+from conftest import LAYERS, SharedEngine, call, save_adapter, start_engine
 
 from lora_probe import open_trace
 from lora_probe.ledger import STATIONS, headline
@@ -369,7 +369,9 @@ def test_an_empty_push_is_refused(pushing: SharedEngine, replaced: None, tmp_pat
     assert ledger.count("lost") == MODULES
 
 
-def test_load_inplace_on_every_step_is_one_load(pushing: SharedEngine, adapter: Path, tmp_path: Path) -> None:
+def test_load_inplace_on_every_step_is_one_load(
+    pushing: SharedEngine, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """vLLM keeps the flag of the request, and reloads in every step. The hint cures it."""
     from vllm.lora.request import LoRARequest
 
@@ -386,6 +388,9 @@ def test_load_inplace_on_every_step_is_one_load(pushing: SharedEngine, adapter: 
     assert seen.count("fold") == MODULES
     assert set(trace.rows.load.tolist()) == {load.load}
     pushing.llm.llm_engine.remove_lora(number)
+    _, out, _ = call("show", tmp_path / "run", capsys=capsys)
+    assert out.count("LP506 reloaded-unchanged") == 1
+    assert f"the unchanged adapter was read {tokens - 1} more times" in out
 
     plain = LoRARequest("healthy", number, str(adapter))
 
@@ -497,11 +502,44 @@ def test_removing_all_adapters_is_an_eviction_and_dummies_are_no_loads(
     assert set(trace.rows.load.tolist()) == {load.load}
 
 
+@pytest.mark.parametrize("limit", [2**30, 1000])
+def test_a_large_push_is_copied_within_a_limit(
+    pushing: SharedEngine,
+    replaced: None,
+    tensors: Tensors,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    limit: int,
+) -> None:
+    """The framework overwrites its tensors afterwards."""
+    from lora_probe.adapter import pushed
+    from lora_probe_vllm import loads
+
+    monkeypatch.setattr(loads, "CACHED_PARAMETERS", 0)
+    monkeypatch.setattr(pushed, "MOST_COPIED", limit)
+    number = next(pushing.numbers)
+
+    def work() -> None:
+        request = tensor_request("large", number, tensors)
+        push(pushing, request)
+        for tensor in request.lora_tensors.values():
+            tensor.zero_()
+        ask(pushing, number, "large")
+
+    ((_, ledger),) = recorded(pushing, tmp_path / "run", work).loads
+    pushing.llm.llm_engine.remove_lora(number)
+    assert headline(ledger) == WHOLE
+    values = {row.stations[station].value for row in ledger.rows for station in ("placed", "agrees")}
+    assert values == {"ok" if limit > 1000 else "unknown"}
+    if limit == 1000:
+        (placed,) = {row.stations["placed"].message for row in ledger.rows}
+        assert "no copy of the pushed tensors was kept" in placed
+        assert "the limit for a copy is 1,000" in placed
+
+
 def test_a_trace_of_a_pushed_adapter_is_shown(
     pushing: SharedEngine, replaced: None, tensors: Tensors, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from conftest import call
-
     number = next(pushing.numbers)
 
     def work() -> None:
