@@ -126,7 +126,7 @@ def zero_delta(pair: AdapterModule, spectrum: Spectrum, config: AdapterConfig) -
     "not-in-the-file",
     "stored",
     "absent",
-    hint="save (or push) the adapter again; if the module was not trained, add its path to exclude_modules",
+    hint="save the adapter again, or push all of it; if the module was not trained, add its path to exclude_modules",
     consequence=True,
     predicate=True,
     follows=("LP301",),

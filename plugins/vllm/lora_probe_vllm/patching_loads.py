@@ -26,7 +26,8 @@ def patch_loads(patches: Patches, probe_of_manager: Find, recording: Current) ->
     """Add all of them. `recording` returns the probe that records in this process, if any."""
     log = LogLines()
     _patch_requests(patches, probe_of_manager)
-    _patch_loading(patches, probe_of_manager, recording, log)
+    _patch_files(patches, probe_of_manager, recording, log)
+    _patch_tensors(patches, recording, log)
     _patch_adding(patches, probe_of_manager, log)
     _patch_packing(patches, recording)
     patch_slots(patches, probe_of_manager, log)
@@ -60,9 +61,8 @@ def _patch_requests(patches: Patches, probe_of_manager: Find) -> None:
     patches.wrap(seams.worker_manager, "add_dummy_lora", add_dummy_lora)
 
 
-def _patch_loading(patches: Patches, probe_of_manager: Find, recording: Current, log: LogLines) -> None:
-    """Record what vLLM reads from a file, or gets as tensors."""
-    configs: deque[tuple[Any, Mapping[str, Any]]] = deque(maxlen=8)
+def _patch_files(patches: Patches, probe_of_manager: Find, recording: Current, log: LogLines) -> None:
+    """Record what vLLM reads from a file."""
 
     def load_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
         def wrapper(self: Any, lora_request: Any, *args: Any, **kwargs: Any) -> Any:
@@ -93,6 +93,14 @@ def _patch_loading(patches: Patches, probe_of_manager: Find, recording: Current,
 
         return wrapper
 
+    patches.wrap(seams.worker_manager, "_load_adapter", load_adapter)
+    patches.wrap(seams.lora_model, "from_local_checkpoint", from_local_checkpoint)
+
+
+def _patch_tensors(patches: Patches, recording: Current, log: LogLines) -> None:
+    """Record the tensors that vLLM gets without a file, and the config that comes with them."""
+    configs: deque[tuple[Any, Mapping[str, Any]]] = deque(maxlen=8)
+
     def from_lora_tensors(original: Callable[..., Any]) -> Callable[..., Any]:
         def wrapper(cls: Any, lora_model_id: int, tensors: Any, peft_helper: Any, *args: Any, **kwargs: Any) -> Any:
             def load() -> Any:
@@ -120,8 +128,6 @@ def _patch_loading(patches: Patches, probe_of_manager: Find, recording: Current,
 
         return wrapper
 
-    patches.wrap(seams.worker_manager, "_load_adapter", load_adapter)
-    patches.wrap(seams.lora_model, "from_local_checkpoint", from_local_checkpoint)
     patches.wrap(seams.lora_model, "from_lora_tensors", from_lora_tensors)
     patches.wrap(seams.peft_helper, "from_dict", from_dict)
 
