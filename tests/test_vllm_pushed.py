@@ -428,6 +428,8 @@ def test_an_adapter_that_is_evicted_from_the_cache_is_the_same_load_again(
     ]
     assert [headline(ledger) for _, ledger in trace.loads] == [WHOLE] * 2
     assert sum("again, unchanged" in event.text for event in trace.events) == 2
+    counts = [stages(trace).count(stage) for stage in ("activate", "evict", "register", "fold")]
+    assert counts == [4, 3, 2, 2 * MODULES]
 
 
 def test_a_slot_that_vllm_failed_to_fill_is_known(

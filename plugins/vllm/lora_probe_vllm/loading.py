@@ -51,6 +51,7 @@ class Loading:
         self._numbers = 0
         self._arriving: dict[int, ActiveLoad] = {}
         self._repeated: ActiveLoad | None = None
+        self._silent = False
         self._request: Any = None
         self.inside = False
         self._dummy = False
@@ -88,9 +89,13 @@ class Loading:
         return None if adapter_id in self._dummies else self.loads.get(adapter_id)
 
     def event(self, stage: str, text: str, **facts: Any) -> None:
-        """One step of the load timeline; nothing while an unchanged adapter is reloaded in place, in every step."""
+        """A detail of a load in the timeline; nothing while an unchanged adapter is read again."""
         if self._repeated is None:
             self.writer.event(stage, text, **facts)
+
+    def _is_silent(self, active: ActiveLoad) -> bool:
+        """Whether a load is being reloaded in place, which may happen in every step."""
+        return active is self._repeated and self._silent
 
     def reading(self, adapter_id: int, path: str) -> ActiveLoad | None:
         """An adapter is about to be read: record the contents of its file before vLLM reads it."""
@@ -122,10 +127,11 @@ class Loading:
         adapter_id, tensors = arrival.adapter_id, len(arrival.adapter.weights.tensors)
         before = self.loads.get(adapter_id)
         if before is not None and before.is_unchanged(arrival):
+            self._repeated, self._silent = before, arrival.inplace
             if arrival.inplace:
                 before.record.reloaded()
-                self._repeated = before if before.slot is not None else None
-            self.event("read", f"{arrival.name} {how} again, unchanged", tensors=tensors)
+            else:
+                self.writer.event("read", f"{arrival.name} {how} again, unchanged", tensors=tensors)
             return before
         number, self._numbers = self._numbers, self._numbers + 1
         generation = self._generations[adapter_id] = self._generations.get(adapter_id, -1) + 1
@@ -180,7 +186,8 @@ class Loading:
         active.slot = slot
         if active is not self._repeated or active.record.load.slot != slot:
             active.record.activated(slot, logged)
-        self.event("activate", f"{active.record.load.name} is in slot {slot}", seconds=seconds)
+        if not self._is_silent(active):
+            self.writer.event("activate", f"{active.record.load.name} is in slot {slot}", seconds=seconds)
         active.judge_slots(moment)
         if self._worker.records_rows:
             self.steps.activated(active.adapter_id, active)
@@ -190,7 +197,7 @@ class Loading:
         """The adapter loses its slot: judge it now, as its contents will be replaced."""
         active = self.active_of(adapter_id)
         if active is not None and active.slot is not None:
-            if active is not self._repeated:
+            if not self._is_silent(active):
                 self.writer.event("evict", f"{active.record.load.name} removed from slot {active.slot}{why}")
             active.judge_slots("when it was evicted")
             active.slot = None
