@@ -204,7 +204,7 @@ def test_three_pushes_under_new_ids_are_three_loads(
     assert stages(trace).count("unload") == 3
 
 
-def past_the_loader(engine: SharedEngine, number: int, tensors: Tensors) -> None:
+def past_the_loader(engine: SharedEngine, number: int, tensors: Tensors, remove: bool = True) -> None:
     """As in AReaL: the manager's own methods, and no request."""
     from vllm.lora.lora_model import LoRAModel
     from vllm.lora.peft_helper import PEFTHelper
@@ -215,7 +215,8 @@ def past_the_loader(engine: SharedEngine, number: int, tensors: Tensors) -> None
         manager = worker.model_runner.lora_manager._adapter_manager
         helper = PEFTHelper.from_dict(CONFIG)
         lora = LoRAModel.from_lora_tensors(number, clones, helper, device="cpu")
-        manager.remove_adapter(number)
+        if remove:
+            manager.remove_adapter(number)
         manager._add_adapter(lora)
         manager.activate_adapter(number)
 
@@ -234,6 +235,32 @@ def test_a_push_past_the_loader(pushing: SharedEngine, tensors: Tensors, tmp_pat
     pushing.llm.llm_engine.remove_lora(number)
     assert [(load.name, load.generation) for load, _ in trace.loads] == [(f"adapter {number}", n) for n in range(3)]
     assert [headline(ledger) for _, ledger in trace.loads] == [WHOLE] * 3
+
+
+def test_a_push_that_does_not_remove_the_old_weights_runs_with_them(
+    pushing: SharedEngine, tensors: Tensors, tmp_path: Path
+) -> None:
+    """vLLM registers the new weights, and leaves those in the slot: the id is active already."""
+    number, answers = next(pushing.numbers), []
+
+    def work() -> None:
+        for step in range(2):
+            weights = {name: tensor * (1 + step) for name, tensor in tensors.items()}
+            past_the_loader(pushing, number, weights, remove=False)
+            answers.append(ask(pushing, number))
+
+    trace = recorded(pushing, tmp_path / "run", work)
+    pushing.llm.llm_engine.remove_lora(number)
+    (_, first), (load, second) = trace.loads
+    assert headline(first) == WHOLE
+    assert answers[0] == answers[1]
+    assert (load.generation, load.slot) == (1, 0)
+    assert second.count("wrong") == MODULES
+    (message,) = {row.stations["placed"].message for row in second.rows}
+    assert message.endswith(
+        "differs from the pushed tensors by 0.5 relative, seen in a slot that vLLM did not fill again"
+    )
+    assert {row.stations["agrees"].value for row in second.rows} == {"wrong"}
 
 
 def test_a_model_that_no_loader_made(pushing: SharedEngine, tensors: Tensors, tmp_path: Path) -> None:

@@ -102,6 +102,11 @@ def placed_differs(what: str, error: float, moment: str, source: str = "the file
     doubled, or weights that were overwritten later (the message states when it was seen).
 
     How it is seen: the cast and the scaling are repeated and compared bit for bit.
+
+    Example: a framework that adds new weights to vLLM's LoRA manager under an id that is active. vLLM ({vllm}) does not
+    fill the slot again, and the old weights answer.
+
+    Fix: in that case, remove the adapter (`remove_adapter`) before you add the new weights.
     """
     return f"{what} differs from {source} by {error:.2g} relative, seen {moment}"
 

@@ -29,9 +29,15 @@ def _patch_activation(patches: Patches, probe_of_manager: Find, log: LogLines) -
         def wrapper(self: Any, lora_id: int, *args: Any, **kwargs: Any) -> Any:
             probe = probe_of_manager(self)
             active = probe.loading.active_of(lora_id) if probe is not None and probe.recording else None
-            # vLLM calls this in every step; only a call that fills a slot is an event.
-            if probe is None or active is None or lora_id in self._active_adapters:
+            if probe is None or active is None:
                 return original(self, lora_id, *args, **kwargs)
+            if lora_id in self._active_adapters:
+                # vLLM calls this in every step, and fills no slot that the id has already. A framework that adds other
+                # weights under the id and does not remove the old ones first goes on with the old ones.
+                result = original(self, lora_id, *args, **kwargs)
+                if active.slot is None and not probe.broken:
+                    _activated(probe, self, active, None, [], "in a slot that vLLM did not fill again")
+                return result
             started = time.perf_counter()
             try:
                 with (
