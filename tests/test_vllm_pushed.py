@@ -252,6 +252,22 @@ def test_a_refused_push_is_refused(engine: SharedEngine, replaced: None, tensors
     assert "unsupported LoRA weight" in headline(ledger)
 
 
+def test_a_push_that_is_refused_before_it_arrives_is_in_the_timeline(
+    engine: SharedEngine, replaced: None, tensors: Tensors, tmp_path: Path
+) -> None:
+    """The replaced loader compares the config with vLLM's flags before it touches the tensors."""
+    number = next(engine.numbers)
+
+    def work() -> None:
+        with pytest.raises(ValueError, match="max_lora_rank"):
+            push(engine, tensor_request("large", number, tensors, CONFIG | {"r": 64}))
+
+    trace = recorded(engine, tmp_path / "run", work)
+    assert trace.loads == ()
+    (refused,) = [event.text for event in trace.events if event.stage == "refused"]
+    assert refused.startswith("large, before vLLM read it: LoRA rank 64 is greater than max_lora_rank 16.")
+
+
 def test_an_empty_push_is_refused(engine: SharedEngine, replaced: None, tmp_path: Path) -> None:
     """vLLM fails at it with a StopIteration."""
     number = next(engine.numbers)
@@ -295,9 +311,9 @@ def test_a_large_push_is_copied_within_a_limit(
     values = {row.stations[station].value for row in ledger.rows for station in ("placed", "agrees")}
     assert values == {"ok" if limit > 1000 else "unknown"}
     if limit == 1000:
-        (placed,) = {row.stations["placed"].message for row in ledger.rows}
-        assert "no copy of the pushed tensors was kept" in placed
-        assert "the limit for a copy is 1,000" in placed
+        (message,) = {row.stations[station].message for row in ledger.rows for station in ("placed", "agrees")}
+        assert "no copy of the pushed tensors was kept" in message
+        assert "the limit for a copy is 1,000" in message
 
 
 def test_a_trace_of_a_pushed_adapter_is_shown(

@@ -53,6 +53,7 @@ class Loading:
         self._repeated: ActiveLoad | None = None
         self._silent = False
         self._request: Any = None
+        self._seen = True
         self.inside = False
         self._dummy = False
         self._dummies: set[int] = set()
@@ -60,11 +61,16 @@ class Loading:
     @contextmanager
     def handling(self, request: Any) -> Iterator[None]:
         """vLLM handles a LoRARequest. A framework that calls the LoRA manager directly has none."""
-        before, self._request = self._request, request
+        before, self._request, self._seen = self._request, request, False
         try:
             yield
         finally:
             self._request = before
+
+    def failed(self, error: BaseException) -> None:
+        """vLLM could not add the adapter of a request. It is a refused load only if the adapter had arrived."""
+        if not self._seen:
+            self.writer.event("refused", f"{self._request.lora_name}, before vLLM read it: {_message(error)}")
 
     @contextmanager
     def arrival(self) -> Iterator[None]:
@@ -123,7 +129,7 @@ class Loading:
         """A new load, or an earlier one if the same content arrives again under its id."""
         worker = self._worker
         assert worker.homes is not None
-        self._repeated = None
+        self._repeated, self._seen = None, True
         adapter_id, tensors = arrival.adapter_id, len(arrival.adapter.weights.tensors)
         before = self.loads.get(adapter_id)
         if before is not None and before.is_unchanged(arrival):
@@ -173,11 +179,16 @@ class Loading:
         self.was_read(int(lora.id), active, lora)
 
     def refused(self, active: ActiveLoad, error: BaseException, stage: str) -> None:
-        self._repeated = None
+        self._repeated, self._seen = None, True
         self._arriving.pop(active.adapter_id, None)
-        message = " ".join(str(error).split()) or f"{type(error).__name__} without a message"
+        message = _message(error)
         self.writer.event("refused", f"while vLLM was {stage}: {message}")
         active.record.refused(message)
+
+    def filling(self, active: ActiveLoad) -> None:
+        """vLLM is about to fill the slot of a load."""
+        if active is not self._repeated:
+            self._repeated = None
 
     def activated(
         self, active: ActiveLoad, slot: int, seconds: float | None, logged: list[str], moment: str = "at activation"
@@ -238,5 +249,9 @@ class Loading:
             active.judge_slots(moment)
         # vLLM may serve requests with an adapter that it refused, from a slot that is half filled.
         if not active.record.load.refused or active.record.requested:
-            active.record.finish(lambda key: self._worker.why_unmeasured(active, key))
+            active.record.finish(lambda key: self._worker.why_unmeasured(active, key), active.why_unjudged)
         self.steps.deactivated(adapter_id)
+
+
+def _message(error: BaseException) -> str:
+    return " ".join(str(error).split()) or f"{type(error).__name__} without a message"

@@ -101,6 +101,15 @@ class ActiveLoad:
         """
         return self._placements[key] if key in self._placements else self._read(key)
 
+    def why_unjudged(self, key: Key) -> str | None:
+        """Why a module's contribution has no reference; None if it has one, or if the file would have to be read."""
+        if not self.cached and self.record.adapter.content:
+            try:
+                self.placement(key)
+            except ProbeError as error:
+                return error.message
+        return None
+
     def _read(self, key: Key) -> Placement | None:
         entry = self.pairs[key].entry
         return placement(self.record.adapter, entry, self.homes[key]) if entry is not None else None

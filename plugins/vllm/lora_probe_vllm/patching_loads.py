@@ -42,7 +42,12 @@ def _patch_requests(patches: Patches, probe_of_manager: Find) -> None:
             if probe is None or not probe.recording:
                 return original(self, lora_request, *args, **kwargs)
             with probe.loading.handling(lora_request):
-                return original(self, lora_request, *args, **kwargs)
+                try:
+                    return original(self, lora_request, *args, **kwargs)
+                except Exception as error:
+                    with probe.guard("a refusal"):
+                        probe.loading.failed(error)
+                    raise
 
         return wrapper
 

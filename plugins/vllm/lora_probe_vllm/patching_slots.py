@@ -39,6 +39,7 @@ def _patch_activation(patches: Patches, probe_of_manager: Find, log: LogLines) -
                     _activated(probe, self, active, None, [], "in a slot that vLLM did not fill again")
                 return result
             started = time.perf_counter()
+            probe.loading.filling(active)
             try:
                 with (
                     refusing(probe, active, "filling the slot"),
