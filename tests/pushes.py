@@ -70,8 +70,8 @@ def tensors_of(adapter: Path) -> Tensors:
     return dict(load_file(adapter / "adapter_model.safetensors"))
 
 
-def recorded(engine: SharedEngine, folder: Path, work: Callable[[], None]) -> Any:
-    engine.llm.collective_rpc("lora_probe_begin", args=(str(folder), "shrink"))
+def recorded(engine: SharedEngine, folder: Path, work: Callable[[], None], keep: str = "shrink") -> Any:
+    engine.llm.collective_rpc("lora_probe_begin", args=(str(folder), keep))
     work()
     engine.llm.collective_rpc("lora_probe_finish")
     return open_trace(folder)

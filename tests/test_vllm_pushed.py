@@ -213,8 +213,9 @@ def test_layers_that_were_not_trained_are_not_missed(
     assert headline(trace.loads[0][1]) == "3 of 3 modules took effect"
 
 
+@pytest.mark.parametrize("keep", ["events", "norms", "shrink", "tensors"])
 def test_a_push_under_wrong_names_is_lost_at_read(
-    engine: SharedEngine, replaced: None, tensors: Tensors, tmp_path: Path
+    engine: SharedEngine, replaced: None, tensors: Tensors, tmp_path: Path, keep: str
 ) -> None:
     """None of its modules has a home: the recording goes on, and another adapter is recorded beside it."""
     numbers = [next(engine.numbers), next(engine.numbers)]
@@ -227,7 +228,7 @@ def test_a_push_under_wrong_names_is_lost_at_read(
         ask(engine, numbers[1], "right")
         ask(engine, numbers[1], "right")
 
-    trace = recorded(engine, tmp_path / "run", work)
+    trace = recorded(engine, tmp_path / "run", work, keep)
     for number in numbers:
         engine.llm.llm_engine.remove_lora(number)
     (_, wrong_ledger), (_, right_ledger) = trace.loads
@@ -235,7 +236,7 @@ def test_a_push_under_wrong_names_is_lost_at_read(
         f"0 of {MODULES} modules took effect, {MODULES} lost at read: "
         "the names in the pushed tensors begin with `layers`, the model's with `model.layers` (LP501)"
     )
-    assert headline(right_ledger) == WHOLE
+    assert right_ledger.healthy is (keep != "events")
     assert "probe" not in stages(trace)
 
 
