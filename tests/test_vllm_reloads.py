@@ -139,9 +139,9 @@ def test_a_slot_that_vllm_failed_to_fill_is_known(
     numbers = [next(engine.numbers), next(engine.numbers)]
     name = "model.layers.0.self_attn.o_proj"
     stored_as = f"base_model.model.{name}"
-    bad = {key: tensor * 2 for key, tensor in tensors.items()}
+    bad = {key: tensor * 2 for key, tensor in tensors.items() if "v_proj" not in key}
     bad |= {f"{stored_as}.lora_A.weight": torch.randn(8, 128), f"{stored_as}.lora_B.weight": torch.randn(4096, 8)}
-    config = CONFIG | {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
+    config = CONFIG | {"target_modules": ["q_proj", "k_proj", "o_proj"]}
 
     def work() -> None:
         push(engine, tensor_request("good", numbers[0], tensors))
@@ -167,6 +167,8 @@ def test_a_slot_that_vllm_failed_to_fill_is_known(
     stale = placed[f"model.layers.{LAYERS - 1}.self_attn.q_proj"]
     assert (stale.value, stale.code) == ("wrong", "LP504")
     assert stale.message.endswith("differs from the pushed tensors by 0.5 relative, seen after vLLM failed to fill it")
+    (left,) = [event for event in trace.events if event.stage == "stale"]
+    assert left.text.endswith(f"weights of an earlier adapter, which vLLM did not reset: layers 1-{LAYERS - 1} v_proj")
     assert trace.rows.load.tolist().count(load.load) == len(IDS) + 2
 
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from lora_probe.adapter import PushedTensors, open_adapter, pushed_adapter
 from lora_probe.base import Base
 from lora_probe.errors import ProbeError
-from lora_probe.names import Key
+from lora_probe.names import Key, name_modules
 from lora_probe.recording import Load, TraceWriter
 from lora_probe_vllm.arrivals import Arrival, adapter_of_model
 from lora_probe_vllm.loads import ActiveLoad
@@ -203,6 +203,13 @@ class Loading:
         if self._worker.records_rows:
             self.steps.activated(active.adapter_id, active)
         self._repeated = None
+
+    def half_filled(self, active: ActiveLoad, slot: int) -> None:
+        """vLLM failed while it filled a slot. It serves the adapter from there when it is asked again."""
+        self.activated(active, slot, None, [], "after vLLM failed to fill it")
+        if names := active.leftovers():
+            text = f"slot {slot} still contains weights of an earlier adapter, which vLLM did not reset"
+            self.writer.event("stale", f"{text}: {name_modules(names)}", modules=names)
 
     def evicted(self, adapter_id: int, why: str = "") -> None:
         """The adapter loses its slot: judge it now, as its contents will be replaced."""

@@ -160,6 +160,16 @@ class ActiveLoad:
                 placed[key] = not_measured(error.message)
         self.record.station("placed", placed)
 
+    def leftovers(self) -> list[str]:
+        """The engine's modules that the adapter does not have, and whose slot is not empty."""
+        assert self.slot is not None
+        own, filled = {self.names[key] for key in self.homes}, []
+        for name, home in self.engine.wrapped.items():
+            held = slot_values(home, self.slot) if name not in own else None
+            if held is not None and held[0].any() and held[1].any():
+                filled.append(name)
+        return filled
+
     def contents(self, keys: Iterable[Key]) -> SlotContents:
         """The contents of the slot at `keys`, modules of this load. They are read once, when the slot was filled."""
         assert self.slot is not None

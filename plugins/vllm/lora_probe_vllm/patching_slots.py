@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from typing import Any
 
 from lora_probe_vllm.loading import Loading
-from lora_probe_vllm.loads import ActiveLoad
 from lora_probe_vllm.observing import Find, LogLines, listening, refusing
 from lora_probe_vllm.seams import Patches, seams
 from lora_probe_vllm.worker import Probe
@@ -36,7 +35,9 @@ def _patch_activation(patches: Patches, probe_of_manager: Find, log: LogLines) -
                 # weights under the id and does not remove the old ones first goes on with the old ones.
                 result = original(self, lora_id, *args, **kwargs)
                 if active.slot is None and not probe.broken:
-                    _activated(probe, self, active, None, [], "in a slot that vLLM did not fill again")
+                    with probe.guard("the slot"):
+                        if (slot := _slot_of(self, lora_id)) is not None:
+                            probe.loading.activated(active, slot, None, [], "in a slot that vLLM did not fill again")
                 return result
             started = time.perf_counter()
             probe.loading.filling(active)
@@ -49,9 +50,14 @@ def _patch_activation(patches: Patches, probe_of_manager: Find, log: LogLines) -
                     result = original(self, lora_id, *args, **kwargs)
             except Exception:
                 # vLLM has registered the adapter in the slot before it fills it, and serves it when asked again.
-                _activated(probe, self, active, None, [], "after vLLM failed to fill it")
+                with probe.guard("a half-filled slot"):
+                    if (slot := _slot_of(self, lora_id)) is not None:
+                        probe.loading.half_filled(active, slot)
                 raise
-            _activated(probe, self, active, round(time.perf_counter() - started, 6), list(log.lines), "at activation")
+            seconds = round(time.perf_counter() - started, 6)
+            with probe.guard("the slot"):
+                if (slot := _slot_of(self, lora_id)) is not None:
+                    probe.loading.activated(active, slot, seconds, list(log.lines))
             return result
 
         return wrapper
@@ -59,14 +65,10 @@ def _patch_activation(patches: Patches, probe_of_manager: Find, log: LogLines) -
     patches.wrap(seams.manager, "activate_adapter", activate_adapter)
 
 
-def _activated(
-    probe: Probe, manager: Any, active: ActiveLoad, seconds: float | None, logged: list[str], moment: str
-) -> None:
-    """Record the slot that vLLM's own table has for a load."""
-    with probe.guard("the slot"):
-        if active.adapter_id in manager.lora_index_to_id:
-            slot = manager.lora_index_to_id.index(active.adapter_id)
-            probe.loading.activated(active, slot, seconds, logged, moment)
+def _slot_of(manager: Any, adapter_id: int) -> int | None:
+    """The slot that an id has in vLLM's own table."""
+    ids = manager.lora_index_to_id
+    return ids.index(adapter_id) if adapter_id in ids else None
 
 
 def _patch_removal(patches: Patches, probe_of_manager: Find) -> None:
