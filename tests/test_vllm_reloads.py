@@ -88,7 +88,7 @@ def test_load_inplace_on_every_step_is_one_load(
     engine.llm.llm_engine.remove_lora(number)
     _, out, _ = call("show", tmp_path / "run", capsys=capsys)
     assert out.count("LP506 reloaded-unchanged") == 1
-    assert f"the unchanged adapter was read {tokens - 1} more times" in out
+    assert f"the unchanged adapter was read at least {tokens - 1} more times" in out
 
     plain = LoRARequest("healthy", number, str(adapter))
 

@@ -150,7 +150,8 @@ def reloaded(reloads: int) -> str | None:
     refill of the slot on every worker, while all other requests of the batch wait. The answers are right.
 
     What it does: a load whose content is unchanged stays one load with one ledger, and its repetitions are counted. New
-    content under the same id is a new load with the next generation.
+    content under the same id is a new load with the next generation. The count is written when it doubles, and when the
+    load ends, so that of a server that was killed may be too low.
 
     Example: one request for 14 tokens read the adapter 15 times. A server keeps `load_inplace: true` of
     `/v1/load_lora_adapter`, and sends it with every request for that adapter.
@@ -161,4 +162,4 @@ def reloaded(reloads: int) -> str | None:
     """
     if reloads <= FEW_RELOADS:
         return None
-    return f"the unchanged adapter was read {reloads} more times, because its requests have load_inplace"
+    return f"the unchanged adapter was read at least {reloads} more times, because its requests have load_inplace"
