@@ -86,8 +86,9 @@ class Row:
 @dataclass(frozen=True)
 class Ledger:
     """All modules of one load of an adapter in one engine, or the engine's refusal of the whole adapter (`message`, and
-    the `code` of the rule for it). `universe` holds the modules of the base model as well, if they are known. `cut`
-    counts modules whose records are missing because the trace was cut."""
+    the `code` of the rule for it). `universe` holds the modules of the base model as well, if they are known. `reloads`
+    counts how often the engine read the unchanged adapter again, and `cut` the modules whose records are missing
+    because the trace was cut."""
 
     engine: str
     rows: tuple[Row, ...]
@@ -95,6 +96,7 @@ class Ledger:
     message: str = ""
     code: str = "LP401"
     predicted: bool = False
+    reloads: int = 0
     universe: Universe | None = field(default=None, repr=False, compare=False)
     cut: int = 0
 

@@ -19,6 +19,7 @@ from lora_probe.ledger import OK, Finding, Ledger, Station
 from lora_probe.names import name_modules
 from lora_probe.precision import agrees
 from lora_probe.recording import DECODE, PREFILL, SCHEMA, Floats, Load, Process, Trace, TraceWriter
+from lora_probe.rules import diagnose
 from lora_probe.rules.lp5_loading import no_lora_layer
 from lora_probe.rules.stored import expect
 
@@ -372,7 +373,7 @@ def test_a_module_of_which_no_row_was_sampled(load: Recording) -> None:
 
 
 def test_what_is_not_measured_says_why(load: Recording) -> None:
-    load.record.ran(ROWS, (Q, K), ROWS)
+    load.record.ran(ROWS, (K,), ROWS)
     load.sample(K, load.x(), lambda delta: delta * 2)
     load.finish(
         unmeasured=lambda key: "it is an embedding" if key == Q else None,
@@ -398,8 +399,8 @@ def test_a_journey_that_has_ended_is_not_judged_further(load: Recording) -> None
 
 def test_another_ranks_modules_are_left_to_it(load: Recording) -> None:
     load.record.leave_to_another_rank([Q])
-    load.healthy()
     before = load.lines("applied")
+    load.healthy()
     load.record.so_far()
     load.finish()
     assert load.record.ended(Q)
@@ -438,6 +439,38 @@ def test_a_killed_process_leaves_what_was_shown_until_then(load: Recording) -> N
     assert load.finding(Q, "applied").code == "LP603"
     assert load.record.has_run(Q)
     assert not load.record.has_run(V)
+
+
+def test_a_load_without_a_sampled_row_has_run(load: Recording) -> None:
+    """All of its rows were decode rows of requests that had enough samples."""
+    load.record.ran(1, (Q, K), 1, {})
+    assert [load.finding(key, "applied") for key in (Q, K)] == [OK, OK]
+    lines = load.lines("applied")
+    load.record.ran(1, (Q, K), 1, {})
+    assert load.lines("applied") == lines
+
+
+def test_unchanged_reloads_are_counted_in_few_lines(load: Recording) -> None:
+    load.healthy()
+    for _ in range(14):
+        load.record.reloaded()
+    ((written, ledger),) = open_trace(load.folder).loads
+    assert written.reloads == 8
+    load.finish()
+    ((written, ledger),) = open_trace(load.folder).loads
+    assert (written.reloads, ledger.reloads) == (14, 14)
+    (diagnostic,) = [one for one in diagnose(ledger) if one.code == "LP506"]
+    assert diagnostic.severity == "warning"
+    assert "14 more times" in diagnostic.message
+    assert "load_inplace" in diagnostic.hint
+
+
+def test_one_more_load_by_hand_is_not_reported(load: Recording) -> None:
+    load.healthy()
+    load.record.reloaded()
+    load.finish()
+    ((_, ledger),) = open_trace(load.folder).loads
+    assert "LP506" not in {diagnostic.code for diagnostic in diagnose(ledger)}
 
 
 # The rows that are sampled.

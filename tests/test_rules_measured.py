@@ -20,6 +20,7 @@ CASES: dict[str, tuple[Any, tuple[Any, ...], str, str]] = {
     "LP503": (lp5_loading.not_taken, ("vLLM", "it is skipped"), "absent", "vLLM's loader skipped it"),
     "LP504": (lp5_loading.placed_differs, ("lora_A", 0.5, "at the end"), "wrong", "differs from the file by 0.5"),
     "LP505": (lp5_loading.placed_empty, ("after loading",), "absent", "only zeros after loading"),
+    "LP506": (lp5_loading.reloaded, (14,), "wrong", "was read at least 14 more times"),
     "LP601": (lp6_applying.never_applied, (7,), "absent", "none of the 7 rows"),
     "LP602": (lp6_applying.contamination, ("a", AFFECTED), "wrong", "3 rows of 2 requests that did not ask for `a`"),
     "LP603": (lp6_applying.rows_missed, (2, 5), "wrong", "2 of 5 rows"),

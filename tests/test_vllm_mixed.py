@@ -52,8 +52,9 @@ class Server:
         return self.llm.generate(inputs, parameters, use_tqdm=False, lora_request=adapters)  # type: ignore[no-any-return]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def server(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Server:
+    """For the whole run: vLLM ends what all engines of a process share when one of them is dropped."""
     first = tmp_path_factory.mktemp("server") / "first.lptrace"
     more = {"enable_prefix_caching": True, "block_size": BLOCK, "num_gpu_blocks_override": BLOCKS}
     # The probe's patches stay: another engine of this process may need them.

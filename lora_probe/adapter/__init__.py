@@ -10,6 +10,7 @@ from lora_probe.adapter.checkpoint import Adapter, AdapterModule, OtherTensor, a
 from lora_probe.adapter.config import AdapterConfig, TrainedAs, open_config
 from lora_probe.adapter.file_names import CONFIG, WEIGHTS
 from lora_probe.adapter.folder import find_checkpoint, located
+from lora_probe.adapter.pushed import PushedTensors, pushed_adapter
 
 __all__ = [
     "CONFIG",
@@ -18,10 +19,12 @@ __all__ = [
     "AdapterConfig",
     "AdapterModule",
     "OtherTensor",
+    "PushedTensors",
     "TrainedAs",
     "adapter_in",
     "find_checkpoint",
     "located",
     "open_adapter",
     "open_config",
+    "pushed_adapter",
 ]

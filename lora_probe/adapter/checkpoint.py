@@ -106,7 +106,8 @@ class OtherTensor:
 
 @dataclass(frozen=True)
 class Adapter:
-    """One adapter folder. `files` are the names in the folder that belong to neither config nor weights."""
+    """One adapter folder, or an adapter that was pushed into an engine (`pushed.py`). `files` are the names in the
+    folder that belong to neither config nor weights."""
 
     path: Path
     config: AdapterConfig
@@ -115,6 +116,13 @@ class Adapter:
     others: tuple[OtherTensor, ...]
     files: tuple[str, ...]
     notes: tuple[str, ...] = field(default=())
+    content: str = ""
+    """The digest of an adapter that was pushed into an engine as tensors; empty for one that has files."""
+
+    @property
+    def source(self) -> str:
+        """What holds its tensors, for messages."""
+        return "the pushed tensors" if self.content else "the file"
 
     @property
     def parameters(self) -> int:
@@ -126,7 +134,7 @@ class Adapter:
 
     def digest(self) -> str:
         """SHA-256 of config and weights together: the content hash of a load."""
-        return sha256(self.config.path)[:32] + sha256(self.weights.path)[:32]
+        return self.content or sha256(self.config.path)[:32] + sha256(self.weights.path)[:32]
 
     def values(self, tensor: TensorHeader) -> npt.NDArray[np.float32]:
         return read(self.weights, tensor)
@@ -148,7 +156,7 @@ def open_adapter(path: str | Path) -> Adapter:
     file, more = weights_path(folder)
     weights = open_weights(file) if file.name == WEIGHTS else open_pickle(file)
     step("sorting the tensors", file)
-    modules, others = _sort(weights.tensors, config)
+    modules, others = sort_tensors(weights.tensors, config)
     if not modules and (other := foreign_tensors(weights.tensors, weights.metadata)) is not None:
         raise ForeignWeights(f"`{file}` {other.what}", other.hint)
     used = {CONFIG, file.name}
@@ -161,9 +169,10 @@ def _text(name: str) -> str:
     return name if is_text(name) else name.encode(errors="surrogateescape").decode(errors="replace")
 
 
-def _sort(
+def sort_tensors(
     tensors: dict[str, TensorHeader], config: AdapterConfig
 ) -> tuple[tuple[AdapterModule, ...], tuple[OtherTensor, ...]]:
+    """The pairs that the tensors of an adapter form, and the tensors that are not half of one."""
     halves: dict[str, dict[str, TensorHeader]] = {}
     extras: dict[str, list[TensorHeader]] = {}
     others: list[OtherTensor] = []

@@ -183,6 +183,20 @@ def open_config(path: Path) -> AdapterConfig:
             f"`{path}` holds half of a surrogate pair (\\ud800 to \\udfff), which is not valid text",
             "replace the escape with the character that is meant",
         )
+    return _config(source, tuple(key for key, count in Counter(key for key, _ in occurrences).items() if count > 1))
+
+
+def config_of(fields: Mapping[str, Any], path: Path) -> AdapterConfig:
+    """The config of an adapter that has no file, from its fields; `path` is what errors call it.
+
+    Raises:
+        UnreadableFile: a field has the wrong type.
+    """
+    return _config(_Source(path, fields, {}), ())
+
+
+def _config(source: _Source, repeated: tuple[str, ...]) -> AdapterConfig:
+    raw = source.raw
     rank = _number(source, "r", PEFT_DEFAULT_RANK)
     if rank != int(rank) or rank < 1:
         raise source.error(
@@ -198,7 +212,7 @@ def open_config(path: Path) -> AdapterConfig:
             "a rank must be a whole number, at least 1",
         )
     return AdapterConfig(
-        path=path,
+        path=source.path,
         base_model=_text(raw.get("base_model_name_or_path")),
         peft_version=_text(raw.get("peft_version")),
         rank=int(rank),
@@ -209,7 +223,7 @@ def open_config(path: Path) -> AdapterConfig:
         target_modules=_targets(source),
         raw=_checked(source),
         lines=source.lines,
-        repeated=tuple(key for key, count in Counter(key for key, _ in occurrences).items() if count > 1),
+        repeated=repeated,
     )
 
 

@@ -1,8 +1,8 @@
 """The record of one load of an adapter while an engine runs it. It is the same for every engine.
 
-In: the adapter, the rows that ran, samples of x and delta. Out: the load's records in the trace, from `stored`
-(judged from the file before the engine reads it) to `agrees` (recomputed from the file on the sampled rows), and what
-went wrong for requests.
+In: the adapter (its files, or the tensors that were pushed), the rows that ran, samples of x and delta. Out: the load's
+records in the trace, from `stored` (judged before the engine reads the adapter) to `agrees` (recomputed from its
+tensors on the sampled rows), and what went wrong for requests.
 """
 
 from __future__ import annotations
@@ -82,6 +82,11 @@ class LoadRecord:
         """Whether nothing more is written for a module: it is absent at some station, or another rank judges it."""
         return key in self._ended
 
+    @property
+    def requested(self) -> int:
+        """How many rows requested the load so far."""
+        return self._requested
+
     def has_run(self, key: Key) -> bool:
         """Whether any row of a module was seen."""
         return key in self._counters and self._counters[key].applied > 0
@@ -121,13 +126,23 @@ class LoadRecord:
         """The adapter is ready to run; `logged` contains the engine's log lines until then."""
         self._replace(slot=slot, said=logged)
 
+    def reloaded(self) -> None:
+        """The engine reads the unchanged adapter again, because a request has load_inplace.
+
+        That may happen in every step, so the number is written when it is a power of two, and by `finish`.
+        """
+        self._load = replace(self._load, reloads=self._load.reloads + 1)
+        if self._load.reloads.bit_count() == 1:
+            self._writer.record(self._load)
+
     def leave_to_another_rank(self, keys: Iterable[Key]) -> None:
         """Another rank judges these modules: from now on nothing is written for them."""
         self._ended.update(keys)
 
     def station(self, station: Station, findings: Mapping[Key, Finding]) -> None:
-        """Write one station's findings. Nothing more is written for an absent module."""
-        self._station_of(station, findings)
+        """Write one station's findings, unless they were written before. Nothing more is written for an absent
+        module."""
+        self._write_new(station, findings)
         self._ended.update(key for key, finding in findings.items() if finding.value == "absent")
 
     @property
@@ -199,9 +214,7 @@ class LoadRecord:
                 agrees[key] = self._agrees(counters)
         both: tuple[tuple[Station, dict[Key, Finding]], ...] = (("applied", applied), ("agrees", agrees))
         for station, findings in both:
-            new = {key: finding for key, finding in findings.items() if self._written.get((station, key)) != finding}
-            self._written |= {(station, key): finding for key, finding in new.items()}
-            self._station_of(station, new)
+            self._write_new(station, findings)
 
     def report_if_due(self) -> None:
         """`so_far` after a step of an engine that runs many: at first after every step, later about once a second, and
@@ -228,6 +241,8 @@ class LoadRecord:
         `unmeasured` returns why a module's rows were not recorded, None if they were; `unjudged` returns why its
         contribution has no reference, None if it has one.
         """
+        if self._load.reloads:
+            self._writer.record(self._load)
         applied: dict[Key, Finding] = {}
         agrees: dict[Key, Finding] = {}
         facts: dict[str, list[float]] = {}
@@ -251,8 +266,8 @@ class LoadRecord:
         self._station_of("agrees", agrees)
         if facts:
             worst, (error, *_) = max(facts.items(), key=lambda item: item[1][0])
-            where = name_modules([worst])
-            text = f"recomputed {len(facts)} modules from the file: worst relative error {error:.2g}, {where}"
+            where, source = name_modules([worst]), self.adapter.source
+            text = f"recomputed {len(facts)} modules from {source}: worst relative error {error:.2g}, {where}"
             self._writer.event("agree", text, errors=facts, tolerance=agrees_tolerance(self._dtype))
 
     def _applied(self, counters: _Counters) -> Finding:
@@ -277,6 +292,12 @@ class LoadRecord:
     def _replace(self, **changes: Any) -> None:
         self._load = replace(self._load, **changes)
         self._writer.record(self._load)
+
+    def _write_new(self, station: Station, findings: Mapping[Key, Finding]) -> None:
+        """Write the findings that differ from the last ones."""
+        new = {key: finding for key, finding in findings.items() if self._written.get((station, key)) != finding}
+        self._written |= {(station, key): finding for key, finding in new.items()}
+        self._station_of(station, new)
 
     def _station_of(self, station: Station, findings: Mapping[Key, Finding]) -> None:
         groups: dict[Finding, list[Key]] = {}

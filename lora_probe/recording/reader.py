@@ -122,7 +122,7 @@ class Trace:
         """Each load of an adapter with its ledger, joined over the ranks: of several findings the worst counts."""
         numbers: dict[int, Load] = {}
         for process in self.workers:
-            for load in process.of(Load):
+            for load in {load.load: load for load in process.of(Load)}.values():
                 before = numbers.get(load.load)
                 # A refusal on one rank is a refusal, whatever the other ranks report.
                 if before is None or not before.refused:
@@ -226,7 +226,7 @@ class Trace:
             for module in modules
         ]
         cut = max(0, (load.modules or 0) - len(rows))
-        return Ledger(self.engine, tuple(rows), load.refused, load.message, cut=cut)
+        return Ledger(self.engine, tuple(rows), load.refused, load.message, reloads=load.reloads, cut=cut)
 
     def _why_missing(self, load: int, stations: dict[Key, dict[Station, Finding]]) -> str:
         """Why a station of a load that has no record is unknown."""

@@ -108,8 +108,10 @@ class LoadEvent(msgspec.Struct, frozen=True, tag="event", tag_field="kind"):
 class Load(msgspec.Struct, frozen=True, tag="load", tag_field="kind"):
     """One load of an adapter; each load has a ledger. A later line with the same number replaces the earlier one.
 
-    `said` contains the lines that the engine logged during the load. `modules` is the number of its module records
-    (None in older traces): a trace with fewer was cut.
+    `said` contains the lines that the engine logged during the load. `path` is `pushed as tensors` for an adapter
+    without files. `generation` counts the contents under one `engine_id`; `reloads` counts how often the engine read
+    unchanged content again because requests have `load_inplace`. `modules` is the number of its module records (None
+    in older traces): a trace with fewer was cut.
     """
 
     load: int
@@ -123,6 +125,7 @@ class Load(msgspec.Struct, frozen=True, tag="load", tag_field="kind"):
     message: str = ""
     said: list[str] = []
     modules: int | None = None
+    reloads: int = 0
 
 
 class ModuleRecord(msgspec.Struct, frozen=True, tag="module", tag_field="kind"):

@@ -12,6 +12,7 @@ from typing import Any
 
 from lora_probe.files import shown
 from lora_probe.ledger import Clause, Ledger, Value, clauses
+from lora_probe.rules.lp5_loading import reloaded
 from lora_probe.rules.registry import AdapterFinding, Rule, Severity, all_rules
 
 
@@ -58,6 +59,8 @@ def diagnose(ledger: Ledger) -> list[Diagnostic]:
     diagnostics = []
     if ledger.refused:
         diagnostics.append(under(rules["LP401"], ledger.message, engines=(ledger.engine,)))
+    if (repeated := reloaded(ledger.reloads)) is not None:
+        diagnostics.append(under(rules[repeated.code], repeated.message, engines=(ledger.engine,)))
     for clause in clauses(ledger):
         finding = clause.finding
         if ledger.refused and clause.station != "stored" and not finding.code.startswith(("LP2", "LP3")):

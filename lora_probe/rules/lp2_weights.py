@@ -63,8 +63,8 @@ def half_missing(pair: AdapterModule) -> str | None:
     Fix: find the key filter that dropped the half, and save again.
     """
     if pair.a is None:
-        return "lora_B is in the file, lora_A is not"
-    return "lora_A is in the file, lora_B is not" if pair.b is None else None
+        return "it has lora_B, but not lora_A"
+    return "it has lora_A, but not lora_B" if pair.b is None else None
 
 
 @rule(
@@ -90,7 +90,7 @@ def variant_missing(pair: AdapterModule, config: AdapterConfig) -> Sentence | No
         return None
     for field, extra in EXTRAS.items():
         if config.raw.get(field) and not any(extra.is_named(tensor.name) for tensor in pair.extras):
-            return Sentence(f"`{field}` is set, but the file has no {extra.word} for it", field)
+            return Sentence(f"`{field}` is set, but the module has no {extra.word}", field)
     return None
 
 
@@ -126,12 +126,12 @@ def zero_delta(pair: AdapterModule, spectrum: Spectrum, config: AdapterConfig) -
     "not-in-the-file",
     "stored",
     "absent",
-    hint="save the adapter again; if the module was not trained, add its path to exclude_modules",
+    hint="save the adapter again, or push all of it; if the module was not trained, add its path to exclude_modules",
     consequence=True,
     predicate=True,
     follows=("LP301",),
 )
-def not_in_file() -> str:
+def not_in_file(source: str = "the file") -> str:
     """The config targets a module of the base model, but the file has no pair for it.
 
     Why it matters: vLLM ({vllm}) silently serves the base model there; PEFT 0.21 warns of missing keys and runs an
@@ -141,7 +141,7 @@ def not_in_file() -> str:
 
     Fix: save again with all ranks gathered, or correct target_modules.
     """
-    return "not in the file"
+    return f"not in {source}"
 
 
 @rule(

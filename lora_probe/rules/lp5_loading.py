@@ -30,9 +30,9 @@ def not_measured(why: str) -> str:
     "name-without-home",
     "read",
     "absent",
-    hint="rename the keys in the file so that they match modules of the base model; the usual cause is a wrong prefix",
+    hint="rename the tensors so that they match modules of the base model; the usual cause is a wrong prefix",
 )
-def name_without_home(stored_as: str, meant: str | None, engine: str) -> str:
+def name_without_home(stored_as: str, meant: str | None, engine: str, source: str = "the file") -> str:
     """The pair's name does not match any module of the model that the engine runs.
 
     Why it matters: this is the most common way for an adapter to have silently no effect. vLLM ({vllm}) checks only
@@ -48,7 +48,7 @@ def name_without_home(stored_as: str, meant: str | None, engine: str) -> str:
     """
     if meant is None:
         return f"{engine} has no module with that name"
-    return difference(stored_as, meant)
+    return difference(stored_as, meant, source)
 
 
 @rule(
@@ -92,18 +92,23 @@ def not_taken(engine: str, why: str) -> str:
     "placed-differs",
     "placed",
     "wrong",
-    hint="check whether the file changed or something overwrote the weights: the engine's values differ from it",
+    hint="check whether the adapter changed or something overwrote the weights: the engine's values differ from it",
 )
-def placed_differs(what: str, error: float, moment: str) -> str:
-    """The weights that the engine multiplies with are not A and s·B of the file.
+def placed_differs(what: str, error: float, moment: str, source: str = "the file") -> str:
+    """The weights that the engine multiplies with are not A and s·B of the file, or of the pushed tensors.
 
     Why it matters: the request is answered by a different adapter than the one in the file: an outdated slot after a
     failed activation, an adapter id used twice, a file that changed after it was read, a scaling that was lost or
     doubled, or weights that were overwritten later (the message states when it was seen).
 
     How it is seen: the cast and the scaling are repeated and compared bit for bit.
+
+    Example: a framework that adds new weights to vLLM's LoRA manager under an id that is active. vLLM ({vllm}) does not
+    fill the slot again, and the old weights answer.
+
+    Fix: in that case, remove the adapter (`remove_adapter`) before you add the new weights.
     """
-    return f"{what} differs from the file by {error:.2g} relative, seen {moment}"
+    return f"{what} differs from {source} by {error:.2g} relative, seen {moment}"
 
 
 @rule(
@@ -122,3 +127,39 @@ def placed_empty(moment: str) -> str:
     References: vllm-project/vllm#42757.
     """
     return f"its slot contains only zeros {moment}"
+
+
+FEW_RELOADS = 1
+"""A client may well load an unchanged adapter in place once more by hand."""
+
+
+@rule(
+    "LP506",
+    "reloaded-unchanged",
+    "load",
+    "wrong",
+    severity="warning",
+    hint="set load_inplace only on the request that loads new weights, not on later ones; on a server, unload the "
+    "adapter and load it again without load_inplace",
+)
+def reloaded(reloads: int) -> str | None:
+    """The engine read the same adapter again and again, because its requests have `load_inplace`.
+
+    Why it matters: vLLM ({vllm}) reloads an adapter whose request has `load_inplace` on every step, not once. Each
+    generated token then costs a read of the whole adapter (from disk, or from the pushed tensors), its packing, and a
+    refill of the slot on every worker, while all other requests of the batch wait. The answers are right.
+
+    What it does: a load whose content is unchanged stays one load with one ledger, and its repetitions are counted. New
+    content under the same id is a new load with the next generation. The count is written when it doubles, and when the
+    load ends, so that of a server that was killed may be too low.
+
+    Example: one request for 14 tokens read the adapter 15 times. A server keeps `load_inplace: true` of
+    `/v1/load_lora_adapter`, and sends it with every request for that adapter.
+
+    Fix: in a script, send `load_inplace=True` once, then requests without it. On a server, call
+    `/v1/unload_lora_adapter`, then `/v1/load_lora_adapter` without `load_inplace`. Its new id also keeps the prefix
+    cache from mixing old and new weights.
+    """
+    if reloads <= FEW_RELOADS:
+        return None
+    return f"the unchanged adapter was read at least {reloads} more times, because its requests have load_inplace"

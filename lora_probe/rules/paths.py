@@ -33,16 +33,17 @@ def starts(stored_as: str, meant: str) -> tuple[str, str]:
     return ".".join(ours[: len(ours) - keep]), ".".join(theirs[: len(theirs) - keep])
 
 
-def difference(stored_as: str, meant: str) -> str:
-    """How a path in the file differs from that of the module which was meant, in a sentence."""
+def difference(stored_as: str, meant: str, source: str = "the file") -> str:
+    """How a path in the file, or in another `source`, differs from that of the module which was meant, in a
+    sentence."""
     if words := changed_words(stored_as, meant):
         old, new = (listed([*names]) for names in (words, words.values()))
-        return f"the names in the file have {old} where the base model has {new}"
+        return f"the names in {source} have {old} where the base model has {new}"
     file_start, base_start = starts(stored_as, meant)
     if not file_start or not base_start:
-        lacking, having = ("file", base_start) if not file_start else ("model", file_start)
-        return f"the names in the {lacking} lack `{shown(having)}` at the beginning"
-    return f"the names in the file begin with `{shown(file_start)}`, the model's with `{shown(base_start)}`"
+        lacking, having = (source, base_start) if not file_start else ("the model", file_start)
+        return f"the names in {lacking} lack `{shown(having)}` at the beginning"
+    return f"the names in {source} begin with `{shown(file_start)}`, the model's with `{shown(base_start)}`"
 
 
 def changed_words(stored_as: str, meant: str) -> dict[str, str]:

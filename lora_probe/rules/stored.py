@@ -89,7 +89,7 @@ def expect(
     filled = {home for home, _, _ in rows}
     for module in targeted - filled:
         key = (module, "weight", None)
-        rows[key] = Expected(key, None, False, ("config",), not_in_file(), None)
+        rows[key] = Expected(key, None, False, ("config",), not_in_file(adapter.source), None)
     return tuple(rows[key] for key in sorted(rows, key=lambda k: (natural(k[0]), k[1], k[2] or 0)))
 
 

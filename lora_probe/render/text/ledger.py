@@ -66,6 +66,8 @@ def _cell(value: str) -> RichText:
 
 def _hints(ledger: Ledger, with_message: bool = False) -> Iterable[RenderableType]:
     for diagnostic in diagnose(ledger):
-        if with_message and diagnostic.modules:
+        # The headline has the messages of the others.
+        of_load = not diagnostic.modules and diagnostic.severity == "warning"
+        if of_load or (with_message and diagnostic.modules):
             yield words(f"  {diagnostic.message}")
         yield words(f"  {diagnostic.code} {diagnostic.name}: {diagnostic.hint}", style="cyan")

@@ -1,34 +1,36 @@
 """One load of an adapter in a worker: the layers of its modules, and the expected and real contents of its slot.
 
-In: a `LoadRecord` and the engine's `Homes`. Out: findings for `read` and `placed`, the contents of the slot when it was
-filled (G and digests), and the float32 reference of a module for `agrees`.
+In: an `Arrival`, the engine's `Homes`, and the base model's files. Out: findings for `read` and `placed`, the contents
+of the slot when it was filled (G and digests), and the float32 reference of a module for `agrees`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from lora_probe.base import Base
 from lora_probe.engines.load_record import LoadRecord
 from lora_probe.errors import ProbeError
 from lora_probe.ledger import OK, Finding
 from lora_probe.names import Key
-from lora_probe.recording import Placed
+from lora_probe.recording import Load, Placed, TraceWriter
 from lora_probe.recording.placed import digest_of
 from lora_probe.rules.lp5_loading import name_without_home, no_lora_layer, not_measured, not_taken
-from lora_probe.rules.stored import Expected
+from lora_probe.rules.stored import Expected, expect
+from lora_probe_vllm.arrivals import Arrival
 from lora_probe_vllm.slots import Home, Homes, Placement, judge, placement, slot_values
 
 CACHED_PARAMETERS = 64_000_000
-"""Adapters up to this size are kept in memory, so their files are not needed later."""
+"""Adapters up to this size are kept in memory, so their files or pushed tensors are not needed later."""
 
 
 @dataclass
 class ActiveLoad:
-    """A load from the moment its file is read until it is finished."""
+    """A load from the moment it arrives until it is finished."""
 
     record: LoadRecord
     engine: Homes
@@ -39,13 +41,34 @@ class ActiveLoad:
     _placements: dict[Key, Placement | None] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, record: LoadRecord, engine: Homes) -> ActiveLoad:
+    def begin(
+        cls, arrival: Arrival, load: Load, writer: TraceWriter, engine: Homes, base: Base | None, dtype: str
+    ) -> ActiveLoad:
+        """Judge `stored`, and write the load with its modules. `dtype` is the coarsest in which its layers compute."""
+        adapter = arrival.adapter
+        names = engine.of_base(base.shapes) if base is not None else {}
+        shapes = {name: base.shapes[name] for name in names} if base is not None else None
+        inverse = {engine_name: name for name, engine_name in names.items()}
+        engine_names = {pair.key: engine.engine_name(pair, arrival.engine_names) for pair in adapter.modules}
+        aliases = {
+            pair.module: inverse[name]
+            for pair in adapter.modules
+            if (name := engine_names[pair.key]) is not None and name in inverse
+        }
+        record = LoadRecord(writer, load, adapter, expect(adapter, shapes, aliases), dtype)
+        active = cls.of(record, engine, engine_names)
+        record.announce({key: home.engine_as for key, home in active.homes.items()})
+        return active
+
+    @classmethod
+    def of(cls, record: LoadRecord, engine: Homes, engine_names: Mapping[Key, str | None]) -> ActiveLoad:
+        """`engine_names` are the engine's names of the adapter's pairs."""
         pairs = {row.key: row for row in record.expected if row.entry is not None}
-        named = {key: engine.engine_name(row.entry) for key, row in pairs.items() if row.entry is not None}
+        named = {key: engine_names[row.entry.key] for key, row in pairs.items() if row.entry is not None}
         names = {key: name for key, name in named.items() if name is not None}
         homes = {key: engine.wrapped[name] for key, name in names.items() if name in engine.wrapped}
         load = cls(record, engine, pairs, names, homes)
-        if record.adapter.parameters <= CACHED_PARAMETERS:
+        if load.cached:
             load._placements = {key: load._read(key) for key in homes}
         return load
 
@@ -53,13 +76,39 @@ class ActiveLoad:
     def number(self) -> int:
         return self.record.number
 
+    @property
+    def adapter_id(self) -> int:
+        """The engine's id of the adapter."""
+        assert self.record.load.engine_id is not None
+        return self.record.load.engine_id
+
+    @property
+    def cached(self) -> bool:
+        """Whether the expected weights are in memory, and the file or the pushed tensors are not needed any more."""
+        return self.record.adapter.parameters <= CACHED_PARAMETERS
+
+    def is_unchanged(self, arrival: Arrival) -> bool:
+        """Whether `arrival` is this load again."""
+        load = self.record.load
+        same = (load.name, load.path, load.digest) == (arrival.name, arrival.path, arrival.digest)
+        return same and not load.refused
+
     def placement(self, key: Key) -> Placement | None:
-        """The expected weights of a module on this rank, from the file; None for half a pair.
+        """The expected weights of a module on this rank, from the adapter; None for half a pair.
 
         Raises:
-            ProbeError: the file of a large adapter can no longer be read.
+            ProbeError: the file of a large adapter can no longer be read, or it was pushed and not copied.
         """
         return self._placements[key] if key in self._placements else self._read(key)
+
+    def why_unjudged(self, key: Key) -> str | None:
+        """Why a module's contribution has no reference; None if it has one, or if the file would have to be read."""
+        if not self.cached and self.record.adapter.content:
+            try:
+                self.placement(key)
+            except ProbeError as error:
+                return error.message
+        return None
 
     def _read(self, key: Key) -> Placement | None:
         entry = self.pairs[key].entry
@@ -80,8 +129,8 @@ class ActiveLoad:
                 elsewhere.add(key)
             elif name is None or name not in self.engine.known:
                 intended = row.module if row.module != row.entry.module else None
-                read[key] = name_without_home(row.entry.stored_as, intended, "vLLM")
-            elif lora.get_lora(name) is None:
+                read[key] = name_without_home(row.entry.stored_as, intended, "vLLM", self.record.adapter.source)
+            elif lora.get_lora(name) is None and not self._is_fused(lora, key):
                 read[key] = not_taken("vLLM", "the module exists, but its pair was skipped")
             else:
                 read[key] = OK
@@ -93,18 +142,33 @@ class ActiveLoad:
         self.record.station("read", read)
         self.record.station("placed", placed)
 
+    def _is_fused(self, lora: Any, key: Key) -> bool:
+        """Whether a model of an adapter was packed before it arrived: then the parts of a layer have no names."""
+        home = self.homes.get(key)
+        return home is not None and home.slices > 1 and lora.get_lora(home.name) is not None
+
     def judge_slots(self, moment: str) -> None:
-        """`placed`: the slot compared with the values expected from the file."""
+        """`placed`: the slot compared with the values expected from the adapter."""
         assert self.slot is not None
-        placed = {}
+        placed, source = {}, self.record.adapter.source
         for key, home in self.homes.items():
             if self.record.ended(key):
                 continue
             try:
-                placed[key] = judge(self.placement(key), home, self.slot, moment)
+                placed[key] = judge(self.placement(key), home, self.slot, moment, source)
             except ProbeError as error:
                 placed[key] = not_measured(error.message)
         self.record.station("placed", placed)
+
+    def leftovers(self) -> list[str]:
+        """The engine's modules that the adapter does not have, and whose slot is not empty."""
+        assert self.slot is not None
+        own, filled = {self.names[key] for key in self.homes}, []
+        for name, home in self.engine.wrapped.items():
+            held = slot_values(home, self.slot) if name not in own else None
+            if held is not None and held[0].any() and held[1].any():
+                filled.append(name)
+        return filled
 
     def contents(self, keys: Iterable[Key]) -> SlotContents:
         """The contents of the slot at `keys`, modules of this load. They are read once, when the slot was filled."""

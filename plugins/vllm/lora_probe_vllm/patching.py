@@ -15,7 +15,8 @@ from typing import Any
 
 from lora_probe.recording import Level
 from lora_probe_vllm import TRACE
-from lora_probe_vllm.patching_loads import Find, patch_loads
+from lora_probe_vllm.observing import Find
+from lora_probe_vllm.patching_loads import patch_loads
 from lora_probe_vllm.rows import is_warm_up
 from lora_probe_vllm.runners import supported
 from lora_probe_vllm.sampling import sample_every

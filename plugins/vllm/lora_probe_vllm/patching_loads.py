@@ -1,81 +1,185 @@
-"""The patches around an adapter's life in vLLM: read, packed, put into a slot, removed from it.
+"""The patches around the arrival of an adapter in vLLM: requested, read or pushed, packed, added.
 
-In: the `Patches` to add to, and how to find the probe of a LoRA manager. Out: events and stations in that probe.
+In: the `Patches` to add to, and how to find the probe of a LoRA manager. Out: loads, with `stored` and `read`, in that
+probe. Frameworks replace `_load_adapter` of the subclass that vLLM uses, or go past it, so every way that an adapter
+may take is observed, and what happens inside one of them belongs to it.
 """
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from lora_probe_vllm.arrivals import fields_of
+from lora_probe_vllm.loads import ActiveLoad
+from lora_probe_vllm.observing import Find, LogLines, listening, refusing
+from lora_probe_vllm.patching_slots import patch_slots
 from lora_probe_vllm.seams import Patches, seams
 from lora_probe_vllm.worker import Probe
 
-Find = Callable[[Any], Probe | None]
+Current = Callable[[], Probe | None]
 
 
-class _LogLines(logging.Handler):
-    """Collects what vLLM logs at INFO or above while an adapter is loaded."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.INFO)
-        self.lines: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(f"{record.levelname} {record.getMessage()}")
-
-
-def patch_loads(patches: Patches, probe_of_manager: Find, recording: Callable[[], Probe | None]) -> None:
+def patch_loads(patches: Patches, probe_of_manager: Find, recording: Current) -> None:
     """Add all of them. `recording` returns the probe that records in this process, if any."""
-    log = _LogLines()
-    _patch_loading(patches, probe_of_manager, log)
-    _patch_slots(patches, probe_of_manager, log)
+    log = LogLines()
+    _patch_requests(patches, probe_of_manager)
+    _patch_files(patches, probe_of_manager, recording, log)
+    _patch_tensors(patches, recording, log)
+    _patch_adding(patches, probe_of_manager, log)
     _patch_packing(patches, recording)
+    patch_slots(patches, probe_of_manager, log)
 
 
-def _patch_loading(patches: Patches, probe_of_manager: Find, log: _LogLines) -> None:
-    """Record what vLLM reads from the file, and how it converts it."""
+def _patch_requests(patches: Patches, probe_of_manager: Find) -> None:
+    """Know whose adapter arrives, and which ones are dummies."""
+
+    def add_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(self: Any, lora_request: Any, *args: Any, **kwargs: Any) -> Any:
+            probe = probe_of_manager(self._adapter_manager)
+            if probe is None or not probe.recording:
+                return original(self, lora_request, *args, **kwargs)
+            with probe.loading.handling(lora_request):
+                try:
+                    return original(self, lora_request, *args, **kwargs)
+                except Exception as error:
+                    with probe.guard("a refusal"):
+                        probe.loading.failed(error)
+                    raise
+
+        return wrapper
+
+    def add_dummy_lora(original: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+            probe = probe_of_manager(self._adapter_manager)
+            if probe is None or not probe.recording:
+                return original(self, *args, **kwargs)
+            with probe.loading.adding_dummies():
+                return original(self, *args, **kwargs)
+
+        return wrapper
+
+    patches.wrap(seams.worker_manager, "add_adapter", add_adapter)
+    patches.wrap(seams.lru_worker_manager, "add_adapter", add_adapter)
+    patches.wrap(seams.worker_manager, "add_dummy_lora", add_dummy_lora)
+
+
+def _patch_files(patches: Patches, probe_of_manager: Find, recording: Current, log: LogLines) -> None:
+    """Record what vLLM reads from a file."""
 
     def load_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
         def wrapper(self: Any, lora_request: Any, *args: Any, **kwargs: Any) -> Any:
             probe = probe_of_manager(self._adapter_manager)
             if probe is None or not probe.recording:
                 return original(self, lora_request, *args, **kwargs)
-            log.lines.clear()
-            active = None
-            with probe.guard("reading the adapter's file"):
-                active = probe.reading(lora_request)
-            started = time.perf_counter()
-            try:
-                with _listening(log):
-                    lora = original(self, lora_request, *args, **kwargs)
-            except Exception as error:
-                if active is not None:
-                    with probe.guard("a refusal"):
-                        probe.refused(active, error, "reading the adapter")
-                raise
-            if active is not None:
-                seconds = round(time.perf_counter() - started, 6)
-                with probe.guard("what the loader read"):
-                    probe.was_read(int(lora_request.lora_int_id), active, lora, seconds)
-            return lora
+            adapter_id, path = int(lora_request.lora_int_id), str(lora_request.lora_path)
+            with probe.loading.handling(lora_request):
+                return _arriving(
+                    probe,
+                    log,
+                    adapter_id,
+                    lambda: probe.loading.reading(adapter_id, path),
+                    lambda: original(self, lora_request, *args, **kwargs),
+                )
 
         return wrapper
 
+    def from_local_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(cls: Any, lora_dir: str, *args: Any, lora_model_id: int | None = None, **kwargs: Any) -> Any:
+            def load() -> Any:
+                return original(cls, lora_dir, *args, lora_model_id=lora_model_id, **kwargs)
+
+            probe = recording()
+            if probe is None or lora_model_id is None:
+                return load()
+            return _arriving(probe, log, lora_model_id, lambda: probe.loading.reading(lora_model_id, lora_dir), load)
+
+        return wrapper
+
+    patches.wrap(seams.worker_manager, "_load_adapter", load_adapter)
+    patches.wrap(seams.lora_model, "from_local_checkpoint", from_local_checkpoint)
+
+
+def _patch_tensors(patches: Patches, recording: Current, log: LogLines) -> None:
+    """Record the tensors that vLLM gets without a file, and the config that comes with them."""
+    configs: deque[tuple[Any, Mapping[str, Any]]] = deque(maxlen=8)
+
+    def from_lora_tensors(original: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(cls: Any, lora_model_id: int, tensors: Any, peft_helper: Any, *args: Any, **kwargs: Any) -> Any:
+            def load() -> Any:
+                return original(cls, lora_model_id, tensors, peft_helper, *args, **kwargs)
+
+            probe = recording()
+            if probe is None:
+                return load()
+            loading = probe.loading
+
+            def receive() -> ActiveLoad | None:
+                config = next((config for helper, config in configs if helper is peft_helper), None)
+                return loading.received(lora_model_id, tensors, fields_of(peft_helper, config))
+
+            return _arriving(probe, log, lora_model_id, receive, load)
+
+        return wrapper
+
+    def from_dict(original: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(cls: Any, config_dict: Any, *args: Any, **kwargs: Any) -> Any:
+            helper = original(cls, config_dict, *args, **kwargs)
+            if recording() is not None:
+                configs.append((helper, dict(config_dict)))
+            return helper
+
+        return wrapper
+
+    patches.wrap(seams.lora_model, "from_lora_tensors", from_lora_tensors)
+    patches.wrap(seams.peft_helper, "from_dict", from_dict)
+
+
+def _arriving(
+    probe: Probe, log: LogLines, adapter_id: int, begin: Callable[[], ActiveLoad | None], load: Callable[[], Any]
+) -> Any:
+    """Run one of vLLM's ways to load an adapter, unless it is part of another one."""
+    if probe.loading.inside:
+        return load()
+    log.lines.clear()
+    active = None
+    with probe.guard("reading the adapter"):
+        active = begin()
+    started = time.perf_counter()
+    with probe.loading.arrival():
+        try:
+            with listening(log):
+                lora = load()
+        except Exception as error:
+            if active is not None:
+                with probe.guard("a refusal"):
+                    probe.loading.refused(active, error, "reading the adapter")
+            raise
+    if active is not None:
+        seconds = round(time.perf_counter() - started, 6)
+        with probe.guard("what the loader read"):
+            probe.loading.was_read(adapter_id, active, lora, seconds)
+    return lora
+
+
+def _patch_adding(patches: Patches, probe_of_manager: Find, log: LogLines) -> None:
+    """Record how vLLM converts an adapter."""
+
     def add_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
         def wrapper(self: Any, lora: Any, *args: Any, **kwargs: Any) -> Any:
-            probe = probe_of_manager(self)
-            active = probe.loads.get(lora.id) if probe is not None and probe.recording else None
+            probe, active = probe_of_manager(self), None
+            if probe is not None and probe.recording:
+                with probe.guard("adding the adapter"):
+                    active = probe.loading.adding(lora)
             if probe is None or active is None:
                 return original(self, lora, *args, **kwargs)
             before, started = len(lora.loras), time.perf_counter()
-            with _refusing(probe, active, "packing the adapter"), _listening(log):
+            with refusing(probe, active, "packing the adapter"), listening(log):
                 result = original(self, lora, *args, **kwargs)
             with probe.guard("registering"):
-                probe.writer.event(
+                probe.loading.event(
                     "register",
                     f"{before} pairs became {len(lora.loras)} weights; every scaling was folded into lora_B",
                     seconds=round(time.perf_counter() - started, 6),
@@ -84,49 +188,10 @@ def _patch_loading(patches: Patches, probe_of_manager: Find, log: _LogLines) -> 
 
         return wrapper
 
-    patches.wrap(seams.worker_manager, "_load_adapter", load_adapter)
     patches.wrap(seams.manager, "_add_adapter", add_adapter)
 
 
-def _patch_slots(patches: Patches, probe_of_manager: Find, log: _LogLines) -> None:
-    """Record what vLLM puts into a slot, and when it removes it."""
-
-    def activate_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapper(self: Any, lora_id: int, *args: Any, **kwargs: Any) -> Any:
-            probe = probe_of_manager(self)
-            active = probe.loads.get(lora_id) if probe is not None and probe.recording else None
-            # vLLM calls this in every step; only a call that fills a slot is an event.
-            if probe is None or active is None or lora_id in self._active_adapters:
-                return original(self, lora_id, *args, **kwargs)
-            started = time.perf_counter()
-            with (
-                _refusing(probe, active, "filling the slot"),
-                _listening(log),
-                _watching_slots(probe, self.modules),
-            ):
-                result = original(self, lora_id, *args, **kwargs)
-            seconds = round(time.perf_counter() - started, 6)
-            with probe.guard("the slot"):
-                probe.activated(lora_id, self.lora_index_to_id.index(lora_id), seconds, list(log.lines))
-            return result
-
-        return wrapper
-
-    def deactivate_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapper(self: Any, lora_id: int, *args: Any, **kwargs: Any) -> Any:
-            probe = probe_of_manager(self)
-            if probe is not None and probe.recording and lora_id in probe.loads:
-                with probe.guard("an eviction"):
-                    probe.evicted(lora_id)
-            return original(self, lora_id, *args, **kwargs)
-
-        return wrapper
-
-    patches.wrap(seams.manager, "activate_adapter", activate_adapter)
-    patches.wrap(seams.manager, "_deactivate_adapter", deactivate_adapter)
-
-
-def _patch_packing(patches: Patches, current: Callable[[], Probe | None]) -> None:
+def _patch_packing(patches: Patches, current: Current) -> None:
     def pack(original: Callable[..., Any]) -> Callable[..., Any]:
         def wrapper(cls: Any, loras: Any, *args: Any, **kwargs: Any) -> Any:
             started = time.perf_counter()
@@ -135,7 +200,7 @@ def _patch_packing(patches: Patches, current: Callable[[], Probe | None]) -> Non
             if probe is not None and probe.loads:
                 names = [lora.module_name.rpartition(".")[2] for lora in loras if lora is not None]
                 with probe.guard("packing"):
-                    probe.writer.event(
+                    probe.loading.event(
                         "pack",
                         f"{', '.join(names)} -> one packed weight",
                         module=next(lora.module_name for lora in loras if lora is not None).rpartition(".")[0],
@@ -154,7 +219,7 @@ def _patch_packing(patches: Patches, current: Callable[[], Probe | None]) -> Non
             folded = scaling != self.scaling
             if folded and probe is not None and probe.loads:
                 with probe.guard("folding"):
-                    probe.writer.event(
+                    probe.loading.event(
                         "fold",
                         f"lora_B *= {scaling:g}",
                         module=self.module_name,
@@ -167,55 +232,3 @@ def _patch_packing(patches: Patches, current: Callable[[], Probe | None]) -> Non
 
     patches.wrap(seams.packed_weights, "pack", pack)
     patches.wrap(seams.layer_weights, "optimize", optimize)
-
-
-@contextmanager
-def _listening(log: _LogLines) -> Iterator[None]:
-    """Collect what vLLM's loggers report at INFO or above."""
-    logger = logging.getLogger("vllm")
-    logger.addHandler(log)
-    try:
-        yield
-    finally:
-        logger.removeHandler(log)
-
-
-@contextmanager
-def _refusing(probe: Probe, active: Any, stage: str) -> Iterator[None]:
-    """Record an exception of vLLM as its refusal of the adapter, and raise it again."""
-    try:
-        yield
-    except Exception as error:
-        with probe.guard("a refusal"):
-            probe.refused(active, error, stage)
-        raise
-
-
-@contextmanager
-def _watching_slots(probe: Probe, layers: dict[str, Any]) -> Iterator[None]:
-    """Record each layer's set_lora or reset_lora, with its time, while a slot is filled."""
-    with Patches() as patches:
-        for name, layer in layers.items():
-            busy: list[bool] = []
-            for method in ("set_lora", "reset_lora"):
-
-                def make(original: Any, name: str = name, method: str = method, busy: list[bool] = busy) -> Any:
-                    def wrapper(index: int, *args: Any, **kwargs: Any) -> Any:
-                        outermost = not busy
-                        busy.append(True)
-                        started = time.perf_counter()
-                        try:
-                            return original(index, *args, **kwargs)
-                        finally:
-                            busy.pop()
-                            # set_lora begins with a reset, which is not a separate step of the timeline.
-                            if outermost:
-                                seconds = round(time.perf_counter() - started, 6)
-                                word = method.partition("_")[0]
-                                with probe.guard("a slot"):
-                                    probe.writer.event(word, f"slot {index}", module=name, seconds=seconds)
-
-                    return wrapper
-
-                patches.wrap(layer, method, make)
-        yield

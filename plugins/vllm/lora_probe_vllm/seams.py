@@ -31,6 +31,8 @@ NAMES = {
     "forward_context": ("vllm.forward_context", "get_forward_context"),
     "worker_manager": ("vllm.lora.worker_manager", "WorkerLoRAManager"),
     "manager": ("vllm.lora.model_manager", "LoRAModelManager"),
+    "lora_model": ("vllm.lora.lora_model", "LoRAModel"),
+    "peft_helper": ("vllm.lora.peft_helper", "PEFTHelper"),
     "packed_weights": ("vllm.lora.lora_weights", "PackedLoRALayerWeights"),
     "layer_weights": ("vllm.lora.lora_weights", "LoRALayerWeights"),
     "linear_layer": ("vllm.lora.layers.base_linear", "BaseLinearLayerWithLoRA"),
@@ -61,8 +63,18 @@ METHODS = {
     "runner_mixin": ("load_lora_model",),
     "v1_runner": ("execute_model", "_determine_batch_execution_and_padding"),
     "v2_runner": ("execute_model", "prepare_inputs"),
-    "worker_manager": ("_load_adapter",),
-    "manager": ("register_module", "_add_adapter", "activate_adapter", "_deactivate_adapter"),
+    "worker_manager": ("_load_adapter", "add_adapter", "add_dummy_lora"),
+    "lru_worker_manager": ("add_adapter",),
+    "manager": (
+        "register_module",
+        "_add_adapter",
+        "activate_adapter",
+        "_deactivate_adapter",
+        "remove_adapter",
+        "remove_all_adapters",
+    ),
+    "lora_model": ("from_local_checkpoint", "from_lora_tensors"),
+    "peft_helper": ("from_dict",),
     "packed_weights": ("pack", "optimize"),
     "layer_weights": ("optimize",),
     "linear_layer": ("set_lora", "reset_lora", "set_mapping"),
@@ -70,6 +82,19 @@ METHODS = {
     "fused_moe_3d": ("__init__", "create_lora_weights"),
 }
 """The methods that are wrapped or replaced, by the name of their class above."""
+
+HELPER_FIELDS = (
+    "r",
+    "lora_alpha",
+    "target_modules",
+    "use_rslora",
+    "use_dora",
+    "lora_bias",
+    "modules_to_save",
+    "rank_pattern",
+    "alpha_pattern",
+)
+"""The attributes of a `PEFTHelper` that decide what an adapter is, by the names of PEFT's config."""
 
 
 class SeamMoved(EngineFailed):

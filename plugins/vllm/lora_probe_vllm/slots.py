@@ -1,7 +1,7 @@
 """The layer of each module in vLLM, and whether its slot holds the values of the file.
 
-In: the LoRA manager's layers, and pairs of the file. Out: `Home` (layer and slice) for a name of the file, and a
-`Finding` for `placed`: the file's values are cast and scaled as in vLLM and compared bit for bit.
+In: the LoRA manager's layers, and pairs of an adapter. Out: `Home` (layer and slice) for a name of the adapter, and a
+`Finding` for `placed`: the adapter's values are cast and scaled as in vLLM and compared bit for bit.
 """
 
 from __future__ import annotations
@@ -71,8 +71,11 @@ class Homes:
         """For each module of the base's files that this engine has: its name there, and in the engine."""
         return renamed(shapes, self.known, self.mapper, self.on_another_rank)
 
-    def engine_name(self, pair: AdapterModule) -> str | None:
-        """The pair's name after vLLM's own renaming; None if vLLM cannot parse it."""
+    def engine_name(self, pair: AdapterModule, renamed: bool = False) -> str | None:
+        """The pair's name after vLLM's own renaming (`renamed`: it has that name already); None if vLLM cannot parse
+        it."""
+        if renamed:
+            return pair.module
         tensor = pair.a or pair.b
         if tensor is None:
             return None
@@ -153,8 +156,9 @@ def slot_values(home: Home, slot: int) -> tuple[torch.Tensor, torch.Tensor] | No
     return stacked_a[home.slice][slot, 0].cpu(), stacked_b[home.slice][slot, 0].cpu()  # type: ignore[index]
 
 
-def judge(expected: Placement | None, home: Home, slot: int, moment: str) -> Finding:
-    """`placed`: the slot, with padding, compared with the values expected from the file (None for half a pair)."""
+def judge(expected: Placement | None, home: Home, slot: int, moment: str, source: str) -> Finding:
+    """`placed`: the slot, with padding, compared with the values expected from `source`: the file, or the pushed
+    tensors (None for half a pair)."""
     held = slot_values(home, slot)
     if held is None:
         return not_measured(f"the slots of {type(home.layer).__name__} are not read yet")
@@ -162,12 +166,12 @@ def judge(expected: Placement | None, home: Home, slot: int, moment: str) -> Fin
     if not (held[0].any() and held[1].any()) and (a is None or b is None or (a.any() and b.any())):
         return placed_empty(moment)
     if a is None or b is None:
-        return placed_differs("its slot", float("inf"), moment)
+        return placed_differs("its slot", float("inf"), moment, source)
     for half, tensor, slot_tensor in (("lora_A", a, held[0]), ("s·lora_B", b, held[1])):
         if tensor.shape[0] > slot_tensor.shape[0] or tensor.shape[1] > slot_tensor.shape[1]:
-            return placed_differs(half, float("inf"), moment)
+            return placed_differs(half, float("inf"), moment, source)
         padded = torch.zeros_like(slot_tensor)
         padded[: tensor.shape[0], : tensor.shape[1]] = tensor
         if (difference := relative_difference(slot_tensor, padded)) is not None:
-            return placed_differs(half, difference, moment)
+            return placed_differs(half, difference, moment, source)
     return OK

@@ -16,20 +16,18 @@ from typing import Any
 
 import msgspec
 
-from lora_probe.adapter import open_adapter
 from lora_probe.base import Base, open_base
-from lora_probe.engines.load_record import LoadRecord
 from lora_probe.errors import ProbeError
 from lora_probe.names import Key
 from lora_probe.precision import coarser
-from lora_probe.recording import LEVELS, SCHEMA, Level, Load, Process, Run, RunSpec, TraceWriter
+from lora_probe.recording import LEVELS, SCHEMA, Level, Process, Run, RunSpec, TraceWriter
 from lora_probe.recording.runs import begin_run
-from lora_probe.rules.stored import expect
 from lora_probe_vllm import KEEP, MAX_MB
+from lora_probe_vllm.loading import Loading
 from lora_probe_vllm.loads import ActiveLoad
 from lora_probe_vllm.runners import Running, eager_step, running
 from lora_probe_vllm.sampling import MAX_TOKENS, ChosenSteps, sample_every
-from lora_probe_vllm.seams import engine_settings, launch_id, manager_of, model_of, seams, vllm_version
+from lora_probe_vllm.seams import engine_settings, launch_id, manager_of, model_of, vllm_version
 from lora_probe_vllm.slots import Homes
 from lora_probe_vllm.steps import Steps
 
@@ -47,7 +45,6 @@ class Probe:
         self.rank = int(worker.rank)
         self.homes: Homes | None = None
         self.base: Base | None = None
-        self.loads: dict[int, ActiveLoad] = {}
         self.not_recorded: str | None = None
         self.running: Running | None = None
         self.broken = False
@@ -55,7 +52,7 @@ class Probe:
         self._chosen: ChosenSteps | None = None
         self._generations: dict[int, int] = {}
         self._writer: TraceWriter | None = None
-        self._numbers = self._recordings = 0
+        self._recordings = 0
         self._outputs_of: list[str] = []
         self.open(folder)
         # A user's own script ends without a call of `finish`.
@@ -65,6 +62,11 @@ class Probe:
     def writer(self) -> TraceWriter:
         assert self._writer is not None
         return self._writer
+
+    @property
+    def loads(self) -> dict[int, ActiveLoad]:
+        """The loads of the adapters that the engine has, by their ids in the engine."""
+        return self.loading.loads
 
     @property
     def recording(self) -> bool:
@@ -84,9 +86,10 @@ class Probe:
             _log.info("%s has recordings of earlier runs; this one goes to %s", first, folder)
         spec = _requested(folder)
         self.keep = keep if keep is not None and spec is None else level_of(folder)
-        self.broken, self._numbers = False, 0
+        self.broken = False
         self._outputs_of = list(spec.watch) if spec is not None else []
-        self.steps = Steps(self.keep, self.guard, self.loads, sketching=spec is not None and spec.score)
+        loads: dict[int, ActiveLoad] = {}
+        self.steps = Steps(self.keep, self.guard, loads, sketching=spec is not None and spec.score)
         self.steps.capture.transient = self._chosen is not None
         if self._chosen is not None:
             self._chosen.begin_again()
@@ -109,6 +112,7 @@ class Probe:
         )
         self._writer = TraceWriter(folder / f"vllm-rank-{self.rank}", process, bound_of(folder), _log.warning)
         self._writer.flush_by_time(self.guard)
+        self.loading = Loading(self._writer, self.steps, self._generations, self, loads)
         if self.homes is not None:
             for name, layer in self.homes.manager.modules.items():
                 self.wrapped(name, layer)
@@ -175,67 +179,6 @@ class Probe:
             tp_size=getattr(layer, "tp_size", 1),
         )
 
-    def reading(self, request: Any) -> ActiveLoad | None:
-        """An adapter is about to be read: record the contents of its file before vLLM reads it."""
-        assert self.homes is not None
-        adapter_id = int(request.lora_int_id)
-        path = seams.adapter_path(str(request.lora_path))
-        try:
-            adapter = open_adapter(path)
-        except ProbeError as error:
-            self.writer.event("read", f"{request.lora_name}: {error.message}")
-            return None
-        number, self._numbers = self._numbers, self._numbers + 1
-        generation = self._generations[adapter_id] = self._generations.get(adapter_id, -1) + 1
-        load = Load(number, request.lora_name, str(adapter.path), adapter.digest(), adapter_id, generation)
-        config = self.worker.vllm_config
-        dtypes = (config.model_config.dtype, self.homes.manager.lora_config.lora_dtype)
-        dtype = coarser(*(str(value).removeprefix("torch.") for value in dtypes))
-        names = self.homes.of_base(self.base.shapes) if self.base is not None else {}
-        shapes = {name: self.base.shapes[name] for name in names} if self.base is not None else None
-        inverse = {engine_name: name for name, engine_name in names.items()}
-        aliases = {
-            pair.module: inverse[name]
-            for pair in adapter.modules
-            if (name := self.homes.engine_name(pair)) is not None and name in inverse
-        }
-        record = LoadRecord(self.writer, load, adapter, expect(adapter, shapes, aliases), dtype)
-        active = ActiveLoad.of(record, self.homes)
-        record.announce({key: home.engine_as for key, home in active.homes.items()})
-        self.writer.event("read", f"{request.lora_name} from {path}", tensors=len(adapter.weights.tensors))
-        return active
-
-    def was_read(self, adapter_id: int, active: ActiveLoad, lora: Any, seconds: float) -> None:
-        """The loader has finished. An earlier load with the same id has ended."""
-        self._retire(adapter_id)
-        self.loads[adapter_id] = active
-        active.judge_read(lora)
-        self.writer.event("read", f"{len(lora.loras)} pairs accepted", seconds=seconds)
-
-    def refused(self, active: ActiveLoad, error: BaseException, stage: str) -> None:
-        message = " ".join(str(error).split()) or f"{type(error).__name__} without a message"
-        self.writer.event("refused", f"while vLLM was {stage}: {message}")
-        active.record.refused(message)
-
-    def activated(self, adapter_id: int, slot: int, seconds: float, logged: list[str]) -> None:
-        """The slot is filled: compare it with the file, and record the load's layers from now on."""
-        active = self.loads[adapter_id]
-        active.slot = slot
-        active.record.activated(slot, logged)
-        self.writer.event("activate", f"{active.record.load.name} is in slot {slot}", seconds=seconds)
-        active.judge_slots("at activation")
-        if self.keep != "events" and not self.not_recorded:
-            self.steps.activated(adapter_id, active)
-
-    def evicted(self, adapter_id: int) -> None:
-        """The adapter loses its slot: judge it now, as its contents will be replaced."""
-        active = self.loads[adapter_id]
-        if active.slot is not None:
-            self.writer.event("evict", f"{active.record.load.name} removed from slot {active.slot}")
-            active.judge_slots("when it was evicted")
-            active.slot = None
-            self.steps.deactivated(adapter_id)
-
     def stepping(self, runner: Any, scheduler_output: Any) -> Any:
         """The context manager around one `execute_model`."""
         if self._outputs_of:
@@ -284,27 +227,26 @@ class Probe:
             if self._chosen is not None and self._chosen.too_long:
                 count, limit = self._chosen.too_long, MAX_TOKENS
                 self.writer.event("graphs", f"{count} steps had more than {limit} tokens and were not run eager")
-            for adapter_id in list(self.loads):
-                self._retire(adapter_id)
-        self.loads = {}
+            self.loading.finish()
+        self.loading.loads.clear()
         self.steps.close()
         with self.guard("closing"):
             self.writer.close()
         self._writer = None
 
-    def _retire(self, adapter_id: int) -> None:
-        """Write the last stations of a load that ends."""
-        active = self.loads.pop(adapter_id, None)
-        if active is None:
-            return
-        if active.slot is not None:
-            active.judge_slots("when the run ended")
-        if not active.record.load.refused:
-            active.record.finish(lambda key: self._why_unmeasured(active, key))
-        active.record.finish_requests()
-        self.steps.deactivated(adapter_id)
+    @property
+    def dtype(self) -> str:
+        """The coarsest dtype in which LoRA layers compute."""
+        assert self.homes is not None
+        dtypes = (self.worker.vllm_config.model_config.dtype, self.homes.manager.lora_config.lora_dtype)
+        return coarser(*(str(value).removeprefix("torch.") for value in dtypes))
 
-    def _why_unmeasured(self, active: ActiveLoad, key: Key) -> str | None:
+    @property
+    def records_rows(self) -> bool:
+        """Whether the rows of steps are recorded."""
+        return self.keep != "events" and not self.not_recorded
+
+    def why_unmeasured(self, active: ActiveLoad, key: Key) -> str | None:
         if self.keep == "events":
             return "contributions were not recorded (--keep events)"
         if self.broken:
