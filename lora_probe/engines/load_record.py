@@ -14,7 +14,7 @@ import numpy as np
 from msgspec.structs import replace
 
 from lora_probe.adapter import Adapter
-from lora_probe.ledger import OK, STATIONS, Finding, Station
+from lora_probe.ledger import OK, STATIONS, Finding, Ledger, Row, Station, completed, worse
 from lora_probe.names import Key, name_modules
 from lora_probe.precision import agrees as agrees_tolerance
 from lora_probe.precision import finite
@@ -25,6 +25,9 @@ from lora_probe.rules.stored import Expected
 
 ENOUGH_ROWS = 4
 """With fewer sampled rows than this a relative error means little: x·A of a single row may cancel to almost zero."""
+
+
+_NOT_YET = not_measured("not measured yet")
 
 
 @dataclass
@@ -53,7 +56,11 @@ class LoadRecord:
         self._requested = 0
         self._counters: dict[Key, _Counters] = {}
         self._ended: set[Key] = set()
+        self._elsewhere: set[Key] = set()
         self._written: dict[tuple[Station, Key], Finding] = {}
+        self._findings: dict[Key, dict[Station, Finding]] = {}
+        self.changes = 0
+        """How often the ledger, or the load itself, has changed."""
 
     @property
     def load(self) -> Load:
@@ -95,8 +102,26 @@ class LoadRecord:
         absent = [row.key for row in self.expected if row.entry is None]
         self._ended.update(absent)
         for station in STATIONS[1:]:
-            if absent:
-                self._writer.station(self.number, station, Finding("absent"), absent)
+            self._station_of(station, dict.fromkeys(absent, Finding("absent")))
+
+    def ledger(self, engine: str, stations: tuple[Station, ...] = STATIONS) -> Ledger:
+        """The ledger so far of the modules that this rank judges, as `Trace.loads` reads it: of several findings the
+        worst counts, and a station without any is unknown. May be called from another thread."""
+        rows = [
+            Row(
+                row.key,
+                completed(dict(self._findings.get(row.key, {})), _NOT_YET, stations),
+                row.expected_by,
+                row.entry.stored_as if row.entry else None,
+            )
+            for row in self.expected
+            if row.key not in self._elsewhere
+        ]
+        return Ledger(engine, tuple(rows), self._load.refused, self._load.message)
+
+    def event(self, stage: str, text: str) -> None:
+        """Write a step of the timeline that is about this load."""
+        self._writer.event(stage, f"{self._load.name}: {text}")
 
     def refused(self, message: str) -> None:
         """The engine refuses the adapter, with its own message."""
@@ -108,7 +133,8 @@ class LoadRecord:
 
     def leave_to_another_rank(self, keys: Iterable[Key]) -> None:
         """Another rank judges these modules: from now on nothing is written for them."""
-        self._ended.update(keys)
+        self._elsewhere.update(keys)
+        self._ended |= self._elsewhere
 
     def station(self, station: Station, findings: Mapping[Key, Finding]) -> None:
         """Write one station's findings. Nothing more is written for an absent module."""
@@ -118,11 +144,22 @@ class LoadRecord:
     def ran(self, requested: int, keys: Iterable[Key], applied: int, contaminated: Mapping[Key, int]) -> None:
         """Rows of one step: `requested` rows requested this load, `applied` of them ran with it at `keys`, and
         `contaminated` rows got its contribution without a request."""
-        self._requested += requested
         for key in keys:
             self._counters_of(key).applied += applied
+        self._requested += requested
         for key, rows in contaminated.items():
             self._counters_of(key).contaminated += rows
+
+    @property
+    def contaminated_rows(self) -> int:
+        """How many rows got this load's contribution without requesting it."""
+        return max((counters.contaminated for counters in list(self._counters.values())), default=0)
+
+    @property
+    def stale_rows(self) -> int:
+        """How many rows requested this load and ran with another slot than its own."""
+        counters = list(self._counters.values())
+        return self._requested - max(c.applied for c in counters) if counters else 0
 
     def sample(self, key: Key, x: Floats, delta: Floats, a: Floats, b: Floats, scaling: float) -> None:
         """Compare the kernel's output with s·(x·Aᵀ)·Bᵀ from the file. `x: [rows, in]`, `delta: [rows, out]`."""
@@ -221,12 +258,16 @@ class LoadRecord:
 
     def _replace(self, **changes: Any) -> None:
         self._load = replace(self._load, **changes)
+        self.changes += 1
         self._writer.record(self._load)
 
     def _station_of(self, station: Station, findings: Mapping[Key, Finding]) -> None:
         groups: dict[Finding, list[Key]] = {}
         for key, finding in findings.items():
             groups.setdefault(finding, []).append(key)
+            stations = self._findings.setdefault(key, {})
+            stations[station] = worse(stations.get(station, finding), finding)
+        self.changes += bool(findings)
         for finding, keys in groups.items():
             self._writer.station(self.number, station, finding, keys)
 

@@ -22,7 +22,7 @@ from lora_probe.adapter.folder import inside, listed
 from lora_probe.errors import UnreadableFile, command
 from lora_probe.files import brief, shown
 from lora_probe.files.weights import MAX_VALUES, TensorHeader, WeightsFile
-from lora_probe.ledger import STATIONS, Finding, Ledger, Row, Station, worse
+from lora_probe.ledger import Finding, Ledger, Row, Station, completed, worse
 from lora_probe.names import Key
 from lora_probe.recording.documents import decoded, document, lines, too_deep
 from lora_probe.recording.placed import Floats
@@ -214,10 +214,11 @@ class Trace:
         return records
 
     def _ledger(self, load: Load, modules: list[ModuleRecord], stations: dict[Key, dict[Station, Finding]]) -> Ledger:
+        missing = not_measured("the recording ended before it was measured")
         rows = [
             Row(
                 module.key,
-                self._stations(stations.get(module.key, {})),
+                completed(stations.get(module.key, {}), missing),
                 tuple(module.expected_by),
                 module.stored_as,
                 module.engine_as,
@@ -225,17 +226,6 @@ class Trace:
             for module in modules
         ]
         return Ledger(self.engine, tuple(rows), load.refused, load.message)
-
-    def _stations(self, recorded: dict[Station, Finding]) -> dict[Station, Finding]:
-        ended = "the recording ended before it was measured"
-        missing = not_measured(ended)
-        result: dict[Station, Finding] = {}
-        gone = False
-        for station in STATIONS:
-            finding = recorded.get(station) or (Finding("absent") if gone else missing)
-            gone = gone or (finding.value == "absent" and station != "stored")
-            result[station] = finding
-        return result
 
 
 def open_trace(path: str | Path) -> Trace:

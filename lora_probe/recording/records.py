@@ -61,7 +61,8 @@ class Run(msgspec.Struct, frozen=True):
 
 
 class Process(msgspec.Struct, frozen=True):
-    """process.json: the process that wrote this folder. `changed` lists the engine settings that recording changed."""
+    """process.json: the process that wrote this folder. `changed` lists the engine settings that recording changed;
+    `control` is the last request in control.json that the process has answered."""
 
     schema: int
     role: str
@@ -79,6 +80,7 @@ class Process(msgspec.Struct, frozen=True):
     segments: int = 0
     scores: int = 0
     closed: bool = False
+    control: str = ""
 
 
 class LoadEvent(msgspec.Struct, frozen=True, tag="event", tag_field="kind"):

@@ -99,8 +99,9 @@ class TraceWriter:
 
     def describe(self, **changes: Any) -> None:
         """Update process.json (with a dtype that is only known later)."""
-        self.process = msgspec.structs.replace(self.process, **changes)
-        self._write_process()
+        with self._lock:
+            self.process = msgspec.structs.replace(self.process, **changes)
+            self._write_process()
 
     def flush(self) -> None:
         """Close the current segment."""

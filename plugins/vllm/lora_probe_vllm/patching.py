@@ -16,6 +16,7 @@ from typing import Any
 from lora_probe.recording import Level
 from lora_probe_vllm import TRACE
 from lora_probe_vllm.patching_loads import Find, patch_loads
+from lora_probe_vllm.patching_strict import patch_strict
 from lora_probe_vllm.seams import Patches, seams
 from lora_probe_vllm.worker import Probe, level_of
 
@@ -77,6 +78,7 @@ def install(folder: Path) -> Patches:
     patches.add(seams.worker, "lora_probe_finish", _finish(probes))
     _patch_model(patches, probe_of, probe_of_manager)
     patch_loads(patches, probe_of_manager, recording)
+    patch_strict(patches, probe_of)
     return patches
 
 

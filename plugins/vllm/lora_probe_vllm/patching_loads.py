@@ -60,6 +60,9 @@ def _patch_loading(patches: Patches, probe_of_manager: Find, log: _LogLines) -> 
             if active is not None:
                 seconds = round(time.perf_counter() - started, 6)
                 with probe.guard("what the loader read"):
+                    active.judge_read(lora)
+                probe.strict.after_reading(active)
+                with probe.guard("a load that was read"):
                     probe.was_read(int(lora_request.lora_int_id), active, lora, seconds)
             return lora
 

@@ -55,7 +55,7 @@ NAMES = {
 
 METHODS = {
     "worker": ("__init__",),
-    "runner_mixin": ("load_lora_model",),
+    "runner_mixin": ("load_lora_model", "add_lora"),
     "runner": ("execute_model",),
     "worker_manager": ("_load_adapter",),
     "manager": ("register_module", "_add_adapter", "activate_adapter", "_deactivate_adapter"),

@@ -24,11 +24,15 @@ from lora_probe.names import Key
 from lora_probe.precision import coarser
 from lora_probe.recording import LEVELS, SCHEMA, Level, Load, Process, Run, RunSpec, TraceWriter
 from lora_probe.rules.stored import expect
-from lora_probe_vllm import KEEP
+from lora_probe_vllm import KEEP, METRICS, switched_on
+from lora_probe_vllm.control import RequestedLevel
 from lora_probe_vllm.loads import ActiveLoad
+from lora_probe_vllm.metrics import Metrics
 from lora_probe_vllm.seams import engine_settings, manager_of, model_of, seams, vllm_version, why_not_recordable
 from lora_probe_vllm.slots import Homes
 from lora_probe_vllm.steps import Steps
+from lora_probe_vllm.strict import Strict
+from lora_probe_vllm.watcher import Watcher
 
 
 class Probe:
@@ -42,6 +46,8 @@ class Probe:
         self.loads: dict[int, ActiveLoad] = {}
         self.not_recorded: str | None = None
         self.broken = False
+        self.strict = Strict(self.guard)
+        self.metrics = Metrics(self.rank) if switched_on(METRICS) else None
         self._generations: dict[int, int] = {}
         self._writer: TraceWriter | None = None
         self._numbers = 0
@@ -75,7 +81,8 @@ class Probe:
         self.keep = keep if keep is not None and spec is None else level_of(folder)
         self.broken, self._numbers = False, 0
         self._outputs_of = list(spec.watch) if spec is not None else []
-        self.steps = Steps(self.keep, self.guard, sketching=spec is not None and spec.score)
+        self._sketching = spec is not None and spec.score
+        self.steps = Steps(self.keep, self.guard, self._sketching)
         config = self.worker.vllm_config
         settings = engine_settings(config)
         process = Process(
@@ -94,6 +101,8 @@ class Probe:
         )
         self._writer = TraceWriter(folder / f"vllm-rank-{self.rank}", process)
         self._writer.flush_by_time()
+        self.requested = RequestedLevel(self._writer)
+        self._watcher = Watcher(self._each_second)
         if self.homes is not None:
             for name, layer in self.homes.manager.modules.items():
                 self.wrapped(name, layer)
@@ -181,10 +190,9 @@ class Probe:
         return active
 
     def was_read(self, adapter_id: int, active: ActiveLoad, lora: Any, seconds: float) -> None:
-        """The loader has finished. An earlier load with the same id has ended."""
+        """The loader has finished, and `read` is judged. An earlier load with the same id has ended."""
         self._retire(adapter_id)
         self.loads[adapter_id] = active
-        active.judge_read(lora)
         self.writer.event("read", f"{len(lora.loras)} pairs accepted", seconds=seconds)
 
     def refused(self, active: ActiveLoad, error: BaseException, stage: str) -> None:
@@ -199,6 +207,8 @@ class Probe:
         active.record.activated(slot, logged)
         self.writer.event("activate", f"{active.record.load.name} is in slot {slot}", seconds=seconds)
         active.judge_slots("at activation")
+        self.strict.in_slot(active)
+        self.publish()
         if self.keep != "events" and not self.not_recorded:
             self.steps.activated(adapter_id, active)
 
@@ -216,6 +226,9 @@ class Probe:
         if self._outputs_of:
             with self.guard("the recorded modules"):
                 self._begin_watching(runner)
+        if self.requested.pending:
+            with self.guard("another level"):
+                self._switch(self.requested.taken())
         if self.broken or self.not_recorded or self.keep == "events":
             return nullcontext()
         return self.steps.stepping(runner, scheduler_output, self.writer)
@@ -229,10 +242,34 @@ class Probe:
             count = self.steps.watch(model_of(runner), names)
             self.writer.event("watch", f"recording the outputs of {count} of {len(names)} modules")
 
+    def _switch(self, keep: Level) -> None:
+        """Record at another level from this step on: rows of loads that are in slots follow, or all hooks are gone."""
+        self.steps.close()
+        # A segment has rows of one level.
+        self.writer.flush()
+        self.keep, self.steps = keep, Steps(keep, self.guard, self._sketching)
+        in_slots = {number: active for number, active in self.loads.items() if active.slot is not None}
+        if keep != "events" and not self.not_recorded:
+            for number, active in in_slots.items():
+                self.steps.activated(number, active)
+        modules = len(self.steps.capture.columns)
+        self.writer.event("attach", f"recording {keep}: {modules} modules of {len(in_slots)} loads", keep=keep)
+
+    def _each_second(self) -> None:
+        """In a thread of its own, also while the engine is idle."""
+        self.requested.poll()
+        self.publish()
+
+    def publish(self) -> None:
+        """Bring the metrics up to date."""
+        if self.metrics is not None:
+            self.metrics.publish([active.record for active in list(self.loads.values())])
+
     def finish(self) -> None:
         """Judge the slots again, write `applied` and `agrees`, and close the recording. May be called again."""
         if self._writer is None:
             return
+        self._watcher.close()
         with self.guard("the end of the run"):
             for adapter_id in list(self.loads):
                 self._retire(adapter_id)
