@@ -6,7 +6,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from lora_probe import open_trace
 from lora_probe.cli import attach
 from lora_probe.recording import SCHEMA, Process, TraceWriter
 from lora_probe.recording.control import CONTROL, request_level
+from lora_probe_vllm import watcher
 from lora_probe_vllm.control import RequestedLevel
 from lora_probe_vllm.watcher import Watcher
 
@@ -46,8 +48,8 @@ def levels(writers: list[TraceWriter]) -> Iterator[list[RequestedLevel]]:
     levels = [RequestedLevel(writer) for writer in writers]
     watchers = [Watcher(level.poll) for level in levels]
     yield levels
-    for watcher in watchers:
-        watcher.close()
+    for thread in watchers:
+        thread.close()
 
 
 def test_every_worker_answers(run: Path, levels: list[RequestedLevel], capsys: Any) -> None:
@@ -128,6 +130,32 @@ def test_a_process_that_is_gone(run: Path, capsys: Any) -> None:
     status, out, err = call("attach", run, "--keep", "norms", capsys=capsys)
     assert (status, out) == (2, "")
     assert f"does not run on this machine any more (process {ended.pid})" in err
+
+
+def test_a_request_that_cannot_be_answered_is_logged_once_and_answered_later(
+    run: Path, writers: list[TraceWriter], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder of the worker is gone for a while."""
+    monkeypatch.setattr(watcher, "SECONDS", 0.02)
+    level = RequestedLevel(writers[0])
+    thread = Watcher(level.poll)
+    folder, away = writers[0].folder, run / "away"
+    folder.rename(away)
+    control = request_level(run, "norms")
+    eventually(lambda: bool(caplog.records))
+    time.sleep(0.2)
+    away.rename(folder)
+    process = folder / "process.json"
+    eventually(lambda: json.loads(process.read_text())["control"] == control.request)
+    thread.close()
+    assert len(caplog.records) == 1
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 10) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_no_trace_and_no_worker(run: Path, capsys: Any) -> None:

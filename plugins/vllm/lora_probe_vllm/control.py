@@ -38,9 +38,11 @@ class RequestedLevel:
             return
         if control is None or control.request == self._answered:
             return
-        self._answered, self._level = control.request, control.keep
-        self._writer.event("attach", f"{control.keep} is recorded from the next step on")
+        self._level = control.keep
         self._writer.describe(keep=control.keep, control=control.request)
+        # Without room on the disk, the answer waits for the next call.
+        self._answered = control.request
+        self._writer.event("attach", f"{control.keep} is recorded from the next step on")
 
     def taken(self) -> Level:
         """The pending level, which is in use from now on."""

@@ -13,7 +13,7 @@ SECONDS = 1.0
 
 
 class Watcher:
-    """Calls `work` every second. If it fails, the reason is logged, and it is not called again."""
+    """Calls `work` every second. Why it fails is logged once, and it is called again: a disk may have room later."""
 
     def __init__(self, work: Callable[[], None]) -> None:
         self._work = work
@@ -28,9 +28,12 @@ class Watcher:
             self._thread.join(SECONDS)
 
     def _run(self) -> None:
-        try:
-            while not self._closing.wait(SECONDS):
+        logged = ""
+        while not self._closing.wait(SECONDS):
+            try:
                 self._work()
-        # Any exception: a thread of the probe must not print a traceback into the log of a server.
-        except Exception as error:
-            logging.getLogger("vllm.lora_probe").error("lora-probe no longer answers `attach`: %r", error)
+            # Any exception: a thread of the probe must not print a traceback into the log of a server.
+            except Exception as error:
+                if repr(error) != logged:
+                    logged = repr(error)
+                    logging.getLogger("vllm.lora_probe").error("lora-probe cannot look for requests: %s", logged)

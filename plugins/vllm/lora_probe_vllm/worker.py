@@ -50,6 +50,7 @@ class Probe:
         self.metrics = Metrics(self.rank) if switched_on(METRICS) else None
         self._generations: dict[int, int] = {}
         self._writer: TraceWriter | None = None
+        self._watcher: Watcher | None = None
         self._numbers = 0
         self._outputs_of: list[str] = []
         self.open(folder)
@@ -267,9 +268,10 @@ class Probe:
 
     def finish(self) -> None:
         """Judge the slots again, write `applied` and `agrees`, and close the recording. May be called again."""
+        if self._watcher is not None:
+            self._watcher.close()
         if self._writer is None:
             return
-        self._watcher.close()
         with self.guard("the end of the run"):
             for adapter_id in list(self.loads):
                 self._retire(adapter_id)
