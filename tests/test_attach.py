@@ -126,10 +126,12 @@ def test_a_closed_recording(run: Path, capsys: Any) -> None:
 def test_a_process_that_is_gone(run: Path, capsys: Any) -> None:
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
-    TraceWriter(run / "vllm-rank-0", process(pid=ended.pid)).close(complete=False)
+    for rank, pid in enumerate((ended.pid, 0, -1, 2**40)):
+        TraceWriter(run / f"vllm-rank-{rank}", process(rank, pid=pid)).close(complete=False)
     status, out, err = call("attach", run, "--keep", "norms", capsys=capsys)
     assert (status, out) == (2, "")
-    assert f"does not run on this machine any more (process {ended.pid})" in err
+    assert f"does not run on this machine any more (process {ended.pid}, 0, -1, {2**40})" in err
+    assert not (run / CONTROL).exists()
 
 
 def test_a_request_that_cannot_be_answered_is_logged_once_and_answered_later(

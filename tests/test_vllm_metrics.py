@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from lora_probe.ledger import OK
 from lora_probe.recording import SCHEMA, Load, Process, TraceWriter
 from lora_probe.rules.lp5_loading import name_without_home
 from lora_probe.rules.stored import expect
-from lora_probe_vllm.metrics import SHARED, Metrics
+from lora_probe_vllm import METRICS, STRICT, TRACE, register
+from lora_probe_vllm.metrics import OWN, SHARED, Metrics
 
 pytestmark = pytest.mark.slow
 NAME = 'a "quoted" näme'
@@ -107,3 +109,15 @@ def test_a_folder_that_cannot_be_written(
     folder.mkdir()
     metrics.publish([record])
     assert states(folder)["lost"] == 1
+
+
+def test_without_a_trace_there_is_nothing_to_publish(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv(TRACE, raising=False)
+    monkeypatch.setenv(METRICS, "1")
+    monkeypatch.setenv(STRICT, "1")
+    register()
+    expected = [f"{name}=1 has no effect without {TRACE}" for name in (STRICT, METRICS)]
+    assert [record.getMessage() for record in caplog.records] == expected
+    assert OWN not in os.environ

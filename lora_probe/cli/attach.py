@@ -111,13 +111,15 @@ def _nothing_runs(workers: Sequence[ProcessTrace], trace: Path) -> ProbeError:
 
 
 def _is_running(process: Process) -> bool:
+    if process.pid <= 0:
+        return False
     try:
         os.kill(process.pid, 0)
     except PermissionError:
         return True
     except (OSError, OverflowError):
         return False
-    return process.pid > 0
+    return True
 
 
 COMMAND = Command(

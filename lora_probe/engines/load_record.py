@@ -266,8 +266,10 @@ class LoadRecord:
         for key, finding in findings.items():
             groups.setdefault(finding, []).append(key)
             stations = self._findings.setdefault(key, {})
-            stations[station] = worse(stations.get(station, finding), finding)
-        self.changes += bool(findings)
+            before = stations.get(station)
+            if before is None or worse(before, finding) != before:
+                stations[station] = finding
+                self.changes += 1
         for finding, keys in groups.items():
             self._writer.station(self.number, station, finding, keys)
 

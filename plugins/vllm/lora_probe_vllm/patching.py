@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_probe.recording import Level
-from lora_probe_vllm import TRACE
+from lora_probe_vllm import STRICT, TRACE, switched_on
 from lora_probe_vllm.patching_loads import Find, patch_loads
 from lora_probe_vllm.patching_strict import patch_strict
 from lora_probe_vllm.seams import Patches, seams
@@ -78,7 +78,8 @@ def install(folder: Path) -> Patches:
     patches.add(seams.worker, "lora_probe_finish", _finish(probes))
     _patch_model(patches, probe_of, probe_of_manager)
     patch_loads(patches, probe_of_manager, recording)
-    patch_strict(patches, probe_of)
+    if switched_on(STRICT):
+        patch_strict(patches, probe_of)
     return patches
 
 

@@ -20,7 +20,7 @@ def patch_strict(patches: Patches, probe_of: Find) -> None:
     def add_lora(original: Callable[..., Any]) -> Callable[..., Any]:
         def wrapper(self: Any, lora_request: Any, *args: Any, **kwargs: Any) -> Any:
             probe = probe_of(self)
-            if probe is None or not probe.recording or not probe.strict.enabled:
+            if probe is None or not probe.recording:
                 return original(self, lora_request, *args, **kwargs)
             adapter_id = int(lora_request.lora_int_id)
             with probe.strict.loading():
