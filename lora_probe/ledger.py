@@ -48,6 +48,18 @@ def worse(first: Finding, second: Finding) -> Finding:
     return second if _GRAVITY[second.value] > _GRAVITY[first.value] else first
 
 
+def completed(
+    recorded: Mapping[Station, Finding], missing: Finding, stations: tuple[Station, ...] = STATIONS
+) -> dict[Station, Finding]:
+    """The finding of each of `stations`: `missing` where none was recorded, except that a module stays absent."""
+    result: dict[Station, Finding] = {}
+    gone = False
+    for station in stations:
+        result[station] = recorded.get(station) or (Finding("absent") if gone else missing)
+        gone = gone or (result[station].value == "absent" and station != "stored")
+    return result
+
+
 @dataclass(frozen=True)
 class Row:
     """One module of the ledger. `expected_by` lists where it is expected from: the config, the file, or both. The

@@ -42,7 +42,7 @@ def test_commands_that_read_need_neither_torch_nor_peft_nor_vllm(peft_trace: Any
 
 
 def test_help_of_every_command_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in ("inspect", "check", "trace", "show", "compare", "parity", "rule", "env"):
+    for command in ("inspect", "check", "trace", "show", "attach", "compare", "parity", "rule", "env"):
         status, out, _ = call(command, "--help", capsys=capsys)
         assert status == 0
         assert f"lora-probe {command}" in out.lower().split("examples:")[1]

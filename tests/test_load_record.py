@@ -443,10 +443,12 @@ def test_a_killed_process_leaves_what_was_shown_until_then(load: Recording) -> N
 
 def test_a_load_without_a_sampled_row_has_run(load: Recording) -> None:
     """All of its rows were decode rows of requests that had enough samples."""
-    load.record.ran(1, (Q, K), 1, {})
+    load.record.ran(1, (Q, K), 1)
+    load.record.report_if_due()
     assert [load.finding(key, "applied") for key in (Q, K)] == [OK, OK]
     lines = load.lines("applied")
-    load.record.ran(1, (Q, K), 1, {})
+    load.record.ran(1, (Q, K), 1)
+    load.record.report_if_due()
     assert load.lines("applied") == lines
 
 

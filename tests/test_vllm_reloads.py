@@ -26,6 +26,7 @@ from pushes import (
 )
 
 from lora_probe.ledger import headline
+from lora_probe.recording.rows import NOT_IN_ITS_SLOT
 from lora_probe.rules import diagnose
 
 pytestmark = pytest.mark.engine
@@ -169,7 +170,10 @@ def test_a_slot_that_vllm_failed_to_fill_is_known(
     assert stale.message.endswith("differs from the pushed tensors by 0.5 relative, seen after vLLM failed to fill it")
     (left,) = [event for event in trace.events if event.stage == "stale"]
     assert left.text.endswith(f"weights of an earlier adapter, which vLLM did not reset: layers 1-{LAYERS - 1} v_proj")
-    assert trace.rows.load.tolist().count(load.load) == len(IDS) + 2
+    # Its rows are not those of the adapter, and the request is named.
+    assert trace.rows.load.tolist().count(NOT_IN_ITS_SLOT) == len(IDS) + 2
+    (finding,) = trace.request_findings
+    assert (finding.load, finding.code, finding.rows) == (load.load, "LP606", len(IDS) + 2)
 
 
 def test_removing_all_adapters_is_an_eviction_and_dummies_are_no_loads(

@@ -17,7 +17,7 @@ from msgspec.structs import replace
 
 from lora_probe.adapter import Adapter
 from lora_probe.engines.request_findings import RequestFindings
-from lora_probe.ledger import OK, STATIONS, Finding, Station
+from lora_probe.ledger import OK, STATIONS, Finding, Ledger, Row, Station, completed, worse
 from lora_probe.names import Key, name_modules
 from lora_probe.precision import agrees as agrees_tolerance
 from lora_probe.precision import finite
@@ -36,6 +36,9 @@ from lora_probe.rules.stored import Expected
 
 ENOUGH_ROWS = 4
 """With fewer sampled rows than this a relative error means little: x·A of a single row may cancel to almost zero."""
+
+
+_NOT_YET = not_measured("not measured yet")
 
 
 @dataclass
@@ -68,7 +71,11 @@ class LoadRecord:
         self._urgent = False
         self._counters: dict[Key, _Counters] = {}
         self._ended: set[Key] = set()
+        self._elsewhere: set[Key] = set()
         self._written: dict[tuple[Station, Key], Finding] = {}
+        self._findings: dict[Key, dict[Station, Finding]] = {}
+        self.changes = 0
+        """How often the ledger, or the load itself, has changed."""
 
     @property
     def load(self) -> Load:
@@ -115,8 +122,26 @@ class LoadRecord:
         absent = [row.key for row in self.expected if row.entry is None]
         self._ended.update(absent)
         for station in STATIONS[1:]:
-            if absent:
-                self._writer.station(self.number, station, Finding("absent"), absent)
+            self._station_of(station, dict.fromkeys(absent, Finding("absent")))
+
+    def ledger(self, engine: str, stations: tuple[Station, ...] = STATIONS) -> Ledger:
+        """The ledger so far of the modules that this rank judges, as `Trace.loads` reads it: of several findings the
+        worst counts, and a station without any is unknown. May be called from another thread."""
+        rows = [
+            Row(
+                row.key,
+                completed(dict(self._findings.get(row.key, {})), _NOT_YET, stations),
+                row.expected_by,
+                row.entry.stored_as if row.entry else None,
+            )
+            for row in self.expected
+            if row.key not in self._elsewhere
+        ]
+        return Ledger(engine, tuple(rows), self._load.refused, self._load.message)
+
+    def event(self, stage: str, text: str) -> None:
+        """Write a step of the timeline that is about this load."""
+        self._writer.event(stage, f"{self._load.name}: {text}")
 
     def refused(self, message: str) -> None:
         """The engine refuses the adapter, with its own message."""
@@ -137,7 +162,8 @@ class LoadRecord:
 
     def leave_to_another_rank(self, keys: Iterable[Key]) -> None:
         """Another rank judges these modules: from now on nothing is written for them."""
-        self._ended.update(keys)
+        self._elsewhere.update(keys)
+        self._ended |= self._elsewhere
 
     def station(self, station: Station, findings: Mapping[Key, Finding]) -> None:
         """Write one station's findings, unless they were written before. Nothing more is written for an absent
@@ -291,6 +317,7 @@ class LoadRecord:
 
     def _replace(self, **changes: Any) -> None:
         self._load = replace(self._load, **changes)
+        self.changes += 1
         self._writer.record(self._load)
 
     def _write_new(self, station: Station, findings: Mapping[Key, Finding]) -> None:
@@ -303,6 +330,11 @@ class LoadRecord:
         groups: dict[Finding, list[Key]] = {}
         for key, finding in findings.items():
             groups.setdefault(finding, []).append(key)
+            stations = self._findings.setdefault(key, {})
+            before = stations.get(station)
+            if before is None or worse(before, finding) != before:
+                stations[station] = finding
+                self.changes += 1
         for finding, keys in groups.items():
             self._writer.station(self.number, station, finding, keys)
 

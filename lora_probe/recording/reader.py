@@ -19,7 +19,7 @@ from lora_probe.adapter import CONFIG
 from lora_probe.adapter.folder import inside, listed
 from lora_probe.errors import UnreadableFile, command
 from lora_probe.files import shown
-from lora_probe.ledger import STATIONS, Finding, Ledger, Row, Station, worse
+from lora_probe.ledger import Finding, Ledger, Row, Station, completed, worse
 from lora_probe.names import Key
 from lora_probe.recording.documents import document
 from lora_probe.recording.process_trace import Dropped, ProcessTrace, open_process, refuse_deep, refuse_newer
@@ -218,7 +218,7 @@ class Trace:
         rows = [
             Row(
                 module.key,
-                _stations(stations.get(module.key, {}), missing),
+                completed(stations.get(module.key, {}), missing),
                 tuple(module.expected_by),
                 module.stored_as,
                 module.engine_as,
@@ -251,17 +251,6 @@ def _only(rows: Rows, load: int) -> Rows:
     """The rows of one load. Segments of older traces have several."""
     chosen = rows.load == load
     return rows if chosen.all() else selected(rows, chosen)
-
-
-def _stations(recorded: dict[Station, Finding], missing: Finding) -> dict[Station, Finding]:
-    """The findings of all stations. `missing` stands for those that were not recorded."""
-    result: dict[Station, Finding] = {}
-    gone = False
-    for station in STATIONS:
-        finding = recorded.get(station) or (Finding("absent") if gone else missing)
-        gone = gone or (finding.value == "absent" and station != "stored")
-        result[station] = finding
-    return result
 
 
 def open_trace(path: str | Path) -> Trace:

@@ -66,7 +66,8 @@ class Process(msgspec.Struct, frozen=True):
     `host` and `began` tell whether it still runs (`alive.py`). `segments` and `scores` count what it has written so
     far; of these `dropped_segments` with `dropped_rows` were removed again to keep a bound, and `lost_rows` could not
     be written. `dropped_events` of the load timeline were left out for the same bound, and
-    `lost_records` of events.jsonl could not be written either.
+    `lost_records` of events.jsonl could not be written either. `control` is the last request in control.json that the
+    process has answered.
     """
 
     schema: int
@@ -92,6 +93,7 @@ class Process(msgspec.Struct, frozen=True):
     dropped_events: int = 0
     lost_rows: int = 0
     lost_records: int = 0
+    control: str = ""
 
 
 class LoadEvent(msgspec.Struct, frozen=True, tag="event", tag_field="kind"):

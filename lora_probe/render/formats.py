@@ -9,6 +9,7 @@ commands and their results, also with the options that change the result's type:
     check --fix       results.CheckResult, with `run.fixed`
     check --diff      checking.renaming.Fix
     trace, show       results.Recording
+    attach            results.Attachment
     compare           comparison.Comparison
     parity            merging.parity.Parity
     rule              results.RuleList
@@ -76,6 +77,7 @@ FORMATS: dict[str, dict[str, str]] = {
         "check --diff": "text.fix:diff",
         "trace": "text.trace:recording",
         "show": "text.trace:recording",
+        "attach": "text.attach:attachment",
         "compare": "text.compare:comparison",
         "parity": "text.parity:parity",
         "rule": "text.rule:rules",
@@ -89,6 +91,7 @@ FORMATS: dict[str, dict[str, str]] = {
         "check --diff": "json.fix:diff_json",
         "trace": "json.trace:recording_json",
         "show": "json.trace:recording_json",
+        "attach": "json.attach:attachment_json",
         "compare": "json.compare:comparison_json",
         "parity": "json.parity:parity_json",
         "rule": "json.rule:rules_json",

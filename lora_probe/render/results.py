@@ -111,6 +111,24 @@ class Recording:
 
 
 @dataclass(frozen=True)
+class Worker:
+    """A worker that answered `attach`: its level until now, and why it records no contributions, if it does not."""
+
+    name: str
+    before: str
+    not_recorded: str | None
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """`attach`. `keep` is the level that all workers record from their next step on."""
+
+    trace: str
+    keep: str
+    workers: tuple[Worker, ...]
+
+
+@dataclass(frozen=True)
 class RuleList:
     """`rule`. `pages` is whether the page of every rule is shown, not one line per rule."""
 

@@ -14,8 +14,14 @@ __version__ = "0.1.0"
 TRACE, KEEP, MAX_MB = "LORA_PROBE_TRACE", "LORA_PROBE_KEEP", "LORA_PROBE_MAX_MB"
 """The folder of the trace; and, for a user's own vLLM, which has no run.json, the level of detail, and how many
 megabytes of rows each worker keeps."""
+STRICT, METRICS = "LORA_PROBE_STRICT", "LORA_PROBE_METRICS"
+"""`1`: refuse adapters that do not take effect as a whole; add lora-probe's metrics to vLLM's."""
 NOT_ARMED = "not-armed.txt"
 """A file in the trace folder with the reason why a process could not arm the probe."""
+
+
+def switched_on(name: str) -> bool:
+    return os.environ.get(name) == "1"
 
 
 def register() -> None:
@@ -25,10 +31,17 @@ def register() -> None:
     """
     folder = os.environ.get(TRACE)
     if not folder:
+        for name in (STRICT, METRICS):
+            if switched_on(name):
+                logging.getLogger("vllm.lora_probe").warning("%s=1 has no effect without %s", name, TRACE)
         return
     try:
         from lora_probe_vllm.patching import arm
 
+        if switched_on(METRICS):
+            from lora_probe_vllm.metrics import add_to_server
+
+            add_to_server()
         arm()
     # Any exception: a server must not fail to start because of the probe.
     except Exception as error:

@@ -21,6 +21,7 @@ from lora_probe_vllm.loads import ActiveLoad
 from lora_probe_vllm.seams import seams
 from lora_probe_vllm.slots import Homes
 from lora_probe_vllm.steps import Steps
+from lora_probe_vllm.strict import Strict
 
 
 class Surroundings(Protocol):
@@ -28,6 +29,7 @@ class Surroundings(Protocol):
 
     homes: Homes | None
     base: Base | None
+    strict: Strict
 
     @property
     def dtype(self) -> str:
@@ -39,6 +41,9 @@ class Surroundings(Protocol):
 
     def why_unmeasured(self, active: ActiveLoad, key: Key) -> str | None:
         """Why the rows of a module were not recorded; None if they were."""
+
+    def publish(self) -> None:
+        """Bring the metrics up to date."""
 
 
 class Loading:
@@ -154,10 +159,9 @@ class Loading:
         return active
 
     def was_read(self, adapter_id: int, active: ActiveLoad, lora: Any, seconds: float | None = None) -> None:
-        """The loader has finished. The adapter is not in the engine yet."""
+        """The loader has finished, and `read` is judged. The adapter is not in the engine yet."""
         self._forget(adapter_id, active)
         self._arriving[adapter_id] = active
-        active.judge_read(lora)
         self.event("read", f"{len(lora.loras)} pairs accepted", seconds=seconds)
 
     def adding(self, lora: Any) -> ActiveLoad | None:
@@ -183,6 +187,7 @@ class Loading:
         arrival = Arrival.of(int(lora.id), adapter, self._request, engine_names=True)
         active = self._begin(arrival, "arrived as a LoRAModel")
         pushed.settle(keep=not active.cached)
+        active.judge_read(lora)
         self.was_read(int(lora.id), active, lora)
 
     def refused(self, active: ActiveLoad, error: BaseException, stage: str) -> None:
@@ -207,6 +212,8 @@ class Loading:
         if not self._is_silent(active):
             self.writer.event("activate", f"{active.record.load.name} is in slot {slot}", seconds=seconds)
         active.judge_slots(moment)
+        self._worker.strict.in_slot(active)
+        self._worker.publish()
         if self._worker.records_rows:
             self.steps.activated(active.adapter_id, active)
         self._repeated = None

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from lora_probe.recording import Level
-from lora_probe_vllm import TRACE
+from lora_probe_vllm import STRICT, TRACE, switched_on
 from lora_probe_vllm.observing import Find
 from lora_probe_vllm.patching_loads import patch_loads
+from lora_probe_vllm.patching_strict import patch_strict
 from lora_probe_vllm.rows import is_warm_up
 from lora_probe_vllm.runners import supported
 from lora_probe_vllm.sampling import sample_every
@@ -85,6 +86,8 @@ def install(folder: Path) -> Patches:
     _patch_model(patches, probe_of, probe_of_manager)
     _patch_steps(patches, probe_of)
     patch_loads(patches, probe_of_manager, recording)
+    if switched_on(STRICT):
+        patch_strict(patches, probe_of)
     return patches
 
 

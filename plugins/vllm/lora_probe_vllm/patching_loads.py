@@ -160,6 +160,9 @@ def _arriving(
     if active is not None:
         seconds = round(time.perf_counter() - started, 6)
         with probe.guard("what the loader read"):
+            active.judge_read(lora)
+        probe.strict.after_reading(active)
+        with probe.guard("an adapter that was read"):
             probe.loading.was_read(adapter_id, active, lora, seconds)
     return lora
 

@@ -60,7 +60,7 @@ NAMES = {
 
 METHODS = {
     "worker": ("__init__",),
-    "runner_mixin": ("load_lora_model",),
+    "runner_mixin": ("load_lora_model", "add_lora"),
     "v1_runner": ("execute_model", "_determine_batch_execution_and_padding"),
     "v2_runner": ("execute_model", "prepare_inputs"),
     "worker_manager": ("_load_adapter", "add_adapter", "add_dummy_lora"),

@@ -68,6 +68,23 @@ class Steps:
         self._contents[adapter_id] = load.contents(touched)
         self._arrange()
 
+    def switch(self, keep: Level, record: bool) -> int:
+        """Record at another level from the next step on, or nothing without `record`. Returns how many loads have a
+        slot."""
+        before, self.capture = self.capture, Capture(keep, self.guard, self.capture.sketching)
+        self.capture.transient = before.transient
+        before.close()
+        if "events" in (keep, before.keep):
+            # Requests are not followed at that level.
+            self._blocks = None
+        self.loads, self._contents = {}, {}
+        self._arrange()
+        in_slots = {adapter: load for adapter, load in self._known.items() if load.slot is not None}
+        if record:
+            for adapter, load in in_slots.items():
+                self.activated(adapter, load)
+        return len(in_slots)
+
     def watch(self, model: Any, names: list[str]) -> int:
         """From now on, record the outputs of modules of a model without LoRA layers. Returns how many it has."""
         parts = locate(model, names)

@@ -22,14 +22,18 @@ from lora_probe.names import Key
 from lora_probe.precision import coarser
 from lora_probe.recording import LEVELS, SCHEMA, Level, Process, Run, RunSpec, TraceWriter
 from lora_probe.recording.runs import begin_run
-from lora_probe_vllm import KEEP, MAX_MB
+from lora_probe_vllm import KEEP, MAX_MB, METRICS, switched_on
+from lora_probe_vllm.control import RequestedLevel
 from lora_probe_vllm.loading import Loading
 from lora_probe_vllm.loads import ActiveLoad
+from lora_probe_vllm.metrics import Metrics
 from lora_probe_vllm.runners import Running, eager_step, running
 from lora_probe_vllm.sampling import MAX_TOKENS, ChosenSteps, sample_every
 from lora_probe_vllm.seams import engine_settings, launch_id, manager_of, model_of, vllm_version
 from lora_probe_vllm.slots import Homes
 from lora_probe_vllm.steps import Steps
+from lora_probe_vllm.strict import Strict
+from lora_probe_vllm.watcher import Watcher
 
 _log = logging.getLogger("vllm.lora_probe")
 
@@ -48,10 +52,13 @@ class Probe:
         self.not_recorded: str | None = None
         self.running: Running | None = None
         self.broken = False
+        self.strict = Strict(self.guard)
+        self.metrics = Metrics(self.rank) if switched_on(METRICS) else None
         self._every = sample_every()
         self._chosen: ChosenSteps | None = None
         self._generations: dict[int, int] = {}
         self._writer: TraceWriter | None = None
+        self._watcher: Watcher | None = None
         self._recordings = 0
         self._outputs_of: list[str] = []
         self.open(folder)
@@ -113,6 +120,8 @@ class Probe:
         self._writer = TraceWriter(folder / f"vllm-rank-{self.rank}", process, bound_of(folder), _log.warning)
         self._writer.flush_by_time(self.guard)
         self.loading = Loading(self._writer, self.steps, self._generations, self, loads)
+        self.requested = RequestedLevel(self._writer)
+        self._watcher = Watcher(self._each_second)
         if self.homes is not None:
             for name, layer in self.homes.manager.modules.items():
                 self.wrapped(name, layer)
@@ -184,7 +193,10 @@ class Probe:
         if self._outputs_of:
             with self.guard("the recorded modules"):
                 self._begin_watching(runner)
-        recorded = not (self.broken or self.not_recorded or self.keep == "events")
+        if self.requested.pending:
+            with self.guard("another level"):
+                self._switch(self.requested.taken())
+        recorded = not self.broken and self.records_rows
         if self._chosen is None:
             return self.steps.stepping(runner, scheduler_output, self.writer) if recorded else nullcontext()
         return self._stepping_compiled(runner, scheduler_output, self._chosen, recorded)
@@ -218,8 +230,29 @@ class Probe:
                 self._writer.flush()
             self.finish()
 
+    def _switch(self, keep: Level) -> None:
+        """Record at another level from this step on: rows of loads that are in slots follow, or all hooks are gone."""
+        # A segment has rows of one level.
+        self.writer.flush()
+        self.keep = keep
+        count = self.steps.switch(keep, record=self.records_rows)
+        modules = len(self.steps.capture.columns)
+        self.writer.event("attach", f"recording {keep}: {modules} modules of {count} loads", keep=keep)
+
+    def _each_second(self) -> None:
+        """In a thread of its own, also while the engine is idle."""
+        self.requested.poll()
+        self.publish()
+
+    def publish(self) -> None:
+        """Bring the metrics up to date."""
+        if self.metrics is not None:
+            self.metrics.publish([active.record for active in list(self.loads.values())])
+
     def finish(self) -> None:
         """Judge the slots again, write `applied` and `agrees`, and close the recording. May be called again."""
+        if self._watcher is not None:
+            self._watcher.close()
         if self._writer is None:
             return
         with self.guard("the end of the run"):
@@ -247,7 +280,7 @@ class Probe:
         return self.keep != "events" and not self.not_recorded
 
     def why_unmeasured(self, active: ActiveLoad, key: Key) -> str | None:
-        if self.keep == "events":
+        if self.keep == "events" and not active.record.has_run(key):
             return "contributions were not recorded (--keep events)"
         if self.broken:
             return "the probe failed and stopped (see the load timeline)"
