@@ -90,10 +90,10 @@ def test_many_loads_of_one_adapter(tmp_path: Path, capsys: pytest.CaptureFixture
     assert table(out, 13)[1] == ["0", "1.4", "1.4"]
     assert re.search(r"load 12: at [0-9.]+ s, generation 12, AAAAAAAA\.\.\.0000000c: 4 of 4 modules took effect", out)
     assert "load 2:" not in out
-    assert "... and 3 earlier loads; --all prints all of them" in out
+    assert "... and 3 other loads; --all prints all of them" in out
     every = shown(trace, "--all", capsys=capsys)[1]
     assert "load 0:" in every
-    assert "earlier loads" not in every
+    assert "other loads" not in every
     only = shown(trace, "--load", "2", capsys=capsys)[1]
     assert "A (load 2): 4 of 4 modules took effect" in only
     assert table(only, 2)[1] == ["0", "0.3", "0.3"]

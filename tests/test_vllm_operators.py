@@ -161,7 +161,8 @@ def test_attach_raises_and_lowers_the_level(server: Server, run: Path, capsys: p
     eventually(lambda: segments(run))
     # `applied` and `agrees` of a load that has been in its slot for a while.
     eventually(lambda: modules(server, "healthy")[1], lambda states: states == {"took_effect": MODULES})
-    ledger = [ledger for load, ledger in open_trace(run).loads if load.name == "healthy"][-1]
+    ledgers = [ledger for load, ledger in open_trace(run).loads if load.name == "healthy"]
+    ledger = [ledger for ledger in ledgers if not ledger.refused][-1]
     assert ledger.healthy
     assert {row.stations["agrees"].value for row in ledger.rows} == {"ok"}
 

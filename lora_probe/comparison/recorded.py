@@ -66,7 +66,12 @@ class AdapterLoads:
 
     @property
     def newest(self) -> LoadEntry:
-        return self.loads[-1]
+        """The last load that was not refused, as the engine still serves it; the last one if all were."""
+        return next((entry for entry in reversed(self.loads) if not entry.ledger.refused), self.loads[-1])
+
+    @property
+    def others(self) -> tuple[LoadEntry, ...]:
+        return tuple(entry for entry in self.loads if entry is not self.newest)
 
 
 def adapters(trace: Trace) -> tuple[AdapterLoads, ...]:

@@ -48,7 +48,7 @@ def section(result: Recording, adapter: AdapterLoads, measured: Totals | None) -
     yield from _log_lines(result.trace.engine, entry.load.said, entry)
     if cells := _cells(entry, measured):
         yield grid(f"{CONTRIBUTION}, over the rows of load {entry.number}", cells)
-    yield from _earlier(adapter.loads[:-1], entry, None if result.everything else SHOWN)
+    yield from _earlier(adapter.others, entry, None if result.everything else SHOWN)
 
 
 def _state(entry: LoadEntry, prefix: str) -> RenderableType:
@@ -84,7 +84,7 @@ def _digest(digest: str) -> str:
 
 
 def _earlier(entries: Sequence[LoadEntry], newest: LoadEntry, most: int | None) -> Iterator[RenderableType]:
-    """A line for each earlier load, the newest first."""
+    """A line for each other load, the newest first."""
     shown = entries[::-1][:most]
     for entry in shown:
         when = "" if entry.at is None else f"at {entry.at:.3f} s, "
@@ -92,7 +92,7 @@ def _earlier(entries: Sequence[LoadEntry], newest: LoadEntry, most: int | None) 
         text = f"  load {entry.number}: {when}generation {entry.load.generation}, {content}: {_in_short(entry)}"
         yield words(text, style="" if entry.sound and not entry.findings else "bold red")
     if len(shown) < len(entries):
-        yield words(f"  ... and {len(entries) - len(shown):,} earlier loads; --all prints all of them")
+        yield words(f"  ... and {len(entries) - len(shown):,} other loads; --all prints all of them")
 
 
 def _in_short(entry: LoadEntry) -> str:
