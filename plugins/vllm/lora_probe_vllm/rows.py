@@ -77,6 +77,18 @@ def rows_of(runner: Any, scheduler_output: Any, prepared: Any = None) -> StepRow
     return v1_rows(runner, scheduler_output) if prepared is None else v2_rows(runner, prepared)
 
 
+def requests_of(
+    runner: Any, scheduler_output: Any, prepared: Any = None
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Of each request of the step in the order of the batch: vLLM's adapter id, 0 for none, and the number of rows."""
+    if prepared is None:
+        batch, scheduled = runner.input_batch, scheduler_output.num_scheduled_tokens
+        counts = np.array([scheduled.get(name, 0) for name in batch.req_ids], np.int64)
+        return np.array(batch.request_lora_mapping[: len(counts)], np.int64), counts
+    lora = runner.lora_state.lora_ids[prepared.idx_mapping_np]
+    return lora.astype(np.int64), prepared.num_scheduled_tokens.astype(np.int64)
+
+
 def is_warm_up(scheduler_output: Any) -> bool:
     """Whether a step is vLLM's own: `warmup_kernels` of the V2 runner executes real steps whose requests have ids such
     as `_warmup_0_`, without the suffix that vLLM gives to the id of every client."""

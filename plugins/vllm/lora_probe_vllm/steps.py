@@ -22,7 +22,7 @@ from lora_probe_vllm.blocks import Author, Blocks
 from lora_probe_vllm.capture import Capture, Stacked, Step, stack
 from lora_probe_vllm.loads import ActiveLoad, SlotContents
 from lora_probe_vllm.plain import locate
-from lora_probe_vllm.rows import RowColumns, rows_of
+from lora_probe_vllm.rows import RowColumns, requests_of, rows_of
 from lora_probe_vllm.runners import eager_step
 from lora_probe_vllm.seams import block_size_of, token_slots
 from lora_probe_vllm.unobserved import Unobserved
@@ -164,11 +164,11 @@ class Steps:
             homes = next((load.homes for load in self.loads.values() if load.homes), None)
             if homes is None:
                 return
-            rows = rows_of(runner, scheduler_output, self.prepared)
+            lora, counts = requests_of(runner, scheduler_output, self.prepared)
             layer = next(iter(homes.values())).layer
-            table = token_slots(layer.punica_wrapper, len(rows))
+            table = token_slots(layer.punica_wrapper, int(counts.sum()))
             slots = {adapter: (load.number, load.slot) for adapter, load in self.loads.items() if load.slot is not None}
-            self.unobserved.add(rows, slots, table)
+            self.unobserved.add(lora, counts, slots, table)
             if self.unobserved.due:
                 self.record_unobserved(writer)
 
