@@ -265,7 +265,9 @@ def test_two_requests_with_one_id_are_two(server: Server, adapter: Path, tmp_pat
     engine = server.llm.llm_engine
     for length, request in ((6, healthy), (9, None)):
         tokens = {"prompt_token_ids": prompt(length, length)}
-        engine.add_request("cmpl-dup", tokens, SamplingParams(max_tokens=2, ignore_eos=True), lora_request=request)
+        engine.add_request(
+            "cmpl-dup", tokens, SamplingParams(temperature=0, max_tokens=2, ignore_eos=True), lora_request=request
+        )
     while engine.has_unfinished_requests():
         engine.step()
     rows = server.finish(tmp_path / "run").rows
