@@ -20,7 +20,7 @@ def add(counts: Unobserved, table: list[int], loads: dict[int, tuple[int, int]])
 
 
 def test_rows_by_load() -> None:
-    counts = Unobserved()
+    counts = Unobserved(compiled=True)
     loads = {A: (0, 1), B: (1, 0)}
     add(counts, [1, 1, 1, -1, -1, 0], loads)
     add(counts, [1, 1, 1, -1, -1, 0], loads)
@@ -31,7 +31,7 @@ def test_rows_by_load() -> None:
 
 
 def test_rows_in_another_slot() -> None:
-    counts = Unobserved()
+    counts = Unobserved(compiled=True)
     add(counts, [1, 0, -1, -1, -1, 0], {A: (0, 1), B: (1, 0)})
     passed = counts.take()
     assert (passed[0].wrong, passed[1].wrong) == (2, 0)
@@ -39,7 +39,7 @@ def test_rows_in_another_slot() -> None:
 
 
 def test_a_slot_that_another_load_gets_counts_for_each() -> None:
-    counts = Unobserved()
+    counts = Unobserved(compiled=True)
     add(counts, [0, 0, 0, -1, -1, 0], {A: (0, 1), B: (1, 0)})
     # B has left, and A is loaded again, into the slot of B.
     add(counts, [0, 0, 0, -1, -1, -1], {A: (2, 0)})
@@ -52,6 +52,6 @@ def test_a_slot_that_another_load_gets_counts_for_each() -> None:
 
 
 def test_a_step_without_a_recorded_adapter() -> None:
-    counts = Unobserved()
+    counts = Unobserved(compiled=True)
     counts.add(np.array([0, 9]), np.array([2, 2]), {A: (0, 1)}, torch.tensor([-1, -1, 0, 0]))
     assert counts.take() == {}

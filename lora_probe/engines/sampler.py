@@ -1,17 +1,22 @@
 """The rows on which `agrees` is measured: the first few of each request and phase.
 
-In: the requests and phases of a step's rows. Out: the numbers of the sampled rows.
+In: the requests and phases of a step's rows, and the load of each request. Out: the numbers of the sampled rows. A
+server may run millions of requests, so after the first ones of a load only some are sampled.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
+from typing import Any
 
 from lora_probe.recording import DECODE, PREFILL
 
 SAMPLED = {PREFILL: 4, DECODE: 2}
 """How many rows of each request are sampled, by phase."""
+
+ALL_REQUESTS, ONE_IN = 64, 64
+"""The first requests of a load are all sampled, later ones one in so many."""
 
 Run = tuple[str, int, int, int]
 """Consecutive rows of one request and phase: request, phase, number of the first row, how many."""
@@ -24,6 +29,16 @@ class Sampler:
 
     def __init__(self) -> None:
         self._taken: dict[tuple[str, int], int] = {}
+        self._seen: dict[int, int] = {}
+        self._admitted: dict[str, bool] = {}
+
+    def admits(self, request: str, load: int) -> bool:
+        """Whether a request for a load is one of those that are sampled. The answer stays the same for a request."""
+        if request not in self._admitted:
+            count = self._seen[load] = self._seen.get(load, 0) + 1
+            self._admitted[request] = count <= ALL_REQUESTS or count % ONE_IN == 0
+            _forget(self._admitted, self.REMEMBERED)
+        return self._admitted[request]
 
     def pick(self, requests: Sequence[str], phases: Sequence[int]) -> list[int]:
         """Row numbers of one step. `requests` and `phases` describe its rows."""
@@ -39,10 +54,14 @@ class Sampler:
                 count = min(count, SAMPLED[phase] - taken)
                 self._taken[at] = taken + count
                 picked += range(first, first + count)
-        while len(self._taken) > self.REMEMBERED:
-            # The oldest requests have long ended.
-            del self._taken[next(iter(self._taken))]
+        _forget(self._taken, self.REMEMBERED)
         return picked
+
+
+def _forget(answers: dict[Any, Any], most: int) -> None:
+    """The oldest requests have long ended."""
+    while len(answers) > most:
+        del answers[next(iter(answers))]
 
 
 def _runs(requests: Sequence[str], phases: Sequence[int]) -> Iterator[Run]:

@@ -39,7 +39,7 @@ class Step:
     rows: StepRows
     sampled: list[int]
     mixed: bool
-    """Some of its rows belong to no active load: what the kernel writes for them is measured."""
+    """Some of its rows belong to no active load, and what the kernel writes for them is measured."""
     slots: Any = None
     shrink: dict[Key, Any] = field(default_factory=dict)
     x_norm: dict[Key, Any] = field(default_factory=dict)
@@ -307,19 +307,22 @@ class Stacked:
 
     shrink: Floats
     delta_norm: Floats
+    present: list[int]
+    """The numbers of the modules that ran."""
 
 
 def stack(step: Step, keys: tuple[Key, ...], grams: dict[int, Any], claimed: Any = None) -> Stacked:
     """‖delta‖² = shrink·G·shrinkᵀ, one batched product for each slot that the step uses.
 
     For rows that are not `claimed` by a load (`[rows]`; by default those without an adapter) it is the norm that the
-    kernel wrote (`step.written_norm`), NaN if that was not measured. For rows without an adapter it must be zero.
+    kernel wrote (`step.written_norm`). If that was not measured it is zero where the shrink is zero, and NaN elsewhere.
+    For rows without an adapter it must be zero.
     """
     present = [(number, key) for number, key in enumerate(keys) if key in step.shrink]
     count = len(step.rows)
     norms = np.full((count, len(keys)), np.nan, np.float32)
     if not present:
-        return Stacked(np.zeros((count, len(keys), 0), np.float32), norms)
+        return Stacked(np.zeros((count, len(keys), 0), np.float32), norms, [])
     shrink = torch.stack([step.shrink[key] for _, key in present])
     where = [number for number, _ in present]
     slots = step.slots
@@ -330,10 +333,13 @@ def stack(step: Step, keys: tuple[Key, ...], grams: dict[int, Any], claimed: Any
     computed = total.sqrt_()
     own = step.rows.columns.lora != 0 if claimed is None else claimed
     if not own.all():
-        missing = torch.full_like(computed[0], torch.nan)
-        written = torch.stack([step.written_norm.get(key, missing) for _, key in present])
+        # Without a measurement: nothing times B is nothing.
+        unmeasured = torch.where(shrink.any(dim=-1), torch.nan, 0.0)
+        written = torch.stack(
+            [step.written_norm.get(key, unmeasured[number]) for number, (_, key) in enumerate(present)]
+        )
         computed = torch.where(torch.as_tensor(own, device=computed.device), computed, written)
     norms[:, where] = computed.T.cpu().numpy()
     wide = np.full((count, len(keys), shrink.shape[-1]), np.nan, np.float32)
     wide[:, where] = shrink.transpose(0, 1).cpu().numpy()
-    return Stacked(wide, norms)
+    return Stacked(wide, norms, where)

@@ -1,4 +1,4 @@
-"""Which steps of a compiled engine are run eager, so that the probe sees them.
+"""Which steps are observed if only some are wanted (`LORA_PROBE_SAMPLE`). A compiled engine runs these eager.
 
 In: the scheduler's output of each step, in order. Out: whether this step is chosen. The choice depends on nothing else,
 so that all workers of an engine agree: ranks that ran compiled and eager code in one step could wait for each other for
@@ -39,10 +39,6 @@ class ChosenSteps:
         self._prompts: dict[str, int] = {}
         self._seen: dict[tuple[int, str], _Seen] = {}
         self._since = 0
-
-    def begin_again(self) -> None:
-        """Choose the first steps of every adapter again, for another recording of the same engine."""
-        self._seen, self._since, self.too_long = {}, 0, 0
 
     def choose(self, scheduler_output: Any) -> bool:
         """Whether the step of this `SchedulerOutput` is run eager."""

@@ -30,6 +30,10 @@ from lora_probe_vllm.unobserved import Unobserved
 SAME = 0.05
 """The largest relative difference between two norms of a contribution from the same adapter."""
 
+MEASURED_STEPS = 64
+"""So many steps with rows without an adapter are measured after the loads have changed, which costs a buffer as large
+as every layer's output. If none of these rows got a contribution, it is enough to see that their shrink is zero."""
+
 Bools = npt.NDArray[np.bool_]
 
 
@@ -46,7 +50,7 @@ class Steps:
     ) -> None:
         self.guard, self._known = guard, known
         self.capture = Capture(keep, guard, sketching)
-        self.unobserved = Unobserved()
+        self.unobserved = Unobserved(compiled=False)
         self.prepared: Any = None
         """The batch of the current step on the V2 runner, which returns it from `prepare_inputs`; None on V1."""
         self.sampler = Sampler()
@@ -58,6 +62,7 @@ class Steps:
         self._left: dict[int, Any] = {}
         self._authors: dict[int, Author] = {}
         self._blocks: Blocks | None = None
+        self._clean_steps = 0
 
     def activated(self, adapter_id: int, load: ActiveLoad) -> None:
         """Record the layers of a load from now on."""
@@ -112,6 +117,7 @@ class Steps:
 
     def _arrange(self) -> None:
         """Collect the weights of each active load at every column, after loads and columns have changed."""
+        self._clean_steps = 0
         keys = tuple(self.capture.columns)
         self._grams, self._placed = {}, {}
         active = {load.slot: load for load in self.loads.values() if load.slot is not None}
@@ -156,7 +162,7 @@ class Steps:
 
     @contextmanager
     def passing(self, runner: Any, scheduler_output: Any, writer: TraceWriter) -> Iterator[None]:
-        """One `execute_model` of a compiled engine that is not observed: its rows are counted."""
+        """One `execute_model` that is not observed: its rows are counted."""
         yield
         with self.guard("the requests of a step"):
             self._follow(runner, scheduler_output)
@@ -180,8 +186,16 @@ class Steps:
     def _begin(self, runner: Any, scheduler_output: Any) -> Step:
         rows = rows_of(runner, scheduler_output, self.prepared)
         lora = rows.columns.lora
-        sampled = [number for number in self.sampler.pick_runs(rows.columns.runs()) if lora[number]]
-        return Step(rows, sampled, mixed=not self._claimed(lora).all())
+        numbers = {adapter: load.number for adapter, load in self.loads.items()}
+        runs = [
+            (request, phase, first, count)
+            for request, phase, first, count in rows.columns.runs()
+            if (load := numbers.get(int(lora[first]))) is not None and self.sampler.admits(request, load)
+        ]
+        sampled = self.sampler.pick_runs(runs)
+        unclaimed = ~self._claimed(lora)
+        measured = unclaimed.any() and (self._clean_steps < MEASURED_STEPS or lora[unclaimed].any())
+        return Step(rows, sampled, mixed=bool(measured))
 
     def _claimed(self, lora: npt.NDArray[np.int64]) -> Bools:
         """Which rows requested an adapter that has a slot, `[rows]`."""
@@ -249,6 +263,9 @@ class Steps:
             load.record.not_in_its_slot(columns.by_request(astray & (columns.lora == adapter)))
         plain = loads == NO_ADAPTER
         got: Bools = plain & (stacked.delta_norm > 0).any(axis=1)
+        # NaN: there is a shrink, and what became of it was not measured. From now on it is.
+        clean = not got.any() and not np.isnan(stacked.delta_norm[plain][:, stacked.present]).any()
+        self._clean_steps = self._clean_steps + step.mixed if clean else 0
         if got.any():
             self._blame_slots(columns, got, stacked)
 

@@ -1,4 +1,5 @@
-"""Rows of steps that replayed captured graphs or ran compiled code, where no Python sees the layers.
+"""Rows of steps that are not observed: because they replay captured graphs or run compiled code, where no Python sees
+the layers, or because only a sample of the steps is wanted.
 
 In: the requests of such a step, and vLLM's own table from tokens to slots when the step has been started. Out: how many
 rows of each load were not observed, and of how many the table named another slot than that of the row's adapter. The
@@ -28,6 +29,7 @@ NO_SLOT = -1
 class Passed:
     """Of one load: its rows that were not observed, and those of them that were sent to another slot."""
 
+    compiled: bool
     rows: int = 0
     wrong: int = 0
 
@@ -38,13 +40,16 @@ class Passed:
             if not self.wrong
             else f"{self.wrong} of them were mapped to another slot"
         )
-        return f"{self.rows} rows ran in captured graphs or compiled code and were not observed; {mapping}"
+        how = "ran in captured graphs or compiled code and were" if self.compiled else "were in steps that are"
+        return f"{self.rows} rows {how} not observed; {mapping}"
 
 
 class Unobserved:
-    """Counts by the number of a load. `take` returns what has changed since it was last called."""
+    """Counts by the number of a load. `take` returns what has changed since it was last called. `compiled`: the engine
+    compiles its model or replays graphs."""
 
-    def __init__(self) -> None:
+    def __init__(self, compiled: bool) -> None:
+        self.compiled = compiled
         self.passed: dict[int, Passed] = {}
         self._slots: dict[int, int] = {}
         self._wrong: torch.Tensor | None = None
@@ -76,7 +81,7 @@ class Unobserved:
                 self._attribute()
             self._slots[slot] = load
             slots[own] = slot
-            self.passed.setdefault(load, Passed()).rows += int(counts[own].sum())
+            self.passed.setdefault(load, Passed(self.compiled)).rows += int(counts[own].sum())
             self._changed.add(load)
         if (slots == NO_SLOT).all():
             return

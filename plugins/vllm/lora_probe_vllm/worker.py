@@ -97,9 +97,7 @@ class Probe:
         self._outputs_of = list(spec.watch) if spec is not None else []
         loads: dict[int, ActiveLoad] = {}
         self.steps = Steps(self.keep, self.guard, loads, sketching=spec is not None and spec.score)
-        self.steps.capture.transient = self._chosen is not None
-        if self._chosen is not None:
-            self._chosen.begin_again()
+        self._choose_steps(of_a_run=spec is not None)
         settings = engine_settings(config)
         if self.running is not None:
             settings |= self.running.settings(self._every)
@@ -160,11 +158,18 @@ class Probe:
         """The model runner of this engine, and whether its steps can be recorded."""
         self.running = running(self.worker.vllm_config, runner)
         self.not_recorded = self.running.why_not(sampling=self._every is not None)
-        if self.running.compiled is not None and self._every is not None:
-            self._chosen = ChosenSteps(self._every)
-        self.steps.capture.transient = self._chosen is not None
+        self._choose_steps(self._of_a_run)
         settings = self.writer.process.settings | self.running.settings(self._every)
         self.writer.describe(not_recorded=self.not_recorded, settings=settings)
+
+    def _choose_steps(self, of_a_run: bool) -> None:
+        """Begin to choose the steps that are observed. A run that `trace` started observes all, if it can."""
+        self._of_a_run = of_a_run
+        compiled = self.running is not None and self.running.compiled is not None
+        sampled = self._every is not None and (compiled or not of_a_run)
+        self._chosen = ChosenSteps(self._every) if sampled and self._every is not None else None
+        self.steps.capture.transient = sampled
+        self.steps.unobserved.compiled = compiled
 
     def _record_manager(self, when: str, seconds: float | None = None) -> None:
         assert self.homes is not None
@@ -199,19 +204,20 @@ class Probe:
         recorded = not self.broken and self.records_rows
         if self._chosen is None:
             return self.steps.stepping(runner, scheduler_output, self.writer) if recorded else nullcontext()
-        return self._stepping_compiled(runner, scheduler_output, self._chosen, recorded)
+        return self._stepping_sampled(runner, scheduler_output, self._chosen, recorded)
 
-    def _stepping_compiled(self, runner: Any, scheduler_output: Any, chosen: ChosenSteps, recorded: bool) -> Any:
-        """One step of an engine that compiles or replays: eager and observed if it is chosen, else counted.
+    def _stepping_sampled(self, runner: Any, scheduler_output: Any, chosen: ChosenSteps, recorded: bool) -> Any:
+        """One step of an engine of which some steps are observed, eager if it compiles or replays; others are counted.
 
         A rank whose probe has failed still runs the chosen steps eager: the ranks of an engine must not differ.
         """
         assert self.running is not None
-        eager = self.running.runner if chosen.choose(scheduler_output) else None
+        is_chosen = chosen.choose(scheduler_output)
+        eager = self.running.runner if is_chosen and self.running.compiled is not None else None
         if not recorded:
             alone = self.worker.vllm_config.parallel_config.world_size == 1
             return nullcontext() if eager is None or alone else eager_step(runner, eager)
-        if eager is None:
+        if not is_chosen:
             return self.steps.passing(runner, scheduler_output, self.writer)
         return self.steps.stepping(runner, scheduler_output, self.writer, eager)
 
