@@ -54,6 +54,9 @@ class Running:
     def advance(self, start: int, count: int) -> None:
         """The next step has the positions from `start` on."""
         before, end = self.step
+        if end and start > end:
+            # The steps in between were not followed.
+            end = start
         self.low = min(self.low, before) if self.high else before
         self.high = max(self.high, end)
         self.step = start, start + count
@@ -70,13 +73,17 @@ class Blocks:
         self._author_of: npt.NDArray[np.int32] = np.full(1024, UNKNOWN, np.int32)
         self.running: dict[str, Running] = {}
 
-    def step(self, scheduler_output: Any, loads: Mapping[int, Author]) -> list[Running]:
-        """One step that has run. `loads` are the active ones by vLLM's adapter id. Returns the requests that began."""
+    def step(self, scheduler_output: Any, loads: Mapping[int, Author], only_new_blocks: bool = False) -> list[Running]:
+        """One step that has run. `loads` are the active ones by vLLM's adapter id. Returns the requests that began.
+
+        With `only_new_blocks`, requests whose block tables do not change are not followed in this step: enough where
+        its rows are not recorded.
+        """
         for request in scheduler_output.finished_req_ids:
             self.running.pop(request, None)
         began = []
         numbers = {adapter: self._number(author) for adapter, author in loads.items()} | {0: self._number(BASE)}
-        for part in scheduled(scheduler_output):
+        for part in scheduled(scheduler_output, only_new_blocks):
             running = self.running.get(part.request)
             begins = running is None and part.prompt is not None
             if running is None:

@@ -38,58 +38,60 @@ class ChosenSteps:
         self._adapters: dict[str, tuple[int, str] | None] = {}
         self._prompts: dict[str, int] = {}
         self._seen: dict[tuple[int, str], _Seen] = {}
+        self._incomplete: set[tuple[int, str]] = set()
         self._since = 0
 
     def choose(self, scheduler_output: Any) -> bool:
         """Whether the step of this `SchedulerOutput` is run eager."""
-        starts = self._starts(scheduler_output)
-        wanted = self._wanted(starts, scheduler_output.num_scheduled_tokens)
+        self._note(scheduler_output)
+        wanted = self._wanted(scheduler_output) if self._incomplete else []
         self._since += 1
         # A step without any adapter teaches nothing; the next one with an adapter is chosen in its place.
-        due = self._since >= self.every and any(self._adapters.get(request) for request in starts)
+        requests = scheduler_output.num_scheduled_tokens
+        due = self._since >= self.every and any(self._adapters.get(request) for request in requests)
         if not wanted and not due:
             return False
         if scheduler_output.total_num_scheduled_tokens > MAX_TOKENS:
             self.too_long += 1
             return False
-        for seen, prefill in wanted:
+        for adapter, prefill in wanted:
+            seen = self._seen[adapter]
             seen.prefills += prefill
             seen.decodes += not prefill
+            if seen.prefills >= FIRST_PREFILLS and seen.decodes >= FIRST_DECODES:
+                self._incomplete.discard(adapter)
         self._since = 0
         return True
 
-    def _starts(self, scheduler_output: Any) -> dict[str, int]:
-        """The first position of each request with rows in this step."""
+    def _note(self, scheduler_output: Any) -> None:
+        """The requests that have ended, and those that begin."""
         for request in scheduler_output.finished_req_ids:
             self._adapters.pop(request, None)
             self._prompts.pop(request, None)
-        starts = {}
         for new in scheduler_output.scheduled_new_reqs:
             lora = new.lora_request
             # The V2 runner is sent a preempted request as a new one, with its answer as part of what is prefilled.
-            self._adapters[new.req_id] = (lora.lora_int_id, lora.lora_path) if lora is not None else None
+            adapter = (lora.lora_int_id, lora.lora_path) if lora is not None else None
+            self._adapters[new.req_id] = adapter
             self._prompts.setdefault(new.req_id, len(new.prompt_token_ids or ()))
-            if getattr(lora, "load_inplace", False):
-                # The adapter is read again for this request: its first steps are those of another load.
-                self._seen.pop((lora.lora_int_id, lora.lora_path), None)
-            starts[new.req_id] = new.num_computed_tokens
-        cached = scheduler_output.scheduled_cached_reqs
-        starts |= dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
-        return starts
+            # An adapter that is read again for this request is another load, with first steps of its own.
+            if adapter is not None and (adapter not in self._seen or getattr(lora, "load_inplace", False)):
+                self._seen[adapter] = _Seen()
+                self._incomplete.add(adapter)
 
-    def _wanted(self, starts: dict[str, int], scheduled: dict[str, int]) -> list[tuple[_Seen, bool]]:
+    def _wanted(self, scheduler_output: Any) -> list[tuple[tuple[int, str], bool]]:
         """The adapters of which too few steps were chosen; and whether this one is a prefill of theirs."""
+        cached = scheduler_output.scheduled_cached_reqs
+        starts = {new.req_id: new.num_computed_tokens for new in scheduler_output.scheduled_new_reqs}
+        starts |= dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
         kinds: dict[tuple[tuple[int, str], bool], None] = {}
-        for request in scheduled:
+        for request, start in starts.items():
             adapter = self._adapters.get(request)
-            if adapter is not None:
-                kinds[adapter, starts.get(request, 0) < self._prompts.get(request, 0)] = None
-        wanted = []
-        for adapter, prefill in kinds:
-            seen = self._seen.setdefault(adapter, _Seen())
-            if (seen.prefills < FIRST_PREFILLS) if prefill else (seen.decodes < FIRST_DECODES):
-                wanted.append((seen, prefill))
-        return wanted
+            if adapter is not None and adapter in self._incomplete:
+                kinds[adapter, start < self._prompts[request]] = None
+        enough = {True: FIRST_PREFILLS, False: FIRST_DECODES}
+        taken = {kind: self._seen[kind[0]].prefills if kind[1] else self._seen[kind[0]].decodes for kind in kinds}
+        return [kind for kind in kinds if taken[kind] < enough[kind[1]]]
 
 
 def sample_every() -> int | None:

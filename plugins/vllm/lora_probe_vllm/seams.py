@@ -268,8 +268,9 @@ class Scheduled(NamedTuple):
     adapter: int | None = None
 
 
-def scheduled(scheduler_output: Any) -> Iterator[Scheduled]:
-    """The requests of a step. The V2 runner gets a request that comes back as a new one."""
+def scheduled(scheduler_output: Any, only_new_blocks: bool = False) -> Iterator[Scheduled]:
+    """The requests of a step, or only those whose block tables change. The V2 runner gets a request that comes back as
+    a new one."""
     counts = scheduler_output.num_scheduled_tokens
     for new in scheduler_output.scheduled_new_reqs:
         tokens = new.prompt_token_ids if new.prompt_token_ids is not None else new.prompt_embeds
@@ -278,6 +279,8 @@ def scheduled(scheduler_output: Any) -> Iterator[Scheduled]:
         yield Scheduled(*at, tuple(new.block_ids), True, len(tokens) if tokens is not None else 0, lora)
     cached = scheduler_output.scheduled_cached_reqs
     for name, start, blocks in zip(cached.req_ids, cached.num_computed_tokens, cached.new_block_ids, strict=True):
+        if blocks is None and only_new_blocks:
+            continue
         resumed = name in cached.resumed_req_ids
         yield Scheduled(name, start, counts.get(name, 0), tuple(blocks or ()), resumed)
 

@@ -165,7 +165,7 @@ class Steps:
         """One `execute_model` that is not observed: its rows are counted."""
         yield
         with self.guard("the requests of a step"):
-            self._follow(runner, scheduler_output)
+            self._follow(runner, scheduler_output, only_new_blocks=True)
         with self.guard("a step that is not observed"):
             homes = next((load.homes for load in self.loads.values() if load.homes), None)
             if homes is None:
@@ -202,11 +202,11 @@ class Steps:
         claimed: Bools = np.isin(lora, list(self.loads))
         return claimed
 
-    def _follow(self, runner: Any, scheduler_output: Any) -> None:
+    def _follow(self, runner: Any, scheduler_output: Any, only_new_blocks: bool = False) -> None:
         """The requests of a step and their blocks, also of a step in which no layer is recorded."""
         if self._blocks is None:
             self._blocks = Blocks(block_size_of(runner))
-        for request in self._blocks.step(scheduler_output, self._authors):
+        for request in self._blocks.step(scheduler_output, self._authors, only_new_blocks):
             if request.other_weights and request.adapter in self.loads:
                 load = self.loads[request.adapter]
                 load.record.cached_with_other_weights({request.id: request.other_weights})
