@@ -22,6 +22,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--model", help="base model; default: the adapter's own")
     group.addoption("--dtype", default="float32", help="dtype of base and adapter; default: float32")
     group.addoption("--batch", type=int, default=4, help="requests at a time; default: 4")
+    group.addoption("--requests", type=int, default=10_000, help="requests to the server; default: 10000")
     group.addoption("--tokens", type=int, default=32, help="tokens in each answer; default: 32")
 
 
@@ -100,7 +101,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             terminalreporter.write_line(line)
     if not SPEEDS.measured:
         return
-    terminalreporter.section("throughput, tokens generated per second (median round)")
+    terminalreporter.section("throughput, tokens (server: requests) per second (median round)")
     for mode, speed in SPEEDS.measured.items():
         other = SPEEDS.against.get(mode)
         ratio = f"   {speed / SPEEDS.measured[other]:.3f} of {other}" if other in SPEEDS.measured else ""
