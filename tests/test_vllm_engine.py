@@ -19,6 +19,8 @@ from lora_probe_vllm.seams import vllm_version
 
 pytestmark = pytest.mark.engine
 MODULES = 3 * LAYERS
+AFTER_THE_LAST_STATION = ("steps.Steps.close", "loading.Loading.removed", "steps.Steps.deactivated")
+"""Places of the probe that are passed when a load has already been judged."""
 
 
 def ledger_of(trace: Any) -> Any:
@@ -321,6 +323,70 @@ def test_a_failure_of_the_probe_does_not_fail_the_request(
     ledger = ledger_of(trace)
     assert ledger.count("unknown") == MODULES
     assert "the probe failed and stopped" in headline(ledger)
+
+
+@pytest.fixture(scope="module")
+def answers(engine: SharedEngine, adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> list[list[int]]:
+    """The tokens of a healthy recording."""
+    trace = engine.record(adapter, tmp_path_factory.mktemp("answers") / "run", max_tokens=3)
+    return [request.output_ids for request in trace.requests]
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "loading.Loading.reading",
+        "loads.ActiveLoad.judge_read",
+        "loading.Loading.was_read",
+        "loading.Loading.adding",
+        "loading.Loading.activated",
+        "loads.ActiveLoad.judge_slots",
+        "loads.ActiveLoad.contents",
+        "loading.Loading.event",
+        "capture.StandIn._before",
+        "capture.StandIn._with_delta",
+        "capture.Capture._sketch",
+        "capture.stack",
+        "capture.Capture.rows",
+        "steps.Steps._follow",
+        "steps.Steps._blame",
+        "steps.contaminated_rows",
+        "blocks.Blocks.step",
+        "loading.Loading.evicted",
+        "loading.Loading.removed",
+        "steps.Steps.deactivated",
+        "steps.Steps.close",
+    ],
+)
+def test_an_exception_anywhere_in_the_probe_changes_no_answer(
+    place: str,
+    answers: list[list[int]],
+    engine: SharedEngine,
+    adapter: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from importlib import import_module
+
+    raised = []
+
+    def broken(*_: Any, **__: Any) -> Any:
+        raised.append(place)
+        raise RuntimeError("made on purpose")
+
+    module, *owners, name = place.split(".")
+    owner: Any = import_module(f"lora_probe_vllm.{module}")
+    for attribute in owners:
+        owner = getattr(owner, attribute)
+    monkeypatch.setattr(owner, name, broken)
+    trace = engine.record(adapter, tmp_path / "run", max_tokens=3)
+    monkeypatch.undo()
+    assert [request.output_ids for request in trace.requests] == answers
+    ((_, ledger),) = trace.loads or ((None, None),)
+    reported = any("made on purpose" in event.text for event in trace.events if event.stage == "probe")
+    assert reported or not raised
+    # A probe that failed never claims that all is well.
+    assert not raised or ledger is None or not ledger.healthy or place in AFTER_THE_LAST_STATION
 
 
 def test_the_trace_is_json_all_through(engine: SharedEngine, adapter: Path, tmp_path: Path) -> None:

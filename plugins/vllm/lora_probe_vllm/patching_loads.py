@@ -173,7 +173,8 @@ def _patch_adding(patches: Patches, probe_of_manager: Find, log: LogLines) -> No
     def add_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
         def wrapper(self: Any, lora: Any, *args: Any, **kwargs: Any) -> Any:
             probe, active = probe_of_manager(self), None
-            if probe is not None and probe.recording:
+            # After a failure it is not known what has arrived.
+            if probe is not None and probe.recording and not probe.broken:
                 with probe.guard("adding the adapter"):
                     active = probe.loading.adding(lora)
             if probe is None or active is None:

@@ -268,7 +268,8 @@ class Probe:
                 self.writer.event("graphs", f"{count} steps had more than {limit} tokens and were not run eager")
             self.loading.finish()
         self.loading.loads.clear()
-        self.steps.close()
+        with self.guard("removing the hooks"):
+            self.steps.close()
         with self.guard("closing"):
             self.writer.close()
         self._writer = None
