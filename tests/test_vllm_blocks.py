@@ -55,6 +55,17 @@ def test_blocks_of_other_weights_and_of_the_same() -> None:
     assert (request.served.cached_loads, request.other_weights) == ([1], 0)
 
 
+def test_a_block_that_is_shared_in_the_step_that_computes_it() -> None:
+    """vLLM shares a block as soon as it is scheduled. Before, it held what another adapter had computed."""
+    blocks = Blocks(SIZE)
+    loads = {1: OLD, 2: NEW}
+    blocks.step(output(new("old", [1, 2], adapter=1), old=32), loads)
+    blocks.step(output(new("a", [3, 2, 1], prompt=48, adapter=2), a=16, finished={"old"}), loads)
+    step = output(new("b", [3, 2, 4], start=32, adapter=2), cached=[("a", 16, None)], a=32, b=8)
+    request = first(blocks, step, loads)
+    assert (request.served.cached_loads, request.other_weights) == ([1], 0)
+
+
 def test_the_last_block_is_partly_cached() -> None:
     blocks = Blocks(SIZE)
     blocks.step(output(new("a", [1, 2], prompt=32, adapter=1), a=32), {1: OLD})

@@ -272,17 +272,19 @@ def scheduled(scheduler_output: Any, only_new_blocks: bool = False) -> Iterator[
     """The requests of a step, or only those whose block tables change. The V2 runner gets a request that comes back as
     a new one."""
     counts = scheduler_output.num_scheduled_tokens
-    for new in scheduler_output.scheduled_new_reqs:
-        tokens = new.prompt_token_ids if new.prompt_token_ids is not None else new.prompt_embeds
-        lora = new.lora_request.lora_int_id if new.lora_request is not None else 0
-        at = new.req_id, new.num_computed_tokens, counts.get(new.req_id, 0)
-        yield Scheduled(*at, tuple(new.block_ids), True, len(tokens) if tokens is not None else 0, lora)
     cached = scheduler_output.scheduled_cached_reqs
+    # The order in which they were scheduled: vLLM shares a block as soon as the step that computes it is scheduled, so
+    # a request that begins may share blocks that a running one computes in the same step.
     for name, start, blocks in zip(cached.req_ids, cached.num_computed_tokens, cached.new_block_ids, strict=True):
         if blocks is None and only_new_blocks:
             continue
         resumed = name in cached.resumed_req_ids
         yield Scheduled(name, start, counts.get(name, 0), tuple(blocks or ()), resumed)
+    for new in scheduler_output.scheduled_new_reqs:
+        tokens = new.prompt_token_ids if new.prompt_token_ids is not None else new.prompt_embeds
+        lora = new.lora_request.lora_int_id if new.lora_request is not None else 0
+        at = new.req_id, new.num_computed_tokens, counts.get(new.req_id, 0)
+        yield Scheduled(*at, tuple(new.block_ids), True, len(tokens) if tokens is not None else 0, lora)
 
 
 def block_size_of(runner: Any) -> int | None:
