@@ -15,5 +15,5 @@ def test_steps_on_the_v2_runner() -> None:
     run = engine_tests("V2", sys.executable, "-k", f"({STEPS}) and not pushed and not compiled")
     assert run.returncode == 0, run.stdout[-8000:]
     outcome = counts(run.stdout)
-    assert outcome["passed"] > 10
+    assert outcome["passed"] >= 10
     assert set(outcome) == {"passed"}
