@@ -76,11 +76,11 @@ def _shown_once(options: argparse.Namespace, draw: Callable[[Recording], None]) 
 
 
 def _status(result: Recording) -> int:
-    from lora_probe.comparison.recorded import running, unfinished
+    from lora_probe.comparison.recorded import unfinished
 
     trace = result.trace
     if not result.adapters:
-        return CLEAN if running(trace) else UNJUDGED
+        return CLEAN if trace.running else UNJUDGED
     whole = trace.processes and not unfinished(trace)
     entries = [entry for adapter in result.adapters for entry in adapter.loads]
     return CLEAN if whole and all(entry.sound and not entry.findings for entry in entries) else FOUND
@@ -88,7 +88,6 @@ def _status(result: Recording) -> int:
 
 def _follow(options: argparse.Namespace) -> int:
     """Show the trace whenever its files change, until no process writes it."""
-    from lora_probe.comparison.recorded import running
     from lora_probe.render.live import display
 
     limits.run_until_interrupted()
@@ -100,7 +99,7 @@ def _follow(options: argparse.Namespace) -> int:
             if files != before:
                 result, before = _shown(options, draw), files
             # A process that was killed changes no file.
-            if not running(result.trace):
+            if not result.trace.running:
                 return _status(result)
             time.sleep(EVERY)
 

@@ -122,14 +122,9 @@ def recorded_rows(trace: Trace) -> int:
     return sum(segment.count for worker in trace.workers[:1] for segment in worker.opened_segments())
 
 
-def running(trace: Trace) -> bool:
-    """Whether a process still writes this recording."""
-    return any(process.running for process in trace.processes)
-
-
 def _entries(trace: Trace) -> Iterator[LoadEntry]:
     used = {load for worker in trace.workers for segment in worker.opened_segments() for load in segment.loads}
-    times, graphs, live = _times(trace), _graphs(trace), running(trace)
+    times, graphs, live = _times(trace), _graphs(trace), trace.running
     findings: dict[int, list[RequestFinding]] = {}
     for finding in trace.request_findings:
         findings.setdefault(finding.load, []).append(finding)

@@ -173,15 +173,17 @@ class Trace:
 
     def _joined(self, segments: Sequence[Segment]) -> Rows | None:
         """The rows of these segments, without those that a running process removes in the meantime."""
-        answers = {request.id for request in self.requests} | {scored.score.request for scored in self.scores}
         while segments:
             try:
-                return with_client_ids(joined(segments), answers)
+                rows = joined(segments)
             except UnreadableFile:
                 there = [s for s in segments if not any(worker.has_removed(s.path) for worker in self.workers)]
                 if len(there) == len(segments):
                     raise
                 segments = there
+            else:
+                answers = {request.id for request in self.requests} | {scored.score.request for scored in self.scores}
+                return with_client_ids(rows, answers)
         return None
 
     @cached_property

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from lora_probe.comparison.recorded import AdapterLoads, LoadEntry, running
+from lora_probe.comparison.recorded import AdapterLoads, LoadEntry
 from lora_probe.comparison.totals import Contribution, RequestRows, Totals, own_contributions, totals
 from lora_probe.errors import ProbeError
 from lora_probe.ledger import as_json as ledger_json
@@ -38,7 +38,7 @@ def recording_json(recording: Recording) -> dict[str, Any]:
     ledgers = [entry.ledger for entry in entries]
     measured = totals(trace, [entry.number for entry in entries if entry.used])
     loads = [_load_json(entry, measured) for entry in entries]
-    live = running(trace)
+    live = trace.running
     return {
         "schema_version": SCHEMA_VERSION,
         "trace": str(trace.path),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
 
-from lora_probe.comparison.recorded import GRAPHS, recorded_rows, running, unfinished
+from lora_probe.comparison.recorded import GRAPHS, recorded_rows, unfinished
 from lora_probe.comparison.totals import Totals, totals
 from lora_probe.names import in_words
 from lora_probe.recording import StationRecord
@@ -141,7 +141,7 @@ def _model(settings: dict[str, object]) -> str:
 
 def _state(trace: Trace) -> Iterator[RenderableType]:
     """Whether the recording runs, is complete, and has all its rows."""
-    if running(trace):
+    if trace.running:
         yield words(f"running: {_so_far(trace)}", style="bold cyan")
     if not trace.processes or unfinished(trace):
         yield words(f"incomplete: {_incomplete(trace)}; the data below may end early", style="bold red")
@@ -177,7 +177,7 @@ def _incomplete(trace: Trace) -> str:
 
 
 def _no_load(trace: Trace) -> str:
-    return "no adapter has been loaded yet" if running(trace) else NO_LOAD.message
+    return "no adapter has been loaded yet" if trace.running else NO_LOAD.message
 
 
 def _not_recorded(trace: Trace) -> Iterable[RenderableType]:

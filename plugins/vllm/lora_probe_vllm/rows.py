@@ -31,10 +31,6 @@ class StepRows:
         return len(self.positions)
 
     @cached_property
-    def adapters(self) -> set[int]:
-        return {number for number in self.lora if number}
-
-    @cached_property
     def columns(self) -> RowColumns:
         """The same rows as arrays."""
         names = tuple(dict.fromkeys(self.requests))

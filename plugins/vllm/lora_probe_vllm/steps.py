@@ -218,7 +218,7 @@ class Steps:
         columns = step.rows.columns
         claimed = self._claimed(columns.lora)
         stacked = stack(step, tuple(self.capture.columns), self._grams, claimed)
-        loads = self._loads_of(step, claimed)
+        loads = self._loads_of(step)
         fresh = self._fresh(step)
         for adapter, load in self.loads.items():
             self._count(load, step, fresh & (columns.lora == adapter), fresh & (loads == load.number))
@@ -229,7 +229,7 @@ class Steps:
         served = {name: running[name].served for name in columns.names if name in running}
         writer.rows(self.capture.rows(step, loads, placed, stacked, served))
 
-    def _loads_of(self, step: Step, claimed: Bools) -> npt.NDArray[np.int32]:
+    def _loads_of(self, step: Step) -> npt.NDArray[np.int32]:
         """The number of the load that each row requested and ran with; what else is possible is in `Rows`."""
         lora = step.rows.columns.lora
         loads = np.where(lora == 0, NO_ADAPTER, NOT_IN_ITS_SLOT).astype(np.int32)

@@ -166,9 +166,9 @@ class Probe:
         """Begin to choose the steps that are observed. A run that `trace` started observes all, if it can."""
         self._of_a_run = of_a_run
         compiled = self.running is not None and self.running.compiled is not None
-        sampled = self._every is not None and (compiled or not of_a_run)
-        self._chosen = ChosenSteps(self._every) if sampled and self._every is not None else None
-        self.steps.capture.transient = sampled
+        every = self._every if compiled or not of_a_run else None
+        self._chosen = ChosenSteps(every) if every is not None else None
+        self.steps.capture.transient = self._chosen is not None
         self.steps.unobserved.compiled = compiled
 
     def _record_manager(self, when: str, seconds: float | None = None) -> None:
