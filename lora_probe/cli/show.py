@@ -98,9 +98,9 @@ def _follow(options: argparse.Namespace) -> int:
             files = _files(Path(options.trace))
             if files != before:
                 result, before = _shown(options, draw), files
-            # A process that was killed changes no file.
+            # A process that was killed changes no file, and what it left is shown once more.
             if not result.trace.running:
-                return _status(result)
+                return _status(_shown(options, draw))
             time.sleep(EVERY)
 
 

@@ -55,9 +55,9 @@ class ProcessTrace:
     def of(self, kind: type[T]) -> list[T]:
         return [record for record in self.records if isinstance(record, kind)]
 
-    @cached_property
+    @property
     def running(self) -> bool:
-        """Whether the process still runs and may record more. False if it runs on another machine."""
+        """Whether the process runs now and may record more. False if it runs on another machine."""
         process = self.process
         return not process.closed and alive.is_running(process.pid, process.host, process.began)
 
@@ -100,7 +100,7 @@ class ProcessTrace:
 
     def has_removed(self, path: Path) -> bool:
         """Whether a running process has removed a segment to keep its bound, after it was listed here."""
-        return self.running and not os.path.lexists(path)
+        return not os.path.lexists(path) and self.running
 
     def segments(self) -> Iterator[Rows]:
         for segment in self.opened_segments():
