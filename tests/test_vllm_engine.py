@@ -346,7 +346,7 @@ def answers(engine: SharedEngine, adapter: Path, tmp_path_factory: pytest.TempPa
         "capture.StandIn._before",
         "capture.StandIn._with_delta",
         "capture.Capture._sketch",
-        "capture.stack",
+        "measured.Columns.stack",
         "capture.Capture.rows",
         "steps.Steps._follow",
         "steps.Steps._blame",
@@ -473,8 +473,10 @@ def test_a_layer_that_goes_round_the_stand_in_is_unknown_not_lost(
     """Like fully sharded layers, which call the kernels themselves."""
     from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 
+    from lora_probe_vllm.capture import StandIn
+
     def around(self: Any, x: Any, output: Any) -> Any:
-        real = self.punica_wrapper._real if hasattr(self.punica_wrapper, "_columns") else self.punica_wrapper
+        real = self.punica_wrapper._real if isinstance(self.punica_wrapper, StandIn) else self.punica_wrapper
         real.add_lora_linear(output, x, self.lora_a_stacked, self.lora_b_stacked, 1.0, self.output_slices)
         return output
 
@@ -494,7 +496,7 @@ def test_a_failure_inside_a_layer_does_not_fail_the_request(
     def broken(*_: Any) -> Any:
         raise RuntimeError("made on purpose")
 
-    monkeypatch.setattr(capture, "_norm", broken)
+    monkeypatch.setattr(capture, "norm", broken)
     trace = engine.record(adapter, tmp_path / "run")
     assert [request.output_ids for request in trace.requests] == healthy
     assert ledger_of(trace).count("unknown") == MODULES

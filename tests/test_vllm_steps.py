@@ -13,7 +13,7 @@ import torch
 
 from lora_probe.errors import ProbeError
 from lora_probe.recording import SCHEMA, Run, RunSpec, write_json
-from lora_probe_vllm.capture import Step, stack
+from lora_probe_vllm.measured import Column, Columns, Stacked, Step
 from lora_probe_vllm.rows import StepRows
 from lora_probe_vllm.steps import contaminated_rows
 from lora_probe_vllm.worker import bound_of, level_of
@@ -49,21 +49,27 @@ def step(requested: list[int], multiplied: list[int]) -> Step:
             written[number] = shrink[number] @ b.T
     found = Step(rows, [], mixed=BASE in requested)
     found.slots = torch.tensor([adapter - 1 for adapter in requested])
-    for key in KEYS:
-        found.shrink[key] = shrink
-        found.written_norm[key] = written.norm(dim=-1)
+    for layer in range(len(KEYS)):
+        found.widths[layer] = [OUTPUTS]
+        found.shrink[layer] = shrink[None]
+        found.written_norm[layer] = written.norm(dim=-1, keepdim=True)
     return found
+
+
+def stack(one: Step, grams: dict[int, torch.Tensor] = GRAMS, claimed: np.ndarray | None = None) -> Stacked:
+    """Each module is a layer of its own."""
+    return Columns([Column(key, layer, 0) for layer, key in enumerate(KEYS)]).stack(one, grams, claimed)
 
 
 def contaminated(one: Step, adapter: int) -> list[int]:
     """The rows of the base that got the contribution of `adapter`."""
     plain = one.rows.columns.lora == BASE
-    return np.flatnonzero(contaminated_rows(stack(one, KEYS, GRAMS), plain, GRAMS[adapter - 1])).tolist()
+    return np.flatnonzero(contaminated_rows(stack(one), plain, GRAMS[adapter - 1])).tolist()
 
 
 def test_rows_of_the_base_without_a_contribution() -> None:
     one = step([BASE, FIRST, BASE, SECOND], [BASE, FIRST, BASE, SECOND])
-    norms = stack(one, KEYS, GRAMS).delta_norm
+    norms = stack(one).delta_norm
     assert (norms[[0, 2]] == 0).all()
     assert (norms[[1, 3]] > 0).all()
     assert contaminated(one, FIRST) == contaminated(one, SECOND) == []
@@ -83,26 +89,26 @@ def test_a_step_without_rows_of_the_base() -> None:
 def test_a_module_that_did_not_run() -> None:
     one = step([BASE, FIRST], [FIRST, FIRST])
     for values in (one.shrink, one.written_norm):
-        del values[KEYS[1]]
+        del values[1]
     assert contaminated(one, FIRST) == [0]
-    assert np.isnan(stack(one, KEYS, GRAMS).delta_norm[:, 1]).all()
+    assert np.isnan(stack(one).delta_norm[:, 1]).all()
 
 
 def test_each_row_is_weighed_with_its_own_slot() -> None:
     one = step([FIRST, SECOND, FIRST], [FIRST, SECOND, FIRST])
-    norms = stack(one, KEYS, GRAMS).delta_norm
+    norms = stack(one).delta_norm
     for row, adapter in enumerate(one.rows.lora):
         b = PAIRS[adapter][1]
-        np.testing.assert_allclose(norms[row], (one.shrink[KEYS[0]][row] @ b.T).norm(), rtol=1e-5)
+        np.testing.assert_allclose(norms[row], (one.shrink[0][0, row] @ b.T).norm(), rtol=1e-5)
 
 
 def test_rows_of_a_slot_that_no_load_holds_have_the_norm_that_was_written() -> None:
     one = step([FIRST, SECOND], [FIRST, SECOND])
-    norms = stack(one, KEYS, {0: GRAMS[0]}, np.array([True, False])).delta_norm
+    norms = stack(one, {0: GRAMS[0]}, np.array([True, False])).delta_norm
     assert norms[0, 0] > 0
-    np.testing.assert_allclose(norms[1, 0], one.written_norm[KEYS[0]][1], rtol=1e-6)
+    np.testing.assert_allclose(norms[1, 0], one.written_norm[0][1, 0], rtol=1e-6)
     one.written_norm.clear()
-    assert np.isnan(stack(one, KEYS, {0: GRAMS[0]}, np.array([True, False])).delta_norm[1]).all()
+    assert np.isnan(stack(one, {0: GRAMS[0]}, np.array([True, False])).delta_norm[1]).all()
 
 
 def test_rows_in_columns() -> None:

@@ -19,8 +19,9 @@ from lora_probe.errors import ProbeError
 from lora_probe.recording import Level, Placed, TraceWriter
 from lora_probe.recording.rows import NO_ADAPTER, NOT_IN_ITS_SLOT, kept
 from lora_probe_vllm.blocks import Author, Blocks
-from lora_probe_vllm.capture import Capture, Stacked, Step, stack
+from lora_probe_vllm.capture import Capture
 from lora_probe_vllm.loads import ActiveLoad, SlotContents
+from lora_probe_vllm.measured import Stacked, Step
 from lora_probe_vllm.plain import locate
 from lora_probe_vllm.rows import RowColumns, requests_of, rows_of
 from lora_probe_vllm.runners import eager_step
@@ -199,7 +200,9 @@ class Steps:
 
     def _claimed(self, lora: npt.NDArray[np.int64]) -> Bools:
         """Which rows requested an adapter that has a slot, `[rows]`."""
-        claimed: Bools = np.isin(lora, list(self.loads))
+        claimed: Bools = np.zeros(len(lora), np.bool_)
+        for adapter in self.loads:
+            claimed |= lora == adapter
         return claimed
 
     def _follow(self, runner: Any, scheduler_output: Any, only_new_blocks: bool = False) -> None:
@@ -217,11 +220,14 @@ class Steps:
     def _finish(self, step: Step, writer: TraceWriter) -> None:
         columns = step.rows.columns
         claimed = self._claimed(columns.lora)
-        stacked = stack(step, tuple(self.capture.columns), self._grams, claimed)
+        stacked = self.capture.arranged.stack(step, self._grams, claimed)
+        keys = tuple(self.capture.columns)
+        ran = [keys[number] for number in stacked.present]
         loads = self._loads_of(step)
         fresh = self._fresh(step)
         for adapter, load in self.loads.items():
-            self._count(load, step, fresh & (columns.lora == adapter), fresh & (loads == load.number))
+            requested, applied = fresh & (columns.lora == adapter), fresh & (loads == load.number)
+            load.record.ran(int(requested.sum()), [key for key in ran if key in load.pairs], int(applied.sum()))
             self._sample(adapter, load, step)
         self._blame(step, loads, stacked)
         placed = {load: self._placed[load] for load in np.unique(loads).tolist() if load >= 0}
@@ -248,11 +254,6 @@ class Steps:
         low, high = np.array(again, np.int32).T[:, columns.request]
         fresh: Bools = (columns.position < low) | (columns.position >= high)
         return fresh
-
-    def _count(self, load: ActiveLoad, step: Step, requested: Bools, applied: Bools) -> None:
-        """Count the rows that requested a load, and those of them that ran with its slot."""
-        ran = () if step.slots is None else [key for key in step.shrink if key in load.pairs]
-        load.record.ran(int(requested.sum()), ran, int(applied.sum()))
 
     def _blame(self, step: Step, loads: npt.NDArray[np.int32], stacked: Stacked) -> None:
         """Find the rows that did not get what they requested, and the load that each of them is about."""
