@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lora_probe.adapter import open_adapter as inspect
     from lora_probe.checking.check import check
     from lora_probe.comparison import compare
+    from lora_probe.engines.asking import trace_server
     from lora_probe.engines.launch import trace
     from lora_probe.merging.parity import parity
     from lora_probe.recording import open_trace
@@ -30,12 +31,14 @@ __all__ = [
     "open_trace",
     "parity",
     "trace",
+    "trace_server",
 ]
 
 _HOMES = {
     "inspect": ("lora_probe.adapter.checkpoint", "open_adapter"),
     "check": ("lora_probe.checking.check", "check"),
     "trace": ("lora_probe.engines.launch", "trace"),
+    "trace_server": ("lora_probe.engines.asking", "trace_server"),
     "open_trace": ("lora_probe.recording.reader", "open_trace"),
     "compare": ("lora_probe.comparison.contributions", "compare"),
     "parity": ("lora_probe.merging.parity", "parity"),

@@ -25,6 +25,8 @@ from lora_probe.render.formats import DEFAULT, Names
 from lora_probe.rules.vllm_versions import ENGINE_OPTIONS
 
 DTYPES = ("auto", *(dtype.name for dtype in precision.DTYPES if dtype.fits_float32))
+HERE = "."
+"""The checkpoint if none is passed."""
 NARROW = 60
 """The columns of a narrow terminal."""
 LEAST = 1 / 16
@@ -121,12 +123,12 @@ def _narrow(example: str) -> str:
     return "\n".join(lines)
 
 
-def add_checkpoint(parser: argparse.ArgumentParser) -> None:
-    """One adapter."""
+def add_checkpoint(parser: argparse.ArgumentParser, default: str | None = HERE) -> None:
+    """One adapter. `default` is its value if it is not passed."""
     parser.add_argument(
         "checkpoint",
         nargs="?",
-        default=".",
+        default=default,
         metavar="CKPT",
         help="adapter folder, training output folder (its last checkpoint is used), or the id of an adapter in the "
         "local Hugging Face cache; default: .",

@@ -6,7 +6,9 @@ import argparse
 import shlex
 
 from lora_probe.cli.options import (
+    HERE,
     Command,
+    UsageError,
     add_checkpoint,
     add_engine,
     add_limits,
@@ -16,14 +18,20 @@ from lora_probe.cli.options import (
     prompts,
 )
 from lora_probe.cli.show import present_trace
+from lora_probe.cli.trace_server import SERVER, SERVER_OPTIONS, add_server, run_server, value_of
 from lora_probe.files.extensions import engine_names
 from lora_probe.render.console import hint, note
 from lora_probe.render.progress import run_progress, status_line
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_checkpoint(parser)
-    parser.add_argument("--engine", required=True, metavar="ENGINE", help="peft, or vllm (needs lora-probe-vllm)")
+    add_checkpoint(parser, None)
+    parser.add_argument(
+        "--engine",
+        required=True,
+        metavar="ENGINE",
+        help="peft, vllm (needs lora-probe-vllm), or server: one that runs already, with nothing installed in it",
+    )
     add_prompts(parser)
     parser.add_argument(
         "--follow", metavar="REF.lptrace", help="run the tokens of another trace: its prompts and its answers"
@@ -40,18 +48,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="overwrite an existing trace")
     parser.add_argument("--events", action="store_true", help="print every step of the load timeline")
     add_engine(parser, "auto means bfloat16 for a float32 model in vLLM")
+    add_server(parser)
     add_limits(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     from lora_probe.engines.launch import LOG, trace
 
+    if options.engine == SERVER:
+        return run_server(options)
+    if given := [option for option in SERVER_OPTIONS if value_of(options, option) is not None]:
+        raise UsageError(f"{given[0]} needs --engine {SERVER}, not {options.engine}", "lora-probe trace --help")
     where = f" in `{options.output}`" if options.output else ""
     again = "; overwrite it with --force" if options.output else ""
     apply_limits(options, f"the recording{where} is incomplete{again}; nothing is left running")
     with status_line(f"{options.engine}: starting") as report:
         recorded = trace(
-            options.checkpoint,
+            options.checkpoint or HERE,
             engine=options.engine,
             model=options.model,
             prompts=prompts(options),
@@ -97,7 +110,9 @@ COMMAND = Command(
     "run an adapter in a real engine, and record how it is loaded and what it contributes",
     "  lora-probe trace ckpt/ --engine peft\n"
     "  lora-probe trace ckpt/ --engine vllm --dtype float32 --prompt 'Who are you?' -o run.lptrace\n"
-    "  lora-probe trace ckpt/ --engine vllm --max-lora-rank 64 -- --gpu-memory-utilization 0.5",
+    "  lora-probe trace ckpt/ --engine vllm --max-lora-rank 64 -- --gpu-memory-utilization 0.5\n"
+    "  lora-probe trace --engine server --url http://localhost:8000 --adapter my-adapter\n"
+    "  lora-probe trace ckpt/ --engine server --url http://localhost:8000 --adapter my-adapter",
     add_arguments,
     run,
     engine_flags=True,

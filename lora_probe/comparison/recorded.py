@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from lora_probe.errors import ProbeError
 from lora_probe.ledger import Ledger, Station, headline
 from lora_probe.names import Key, in_words
-from lora_probe.recording import Load, LoadEvent, RequestFinding, StationRecord, Trace
+from lora_probe.recording import Load, LoadEvent, Outcome, RequestFinding, StationRecord, Trace
 from lora_probe.rules.lp5_loading import not_measured
 
 GRAPHS = "graphs"
@@ -24,7 +24,7 @@ class LoadEntry:
     """One load of an adapter. `at`: seconds from the start of the recording to the load. `used`: rows of it are on
     disk. `waiting` is why some stations of a running recording are not measured yet, empty if none is. `graphs` is the
     last report on rows that ran in captured graphs. `findings` are what went wrong for requests while the load was
-    active; the ledger does not contain it."""
+    active; the ledger does not contain it. `outcome` is what the answers of a server show, whose layers nobody sees."""
 
     load: Load
     ledger: Ledger
@@ -33,6 +33,7 @@ class LoadEntry:
     waiting: str = ""
     graphs: LoadEvent | None = None
     findings: tuple[RequestFinding, ...] = ()
+    outcome: Outcome | None = None
 
     @property
     def number(self) -> int:
@@ -41,6 +42,8 @@ class LoadEntry:
     @property
     def sound(self) -> bool:
         """Whether nothing is wrong with it: it took effect, or a running recording has not measured all of it yet."""
+        if self.outcome is not None:
+            return self.outcome.sound
         return self.ledger.healthy or self._unmeasured
 
     @property
@@ -51,6 +54,9 @@ class LoadEntry:
     @property
     def headline(self) -> str:
         """The result so far in one sentence."""
+        if self.outcome is not None:
+            code = f" ({self.outcome.code})" if self.outcome.code else ""
+            return f"{self.outcome.message}{code}"
         if self.ledger.healthy or not self._unmeasured:
             return headline(self.ledger)
         placed = sum(row.stations["placed"].value == "ok" for row in self.ledger.rows)
@@ -133,6 +139,7 @@ def _entries(trace: Trace) -> Iterator[LoadEntry]:
         number = load.load
         of_requests = tuple(findings.get(number, ()))
         entry = LoadEntry(load, ledger, times.get(number), number in used, "", graphs.get(number), of_requests)
+        entry = replace(entry, outcome=trace.outcomes.get(number))
         yield _so_far(trace, entry, unknown.get(number, frozenset())) if live else entry
 
 

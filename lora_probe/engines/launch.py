@@ -70,8 +70,8 @@ def trace(
         KeyboardInterrupt: after the child process and its children have been stopped.
     """
     limits.begin(located(Path(adapter)))
-    checkpoint = _runnable(adapter)
-    base = _base_of(checkpoint, model)
+    checkpoint = runnable(adapter)
+    base = base_of(checkpoint, model)
     if keep not in LEVELS:
         raise ProbeError(f"unknown level `{keep}`", f"use one of: {', '.join(LEVELS)}")
     if max_tokens < 1:
@@ -80,7 +80,7 @@ def trace(
     if follow is not None and (texts or chat):
         raise ProbeError("a run with --follow uses the prompts of the followed trace", "remove the prompts and --chat")
     wanted, continuation = _tokens_of(follow) if follow is not None else (list(map(Prompt, texts or BUILT_IN)), None)
-    _refuse_invalid(wanted)
+    refuse_invalid(wanted)
     require(engine, flags)
     folder = folder_for(_name(checkpoint), engine, out, force)
     spec = RunSpec(
@@ -97,7 +97,7 @@ def trace(
         continuation=continuation,
         score=score,
     )
-    return _record(folder, spec, len(wanted) * (3 if score else 2), progress)
+    return record_run(folder, spec, len(wanted) * (3 if score else 2), progress)
 
 
 def trace_plain(
@@ -144,7 +144,7 @@ def trace_plain(
         score=True,
         watch=list(watch),
     )
-    return _record(folder_for(Path(source).name, engine, out, force), spec, len(followed), progress)
+    return record_run(folder_for(Path(source).name, engine, out, force), spec, len(followed), progress)
 
 
 @dataclass(frozen=True)
@@ -172,8 +172,8 @@ def merge(
         ProbeError: bad input, or `out` exists.
         EngineFailed: transformers or PEFT raised, with their message.
     """
-    checkpoint = _runnable(adapter)
-    base = _base_of(checkpoint, model)
+    checkpoint = runnable(adapter)
+    base = base_of(checkpoint, model)
     require("peft")
     target = Path(out)
     if target.exists():
@@ -207,7 +207,7 @@ def flags_of(engine_args: object) -> list[str]:
     return words_of("engine_args", engine_args)
 
 
-def _refuse_invalid(prompts: Sequence[Prompt]) -> None:
+def refuse_invalid(prompts: Sequence[Prompt]) -> None:
     for prompt in prompts:
         if any("\ud800" <= character <= "\udfff" for character in prompt.text):
             raise ProbeError(f"the prompt {prompt.text!r} is not valid UTF-8")
@@ -220,7 +220,7 @@ def _passed(options: dict[str, Any] | None) -> dict[str, Any]:
     return passed
 
 
-def _record(folder: Path, spec: RunSpec, wanted: int, progress: Callable[[Progress], None]) -> Trace:
+def record_run(folder: Path, spec: RunSpec, wanted: int, progress: Callable[[Progress], None]) -> Trace:
     """Run `spec` in a child process, and open its trace. If this fails, the trace to be overwritten is kept."""
     created = datetime.now(UTC).isoformat(timespec="seconds")
     write_json(folder / "run.json", Run(SCHEMA, created, spec, versions()))
@@ -259,7 +259,7 @@ def versions() -> dict[str, str]:
     return installed
 
 
-def _runnable(path: str | Path) -> Adapter:
+def runnable(path: str | Path) -> Adapter:
     """The adapter, unless its config names code to import.
 
     Raises:
@@ -280,7 +280,7 @@ MEGATRON = "megatron."
 """Prefix of the modules that PEFT allows there."""
 
 
-def _base_of(checkpoint: Adapter, model: str | None) -> str:
+def base_of(checkpoint: Adapter, model: str | None) -> str:
     """The base model to run: `model`, or the config's base model."""
     return _resolved(checkpoint.config.base_or(model))
 

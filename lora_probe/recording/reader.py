@@ -9,7 +9,7 @@ regular files inside the folder are read, and all within limits.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +27,7 @@ from lora_probe.recording.records import (
     Load,
     LoadEvent,
     ModuleRecord,
+    Outcome,
     RequestFinding,
     RequestRecord,
     Run,
@@ -138,10 +139,19 @@ class Trace:
         """What went wrong for requests, by load and rule."""
         return joined_findings(process.of(RequestFinding) for process in self.workers)
 
+    @cached_property
+    def outcomes(self) -> Mapping[int, Outcome]:
+        """What a server's answers show of a load, by its number."""
+        return {outcome.load: outcome for process in self.workers for outcome in process.of(Outcome)}
+
     @property
     def healthy(self) -> bool:
         """Whether the trace is complete, every load took effect, and every request got what it requested."""
-        return self.complete and not self.request_findings and all(ledger.healthy for _, ledger in self.loads)
+        sound = all(
+            self.outcomes[n].sound if (n := load.load) in self.outcomes else ledger.healthy
+            for load, ledger in self.loads
+        )
+        return self.complete and not self.request_findings and sound
 
     @cached_property
     def modules(self) -> dict[tuple[Any, ...], ModuleRecord]:

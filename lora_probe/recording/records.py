@@ -173,7 +173,50 @@ class RequestFinding(msgspec.Struct, frozen=True, tag="requests", tag_field="kin
     more: int = 0
 
 
-Record = LoadEvent | Load | ModuleRecord | StationRecord | RequestFinding
+class NextTokens(msgspec.Struct, frozen=True, tag="next_tokens", tag_field="kind"):
+    """The log-probability of each token of a request's prompt and answer, given the tokens before it; None for the
+    first. `model` is the name in the server, or `peft`, and `scaling` that of the adapter in PEFT, relative to the
+    trained one. `repetition` counts passes over the same tokens."""
+
+    request: str
+    model: str
+    logprobs: list[float | None]
+    repetition: int = 0
+    scaling: float | None = None
+
+
+OutcomeKind = Literal["changes", "as base", "as trained", "other scaling", "other weights", "other base", "undecided"]
+
+
+class Outcome(msgspec.Struct, frozen=True, tag="outcome", tag_field="kind"):
+    """What the answers of a server show of a load whose layers cannot be seen. `code` is the rule, empty if nothing is
+    wrong. Of the log-probabilities of `tokens` tokens, `change` is the largest difference between adapter and base, and
+    `noise` between two passes over the same tokens.
+
+    If PEFT ran the same tokens: `effect` is the root mean square of what the adapter changes there, `base_error` that
+    of the difference between both base models, and `error` that between both adapters, in PEFT at `factor` times the
+    trained scaling.
+    """
+
+    load: int
+    outcome: OutcomeKind
+    code: str
+    message: str
+    tokens: int
+    change: float
+    noise: float
+    factor: float | None = None
+    error: float | None = None
+    effect: float | None = None
+    base_error: float | None = None
+
+    @property
+    def sound(self) -> bool:
+        """Whether the adapter has an effect, and the one that was trained if that is known."""
+        return self.outcome in ("changes", "as trained")
+
+
+Record = LoadEvent | Load | ModuleRecord | StationRecord | RequestFinding | NextTokens | Outcome
 KINDS = frozenset(str(kind.__struct_config__.tag) for kind in get_args(Record))
 """The kinds of records that this version knows. Readers skip lines of other kinds."""
 

@@ -161,3 +161,87 @@ def other_weights_in_prefix_cache(adapter: str, affected: Affected) -> str:
     """
     counted = affected.counted("cached position")
     return f"{counted} for `{adapter}` were computed with other weights of that name: {affected.named}"
+
+
+@rule(
+    "LP608",
+    "served-as-base",
+    "applied",
+    "wrong",
+    engines=("server",),
+    hint="run `lora-probe check` on the adapter, and look at the names of its modules: the server applies none of them",
+)
+def served_as_base(adapter: str, base: str) -> str:
+    """The server answers a request for the adapter exactly as it answers a request for its base model.
+
+    Why it matters: the server accepts the adapter, answers with status 200, and serves the base model. vLLM does that
+    if no name in the adapter matches one of its modules; another server may ignore the name in the request.
+
+    How it is seen: the log-probabilities of the same tokens, with and without the adapter, differ no more than those of
+    two passes over them.
+
+    Fix: `lora-probe check` names the modules that the server cannot apply. An adapter whose B is zero (an untrained
+    one) has no effect either.
+    """
+    return f"the server answers requests for `{adapter}` exactly as those for its base `{base}`"
+
+
+@rule(
+    "LP609",
+    "served-at-another-scaling",
+    "applied",
+    "wrong",
+    engines=("server",),
+    hint="compare lora_alpha, r and use_rslora of the folder that the server loads with those of this one",
+)
+def served_at_another_scaling(adapter: str, factor: float) -> str:
+    """The server runs these weights at another scaling than the one they were trained with.
+
+    Why it matters: the effect of the adapter is multiplied. A factor of 2 is a doubled lora_alpha, √r is rsLoRA on one
+    side only, and the scaling itself (or its inverse) is one that is applied twice (or not at all).
+
+    How it is seen: PEFT runs the same tokens with the adapter at several scalings. At this one its log-probabilities
+    are those of the server.
+    """
+    return f"the server runs `{adapter}` at {factor:.3g} times the scaling it was trained with"
+
+
+@rule(
+    "LP610",
+    "served-other-weights",
+    "applied",
+    "wrong",
+    engines=("server",),
+    hint="compare the files of both folders: the server has loaded another adapter, an older one, or only part of it",
+)
+def served_other_weights(adapter: str, error: float, effect: float) -> str:
+    """The server's answers are those of another adapter, or of only part of this one.
+
+    Why it matters: the adapter has an effect, so it seems to work; but its answers are not what was trained.
+
+    How it is seen: PEFT runs the same tokens with the adapter. No scaling gives the log-probabilities of the server,
+    although both base models agree. The error is stated beside the adapter's whole effect in PEFT.
+    """
+    return (
+        f"the server does not run `{adapter}` as this folder has it: log-probabilities differ by {error:.2g} "
+        f"from PEFT's, where the adapter changes them by {effect:.2g}"
+    )
+
+
+@rule(
+    "LP611",
+    "served-on-another-base",
+    "applied",
+    "wrong",
+    engines=("server",),
+    hint="pass the model that the server runs with --model, or serve the one that the adapter was trained on",
+)
+def served_on_another_base(base: str, error: float) -> str:
+    """The server's base model answers differently from the one that the adapter was trained on.
+
+    Why it matters: an adapter changes a model relative to its own base. On another one its effect is arbitrary.
+
+    How it is seen: PEFT runs the same tokens through the base model without the adapter, and the log-probabilities
+    differ by more than another dtype or a quantised base explains.
+    """
+    return f"the server's base model is not `{base}`: without any adapter their log-probabilities differ by {error:.2g}"

@@ -22,7 +22,7 @@ from lora_probe.rules import diagnose
 from lora_probe.rules.diagnostics import of_requests
 
 if TYPE_CHECKING:
-    from lora_probe.recording import RequestFinding, RequestRecord, Trace
+    from lora_probe.recording import Outcome, RequestFinding, RequestRecord, Trace
     from lora_probe.render.results import Recording
 
 
@@ -62,6 +62,11 @@ def recording_json(recording: Recording) -> dict[str, Any]:
                 for entry in entries
                 for finding in entry.findings
             ),
+            *(
+                diagnostic_json(of_requests(entry.outcome.code, entry.outcome.message, trace.engine))
+                for entry in entries
+                if entry.outcome is not None and entry.outcome.code
+            ),
         ],
         "requests": requests_json(trace),
         "request_rows": _request_rows_json(recording, measured) if recording.requests else None,
@@ -91,7 +96,16 @@ def _load_json(entry: LoadEntry, measured: Totals) -> dict[str, Any]:
         "graphs": entry.graphs.text if entry.graphs is not None else None,
         "request_findings": [finding_json(finding) for finding in entry.findings],
         "modules": [_contribution_json(contribution) for contribution in contributions],
+        "outcome": _outcome_json(entry.outcome) if entry.outcome is not None else None,
     }
+
+
+def _outcome_json(outcome: Outcome) -> dict[str, Any]:
+    """What the answers of a server show. Numbers that are not finite become None."""
+    measures = "change", "noise", "factor", "error", "effect", "base_error"
+    numbers = {name: finite(getattr(outcome, name)) for name in measures if getattr(outcome, name) is not None}
+    about = {"outcome": outcome.outcome, "code": outcome.code, "message": outcome.message, "tokens": outcome.tokens}
+    return about | dict.fromkeys(measures) | numbers
 
 
 def _contribution_json(contribution: Contribution) -> dict[str, Any]:

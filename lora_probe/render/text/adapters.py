@@ -52,13 +52,19 @@ def section(result: Recording, adapter: AdapterLoads, measured: Totals | None) -
 
 
 def _state(entry: LoadEntry, prefix: str) -> RenderableType:
+    if entry.outcome is not None:
+        style = "bold green" if entry.sound else "bold red" if entry.outcome.code else "bold yellow"
+        return words(prefix + entry.headline, style=style)
     if entry.sound and not entry.ledger.healthy:
         return words(prefix + entry.headline, style="bold yellow")
     return ledger_text(entry.ledger, prefix)
 
 
 def _of_requests(result: Recording, entry: LoadEntry) -> Iterator[RenderableType]:
-    """What went wrong for requests while the load was active."""
+    """What went wrong for requests while the load was active; and how to cure what a server's answers show."""
+    if entry.outcome is not None and entry.outcome.code:
+        diagnostic = of_requests(entry.outcome.code, entry.outcome.message, result.trace.engine)
+        yield words(f"  {diagnostic.code} {diagnostic.name}: {diagnostic.hint}", style="cyan")
     for finding in entry.findings:
         diagnostic = of_requests(finding.code, finding.message, result.trace.engine)
         yield words(diagnostic.message, style="bold red")
@@ -125,7 +131,7 @@ def _cells(entry: LoadEntry, measured: Totals | None) -> dict[Key, tuple[float |
 
 def _log_lines(engine: str, lines: Sequence[str], entry: LoadEntry) -> Iterable[RenderableType]:
     """What the engine logged while it loaded an adapter that did not take effect."""
-    if entry.sound or entry.ledger.refused:
+    if entry.sound or entry.ledger.refused or entry.outcome is not None:
         return
     if not lines:
         yield words(f"{engine} reported no log lines at INFO or above while it loaded the adapter")

@@ -107,7 +107,8 @@ def _heading(trace: Trace) -> RenderableType:
     if process is not None:
         if model := _model(process.settings):
             lines.append(assemble(("model ", "bold"), model))
-        lines.append(assemble(("run in ", "bold"), f"{process.dtype} on {process.device}, kept: {process.keep}"))
+        if process.dtype:
+            lines.append(assemble(("run in ", "bold"), f"{process.dtype} on {process.device}, kept: {process.keep}"))
     changed = [change for p in trace.processes for change in p.process.changed]
     if changed:
         lines.append(words(f"changed for the recording: {', '.join(changed)}", style="dim"))
@@ -117,6 +118,10 @@ def _heading(trace: Trace) -> RenderableType:
 def _adapters(trace: Trace) -> tuple[tuple[str, str], str]:
     """What was recorded: the adapter of a run by its folder, those of a server by their names."""
     names = list(dict.fromkeys(load.name for load, _ in trace.loads))
+    if trace.run is not None and "url" in trace.run.spec.options:
+        spec = trace.run.spec
+        compared = f", compared with {spec.adapter}" if spec.adapter is not None else ""
+        return ("adapter ", "bold"), f"{spec.name} at {spec.options['url']}{compared}"
     if trace.run is not None:
         return ("adapter ", "bold"), trace.run.spec.adapter or "none: the model by itself"
     if len(names) == 1:
