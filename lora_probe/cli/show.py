@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_probe.cli.ending import CLEAN, FOUND, UNJUDGED
-from lora_probe.cli.options import Command, add_limits, apply_limits
+from lora_probe.cli.options import Command, UsageError, add_limits, apply_limits
 from lora_probe.errors import UnreadableFile
 from lora_probe.files import limits
 from lora_probe.render.formats import DEFAULT, present
@@ -35,14 +35,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--follow", action="store_true", help="show the trace again whenever it changes, until it ends or Ctrl-C"
     )
+    parser.add_argument(
+        "other", nargs="?", metavar="OTHER.lptrace", help="with --module: a second trace, to be read beside the first"
+    )
+    layer = parser.add_argument_group("one layer", "the numbers of one token in it: x, x·Aᵀ, s·x·A·B, base output")
+    layer.add_argument("--module", metavar="NAME", help="path of a module, or the unique end of it")
+    layer.add_argument("--request", metavar="ID", help="default: the first one with an adapter; see --requests")
+    layer.add_argument(
+        "--token",
+        type=int,
+        metavar="N",
+        help="position from 0; a negative one counts from the end; default: the last token of the prompt",
+    )
     add_limits(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     apply_limits(options)
+    if options.module is not None:
+        return _show_module(options)
+    for option, value in (("OTHER.lptrace", options.other), ("--request", options.request), ("--token", options.token)):
+        if value is not None:
+            raise UsageError(f"{option} needs --module", "two traces: lora-probe compare")
     if options.follow:
         return _follow(options)
     return _status(_shown(options, partial(present, options.command, options.format)))
+
+
+def _show_module(options: argparse.Namespace) -> int:
+    """One token through one layer, in both traces if there are two."""
+    from lora_probe.comparison.walk import beside, walk
+    from lora_probe.recording import open_trace
+
+    paths = [path for path in (options.trace, options.other) if path is not None]
+    limits.begin(*map(Path, paths))
+    trace, *others = map(open_trace, paths)
+    first = walk(trace, options.module, options.request, options.token)
+    present("show --module", options.format, [first, *(beside(other, trace, first) for other in others)])
+    return CLEAN
 
 
 def present_trace(trace: Trace, options: argparse.Namespace) -> int:
@@ -123,6 +153,8 @@ COMMAND = Command(
     "  lora-probe show run.lptrace\n"
     "  lora-probe show run.lptrace --adapter my-adapter --requests\n"
     "  lora-probe show run.lptrace --follow\n"
+    "  lora-probe show run.lptrace --module layers.0.self_attn.q_proj --token -1\n"
+    "  lora-probe show peft.lptrace vllm.lptrace --module layers.0.self_attn.q_proj\n"
     "  lora-probe show run.lptrace --format json | jq .headline",
     add_arguments,
     run,

@@ -9,6 +9,7 @@ commands and their results, also with the options that change the result's type:
     check --fix       results.CheckResult, with `run.fixed`
     check --diff      checking.renaming.Fix
     trace, show       results.Recording
+    show --module     Sequence[comparison.walk.Walk]
     attach            results.Attachment
     compare           comparison.Comparison
     parity            merging.parity.Parity
@@ -77,6 +78,7 @@ FORMATS: dict[str, dict[str, str]] = {
         "check --diff": "text.fix:diff",
         "trace": "text.trace:recording",
         "show": "text.trace:recording",
+        "show --module": "text.walk:walks",
         "attach": "text.attach:attachment",
         "compare": "text.compare:comparison",
         "parity": "text.parity:parity",
@@ -91,6 +93,7 @@ FORMATS: dict[str, dict[str, str]] = {
         "check --diff": "json.fix:diff_json",
         "trace": "json.trace:recording_json",
         "show": "json.trace:recording_json",
+        "show --module": "json.walk:walks_json",
         "attach": "json.attach:attachment_json",
         "compare": "json.compare:comparison_json",
         "parity": "json.parity:parity_json",
