@@ -18,6 +18,8 @@ from conftest import Settings, Speeds
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from server import Server, serving
 
+pytestmark = pytest.mark.timeout(0)
+"""10,000 requests to a model of 135 million parameters take half an hour on two cores."""
 LEVELS = ("events", "norms", "shrink")
 ROUNDS = 5
 MOST_MB = 64

@@ -159,7 +159,7 @@ def bad_inputs(adapter: Path, llama: Path, tmp_path: Path) -> dict[str, tuple[li
         "no prompt file": ([*trace, adapter, "--prompt-file", tmp_path / "nope.txt"], "nope.txt"),
         "no tokens": ([*trace, adapter, "--max-tokens", "0"], "--max-tokens"),
         "flags for peft": ([*trace, adapter, "--", "--seed", "1"], "flags after `--`"),
-        "flags for show": (["show", tmp_path, "--", "--seed"], "unrecognized arguments: ./--seed"),
+        "flags for show": (["show", tmp_path, "two", "--", "--seed"], "unrecognized arguments: ./--seed"),
         "two sources of prompts": (
             [*trace, adapter, "--follow", tmp_path, "--prompt", "x"],
             "uses the prompts of the followed trace",
