@@ -131,8 +131,8 @@ def _notes(
     for trace in (reference, candidate):
         if not trace.complete:
             yield f"{trace.path} is incomplete: {', '.join(trace.unclosed)}"
-        if trace.sharded:
-            yield f"{trace.path} contains shards of {len(trace.workers)} workers; their rows cannot be joined yet"
+        if trace.unjoined:
+            yield f"the rows in {trace.path} cannot be joined: {trace.unjoined}"
         elif trace.rows is None:
             yield f"{trace.path} contains no rows"
         for finding in trace.request_findings:

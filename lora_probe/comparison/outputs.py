@@ -53,7 +53,7 @@ def compare_outputs(
     """
     rows = []
     for trace in (unmerged, merged):
-        if trace.sharded:
+        if len(trace.workers) > 1:
             notes.append(f"{trace.path} contains shards of {len(trace.workers)} workers, so modules cannot be compared")
         elif trace.rows is None or trace.rows.sketch is None:
             notes.append(f"{trace.path} contains no outputs of modules")

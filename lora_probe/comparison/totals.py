@@ -21,6 +21,7 @@ from lora_probe.ledger import Ledger
 from lora_probe.names import Key
 from lora_probe.precision import finite
 from lora_probe.recording import DECODE, Served, Trace
+from lora_probe.recording.rows import places
 from lora_probe.recording.segments import Segment, values
 
 AT_ONCE = 2**22
@@ -105,21 +106,29 @@ class _Sums:
             self.delta[key] = self.delta.get(key, 0.0) + of_delta
             self.base[key] = self.base.get(key, 0.0) + of_base
 
+    def contributions(self) -> tuple[Contribution, ...]:
+        return tuple(
+            Contribution(key, self.rows[key], float(np.sqrt(self.delta[key])), float(np.sqrt(self.base[key])))
+            for key in self.rows
+        )
+
 
 def totals(trace: Trace, loads: Collection[int]) -> Totals:
-    """The contributions of `loads`, and the rows of all requests. Of several workers, which hold shards of the layers,
-    the first one's rows are counted, and no contributions are computed.
+    """The contributions of `loads`, and the rows of all requests. Of several workers, each of which has all rows, the
+    first one's are counted; their contributions are those of all workers together.
 
     Raises:
         UnreadableFile: a segment is damaged.
     """
     segments = [segment for worker in trace.workers[:1] for segment in worker.opened_segments()]
     index = _index(segments)
-    wanted = frozenset() if trace.sharded else frozenset(loads)
+    wanted = frozenset(loads)
     numbers, counts = np.unique(index.load[index.counted], return_counts=True)
     rows = dict(zip(numbers.tolist(), counts.tolist(), strict=True))
     served = {name: facts for segment in segments for name, facts in segment.served.items()}
-    return Totals(_contributions(segments, index, wanted), rows, tuple(_requests(trace, index, served)))
+    several = len(trace.workers) > 1
+    contributions = _of_workers(trace, wanted) if several else _contributions(segments, index, wanted)
+    return Totals(contributions, rows, tuple(_requests(trace, index, served)))
 
 
 def own_contributions(ledger: Ledger, contributions: Iterable[Contribution]) -> Iterator[Contribution]:
@@ -171,13 +180,18 @@ def _contributions(
                     chosen = of_load == load
                     sums[load].add(segment.modules, delta[chosen], base[chosen])
         begin = end
-    return {
-        load: tuple(
-            Contribution(key, of_load.rows[key], float(np.sqrt(of_load.delta[key])), float(np.sqrt(of_load.base[key])))
-            for key in of_load.rows
-        )
-        for load, of_load in sums.items()
-    }
+    return {load: of_load.contributions() for load, of_load in sums.items()}
+
+
+def _of_workers(trace: Trace, wanted: frozenset[int]) -> dict[int, tuple[Contribution, ...]]:
+    """The same from the joined rows of several workers. Of a row that was computed twice, the last one counts."""
+    sums: dict[int, _Sums] = {}
+    for load in wanted:
+        if (rows := trace.rows_of(load)) is not None:
+            last = np.array(sorted(places(rows).values()), np.intp)
+            sums[load] = _Sums()
+            sums[load].add(rows.modules, rows.delta_norm[last], rows.base_norm[last])
+    return {load: of_load.contributions() for load, of_load in sums.items()}
 
 
 def _chunks(segment: Segment) -> Iterator[tuple[int, npt.NDArray[Any], npt.NDArray[Any]]]:

@@ -64,8 +64,8 @@ def walk(trace: Trace, module: str, request: str | None = None, position: int | 
     Raises:
         ProbeError: the trace has no such row, request or module, or no rows at all.
     """
-    if trace.sharded:
-        raise ProbeError(f"`{trace.path}` has shards of {len(trace.workers)} workers, whose rows cannot be shown")
+    if trace.unjoined:
+        raise ProbeError(f"the rows in `{trace.path}` cannot be joined: {trace.unjoined}")
     load, rows = _with_request(trace, request)
     name = request or _default(trace, rows)
     key = _module(rows, module)

@@ -21,7 +21,7 @@ from lora_probe.ledger import OK, STATIONS, Finding, Ledger, Row, Station, compl
 from lora_probe.names import Key, name_modules
 from lora_probe.precision import agrees as agrees_tolerance
 from lora_probe.precision import finite
-from lora_probe.recording import Floats, Load, ModuleRecord, TraceWriter
+from lora_probe.recording import Floats, Load, ModuleRecord, Shard, TraceWriter
 from lora_probe.rules.lp5_loading import not_measured
 from lora_probe.rules.lp6_applying import (
     contamination,
@@ -38,6 +38,7 @@ ENOUGH_ROWS = 4
 """With fewer sampled rows than this a relative error means little: x·A of a single row may cancel to almost zero."""
 
 
+NO_SHARDS: Mapping[Key, Shard | None] = {}
 _NOT_YET = not_measured("not measured yet")
 
 
@@ -98,8 +99,9 @@ class LoadRecord:
         """Whether any row of a module was seen."""
         return key in self._counters and self._counters[key].applied > 0
 
-    def announce(self, engine_as: Mapping[Key, str]) -> None:
-        """Write the load, its rows, and `stored`. A row without a pair in the file is absent at every station."""
+    def announce(self, engine_as: Mapping[Key, str], shards: Mapping[Key, Shard | None] = NO_SHARDS) -> None:
+        """Write the load, its rows, and `stored`. A row without a pair in the file is absent at every station. `shards`
+        are what this rank has of each module."""
         self._writer.record(self._load)
         for row in self.expected:
             pair = row.entry
@@ -116,6 +118,7 @@ class LoadRecord:
                     scaling=pair.scaling if pair else None,
                     norm=finite(row.spectrum.norm) if row.spectrum else None,
                     effective_rank=finite(row.spectrum.effective_rank) if row.spectrum else None,
+                    shard=shards.get(row.key),
                 )
             )
         self._station_of("stored", {row.key: row.stored for row in self.expected})

@@ -28,6 +28,7 @@ from lora_probe.recording.records import (
     RunSpec,
     Score,
     Served,
+    Shard,
     StationRecord,
 )
 from lora_probe.recording.rows import Rows
@@ -60,6 +61,7 @@ __all__ = [
     "Score",
     "Scored",
     "Served",
+    "Shard",
     "StationRecord",
     "Trace",
     "TraceWriter",

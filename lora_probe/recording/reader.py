@@ -9,7 +9,7 @@ regular files inside the folder are read, and all within limits.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +23,7 @@ from lora_probe.ledger import Finding, Ledger, Row, Station, completed, worse
 from lora_probe.names import Key
 from lora_probe.recording.documents import document
 from lora_probe.recording.process_trace import Dropped, ProcessTrace, open_process, refuse_deep, refuse_newer
+from lora_probe.recording.ranks import joined_ranks
 from lora_probe.recording.records import (
     Load,
     LoadEvent,
@@ -92,10 +93,15 @@ class Trace:
         """The processes that run layers and load adapters."""
         return tuple(p for p in self.processes if p.process.role != "client")
 
-    @property
-    def sharded(self) -> bool:
-        """Whether each worker holds only its own share of every layer (tensor or pipeline parallelism)."""
-        return len(self.workers) > 1
+    @cached_property
+    def unjoined(self) -> str:
+        """Why the rows of its workers cannot be joined; empty if they can. Each worker has its own part of every layer
+        (tensor parallelism), or its own layers (pipeline parallelism)."""
+        parallel = any(isinstance(n := _size(worker), int) and n > 1 for worker in self.workers)
+        if not parallel or len(self.workers) == 1 or not self.modules:
+            return ""
+        shards = (record.shard for worker in self.workers for record in worker.of(ModuleRecord))
+        return "" if any(shards) else f"{len(self.workers)} workers hold shards, and none recorded which"
 
     @cached_property
     def requests(self) -> tuple[RequestRecord, ...]:
@@ -164,24 +170,47 @@ class Trace:
 
     @cached_property
     def rows(self) -> Rows | None:
-        """All rows, modules of several loads joined; None if no rows were kept, or if several ranks have shards of
-        them. Requests have the ids of the answers and scored passes in this trace, others those of the engine."""
-        return self._joined(self._segments)
+        """All rows, modules of several loads and parts of several workers joined; None if no rows were kept, or if they
+        cannot be joined. Requests have the ids of the answers and scored passes in this trace, others those of the
+        engine."""
+        return self._joined(lambda segment: True)
 
     def rows_of(self, load: int) -> Rows | None:
         """The rows of one load, at its own modules and rank; None as for `rows`. Load -1 stands for the rows without a
         load. Only the segments of the load are read: all rows of a server may take more memory than there is."""
-        rows = self._joined([segment for segment in self._segments if _has_rows(segment, load)])
+        rows = self._joined(lambda segment: _has_rows(segment, load), load)
         return None if rows is None else _only(rows, load)
 
     def segments_of(self, load: int) -> Iterator[Rows]:
         """The same, a segment at a time, for sums over more rows than fit into memory. A row that was computed twice
         is in two of them, and only the first has the G of its load."""
-        for segment in self._segments:
+        if len(self.workers) > 1:
+            if (rows := self.rows_of(load)) is not None:
+                yield rows
+            return
+        for segment in self._segments[0] if self._segments else ():
             if _has_rows(segment, load):
                 yield _only(read_rows(segment), load)
 
-    def _joined(self, segments: Sequence[Segment]) -> Rows | None:
+    def _joined(self, wanted: Callable[[Segment], bool], load: int | None = None) -> Rows | None:
+        """The rows of some segments, of all workers together; and of these only those of a load."""
+        if self.unjoined or not self.workers:
+            return None
+        parts = []
+        for worker, segments in zip(self.workers, self._segments, strict=True):
+            rows = self._of_worker([segment for segment in segments if wanted(segment)])
+            if rows is None:
+                return None
+            shards = {record.key: record.shard for record in worker.of(ModuleRecord)}
+            parts.append((rows if load is None else _only(rows, load), shards))
+        return self._named(parts[0][0] if len(parts) == 1 else joined_ranks(parts))
+
+    def _named(self, rows: Rows) -> Rows:
+        """The rows under the client's ids of requests."""
+        answers = {request.id for request in self.requests} | {scored.score.request for scored in self.scores}
+        return with_client_ids(rows, answers)
+
+    def _of_worker(self, segments: Sequence[Segment]) -> Rows | None:
         """The rows of these segments, without those that a running process removes in the meantime."""
         while segments:
             try:
@@ -192,16 +221,13 @@ class Trace:
                     raise
                 segments = there
             else:
-                answers = {request.id for request in self.requests} | {scored.score.request for scored in self.scores}
-                return with_client_ids(rows, answers)
+                return rows
         return None
 
     @cached_property
-    def _segments(self) -> tuple[Segment, ...]:
-        """Those of the worker; none if several ranks have shards."""
-        if self.sharded:
-            return ()
-        return tuple(segment for process in self.workers for segment in process.opened_segments())
+    def _segments(self) -> tuple[tuple[Segment, ...], ...]:
+        """Those of each worker."""
+        return tuple(tuple(process.opened_segments()) for process in self.workers)
 
     def _stations_of_loads(self) -> dict[int, dict[Key, dict[Station, Finding]]]:
         """The findings by the number of the load, the module and the station."""
@@ -253,6 +279,10 @@ class Trace:
         if any("applied" in of_module for of_module in stations.values()) or any(load in w.used for w in running):
             return "not measured yet: the recording is still running"
         return "no request has used the adapter yet"
+
+
+def _size(worker: ProcessTrace) -> object:
+    return worker.process.settings.get("tensor_parallel_size")
 
 
 def _has_rows(segment: Segment, load: int) -> bool:

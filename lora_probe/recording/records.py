@@ -130,8 +130,18 @@ class Load(msgspec.Struct, frozen=True, tag="load", tag_field="kind"):
     reloads: int = 0
 
 
+class Shard(msgspec.Struct, frozen=True):
+    """What a tensor-parallel rank holds of a module: part `part` of `parts`, along the module's input or output. Ranks
+    may hold the same part: several share the heads of k and v if there are fewer heads than ranks."""
+
+    axis: Literal["input", "output"]
+    part: int
+    parts: int
+
+
 class ModuleRecord(msgspec.Struct, frozen=True, tag="module", tag_field="kind"):
-    """One row of a load's ledger before its stations: names, shapes and the strength of its ΔW."""
+    """One row of a load's ledger before its stations: names, shapes and the strength of its ΔW. `shard` is None if the
+    process has the whole module."""
 
     load: int
     module: str
@@ -144,6 +154,7 @@ class ModuleRecord(msgspec.Struct, frozen=True, tag="module", tag_field="kind"):
     scaling: float | None = None
     norm: float | None = None
     effective_rank: float | None = None
+    shard: Shard | None = None
 
     @property
     def key(self) -> Key:

@@ -61,7 +61,8 @@ class Rows:
 
     `load` is the number of the load that a row requested and ran with, NO_ADAPTER or NOT_IN_ITS_SLOT. `placed` contains
     the weights of each load, `served` how each request was served, if the engine reports that.
-    `sketch` summarises the modules' whole outputs. `x`, `base` and `delta` are whole tensors, by module.
+    `inner` is ⟨output, delta⟩ of modules whose input is sharded over ranks: there the base output of a rank is only a
+    partial sum. `sketch` summarises the modules' whole outputs. `x`, `base` and `delta` are whole tensors, by module.
     """
 
     modules: tuple[Key, ...]
@@ -78,6 +79,7 @@ class Rows:
         default=None,
         metadata=_column("F32", "rows", "modules", "r", by="runs of an adapter", levels=("shrink", "tensors")),
     )
+    inner: Floats | None = field(default=None, metadata=_NORM)
     sketch: Floats | None = field(default=None, metadata=_column("F32", "rows", "modules", "sketch", by="scored runs"))
     x: Mapping[Key, Floats] | None = field(default=None, metadata=_TABLE)
     base: Mapping[Key, Floats] | None = field(default=None, metadata=_TABLE)
@@ -141,7 +143,9 @@ def _padded(shrink: Floats, rank: int) -> Floats:
     return np.pad(shrink, ((0, 0), (0, 0), (0, rank - width)), constant_values=0 if width else np.nan)
 
 
-def selected(rows: Rows, chosen: npt.NDArray[np.bool_] | None, columns: npt.NDArray[np.intp] | None = None) -> Rows:
+def selected(
+    rows: Rows, chosen: npt.NDArray[np.bool_ | np.intp] | None, columns: npt.NDArray[np.intp] | None = None
+) -> Rows:
     """Some of the rows, and of their columns; None stands for all. The loads stay as they are."""
     if chosen is None and columns is None:
         return rows

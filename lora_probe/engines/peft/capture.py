@@ -96,6 +96,7 @@ class Capture:
             delta_norm=self._stacked(step, "delta_norm", count),
             output_norm=self._stacked(step, "output_norm", count),
             shrink=self._shrink(step, count) if kept("shrink", self.keep) else None,
+            inner=None,
             sketch=self._stacked(step, "sketch", count, SKETCH) if self.sketching else None,
             placed=placed,
             served={},

@@ -186,8 +186,8 @@ def _no_load(trace: Trace) -> str:
 
 
 def _not_recorded(trace: Trace) -> Iterable[RenderableType]:
-    if trace.sharded:
-        yield words(f"contributions are not shown: {len(trace.workers)} workers hold shards of the layers")
+    if trace.unjoined:
+        yield words(f"contributions are not shown: {trace.unjoined}")
     for worker in trace.workers:
         if worker.process.not_recorded:
             yield words(f"contributions not recorded: {worker.process.not_recorded}", style="bold yellow")

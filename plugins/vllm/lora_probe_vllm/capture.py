@@ -33,6 +33,8 @@ class Watched:
     widths: list[int] | None = None
     """Those of the slices of a layer without LoRA; a LoRA layer has them itself."""
     columns: list[Column] = field(default_factory=list)
+    partial: bool = False
+    """Its input is sharded over ranks, so what runs here is a partial sum."""
 
 
 class StandIn:
@@ -104,6 +106,17 @@ class StandIn:
                 step.delta[column.key] = rows.clone()
 
 
+def _inner(step: Step, watched: Watched, output: torch.Tensor) -> torch.Tensor:
+    """⟨output, delta⟩ of each row, where `output: [rows, out]` is the sum over all ranks and delta this rank's share of
+    the contribution: ⟨output, shrink·Bᵀ⟩ = ⟨output·B, shrink⟩."""
+    shrink = step.shrink[watched.number][0, : len(step.rows)]
+    total = torch.zeros(len(step.rows), dtype=torch.float32, device=output.device)
+    for slot in step.active:
+        b = watched.layer.lora_b_stacked[0][slot, 0].float()
+        total += ((output.float() @ b) * shrink).sum(-1) * (step.slots == slot)
+    return total
+
+
 def _on_host(tables: dict[Key, Any]) -> dict[Key, Floats]:
     return {key: values.float().cpu().numpy() for key, values in tables.items()}
 
@@ -130,10 +143,11 @@ class Capture:
         self._kept = {name for name in TABLES if kept(name, keep)}
         self._signs: dict[int, torch.Tensor] = {}
 
-    def watch(self, key: Key, layer: Any, index: int) -> None:
-        """Record slice `index` of `layer` as `key` from now on."""
+    def watch(self, key: Key, layer: Any, index: int, partial: bool = False) -> None:
+        """Record slice `index` of `layer` as `key` from now on. `partial`: a rank has only part of its input."""
         if key not in self.columns:
             watched, is_new = self._column(key, layer, index)
+            watched.partial = partial
             if is_new and (not self.transient or self._observing is not None):
                 self._install(watched)
 
@@ -233,6 +247,8 @@ class Capture:
                     rows = fused.flatten(0, -2)[: len(step.rows)]
                     step.widths[watched.number] = widths
                     step.output_norm[watched.number] = slice_norms(rows, widths)
+                    if watched.partial and watched.number in step.shrink:
+                        step.inner[watched.number] = _inner(step, watched, rows)
                     if self.sketching:
                         parts = rows.split(list(widths), dim=-1)
                         step.sketch |= {column.key: self._sketch(parts[column.slice]) for column in watched.columns}
@@ -268,6 +284,7 @@ class Capture:
             delta_norm=stacked.delta_norm,
             output_norm=self.arranged.norms(step.output_norm, step),
             shrink=stacked.shrink if kept("shrink", self.keep) else None,
+            inner=self.arranged.of_layers(step.inner, step) if any(w.partial for w in self._watched.values()) else None,
             sketch=self.arranged.of_modules(step.sketch, len(loads), SKETCH) if self.sketching else None,
             placed=placed,
             served=served,

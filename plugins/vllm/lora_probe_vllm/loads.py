@@ -57,7 +57,8 @@ class ActiveLoad:
         }
         record = LoadRecord(writer, load, adapter, expect(adapter, shapes, aliases), dtype)
         active = cls.of(record, engine, engine_names)
-        record.announce({key: home.engine_as for key, home in active.homes.items()})
+        homes = active.homes.items()
+        record.announce({key: home.engine_as for key, home in homes}, {key: home.shard for key, home in homes})
         return active
 
     @classmethod

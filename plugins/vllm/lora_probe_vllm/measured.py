@@ -48,6 +48,8 @@ class Step:
     mixed: bool
     """Some of its rows belong to no active load, and what the kernel writes for them is measured."""
     slots: Any = None
+    active: tuple[int, ...] = ()
+    """The slots that hold an adapter."""
     widths: dict[int, Sequence[int]] = field(default_factory=dict)
     """How wide each slice of a layer is."""
     shrink: dict[int, Any] = field(default_factory=dict)
@@ -56,6 +58,7 @@ class Step:
     base_norm: dict[int, Any] = field(default_factory=dict)
     output_norm: dict[int, Any] = field(default_factory=dict)
     written_norm: dict[int, Any] = field(default_factory=dict)
+    inner: dict[int, Any] = field(default_factory=dict)
     sketch: dict[Key, Any] = field(default_factory=dict)
     samples: dict[Key, tuple[Any, Any]] = field(default_factory=dict)
     x: dict[Key, Any] = field(default_factory=dict)

@@ -36,6 +36,8 @@ NAMES = {
     "packed_weights": ("vllm.lora.lora_weights", "PackedLoRALayerWeights"),
     "layer_weights": ("vllm.lora.lora_weights", "LoRALayerWeights"),
     "linear_layer": ("vllm.lora.layers.base_linear", "BaseLinearLayerWithLoRA"),
+    "row_parallel_layer": ("vllm.lora.layers", "RowParallelLinearWithLoRA"),
+    "column_parallel_layer": ("vllm.lora.layers", "ColumnParallelLinearWithLoRA"),
     "parse_name": ("vllm.lora.utils", "parse_fine_tuned_lora_name"),
     "adapter_path": ("vllm.lora.utils", "get_adapter_absolute_path"),
     "engine_args": ("vllm.engine.arg_utils", "EngineArgs"),

@@ -17,7 +17,7 @@ from lora_probe.adapter import Adapter, AdapterModule
 from lora_probe.base import Shapes
 from lora_probe.engines.held import relative_difference
 from lora_probe.ledger import OK, Finding
-from lora_probe.recording import Floats
+from lora_probe.recording import Floats, Shard
 from lora_probe.rules.lp5_loading import not_measured, placed_differs, placed_empty
 from lora_probe_vllm.seams import is_missing, rename_mapper, seams
 
@@ -39,6 +39,19 @@ class Home:
     def recordable(self) -> bool:
         """Whether the stand-in supports the layer: linear layers, but not yet embeddings, heads and experts."""
         return isinstance(self.layer, seams.linear_layer)
+
+    @property
+    def shard(self) -> Shard | None:
+        """What this tensor-parallel rank has of the slice; None if it has all of it."""
+        ranks, rank = getattr(self.layer, "tp_size", 1), getattr(self.layer, "tp_rank", 0)
+        if ranks == 1 or not self.recordable:
+            return None
+        if isinstance(self.layer, seams.row_parallel_layer):
+            return Shard("input", rank, ranks)
+        if not isinstance(self.layer, seams.column_parallel_layer):
+            return None
+        replicas = getattr(self.layer.base_layer, "num_kv_head_replicas", 1) if self.slice else 1
+        return Shard("output", rank // replicas, ranks // replicas)
 
 
 class Homes:

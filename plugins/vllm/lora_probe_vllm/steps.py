@@ -70,7 +70,9 @@ class Steps:
         self.loads[adapter_id] = load
         touched = [key for key, home in load.homes.items() if home.recordable and not load.record.ended(key)]
         for key in touched:
-            self.capture.watch(key, load.homes[key].layer, load.homes[key].slice)
+            home = load.homes[key]
+            shard = home.shard
+            self.capture.watch(key, home.layer, home.slice, shard is not None and shard.axis == "input")
         self._contents[adapter_id] = load.contents(touched)
         self._arrange()
 
@@ -196,7 +198,7 @@ class Steps:
         sampled = self.sampler.pick_runs(runs)
         unclaimed = ~self._claimed(lora)
         measured = unclaimed.any() and (self._clean_steps < MEASURED_STEPS or lora[unclaimed].any())
-        return Step(rows, sampled, mixed=bool(measured))
+        return Step(rows, sampled, mixed=bool(measured), active=tuple(self._grams))
 
     def _claimed(self, lora: npt.NDArray[np.int64]) -> Bools:
         """Which rows requested an adapter that has a slot, `[rows]`."""

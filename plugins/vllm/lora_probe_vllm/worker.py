@@ -92,7 +92,7 @@ class Probe:
         if folder != first:
             _log.info("%s has recordings of earlier runs; this one goes to %s", first, folder)
         spec = _requested(folder)
-        self.keep = keep if keep is not None and spec is None else level_of(folder)
+        self.keep = self._joinable(keep if keep is not None and spec is None else level_of(folder))
         self.broken = False
         self._outputs_of = list(spec.watch) if spec is not None else []
         loads: dict[int, ActiveLoad] = {}
@@ -124,6 +124,12 @@ class Probe:
             for name, layer in self.homes.manager.modules.items():
                 self.wrapped(name, layer)
             self._record_manager("replaced before this recording began")
+
+    def _joinable(self, keep: Level) -> Level:
+        """The level that is recorded. The contribution of a layer whose input is sharded is a norm of a sum over the
+        ranks: it follows from x·Aᵀ of each, and not from their norms."""
+        ranks = self.worker.vllm_config.parallel_config.tensor_parallel_size
+        return "shrink" if keep == "norms" and ranks > 1 else keep
 
     @contextmanager
     def guard(self, stage: str) -> Iterator[None]:
@@ -240,7 +246,7 @@ class Probe:
         """Record at another level from this step on: rows of loads that are in slots follow, or all hooks are gone."""
         # A segment has rows of one level.
         self.writer.flush()
-        self.keep = keep
+        self.keep = keep = self._joinable(keep)
         count = self.steps.switch(keep, record=self.records_rows)
         modules = len(self.steps.capture.columns)
         self.writer.event("attach", f"recording {keep}: {modules} modules of {count} loads", keep=keep)

@@ -1,0 +1,205 @@
+"""The rows of tensor- and pipeline-parallel ranks as one: what a single worker would have recorded.
+
+In: the `Rows` of each rank, and what each of them has of every module (`Shard`). Out: `Rows`. Every rank runs the same
+rows, with its own part of each layer:
+
+- a module that is sharded along its output: norms of outputs add up in quadrature over the different parts; x and x·Aᵀ
+  are the same on every rank;
+- a module that is sharded along its input: x·Aᵀ adds up, and the contribution follows from it; x adds up in quadrature;
+  the output is the sum over all ranks already. A rank's base output is a partial sum, so ‖base‖² = ‖output‖² -
+  2⟨output, delta⟩ + ‖delta‖², where ⟨output, delta⟩ adds up over the ranks;
+- a module that is whole on a rank, or on another pipeline rank: as it is there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from lora_probe.names import Key
+from lora_probe.recording.placed import Floats, Placed, at_rank
+from lora_probe.recording.records import Shard
+from lora_probe.recording.rows import TABLES, Rows, selected, widened
+
+Shards = Mapping[Key, Shard | None]
+
+
+@dataclass(frozen=True)
+class _Member:
+    """One rank that has a part of a module: its rows, in the common order."""
+
+    rows: Rows
+    column: int
+    part: int
+
+
+def joined_ranks(ranks: Sequence[tuple[Rows, Shards]]) -> Rows:
+    """One `Rows` for all ranks, with the rows that every rank has. A module of which a part is missing is NaN."""
+    aligned = _aligned([rows for rows, _ in ranks])
+    keys = tuple(dict.fromkeys(key for rows in aligned for key in rows.modules))
+    first = widened(aligned[0], keys)
+    shards = [of_rank for _, of_rank in ranks]
+    rank = max((rows.shrink.shape[-1] for rows in aligned if rows.shrink is not None), default=0)
+    joined = _Joined(first, keys, rank, any(rows.shrink is not None for rows in aligned))
+    for number, key in enumerate(keys):
+        members, axis = _members(aligned, shards, key)
+        if members:
+            joined.add(number, key, members, axis)
+    return joined.result(_placed(aligned, shards, keys))
+
+
+def _aligned(ranks: Sequence[Rows]) -> list[Rows]:
+    """The rows that all ranks have, in the order of the first one. A rank may have been killed earlier, or have removed
+    other segments to keep its bound."""
+    places = [_places(rows) for rows in ranks]
+    common = [at for at in places[0] if all(at in others for others in places[1:])]
+    numbers = [np.array([of_rank[at] for at in common], np.intp) for of_rank in places]
+    return [selected(rows, of_rank) for rows, of_rank in zip(ranks, numbers, strict=True)]
+
+
+def _places(rows: Rows) -> dict[tuple[str, int, int], int]:
+    """The number of each row by its request, its position, and how often it was computed before (preemption)."""
+    seen: dict[tuple[str, int], int] = {}
+    places = {}
+    names = [rows.requests[number] for number in rows.request]
+    for number, at in enumerate(zip(names, rows.position.tolist(), strict=True)):
+        seen[at] = seen.get(at, -1) + 1
+        places[*at, seen[at]] = number
+    return places
+
+
+def _members(ranks: Sequence[Rows], shards: Sequence[Shards], key: Key) -> tuple[list[_Member], str]:
+    """The ranks that have different parts of a module, and the axis along which it is divided, "" if it is not."""
+    having = [(rows, of_rank.get(key)) for rows, of_rank in zip(ranks, shards, strict=True) if key in rows.modules]
+    rows, shard = having[0]
+    if shard is None:
+        return [_Member(rows, rows.modules.index(key), 0)], ""
+    parts = {
+        of.part: _Member(rows, rows.modules.index(key), of.part) for rows, of in reversed(having) if of is not None
+    }
+    return [parts[number] for number in sorted(parts)] if len(parts) == shard.parts else [], shard.axis
+
+
+class _Joined:
+    """The columns of all ranks together, one module after the other."""
+
+    def __init__(self, first: Rows, keys: tuple[Key, ...], rank: int, shrink: bool) -> None:
+        self._first = first
+        shape = len(first), len(keys)
+        names = ("x_norm", "base_norm", "delta_norm", "output_norm")
+        self._columns = {name: np.full(shape, np.nan, np.float32) for name in names}
+        self._shrink = np.full((*shape, rank), np.nan, np.float32) if shrink else None
+        self._tables: dict[str, dict[Key, Floats]] = {name: {} for name in TABLES}
+
+    def add(self, number: int, key: Key, members: Sequence[_Member], axis: str) -> None:
+        """A module: the four norms, x·Aᵀ, and whole tensors if they were kept."""
+        outputs = _quadrature if axis == "output" else _of_first
+        inputs = _quadrature if axis == "input" else _of_first
+        self._columns["x_norm"][:, number] = inputs(members, "x_norm")
+        self._columns["output_norm"][:, number] = outputs(members, "output_norm")
+        self._columns["delta_norm"][:, number] = outputs(members, "delta_norm")
+        self._columns["base_norm"][:, number] = outputs(members, "base_norm")
+        shrinks = [shrink for member in members if (shrink := _shrink(member)) is not None]
+        if self._shrink is not None and len(shrinks) == len(members):
+            summed = _sum(shrinks) if axis == "input" else shrinks[0]
+            self._shrink[:, number, : summed.shape[-1]] = summed
+            self._shrink[:, number, summed.shape[-1] :] = 0
+        if axis == "input":
+            self._columns["delta_norm"][:, number] = self._of_partial_sums(members, number)
+            self._columns["base_norm"][:, number] = self._base_of_partial_sums(members, number)
+        for name in TABLES:
+            tables = [table for member in members if (table := (getattr(member.rows, name) or {}).get(key)) is not None]
+            if len(tables) == len(members):
+                self._tables[name][key] = _table(name, tables, axis)
+
+    def _of_partial_sums(self, members: Sequence[_Member], number: int) -> Floats:
+        """‖delta‖ from the sum of x·Aᵀ and from G, which every rank has whole."""
+        norms = np.full(len(self._first), np.nan, np.float32)
+        if self._shrink is None:
+            return norms
+        shrink = self._shrink[:, number]
+        for load, gram in _grams(members[0]):
+            chosen = self._first.load == load
+            of_load = shrink[chosen].astype(np.float64)
+            wide = at_rank(gram, shrink.shape[-1]).astype(np.float64)
+            squares = np.einsum("nr,rs,ns->n", of_load, wide, of_load)
+            norms[chosen] = np.sqrt(squares.clip(min=0))
+        nothing = ~np.isnan(shrink).any(axis=-1) & ~shrink.any(axis=-1)
+        norms[nothing] = 0
+        return norms
+
+    def _base_of_partial_sums(self, members: Sequence[_Member], number: int) -> Floats:
+        inner = [member.rows.inner[:, member.column] for member in members if member.rows.inner is not None]
+        if len(inner) < len(members):
+            return np.full(len(self._first), np.nan, np.float32)
+        output, delta = (self._columns[name][:, number].astype(np.float64) for name in ("output_norm", "delta_norm"))
+        squares = output**2 - 2 * np.sum(inner, axis=0, dtype=np.float64) + delta**2
+        base: Floats = np.sqrt(squares.clip(min=0)).astype(np.float32)
+        return base
+
+    def result(self, placed: Mapping[int, Placed]) -> Rows:
+        tables = {name: self._tables[name] or None for name in TABLES}
+        columns: dict[str, Any] = {**self._columns, **tables, "shrink": self._shrink}
+        return replace(self._first, **columns, placed=placed, inner=None, sketch=None)
+
+
+def _of_first(members: Sequence[_Member], name: str) -> Floats:
+    values: Floats = getattr(members[0].rows, name)[:, members[0].column]
+    return values
+
+
+def _quadrature(members: Sequence[_Member], name: str) -> Floats:
+    parts = np.stack([getattr(member.rows, name)[:, member.column] for member in members])
+    values: Floats = np.sqrt(np.square(parts, dtype=np.float64).sum(axis=0)).astype(np.float32)
+    return values
+
+
+def _sum(parts: Sequence[Floats]) -> Floats:
+    values: Floats = np.asarray(np.sum(np.stack(parts), axis=0, dtype=np.float64), np.float32)
+    return values
+
+
+def _table(name: str, tables: Sequence[Floats], axis: str) -> Floats:
+    """x, the base output or the contribution of a module: side by side if it is divided, added up if each rank has a
+    partial sum, and the same on all ranks otherwise."""
+    if axis == "input":
+        return np.concatenate(tables, axis=1) if name == "x" else _sum(tables)
+    return np.concatenate(tables, axis=1) if axis == "output" and name != "x" else tables[0]
+
+
+def _shrink(member: _Member) -> Floats | None:
+    shrink = member.rows.shrink
+    return None if shrink is None else shrink[:, member.column]
+
+
+def _grams(member: _Member) -> Iterator[tuple[int, Floats]]:
+    for load, placed in member.rows.placed.items():
+        if placed.gram is not None and np.isfinite(placed.gram[member.column]).all():
+            yield load, placed.gram[member.column]
+
+
+def _placed(ranks: Sequence[Rows], shards: Sequence[Shards], keys: tuple[Key, ...]) -> dict[int, Placed]:
+    """G of each load at every module: the sum over the parts of an output, as each has some rows of B; the same on all
+    ranks otherwise. A digest of one rank is not that of the whole weights, so sharded modules have none."""
+    loads = dict.fromkeys(load for rows in ranks for load in rows.placed)
+    return {load: _placed_of(load, ranks, shards, keys) for load in loads}
+
+
+def _placed_of(load: int, ranks: Sequence[Rows], shards: Sequence[Shards], keys: tuple[Key, ...]) -> Placed:
+    digests, grams = [], []
+    for key in keys:
+        members, axis = _members(ranks, shards, key)
+        held = [member.rows.placed[load] for member in members if load in member.rows.placed]
+        columns = [member.column for member in members]
+        digests.append(held[0].digests[columns[0]] if held and not axis else "")
+        parts = [of.gram[column] for of, column in zip(held, columns, strict=False) if of.gram is not None]
+        whole = len(parts) == len(members) and bool(parts)
+        grams.append((_sum(parts) if axis == "output" else parts[0]) if whole else None)
+    rank = max((gram.shape[-1] for gram in grams if gram is not None), default=0)
+    if not rank:
+        return Placed(tuple(digests))
+    unknown = np.full((rank, rank), np.nan, np.float32)
+    return Placed(tuple(digests), np.stack([unknown if gram is None else at_rank(gram, rank) for gram in grams]))
