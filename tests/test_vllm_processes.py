@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import LAYERS, edited, save_adapter
+from conftest import LAYERS, edited, record_peft, save_adapter
 
 pytestmark = pytest.mark.engine
 MODULES = 3 * LAYERS
@@ -58,13 +58,17 @@ def test_two_tensor_parallel_ranks(qwen2: Path, tmp_path: Path) -> None:
     data = json.loads(run.stdout)
     assert data["headline"] == f"{7 * LAYERS} of {7 * LAYERS} modules took effect"
     assert sorted(p["rank"] for p in data["processes"] if p["role"] == "worker") == [0, 1]
-    # Their rows are shards; nothing is shown of them that would be taken for the whole.
-    assert data["modules"] == []
     from lora_probe import compare, open_trace
+    from lora_probe.comparison.totals import totals
 
-    found = compare(open_trace(tmp_path / "run.lptrace"), open_trace(tmp_path / "run.lptrace"))
-    assert found.verdict == "undecided"
-    assert any("shards of 2 workers" in note for note in found.notes)
+    reference = record_peft(wide, qwen2, tmp_path / "peft.lptrace", prompts=["hi"], max_tokens=3)
+    tensor_parallel = open_trace(tmp_path / "run.lptrace")
+    of_ranks, of_peft = (totals(of, [0]).contributions[0] for of in (tensor_parallel, reference))
+    norms = {module.key: (module.delta_norm, module.base_norm) for module in of_peft}
+    assert len(of_ranks) == len(data["modules"]) == 7 * LAYERS
+    for module in of_ranks:
+        assert (module.delta_norm, module.base_norm) == pytest.approx(norms[module.key], rel=1e-5)
+    assert compare(reference, tensor_parallel).verdict == "agree"
 
 
 def test_a_pair_that_is_too_large_is_a_refusal(adapter: Path, tmp_path: Path) -> None:

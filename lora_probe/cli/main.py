@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from rich_argparse import RawDescriptionRichHelpFormatter
 
 from lora_probe import __version__
-from lora_probe.cli import attach, check, compare, env, inspect, parity, rule, show, trace
+from lora_probe.cli import attach, check, collect, compare, env, inspect, parity, rule, show, trace
 from lora_probe.cli.ending import supervised
 from lora_probe.cli.options import Interspersed, Parser, add_command
 from lora_probe.render.console import heed_columns
@@ -27,6 +27,7 @@ COMMANDS = {
         trace.COMMAND,
         show.COMMAND,
         attach.COMMAND,
+        collect.COMMAND,
         compare.COMMAND,
         parity.COMMAND,
         rule.COMMAND,

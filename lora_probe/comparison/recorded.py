@@ -124,8 +124,9 @@ def unfinished(trace: Trace) -> tuple[str, ...]:
 
 
 def recorded_rows(trace: Trace) -> int:
-    """How many rows are on disk. Of several workers, each of which has all rows, the first one's are counted."""
-    return sum(segment.count for worker in trace.workers[:1] for segment in worker.opened_segments())
+    """How many rows are on disk. Of the workers of one engine, each of which has all rows, the first one's are
+    counted."""
+    return sum(segment.count for workers in trace.replicas for segment in workers[0].opened_segments())
 
 
 def _entries(trace: Trace) -> Iterator[LoadEntry]:
@@ -177,10 +178,10 @@ def _recorded_unknown(trace: Trace) -> Mapping[int, set[tuple[Station, Key]]]:
 
 
 def _times(trace: Trace) -> Mapping[int, float]:
-    """The time of each load on rank 0: that of the first event after its record."""
+    """The time of each load on the first rank of its engine: that of the first event after its record."""
     times: dict[int, float] = {}
-    waiting: list[int] = []
-    for worker in trace.workers[:1]:
+    for worker, *_ in trace.replicas:
+        waiting: list[int] = []
         for record in worker.records:
             if isinstance(record, Load) and record.load not in times:
                 waiting.append(record.load)

@@ -115,12 +115,12 @@ class _Sums:
 
 def totals(trace: Trace, loads: Collection[int]) -> Totals:
     """The contributions of `loads`, and the rows of all requests. Of several workers, each of which has all rows, the
-    first one's are counted; their contributions are those of all workers together.
+    first one's are counted; their contributions are those of all workers together. Each engine has rows of its own.
 
     Raises:
         UnreadableFile: a segment is damaged.
     """
-    segments = [segment for worker in trace.workers[:1] for segment in worker.opened_segments()]
+    segments = [segment for workers in trace.replicas for segment in workers[0].opened_segments()]
     index = _index(segments)
     wanted = frozenset(loads)
     numbers, counts = np.unique(index.load[index.counted], return_counts=True)

@@ -35,7 +35,7 @@ from lora_probe.recording.records import (
     StationRecord,
 )
 from lora_probe.recording.requests import joined_findings, with_client_ids
-from lora_probe.recording.rows import Rows, selected
+from lora_probe.recording.rows import Rows, selected, side_by_side
 from lora_probe.recording.runs import inside_of, later_runs
 from lora_probe.recording.scored import Scored
 from lora_probe.recording.segments import Segment, joined, read_rows, values
@@ -92,6 +92,15 @@ class Trace:
     def workers(self) -> tuple[ProcessTrace, ...]:
         """The processes that run layers and load adapters."""
         return tuple(p for p in self.processes if p.process.role != "client")
+
+    @cached_property
+    def replicas(self) -> tuple[tuple[ProcessTrace, ...], ...]:
+        """The workers of each engine. Several engines may serve the same model (data parallelism), each with requests
+        and loads of its own."""
+        engines: dict[int, list[ProcessTrace]] = {}
+        for worker in self.workers:
+            engines.setdefault(worker.process.replica, []).append(worker)
+        return tuple(tuple(engines[number]) for number in sorted(engines))
 
     @cached_property
     def unjoined(self) -> str:
@@ -188,7 +197,7 @@ class Trace:
             if (rows := self.rows_of(load)) is not None:
                 yield rows
             return
-        for segment in self._segments[0] if self._segments else ():
+        for segment in self._segments[self.workers[0].folder] if self.workers else ():
             if _has_rows(segment, load):
                 yield _only(read_rows(segment), load)
 
@@ -196,14 +205,21 @@ class Trace:
         """The rows of some segments, of all workers together; and of these only those of a load."""
         if self.unjoined or not self.workers:
             return None
+        engines = [rows for workers in self.replicas if (rows := self._of_engine(workers, wanted, load)) is not None]
+        return self._named(side_by_side(engines)) if engines else None
+
+    def _of_engine(
+        self, workers: Sequence[ProcessTrace], wanted: Callable[[Segment], bool], load: int | None
+    ) -> Rows | None:
+        """The same of one engine; None if one of its workers has none."""
         parts = []
-        for worker, segments in zip(self.workers, self._segments, strict=True):
-            rows = self._of_worker([segment for segment in segments if wanted(segment)])
+        for worker in workers:
+            rows = self._of_worker([segment for segment in self._segments[worker.folder] if wanted(segment)])
             if rows is None:
                 return None
             shards = {record.key: record.shard for record in worker.of(ModuleRecord)}
             parts.append((rows if load is None else _only(rows, load), shards))
-        return self._named(parts[0][0] if len(parts) == 1 else joined_ranks(parts))
+        return parts[0][0] if len(parts) == 1 else joined_ranks(parts)
 
     def _named(self, rows: Rows) -> Rows:
         """The rows under the client's ids of requests."""
@@ -225,9 +241,9 @@ class Trace:
         return None
 
     @cached_property
-    def _segments(self) -> tuple[tuple[Segment, ...], ...]:
-        """Those of each worker."""
-        return tuple(tuple(process.opened_segments()) for process in self.workers)
+    def _segments(self) -> Mapping[Path, tuple[Segment, ...]]:
+        """Those of each worker, by its folder."""
+        return {process.folder: tuple(process.opened_segments()) for process in self.workers}
 
     def _stations_of_loads(self) -> dict[int, dict[Key, dict[Station, Finding]]]:
         """The findings by the number of the load, the module and the station."""

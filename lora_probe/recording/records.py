@@ -13,6 +13,8 @@ from lora_probe.ledger import Station, Value
 from lora_probe.names import Key
 
 SCHEMA = 1
+REPLICA_LOADS = 1_000_000
+"""Numbers of loads that one engine has to itself."""
 PREFILL, DECODE = 0, 1
 
 Level = Literal["events", "norms", "shrink", "tensors"]
@@ -67,7 +69,8 @@ class Process(msgspec.Struct, frozen=True):
     far; of these `dropped_segments` with `dropped_rows` were removed again to keep a bound, and `lost_rows` could not
     be written. `dropped_events` of the load timeline were left out for the same bound, and
     `lost_records` of events.jsonl could not be written either. `control` is the last request in control.json that the
-    process has answered.
+    process has answered. `replica` is the number of the engine among those that serve the same model (data
+    parallelism); the loads of replica n are numbered from n times REPLICA_LOADS on.
     """
 
     schema: int
@@ -94,6 +97,7 @@ class Process(msgspec.Struct, frozen=True):
     lost_rows: int = 0
     lost_records: int = 0
     control: str = ""
+    replica: int = 0
 
 
 class LoadEvent(msgspec.Struct, frozen=True, tag="event", tag_field="kind"):

@@ -130,6 +130,14 @@ def concatenate(parts: Sequence[Rows]) -> Rows:
     return replace(rows, placed=as_wide(placed, rows.shrink))
 
 
+def side_by_side(parts: Sequence[Rows]) -> Rows:
+    """The rows of several engines together, which may have recorded other modules."""
+    if len(parts) == 1:
+        return parts[0]
+    keys = tuple(dict.fromkeys(key for part in parts for key in part.modules))
+    return concatenate([widened(part, keys) for part in parts])
+
+
 def as_wide(placed: Mapping[int, Placed], shrink: Floats | None) -> dict[int, Placed]:
     """The loads with a G as wide as `shrink`, or as the widest G if that is wider."""
     ranks = [of_load.gram.shape[-1] for of_load in placed.values() if of_load.gram is not None]

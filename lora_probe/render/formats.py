@@ -8,7 +8,7 @@ commands and their results, also with the options that change the result's type:
     check             results.CheckResult
     check --fix       results.CheckResult, with `run.fixed`
     check --diff      checking.renaming.Fix
-    trace, show       results.Recording
+    trace, show, collect  results.Recording
     show --module     Sequence[comparison.walk.Walk]
     attach            results.Attachment
     compare           comparison.Comparison
@@ -79,6 +79,7 @@ FORMATS: dict[str, dict[str, str]] = {
         "trace": "text.trace:recording",
         "show": "text.trace:recording",
         "show --module": "text.walk:walks",
+        "collect": "text.trace:recording",
         "attach": "text.attach:attachment",
         "compare": "text.compare:comparison",
         "parity": "text.parity:parity",
@@ -94,6 +95,7 @@ FORMATS: dict[str, dict[str, str]] = {
         "trace": "json.trace:recording_json",
         "show": "json.trace:recording_json",
         "show --module": "json.walk:walks_json",
+        "collect": "json.trace:recording_json",
         "attach": "json.attach:attachment_json",
         "compare": "json.compare:comparison_json",
         "parity": "json.parity:parity_json",

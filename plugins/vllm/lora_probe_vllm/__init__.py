@@ -20,6 +20,11 @@ NOT_ARMED = "not-armed.txt"
 """A file in the trace folder with the reason why a process could not arm the probe."""
 
 
+OURS = "LORA_PROBE_"
+"""What all variables of ours begin with."""
+RAY_PREFIXES = "VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY"
+
+
 def switched_on(name: str) -> bool:
     return os.environ.get(name) == "1"
 
@@ -43,11 +48,20 @@ def register() -> None:
 
             add_to_server()
         arm()
+        _copied_by_ray()
     # Any exception: a server must not fail to start because of the probe.
     except Exception as error:
         why = str(error) or repr(error)
         logging.getLogger("vllm.lora_probe").error("lora-probe is not active: %s", why)
         _write_reason(folder, why)
+
+
+def _copied_by_ray() -> None:
+    """Ray starts workers with an environment of its own. vLLM copies its own variables and those with the prefixes that
+    are listed here, from the process that starts them."""
+    prefixes = os.environ.get(RAY_PREFIXES, "").split(",")
+    if OURS not in prefixes:
+        os.environ[RAY_PREFIXES] = ",".join([*filter(None, prefixes), OURS])
 
 
 def _write_reason(folder: str, why: str) -> None:

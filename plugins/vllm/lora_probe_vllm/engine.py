@@ -172,7 +172,7 @@ def require_probe(folder: Path) -> None:
     Raises:
         EngineFailed: there is no such file, so nothing would be recorded.
     """
-    if any(folder.glob("vllm-rank-*/process.json")):
+    if any(folder.glob("vllm-*rank-*/process.json")):
         return
     if (folder / NOT_ARMED).exists():
         raise EngineFailed(f"the probe could not be started: {(folder / NOT_ARMED).read_text().strip()}")

@@ -15,7 +15,7 @@ from lora_probe.adapter import PushedTensors, open_adapter, pushed_adapter
 from lora_probe.base import Base
 from lora_probe.errors import ProbeError
 from lora_probe.names import Key, name_modules
-from lora_probe.recording import Load, TraceWriter
+from lora_probe.recording import REPLICA_LOADS, Load, TraceWriter
 from lora_probe_vllm.arrivals import Arrival, adapter_of_model
 from lora_probe_vllm.loads import ActiveLoad
 from lora_probe_vllm.seams import seams
@@ -60,7 +60,7 @@ class Loading:
         self.loads = loads
         self.writer, self.steps = writer, steps
         self._generations, self._worker = generations, worker
-        self._numbers = 0
+        self._numbers = writer.process.replica * REPLICA_LOADS
         self._arriving: dict[int, ActiveLoad] = {}
         self._repeated: ActiveLoad | None = None
         self._silent = False

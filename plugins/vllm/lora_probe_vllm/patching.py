@@ -97,7 +97,7 @@ def _begin(probes: dict[int, Probe]) -> Callable[..., str]:
         level."""
         probe = probes[id(self)]
         probe.open(Path(folder), keep)
-        return f"vllm-rank-{probe.rank}"
+        return probe.name
 
     return lora_probe_begin
 

@@ -190,6 +190,12 @@ def engine_settings(config: Any) -> dict[str, Any]:
     return settings
 
 
+def replica_of(config: Any) -> int:
+    """Which engine this is among those that serve the same model: `data_parallel_rank` of engines of dense models is 0
+    in all of them."""
+    return int(config.parallel_config.data_parallel_index)
+
+
 def launch_id(config: Any) -> str:
     """What the workers of one engine have in common, and those of two engines have not: it is part of the config that
     every worker is started with."""

@@ -29,7 +29,7 @@ from lora_probe_vllm.loads import ActiveLoad
 from lora_probe_vllm.metrics import Metrics
 from lora_probe_vllm.runners import Running, eager_step, running
 from lora_probe_vllm.sampling import MAX_TOKENS, ChosenSteps, sample_every
-from lora_probe_vllm.seams import engine_settings, launch_id, manager_of, model_of, vllm_version
+from lora_probe_vllm.seams import engine_settings, launch_id, manager_of, model_of, replica_of, vllm_version
 from lora_probe_vllm.slots import Homes
 from lora_probe_vllm.steps import Steps
 from lora_probe_vllm.strict import Strict
@@ -46,7 +46,8 @@ class Probe:
 
     def __init__(self, worker: Any, folder: Path) -> None:
         self.worker = worker
-        self.rank = int(worker.rank)
+        self.rank, self.replica = int(worker.rank), replica_of(worker.vllm_config)
+        """Which worker of its engine, and which engine among those that serve the same model (data parallelism)."""
         self.homes: Homes | None = None
         self.base: Base | None = None
         self.not_recorded: str | None = None
@@ -64,6 +65,12 @@ class Probe:
         self.open(folder)
         # A user's own script ends without a call of `finish`.
         atexit.register(self.finish)
+
+    @property
+    def name(self) -> str:
+        """The name of the worker's folder in a trace."""
+        engine = f"dp-{self.replica}-" if self.replica else ""
+        return f"vllm-{engine}rank-{self.rank}"
 
     @property
     def writer(self) -> TraceWriter:
@@ -88,7 +95,7 @@ class Probe:
         config = self.worker.vllm_config
         # All ranks of an engine begin their recordings in the same order, so they agree on the launch.
         launch, self._recordings = f"{launch_id(config)} {self._recordings}", self._recordings + 1
-        first, folder = folder, begin_run(folder, f"vllm-rank-{self.rank}", launch)
+        first, folder = folder, begin_run(folder, self.name, launch)
         if folder != first:
             _log.info("%s has recordings of earlier runs; this one goes to %s", first, folder)
         spec = _requested(folder)
@@ -106,6 +113,7 @@ class Probe:
             role="worker",
             engine="vllm",
             rank=self.rank,
+            replica=self.replica,
             pid=os.getpid(),
             versions={"vllm": vllm_version()},
             keep=self.keep,
@@ -115,7 +123,7 @@ class Probe:
             settings=settings,
             not_recorded=self.not_recorded,
         )
-        self._writer = TraceWriter(folder / f"vllm-rank-{self.rank}", process, bound_of(folder), _log.warning)
+        self._writer = TraceWriter(folder / self.name, process, bound_of(folder), _log.warning)
         self._writer.flush_by_time(self.guard)
         self.loading = Loading(self._writer, self.steps, self._generations, self, loads)
         self.requested = RequestedLevel(self._writer)
