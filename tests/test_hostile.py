@@ -211,7 +211,7 @@ def test_any_header(world: World, edits: list[tuple[Any, Any, Any]]) -> None:
         judge(folder)
 
 
-@settings(fuzzed, max_examples=150)
+@settings(fuzzed, max_examples=75)
 @given(st.data())
 def test_any_bytes(world: World, data: st.DataObject) -> None:
     """Bytes overwritten, removed or inserted, mostly in the structure of the file."""

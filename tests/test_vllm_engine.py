@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import LAYERS, PROMPTS, SharedEngine, edited, record_peft, save_adapter
+from safetensors.numpy import load_file
 
 from lora_probe.adapter.variants import ALPHA_PATTERN
 from lora_probe.comparison import compare
 from lora_probe.ledger import STATIONS, headline
+from lora_probe.recording.rows import places
 from lora_probe.rules import diagnose
 from lora_probe.rules.vllm_versions import behaviour
 from lora_probe_vllm.seams import vllm_version
@@ -274,14 +276,59 @@ def test_patterns_and_rslora_are_healthy(engine: SharedEngine, llama: Path, tmp_
         assert headline(ledger_of(trace)) == f"{MODULES} of {MODULES} modules took effect", name
 
 
-def test_layers_that_are_not_linear_are_unknown_not_healthy(engine: SharedEngine, llama: Path, tmp_path: Path) -> None:
+def test_an_embedding_is_followed_to_the_end(engine: SharedEngine, llama: Path, tmp_path: Path) -> None:
     made = save_adapter(tmp_path / "embedding", llama, target_modules=["q_proj", "embed_tokens"])
     trace = engine.record(made, tmp_path / "run")
-    ledger = ledger_of(trace)
+    assert headline(ledger_of(trace)) == f"{LAYERS + 1} of {LAYERS + 1} modules took effect"
+    tensors = load_file(made / "adapter_model.safetensors")
+    prefix = "base_model.model.model.embed_tokens.lora_embedding"
+    a, b = tensors[f"{prefix}_A"], tensors[f"{prefix}_B"]
+    column = trace.rows.modules.index(("model.embed_tokens", "weight", None))
+    # Rows of the base model have no columns.
+    assert {segment.width("shrink") for segment in trace.workers[0].opened_segments() if segment.modules} == {8}
+    at = places(trace.rows)
+    for request in trace.requests:
+        for position, token in enumerate([*request.prompt_ids, *request.output_ids[:-1]] if request.adapter else ()):
+            row = at[request.id, position]
+            expected = np.linalg.norm(2.0 * b @ a[:, token])
+            np.testing.assert_allclose(trace.rows.delta_norm[row, column], expected, rtol=1e-5)
+            np.testing.assert_allclose(trace.rows.shrink[row, column, : len(a)], a[:, token], rtol=1e-6)
+            assert trace.rows.x_norm[row, column] == 1
+            assert trace.rows.output_norm[row, column] > 0
+
+
+def test_a_fault_in_the_slot_of_an_embedding(
+    engine: SharedEngine, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.lora.layers import VocabParallelEmbeddingWithLoRA as Layer
+
+    whole = Layer.set_lora
+
+    def half(self: Any, index: int, lora_a: Any, lora_b: Any) -> None:
+        whole(self, index, lora_a, lora_b * 0.5)
+
+    monkeypatch.setattr(Layer, "set_lora", half)
+    made = save_adapter(tmp_path / "embedding", llama, target_modules=["q_proj", "embed_tokens"])
+    ledger = ledger_of(engine.record(made, tmp_path / "run"))
+    (row,) = [row for row in ledger.rows if row.fate == "wrong"]
+    assert row.module == "model.embed_tokens"
+    assert {name: finding.value for name, finding in row.stations.items()} == {
+        "stored": "ok",
+        "read": "ok",
+        "placed": "wrong",
+        "applied": "ok",
+        "agrees": "wrong",
+    }
+
+
+def test_a_head_is_unknown_after_it_was_placed(engine: SharedEngine, llama: Path, tmp_path: Path) -> None:
+    made = save_adapter(tmp_path / "head", llama, target_modules=["q_proj", "lm_head"])
+    ledger = ledger_of(engine.record(made, tmp_path / "run"))
     assert ledger.count("took effect") == LAYERS
     (row,) = [row for row in ledger.rows if row.fate == "unknown"]
-    assert row.module == "model.embed_tokens"
-    assert row.stations["applied"].code == "LP500"
+    assert row.module == "lm_head"
+    assert row.stations["placed"].value == "ok"
+    assert row.stations["applied"].message.endswith("not captured yet (lm_head, experts)")
 
 
 def test_keep_events_measures_what_it_can(engine: SharedEngine, adapter: Path, tmp_path: Path) -> None:

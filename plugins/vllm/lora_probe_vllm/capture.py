@@ -35,6 +35,8 @@ class Watched:
     columns: list[Column] = field(default_factory=list)
     partial: bool = False
     """Its input is sharded over ranks, so what runs here is a partial sum."""
+    embeds: bool = False
+    """It is an embedding: its input are the ids of tokens."""
 
 
 class StandIn:
@@ -79,6 +81,29 @@ class StandIn:
         step.shrink[self._watched.number] = shrink
         return y
 
+    def add_lora_embedding(
+        self, y: torch.Tensor, x: torch.Tensor, lora_b_stacked: torch.Tensor, *more: Any, **kwargs: Any
+    ) -> Any:
+        """`y += s·x·Bᵀ` with vLLM's kernel. `y: [tokens, out]`, `x: [tokens, r]` are columns of A."""
+        capture = self._capture
+        step, real = capture.step, self._real.add_lora_embedding
+        if step is None:
+            return real(y, x, lora_b_stacked, *more, **kwargs)
+        with capture.guard("an embedding's input"):
+            self._before(step, y, torch.ones_like(x[:, :1]), (y.size(-1),))
+        if capture.wants_delta(step):
+            delta = torch.zeros_like(y)
+            real(delta, x, lora_b_stacked, *more, **kwargs)
+            y.add_(delta)
+            with capture.guard("an embedding's contribution"):
+                self._with_delta(step, delta, x, (y.size(-1),))
+        else:
+            real(y, x, lora_b_stacked, *more, **kwargs)
+        # Rows without an adapter look up a column too, which nothing is made of.
+        count = len(step.rows)
+        step.shrink[self._watched.number] = (x[:count].float() * (step.slots >= 0)[:, None])[None]
+        return y
+
     def _before(self, step: Step, y: torch.Tensor, x: torch.Tensor, output_slices: tuple[int, ...]) -> None:
         count, layer = len(step.rows), self._watched.number
         if step.slots is None:
@@ -117,6 +142,11 @@ def _inner(step: Step, watched: Watched, output: torch.Tensor) -> torch.Tensor:
     return total
 
 
+def _one_hot(tokens: torch.Tensor, size: int) -> torch.Tensor:
+    """`[rows, size]`: what an embedding multiplies with A."""
+    return torch.nn.functional.one_hot(tokens.long(), size).float()
+
+
 def _on_host(tables: dict[Key, Any]) -> dict[Key, Floats]:
     return {key: values.float().cpu().numpy() for key, values in tables.items()}
 
@@ -143,11 +173,12 @@ class Capture:
         self._kept = {name for name in TABLES if kept(name, keep)}
         self._signs: dict[int, torch.Tensor] = {}
 
-    def watch(self, key: Key, layer: Any, index: int, partial: bool = False) -> None:
-        """Record slice `index` of `layer` as `key` from now on. `partial`: a rank has only part of its input."""
+    def watch(self, key: Key, layer: Any, index: int, partial: bool = False, embeds: bool = False) -> None:
+        """Record slice `index` of `layer` as `key` from now on. `partial`: a rank has only part of its input.
+        `embeds`: its input are token ids."""
         if key not in self.columns:
             watched, is_new = self._column(key, layer, index)
-            watched.partial = partial
+            watched.partial, watched.embeds = partial, embeds
             if is_new and (not self.transient or self._observing is not None):
                 self._install(watched)
 
@@ -242,7 +273,10 @@ class Capture:
                 if watched.widths is None and watched.number not in step.shrink:
                     self.bypassed.update(column.key for column in watched.columns)
                 fused = output[0] if isinstance(output, tuple) else output
-                widths = watched.widths or layer.output_slices
+                if (samples := [c.key for c in watched.columns if c.key in step.samples]) and watched.embeds:
+                    tokens = _one_hot(args[0][step.sampled], layer.org_vocab_size)
+                    step.samples |= {key: (tokens, step.samples[key][1]) for key in samples}
+                widths = watched.widths or step.widths.get(watched.number) or layer.output_slices
                 if sum(widths) == fused.shape[-1]:
                     rows = fused.flatten(0, -2)[: len(step.rows)]
                     step.widths[watched.number] = widths

@@ -36,6 +36,7 @@ NAMES = {
     "packed_weights": ("vllm.lora.lora_weights", "PackedLoRALayerWeights"),
     "layer_weights": ("vllm.lora.lora_weights", "LoRALayerWeights"),
     "linear_layer": ("vllm.lora.layers.base_linear", "BaseLinearLayerWithLoRA"),
+    "embedding_layer": ("vllm.lora.layers", "VocabParallelEmbeddingWithLoRA"),
     "row_parallel_layer": ("vllm.lora.layers", "RowParallelLinearWithLoRA"),
     "column_parallel_layer": ("vllm.lora.layers", "ColumnParallelLinearWithLoRA"),
     "parse_name": ("vllm.lora.utils", "parse_fine_tuned_lora_name"),

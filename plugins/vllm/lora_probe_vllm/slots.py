@@ -37,14 +37,19 @@ class Home:
 
     @property
     def recordable(self) -> bool:
-        """Whether the stand-in supports the layer: linear layers, but not yet embeddings, heads and experts."""
-        return isinstance(self.layer, seams.linear_layer)
+        """Whether the stand-in supports the layer: linear layers and embeddings, but not yet heads and experts."""
+        return isinstance(self.layer, seams.linear_layer) or self.embeds
+
+    @property
+    def embeds(self) -> bool:
+        """Whether it is an embedding, which looks up the columns of A instead of multiplying with it."""
+        return isinstance(self.layer, seams.embedding_layer)
 
     @property
     def shard(self) -> Shard | None:
         """What this tensor-parallel rank has of the slice; None if it has all of it."""
         ranks, rank = getattr(self.layer, "tp_size", 1), getattr(self.layer, "tp_rank", 0)
-        if ranks == 1 or not self.recordable:
+        if ranks == 1 or not self.recordable or self.embeds:
             return None
         if isinstance(self.layer, seams.row_parallel_layer):
             return Shard("input", rank, ranks)
@@ -146,7 +151,8 @@ def placement(adapter: Adapter, pair: AdapterModule, home: Home) -> Placement | 
         return None
     a, b = adapter.values(pair.a), adapter.values(pair.b)
     layer = home.layer
-    if getattr(layer, "tp_size", 1) > 1:
+    # An embedding and a head have A and B whole on every rank.
+    if getattr(layer, "tp_size", 1) > 1 and hasattr(layer, "slice_lora_a"):
         tensors: list[Any] = [torch.from_numpy(a), torch.from_numpy(b)]
         if home.slices > 1:
             empty: list[Any] = [None] * home.slices
@@ -164,6 +170,10 @@ def placement(adapter: Adapter, pair: AdapterModule, home: Home) -> Placement | 
 def slot_values(home: Home, slot: int) -> tuple[torch.Tensor, torch.Tensor] | None:
     """A and s·B in the slot, with padding; None for a layer that keeps them elsewhere."""
     stacked_a, stacked_b = (getattr(home.layer, name, None) for name in ("lora_a_stacked", "lora_b_stacked"))
+    if isinstance(stacked_a, torch.Tensor) and isinstance(stacked_b, torch.Tensor):
+        # An embedding keeps A by token, `[slots, vocabulary, r]`; a head as linear layers do.
+        a = stacked_a[slot].T if stacked_a.ndim == 3 else stacked_a[slot, 0]
+        return a.cpu(), stacked_b[slot, 0].cpu()
     if not isinstance(stacked_a, tuple) or len(stacked_a) != home.slices:
         return None
     return stacked_a[home.slice][slot, 0].cpu(), stacked_b[home.slice][slot, 0].cpu()  # type: ignore[index]

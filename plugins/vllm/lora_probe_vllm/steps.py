@@ -72,7 +72,8 @@ class Steps:
         for key in touched:
             home = load.homes[key]
             shard = home.shard
-            self.capture.watch(key, home.layer, home.slice, shard is not None and shard.axis == "input")
+            partial = shard is not None and shard.axis == "input"
+            self.capture.watch(key, home.layer, home.slice, partial, home.embeds)
         self._contents[adapter_id] = load.contents(touched)
         self._arrange()
 
@@ -297,6 +298,8 @@ class Steps:
                 return
             if expected is not None:
                 inputs, written = (tensor[rows].float().cpu().numpy() for tensor in (x, delta))
+                # An engine's vocabulary may be padded.
+                inputs = inputs[:, : expected.a.shape[1]]
                 load.record.sample(key, inputs, written, expected.a, expected.b, expected.scaling)
 
 

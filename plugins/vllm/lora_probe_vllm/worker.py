@@ -308,7 +308,9 @@ class Probe:
         if self.not_recorded:
             return f"contributions not recorded: {self.not_recorded}"
         if key not in active.homes or not active.homes[key].recordable:
-            return "this kind of layer is applied but not captured yet (embeddings, lm_head, experts)"
+            return "this kind of layer is applied but not captured yet (lm_head, experts)"
+        if active.homes[key].embeds and not active.record.has_run(key):
+            return "the embedding ran outside of the model's forward pass"
         if key in self.steps.capture.bypassed:
             return "this layer applies LoRA in a way that is not captured yet (fully sharded, dual stream)"
         if key not in self.steps.capture.columns:
