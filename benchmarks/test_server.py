@@ -79,7 +79,8 @@ def test_a_server_under_load(
         speeds.measured[name] = statistics.median(of_level)
         speeds.against[name] = "server, events"
     benchmark.extra_info.update(rates=rates, memory=memory, megabytes=size, dropped=trace.dropped.rows)
-    print(f"folder {size:.0f} MB, {trace.dropped.rows} rows dropped; worker {memory[0]:.0f} to {memory[-1]:.0f} MiB")
+    after = ", ".join(f"{of_worker:.0f}" for of_worker in memory)
+    print(f"folder {size:.0f} MB, {trace.dropped.rows} rows dropped; MiB of the worker after each round: {after}")
     # Records of loads and the segment that is being written come on top of the bound for rows.
     assert size < MOST_MB * 1.1 + 8
     assert all(ledger.healthy for _, ledger in trace.loads)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import LAYERS, call
 from failures import FAILURES
+from safetensors.numpy import load_file, save_file
 from server import Server, serving
 from written import write_adapter
 
@@ -106,8 +107,11 @@ def test_with_the_folder_it_states_whether_that_adapter_runs(
     assert {row.stations["applied"].message for row in ledger.rows} == {"the server does not show its layers"}
 
 
-def test_another_base_than_the_servers(server: Server, adapter: Path, qwen2: Path, tmp_path: Path) -> None:
-    assert outcome(record(server, "healthy", tmp_path / "run", adapter, qwen2)).code == "LP611"
+def test_another_base_than_the_servers(server: Server, adapter: Path, llama: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(llama, tmp_path / "other")
+    tensors = load_file(other / "model.safetensors")
+    save_file(tensors | {"lm_head.weight": 40 * tensors["lm_head.weight"]}, other / "model.safetensors")
+    assert outcome(record(server, "healthy", tmp_path / "run", adapter, other)).code == "LP611"
 
 
 def test_names_and_keys_that_are_wrong(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,6 +88,7 @@ def test_both_engines_have_the_same_numbers(
         # ‖x·Aᵀ‖ and the contribution belong together: it is s·B of these numbers.
         assert first.delta_norm is not None
         assert first.delta_norm > 0
+    capsys.readouterr()
     status, out, err = call("show", here.path, there.path, "--module", Q, "--token", 3, capsys=capsys)
     assert (status, err) == (0, "")
     assert "model.layers.0.self_attn.qkv_proj[0]" in out

@@ -106,7 +106,7 @@ class Trace:
     def unjoined(self) -> str:
         """Why the rows of its workers cannot be joined; empty if they can. Each worker has its own part of every layer
         (tensor parallelism), or its own layers (pipeline parallelism)."""
-        parallel = any(isinstance(n := _size(worker), int) and n > 1 for worker in self.workers)
+        parallel = any(worker.process.settings.get("tensor_parallel_size", 1) != 1 for worker in self.workers)
         if not parallel or len(self.workers) == 1 or not self.modules:
             return ""
         shards = (record.shard for worker in self.workers for record in worker.of(ModuleRecord))
@@ -295,10 +295,6 @@ class Trace:
         if any("applied" in of_module for of_module in stations.values()) or any(load in w.used for w in running):
             return "not measured yet: the recording is still running"
         return "no request has used the adapter yet"
-
-
-def _size(worker: ProcessTrace) -> object:
-    return worker.process.settings.get("tensor_parallel_size")
 
 
 def _has_rows(segment: Segment, load: int) -> bool:

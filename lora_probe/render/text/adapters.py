@@ -13,6 +13,7 @@ from rich.console import RenderableType
 from lora_probe.comparison.recorded import AdapterLoads, LoadEntry
 from lora_probe.comparison.totals import Totals, own_contributions
 from lora_probe.names import Key
+from lora_probe.recording import REPLICA_LOADS
 from lora_probe.render.cells import SHOWN, words
 from lora_probe.render.results import Recording
 from lora_probe.render.tables import grid
@@ -95,7 +96,9 @@ def _earlier(entries: Sequence[LoadEntry], newest: LoadEntry, most: int | None) 
     for entry in shown:
         when = "" if entry.at is None else f"at {entry.at:.3f} s, "
         content = "the same content" if entry.load.digest == newest.load.digest else _digest(entry.load.digest)
-        text = f"  load {entry.number}: {when}generation {entry.load.generation}, {content}: {_in_short(entry)}"
+        engine = entry.number // REPLICA_LOADS
+        name = f"load {entry.number}" + (f" of engine {engine}" if engine else "")
+        text = f"  {name}: {when}generation {entry.load.generation}, {content}: {_in_short(entry)}"
         yield words(text, style="" if entry.sound and not entry.findings else "bold red")
     if len(shown) < len(entries):
         yield words(f"  ... and {len(entries) - len(shown):,} other loads; --all prints all of them")
