@@ -31,7 +31,7 @@ from lora_probe_vllm.unobserved import Unobserved
 SAME = 0.05
 """The largest relative difference between two norms of a contribution from the same adapter."""
 
-MEASURED_STEPS = 64
+MEASURED_STEPS = 8
 """So many steps with rows without an adapter are measured after the loads have changed, which costs a buffer as large
 as every layer's output. If none of these rows got a contribution, it is enough to see that their shrink is zero."""
 
