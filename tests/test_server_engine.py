@@ -129,6 +129,14 @@ def test_log_probabilities_that_are_not_numbers(tmp_path: Path) -> None:
     assert "are not numbers" in failure(broken, tmp_path / "run").message
 
 
+def test_a_prompt_and_an_answer_without_tokens_to_compare(tmp_path: Path) -> None:
+    def brief(body: Body, path: str) -> Reply:
+        return (200, completion(["</s>"], [-1.0], "")) if body and not body.get("echo") else server(body, path)
+
+    with answering(brief) as asked, pytest.raises(EngineFailed, match="no tokens to compare"):
+        record(asked, tmp_path / "run", "h")
+
+
 def test_too_many_requests_are_sent_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
     monkeypatch.setattr(time, "sleep", waits.append)

@@ -150,7 +150,7 @@ class Client:
         logprobs = self._logprobs(self._complete(asked))
         # The last token is a generated one.
         tokens, values = logprobs.tokens[:-1], logprobs.token_logprobs[:-1]
-        if len(tokens) < 2 or (isinstance(prompt, list) and len(tokens) != len(prompt)):
+        if not tokens or (isinstance(prompt, list) and len(tokens) != len(prompt)):
             raise EngineFailed(
                 f"the server at {self.url} does not return log-probabilities of a prompt (`echo`)",
                 "vLLM and SGLang do; without them lora-probe cannot compare the same tokens",

@@ -21,6 +21,7 @@ from lora_probe.engines.prompts import encode
 from lora_probe.engines.server.client import Answer, Card, Client, Prompt
 from lora_probe.engines.server.verdict import Doubles, Passes, judged
 from lora_probe.errors import EngineFailed, ProbeError
+from lora_probe.files import shown
 from lora_probe.recording import SCHEMA, Load, NextTokens, Process, RequestRecord, RunSpec, TraceWriter
 from lora_probe.rules.stored import expect
 
@@ -88,7 +89,7 @@ def served(client: Client, name: str, base: str | None) -> tuple[Card, str]:
         EngineFailed: the server does not serve the adapter, or no base of it.
     """
     cards = {card.id: card for card in client.models()}
-    names = ", ".join(f"`{known}`" for known in list(cards)[:20])
+    names = ", ".join(f"`{shown(known)}`" for known in list(cards)[:20])
     if name not in cards:
         raise EngineFailed(
             f"the server at {client.url} does not serve `{name}`; it serves {names or 'nothing'}",
@@ -196,6 +197,8 @@ def _passes(client: Client, adapter: str, base: str, texts: Sequence[Prompt], wr
             )
         writer.event("score", f"compared the tokens of prompt {number + 1} of {len(texts)}")
     of = {key: np.concatenate(parts) for key, parts in values.items()}
+    if not len(of[base, 0]):
+        raise EngineFailed("there are no tokens to compare: prompts and answers have one token each", "pass --prompt")
     return Passes((of[base, 0], of[base, 1]), (of[adapter, 0], of[adapter, 1]))
 
 
