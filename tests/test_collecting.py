@@ -36,7 +36,7 @@ def test_two_nodes_become_one_trace(tmp_path: Path, capsys: pytest.CaptureFixtur
     trace = open_trace(tmp_path / "run.lptrace")
     assert [worker.process.rank for worker in trace.workers] == [0, 1]
     assert trace.complete
-    assert not list(tmp_path.glob("*.partial"))
+    assert {entry.name for entry in tmp_path.iterdir()} == {"node-0", "node-1", "run.lptrace"}
 
 
 def test_what_is_not_of_one_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -65,7 +65,7 @@ def test_what_is_in_the_way(tmp_path: Path, good: Path, capsys: pytest.CaptureFi
     (tmp_path / "file").write_text("")
     status, _, err = call("collect", good, "-o", tmp_path / "file" / "new", capsys=capsys)
     assert status == 2
-    assert "Not a directory" in err
+    assert "cannot write" in err
 
 
 def test_links_out_of_a_node_are_not_followed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

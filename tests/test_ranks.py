@@ -11,6 +11,7 @@ import pytest
 from lora_probe.names import Key
 from lora_probe.recording import Placed, Rows, Shard
 from lora_probe.recording.ranks import joined_ranks
+from lora_probe.recording.rows import selected
 
 KEYS: tuple[Key, ...] = tuple((name, "weight", None) for name in ("q", "k", "o", "whole"))
 Q, K, OUT, WHOLE = KEYS
@@ -129,6 +130,42 @@ def test_pipeline_ranks_have_other_modules() -> None:
     assert joined.modules == KEYS
     np.testing.assert_allclose(joined.delta_norm, one.delta_norm)
     np.testing.assert_allclose(joined.shrink, one.shrink)
+
+
+def test_a_stage_without_some_rows_loses_none_of_the_others() -> None:
+    """An adapter of one stage alone was used before another adapter was loaded."""
+    first, second = recorded(None, KEYS[:2]), recorded(None, KEYS[2:])
+    joined = joined_ranks([(first, {}), (selected(second, np.array([4, 1])), {})])
+    assert len(joined) == ROWS
+    known = ~np.isnan(joined.delta_norm)
+    assert known[:, :2].all()
+    assert known[:, 2:].sum(axis=0).tolist() == [2, 2]
+    at = joined.position.tolist().index(1)
+    np.testing.assert_allclose(joined.delta_norm[at], recorded(None).delta_norm[1], rtol=1e-5)
+    one_first = joined_ranks([(selected(first, np.array([2])), {}), (second, {})])
+    assert len(one_first) == ROWS
+    assert (~np.isnan(one_first.shrink)).any(axis=-1).sum(axis=0).tolist() == [1, 1, ROWS, ROWS]
+
+
+def test_a_single_rank_is_not_the_whole() -> None:
+    joined = joined_ranks(ranks(1))
+    known = ~np.isnan(joined.delta_norm).all(axis=0)
+    assert dict(zip(KEYS, known.tolist(), strict=True)) == {Q: False, K: False, OUT: False, WHOLE: True}
+
+
+def test_ranks_of_other_widths_and_with_wrong_parts() -> None:
+    """As in a damaged trace: unknown, never an error."""
+    parts = ranks()
+    rows, shards = parts[0]
+    wide = np.pad(rows.shrink, ((0, 0), (0, 0), (0, 2)))
+    gram = np.pad(rows.placed[2].gram, ((0, 0), (0, 2), (0, 2)))
+    tables = {key: np.pad(values, ((0, 0), (0, 3))) for key, values in rows.delta.items()}
+    parts[0] = replace(rows, shrink=wide, placed={2: Placed(("",) * len(KEYS), gram)}, delta=tables), shards
+    joined = joined_ranks(parts)
+    np.testing.assert_allclose(joined.delta_norm, recorded(None).delta_norm, rtol=2e-5)
+    assert OUT not in joined.delta
+    parts[1] = parts[1][0], parts[1][1] | {Q: Shard("output", -1, RANKS)}
+    assert np.isnan(joined_ranks(parts).delta_norm[:, KEYS.index(Q)]).all()
 
 
 def test_without_shrink_a_partial_sum_is_unknown() -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import socket
+import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +175,36 @@ def test_the_key_is_sent_and_written_nowhere(tmp_path: Path, monkeypatch: pytest
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
 
 
+@pytest.mark.parametrize("key", [f"{KEY}\n", f" {KEY} ", "sk-\u2026", "sk-\x07"])
+def test_a_key_that_cannot_be_sent_is_not_printed(key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with answering(server) as asked:
+        if KEY in key:
+            assert outcome(record(asked, tmp_path / "run")).outcome == "changes"
+            return
+        with pytest.raises(ProbeError, match="OPENAI_API_KEY") as caught:
+            record(asked, tmp_path / "run")
+    assert "sk-" not in str(caught.value)
+
+
+def test_a_server_that_answers_byte_by_byte(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        threading.Thread(target=_drip, args=(listening,), daemon=True).start()
+        began = time.monotonic()
+        with pytest.raises(EngineFailed, match="did not answer GET /v1/models within"):
+            record(Asked(f"http://127.0.0.1:{listening.getsockname()[1]}"), tmp_path / "run", request_timeout=0.3)
+        assert time.monotonic() - began < 2
+
+
+def _drip(listening: socket.socket) -> None:
+    connection, _ = listening.accept()
+    with connection, suppress(OSError):
+        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
+        for _ in range(100):
+            connection.sendall(b" ")
+            time.sleep(0.1)
+
+
 @pytest.mark.parametrize("url", ["localhost:8000", "ftp://x", "http://", "", "http://[::", "file:///etc/passwd"])
 def test_what_is_not_a_url(url: str) -> None:
     with pytest.raises(ProbeError, match="is not the URL of a server"):
@@ -240,7 +273,8 @@ def concluded(base: Doubles, adapter: Doubles, noise: float = 0.0) -> Outcome:
 def test_as_trained(noise: float) -> None:
     rounding = NUMBERS.normal(0, noise, len(PLAIN)) if noise else 0.0
     verdict = concluded(PLAIN + rounding, in_peft(1.0) - rounding, noise)
-    assert (verdict.outcome, verdict.code, verdict.factor) == ("as trained", "", 1.0)
+    assert (verdict.outcome, verdict.code) == ("as trained", "")
+    assert verdict.factor == pytest.approx(1, abs=0.02)
 
 
 @pytest.mark.parametrize("factor", [2.0, 0.5, 1.3, 4.0, 1 / 16, -1.0, 11.3, 0.8])
@@ -250,6 +284,45 @@ def test_another_scaling(factor: float, noise: float) -> None:
     verdict = concluded(PLAIN + rounding, in_peft(factor) - rounding, noise)
     assert (verdict.outcome, verdict.code) == ("other scaling", "LP609")
     assert verdict.factor == pytest.approx(factor, rel=0.05)
+
+
+@pytest.mark.parametrize("share", [0.05, 0.15, 0.25])
+@pytest.mark.parametrize("factor", [0.1, 0.25, 0.5])
+def test_a_weaker_adapter_is_not_as_trained_where_bases_differ(factor: float, share: float) -> None:
+    """In another dtype, the base models differ by a part of what the adapter changes."""
+    differ = NUMBERS.normal(0, share * 0.3, len(PLAIN))
+    again = NUMBERS.normal(0, share * 0.1, len(PLAIN))
+    verdict = concluded(PLAIN + differ, in_peft(factor) + differ + again)
+    assert not verdict.sound
+    healthy = concluded(PLAIN + differ, in_peft(1.0) + differ + again)
+    assert healthy.outcome == "as trained"
+
+
+def test_a_single_noisy_token_changes_no_verdict() -> None:
+    noisy = in_peft(1.0)
+    again = noisy.copy()
+    again[7] += 3
+    assert judged(0, "mine", "base", Passes((PLAIN, PLAIN), (noisy, again)), "m", in_peft).outcome == "as trained"
+
+
+def test_numbers_of_peft_that_are_none() -> None:
+    for broken in (0.0, 1.0):
+
+        def with_nan(scaling: float, broken: float = broken) -> Doubles:
+            return np.full_like(PLAIN, np.nan) if scaling == broken else in_peft(scaling)
+
+        assert judged(0, "m", "b", passes(PLAIN, in_peft(1.0)), "m", with_nan).outcome == "undecided"
+
+
+def test_scalings_of_an_adapter_with_whole_modules_are_not_fitted() -> None:
+    of = passes(PLAIN, in_peft(2.0))
+    assert judged(0, "mine", "base", of, "m", in_peft, scalable=False).code == "LP610"
+    assert judged(0, "mine", "base", passes(PLAIN, in_peft(1.0)), "m", in_peft, scalable=False).outcome == "as trained"
+
+
+def test_an_adapter_without_effect_and_a_server_that_changes() -> None:
+    verdict = judged(0, "mine", "base", passes(PLAIN, in_peft(1.0)), "m", lambda _: PLAIN)
+    assert verdict.code == "LP610"
 
 
 def test_nothing_is_applied() -> None:

@@ -57,6 +57,16 @@ def test_a_server_has_rows_without_answers(tmp_path: Path, capsys: pytest.Captur
     assert status == 0
     assert "x·Aᵀ, all numbers: not recorded; record with --keep shrink" in out
     assert "A (load 0)" in out
+    of_b = "show", trace, "--module", "layers.1.self_attn.q_proj", "--adapter", "B"
+    status, out, _ = call(*of_b, "--load", 1, capsys=capsys)
+    assert status == 0
+    assert "B (load 1)" in out
+    status, _, err = call(*of_b, "--load", 0, capsys=capsys)
+    assert status == 2
+    assert "contains no rows of `B` in load 0" in err
+    status, _, err = call(*of_b, "--follow", capsys=capsys)
+    assert status == 2
+    assert "--follow has no effect with --module" in err
     status, _, err = call("show", trace, "--module", "q_proj", capsys=capsys)
     assert status == 2
     assert "`q_proj` matches 2 modules" in err

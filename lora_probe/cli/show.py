@@ -67,10 +67,13 @@ def _show_module(options: argparse.Namespace) -> int:
     from lora_probe.comparison.walk import beside, walk
     from lora_probe.recording import open_trace
 
+    for option in ("--requests", "--all", "--events", "--follow"):
+        if getattr(options, option.removeprefix("--")):
+            raise UsageError(f"{option} has no effect with --module", "remove one of the two")
     paths = [path for path in (options.trace, options.other) if path is not None]
     limits.begin(*map(Path, paths))
     trace, *others = map(open_trace, paths)
-    first = walk(trace, options.module, options.request, options.token)
+    first = walk(trace, options.module, options.request, options.token, options.adapter, options.load)
     present("show --module", options.format, [first, *(beside(other, trace, first) for other in others)])
     return CLEAN
 

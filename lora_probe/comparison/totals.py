@@ -126,8 +126,7 @@ def totals(trace: Trace, loads: Collection[int]) -> Totals:
     numbers, counts = np.unique(index.load[index.counted], return_counts=True)
     rows = dict(zip(numbers.tolist(), counts.tolist(), strict=True))
     served = {name: facts for segment in segments for name, facts in segment.served.items()}
-    several = len(trace.workers) > 1
-    contributions = _of_workers(trace, wanted) if several else _contributions(segments, index, wanted)
+    contributions = _of_workers(trace, wanted) if trace.parallel else _contributions(segments, index, wanted)
     return Totals(contributions, rows, tuple(_requests(trace, index, served)))
 
 

@@ -57,20 +57,28 @@ class Walk:
         return self.delta_norm / self.base_norm if self.delta_norm is not None and self.base_norm else None
 
 
-def walk(trace: Trace, module: str, request: str | None = None, position: int | None = None) -> Walk:
+def walk(
+    trace: Trace,
+    module: str,
+    request: str | None = None,
+    position: int | None = None,
+    adapter: str | None = None,
+    load: int | None = None,
+) -> Walk:
     """The row of `request` (default: the first one of an adapter) at `position` (default: the last token of its prompt;
-    a negative one counts from the end) at `module`, a path or its unique end.
+    a negative one counts from the end) at `module`, a path or its unique end. Only rows of `adapter` and of `load` are
+    looked at, if they are given.
 
     Raises:
         ProbeError: the trace has no such row, request or module, or no rows at all.
     """
     if trace.unjoined:
         raise ProbeError(f"the rows in `{trace.path}` cannot be joined: {trace.unjoined}")
-    load, rows = _with_request(trace, request)
+    of_load, rows = _with_request(trace, request, adapter, load)
     name = request or _default(trace, rows)
     key = _module(rows, module)
     chosen = _row(rows, name, position, _record(trace, name))
-    return _walked(trace, load, rows, key, name, chosen)
+    return _walked(trace, of_load, rows, key, name, chosen)
 
 
 def beside(trace: Trace, first: Trace, walked: Walk) -> Walk:
@@ -84,14 +92,16 @@ def beside(trace: Trace, first: Trace, walked: Walk) -> Walk:
     if record is None:
         return walk(trace, walked.key[0], walked.request, walked.position)
     tokens = _tokens(record)[: walked.position + 1]
-    same = [answer.id for answer in trace.requests if answer.adapter is not None and _begins(answer, tokens)]
+    same = [answer for answer in trace.requests if answer.adapter is not None and _begins(answer, tokens)]
+    # Two adapters may have been asked the same.
+    same.sort(key=lambda answer: answer.adapter != record.adapter)
     if not same:
         raise ProbeError(
             f"no request of an adapter in `{trace.path}` has the tokens of `{shown(walked.request)}` up to "
             f"{walked.position}",
             f"record it with the same tokens: lora-probe trace CKPT --engine ... --follow {first.path}",
         )
-    return walk(trace, walked.key[0], same[0], walked.position)
+    return walk(trace, walked.key[0], same[0].id, walked.position)
 
 
 def _tokens(record: RequestRecord) -> list[int]:
@@ -102,10 +112,12 @@ def _begins(record: RequestRecord, tokens: Sequence[int]) -> bool:
     return _tokens(record)[: len(tokens)] == list(tokens)
 
 
-def _with_request(trace: Trace, request: str | None) -> tuple[Load, Rows]:
+def _with_request(trace: Trace, request: str | None, adapter: str | None, number: int | None) -> tuple[Load, Rows]:
     """The load that served the request, with its rows."""
     names: dict[str, None] = {}
     for load, _ in trace.loads:
+        if adapter not in (None, load.name) or number not in (None, load.load):
+            continue
         rows = trace.rows_of(load.load)
         if rows is None or not len(rows):
             continue
@@ -113,8 +125,10 @@ def _with_request(trace: Trace, request: str | None) -> tuple[Load, Rows]:
             return load, rows
         names |= dict.fromkeys(rows.requests)
     if not names:
+        of = f"`{shown(adapter)}`" if adapter is not None else "an adapter"
+        of += f" in load {number}" if number is not None else ""
         raise ProbeError(
-            f"`{trace.path}` contains no rows of an adapter", "record them with --keep shrink, or let a request use it"
+            f"`{trace.path}` contains no rows of {of}", "record them with --keep shrink, or let a request use it"
         )
     raise ProbeError(
         f"no request `{shown(str(request))}` with an adapter in `{trace.path}`", f"requests: {_listed(list(names))}"

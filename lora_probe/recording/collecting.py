@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -17,8 +18,6 @@ from lora_probe.recording.documents import document
 from lora_probe.recording.reader import Trace, open_trace
 from lora_probe.recording.runs import LAUNCH, Launch
 
-PARTIAL = ".partial"
-"""Suffix of the new folder until it is complete."""
 RUN = "run.json"
 
 
@@ -34,10 +33,11 @@ def collect(folders: Sequence[Path], out: Path) -> Trace:
     traces = [open_trace(folder) for folder in folders]
     _require_one_start(traces)
     _require_different_processes(traces)
-    partial = out.with_name(out.name + PARTIAL)
-    shutil.rmtree(partial, ignore_errors=True)
+    partial: Path | None = None
     try:
-        partial.mkdir(parents=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f"{out.name}.", dir=out.parent))
+        partial.chmod(0o755)
         for source, name in _files(traces):
             target = partial / name
             target.parent.mkdir(exist_ok=True)
@@ -46,7 +46,8 @@ def collect(folders: Sequence[Path], out: Path) -> Trace:
     except OSError as error:
         raise UnreadableFile(f"cannot write `{out}`: {error.strerror or error}") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
     return open_trace(out)
 
 

@@ -22,7 +22,7 @@ import numpy as np
 from lora_probe.names import Key
 from lora_probe.recording.placed import Floats, Placed, at_rank
 from lora_probe.recording.records import Shard
-from lora_probe.recording.rows import TABLES, Rows, selected, widened
+from lora_probe.recording.rows import TABLES, Rows, concatenate, selected, widened
 
 Shards = Mapping[Key, Shard | None]
 
@@ -37,7 +37,55 @@ class _Member:
 
 
 def joined_ranks(ranks: Sequence[tuple[Rows, Shards]]) -> Rows:
-    """One `Rows` for all ranks, with the rows that every rank has. A module of which a part is missing is NaN."""
+    """One `Rows` for all ranks. A module of which a part is missing is NaN, and so is a module in the rows that not all
+    ranks with a part of it have."""
+    stages: dict[tuple[Key, ...], list[tuple[Rows, Shards]]] = {}
+    for rows, shards in ranks:
+        stages.setdefault(rows.modules, []).append((rows, shards))
+    return _in_line([_joined_stage(stage) for stage in stages.values()])
+
+
+def _in_line(stages: Sequence[Rows]) -> Rows:
+    """The rows of pipeline stages, each of which has other modules."""
+    if len(stages) == 1:
+        return stages[0]
+    keys = tuple(dict.fromkeys(key for rows in stages for key in rows.modules))
+    places = [_places(rows) for rows in stages]
+    order = dict.fromkeys(at for of_stage in places for at in of_stage)
+    # Every row as the first stage that has it, with the columns of all stages.
+    owners = [next(number for number, of_stage in enumerate(places) if at in of_stage) for at in order]
+    parts = []
+    for number, (rows, of_stage) in enumerate(zip(stages, places, strict=True)):
+        own = [of_stage[at] for at, owner in zip(order, owners, strict=True) if owner == number]
+        parts.append(widened(selected(rows, np.array(own, np.intp)), keys))
+    joined = concatenate(parts)
+    row_of = {at: number for number, at in enumerate(_places(joined))}
+    for rows, of_stage in zip(stages, places, strict=True):
+        _copy_columns(rows, of_stage, joined, row_of)
+    return joined
+
+
+def _copy_columns(
+    rows: Rows, places: Mapping[tuple[str, int, int], int], joined: Rows, row_of: Mapping[tuple[str, int, int], int]
+) -> None:
+    """Write the columns of one stage into the joined rows."""
+    here = np.array(list(places.values()), np.intp)
+    there = np.array([row_of[at] for at in places], np.intp)
+    columns = np.array([joined.modules.index(key) for key in rows.modules], np.intp)
+    for name in ("x_norm", "base_norm", "delta_norm", "output_norm"):
+        getattr(joined, name)[np.ix_(there, columns)] = getattr(rows, name)[here]
+    if rows.shrink is not None and joined.shrink is not None:
+        width = rows.shrink.shape[-1]
+        joined.shrink[np.ix_(there, columns, np.arange(width))] = rows.shrink[here]
+        joined.shrink[np.ix_(there, columns, np.arange(width, joined.shrink.shape[-1]))] = 0
+    for name in TABLES:
+        tables: dict[Key, Floats] = getattr(joined, name) or {}
+        for key, values in (getattr(rows, name) or {}).items():
+            tables[key][there] = values[here]
+
+
+def _joined_stage(ranks: Sequence[tuple[Rows, Shards]]) -> Rows:
+    """The ranks that have the same modules, with the rows that all of them have."""
     aligned = _aligned([rows for rows, _ in ranks])
     keys = tuple(dict.fromkeys(key for rows in aligned for key in rows.modules))
     first = widened(aligned[0], keys)
@@ -80,7 +128,8 @@ def _members(ranks: Sequence[Rows], shards: Sequence[Shards], key: Key) -> tuple
     parts = {
         of.part: _Member(rows, rows.modules.index(key), of.part) for rows, of in reversed(having) if of is not None
     }
-    return [parts[number] for number in sorted(parts)] if len(parts) == shard.parts else [], shard.axis
+    whole = sorted(parts) == list(range(shard.parts))
+    return [parts[number] for number in sorted(parts)] if whole else [], shard.axis
 
 
 class _Joined:
@@ -112,7 +161,7 @@ class _Joined:
             self._columns["base_norm"][:, number] = self._base_of_partial_sums(members, number)
         for name in TABLES:
             tables = [table for member in members if (table := (getattr(member.rows, name) or {}).get(key)) is not None]
-            if len(tables) == len(members):
+            if len(tables) == len(members) and (axis != "input" or name == "x" or len({*map(np.shape, tables)}) == 1):
                 self._tables[name][key] = _table(name, tables, axis)
 
     def _of_partial_sums(self, members: Sequence[_Member], number: int) -> Floats:
@@ -158,6 +207,9 @@ def _quadrature(members: Sequence[_Member], name: str) -> Floats:
 
 
 def _sum(parts: Sequence[Floats]) -> Floats:
+    """The sum of arrays whose last axis may be padded to another rank."""
+    width = max(part.shape[-1] for part in parts)
+    parts = [np.pad(part, [(0, 0)] * (part.ndim - 1) + [(0, width - part.shape[-1])]) for part in parts]
     values: Floats = np.asarray(np.sum(np.stack(parts), axis=0, dtype=np.float64), np.float32)
     return values
 
@@ -196,8 +248,10 @@ def _placed_of(load: int, ranks: Sequence[Rows], shards: Sequence[Shards], keys:
         columns = [member.column for member in members]
         digests.append(held[0].digests[columns[0]] if held and not axis else "")
         parts = [of.gram[column] for of, column in zip(held, columns, strict=False) if of.gram is not None]
+        widest = max((part.shape[-1] for part in parts), default=0)
+        wide = [at_rank(part, widest) for part in parts]
         whole = len(parts) == len(members) and bool(parts)
-        grams.append((_sum(parts) if axis == "output" else parts[0]) if whole else None)
+        grams.append((_sum(wide) if axis == "output" else wide[0]) if whole else None)
     rank = max((gram.shape[-1] for gram in grams if gram is not None), default=0)
     if not rank:
         return Placed(tuple(digests))

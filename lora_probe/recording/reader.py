@@ -103,6 +103,13 @@ class Trace:
         return tuple(tuple(engines[number]) for number in sorted(engines))
 
     @cached_property
+    def parallel(self) -> bool:
+        """Whether a worker does not have all layers, or all of each layer."""
+        return len(self.workers) > 1 or any(
+            record.shard for worker in self.workers for record in worker.of(ModuleRecord)
+        )
+
+    @cached_property
     def unjoined(self) -> str:
         """Why the rows of its workers cannot be joined; empty if they can. Each worker has its own part of every layer
         (tensor parallelism), or its own layers (pipeline parallelism)."""
@@ -193,7 +200,7 @@ class Trace:
     def segments_of(self, load: int) -> Iterator[Rows]:
         """The same, a segment at a time, for sums over more rows than fit into memory. A row that was computed twice
         is in two of them, and only the first has the G of its load."""
-        if len(self.workers) > 1:
+        if self.parallel:
             if (rows := self.rows_of(load)) is not None:
                 yield rows
             return
@@ -211,15 +218,18 @@ class Trace:
     def _of_engine(
         self, workers: Sequence[ProcessTrace], wanted: Callable[[Segment], bool], load: int | None
     ) -> Rows | None:
-        """The same of one engine; None if one of its workers has none."""
+        """The same of one engine; None if none of its workers has any."""
         parts = []
         for worker in workers:
             rows = self._of_worker([segment for segment in self._segments[worker.folder] if wanted(segment)])
             if rows is None:
-                return None
+                # A pipeline rank may have no module of this adapter; a part that is missing is NaN.
+                continue
             shards = {record.key: record.shard for record in worker.of(ModuleRecord)}
             parts.append((rows if load is None else _only(rows, load), shards))
-        return parts[0][0] if len(parts) == 1 else joined_ranks(parts)
+        if not parts:
+            return None
+        return parts[0][0] if len(parts) == 1 and not any(parts[0][1].values()) else joined_ranks(parts)
 
     def _named(self, rows: Rows) -> Rows:
         """The rows under the client's ids of requests."""

@@ -7,6 +7,7 @@ but the first. What another engine answers is held against them.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import numpy.typing as npt
 
 from lora_probe.engines.peft.loads import attach
 from lora_probe.engines.peft.models import load_model, load_tokenizer, shapes_of
-from lora_probe.engines.peft.slots import ADAPTER
+from lora_probe.engines.peft.slots import ADAPTER, variant
 from lora_probe.errors import EngineFailed, ProbeError
 from lora_probe.recording import RunSpec, TraceWriter
 
@@ -36,9 +37,15 @@ class Scorer:
         if attached.refused is not None:
             raise EngineFailed(f"PEFT refuses the adapter `{spec.adapter}`: {attached.refused}")
         self._model, self._layers = attached.model, attached.layers
+        config = self._model.peft_config[ADAPTER]
+        plain = config.bias == "none" and not config.modules_to_save
+        self.scalable = plain and all(variant(layer) is None for layer in self._layers.values())
+        """Whether the scaling is all that decides how much the adapter changes: it has no whole modules and no biases,
+        and is no variant of LoRA."""
 
     def logprobs(self, texts: Sequence[Sequence[int]], scaling: float) -> list[Doubles]:
-        """The log-probabilities of every token but the first of each text. `scaling` is relative to the trained one.
+        """The log-probabilities of every token but the first of each text. `scaling` is relative to the trained one; 0
+        is the base model.
 
         Raises:
             ProbeError: a text has a token that the base model does not have, or is longer than its context.
@@ -49,7 +56,8 @@ class Scorer:
         try:
             for name, layer in self._layers.items():
                 layer.scaling[ADAPTER] = trained[name] * scaling
-            with torch.inference_mode():
+            without = self._model.disable_adapter() if scaling == 0 else nullcontext()
+            with torch.inference_mode(), without:
                 return [self._of(text) for text in texts]
         finally:
             for name, layer in self._layers.items():

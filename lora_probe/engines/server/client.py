@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import httpx
 import msgspec
@@ -25,6 +25,7 @@ ATTEMPTS, LONGEST_WAIT = 4, 20.0
 """How often a request is sent while the server answers that there are too many; and the seconds between two of them."""
 
 Prompt = str | list[int]
+TokenId = Annotated[int, msgspec.Meta(ge=0)]
 T = TypeVar("T")
 
 
@@ -49,8 +50,8 @@ class _Logprobs(msgspec.Struct, frozen=True):
 class _Choice(msgspec.Struct, frozen=True):
     text: str
     logprobs: _Logprobs | None = None
-    token_ids: list[int] | None = None
-    prompt_token_ids: list[int] | None = None
+    token_ids: list[TokenId] | None = None
+    prompt_token_ids: list[TokenId] | None = None
 
 
 class _Completion(msgspec.Struct, frozen=True):
@@ -109,7 +110,9 @@ class Client:
 
     def __init__(self, url: str, timeout: float) -> None:
         self.url, self._timeout = url, timeout
-        self._key = os.environ.get(KEY, "")
+        self._key = os.environ.get(KEY, "").strip()
+        if not (self._key.isascii() and self._key.isprintable()):
+            raise ProbeError(f"the key in {KEY} has characters that a request cannot carry", "set it again")
         headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
         self._http = httpx.Client(timeout=timeout, headers=headers)
         self._returns_ids = False
@@ -196,11 +199,15 @@ class Client:
         raise self._refused(method, path, status, headers, data)
 
     def _sent(self, method: str, path: str, body: Mapping[str, Any] | None) -> tuple[int, httpx.Headers, bytes]:
+        deadline = time.monotonic() + self._timeout
         try:
             with self._http.stream(method, self.url + path, json=body) as response:
                 data = b""
                 for part in response.iter_bytes():
                     data += part
+                    # The timeout of the library is one for each part.
+                    if time.monotonic() > deadline:
+                        raise httpx.ReadTimeout("")
                     if len(data) > MOST_BYTES:
                         raise EngineFailed(f"{self.url}{path} returned more than {MOST_BYTES} bytes")
                 return response.status_code, response.headers, data
@@ -209,9 +216,10 @@ class Client:
                 f"the server at {self.url} did not answer {method} {path} within {self._timeout:g} seconds",
                 "wait longer with --request-timeout, or pass a smaller --max-tokens",
             ) from error
-        except httpx.HTTPError as error:
+        # UnicodeError: the name of a host that no name server can be asked for.
+        except (httpx.HTTPError, UnicodeError) as error:
             raise EngineFailed(
-                f"cannot reach the server at {self.url}: {shown(str(error) or type(error).__name__, 200)}",
+                f"cannot reach the server at {self.url}: {self._masked(str(error) or type(error).__name__, 200)}",
                 "is it running, and is this its address?",
             ) from error
 
@@ -248,7 +256,10 @@ class Client:
             return ""
         error = refusal.error
         text = error.message if isinstance(error, _Message) else error or refusal.message or ""
-        return shown(text.replace(self._key, "***") if self._key else text, 300)
+        return self._masked(text, 300)
+
+    def _masked(self, text: str, longest: int) -> str:
+        return shown(text.replace(self._key, "***") if self._key else text, longest)
 
 
 def _seconds(value: str | None) -> float | None:

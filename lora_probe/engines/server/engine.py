@@ -77,7 +77,7 @@ def _record(spec: RunSpec, client: Client, writer: TraceWriter) -> None:
         def in_peft(scaling: float) -> Doubles:
             return np.concatenate(_in_peft(scorer, ids, scaling, writer))
 
-        writer.record(judged(0, spec.name, base, passes, spec.model, in_peft))
+        writer.record(judged(0, spec.name, base, passes, spec.model, in_peft, scorer.scalable))
     if record is not None:
         record.finish(lambda _: NOT_SHOWN)
 

@@ -99,9 +99,10 @@ class StandIn:
                 self._with_delta(step, delta, x, (y.size(-1),))
         else:
             real(y, x, lora_b_stacked, *more, **kwargs)
-        # Rows without an adapter look up a column too, which nothing is made of.
-        count = len(step.rows)
-        step.shrink[self._watched.number] = (x[:count].float() * (step.slots >= 0)[:, None])[None]
+        with capture.guard("an embedding's columns of A"):
+            # Rows without an adapter look up a column too, which nothing is made of.
+            columns = x[: len(step.rows)].float() * (step.slots >= 0)[:, None]
+            step.shrink[self._watched.number] = columns[None]
         return y
 
     def _before(self, step: Step, y: torch.Tensor, x: torch.Tensor, output_slices: tuple[int, ...]) -> None:
@@ -257,6 +258,11 @@ class Capture:
     def wants_delta(self, step: Step) -> bool:
         """Whether this step's contribution is computed in a separate buffer before it is added."""
         return bool(step.sampled) or step.mixed or self.keeps("delta")
+
+    @property
+    def embeds(self) -> bool:
+        """Whether an embedding is recorded, of which a shrink of zero proves nothing."""
+        return any(watched.embeds for watched in self._watched.values())
 
     def keeps(self, table: str) -> bool:
         """Whether the level keeps a table of single modules."""

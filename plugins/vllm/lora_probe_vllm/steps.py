@@ -198,7 +198,8 @@ class Steps:
         ]
         sampled = self.sampler.pick_runs(runs)
         unclaimed = ~self._claimed(lora)
-        measured = unclaimed.any() and (self._clean_steps < MEASURED_STEPS or lora[unclaimed].any())
+        always = self._clean_steps < MEASURED_STEPS or self.capture.embeds
+        measured = unclaimed.any() and (always or lora[unclaimed].any())
         return Step(rows, sampled, mixed=bool(measured), active=tuple(self._grams))
 
     def _claimed(self, lora: npt.NDArray[np.int64]) -> Bools:
