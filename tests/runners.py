@@ -15,7 +15,7 @@ from pathlib import Path
 TESTS = Path(__file__).parent
 ENGINE_TESTS = ("test_vllm_engine.py", "test_vllm_mixed.py", "test_vllm_pushed.py", "test_vllm_compiled.py")
 """The files whose engines run on the runner that the environment selects."""
-STEPS = "healthy or shrink or contaminated or half_filled or cache or computed or one_id"
+STEPS = "healthy or embedding_is or shrink or contaminated or half_filled or cache or computed or one_id"
 """For pytest's `-k`: the tests that read steps, which is where the runners differ."""
 RUNNERS = ("V1", "V2")
 

@@ -9,9 +9,13 @@ from importlib.metadata import entry_points, requires, version
 from pathlib import Path
 
 import pytest
+from answering import answering, server
 
 ROOT = Path(__file__).parent.parent
-CORE = ("msgspec", "numpy", "regex", "rich", "rich-argparse", "safetensors", "markdown-it-py", "mdurl", "pygments")
+CORE = (
+    *("msgspec", "numpy", "regex", "rich", "rich-argparse", "safetensors", "markdown-it-py", "mdurl", "pygments"),
+    *("httpx", "httpcore", "anyio", "certifi", "idna", "h11", "typing_extensions"),
+)
 
 
 def build(source: Path, target: Path) -> Path:
@@ -40,7 +44,11 @@ def test_nothing_of_ours_requires_vllm() -> None:
 
 def test_entry_points() -> None:
     engines = {point.name: point.value for point in entry_points(group="lora_probe.engines")}
-    assert engines == {"peft": "lora_probe.engines.peft.engine:PeftEngine", "vllm": "lora_probe_vllm.engine:VllmEngine"}
+    assert engines == {
+        "peft": "lora_probe.engines.peft.engine:PeftEngine",
+        "server": "lora_probe.engines.server.engine:ServerEngine",
+        "vllm": "lora_probe_vllm.engine:VllmEngine",
+    }
     predictors = {point.name: point.value for point in entry_points(group="lora_probe.predictors")}
     assert predictors == {name: f"lora_probe.prediction.{name}:PREDICTOR" for name in ("peft", "vllm")}
     plugins = {point.name: point.value for point in entry_points(group="vllm.general_plugins")}
@@ -78,6 +86,10 @@ def test_the_core_alone_inspects_and_shows(adapter: Path, peft_trace: object, tm
         assert word in run.stderr
         assert "pip install" in run.stderr
     assert list(tmp_path.glob("*.lptrace")) == [trace]
+    with answering(server) as asked:
+        run = call("trace", "--engine", "server", "--url", asked.url, "--adapter", "mine")
+    assert run.returncode == 0, run.stderr
+    assert "adapter `mine` changes the server's answers" in run.stdout
 
 
 @pytest.mark.parametrize("path", ["setup.cfg", "plugins/vllm/setup.cfg"])

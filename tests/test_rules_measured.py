@@ -28,6 +28,10 @@ CASES: dict[str, tuple[Any, tuple[Any, ...], str, str]] = {
     "LP605": (lp6_applying.not_finite_output, (), "wrong", "NaN or infinity"),
     "LP606": (lp6_applying.not_in_its_slot, ("a", AFFECTED), "wrong", "3 rows of 2 requests for `a` ran with a slot"),
     "LP607": (lp6_applying.other_weights_in_prefix_cache, ("a", AFFECTED), "wrong", "3 cached positions of 2 requests"),
+    "LP608": (lp6_applying.served_as_base, ("a", "b"), "wrong", "requests for `a` exactly as those for its base `b`"),
+    "LP609": (lp6_applying.served_at_another_scaling, ("a", 2.8284), "wrong", "runs `a` at 2.83 times the scaling"),
+    "LP610": (lp6_applying.served_other_weights, ("a", 0.5, 0.25), "wrong", "differ by 0.5 from PEFT's"),
+    "LP611": (lp6_applying.served_on_another_base, ("m", 1.5), "wrong", "base model is not `m`"),
 }
 
 

@@ -99,6 +99,7 @@ def test_both_engines_have_the_same_numbers(
         assert first.delta_norm is not None
         assert first.delta_norm > 0
     capsys.readouterr()
-    status, out, err = call("show", here.path, there.path, "--module", Q, "--token", 3, capsys=capsys)
+    both = "show", here.path, there.path, "--module", Q, "--token", 3, "--format", "json"
+    status, out, err = call(*both, capsys=capsys)
     assert (status, err) == (0, "")
-    assert "model.layers.0.self_attn.qkv_proj[0]" in out
+    assert [walk["engine_as"] for walk in json.loads(out)["walks"]] == [Q, "model.layers.0.self_attn.qkv_proj[0]"]

@@ -38,8 +38,8 @@ LEAST = 3.0
 CLOSE = 0.1
 """A factor that differs from 1 by more is another scaling."""
 OTHER_BASE = 0.5
-"""Base models that differ by more are not the same model in another dtype: bfloat16 gives 0.01 to 0.05, and four bits
-give 0.1 to 0.2."""
+"""Base models that differ by more are not the same model in another dtype: bfloat16 gives up to 0.05, and four bits
+give up to 0.2."""
 SCALINGS = (0.0, 2.0, 0.5, -1.0, 4.0, 0.25, 8.0, 0.125, 16.0, 0.0625)
 """The scalings that are tried first, relative to the trained one; then the best of them is refined."""
 STEP, REFINEMENTS, ENOUGH = 0.02, 5, 1e-4
