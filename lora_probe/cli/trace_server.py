@@ -23,9 +23,10 @@ NOT_THERE = ("--follow", "--lora-dtype", "--max-lora-rank", "--max-loras", "--ma
 def add_server(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "server",
-        "with --engine server: any OpenAI-compatible server, which is neither changed nor restarted. Without CKPT: "
-        "whether the adapter changes its answers. With CKPT: whether it runs this adapter, as trained; PEFT runs the "
-        "same tokens. A key is read from OPENAI_API_KEY",
+        "for --engine server: any OpenAI-compatible server; it is not changed\n"
+        "without CKPT: whether the adapter changes its answers\n"
+        "with CKPT: whether it runs this adapter, as trained (PEFT runs the\n"
+        "same tokens); the key is read from OPENAI_API_KEY",
     )
     group.add_argument("--url", metavar="URL", help="for example http://localhost:8000")
     group.add_argument("--adapter", metavar="NAME", help="the adapter's name in the server, as in /v1/models")
