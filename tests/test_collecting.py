@@ -11,6 +11,7 @@ from conftest import call
 from served import A, B, mixed
 
 from lora_probe import open_trace
+from lora_probe.recording import SCHEMA, Prompt, Run, RunSpec, write_json
 from lora_probe.recording.runs import LAUNCH
 
 
@@ -37,6 +38,21 @@ def test_two_nodes_become_one_trace(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert [worker.process.rank for worker in trace.workers] == [0, 1]
     assert trace.complete
     assert {entry.name for entry in tmp_path.iterdir()} == {"node-0", "node-1", "run.lptrace"}
+
+
+def test_a_run_of_trace_has_its_request_on_one_node(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    nodes = [node(tmp_path / f"node-{rank}", rank) for rank in range(2)]
+    for folder in nodes:
+        (path,) = folder.glob("vllm-rank-*/process.json")
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"launch": "engine 0"}))
+    (nodes[0] / LAUNCH).unlink()
+    spec = RunSpec("vllm", "/adapters/A", "A", "/models/base", [Prompt("hello")], 4)
+    write_json(nodes[0] / "run.json", Run(SCHEMA, "2026-01-01T00:00:00+00:00", spec, {}))
+    status, _, err = call("collect", *nodes, "-o", tmp_path / "run.lptrace", capsys=capsys)
+    assert status == 0, err
+    trace = open_trace(tmp_path / "run.lptrace")
+    assert trace.run is not None
+    assert len(trace.workers) == 2
 
 
 def test_what_is_not_of_one_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

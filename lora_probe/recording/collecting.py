@@ -62,7 +62,10 @@ def _require_one_start(traces: Sequence[Trace]) -> None:
 
 
 def _start(trace: Trace) -> str:
-    """What all processes of one start have in common."""
+    """What all processes of one start have in common. Only one node has the run.json of a run of `trace`."""
+    launches = {worker.process.launch for worker in trace.workers}
+    if len(launches) == 1 and all(launches):
+        return launches.pop()
     if trace.run is not None:
         return f"{trace.run.created} {trace.run.spec.engine}"
     path = trace.path / LAUNCH

@@ -70,7 +70,8 @@ class Process(msgspec.Struct, frozen=True):
     be written. `dropped_events` of the load timeline were left out for the same bound, and
     `lost_records` of events.jsonl could not be written either. `control` is the last request in control.json that the
     process has answered. `replica` is the number of the engine among those that serve the same model (data
-    parallelism); the loads of replica n are numbered from n times REPLICA_LOADS on.
+    parallelism); the loads of replica n are numbered from n times REPLICA_LOADS on. `launch` is the same in all
+    processes of one start of an engine.
     """
 
     schema: int
@@ -98,6 +99,7 @@ class Process(msgspec.Struct, frozen=True):
     lost_records: int = 0
     control: str = ""
     replica: int = 0
+    launch: str = ""
 
 
 class LoadEvent(msgspec.Struct, frozen=True, tag="event", tag_field="kind"):

@@ -114,6 +114,7 @@ class Probe:
             engine="vllm",
             rank=self.rank,
             replica=self.replica,
+            launch=launch,
             pid=os.getpid(),
             versions={"vllm": vllm_version()},
             keep=self.keep,
