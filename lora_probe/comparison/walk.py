@@ -7,7 +7,7 @@ row. Two traces of the same tokens give two walks that can be read side by side.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from lora_probe.errors import ProbeError
 from lora_probe.files import shown
-from lora_probe.names import Key, in_words
+from lora_probe.names import Key, in_words, ranges
 from lora_probe.precision import finite
 from lora_probe.recording import DECODE, Floats, Load, RequestRecord, Rows, Trace
 from lora_probe.recording.rows import TABLES
@@ -175,7 +175,7 @@ def _row(rows: Rows, request: str, position: int | None, record: RequestRecord |
     if at not in numbers:
         raise ProbeError(
             f"no row at token {position} of request `{shown(request)}`",
-            f"its rows are those of tokens {_ranges(positions)}; the first ones may come from the prefix cache",
+            f"its rows are those of tokens {ranges(positions)}; the first ones may come from the prefix cache",
         )
     return numbers[at]
 
@@ -227,18 +227,3 @@ def _numbers(values: Floats) -> tuple[float, ...]:
 def _listed(names: Sequence[str]) -> str:
     more = f" and {len(names) - MOST} more" if len(names) > MOST else ""
     return in_words([f"`{shown(name)}`" for name in names[:MOST]]) + more
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """`0-3, 7`."""
-    return ", ".join(f"{low}-{high}" if high > low else str(low) for low, high in _runs(numbers))
-
-
-def _runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
-    first = last = numbers[0]
-    for number in numbers[1:]:
-        if number != last + 1:
-            yield first, last
-            first = number
-        last = number
-    yield first, last
