@@ -229,8 +229,6 @@ class Client:
         if status in (401, 403):
             how = "refuses the key" if self._key else "asks for a key"
             return EngineFailed(f"the server at {self.url} {how} (status {status})", f"set {KEY} to the server's key")
-        if status == 404 and path == "/v1/completions" and not told:
-            status = 405
         if status == 405 or (status == 404 and "model" not in told.lower()):
             what = "/v1/models: is it OpenAI-compatible?" if path == "/v1/models" else f"{path}: is it chat-only?"
             hint = (
