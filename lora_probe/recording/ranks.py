@@ -27,13 +27,15 @@ from lora_probe.recording.rows import TABLES, Rows, concatenate, selected, widen
 Shards = Mapping[Key, Shard | None]
 
 
+NORMS = ("x_norm", "base_norm", "delta_norm", "output_norm")
+
+
 @dataclass(frozen=True)
 class _Member:
-    """One rank that has a part of a module: its rows, in the common order."""
+    """One rank that has a part of a module: its rows, in the common order, and the module's column there."""
 
     rows: Rows
     column: int
-    part: int
 
 
 def joined_ranks(ranks: Sequence[tuple[Rows, Shards]]) -> Rows:
@@ -72,7 +74,7 @@ def _copy_columns(
     here = np.array(list(places.values()), np.intp)
     there = np.array([row_of[at] for at in places], np.intp)
     columns = np.array([joined.modules.index(key) for key in rows.modules], np.intp)
-    for name in ("x_norm", "base_norm", "delta_norm", "output_norm"):
+    for name in NORMS:
         getattr(joined, name)[np.ix_(there, columns)] = getattr(rows, name)[here]
     if rows.shrink is not None and joined.shrink is not None:
         width = rows.shrink.shape[-1]
@@ -87,16 +89,15 @@ def _copy_columns(
 def _joined_stage(ranks: Sequence[tuple[Rows, Shards]]) -> Rows:
     """The ranks that have the same modules, with the rows that all of them have."""
     aligned = _aligned([rows for rows, _ in ranks])
-    keys = tuple(dict.fromkeys(key for rows in aligned for key in rows.modules))
-    first = widened(aligned[0], keys)
     shards = [of_rank for _, of_rank in ranks]
-    rank = max((rows.shrink.shape[-1] for rows in aligned if rows.shrink is not None), default=0)
-    joined = _Joined(first, keys, rank, any(rows.shrink is not None for rows in aligned))
-    for number, key in enumerate(keys):
-        members, axis = _members(aligned, shards, key)
+    modules = [_members(aligned, shards, column) for column in range(len(aligned[0].modules))]
+    ranks_of_shrink = [rows.shrink.shape[-1] for rows in aligned if rows.shrink is not None]
+    joined = _Joined(aligned[0], max(ranks_of_shrink, default=None))
+    for column, (members, axis) in enumerate(modules):
         if members:
-            joined.add(number, key, members, axis)
-    return joined.result(_placed(aligned, shards, keys))
+            joined.add(column, members, axis)
+    loads = dict.fromkeys(load for rows in aligned for load in rows.placed)
+    return joined.result({load: _placed(load, modules) for load in loads})
 
 
 def _aligned(ranks: Sequence[Rows]) -> list[Rows]:
@@ -119,15 +120,14 @@ def _places(rows: Rows) -> dict[tuple[str, int, int], int]:
     return places
 
 
-def _members(ranks: Sequence[Rows], shards: Sequence[Shards], key: Key) -> tuple[list[_Member], str]:
+def _members(ranks: Sequence[Rows], shards: Sequence[Shards], column: int) -> tuple[list[_Member], str]:
     """The ranks that have different parts of a module, and the axis along which it is divided, "" if it is not."""
-    having = [(rows, of_rank.get(key)) for rows, of_rank in zip(ranks, shards, strict=True) if key in rows.modules]
+    key = ranks[0].modules[column]
+    having = [(rows, of_rank.get(key)) for rows, of_rank in zip(ranks, shards, strict=True)]
     rows, shard = having[0]
     if shard is None:
-        return [_Member(rows, rows.modules.index(key), 0)], ""
-    parts = {
-        of.part: _Member(rows, rows.modules.index(key), of.part) for rows, of in reversed(having) if of is not None
-    }
+        return [_Member(rows, column)], ""
+    parts = {of.part: _Member(rows, column) for rows, of in reversed(having) if of is not None}
     whole = sorted(parts) == list(range(shard.parts))
     return [parts[number] for number in sorted(parts)] if whole else [], shard.axis
 
@@ -135,16 +135,17 @@ def _members(ranks: Sequence[Rows], shards: Sequence[Shards], key: Key) -> tuple
 class _Joined:
     """The columns of all ranks together, one module after the other."""
 
-    def __init__(self, first: Rows, keys: tuple[Key, ...], rank: int, shrink: bool) -> None:
+    def __init__(self, first: Rows, rank: int | None) -> None:
+        """`rank` is the widest of x·Aᵀ, None if it was not kept."""
         self._first = first
-        shape = len(first), len(keys)
-        names = ("x_norm", "base_norm", "delta_norm", "output_norm")
-        self._columns = {name: np.full(shape, np.nan, np.float32) for name in names}
-        self._shrink = np.full((*shape, rank), np.nan, np.float32) if shrink else None
+        shape = len(first), len(first.modules)
+        self._columns = {name: np.full(shape, np.nan, np.float32) for name in NORMS}
+        self._shrink = np.full((*shape, rank), np.nan, np.float32) if rank is not None else None
         self._tables: dict[str, dict[Key, Floats]] = {name: {} for name in TABLES}
 
-    def add(self, number: int, key: Key, members: Sequence[_Member], axis: str) -> None:
+    def add(self, number: int, members: Sequence[_Member], axis: str) -> None:
         """A module: the four norms, x·Aᵀ, and whole tensors if they were kept."""
+        key = self._first.modules[number]
         outputs = _quadrature if axis == "output" else _of_first
         inputs = _quadrature if axis == "input" else _of_first
         self._columns["x_norm"][:, number] = inputs(members, "x_norm")
@@ -233,21 +234,14 @@ def _grams(member: _Member) -> Iterator[tuple[int, Floats]]:
             yield load, placed.gram[member.column]
 
 
-def _placed(ranks: Sequence[Rows], shards: Sequence[Shards], keys: tuple[Key, ...]) -> dict[int, Placed]:
-    """G of each load at every module: the sum over the parts of an output, as each has some rows of B; the same on all
+def _placed(load: int, modules: Sequence[tuple[list[_Member], str]]) -> Placed:
+    """G of a load at every module: the sum over the parts of an output, as each has some rows of B; the same on all
     ranks otherwise. A digest of one rank is not that of the whole weights, so sharded modules have none."""
-    loads = dict.fromkeys(load for rows in ranks for load in rows.placed)
-    return {load: _placed_of(load, ranks, shards, keys) for load in loads}
-
-
-def _placed_of(load: int, ranks: Sequence[Rows], shards: Sequence[Shards], keys: tuple[Key, ...]) -> Placed:
     digests, grams = [], []
-    for key in keys:
-        members, axis = _members(ranks, shards, key)
-        held = [member.rows.placed[load] for member in members if load in member.rows.placed]
-        columns = [member.column for member in members]
-        digests.append(held[0].digests[columns[0]] if held and not axis else "")
-        parts = [of.gram[column] for of, column in zip(held, columns, strict=False) if of.gram is not None]
+    for members, axis in modules:
+        held = [(member.rows.placed[load], member.column) for member in members if load in member.rows.placed]
+        digests.append(held[0][0].digests[held[0][1]] if held and not axis else "")
+        parts = [of_load.gram[column] for of_load, column in held if of_load.gram is not None]
         widest = max((part.shape[-1] for part in parts), default=0)
         wide = [at_rank(part, widest) for part in parts]
         whole = len(parts) == len(members) and bool(parts)

@@ -23,7 +23,7 @@ from lora_probe.ledger import Finding, Ledger, Row, Station, completed, worse
 from lora_probe.names import Key
 from lora_probe.recording.documents import document
 from lora_probe.recording.process_trace import Dropped, ProcessTrace, open_process, refuse_deep, refuse_newer
-from lora_probe.recording.ranks import joined_ranks
+from lora_probe.recording.ranks import Shards, joined_ranks
 from lora_probe.recording.records import (
     Load,
     LoadEvent,
@@ -105,9 +105,7 @@ class Trace:
     @cached_property
     def parallel(self) -> bool:
         """Whether a worker does not have all layers, or all of each layer."""
-        return len(self.workers) > 1 or any(
-            record.shard for worker in self.workers for record in worker.of(ModuleRecord)
-        )
+        return len(self.workers) > 1 or self._sharded
 
     @cached_property
     def unjoined(self) -> str:
@@ -116,8 +114,16 @@ class Trace:
         parallel = any(worker.process.settings.get("tensor_parallel_size", 1) != 1 for worker in self.workers)
         if not parallel or len(self.workers) == 1 or not self.modules:
             return ""
-        shards = (record.shard for worker in self.workers for record in worker.of(ModuleRecord))
-        return "" if any(shards) else f"{len(self.workers)} workers hold shards, and none recorded which"
+        return "" if self._sharded else f"{len(self.workers)} workers hold shards, and none recorded which"
+
+    @property
+    def _sharded(self) -> bool:
+        return any(shard for of_worker in self._shards.values() for shard in of_worker.values())
+
+    @cached_property
+    def _shards(self) -> Mapping[Path, Shards]:
+        """What each worker has of every module, by its folder."""
+        return {w.folder: {record.key: record.shard for record in w.of(ModuleRecord)} for w in self.workers}
 
     @cached_property
     def requests(self) -> tuple[RequestRecord, ...]:
@@ -225,8 +231,7 @@ class Trace:
             if rows is None:
                 # A pipeline rank may have no module of this adapter; a part that is missing is NaN.
                 continue
-            shards = {record.key: record.shard for record in worker.of(ModuleRecord)}
-            parts.append((rows if load is None else _only(rows, load), shards))
+            parts.append((rows if load is None else _only(rows, load), self._shards[worker.folder]))
         if not parts:
             return None
         return parts[0][0] if len(parts) == 1 and not any(parts[0][1].values()) else joined_ranks(parts)

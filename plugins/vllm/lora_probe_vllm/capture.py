@@ -279,7 +279,7 @@ class Capture:
                 if watched.widths is None and watched.number not in step.shrink:
                     self.bypassed.update(column.key for column in watched.columns)
                 fused = output[0] if isinstance(output, tuple) else output
-                if (samples := [c.key for c in watched.columns if c.key in step.samples]) and watched.embeds:
+                if watched.embeds and (samples := [c.key for c in watched.columns if c.key in step.samples]):
                     tokens = _one_hot(args[0][step.sampled], layer.org_vocab_size)
                     step.samples |= {key: (tokens, step.samples[key][1]) for key in samples}
                 widths = watched.widths or step.widths.get(watched.number) or layer.output_slices

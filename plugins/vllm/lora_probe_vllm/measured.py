@@ -115,7 +115,7 @@ class Columns:
     def norms(self, values: Mapping[int, Any], step: Step) -> Floats:
         """Norms of slices `[rows, modules]` from those of the chunks of every layer that ran."""
         if not values:
-            return self._wide(len(step.rows), None, np.array([], np.intp))
+            return self._missing(len(step.rows))
         arrangement = self._arrangement(values, step)
         chunks = torch.cat(list(values.values()), dim=1).cpu().numpy()
         if not arrangement.whole:
@@ -126,7 +126,7 @@ class Columns:
     def of_layers(self, values: Mapping[int, Any], step: Step) -> Floats:
         """`[rows, modules]` from one value a row of every layer that ran."""
         if not values:
-            return self._wide(len(step.rows), None, np.array([], np.intp))
+            return self._missing(len(step.rows))
         arrangement = self._arrangement(values, step)
         table = torch.stack(list(values.values()), dim=1).cpu().numpy()
         return self._wide(len(step.rows), table[:, arrangement.layers], arrangement.where)
@@ -135,7 +135,7 @@ class Columns:
         """`[rows, modules, *shape]` from a value for each module that ran."""
         where = [number for number, column in enumerate(self._columns) if column.key in values]
         if not where:
-            return self._wide(count, None, np.array([], np.intp), *shape)
+            return self._missing(count, *shape)
         table = torch.stack([values[self._columns[number].key] for number in where], dim=1).cpu().numpy()
         return self._wide(count, table, np.array(where, np.intp), *shape)
 
@@ -149,8 +149,7 @@ class Columns:
         """
         count, modules = len(step.rows), len(self._columns)
         if not step.shrink:
-            nothing = np.full((count, modules), np.nan, np.float32)
-            return Stacked(np.zeros((count, modules, 0), np.float32), nothing, np.array([], np.intp))
+            return Stacked(np.zeros((count, modules, 0), np.float32), self._missing(count), np.array([], np.intp))
         arrangement = self._arrangement(step.shrink, step)
         where = arrangement.where
         shrink = torch.cat([values[:, :count] for values in step.shrink.values()])
@@ -194,13 +193,16 @@ class Columns:
             whole=max(of_slices) == 1,
         )
 
-    def _wide(self, count: int, values: Floats | None, where: Indices, *shape: int) -> Floats:
+    def _missing(self, count: int, *shape: int) -> Floats:
+        """`[rows, modules, *shape]` where no module ran."""
+        return np.full((count, len(self._columns), *shape), np.nan, np.float32)
+
+    def _wide(self, count: int, values: Floats, where: Indices, *shape: int) -> Floats:
         """`[rows, modules, *shape]`, where `values` are those of the modules `where`."""
-        if values is not None and len(where) == len(self._columns):
+        if len(where) == len(self._columns):
             return values
-        wide = np.full((count, len(self._columns), *shape), np.nan, np.float32)
-        if values is not None:
-            wide[:, where] = values
+        wide = self._missing(count, *shape)
+        wide[:, where] = values
         return wide
 
 
