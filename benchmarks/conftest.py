@@ -5,6 +5,7 @@ pytest benchmarks/ --benchmark-only --adapter CKPT --model BASE
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -58,10 +59,20 @@ def settings(request: pytest.FixtureRequest) -> Settings:
 
 @dataclass
 class Speeds:
-    """Tokens per second by mode, and the mode that each is compared with."""
+    """Tokens per second by mode, and the mode that each is compared with. `rounds` are the ratios within each round, of
+    modes that took turns."""
 
     measured: dict[str, float] = field(default_factory=dict)
     against: dict[str, str] = field(default_factory=dict)
+    rounds: dict[str, list[float]] = field(default_factory=dict)
+
+    def line(self, mode: str) -> str:
+        speed, other = self.measured[mode], self.against.get(mode)
+        line = f"{mode:<38}{speed:9.1f}"
+        if ratios := self.rounds.get(mode):
+            low, middle, high = statistics.quantiles(ratios, n=4)
+            return f"{line}   {middle:.3f} of {other} ({len(ratios)} rounds, the middle half {low:.3f} to {high:.3f})"
+        return f"{line}   {speed / self.measured[other]:.3f} of {other}" if other in self.measured else line
 
 
 SPEEDS = Speeds()
@@ -102,7 +113,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if not SPEEDS.measured:
         return
     terminalreporter.section("throughput, tokens (server: requests) per second (median round)")
-    for mode, speed in SPEEDS.measured.items():
-        other = SPEEDS.against.get(mode)
-        ratio = f"   {speed / SPEEDS.measured[other]:.3f} of {other}" if other in SPEEDS.measured else ""
-        terminalreporter.write_line(f"{mode:<38}{speed:9.1f}{ratio}")
+    for mode in SPEEDS.measured:
+        terminalreporter.write_line(SPEEDS.line(mode))

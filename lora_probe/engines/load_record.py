@@ -48,6 +48,8 @@ class _Counters:
     `reference` and `bound` are sums of squares over the sampled rows."""
 
     applied: int = 0
+    routed: int | None = None
+    """How many of the rows that requested the adapter were meant for this module; None: all of them."""
     sampled: int = 0
     error: float = 0.0
     reference: float = 0.0
@@ -191,6 +193,13 @@ class LoadRecord:
         for key in keys:
             self._counters_of(key).applied += applied
 
+    def routed(self, keys: Iterable[Key], requested: int, applied: int) -> None:
+        """The same for experts: of the rows that requested this load, `requested` were routed to `keys`."""
+        for key in keys:
+            counters = self._counters_of(key)
+            counters.routed = (counters.routed or 0) + requested
+            counters.applied += applied
+
     def contaminated(self, rows: Mapping[str, int]) -> None:
         """Rows of one step, by request, that asked for no adapter and got this load's contribution."""
         self._requests.add(contamination, rows)
@@ -286,6 +295,9 @@ class LoadRecord:
             applied[row.key] = self._applied(counters)
             if applied[row.key].value == "absent":
                 continue
+            if applied[row.key].value == "unknown":
+                agrees[row.key] = applied[row.key]
+                continue
             if (reason := unjudged(row.key)) is not None:
                 agrees[row.key] = not_measured(reason)
                 continue
@@ -300,9 +312,12 @@ class LoadRecord:
             self._writer.event("agree", text, errors=facts, tolerance=agrees_tolerance(self._dtype))
 
     def _applied(self, counters: _Counters) -> Finding:
+        requested = self._requested if counters.routed is None else counters.routed
+        if not requested:
+            return not_measured("the router sent no token to this expert")
         if counters.applied == 0:
-            return never_applied(self._requested)
-        return rows_missed(counters.applied, self._requested) if counters.applied != self._requested else OK
+            return never_applied(requested)
+        return rows_missed(counters.applied, requested) if counters.applied != requested else OK
 
     def _agrees(self, counters: _Counters) -> Finding:
         limit = agrees_tolerance(self._dtype)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from lora_probe.adapter.checkpoint import FROZEN
 from lora_probe.base.engine_view import CLASSIFIER_HEADS
 from lora_probe.files import brief, shown
-from lora_probe.names import PREFIX, Key, layer_of, projection_of
+from lora_probe.names import PREFIX, Key, Universe, layer_of, name_modules, projection_of
 from lora_probe.rules.lp2_files import EMBEDDINGS
 from lora_probe.rules.paths import RENAME, listed
 from lora_probe.rules.registry import AdapterFinding, Family, survey
@@ -186,14 +186,14 @@ def experts_incomplete(subject: Subject) -> Iterator[AdapterFinding]:
         if module.kind == "experts":
             groups.setdefault(name[: name.find(".experts")], []).append(name)
     for layer, names in groups.items():
-        held = [name for name in names if name in resolved]
-        if view.experts == "3d":
-            held = [name for name in (f"{layer}.experts", f"{layer}.experts.base_layer") if name in resolved]
-        wanted = 2 if view.experts == "3d" else len(names)
-        if held and len(held) < wanted:
-            experts = f"`{shown(f'{layer}.experts')}`"
+        wanted = [f"{layer}.experts", f"{layer}.experts.base_layer"] if view.experts == "3d" else names
+        missing = [name for name in wanted if name not in resolved]
+        if missing and len(missing) < len(wanted):
+            experts, held = f"`{shown(f'{layer}.experts')}`", len(wanted) - len(missing)
             yield AdapterFinding(
-                f"{experts} has {len(held)} of the {wanted} pairs that vLLM packs together", refuses=True
+                f"{experts} has {held} of the {len(wanted)} pairs that vLLM packs together; "
+                f"missing: {name_modules(missing, Universe(tuple(view.modules)))}",
+                refuses=True,
             )
             return
 

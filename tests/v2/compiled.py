@@ -74,21 +74,30 @@ def force_compilation() -> None:
     """Compile with Inductor from the next engine on. To be called before an engine's modules are imported."""
     from vllm.config import CompilationMode
     from vllm.platforms.cpu import CpuPlatform
-    from vllm.utils import torch_utils
 
-    decide, register = CpuPlatform.check_and_update_config, torch_utils.direct_register_custom_op
+    decide = CpuPlatform.check_and_update_config
 
     def check_and_update_config(vllm_config: Any) -> None:
         decide(vllm_config)
         vllm_config.compilation_config.mode = CompilationMode.DYNAMO_TRACE_ONCE
         vllm_config.compilation_config.backend = "inductor"
 
+    CpuPlatform.check_and_update_config = staticmethod(check_and_update_config)
+    use_gpu_wrapper()
+
+
+def use_gpu_wrapper() -> None:
+    """Apply LoRA with vLLM's wrapper for GPUs from the next engine on."""
+    from vllm.platforms.cpu import CpuPlatform
+    from vllm.utils import torch_utils
+
+    register = torch_utils.direct_register_custom_op
+
     def direct_register_custom_op(op_name: str, op_func: Any, *args: Any, **kwargs: Any) -> Any:
         kernels = {"lora_shrink": shrink, "lora_expand": expand}
         return register(op_name, kernels.get(op_name, op_func), *args, **kwargs)
 
     wrapper = "vllm.lora.punica_wrapper.punica_gpu.PunicaWrapperGPU"
-    CpuPlatform.check_and_update_config = staticmethod(check_and_update_config)
     CpuPlatform.get_punica_wrapper = classmethod(lambda cls: wrapper)
     torch_utils.direct_register_custom_op = direct_register_custom_op
     # The V1 runner's sampler has a Triton kernel that the interpreter cannot run.

@@ -20,8 +20,9 @@ from lora_probe.names import Key
 from lora_probe.recording import Floats, Level, Placed, Rows, Served
 from lora_probe.recording.rows import TABLES, kept
 from lora_probe.recording.sketch import SKETCH, projection
+from lora_probe_vllm.experts import ExpertStandIn
 from lora_probe_vllm.measured import Column, Columns, Stacked, Step, norm, slice_norms
-from lora_probe_vllm.seams import Patches, token_slots
+from lora_probe_vllm.seams import Patches, expert_context, token_slots
 
 
 @dataclass
@@ -37,6 +38,8 @@ class Watched:
     """Its input is sharded over ranks, so what runs here is a partial sum."""
     embeds: bool = False
     """It is an embedding: its input are the ids of tokens."""
+    routes: bool = False
+    """It is a layer of experts, which has no columns."""
 
 
 class StandIn:
@@ -107,8 +110,7 @@ class StandIn:
 
     def _before(self, step: Step, y: torch.Tensor, x: torch.Tensor, output_slices: tuple[int, ...]) -> None:
         count, layer = len(step.rows), self._watched.number
-        if step.slots is None:
-            step.slots = token_slots(self._real, count).clone()
+        self._capture.look_up_slots(step, self._real)
         step.widths[layer] = output_slices
         step.x_norm[layer] = norm(x[:count])
         step.base_norm[layer] = slice_norms(y[:count], output_slices)
@@ -162,6 +164,8 @@ class Capture:
         self._step: Step | None = None
         self.bypassed: set[Key] = set()
         """Columns whose layer ran without calling the stand-in: it applies LoRA in a way that is not captured."""
+        self._bypassed_experts: set[int] = set()
+        """The numbers of layers of experts that ran in such a way."""
         self.columns: dict[Key, Column] = {}
         self.arranged = Columns(())
         """The same columns, which turn the measurements of a step into rows."""
@@ -183,6 +187,23 @@ class Capture:
             if is_new and (not self.transient or self._observing is not None):
                 self._install(watched)
 
+    def watch_experts(self, layer: Any) -> int:
+        """Record the experts of a layer from now on. Returns the layer's number."""
+        is_new = id(layer) not in self._watched
+        watched = self._watched.setdefault(id(layer), Watched(layer, len(self._watched), routes=True))
+        if is_new and (not self.transient or self._observing is not None):
+            self._install(watched)
+        return watched.number
+
+    def why_no_experts(self, layer: Any) -> str | None:
+        """Why nothing of a layer of experts was recorded; None if its kernels called the stand-in whenever it ran."""
+        watched = self._watched.get(id(layer))
+        if watched is None:
+            return "the adapter never got a slot"
+        if watched.number in self._bypassed_experts:
+            return "the kernels of these experts apply LoRA in a way that is not captured yet"
+        return None
+
     def watch_output(self, key: Key, layer: Any, index: int, widths: list[int]) -> None:
         """Record the output of slice `index` of a layer without LoRA; `widths` are those of all its slices."""
         watched, is_new = self._column(key, layer, index)
@@ -203,6 +224,12 @@ class Capture:
         patches = self._observing if self.transient else self._patches
         assert patches is not None
         layer = watched.layer
+        if watched.routes:
+            context = expert_context(layer)
+            patches.callback(setattr, context, "punica_wrapper", context.punica_wrapper)
+            context.punica_wrapper = ExpertStandIn(context.punica_wrapper, layer, watched.number, self)
+            patches.callback(layer.register_forward_hook(self._after_experts(watched)).remove)
+            return
         real = layer.punica_wrapper
         layer.punica_wrapper = StandIn(real, watched, self)
         patches.callback(setattr, layer, "punica_wrapper", real)
@@ -227,6 +254,7 @@ class Capture:
         """Remove every stand-in and hook."""
         self._patches.close()
         self.columns, self._watched, self._step, self.bypassed = {}, {}, None, set()
+        self._bypassed_experts = set()
         self.arranged = Columns(())
 
     @property
@@ -240,7 +268,7 @@ class Capture:
         opened when the model is called; it is closed when the block ends."""
 
         def before(model: Any, args: Any) -> None:
-            if self.columns:
+            if self._watched:
                 with self.guard("the start of a step"):
                     self._step = begin()
 
@@ -263,6 +291,11 @@ class Capture:
     def embeds(self) -> bool:
         """Whether an embedding is recorded, of which a shrink of zero proves nothing."""
         return any(watched.embeds for watched in self._watched.values())
+
+    def look_up_slots(self, step: Step, punica: Any) -> None:
+        """Which slot vLLM's table has for each row, once in a step."""
+        if step.slots is None:
+            step.slots = token_slots(punica, len(step.rows)).clone()
 
     def keeps(self, table: str) -> bool:
         """Whether the level keeps a table of single modules."""
@@ -292,6 +325,15 @@ class Capture:
                     if self.sketching:
                         parts = rows.split(list(widths), dim=-1)
                         step.sketch |= {column.key: self._sketch(parts[column.slice]) for column in watched.columns}
+
+        return hook
+
+    def _after_experts(self, watched: Watched) -> Callable[..., None]:
+        """A hook that notices experts whose kernels did not call the stand-in."""
+
+        def hook(layer: Any, args: Any, output: Any) -> None:
+            if self._step is not None and watched.number not in self._step.routed:
+                self._bypassed_experts.add(watched.number)
 
         return hook
 

@@ -20,6 +20,7 @@ import torch
 
 from lora_probe.names import Key
 from lora_probe.recording import Floats
+from lora_probe_vllm.experts import Routed
 from lora_probe_vllm.rows import StepRows
 
 MOST_CHUNKS = 64
@@ -59,6 +60,8 @@ class Step:
     output_norm: dict[int, Any] = field(default_factory=dict)
     written_norm: dict[int, Any] = field(default_factory=dict)
     inner: dict[int, Any] = field(default_factory=dict)
+    routed: dict[int, Routed] = field(default_factory=dict)
+    """What ran in layers of experts."""
     sketch: dict[Key, Any] = field(default_factory=dict)
     samples: dict[Key, tuple[Any, Any]] = field(default_factory=dict)
     x: dict[Key, Any] = field(default_factory=dict)

@@ -317,6 +317,11 @@ def token_slots(punica: Any, rows: int) -> Any:
     return punica.token_lora_indices[:rows]
 
 
+def expert_context(layer: Any) -> Any:
+    """What the kernels of a layer of experts know of its adapters: its Punica wrapper is the one that they call."""
+    return layer._moe_kernel.fused_experts._lora_context
+
+
 def module_names(manager: Any) -> list[str]:
     """The last parts of the names that the loader accepts: `expected_lora_modules` of
     `WorkerLoRAManager._load_adapter`."""

@@ -19,6 +19,7 @@ from lora_probe.engines.held import relative_difference
 from lora_probe.ledger import OK, Finding
 from lora_probe.recording import Floats, Shard
 from lora_probe.rules.lp5_loading import not_measured, placed_differs, placed_empty
+from lora_probe_vllm.experts import W2
 from lora_probe_vllm.seams import is_missing, rename_mapper, seams
 
 
@@ -39,6 +40,22 @@ class Home:
     def recordable(self) -> bool:
         """Whether the stand-in supports the layer: linear layers and embeddings, but not yet heads and experts."""
         return isinstance(self.layer, seams.linear_layer) or self.embeds
+
+    @property
+    def routes(self) -> bool:
+        """Whether it is one projection of one expert, whose rows are those that the router sends there."""
+        if not isinstance(self.layer, seams.fused_moe) or isinstance(self.layer, seams.fused_moe_3d):
+            return False
+        return bool(self.slices == self.layer.w2_lora_a_stacked[0].shape[1] * self._projections)
+
+    @property
+    def _projections(self) -> int:
+        return len(self.layer.w13_lora_a_stacked) + 1
+
+    @property
+    def expert(self) -> tuple[int, int]:
+        """The number of the expert, and 0 to 2 for w1, w2, w3: the order of vLLM's own list of an expert's modules."""
+        return divmod(self.slice, self._projections)
 
     @property
     def embeds(self) -> bool:
@@ -151,6 +168,12 @@ def placement(adapter: Adapter, pair: AdapterModule, home: Home) -> Placement | 
         return None
     a, b = adapter.values(pair.a), adapter.values(pair.b)
     layer = home.layer
+    if home.routes:
+        name = "w2" if home.expert[1] == W2 else "w13"
+        a, b = (
+            getattr(layer, f"_slice_{name}_{half}")(torch.from_numpy(values)[None])[0].contiguous().numpy()
+            for half, values in (("a", a), ("b", b))
+        )
     # An embedding and a head have A and B whole on every rank.
     if getattr(layer, "tp_size", 1) > 1 and hasattr(layer, "slice_lora_a"):
         tensors: list[Any] = [torch.from_numpy(a), torch.from_numpy(b)]
@@ -170,6 +193,11 @@ def placement(adapter: Adapter, pair: AdapterModule, home: Home) -> Placement | 
 def slot_values(home: Home, slot: int) -> tuple[torch.Tensor, torch.Tensor] | None:
     """A and s·B in the slot, with padding; None for a layer that keeps them elsewhere."""
     stacked_a, stacked_b = (getattr(home.layer, name, None) for name in ("lora_a_stacked", "lora_b_stacked"))
+    if home.routes:
+        expert, part = home.expert
+        name, index = ("w2", 0) if part == W2 else ("w13", part // 2)
+        a, b = (getattr(home.layer, f"{name}_lora_{half}_stacked")[index][slot, expert] for half in "ab")
+        return a.cpu(), b.cpu()
     if isinstance(stacked_a, torch.Tensor) and isinstance(stacked_b, torch.Tensor):
         # An embedding keeps A by token, `[slots, vocabulary, r]`; a head as linear layers do.
         a = stacked_a[slot].T if stacked_a.ndim == 3 else stacked_a[slot, 0]

@@ -16,10 +16,12 @@ import numpy.typing as npt
 
 from lora_probe.engines.sampler import Sampler
 from lora_probe.errors import ProbeError
-from lora_probe.recording import Level, Placed, TraceWriter
+from lora_probe.names import Key
+from lora_probe.recording import Floats, Level, Placed, TraceWriter
 from lora_probe.recording.rows import NO_ADAPTER, NOT_IN_ITS_SLOT, kept
 from lora_probe_vllm.blocks import Author, Blocks
 from lora_probe_vllm.capture import Capture
+from lora_probe_vllm.experts import Routes, count_routed, sample_routed
 from lora_probe_vllm.loads import ActiveLoad, SlotContents
 from lora_probe_vllm.measured import Stacked, Step
 from lora_probe_vllm.plain import locate
@@ -57,6 +59,7 @@ class Steps:
         self.sampler = Sampler()
         self.loads: dict[int, ActiveLoad] = {}
         self._contents: dict[int, SlotContents] = {}
+        self._routes: dict[int, Routes] = {}
         self._grams: dict[int, Any] = {}
         self._placed: dict[int, Placed] = {}
         self._held: dict[int, ActiveLoad] = {}
@@ -69,6 +72,12 @@ class Steps:
         """Record the layers of a load from now on."""
         self.loads[adapter_id] = load
         touched = [key for key, home in load.homes.items() if home.recordable and not load.record.ended(key)]
+        routes: dict[int, dict[tuple[int, int], Key]] = {}
+        for key, home in load.homes.items():
+            if home.routes and not load.record.ended(key):
+                routes.setdefault(self.capture.watch_experts(home.layer), {})[home.expert] = key
+        self._routes[adapter_id] = routes
+        load.record.routed([key for keys in routes.values() for key in keys.values()], 0, 0)
         for key in touched:
             home = load.homes[key]
             shard = home.shard
@@ -86,7 +95,7 @@ class Steps:
         if "events" in (keep, before.keep):
             # Requests are not followed at that level.
             self._blocks = None
-        self.loads, self._contents = {}, {}
+        self.loads, self._contents, self._routes = {}, {}, {}
         self._arrange()
         in_slots = {adapter: load for adapter, load in self._known.items() if load.slot is not None}
         if record:
@@ -107,6 +116,7 @@ class Steps:
         left = [slot for slot, held in self._held.items() if held is load and slot in self._grams]
         self._left |= {slot: self._grams[slot] for slot in left}
         self._contents.pop(adapter_id, None)
+        self._routes.pop(adapter_id, None)
         self._arrange()
 
     def close(self) -> None:
@@ -116,7 +126,7 @@ class Steps:
             with self.guard("the end of a load"):
                 load.record.finish_requests()
         self.loads, self._contents, self._grams, self._placed, self._authors = {}, {}, {}, {}, {}
-        self._held, self._left = {}, {}
+        self._held, self._left, self._routes = {}, {}, {}
         self.sampler, self._blocks = Sampler(), None
 
     def _arrange(self) -> None:
@@ -232,6 +242,7 @@ class Steps:
         for adapter, load in self.loads.items():
             requested, applied = fresh & (columns.lora == adapter), fresh & (loads == load.number)
             load.record.ran(int(requested.sum()), [key for key in ran if key in load.pairs], int(applied.sum()))
+            count_routed(step, self._routes[adapter], requested, applied, load.record)
             self._sample(adapter, load, step)
         self._blame(step, loads, stacked)
         placed = {load: self._placed[load] for load in np.unique(loads).tolist() if load >= 0}
@@ -289,19 +300,25 @@ class Steps:
         rows = [number for number, row in enumerate(step.sampled) if step.rows.lora[row] == adapter]
         if not rows:
             return
-        for key, (x, delta) in step.samples.items():
-            if key not in load.homes:
-                continue
-            try:
-                expected = load.placement(key)
-            except ProbeError:
-                # A large adapter's file is gone: `agrees` is not measured from here on.
+        for key, samples in step.samples.items():
+            x, delta = (tensor[rows].float().cpu().numpy() for tensor in samples)
+            if key in load.homes and not _compare(load, key, x, delta):
                 return
-            if expected is not None:
-                inputs, written = (tensor[rows].float().cpu().numpy() for tensor in (x, delta))
-                # An engine's vocabulary may be padded.
-                inputs = inputs[:, : expected.a.shape[1]]
-                load.record.sample(key, inputs, written, expected.a, expected.b, expected.scaling)
+        sample_routed(step, self._routes[adapter], rows, lambda key, x, delta: _compare(load, key, x, delta))
+
+
+def _compare(load: ActiveLoad, key: Key, x: Floats, delta: Floats) -> bool:
+    """Compare samples of a module with the adapter. False if a large adapter's file is gone: then `agrees` is not
+    measured from here on."""
+    try:
+        expected = load.placement(key)
+    except ProbeError:
+        return False
+    if expected is not None:
+        # An engine's vocabulary may be padded.
+        inputs = x[:, : expected.a.shape[1]]
+        load.record.sample(key, inputs, delta, expected.a, expected.b, expected.scaling)
+    return True
 
 
 def contaminated_rows(stacked: Stacked, plain: Bools, gram: Any) -> Bools:

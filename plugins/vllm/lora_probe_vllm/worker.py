@@ -308,9 +308,12 @@ class Probe:
             return "the probe failed and stopped (see the load timeline)"
         if self.not_recorded:
             return f"contributions not recorded: {self.not_recorded}"
-        if key not in active.homes or not active.homes[key].recordable:
-            return "this kind of layer is applied but not captured yet (lm_head, experts)"
-        if active.homes[key].embeds and not active.record.has_run(key):
+        home = active.homes.get(key)
+        if home is not None and home.routes:
+            return None if active.record.has_run(key) else self.steps.capture.why_no_experts(home.layer)
+        if home is None or not home.recordable:
+            return "this kind of layer is applied but not captured yet (lm_head, experts of this layout)"
+        if home.embeds and not active.record.has_run(key):
             return "the embedding ran outside of the model's forward pass"
         if key in self.steps.capture.bypassed:
             return "this layer applies LoRA in a way that is not captured yet (fully sharded, dual stream)"

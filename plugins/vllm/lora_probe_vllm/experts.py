@@ -1,0 +1,166 @@
+"""A·B of the experts of a mixture, for the tokens that the router sends to each of them.
+
+In: the Punica wrapper in the context of a layer's kernels, while vLLM runs a step. Out: which experts each row was
+routed to, x and delta of sampled rows for each expert, and from them the rows of `applied` and the samples of `agrees`.
+There are too many experts for columns in the trace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from lora_probe.engines.load_record import LoadRecord
+from lora_probe.names import Key
+from lora_probe.recording import Floats
+
+if TYPE_CHECKING:
+    from lora_probe_vllm.capture import Capture
+    from lora_probe_vllm.measured import Step
+
+W2 = 1
+"""The number of the projection that follows the activation among w1, w2, w3."""
+
+Routes = Mapping[int, Mapping[tuple[int, int], Key]]
+"""By the number of a recorded layer: the module of each expert and projection (0 to 2: w1, w2, w3)."""
+
+Bools = npt.NDArray[np.bool_]
+
+
+@dataclass
+class Routed:
+    """One layer of experts in one step. `experts: [rows, top_k]`; for each projection x `[sampled, top_k, in]` and
+    delta `[sampled, top_k, out]` of the sampled rows."""
+
+    experts: torch.Tensor
+    samples: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+
+class ExpertStandIn:
+    """Replaces the Punica wrapper of one layer of experts: delegates everything, and records both kernel calls."""
+
+    def __init__(self, real: Any, layer: Any, number: int, capture: Capture) -> None:
+        self._real, self._layer, self._number, self._capture = real, layer, number, capture
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+    def add_lora_w13(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        lora_a_stacked: tuple[torch.Tensor, ...],
+        lora_b_stacked: tuple[torch.Tensor, ...],
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        expert_map: torch.Tensor | None,
+        *more: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """`y[:, k] += s·(x·A[e]ᵀ)·B[e]ᵀ` for the k-th expert e of each token. `y: [tokens, top_k, w1 and w3]`."""
+        capture, step, real = self._capture, self._capture.step, self._real.add_lora_w13
+        arguments = lora_a_stacked, lora_b_stacked, topk_ids, topk_weights, expert_map, *more
+        # With expert parallelism these are other ranks' tokens.
+        if step is None or expert_map is not None or kwargs.get("token_lora_mapping") is not None:
+            return real(y, x, *arguments, **kwargs)
+        with capture.guard("the router's choice"):
+            capture.look_up_slots(step, self._real)
+            step.routed[self._number] = Routed(topk_ids[: len(step.rows)].clone())
+
+        def write(buffer: torch.Tensor, options: dict[str, Any]) -> Any:
+            return real(buffer, x, *arguments, **options)
+
+        def keep(delta: torch.Tensor) -> None:
+            inputs = x[step.sampled].unsqueeze(1).expand(-1, topk_ids.shape[1], -1)
+            for part, values in zip(self._parts(lora_b_stacked), delta.chunk(len(lora_b_stacked), -1), strict=True):
+                step.routed[self._number].samples[part] = inputs, values
+
+        return self._apart(step, y, topk_ids.shape[1], kwargs, write, keep)
+
+    def add_lora_w2(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        lora_a_stacked: tuple[torch.Tensor, ...],
+        lora_b_stacked: tuple[torch.Tensor, ...],
+        topk_weights: torch.Tensor,
+        *more: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """The same for w2, times the router's weight of the expert. `x: [tokens·top_k, in]`."""
+        step, real = self._capture.step, self._real.add_lora_w2
+        arguments = lora_a_stacked, lora_b_stacked, topk_weights, *more
+        if step is None or self._number not in step.routed:
+            return real(y, x, *arguments, **kwargs)
+        top_k = topk_weights.shape[-1]
+
+        def write(buffer: torch.Tensor, options: dict[str, Any]) -> Any:
+            return real(buffer, x, *arguments, **options)
+
+        def keep(delta: torch.Tensor) -> None:
+            inputs = x.view(-1, top_k, x.shape[-1])[step.sampled].float()
+            weights = topk_weights.view(-1, top_k)[step.sampled].float()
+            step.routed[self._number].samples[W2] = inputs * weights.unsqueeze(-1), delta
+
+        return self._apart(step, y, top_k, kwargs, write, keep)
+
+    def _apart(
+        self,
+        step: Step,
+        y: torch.Tensor,
+        top_k: int,
+        kwargs: dict[str, Any],
+        write: Callable[[torch.Tensor, dict[str, Any]], Any],
+        keep: Callable[[torch.Tensor], None],
+    ) -> Any:
+        """Let the kernel `write` into a buffer of its own if rows are sampled, and `keep` theirs, `[sampled, top_k,
+        out]`, before they are added."""
+        if not step.sampled:
+            return write(y, kwargs)
+        delta = torch.zeros_like(y)
+        result = write(delta, kwargs | {"add_inputs": True})
+        y.add_(delta) if kwargs.get("add_inputs", True) else y.copy_(delta)
+        with self._capture.guard("an expert's contribution"):
+            keep(delta.view(-1, top_k, delta.shape[-1])[step.sampled])
+        return result
+
+    def _parts(self, lora_b_stacked: tuple[torch.Tensor, ...]) -> list[int]:
+        """Which projections the slices of a call are: some kernels want w3 before w1."""
+        own = [stacked.data_ptr() for stacked in self._layer.w13_lora_b_stacked]
+        return [2 * own.index(stacked.data_ptr()) for stacked in lora_b_stacked]
+
+
+def count_routed(step: Step, routes: Routes, requested: Bools, applied: Bools, record: LoadRecord) -> None:
+    """Count for every expert the rows that were routed to it: those that requested the adapter, `[rows]`, and those of
+    them that ran with it."""
+    for number, routed in step.routed.items():
+        experts, of_layer = routed.experts.cpu().numpy(), routes.get(number, {})
+        ran = dict(_counts(experts[applied]))
+        for expert, rows in _counts(experts[requested]):
+            keys = [of_layer[expert, part] for part in range(3) if (expert, part) in of_layer]
+            record.routed(keys, rows, ran.get(expert, 0))
+
+
+def _counts(experts: npt.NDArray[Any]) -> Iterable[tuple[int, int]]:
+    """How many rows have each expert; a row has an expert at most once."""
+    numbers, counts = np.unique(experts, return_counts=True)
+    return zip(numbers.tolist(), counts.tolist(), strict=True)
+
+
+def sample_routed(step: Step, routes: Routes, rows: list[int], compare: Callable[[Key, Floats, Floats], bool]) -> None:
+    """Call `compare` with x and delta of every module that sampled tokens were routed to, until it returns False.
+    `rows` are the numbers of an adapter's rows among the sampled ones."""
+    for number, routed in step.routed.items():
+        of_layer = routes.get(number, {})
+        experts = routed.experts[step.sampled][rows].cpu().numpy()
+        for part, samples in routed.samples.items():
+            x, delta = (values[rows].float().cpu().numpy() for values in samples)
+            for expert in np.unique(experts).tolist():
+                key, chosen = of_layer.get((expert, part)), experts == expert
+                if key is not None and not compare(key, x[chosen], delta[chosen]):
+                    return

@@ -1,0 +1,137 @@
+"""Adapters of experts in vLLM: slots, rows and contributions of each expert, by its number.
+
+vLLM's own kernels for experts run in Triton's interpreter, on the runner that the environment selects.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from conftest import LAYERS
+from written import edited, write_adapter, write_base
+
+from lora_probe import check, open_trace
+from lora_probe.ledger import Ledger, headline
+from lora_probe.recording import Trace
+
+pytestmark = pytest.mark.engine
+
+V2 = Path(__file__).parent / "v2"
+TARGETS = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]
+MODULES = LAYERS * (3 + 4 * 3)
+LAYER = "model.layers.1.mlp.experts"
+NUMBERED = f"base_model.model.{LAYER}"
+
+
+class Served(NamedTuple):
+    """What the engine answered without and with the probe, and the trace."""
+
+    plain: dict[str, Any]
+    recorded: dict[str, Any]
+    trace: Trace
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("experts")
+    base = write_base(folder / "base", "moe")
+    each = write_adapter(folder / "each", base, target_modules=TARGETS)
+    incomplete = edited(
+        each,
+        folder / "incomplete",
+        lambda tensors: {name: t for name, t in tensors.items() if f"{NUMBERED}.2.up_proj." not in name},
+    )
+    only = edited(
+        each,
+        folder / "only",
+        lambda tensors: {name: t for name, t in tensors.items() if ".experts." in name},
+        lambda raw: raw | {"target_modules": TARGETS[3:]},
+    )
+    return {"base": base, "each": each, "incomplete": incomplete, "only": only}
+
+
+@pytest.fixture(scope="module")
+def served(adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Served:
+    folder = tmp_path_factory.mktemp("traces") / "run.lptrace"
+    each = str(adapters["each"])
+    cases = [{"name": fault or "healthy", "path": each, "fault": fault} for fault in ("", "swapped", "half", "kernel")]
+    cases += [{"name": name, "path": str(adapters[name]), "fault": ""} for name in ("only", "incomplete")]
+    settings = {
+        "PYTHONPATH": str(V2),
+        "TRITON_INTERPRET": "1",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "LORA_PROBE_KEEP": "shrink",
+    }
+    wanted = {"base": str(adapters["base"]), "traces": ["-", str(folder)], "adapters": cases}
+    done = subprocess.run(
+        [sys.executable, str(V2 / "mixture.py")],
+        input=json.dumps(wanted),
+        env=os.environ | settings,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    plain, recorded = (json.loads(line) for line in done.stdout.splitlines() if line.startswith("{"))
+    return Served(plain, recorded, open_trace(folder))
+
+
+def ledger_of(served: Served, name: str) -> Ledger:
+    (ledger,) = (ledger for load, ledger in served.trace.loads if load.name == name)
+    return ledger
+
+
+def wrong(ledger: Ledger, station: str) -> set[str]:
+    return {row.key[0] for row in ledger.rows if row.stations[station].value == "wrong"}
+
+
+def test_answers_are_those_without_the_probe(served: Served) -> None:
+    assert served.recorded == served.plain
+    assert served.plain["swapped"] != served.plain["healthy"]
+
+
+def test_every_expert_agrees(served: Served) -> None:
+    ledger = ledger_of(served, "healthy")
+    assert headline(ledger) == f"{MODULES} of {MODULES} modules took effect"
+    agreed = next(event for event in served.trace.events if event.stage == "agree")
+    errors = {module: error for module, (error, *_) in agreed.facts["errors"].items() if ".experts." in module}
+    assert len(errors) == LAYERS * 12
+    assert 0 < max(errors.values()) < 1e-5
+
+
+def test_swapped_experts_are_named_by_their_numbers(served: Served) -> None:
+    projections = ("gate_proj", "up_proj", "down_proj")
+    expected = {f"{LAYER}.{expert}.{name}" for expert in (1, 2) for name in projections}
+    ledger = ledger_of(served, "swapped")
+    assert wrong(ledger, "placed") == expected
+    assert "layer 1 experts 1-2 gate_proj, up_proj, down_proj" in headline(ledger)
+
+
+def test_half_a_scaling_in_a_slot_or_in_a_kernel(served: Served) -> None:
+    module = f"{LAYER}.3.down_proj"
+    assert wrong(ledger_of(served, "half"), "placed") == {module}
+    kernel = ledger_of(served, "kernel")
+    assert (wrong(kernel, "placed"), wrong(kernel, "agrees")) == (set(), {module})
+    assert "layer 1 experts 3 down_proj" in headline(kernel)
+
+
+def test_an_adapter_of_experts_alone(served: Served) -> None:
+    ledger = ledger_of(served, "only")
+    assert headline(ledger) == f"{LAYERS * 12} of {LAYERS * 12} modules took effect"
+
+
+def test_a_missing_expert_is_named_before_and_after(served: Served, adapters: dict[str, Path]) -> None:
+    assert served.plain["incomplete"] == "AssertionError"
+    ledger = ledger_of(served, "incomplete")
+    assert ledger.refused
+    (lost,) = (row for row in ledger.rows if row.stations["stored"].value == "absent")
+    assert lost.key[0] == f"{LAYER}.2.up_proj"
+    report = check(adapters["incomplete"], model=str(adapters["base"]))
+    (finding,) = (one for one in report.diagnostics if one.code == "LP309")
+    assert "layer 1 experts 2 up_proj" in str(finding)

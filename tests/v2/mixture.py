@@ -1,0 +1,100 @@
+"""A vLLM engine on a CPU that serves adapters of a mixture of experts, with faults of its own. Only for tests.
+
+In: JSON on standard input, {"base", "traces": folders or "-" for an engine without the probe, "adapters": [{"name",
+"path", "fault": "", "swapped", "half" or "kernel"}]}; this folder on PYTHONPATH, and TRITON_INTERPRET=1. Out: a line of
+JSON for each engine: the tokens by adapter, or vLLM's refusal. The faults are in layer 1: experts 1 and 2 are swapped
+in the slot, s·B of expert 3's down_proj is halved there, or its kernel writes half of it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Any
+
+import experts
+import torch
+from compiled import use_gpu_wrapper
+
+PROMPTS = [[(7 * number + token) % 250 + 3 for token in range(6)] for number in range(3)]
+LAYER = "model.layers.1.mlp.experts"
+
+
+def add_faults(faults: dict[str, str]) -> None:
+    """Break what vLLM does for the adapters with a fault, by the adapter's path."""
+    from vllm.lora.layers import FusedMoEWithLoRA
+    from vllm.lora.model_manager import LoRAModelManager
+    from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU
+
+    active: list[str] = [""]
+    routed: list[torch.Tensor] = []
+    layers: list[Any] = []
+    fill, activate = FusedMoEWithLoRA.set_lora, LoRAModelManager.activate_adapter
+    w13, w2 = PunicaWrapperGPU.add_lora_w13, PunicaWrapperGPU.add_lora_w2
+
+    def activate_adapter(self: Any, lora_id: int, *args: Any) -> Any:
+        active[0] = faults.get(str(lora_id), "")
+        layers[:] = [self.modules[LAYER]]
+        return activate(self, lora_id, *args)
+
+    def set_lora(self: Any, index: int, lora_a: Any, lora_b: Any) -> None:
+        fault = active[0] if self is layers[0] else ""
+        if fault == "swapped":
+            lora_a, lora_b = ([part[[0, 2, 1, 3]] for part in parts] for parts in (lora_a, lora_b))
+        fill(self, index, lora_a, lora_b)
+        if fault == "half":
+            self.w2_lora_b_stacked[0][index, 3] /= 2
+
+    def add_lora_w13(self: Any, y: Any, x: Any, a: Any, b: Any, topk_ids: Any, *args: Any, **kwargs: Any) -> Any:
+        routed[:] = [topk_ids]
+        return w13(self, y, x, a, b, topk_ids, *args, **kwargs)
+
+    def add_lora_w2(self: Any, y: Any, x: Any, a: Any, b: Any, *args: Any, **kwargs: Any) -> None:
+        before = y.clone()
+        w2(self, y, x, a, b, *args, **kwargs)
+        if active[0] == "kernel" and a[0] is layers[0].w2_lora_a_stacked[0]:
+            y -= (y - before) / 2 * (routed[0] == 3).unsqueeze(-1)
+
+    FusedMoEWithLoRA.set_lora, LoRAModelManager.activate_adapter = set_lora, activate_adapter
+    PunicaWrapperGPU.add_lora_w13, PunicaWrapperGPU.add_lora_w2 = add_lora_w13, add_lora_w2
+
+
+def answers(base: str, adapters: list[dict[str, str]]) -> dict[str, Any]:
+    """The tokens of every adapter, one adapter at a time beside a request for the base, or its refusal."""
+    from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    llm = LLM(
+        base, dtype="float32", enable_lora=True, max_lora_rank=8, max_loras=2, max_model_len=64, enforce_eager=True
+    )
+    parameters = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
+    prompts = [{"prompt_token_ids": ids} for ids in PROMPTS]
+    results: dict[str, Any] = {}
+    for number, adapter in enumerate(adapters, start=1):
+        request = LoRARequest(adapter["name"], number, adapter["path"])
+        try:
+            llm.llm_engine.add_lora(request)
+        except Exception as error:
+            results[adapter["name"]] = type(error).__name__
+            continue
+        outputs = llm.generate(prompts, parameters, use_tqdm=False, lora_request=[request, None, request])
+        results[adapter["name"]] = [[int(token) for token in output.outputs[0].token_ids] for output in outputs]
+    if "LORA_PROBE_TRACE" in os.environ:
+        llm.collective_rpc("lora_probe_finish")
+    return results
+
+
+if __name__ == "__main__":
+    from lora_probe_vllm import register
+
+    wanted = json.load(sys.stdin)
+    use_gpu_wrapper()
+    experts.add_kernels()
+    add_faults({str(number): adapter["fault"] for number, adapter in enumerate(wanted["adapters"], start=1)})
+    for trace in wanted["traces"]:
+        if trace != "-":
+            os.environ["LORA_PROBE_TRACE"] = trace
+            # vLLM calls its plugins once in a process, and did so before the first engine.
+            register()
+        print(json.dumps(answers(wanted["base"], wanted["adapters"])), flush=True)
