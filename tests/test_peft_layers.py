@@ -59,11 +59,18 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def vectors(rows: int) -> torch.Tensor:
+    """`[1, rows, WIDTH]`"""
+    return torch.randn(1, rows, WIDTH)
+
+
 class Run:
     """An adapter in PEFT, ready to be damaged, and a trace of what it does then."""
 
-    def __init__(self, folder: Path, adapter: Path, lora_dtype: str = "auto") -> None:
-        self.folder, self.model = folder, Tiny()
+    def __init__(
+        self, folder: Path, adapter: Path, lora_dtype: str = "auto", model: Callable[[], nn.Module] = Tiny
+    ) -> None:
+        self.folder, self.model = folder, model()
         self.writer = TraceWriter(folder / "peft", Process(SCHEMA, "engine", "peft", 0, 1, {}))
         spec = RunSpec("peft", str(adapter), "a", "base", [], 1, options={"lora_dtype": lora_dtype})
         shapes, checkpoint = shapes_of(self.model), open_adapter(adapter)
@@ -79,16 +86,16 @@ class Run:
     def layer(self, key: Any = Q) -> Any:
         return self.load.layers[key[0]]
 
-    def steps(self, count: int = 2) -> None:
+    def steps(self, count: int = 2, inputs: Callable[[int], torch.Tensor] = vectors) -> None:
         """A prompt of six tokens, and a token at a time after it."""
-        layers = {key: self.layer(key) for key in self.load.recordable()}
-        with Capture(layers, "shrink") as capture, torch.inference_mode():
+        layers, experts = self.load.recordable(), self.load.experts()
+        with Capture(layers, "shrink", experts=experts) as capture, torch.inference_mode():
             steps = Steps(self.load, capture, self.writer)
             torch.manual_seed(1)
             for positions in (range(6), *(range(6 + step, 7 + step) for step in range(count))):
                 with steps.stepping("request", positions, 6):
-                    self.peft_model(torch.randn(1, len(positions), WIDTH))
-        assert not any(module._forward_hooks for module in self.model.modules())
+                    self.peft_model(inputs(len(positions)))
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in self.model.modules())
         self.load.record.finish(lambda _: None)
         self.writer.close()
 

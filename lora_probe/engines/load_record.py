@@ -18,7 +18,7 @@ from msgspec.structs import replace
 from lora_probe.adapter import Adapter
 from lora_probe.engines.request_findings import RequestFindings
 from lora_probe.ledger import OK, STATIONS, Finding, Ledger, Row, Station, completed, worse
-from lora_probe.names import Key, name_modules
+from lora_probe.names import Key, name_modules, path_of
 from lora_probe.precision import agrees as agrees_tolerance
 from lora_probe.precision import finite
 from lora_probe.recording import Floats, Load, ModuleRecord, Shard, TraceWriter
@@ -302,7 +302,7 @@ class LoadRecord:
                 agrees[row.key] = not_measured(reason)
                 continue
             agrees[row.key] = self._agrees(counters)
-            facts[row.module] = [_relative(counters), counters.worst_row, counters.sampled]
+            facts[path_of(row.key)] = [_relative(counters), counters.worst_row, counters.sampled]
         self._station_of("applied", applied)
         self._station_of("agrees", agrees)
         if facts:

@@ -6,7 +6,7 @@ delta of sampled rows. Tensors are only used through their own methods, so this 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -14,17 +14,27 @@ from typing import Any
 
 import numpy as np
 
+from lora_probe.engines.peft.experts import added, is_adding
 from lora_probe.engines.peft.slots import ADAPTER
 from lora_probe.names import Key
 from lora_probe.recording import Floats, Level, Placed, Rows
 from lora_probe.recording.rows import TABLES, kept
 from lora_probe.recording.sketch import SKETCH, projection
 
+NO_EXPERTS: Mapping[Key, Any] = {}
+
 
 def sketched(rows: Any) -> Floats:
     """The sketch of every row of a live tensor `[rows, width]`."""
     values: Floats = rows.detach().float().cpu().numpy()
     return values @ projection(values.shape[-1])
+
+
+def one_hot(tokens: Any, size: int, factor: Any = None) -> Floats:
+    """`[rows, size]`: what an embedding multiplies with A, times the factor of its model's class."""
+    table = np.zeros((len(tokens), size), np.float32)
+    table[np.arange(len(tokens)), tokens.cpu().numpy()] = 1 if factor is None else float(factor)
+    return table
 
 
 @dataclass
@@ -37,6 +47,11 @@ class Step:
     samples: dict[Key, tuple[Floats, Floats]] = field(default_factory=dict)
     ran: set[Key] = field(default_factory=set)
     x: dict[Key, Any] = field(default_factory=dict)
+    base: dict[Key, Any] = field(default_factory=dict)
+    looked_up: dict[Key, Any] = field(default_factory=dict)
+    """The columns of A for the tokens of an embedding, `[rows, r]`."""
+    added: dict[Key, Floats] = field(default_factory=dict)
+    """ΔW of experts, `[experts, out, in]`, of modules that ran for the first time."""
 
     def keep(self, name: str, key: Key, value: Any) -> None:
         self.columns.setdefault(name, {})[key] = value.detach().float().cpu().numpy()
@@ -46,8 +61,11 @@ class Capture:
     """Hooks on `layers`. With `sketching`, their whole outputs are sketched too. Leaving the block removes every
     hook; outside of a step they capture nothing."""
 
-    def __init__(self, layers: Mapping[Key, Any], keep: Level, sketching: bool = False) -> None:
+    def __init__(
+        self, layers: Mapping[Key, Any], keep: Level, sketching: bool = False, experts: Mapping[Key, Any] = NO_EXPERTS
+    ) -> None:
         self.layers, self.keep, self.sketching = dict(layers), keep, sketching
+        self._experts, self._compared = experts, set[Key]()
         self.keys = tuple(self.layers)
         self._rank = max((layer.r[ADAPTER] for layer in self.layers.values()), default=0)
         self._step: Step | None = None
@@ -55,13 +73,20 @@ class Capture:
 
     def __enter__(self) -> Capture:
         for key, layer in self.layers.items():
-            for part, hook in (
-                (layer.lora_A[ADAPTER], self._after_a(key)),
-                (layer.lora_B[ADAPTER], self._after_b(key, layer.scaling[ADAPTER])),
-                (layer.base_layer, self._after_base(key)),
-                (layer, self._after_output(key)),
-            ):
+            hooks = [(layer.base_layer, self._after_base(key)), (layer, self._after_output(key))]
+            if ADAPTER in layer.lora_embedding_A:
+                self._look_up(key, layer)
+                hooks[1:1] = [(layer, self._after_embedding(key, layer))]
+            else:
+                hooks[:0] = [
+                    (layer.lora_A[ADAPTER], self._after_a(key)),
+                    (layer.lora_B[ADAPTER], self._after_b(key, layer.scaling[ADAPTER])),
+                ]
+            for part, hook in hooks:
                 self._stack.callback(part.register_forward_hook(hook).remove)
+        for key, wrapper in self._experts.items():
+            handle = wrapper.get_base_layer().register_forward_pre_hook(self._before_experts(key, wrapper))
+            self._stack.callback(handle.remove)
         return self
 
     def __exit__(
@@ -138,13 +163,58 @@ class Capture:
                 return
             # PEFT multiplies by the scaling after B, in the dtype of B's output.
             delta = output.flatten(0, -2) * scaling
+            self._keep_delta(step, key, delta, lambda rows: step.x[key][rows].detach().float().cpu().numpy())
+
+        return hook
+
+    def _keep_delta(self, step: Step, key: Key, delta: Any, inputs: Callable[[list[int]], Floats]) -> None:
+        step.ran.add(key)
+        step.keep("delta_norm", key, delta.detach().float().norm(dim=-1))
+        if kept("delta", self.keep):
+            step.keep("delta", key, delta)
+        if step.sampled:
+            step.samples[key] = inputs(step.sampled), delta[step.sampled].detach().float().cpu().numpy()
+
+    def _look_up(self, key: Key, layer: Any) -> None:
+        """Record the columns of A that an embedding looks up: PEFT calls a method for that, and no module."""
+        original = layer._embed
+
+        def embed(*args: Any, **kwargs: Any) -> Any:
+            columns = original(*args, **kwargs)
+            if self._step is not None:
+                self._step.looked_up[key] = columns.flatten(0, -2)
+            return columns
+
+        layer._embed = embed
+        self._stack.callback(delattr, layer, "_embed")
+
+    def _after_embedding(self, key: Key, layer: Any) -> Any:
+        def hook(module: Any, args: tuple[Any, ...], output: Any) -> None:
+            if (step := self._step) is None or key not in step.looked_up:
+                return
+            columns, base = step.looked_up[key], step.base[key]
+            delta = columns @ layer.lora_embedding_B[ADAPTER].T * layer.scaling[ADAPTER]
+            if (factor := layer._get_embed_scale()) is not None:
+                delta = delta * factor.to(delta.dtype)
+            if not (base + delta).equal(output.flatten(0, -2)):
+                # PEFT added something else: what is left of it in the output is rounded to the output's size.
+                delta = output.flatten(0, -2) - base
+            tokens = args[0].flatten()
+            step.keep("x_norm", key, columns.new_ones(len(tokens)))
+            if kept("shrink", self.keep):
+                step.keep("shrink", key, columns)
+            self._keep_delta(step, key, delta, lambda rows: one_hot(tokens[rows], layer.in_features, factor))
+
+        return hook
+
+    def _before_experts(self, key: Key, wrapper: Any) -> Any:
+        def hook(module: Any, args: tuple[Any, ...]) -> None:
+            if (step := self._step) is None or not is_adding(wrapper):
+                return
             step.ran.add(key)
-            step.keep("delta_norm", key, delta.detach().float().norm(dim=-1))
-            if kept("delta", self.keep):
-                step.keep("delta", key, delta)
-            if step.sampled:
-                x = step.x[key][step.sampled].detach().float().cpu().numpy()
-                step.samples[key] = x, delta[step.sampled].detach().float().cpu().numpy()
+            if key not in self._compared:
+                self._compared.add(key)
+                step.added[key] = added(wrapper)
 
         return hook
 
@@ -152,7 +222,7 @@ class Capture:
         def hook(module: Any, args: tuple[Any, ...], output: Any) -> None:
             if (step := self._step) is None:
                 return
-            rows = output.flatten(0, -2)
+            rows = step.base[key] = output.flatten(0, -2)
             step.keep("base_norm", key, rows.detach().float().norm(dim=-1))
             if kept("base", self.keep):
                 step.keep("base", key, rows)

@@ -109,9 +109,10 @@ def _load(spec: RunSpec, path: str, model: Any, writer: TraceWriter) -> tuple[Ac
 
 def _run_load(spec: RunSpec, load: ActiveLoad, peft_model: Any, runner: Runner, prompts: list[list[int]]) -> None:
     """Run every prompt with the adapter, record its rows, and write the last stations of the load."""
-    watched = {key: load.layers[key[0]] for key in load.recordable()} if spec.keep != "events" else {}
+    recorded = spec.keep != "events"
+    layers, experts = (load.recordable(), load.experts()) if recorded else ({}, {})
     answers = []
-    with Capture(watched, spec.keep, spec.score) as capture:
+    with Capture(layers, spec.keep, spec.score, experts) as capture:
         steps = Steps(load, capture, runner.writer)
         for number, ids in enumerate(prompts):
             answers.append(runner.run(f"lora-{number}", number, ids, spec.name, steps))
@@ -122,7 +123,8 @@ def _run_load(spec: RunSpec, load: ActiveLoad, peft_model: Any, runner: Runner, 
         _score_base(peft_model, runner, answers)
     load.judge_slots("when the run ended")
     load.record.finish(
-        lambda key: _why_unmeasured(key, load, key in watched, spec), lambda key: _why_unjudged(key, load)
+        lambda key: _why_unmeasured(key, load, key in layers or key in experts, spec),
+        lambda key: _why_unjudged(key, load),
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -20,7 +20,7 @@ from lora_probe.adapter.spectrum import gram
 from lora_probe.base import Shapes
 from lora_probe.engines.load_record import LoadRecord
 from lora_probe.engines.peft.models import first_lines, short
-from lora_probe.engines.peft.slots import ADAPTER, judge, recordable, slot_values
+from lora_probe.engines.peft.slots import ADAPTER, judge, layer_of, recordable, slot_values
 from lora_probe.ledger import OK, Finding
 from lora_probe.names import PREFIX, Key
 from lora_probe.recording import Placed, RunSpec, TraceWriter
@@ -51,7 +51,7 @@ class Attached:
 def attach(model: Any, spec: RunSpec, writer: TraceWriter) -> Attached:
     """Let PEFT load the adapter."""
     from peft import PeftModel
-    from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora import LoraLayer, ParamWrapper
 
     writer.event("read", f"PeftModel.from_pretrained({spec.adapter!r})")
     with warnings.catch_warnings(record=True) as caught:
@@ -69,7 +69,9 @@ def attach(model: Any, spec: RunSpec, writer: TraceWriter) -> Attached:
     root = peft_model.get_base_model()
     layers = {name: layer for name, layer in root.named_modules() if isinstance(layer, LoraLayer)}
     for name, layer in layers.items():
-        writer.event("wrap", f"{type(layer.base_layer).__name__} -> {type(layer).__name__}", module=name)
+        of = f" of {layer.parameter_name}" if isinstance(layer, ParamWrapper) else ""
+        kind = type(layer.get_base_layer()).__name__
+        writer.event("wrap", f"{kind} -> {type(layer).__name__}{of}", module=name.removesuffix(".base_layer"))
     writer.event(
         "activate",
         f"{len(layers)} layers replaced, adapter `{spec.name}` active as `{ADAPTER}`",
@@ -143,22 +145,33 @@ class ActiveLoad:
         self.record.station(
             "placed",
             {
-                key: judge(self.record.adapter, pair, self.layers[key[0]], moment)
+                key: judge(self.record.adapter, pair, layer_of(self.layers, key, pair), moment)
                 for key, pair in self.pairs.items()
                 if not self.record.ended(key)
             },
         )
 
-    def recordable(self) -> Iterator[Key]:
-        """The rows whose layer the hooks support."""
-        for key in self.pairs:
-            layer = self.layers.get(key[0])
-            if key[1] == "weight" and layer is not None and recordable(layer):
-                yield key
+    def recordable(self) -> dict[Key, Any]:
+        """The layers that the hooks support."""
+        return {
+            key: layer
+            for key in self.pairs
+            if key[1] == "weight" and (layer := self.layers.get(key[0])) is not None and recordable(layer)
+        }
+
+    def experts(self) -> dict[Key, Any]:
+        """The wrappers of expert parameters."""
+        pairs = self.pairs.items()
+        wrappers = {key: layer_of(self.layers, key, pair) for key, pair in pairs if key[1] != "weight"}
+        return {key: wrapper for key, wrapper in wrappers.items() if wrapper is not None}
 
     def placed(self, keys: tuple[Key, ...]) -> Placed:
         """G and digests of the live weights at `keys`, padded to the largest rank."""
-        held = [(*slot_values(self.layers[key[0]]), self.layers[key[0]].scaling[ADAPTER]) for key in keys]
+        pairs, layers = [self.pairs[key] for key in keys], [self.layers[key[0]] for key in keys]
+        held = [
+            (*slot_values(layer, pair.embedding), layer.scaling[ADAPTER])
+            for pair, layer in zip(pairs, layers, strict=True)
+        ]
         rank = max((b.shape[1] for _, b, _ in held), default=0)
         grams, digests = np.zeros((len(keys), rank, rank), np.float32), []
         for number, (a, b, scaling) in enumerate(held):

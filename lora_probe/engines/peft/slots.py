@@ -6,15 +6,26 @@ file's values are cast to the live dtype and compared with the live ones bit for
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from lora_probe.adapter import Adapter, AdapterModule
 from lora_probe.engines.held import relative_difference
+from lora_probe.engines.peft.experts import differing
 from lora_probe.ledger import OK, Finding
-from lora_probe.rules.lp5_loading import not_measured, placed_differs
+from lora_probe.names import Key, ranges
+from lora_probe.rules.lp5_loading import no_lora_layer, placed_differs
 
 ADAPTER = "default"
 """The name of the adapter inside PEFT. The folder's name could clash with a method of torch's modules (`train`)."""
+
+
+def layer_of(layers: Mapping[str, Any], key: Key, pair: AdapterModule) -> Any:
+    """The live layer of a module, or the wrapper of a parameter; None if PEFT has none.
+
+    PEFT nests the wrappers of several parameters of a module, and the names in the file say which of them is meant.
+    """
+    return layers.get(key[0] if key[1] == "weight" else pair.stored_as)
 
 
 def slot_values(layer: Any, embedding: bool = False) -> tuple[Any, Any]:
@@ -28,15 +39,18 @@ def judge(adapter: Adapter, pair: AdapterModule, layer: Any, moment: str) -> Fin
     """`placed`: the live A, B and scaling compared with the file."""
     import torch
 
-    if pair.parameter != "weight":
-        return not_measured("PEFT's wrappers of fused expert parameters are not read yet")
+    if layer is None:
+        return no_lora_layer("PEFT", "the config does not target this parameter")
     if pair.a is None or pair.b is None:
         return placed_differs("the missing half", float("inf"), moment)
     held = slot_values(layer, pair.embedding)
     for half, tensor, weight in (("lora_A", pair.a, held[0]), ("lora_B", pair.b, held[1])):
         expected = torch.from_numpy(adapter.values(tensor)).to(weight.dtype)
         if (difference := relative_difference(weight.cpu(), expected)) is not None:
-            return placed_differs(half, difference, moment)
+            experts = getattr(layer, "num_experts", 1) if weight.shape == expected.shape else 1
+            numbers = differing(weight.cpu(), expected, experts, half) if experts > 1 else []
+            of_experts = f" of experts {ranges(numbers)}" if numbers else ""
+            return placed_differs(half + of_experts, difference, moment)
     if layer.scaling[ADAPTER] != pair.scaling:
         error = abs(layer.scaling[ADAPTER] / pair.scaling - 1) if pair.scaling else float("inf")
         return placed_differs("the scaling", error, moment)
@@ -44,10 +58,12 @@ def judge(adapter: Adapter, pair: AdapterModule, layer: Any, moment: str) -> Fin
 
 
 def recordable(layer: Any) -> bool:
-    """Whether the hooks support a layer: PEFT's LoRA `Linear`s. Activated LoRA passes only some rows to its layers, and
-    hooks cannot tell which."""
-    from peft.tuners.lora import Linear
+    """Whether the hooks support a layer: PEFT's LoRA `Linear`s, and embeddings. Activated LoRA passes only some rows to
+    its layers, and hooks cannot tell which."""
+    from peft.tuners.lora import Embedding, Linear
 
+    if isinstance(layer, Embedding):
+        return variant(layer) is None
     return isinstance(layer, Linear) and not (variant(layer) or "").startswith("ALora")
 
 

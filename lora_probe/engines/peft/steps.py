@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from lora_probe.engines.peft.capture import Capture, Step
+from lora_probe.engines.peft.experts import of_each
 from lora_probe.engines.peft.loads import ActiveLoad
 from lora_probe.engines.sampler import Sampler
 from lora_probe.recording import DECODE, PREFILL, TraceWriter
@@ -40,6 +41,13 @@ class Steps:
 
     def _sample(self, step: Step) -> None:
         record = self._load.record
+        for key, weights in step.added.items():
+            pair = self._load.pairs[key]
+            if pair.a is not None and pair.b is not None:
+                halves = of_each(record.adapter.values(pair.a), record.adapter.values(pair.b), len(weights))
+                for weight, (a, b) in zip(weights, halves, strict=True):
+                    # The rows of A are inputs on which all of ΔW shows.
+                    record.sample(key, a, a @ weight.T, a, b, pair.scaling)
         for key, (x, delta) in step.samples.items():
             pair = self._load.pairs[key]
             if key in self._comparable and pair.a is not None and pair.b is not None:

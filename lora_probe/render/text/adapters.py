@@ -12,7 +12,7 @@ from rich.console import RenderableType
 
 from lora_probe.comparison.recorded import AdapterLoads, LoadEntry
 from lora_probe.comparison.totals import Totals, own_contributions
-from lora_probe.names import Key
+from lora_probe.names import Key, name_modules, path_of
 from lora_probe.recording import REPLICA_LOADS
 from lora_probe.render.cells import SHOWN, words
 from lora_probe.render.results import Recording
@@ -28,9 +28,7 @@ def alone(result: Recording, entry: LoadEntry, measured: Totals | None) -> Itera
     yield _state(entry, "")
     yield from _of_requests(result, entry)
     yield from _log_lines(result.trace.engine, entry.load.said, entry)
-    if cells := _cells(entry, measured):
-        yield words("")
-        yield grid(f"{CONTRIBUTION}, over all rows of the adapter", cells)
+    yield from _contributions(entry, measured, "all rows of the adapter", words(""))
 
 
 def section(result: Recording, adapter: AdapterLoads, measured: Totals | None) -> Iterator[RenderableType]:
@@ -47,8 +45,7 @@ def section(result: Recording, adapter: AdapterLoads, measured: Totals | None) -
     if entry.graphs is not None:
         yield words(f"  {entry.graphs.text}", style="bold red" if entry.graphs.facts.get("wrong") else "")
     yield from _log_lines(result.trace.engine, entry.load.said, entry)
-    if cells := _cells(entry, measured):
-        yield grid(f"{CONTRIBUTION}, over the rows of load {entry.number}", cells)
+    yield from _contributions(entry, measured, f"the rows of load {entry.number}")
     yield from _earlier(adapter.others, entry, None if result.everything else SHOWN)
 
 
@@ -114,6 +111,19 @@ def _in_short(entry: LoadEntry) -> str:
     counts = [f"{finding.code} {finding.message}" for finding in entry.findings]
     counts += [f"{count} {fate}" for fate in ("lost", "wrong", "unknown") if (count := ledger.count(fate))]
     return ", ".join([f"{ledger.count('took effect')} of {len(ledger.rows)} modules took effect", *counts])
+
+
+def _contributions(
+    entry: LoadEntry, measured: Totals | None, rows: str, *before: RenderableType
+) -> Iterator[RenderableType]:
+    """The table of one load, and the modules that are judged and have no rows: experts."""
+    if cells := _cells(entry, measured):
+        yield from before
+        yield grid(f"{CONTRIBUTION}, over {rows}", cells)
+    without = [row.key for row in entry.ledger.rows if row.fate == "took effect" and row.key not in cells]
+    if without and measured is not None:
+        names = name_modules(map(path_of, without), entry.ledger.names)
+        yield words(f"without contributions in the trace: {names}", style="dim")
 
 
 def _cells(entry: LoadEntry, measured: Totals | None) -> dict[Key, tuple[float | None, str]]:

@@ -8,8 +8,8 @@ There are too many experts for columns in the trace.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,10 +18,7 @@ import torch
 from lora_probe.engines.load_record import LoadRecord
 from lora_probe.names import Key
 from lora_probe.recording import Floats
-
-if TYPE_CHECKING:
-    from lora_probe_vllm.capture import Capture
-    from lora_probe_vllm.measured import Step
+from lora_probe_vllm.measured import Routed, Step
 
 W2 = 1
 """The number of the projection that follows the activation among w1, w2, w3."""
@@ -32,19 +29,23 @@ Routes = Mapping[int, Mapping[tuple[int, int], Key]]
 Bools = npt.NDArray[np.bool_]
 
 
-@dataclass
-class Routed:
-    """One layer of experts in one step. `experts: [rows, top_k]`; for each projection x `[sampled, top_k, in]` and
-    delta `[sampled, top_k, out]` of the sampled rows."""
+class Recording(Protocol):
+    """What the stand-in needs to know of the capture that it belongs to."""
 
-    experts: torch.Tensor
-    samples: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    guard: Callable[[str], AbstractContextManager[None]]
+
+    @property
+    def step(self) -> Step | None:
+        """The open step, if any."""
+
+    def look_up_slots(self, step: Step, punica: Any) -> None:
+        """Which slot vLLM's table has for each row."""
 
 
 class ExpertStandIn:
     """Replaces the Punica wrapper of one layer of experts: delegates everything, and records both kernel calls."""
 
-    def __init__(self, real: Any, layer: Any, number: int, capture: Capture) -> None:
+    def __init__(self, real: Any, layer: Any, number: int, capture: Recording) -> None:
         self._real, self._layer, self._number, self._capture = real, layer, number, capture
 
     def __getattr__(self, name: str) -> Any:

@@ -20,7 +20,6 @@ import torch
 
 from lora_probe.names import Key
 from lora_probe.recording import Floats
-from lora_probe_vllm.experts import Routed
 from lora_probe_vllm.rows import StepRows
 
 MOST_CHUNKS = 64
@@ -37,6 +36,15 @@ class Column:
     key: Key
     layer: int
     slice: int
+
+
+@dataclass
+class Routed:
+    """One layer of experts in one step. `experts: [rows, top_k]`; for each projection x `[sampled, top_k, in]` and
+    delta `[sampled, top_k, out]` of the sampled rows."""
+
+    experts: torch.Tensor
+    samples: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
 
 @dataclass
