@@ -37,7 +37,7 @@ def labels_of(adapter: Adapter, views: Mapping[str, EngineView]) -> Labels | Non
     for head, module in view.modules.items():
         if module.kind == "linear" and module.shape is not None and _is_head(head):
             rows, columns = module.shape
-            shape = _shape_in_file(adapter, head)
+            shape = head_shape(adapter, head)
             if shape is not None and shape[1] == columns and shape[0] != rows:
                 return Labels(head, shape[0], rows, view.model)
     return None
@@ -59,8 +59,8 @@ def _is_head(module: str) -> bool:
     return first in CLASSIFIER_HEADS and last in ("", "out_proj")
 
 
-def _shape_in_file(adapter: Adapter, module: str) -> tuple[int, int] | None:
-    """The shape of a module's weight by its whole weight in the file, or by its pair."""
+def head_shape(adapter: Adapter, module: str) -> tuple[int, int] | None:
+    """The shape `(labels, hidden size)` of a head's weight by its whole weight in the file, or by its pair."""
     whole = adapter.weights.tensors.get(f"{PREFIX}{module}.weight")
     if whole is not None and len(whole.shape) == 2:
         return whole.shape[0], whole.shape[1]

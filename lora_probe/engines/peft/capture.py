@@ -16,8 +16,9 @@ import numpy as np
 
 from lora_probe.engines.peft.experts import added, is_adding
 from lora_probe.engines.peft.slots import ADAPTER
+from lora_probe.engines.sampler import SAMPLED
 from lora_probe.names import Key
-from lora_probe.recording import Floats, Level, Placed, Rows
+from lora_probe.recording import PREFILL, Floats, Level, Placed, Rows
 from lora_probe.recording.rows import TABLES, kept
 from lora_probe.recording.sketch import SKETCH, projection
 
@@ -39,10 +40,13 @@ def one_hot(tokens: Any, size: int, factor: Any = None) -> Floats:
 
 @dataclass
 class Step:
-    """The values that the hooks captured in one forward pass: columns by name and module, and x and delta of the
-    sampled rows. `ran` contains the modules whose contribution was computed."""
+    """The values that the hooks captured in one forward pass over `count` positions: columns by name and module, and x
+    and delta of the sampled rows. `ran` contains the modules whose contribution was computed, and `called` how many
+    rows each module had."""
 
     sampled: list[int]
+    count: int
+    called: dict[Key, int] = field(default_factory=dict)
     columns: dict[str, dict[Key, Floats]] = field(default_factory=dict)
     samples: dict[Key, tuple[Floats, Floats]] = field(default_factory=dict)
     ran: set[Key] = field(default_factory=set)
@@ -54,7 +58,9 @@ class Step:
     """ΔW of experts, `[experts, out, in]`, of modules that ran for the first time."""
 
     def keep(self, name: str, key: Key, value: Any) -> None:
-        self.columns.setdefault(name, {})[key] = value.detach().float().cpu().numpy()
+        # A decoder also multiplies the encoder's rows, which are not those of this pass.
+        if len(value) == self.count:
+            self.columns.setdefault(name, {})[key] = value.detach().float().cpu().numpy()
 
 
 class Capture:
@@ -95,9 +101,10 @@ class Capture:
         self._stack.close()
 
     @contextmanager
-    def stepping(self, sampled: list[int]) -> Iterator[Step]:
-        """One forward pass; `sampled` contains the numbers of the rows whose x and delta are kept."""
-        self._step = Step(sampled)
+    def stepping(self, sampled: list[int], count: int) -> Iterator[Step]:
+        """One forward pass over `count` positions; `sampled` contains the numbers of the rows whose x and delta are
+        kept."""
+        self._step = Step(sampled, count)
         try:
             yield self._step
         finally:
@@ -172,8 +179,9 @@ class Capture:
         step.keep("delta_norm", key, delta.detach().float().norm(dim=-1))
         if kept("delta", self.keep):
             step.keep("delta", key, delta)
-        if step.sampled:
-            step.samples[key] = inputs(step.sampled), delta[step.sampled].detach().float().cpu().numpy()
+        rows = step.sampled if len(delta) == step.count else list(range(min(len(delta), SAMPLED[PREFILL])))
+        if rows:
+            step.samples[key] = inputs(rows), delta[rows].detach().float().cpu().numpy()
 
     def _look_up(self, key: Key, layer: Any) -> None:
         """Record the columns of A that an embedding looks up: PEFT calls a method for that, and no module."""
@@ -223,6 +231,7 @@ class Capture:
             if (step := self._step) is None:
                 return
             rows = step.base[key] = output.flatten(0, -2)
+            step.called[key] = len(rows)
             step.keep("base_norm", key, rows.detach().float().norm(dim=-1))
             if kept("base", self.keep):
                 step.keep("base", key, rows)

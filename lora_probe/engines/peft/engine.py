@@ -20,7 +20,7 @@ from lora_probe.base import Base, EngineView
 from lora_probe.engines.load_record import LoadRecord
 from lora_probe.engines.peft.capture import Capture
 from lora_probe.engines.peft.loads import ActiveLoad, attach
-from lora_probe.engines.peft.models import load_model, load_tokenizer, shapes_of, short
+from lora_probe.engines.peft.models import encodes, load_model, load_tokenizer, shapes_of, short
 from lora_probe.engines.peft.plain import describe_model, record_plain
 from lora_probe.engines.peft.runner import Runner, end_ids
 from lora_probe.engines.peft.slots import variant
@@ -75,7 +75,9 @@ class PeftEngine:
 def _record(spec: RunSpec, path: str, writer: TraceWriter) -> None:
     started = time.perf_counter()
     # The model first: a folder without a model must be reported as such.
-    model = load_model(spec.model, spec.options.get("dtype", "auto"))
+    # Outputs are scored as next tokens, which only language models have.
+    adapter = None if spec.score else open_adapter(path)
+    model = load_model(spec.model, spec.options.get("dtype", "auto"), adapter=adapter)
     tokenizer = load_tokenizer(spec.model)
     runner = Runner(model, tokenizer, spec, end_ids(getattr(model, "generation_config", None), tokenizer), writer)
     describe_model(writer, model, spec, started)
@@ -113,7 +115,7 @@ def _run_load(spec: RunSpec, load: ActiveLoad, peft_model: Any, runner: Runner, 
     layers, experts = (load.recordable(), load.experts()) if recorded else ({}, {})
     answers = []
     with Capture(layers, spec.keep, spec.score, experts) as capture:
-        steps = Steps(load, capture, runner.writer)
+        steps = Steps(load, capture, runner.writer, in_parts=encodes(runner.model))
         for number, ids in enumerate(prompts):
             answers.append(runner.run(f"lora-{number}", number, ids, spec.name, steps))
             runner.writer.request(answers[-1])

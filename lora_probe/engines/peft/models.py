@@ -8,25 +8,32 @@ from __future__ import annotations
 
 from typing import Any
 
+from lora_probe.adapter import Adapter
 from lora_probe.base import Shapes
+from lora_probe.engines.peft.classes import class_of, labels_in
 from lora_probe.errors import EngineFailed
 from lora_probe.recording import Floats
 
 
-def load_model(name: str, dtype: str = "auto", what: str = "base model") -> Any:
-    """The causal language model `name`, on the accelerator if there is one. `auto` is the dtype of the files,
-    `what` is the name of the model in messages.
+def load_model(name: str, dtype: str = "auto", what: str = "base model", adapter: Adapter | None = None) -> Any:
+    """The model `name`, on the accelerator if there is one: a causal language model, or what the task of `adapter`
+    asks for. `auto` is the dtype of the files, `what` is the name of the model in messages.
 
     Raises:
         EngineFailed: with the message of transformers.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
+    options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype), "trust_remote_code": False}
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype if dtype == "auto" else getattr(torch, dtype), trust_remote_code=False
-        )
+        cls = AutoModelForCausalLM
+        if adapter is not None:
+            config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+            cls = class_of(config, adapter.config.trained_as) or cls
+            if (labels := labels_in(adapter)) is not None:
+                options["num_labels"] = labels
+        model = cls.from_pretrained(name, **options)
     # transformers may raise any exception; its message is passed on and the run ends.
     except Exception as error:
         raise _cannot_load(what, name, error) from error
@@ -65,6 +72,16 @@ def shapes_of(model: Any) -> Shapes:
         elif isinstance(module, Conv1D):
             shapes[name] = int(module.weight.shape[1]), int(module.weight.shape[0])
     return shapes
+
+
+def generates(model: Any) -> bool:
+    """Whether a model's answer is tokens; that of a classifier or an encoder is numbers."""
+    return bool(getattr(model, "can_generate", bool)())
+
+
+def encodes(model: Any) -> bool:
+    """Whether a model's encoder reads the prompt, and its decoder answers."""
+    return bool(getattr(model.config, "is_encoder_decoder", False))
 
 
 def next_logprobs(logits: Any, count: int) -> Floats:

@@ -7,11 +7,12 @@ passes.
 from __future__ import annotations
 
 import time
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-from lora_probe.engines.peft.models import next_logprobs
+from lora_probe.engines.peft.models import encodes, generates, next_logprobs
+from lora_probe.engines.peft.pooled import answer_of
 from lora_probe.engines.peft.steps import Steps
 from lora_probe.engines.prompts import forced, texts
 from lora_probe.errors import ProbeError
@@ -39,8 +40,12 @@ class Runner:
     def run(
         self, request: str, prompt: int, ids: list[int], adapter: str | None, steps: Steps | None = None
     ) -> RequestRecord:
-        """Greedy generation: the prompt in one forward pass, then a token at a time."""
+        """Greedy generation: the prompt in one forward pass, then a token at a time. Models that do not generate answer
+        in one pass."""
         import torch
+
+        if not generates(self.model):
+            return self._once(request, prompt, ids, adapter, steps)
 
         started = time.perf_counter()
         output = list(forced(self.spec, prompt))
@@ -51,11 +56,15 @@ class Runner:
             # As in vLLM, an answer ends where the context ends.
             longest = min(longest, context - len(ids))
         logprobs: list[float | None] = []
-        cache, feed = None, ids + output
+        # A decoder behind an encoder does not have the prompt in its own input, which begins with a token of its own.
+        start = self._start() if encodes(self.model) else None
+        cache, feed, encoded = None, (ids if start is None else [start]) + output, {}
         with torch.inference_mode():
+            if start is not None:
+                encoded = {"encoder_outputs": self._encode(steps, request, ids)}
             while True:
-                position = len(ids) + len(output) - len(feed)
-                result = self._forward(steps, request, feed, position, len(ids), cache)
+                position = len(ids) + len(output) - len(feed) + (start is not None)
+                result = self._forward(steps, request, feed, position, len(ids), cache, **encoded)
                 cache = result.past_key_values
                 # One row more than the forced tokens that follow: the last row predicts the next token.
                 scores = torch.log_softmax(result.logits[0, len(logprobs) - len(output) - 1 :].float(), dim=-1)
@@ -74,6 +83,38 @@ class Runner:
         seconds = round(time.perf_counter() - started, 3)
         return RequestRecord(request, prompt, adapter, ids, output, logprobs=logprobs, seconds=seconds, **parts)
 
+    def _start(self) -> int:
+        """The token that a decoder's input begins with."""
+        for config in (self.model.generation_config, self.model.config):
+            for name in ("decoder_start_token_id", "bos_token_id"):
+                if (token := getattr(config, name, None)) is not None:
+                    return int(token)
+        raise ProbeError(f"the config of `{self.spec.model}` does not say with which token its decoder starts")
+
+    def _encode(self, steps: Steps | None, request: str, ids: list[int]) -> Any:
+        import torch
+
+        with self._recorded(steps, request, range(len(ids)), len(ids)):
+            return self.model.get_encoder()(torch.tensor([ids], device=self.model.device))
+
+    def _once(
+        self, request: str, prompt: int, ids: list[int], adapter: str | None, steps: Steps | None
+    ) -> RequestRecord:
+        """The answer of a classifier, a tagger or an encoder to a prompt."""
+        import torch
+
+        started = time.perf_counter()
+        feed = torch.tensor([ids], device=self.model.device)
+        with torch.inference_mode(), self._recorded(steps, request, range(len(ids)), len(ids)):
+            result = self.model(input_ids=feed)
+        labels, logprobs, text = answer_of(result, self.model.config)
+        seconds = round(time.perf_counter() - started, 3)
+        return RequestRecord(request, prompt, adapter, ids, labels, text, logprobs, seconds)
+
+    @staticmethod
+    def _recorded(steps: Steps | None, request: str, positions: range, prompt: int) -> AbstractContextManager[None]:
+        return steps.stepping(request, positions, prompt) if steps is not None else nullcontext()
+
     def score(
         self, request: str, kind: ScoreKind, answer: RequestRecord, steps: Steps | None = None, unmeasured: str = ""
     ) -> None:
@@ -91,11 +132,12 @@ class Runner:
         self.writer.score(score, logprobs)
 
     def _forward(
-        self, steps: Steps | None, request: str, feed: list[int], position: int, prompt: int, cache: Any
+        self, steps: Steps | None, request: str, feed: list[int], position: int, prompt: int, cache: Any, **encoded: Any
     ) -> Any:
         import torch
 
         tensor = torch.tensor([feed], device=self.model.device)
+        name = "decoder_input_ids" if encoded else "input_ids"
         positions = range(position, position + len(feed))
-        with steps.stepping(request, positions, prompt) if steps is not None else nullcontext():
-            return self.model(input_ids=tensor, past_key_values=cache, use_cache=True)
+        with self._recorded(steps, request, positions, prompt):
+            return self.model(**{name: tensor}, past_key_values=cache, use_cache=True, **encoded)

@@ -21,7 +21,9 @@ from lora_probe.recording.rows import kept
 class Steps:
     """Records steps of `load`; the hooks of `capture` are on its layers."""
 
-    def __init__(self, load: ActiveLoad, capture: Capture, writer: TraceWriter) -> None:
+    def __init__(self, load: ActiveLoad, capture: Capture, writer: TraceWriter, in_parts: bool = False) -> None:
+        """`in_parts`: a forward pass runs only some of the modules, as those of encoder and decoder do."""
+        self._in_parts = in_parts
         self._load, self._capture, self._writer = load, capture, writer
         self._sampler = Sampler()
         self._comparable = {row.key for row in load.record.expected if row.spectrum is not None}
@@ -32,9 +34,11 @@ class Steps:
     def stepping(self, request: str, positions: Sequence[int], prompt: int) -> Iterator[None]:
         """One forward pass over `positions` of a request; positions below `prompt` are the prompt's."""
         phases = [PREFILL if at < prompt else DECODE for at in positions]
-        with self._capture.stepping(self._sampler.pick([request] * len(phases), phases)) as step:
+        with self._capture.stepping(self._sampler.pick([request] * len(phases), phases), len(phases)) as step:
             yield
-        self._load.record.ran(len(phases), step.ran, len(phases))
+        self._load.record.ran(len(phases), () if self._in_parts else step.ran, len(phases))
+        for key, rows in step.called.items() if self._in_parts else ():
+            self._load.record.routed([key], rows, rows if key in step.ran else 0)
         self._sample(step)
         if self._capture.keys:
             self._writer.rows(self._capture.rows(step, request, list(positions), phases, self._placed))

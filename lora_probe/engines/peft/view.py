@@ -15,23 +15,9 @@ from typing import Any
 from lora_probe.adapter import TrainedAs
 from lora_probe.base import Base, EngineView, ModuleView, Rename
 from lora_probe.base.engine_view import ModuleKind
+from lora_probe.engines.peft.classes import class_of
 from lora_probe.engines.peft.models import first_lines
 from lora_probe.errors import EngineFailed
-
-AUTO = {
-    "CAUSAL_LM": ("AutoModelForCausalLM",),
-    "SEQ_CLS": (
-        "AutoModelForSequenceClassification",
-        "AutoModelForImageClassification",
-        "AutoModelForAudioClassification",
-    ),
-    "TOKEN_CLS": ("AutoModelForTokenClassification", "AutoModelForAudioFrameClassification"),
-    "QUESTION_ANS": ("AutoModelForQuestionAnswering",),
-    # Embeddings are made with the encoder alone.
-    "FEATURE_EXTRACTION": ("AutoModelForTextEncoding", "AutoModel"),
-    "SEQ_2_SEQ_LM": ("AutoModelForSeq2SeqLM", "AutoModelForSpeechSeq2Seq"),
-}
-"""transformers' classes for each of PEFT's task types; the first that has this type of model counts."""
 
 _CARET = re.compile(r"(?<![\\\[])\^")
 """A `^` in a pattern: the beginning of the text."""
@@ -92,32 +78,16 @@ def _on_meta(base: Base, trained: TrainedAs) -> Any:
 
 
 def _of_transformers(base: Base, trained: TrainedAs) -> Any:
-    """The class is that of the task if there is one for this type of model, then the one in the adapter's config, then
-    the one in the base's, then the causal language model."""
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(base.path, trust_remote_code=False)
-    # A task that PEFT does not know is reported by a rule (LP112); most adapters are of causal language models.
-    task = AUTO.get(trained.task, AUTO["CAUSAL_LM"]) if trained.task else ()
-    for name in (*task, *_classes(config, trained), *AUTO["CAUSAL_LM"]):
-        cls = getattr(transformers, name)
-        if not name.startswith("Auto"):
-            return cls._from_config(config)
-        if type(config) in cls._model_mapping:
+    if (cls := class_of(config, trained)) is not None:
+        if cls.__name__.startswith("Auto"):
             return cls.from_config(config, trust_remote_code=False)
+        return cls._from_config(config)
     named = next(iter(config.architectures or ()), None)
     what = f"class `{named}` (from config.json)" if named else "causal language model of this type"
     raise EngineFailed(f"transformers cannot build the model of `{base.path}`: it has no {what}")
-
-
-def _classes(config: Any, trained: TrainedAs) -> Iterator[str]:
-    """The classes that the adapter's and the base's configs name, as far as they are for the base's type of model."""
-    import transformers
-
-    for name in (trained.model_class, *(config.architectures or ())):
-        cls = getattr(transformers, name, None) if name else None
-        if getattr(cls, "config_class", None) is type(config):
-            yield str(name)
 
 
 def _of_diffusers(base: Base) -> Any:
