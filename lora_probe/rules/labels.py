@@ -37,7 +37,7 @@ def labels_of(adapter: Adapter, views: Mapping[str, EngineView]) -> Labels | Non
     for head, module in view.modules.items():
         if module.kind == "linear" and module.shape is not None and _is_head(head):
             rows, columns = module.shape
-            shape = head_shape(adapter, head)
+            shape = _shape_in_file(adapter, head)
             if shape is not None and shape[1] == columns and shape[0] != rows:
                 return Labels(head, shape[0], rows, view.model)
     return None
@@ -53,13 +53,19 @@ def with_labels(views: Mapping[str, EngineView], labels: Labels | None) -> Mappi
     return {**views, "peft": replace(views["peft"], modules=views["peft"].modules | resized)}
 
 
+def labels_in(adapter: Adapter) -> int | None:
+    """How many labels the adapter's classifier has; None if it has none."""
+    heads = (f"{head}{end}" for head in CLASSIFIER_HEADS for end in ("", ".out_proj"))
+    return next((shape[0] for head in heads if (shape := _shape_in_file(adapter, head)) is not None), None)
+
+
 def _is_head(module: str) -> bool:
     """Whether a module has a row for each label: the head itself, or the last projection of a head of several."""
     first, _, last = module.partition(".")
     return first in CLASSIFIER_HEADS and last in ("", "out_proj")
 
 
-def head_shape(adapter: Adapter, module: str) -> tuple[int, int] | None:
+def _shape_in_file(adapter: Adapter, module: str) -> tuple[int, int] | None:
     """The shape `(labels, hidden size)` of a head's weight by its whole weight in the file, or by its pair."""
     whole = adapter.weights.tensors.get(f"{PREFIX}{module}.weight")
     if whole is not None and len(whole.shape) == 2:

@@ -9,9 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from lora_probe.adapter import Adapter, TrainedAs
-from lora_probe.base.engine_view import CLASSIFIER_HEADS
-from lora_probe.rules.labels import head_shape
+from lora_probe.adapter import TrainedAs
 
 AUTO = {
     "CAUSAL_LM": ("AutoModelForCausalLM",),
@@ -41,12 +39,6 @@ def class_of(config: Any, trained: TrainedAs) -> Any:
         if not name.startswith("Auto") or type(config) in cls._model_mapping:
             return cls
     return None
-
-
-def labels_in(adapter: Adapter) -> int | None:
-    """How many labels the adapter's classifier has; None if it has none."""
-    heads = (f"{head}{end}" for head in CLASSIFIER_HEADS for end in ("", ".out_proj"))
-    return next((shape[0] for head in heads if (shape := head_shape(adapter, head)) is not None), None)
 
 
 def _named(config: Any, trained: TrainedAs) -> Iterator[str]:

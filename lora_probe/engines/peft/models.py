@@ -10,9 +10,10 @@ from typing import Any
 
 from lora_probe.adapter import Adapter
 from lora_probe.base import Shapes
-from lora_probe.engines.peft.classes import class_of, labels_in
+from lora_probe.engines.peft.classes import class_of
 from lora_probe.errors import EngineFailed
 from lora_probe.recording import Floats
+from lora_probe.rules.labels import labels_in
 
 
 def load_model(name: str, dtype: str = "auto", what: str = "base model", adapter: Adapter | None = None) -> Any:

@@ -20,6 +20,7 @@ from lora_probe.engines.prompts import encode, forced, texts
 from lora_probe.errors import EngineFailed, ProbeError, UnreadableFile
 from lora_probe.recording import SCHEMA, Process, RequestRecord, RunSpec, Score, TraceWriter
 from lora_probe_vllm import NOT_ARMED, TRACE
+from lora_probe_vllm.pooled import answered, arguments_for
 from lora_probe_vllm.runners import pin_v1
 from lora_probe_vllm.seams import dense_logprobs, root_cause, vllm_version, vocabulary
 
@@ -107,6 +108,8 @@ def engine_arguments(spec: RunSpec) -> dict[str, Any]:
     }
     if spec.score:
         arguments["max_logprobs"] = -1
+    elif spec.adapter is not None:
+        arguments |= arguments_for(spec.adapter, spec.model)
     if spec.adapter is None:
         # All prompts are token ids, and a merged model may have no tokenizer.
         arguments["skip_tokenizer_init"] = True
@@ -195,7 +198,7 @@ def ask(llm: Any, spec: RunSpec, writer: TraceWriter, adapter_id: int = 1) -> No
     from vllm.lora.request import LoRARequest
 
     assert spec.adapter is not None
-    prompts = encode(spec, llm.get_tokenizer())
+    prompts, task = encode(spec, llm.get_tokenizer()), open_adapter(spec.adapter).config.trained_as.task
     try:
         request = LoRARequest(spec.name, adapter_id, spec.adapter)
         loaded = _load(llm, request, writer)
@@ -204,7 +207,11 @@ def ask(llm: Any, spec: RunSpec, writer: TraceWriter, adapter_id: int = 1) -> No
         turns = (*(() if spec.score else (None,)), *((request,) if loaded else ()))
         for turn in turns:
             for number, ids in enumerate(prompts):
-                answer = _generate(llm, spec, number, ids, turn)
+                answer = (
+                    answered(llm, task, number, ids, turn)
+                    if llm.runner_type == "pooling"
+                    else _generate(llm, spec, number, ids, turn)
+                )
                 writer.request(answer)
                 if turn is not None:
                     answers.append(answer)

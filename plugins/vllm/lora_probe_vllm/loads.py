@@ -131,7 +131,7 @@ class ActiveLoad:
             elif name is None or name not in self.engine.known:
                 intended = row.module if row.module != row.entry.module else None
                 read[key] = name_without_home(row.entry.stored_as, intended, "vLLM", self.record.adapter.source)
-            elif lora.get_lora(name) is None and not self._is_fused(lora, key):
+            elif not self.engine.is_taken(lora, name) and not self._is_fused(lora, key):
                 read[key] = not_taken("vLLM", "the module exists, but its pair was skipped")
             else:
                 read[key] = OK

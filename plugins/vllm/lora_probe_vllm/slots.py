@@ -22,6 +22,9 @@ from lora_probe.rules.lp5_loading import not_measured, placed_differs, placed_em
 from lora_probe_vllm.experts import W2
 from lora_probe_vllm.seams import is_missing, rename_mapper, seams
 
+OPTIONAL = "model."
+"""What vLLM adds to the names of a pooling model's adapter that do not begin with it (`_get_lora_layer_weights`)."""
+
 
 @dataclass(frozen=True)
 class Home:
@@ -118,7 +121,13 @@ class Homes:
             name: str = seams.parse_name(tensor.name, self.mapper)[0]
         except ValueError:
             return None
-        return name
+        whole = f"{OPTIONAL}{name}"
+        return whole if self.manager.is_pooling_model and name not in self.known and whole in self.known else name
+
+    def is_taken(self, lora: Any, name: str) -> bool:
+        """Whether an adapter that vLLM has read has weights for a module."""
+        short = name.removeprefix(OPTIONAL) if self.manager.is_pooling_model else name
+        return lora.get_lora(name) is not None or lora.get_lora(short) is not None
 
 
 def renamed(
