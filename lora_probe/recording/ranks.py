@@ -8,6 +8,8 @@ rows, with its own part of each layer:
 - a module that is sharded along its input: x·Aᵀ adds up, and the contribution follows from it; x adds up in quadrature;
   the output is the sum over all ranks already. A rank's base output is a partial sum, so ‖base‖² = ‖output‖² -
   2⟨output, delta⟩ + ‖delta‖², where ⟨output, delta⟩ adds up over the ranks;
+- a module that is sharded along both, as fully sharded ones are: the same, but every rank has all of x·Aᵀ, and the
+  contribution adds up in quadrature;
 - a module that is whole on a rank, or on another pipeline rank: as it is there.
 """
 
@@ -147,10 +149,11 @@ class _Joined:
         """A module: the four norms, x·Aᵀ, and whole tensors if they were kept."""
         key = self._first.modules[number]
         outputs = _quadrature if axis == "output" else _of_first
-        inputs = _quadrature if axis == "input" else _of_first
+        inputs = _quadrature if axis in ("input", "both") else _of_first
+        deltas = _quadrature if axis in ("output", "both") else _of_first
         self._columns["x_norm"][:, number] = inputs(members, "x_norm")
         self._columns["output_norm"][:, number] = outputs(members, "output_norm")
-        self._columns["delta_norm"][:, number] = outputs(members, "delta_norm")
+        self._columns["delta_norm"][:, number] = deltas(members, "delta_norm")
         self._columns["base_norm"][:, number] = outputs(members, "base_norm")
         shrinks = [shrink for member in members if (shrink := _shrink(member)) is not None]
         if self._shrink is not None and len(shrinks) == len(members):
@@ -159,6 +162,7 @@ class _Joined:
             self._shrink[:, number, summed.shape[-1] :] = 0
         if axis == "input":
             self._columns["delta_norm"][:, number] = self._of_partial_sums(members, number)
+        if axis in ("input", "both"):
             self._columns["base_norm"][:, number] = self._base_of_partial_sums(members, number)
         for name in TABLES:
             tables = [table for member in members if (table := (getattr(member.rows, name) or {}).get(key)) is not None]
@@ -218,6 +222,8 @@ def _sum(parts: Sequence[Floats]) -> Floats:
 def _table(name: str, tables: Sequence[Floats], axis: str) -> Floats:
     """x, the base output or the contribution of a module: side by side if it is divided, added up if each rank has a
     partial sum, and the same on all ranks otherwise."""
+    if axis == "both":
+        return _sum(tables) if name == "base" else np.concatenate(tables, axis=1)
     if axis == "input":
         return np.concatenate(tables, axis=1) if name == "x" else _sum(tables)
     return np.concatenate(tables, axis=1) if axis == "output" and name != "x" else tables[0]
@@ -245,7 +251,7 @@ def _placed(load: int, modules: Sequence[tuple[list[_Member], str]]) -> Placed:
         widest = max((part.shape[-1] for part in parts), default=0)
         wide = [at_rank(part, widest) for part in parts]
         whole = len(parts) == len(members) and bool(parts)
-        grams.append((_sum(wide) if axis == "output" else wide[0]) if whole else None)
+        grams.append((_sum(wide) if axis in ("output", "both") else wide[0]) if whole else None)
     rank = max((gram.shape[-1] for gram in grams if gram is not None), default=0)
     if not rank:
         return Placed(tuple(digests))

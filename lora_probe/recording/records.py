@@ -137,10 +137,11 @@ class Load(msgspec.Struct, frozen=True, tag="load", tag_field="kind"):
 
 
 class Shard(msgspec.Struct, frozen=True):
-    """What a tensor-parallel rank holds of a module: part `part` of `parts`, along the module's input or output. Ranks
-    may hold the same part: several share the heads of k and v if there are fewer heads than ranks."""
+    """What a tensor-parallel rank holds of a module: part `part` of `parts`, along the module's input or output, or A
+    along the input and B along the output. Ranks may hold the same part: several share the heads of k and v if there
+    are fewer heads than ranks."""
 
-    axis: Literal["input", "output"]
+    axis: Literal["input", "output", "both"]
     part: int
     parts: int
 

@@ -1,15 +1,13 @@
 """x·A·B of each q, k and v slice while vLLM runs a step.
 
 In: the LoRA layers of an active adapter. Out: rows for the trace, and samples of x and delta. A forward hook on the
-layer captures the fused output; a stand-in for the layer's `punica_wrapper` captures x, the base output before the
-contribution is added, and the shrink of every slice. It calls vLLM's own shrink and expand kernels once each.
+layer captures the fused output, and a stand-in for the layer's `punica_wrapper` everything else.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,117 +19,9 @@ from lora_probe.recording import Floats, Level, Placed, Rows, Served
 from lora_probe.recording.rows import TABLES, kept
 from lora_probe.recording.sketch import SKETCH, projection
 from lora_probe_vllm.experts import ExpertStandIn
-from lora_probe_vllm.measured import Column, Columns, Stacked, Step, norm, slice_norms
-from lora_probe_vllm.seams import Patches, expert_context, token_slots
-
-
-@dataclass
-class Watched:
-    """A recorded layer. `number` is its place among them; its slices have `columns`."""
-
-    layer: Any
-    number: int
-    widths: list[int] | None = None
-    """Those of the slices of a layer without LoRA; a LoRA layer has them itself."""
-    columns: list[Column] = field(default_factory=list)
-    partial: bool = False
-    """Its input is sharded over ranks, so what runs here is a partial sum."""
-    embeds: bool = False
-    """It is an embedding: its input are the ids of tokens."""
-    routes: bool = False
-    """It is a layer of experts, which has no columns."""
-
-
-class StandIn:
-    """Replaces the `punica_wrapper` of one layer: delegates everything, and records `add_lora_linear`."""
-
-    def __init__(self, real: Any, watched: Watched, capture: Capture) -> None:
-        self._real, self._watched, self._capture = real, watched, capture
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._real, name)
-
-    def add_lora_linear(
-        self,
-        y: torch.Tensor,
-        x: torch.Tensor,
-        lora_a_stacked: tuple[torch.Tensor, ...],
-        lora_b_stacked: tuple[torch.Tensor, ...],
-        scale: float,
-        output_slices: tuple[int, ...],
-        **kwargs: Any,
-    ) -> Any:
-        """`y += s·(x·Aᵀ)·Bᵀ` with vLLM's kernels. `y: [tokens, out of all slices]`, `x: [tokens, in]`."""
-        capture = self._capture
-        step = capture.step
-        if step is None or kwargs.get("buffer") is not None:
-            return self._real.add_lora_linear(y, x, lora_a_stacked, lora_b_stacked, scale, output_slices, **kwargs)
-        rank = lora_b_stacked[0].size(-1)
-        # The same buffer as the kernels allocate: float32, contiguous, one slice after the other.
-        shrink = torch.zeros((len(output_slices), x.size(0), rank), dtype=torch.float32, device=x.device)
-        with capture.guard("a layer's input"):
-            self._before(step, y, x, output_slices)
-        self._real.add_shrink(shrink, x, lora_a_stacked, scale)
-        add_inputs = kwargs.get("add_inputs", True)
-        if capture.wants_delta(step):
-            delta = torch.zeros_like(y)
-            self._real.add_expand(delta, shrink, lora_b_stacked, output_slices, add_inputs=True)
-            y.add_(delta) if add_inputs else y.copy_(delta)
-            with capture.guard("a layer's contribution"):
-                self._with_delta(step, delta, x, output_slices)
-        else:
-            self._real.add_expand(y, shrink, lora_b_stacked, output_slices, add_inputs=add_inputs)
-        step.shrink[self._watched.number] = shrink
-        return y
-
-    def add_lora_embedding(
-        self, y: torch.Tensor, x: torch.Tensor, lora_b_stacked: torch.Tensor, *more: Any, **kwargs: Any
-    ) -> Any:
-        """`y += s·x·Bᵀ` with vLLM's kernel. `y: [tokens, out]`, `x: [tokens, r]` are columns of A."""
-        capture = self._capture
-        step, real = capture.step, self._real.add_lora_embedding
-        if step is None:
-            return real(y, x, lora_b_stacked, *more, **kwargs)
-        with capture.guard("an embedding's input"):
-            self._before(step, y, torch.ones_like(x[:, :1]), (y.size(-1),))
-        if capture.wants_delta(step):
-            delta = torch.zeros_like(y)
-            real(delta, x, lora_b_stacked, *more, **kwargs)
-            y.add_(delta)
-            with capture.guard("an embedding's contribution"):
-                self._with_delta(step, delta, x, (y.size(-1),))
-        else:
-            real(y, x, lora_b_stacked, *more, **kwargs)
-        with capture.guard("an embedding's columns of A"):
-            # Rows without an adapter look up a column too, which nothing is made of.
-            columns = x[: len(step.rows)].float() * (step.slots >= 0)[:, None]
-            step.shrink[self._watched.number] = columns[None]
-        return y
-
-    def _before(self, step: Step, y: torch.Tensor, x: torch.Tensor, output_slices: tuple[int, ...]) -> None:
-        count, layer = len(step.rows), self._watched.number
-        self._capture.look_up_slots(step, self._real)
-        step.widths[layer] = output_slices
-        step.x_norm[layer] = norm(x[:count])
-        step.base_norm[layer] = slice_norms(y[:count], output_slices)
-        if self._capture.keeps("x"):
-            bases = y[:count].split(list(output_slices), dim=-1)
-            for column in self._watched.columns:
-                step.x[column.key] = x[:count].clone()
-                step.base[column.key] = bases[column.slice].clone()
-
-    def _with_delta(self, step: Step, delta: torch.Tensor, x: torch.Tensor, output_slices: tuple[int, ...]) -> None:
-        written = delta[: len(step.rows)]
-        if step.mixed:
-            step.written_norm[self._watched.number] = slice_norms(written, output_slices)
-        deltas = written.split(list(output_slices), dim=-1)
-        sampled_x = x[step.sampled] if step.sampled else None
-        for column in self._watched.columns:
-            rows = deltas[column.slice]
-            if sampled_x is not None:
-                step.samples[column.key] = sampled_x, rows[step.sampled]
-            if self._capture.keeps("delta"):
-                step.delta[column.key] = rows.clone()
+from lora_probe_vllm.measured import Column, Columns, Stacked, Step, slice_norms
+from lora_probe_vllm.seams import Patches, expert_context, is_fully_sharded, token_slots
+from lora_probe_vllm.stand_in import ShardedStandIn, StandIn, Watched
 
 
 def _inner(step: Step, watched: Watched, output: torch.Tensor) -> torch.Tensor:
@@ -141,7 +31,10 @@ def _inner(step: Step, watched: Watched, output: torch.Tensor) -> torch.Tensor:
     total = torch.zeros(len(step.rows), dtype=torch.float32, device=output.device)
     for slot in step.active:
         b = watched.layer.lora_b_stacked[0][slot, 0].float()
-        total += ((output.float() @ b) * shrink).sum(-1) * (step.slots == slot)
+        # A fully sharded rank adds to its part of the output alone.
+        first = watched.layer.tp_rank * len(b) if len(b) < output.shape[-1] else 0
+        part = output[:, first : first + len(b)].float()
+        total += ((part @ b) * shrink).sum(-1) * (step.slots == slot)
     return total
 
 
@@ -231,7 +124,8 @@ class Capture:
             patches.callback(layer.register_forward_hook(self._after_experts(watched)).remove)
             return
         real = layer.punica_wrapper
-        layer.punica_wrapper = StandIn(real, watched, self)
+        kind = ShardedStandIn if is_fully_sharded(layer) else StandIn
+        layer.punica_wrapper = kind(real, watched, self)
         patches.callback(setattr, layer, "punica_wrapper", real)
         patches.callback(layer.register_forward_hook(self._after(watched)).remove)
 

@@ -8,8 +8,7 @@ There are too many experts for columns in the trace.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +18,7 @@ from lora_probe.engines.load_record import LoadRecord
 from lora_probe.names import Key
 from lora_probe.recording import Floats
 from lora_probe_vllm.measured import Routed, Step
+from lora_probe_vllm.stand_in import Recording
 
 W2 = 1
 """The number of the projection that follows the activation among w1, w2, w3."""
@@ -27,19 +27,6 @@ Routes = Mapping[int, Mapping[tuple[int, int], Key]]
 """By the number of a recorded layer: the module of each expert and projection (0 to 2: w1, w2, w3)."""
 
 Bools = npt.NDArray[np.bool_]
-
-
-class Recording(Protocol):
-    """What the stand-in needs to know of the capture that it belongs to."""
-
-    guard: Callable[[str], AbstractContextManager[None]]
-
-    @property
-    def step(self) -> Step | None:
-        """The open step, if any."""
-
-    def look_up_slots(self, step: Step, punica: Any) -> None:
-        """Which slot vLLM's table has for each row."""
 
 
 class ExpertStandIn:

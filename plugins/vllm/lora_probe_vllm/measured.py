@@ -72,6 +72,8 @@ class Step:
     """What ran in layers of experts."""
     sketch: dict[Key, Any] = field(default_factory=dict)
     samples: dict[Key, tuple[Any, Any]] = field(default_factory=dict)
+    halves: dict[Key, tuple[tuple[Any, Any], tuple[Any, Any]]] = field(default_factory=dict)
+    """Samples of fully sharded layers: x and this rank's part of x·Aᵀ, then all of x·Aᵀ and delta."""
     x: dict[Key, Any] = field(default_factory=dict)
     base: dict[Key, Any] = field(default_factory=dict)
     delta: dict[Key, Any] = field(default_factory=dict)

@@ -317,6 +317,11 @@ def token_slots(punica: Any, rows: int) -> Any:
     return punica.token_lora_indices[:rows]
 
 
+def is_fully_sharded(layer: Any) -> bool:
+    """Whether the ranks share the work of both halves of a pair (`--fully-sharded-loras`)."""
+    return bool(getattr(getattr(layer, "lora_config", None), "fully_sharded_loras", False))
+
+
 def expert_context(layer: Any) -> Any:
     """What the kernels of a layer of experts know of its adapters: its Punica wrapper is the one that they call."""
     return layer._moe_kernel.fused_experts._lora_context

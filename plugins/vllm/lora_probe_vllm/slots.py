@@ -20,7 +20,7 @@ from lora_probe.ledger import OK, Finding
 from lora_probe.recording import Floats, Shard
 from lora_probe.rules.lp5_loading import not_measured, placed_differs, placed_empty
 from lora_probe_vllm.experts import W2
-from lora_probe_vllm.seams import is_missing, rename_mapper, seams
+from lora_probe_vllm.seams import is_fully_sharded, is_missing, rename_mapper, seams
 
 OPTIONAL = "model."
 """What vLLM adds to the names of a pooling model's adapter that do not begin with it (`_get_lora_layer_weights`)."""
@@ -72,7 +72,7 @@ class Home:
         if ranks == 1 or not self.recordable or self.embeds:
             return None
         if isinstance(self.layer, seams.row_parallel_layer):
-            return Shard("input", rank, ranks)
+            return Shard("both" if is_fully_sharded(self.layer) else "input", rank, ranks)
         if not isinstance(self.layer, seams.column_parallel_layer):
             return None
         replicas = getattr(self.layer.base_layer, "num_kv_head_replicas", 1) if self.slice else 1

@@ -81,7 +81,7 @@ class Steps:
         for key in touched:
             home = load.homes[key]
             shard = home.shard
-            partial = shard is not None and shard.axis == "input"
+            partial = shard is not None and shard.axis != "output"
             self.capture.watch(key, home.layer, home.slice, partial, home.embeds)
         self._contents[adapter_id] = load.contents(touched)
         self._arrange()
@@ -301,8 +301,10 @@ class Steps:
         if not rows:
             return
         for key, samples in step.samples.items():
-            x, delta = (tensor[rows].float().cpu().numpy() for tensor in samples)
-            if key in load.homes and not _compare(load, key, x, delta):
+            if key in load.homes and not _compare(load, key, *_on_host(samples, rows)):
+                return
+        for key, halves in step.halves.items():
+            if key in load.homes and not _compare_halves(load, key, *(_on_host(half, rows) for half in halves)):
                 return
         sample_routed(step, self._routes[adapter], rows, lambda key, x, delta: _compare(load, key, x, delta))
 
@@ -319,6 +321,29 @@ def _compare(load: ActiveLoad, key: Key, x: Floats, delta: Floats) -> bool:
         inputs = x[:, : expected.a.shape[1]]
         load.record.sample(key, inputs, delta, expected.a, expected.b, expected.scaling)
     return True
+
+
+def _compare_halves(load: ActiveLoad, key: Key, to_a: tuple[Floats, Floats], to_b: tuple[Floats, Floats]) -> bool:
+    """The same for a fully sharded module: x and x·Aᵀ with this rank's part of A, all of x·Aᵀ and delta with its part
+    of B."""
+    try:
+        expected = load.placement(key)
+    except ProbeError:
+        return False
+    if expected is not None:
+        (x, part), (shrink, delta) = to_a, to_b
+        rank, whole = len(expected.a), expected.b.shape[1]
+        if rank:
+            load.record.sample(key, x, part[:, :rank], expected.a, np.eye(rank, dtype=np.float32), 1)
+        identity = np.eye(whole, dtype=np.float32)
+        load.record.sample(key, shrink[:, :whole], delta, identity, expected.b, expected.scaling)
+    return True
+
+
+def _on_host(samples: tuple[Any, Any], rows: list[int]) -> tuple[Floats, Floats]:
+    """Some of the sampled rows."""
+    x, delta = (tensor[rows].float().cpu().numpy() for tensor in samples)
+    return x, delta
 
 
 def contaminated_rows(stacked: Stacked, plain: Bools, gram: Any) -> Bools:
