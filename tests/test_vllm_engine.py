@@ -321,14 +321,33 @@ def test_a_fault_in_the_slot_of_an_embedding(
     }
 
 
-def test_a_head_is_unknown_after_it_was_placed(engine: SharedEngine, llama: Path, tmp_path: Path) -> None:
+def test_a_head_is_followed_to_the_end(engine: SharedEngine, llama: Path, tmp_path: Path) -> None:
+    """It has a row for each sampled token, and none in the trace."""
     made = save_adapter(tmp_path / "head", llama, target_modules=["q_proj", "lm_head"])
-    ledger = ledger_of(engine.record(made, tmp_path / "run"))
-    assert ledger.count("took effect") == LAYERS
-    (row,) = [row for row in ledger.rows if row.fate == "unknown"]
-    assert row.module == "lm_head"
-    assert row.stations["placed"].value == "ok"
-    assert row.stations["applied"].message.endswith("not captured yet (lm_head, experts)")
+    trace = engine.record(made, tmp_path / "run")
+    assert headline(ledger_of(trace)) == f"{LAYERS + 1} of {LAYERS + 1} modules took effect"
+    assert ("lm_head", "weight", None) not in trace.rows.modules
+    (agreed,) = (event for event in trace.events if event.stage == "agree")
+    error, _, samples = agreed.facts["errors"]["lm_head"]
+    assert 0 < error < 1e-5
+    # The last row of each prompt that is short enough to be sampled whole, and the first tokens after it.
+    assert samples >= 2
+
+
+def test_a_fault_in_the_kernel_of_a_head(
+    engine: SharedEngine, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU as Punica
+
+    whole = Punica.add_lora_logits
+
+    def half(self: Any, y: Any, x: Any, a: Any, b: Any, scale: float, **more: Any) -> Any:
+        return whole(self, y, x, a, b, scale / 2, **more)
+
+    monkeypatch.setattr(Punica, "add_lora_logits", half)
+    made = save_adapter(tmp_path / "head", llama, target_modules=["q_proj", "lm_head"])
+    (row,) = [row for row in ledger_of(engine.record(made, tmp_path / "run")).rows if row.fate == "wrong"]
+    assert (row.module, row.stations["placed"].value, row.stations["agrees"].code) == ("lm_head", "ok", "LP604")
 
 
 def test_keep_events_measures_what_it_can(engine: SharedEngine, adapter: Path, tmp_path: Path) -> None:
@@ -342,7 +361,7 @@ def test_keep_events_measures_what_it_can(engine: SharedEngine, adapter: Path, t
 
 def test_the_probe_leaves_nothing_on_the_layers(engine: SharedEngine, adapter: Path, tmp_path: Path) -> None:
     engine.record(adapter, tmp_path / "run")
-    from lora_probe_vllm.capture import StandIn
+    from lora_probe_vllm.stand_in import StandIn
 
     def leftovers(worker: Any) -> list[str]:
         layers = worker.model_runner.lora_manager._adapter_manager.modules
@@ -390,14 +409,16 @@ def answers(engine: SharedEngine, adapter: Path, tmp_path_factory: pytest.TempPa
         "loads.ActiveLoad.judge_slots",
         "loads.ActiveLoad.contents",
         "loading.Loading.event",
-        "capture.StandIn._before",
-        "capture.StandIn._with_delta",
+        "stand_in.StandIn._before",
+        "stand_in.StandIn._with_delta",
         "capture.Capture._sketch",
         "measured.Columns.stack",
         "capture.Capture.rows",
         "steps.Steps._follow",
         "steps.Steps._blame",
         "steps.contaminated_rows",
+        "steps.compare_samples",
+        "steps.count_heads",
         "blocks.Blocks.step",
         "loading.Loading.evicted",
         "loading.Loading.removed",
@@ -520,7 +541,7 @@ def test_a_layer_that_goes_round_the_stand_in_is_unknown_not_lost(
     """Like fully sharded layers, which call the kernels themselves."""
     from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 
-    from lora_probe_vllm.capture import StandIn
+    from lora_probe_vllm.stand_in import StandIn
 
     def around(self: Any, x: Any, output: Any) -> Any:
         real = self.punica_wrapper._real if isinstance(self.punica_wrapper, StandIn) else self.punica_wrapper
@@ -536,14 +557,14 @@ def test_a_layer_that_goes_round_the_stand_in_is_unknown_not_lost(
 def test_a_failure_inside_a_layer_does_not_fail_the_request(
     engine: SharedEngine, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lora_probe_vllm import capture
+    from lora_probe_vllm import stand_in
 
     healthy = [request.output_ids for request in engine.record(adapter, tmp_path / "healthy").requests]
 
     def broken(*_: Any) -> Any:
         raise RuntimeError("made on purpose")
 
-    monkeypatch.setattr(capture, "norm", broken)
+    monkeypatch.setattr(stand_in, "norm", broken)
     trace = engine.record(adapter, tmp_path / "run")
     assert [request.output_ids for request in trace.requests] == healthy
     assert ledger_of(trace).count("unknown") == MODULES

@@ -50,9 +50,10 @@ def test_engine_and_worker_in_their_own_processes(qwen2: Path, tmp_path: Path) -
     assert worker["keep"] == "shrink"
 
 
-def test_two_tensor_parallel_ranks(qwen2: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("flags", [(), ("--", "--fully-sharded-loras")], ids=["sharded", "fully sharded"])
+def test_two_tensor_parallel_ranks(flags: tuple[str, ...], qwen2: Path, tmp_path: Path) -> None:
     wide = save_adapter(tmp_path / "wide", qwen2, target_modules="all-linear")
-    more = ("--dtype", "float32", "--tensor-parallel-size", "2", "--format", "json")
+    more = ("--dtype", "float32", "--tensor-parallel-size", "2", "--format", "json", *flags)
     run = trace(wide, tmp_path / "run.lptrace", *more, VLLM_CPU_OMP_THREADS_BIND="0|1")
     assert run.returncode == 0, run.stderr
     data = json.loads(run.stdout)

@@ -314,7 +314,7 @@ class LoadRecord:
     def _applied(self, counters: _Counters) -> Finding:
         requested = self._requested if counters.routed is None else counters.routed
         if not requested:
-            return not_measured("the router sent no token to this expert")
+            return not_measured("no token of a request with the adapter reached it")
         if counters.applied == 0:
             return never_applied(requested)
         return rows_missed(counters.applied, requested) if counters.applied != requested else OK

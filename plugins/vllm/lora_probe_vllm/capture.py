@@ -21,7 +21,7 @@ from lora_probe.recording.sketch import SKETCH, projection
 from lora_probe_vllm.experts import ExpertStandIn
 from lora_probe_vllm.measured import Column, Columns, Stacked, Step, slice_norms
 from lora_probe_vllm.seams import Patches, expert_context, is_fully_sharded, token_slots
-from lora_probe_vllm.stand_in import ShardedStandIn, StandIn, Watched
+from lora_probe_vllm.stand_in import HeadStandIn, ShardedStandIn, StandIn, Watched
 
 
 def _inner(step: Step, watched: Watched, output: torch.Tensor) -> torch.Tensor:
@@ -80,10 +80,12 @@ class Capture:
             if is_new and (not self.transient or self._observing is not None):
                 self._install(watched)
 
-    def watch_experts(self, layer: Any) -> int:
-        """Record the experts of a layer from now on. Returns the layer's number."""
+    def watch_whole(self, layer: Any, routes: bool = False, samples: bool = False) -> int:
+        """Record a layer without columns from now on: one that `routes` or `samples`. Returns its number."""
         is_new = id(layer) not in self._watched
-        watched = self._watched.setdefault(id(layer), Watched(layer, len(self._watched), routes=True))
+        watched = self._watched.setdefault(
+            id(layer), Watched(layer, len(self._watched), routes=routes, samples=samples)
+        )
         if is_new and (not self.transient or self._observing is not None):
             self._install(watched)
         return watched.number
@@ -124,6 +126,10 @@ class Capture:
             patches.callback(layer.register_forward_hook(self._after_experts(watched)).remove)
             return
         real = layer.punica_wrapper
+        if watched.samples:
+            layer.punica_wrapper = HeadStandIn(real, watched.number, self)
+            patches.callback(setattr, layer, "punica_wrapper", real)
+            return
         kind = ShardedStandIn if is_fully_sharded(layer) else StandIn
         layer.punica_wrapper = kind(real, watched, self)
         patches.callback(setattr, layer, "punica_wrapper", real)
@@ -171,6 +177,15 @@ class Capture:
             yield
         finally:
             handle.remove()
+            self._step = None
+
+    @contextmanager
+    def reopened(self, step: Step) -> Iterator[None]:
+        """Go on with a step whose model has been called, while its logits are computed."""
+        self._step = step
+        try:
+            yield
+        finally:
             self._step = None
 
     def abandon(self) -> None:

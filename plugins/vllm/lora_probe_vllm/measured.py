@@ -48,6 +48,18 @@ class Routed:
 
 
 @dataclass
+class Head:
+    """The head over the vocabulary in one step. It has a row for each request, that of the token that is sampled.
+    `slots: [requests]`; of the requests with the numbers `sampled`, `x: [sampled, in]` and `delta: [sampled,
+    vocabulary]`."""
+
+    slots: torch.Tensor
+    sampled: list[int]
+    x: torch.Tensor | None = None
+    delta: torch.Tensor | None = None
+
+
+@dataclass
 class Step:
     """One forward pass while it runs. Tensors are `[rows, ...]`, without the padding; those of layers are by the number
     of the layer, and have the norms of all of its chunks (`slice_norms`)."""
@@ -70,6 +82,7 @@ class Step:
     inner: dict[int, Any] = field(default_factory=dict)
     routed: dict[int, Routed] = field(default_factory=dict)
     """What ran in layers of experts."""
+    heads: dict[int, Head] = field(default_factory=dict)
     sketch: dict[Key, Any] = field(default_factory=dict)
     samples: dict[Key, tuple[Any, Any]] = field(default_factory=dict)
     halves: dict[Key, tuple[tuple[Any, Any], tuple[Any, Any]]] = field(default_factory=dict)

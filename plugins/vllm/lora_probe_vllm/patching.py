@@ -167,8 +167,19 @@ def _patch_steps(patches: Patches, probe_of: Find) -> None:
 
         return wrapper
 
+    def sample_tokens(original: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+            probe = probe_of(self)
+            if probe is None or not probe.recording:
+                return original(self, *args, **kwargs)
+            with probe.steps.choosing_tokens():
+                return original(self, *args, **kwargs)
+
+        return wrapper
+
     classes, _ = supported()
     for runner in classes.values():
         patches.wrap(runner, "execute_model", execute_model)
     if "V2" in classes:
         patches.wrap(classes["V2"], "prepare_inputs", prepare_inputs)
+        patches.wrap(classes["V2"], "sample_tokens", sample_tokens)

@@ -39,6 +39,7 @@ NAMES = {
     "embedding_layer": ("vllm.lora.layers", "VocabParallelEmbeddingWithLoRA"),
     "row_parallel_layer": ("vllm.lora.layers", "RowParallelLinearWithLoRA"),
     "column_parallel_layer": ("vllm.lora.layers", "ColumnParallelLinearWithLoRA"),
+    "head_layer": ("vllm.lora.layers", "LogitsProcessorWithLoRA"),
     "parse_name": ("vllm.lora.utils", "parse_fine_tuned_lora_name"),
     "adapter_path": ("vllm.lora.utils", "get_adapter_absolute_path"),
     "engine_args": ("vllm.engine.arg_utils", "EngineArgs"),
@@ -65,7 +66,7 @@ METHODS = {
     "worker": ("__init__",),
     "runner_mixin": ("load_lora_model", "add_lora"),
     "v1_runner": ("execute_model", "_determine_batch_execution_and_padding"),
-    "v2_runner": ("execute_model", "prepare_inputs"),
+    "v2_runner": ("execute_model", "prepare_inputs", "sample_tokens"),
     "worker_manager": ("_load_adapter", "add_adapter", "add_dummy_lora"),
     "lru_worker_manager": ("add_adapter",),
     "manager": (
@@ -315,6 +316,11 @@ def is_missing(module: Any) -> bool:
 def token_slots(punica: Any, rows: int) -> Any:
     """vLLM's table from tokens to slots for the current step: `[rows]`, -1 for no adapter."""
     return punica.token_lora_indices[:rows]
+
+
+def request_slots(punica: Any, requests: int) -> Any:
+    """vLLM's table from requests to slots for the tokens that are sampled in the current step: `[requests]`."""
+    return punica.sampler_indices[:requests]
 
 
 def is_fully_sharded(layer: Any) -> bool:

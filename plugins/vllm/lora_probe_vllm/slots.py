@@ -52,6 +52,11 @@ class Home:
         return bool(self.slices == self.layer.w2_lora_a_stacked[0].shape[1] * self._projections)
 
     @property
+    def samples(self) -> bool:
+        """Whether it is a head over the vocabulary, whose rows are the tokens that are sampled."""
+        return isinstance(self.layer, seams.head_layer)
+
+    @property
     def _projections(self) -> int:
         return len(self.layer.w13_lora_a_stacked) + 1
 

@@ -14,7 +14,8 @@ from typing import Any, Protocol
 
 import torch
 
-from lora_probe_vllm.measured import Column, Step, norm, slice_norms
+from lora_probe_vllm.measured import Column, Head, Step, norm, slice_norms
+from lora_probe_vllm.seams import request_slots
 
 
 class Recording(Protocol):
@@ -51,6 +52,8 @@ class Watched:
     """It is an embedding: its input are the ids of tokens."""
     routes: bool = False
     """It is a layer of experts, which has no columns."""
+    samples: bool = False
+    """It is a head over the vocabulary, which has no columns either."""
 
 
 class StandIn:
@@ -158,7 +161,8 @@ class ShardedStandIn(StandIn):
         """`buffer += s·x·Aᵀ`, `[slices, tokens, r]`, of this rank alone."""
         result = self._real.add_shrink(buffer, x, lora_a_stacked, scale, **more)
         if (step := self._capture.step) is not None:
-            self._x, self._part = x, buffer[:, step.sampled].clone() if step.sampled else None
+            with self._capture.guard("a layer's part of x·Aᵀ"):
+                self._x, self._part = x, buffer[:, step.sampled].clone() if step.sampled else None
         return result
 
     def add_expand(
@@ -193,3 +197,37 @@ class ShardedStandIn(StandIn):
                 assert self._part is not None
                 step.halves[column.key] = (x_of_samples, self._part[column.slice]), (of_slice, written)
         return y
+
+
+class HeadStandIn:
+    """Replaces the Punica wrapper of a head over the vocabulary."""
+
+    def __init__(self, real: Any, number: int, capture: Recording) -> None:
+        self._real, self._number, self._capture = real, number, capture
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+    def add_lora_logits(self, y: torch.Tensor, x: torch.Tensor, *more: Any, **kwargs: Any) -> Any:
+        """`y += s·(x·Aᵀ)·Bᵀ`, with a row for each request. `y: [requests, vocabulary]`."""
+        step, real = self._capture.step, self._real.add_lora_logits
+        head = self._begun(step, len(x)) if step is not None else None
+        if head is None or not head.sampled:
+            return real(y, x, *more, **kwargs)
+        delta = torch.zeros_like(y)
+        result = real(delta, x, *more, **kwargs)
+        y.add_(delta)
+        with self._capture.guard("the contribution to logits"):
+            head.x, head.delta = x[head.sampled], delta[head.sampled]
+        return result
+
+    def _begun(self, step: Step, count: int) -> Head | None:
+        """The head's record in this step; None for other rows than one of each request: those of log-probabilities of
+        a prompt."""
+        with self._capture.guard("the input of a head"):
+            columns = step.rows.columns
+            if count == len(columns.names):
+                sampled = sorted({int(columns.request[row]) for row in step.sampled})
+                head = step.heads[self._number] = Head(request_slots(self._real, count).clone(), sampled)
+                return head
+        return None

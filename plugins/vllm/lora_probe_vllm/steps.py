@@ -15,18 +15,18 @@ import numpy as np
 import numpy.typing as npt
 
 from lora_probe.engines.sampler import Sampler
-from lora_probe.errors import ProbeError
 from lora_probe.names import Key
-from lora_probe.recording import Floats, Level, Placed, TraceWriter
+from lora_probe.recording import Level, Placed, TraceWriter
 from lora_probe.recording.rows import NO_ADAPTER, NOT_IN_ITS_SLOT, kept
 from lora_probe_vllm.blocks import Author, Blocks
 from lora_probe_vllm.capture import Capture
-from lora_probe_vllm.experts import Routes, count_routed, sample_routed
+from lora_probe_vllm.experts import Routes, count_routed
 from lora_probe_vllm.loads import ActiveLoad, SlotContents
 from lora_probe_vllm.measured import Stacked, Step
 from lora_probe_vllm.plain import locate
 from lora_probe_vllm.rows import RowColumns, requests_of, rows_of
 from lora_probe_vllm.runners import eager_step
+from lora_probe_vllm.samples import Heads, compare_samples, count_heads
 from lora_probe_vllm.seams import block_size_of, token_slots
 from lora_probe_vllm.unobserved import Unobserved
 
@@ -60,24 +60,21 @@ class Steps:
         self.loads: dict[int, ActiveLoad] = {}
         self._contents: dict[int, SlotContents] = {}
         self._routes: dict[int, Routes] = {}
+        self._heads: dict[int, Heads] = {}
         self._grams: dict[int, Any] = {}
         self._placed: dict[int, Placed] = {}
         self._held: dict[int, ActiveLoad] = {}
         self._left: dict[int, Any] = {}
         self._authors: dict[int, Author] = {}
         self._blocks: Blocks | None = None
+        self._computed: Step | None = None
         self._clean_steps = 0
 
     def activated(self, adapter_id: int, load: ActiveLoad) -> None:
         """Record the layers of a load from now on."""
         self.loads[adapter_id] = load
         touched = [key for key, home in load.homes.items() if home.recordable and not load.record.ended(key)]
-        routes: dict[int, dict[tuple[int, int], Key]] = {}
-        for key, home in load.homes.items():
-            if home.routes and not load.record.ended(key):
-                routes.setdefault(self.capture.watch_experts(home.layer), {})[home.expert] = key
-        self._routes[adapter_id] = routes
-        load.record.routed([key for keys in routes.values() for key in keys.values()], 0, 0)
+        self._watch_whole(adapter_id, load)
         for key in touched:
             home = load.homes[key]
             shard = home.shard
@@ -85,6 +82,20 @@ class Steps:
             self.capture.watch(key, home.layer, home.slice, partial, home.embeds)
         self._contents[adapter_id] = load.contents(touched)
         self._arrange()
+
+    def _watch_whole(self, adapter_id: int, load: ActiveLoad) -> None:
+        """Record the layers without columns: experts and heads. Their rows are not those of the step."""
+        routes: dict[int, dict[tuple[int, int], Key]] = {}
+        heads: dict[int, Key] = {}
+        for key, home in load.homes.items():
+            if load.record.ended(key):
+                continue
+            if home.routes:
+                routes.setdefault(self.capture.watch_whole(home.layer, routes=True), {})[home.expert] = key
+            elif home.samples:
+                heads[self.capture.watch_whole(home.layer, samples=True)] = key
+        self._routes[adapter_id], self._heads[adapter_id] = routes, heads
+        load.record.routed([*heads.values(), *(key for keys in routes.values() for key in keys.values())], 0, 0)
 
     def switch(self, keep: Level, record: bool) -> int:
         """Record at another level from the next step on, or nothing without `record`. Returns how many loads have a
@@ -95,7 +106,7 @@ class Steps:
         if "events" in (keep, before.keep):
             # Requests are not followed at that level.
             self._blocks = None
-        self.loads, self._contents, self._routes = {}, {}, {}
+        self.loads, self._contents, self._routes, self._heads = {}, {}, {}, {}
         self._arrange()
         in_slots = {adapter: load for adapter, load in self._known.items() if load.slot is not None}
         if record:
@@ -117,6 +128,7 @@ class Steps:
         self._left |= {slot: self._grams[slot] for slot in left}
         self._contents.pop(adapter_id, None)
         self._routes.pop(adapter_id, None)
+        self._heads.pop(adapter_id, None)
         self._arrange()
 
     def close(self) -> None:
@@ -126,7 +138,7 @@ class Steps:
             with self.guard("the end of a load"):
                 load.record.finish_requests()
         self.loads, self._contents, self._grams, self._placed, self._authors = {}, {}, {}, {}, {}
-        self._held, self._left, self._routes = {}, {}, {}
+        self._held, self._left, self._routes, self._heads = {}, {}, {}, {}
         self.sampler, self._blocks = Sampler(), None
 
     def _arrange(self) -> None:
@@ -166,6 +178,7 @@ class Steps:
                 with self.guard("the requests of a step"):
                     self._follow(runner, scheduler_output)
                 if (step := self.capture.step) is not None:
+                    self._computed = step if self.prepared is not None else None
                     with self.guard("the end of a step"):
                         self._finish(step, writer)
                 with self.guard("the report of a step"):
@@ -173,6 +186,19 @@ class Steps:
                         load.record.report_if_due()
                     for load in self._gone():
                         load.record.report_requests()
+
+    @contextmanager
+    def choosing_tokens(self) -> Iterator[None]:
+        """`sample_tokens` of the V2 runner: there it computes the logits of the last step, if it was observed."""
+        step, self._computed = self._computed, None
+        if step is None or not any(self._heads.values()):
+            yield
+            return
+        with self.capture.reopened(step):
+            yield
+        with self.guard("the logits of a step"):
+            for adapter, load in self.loads.items():
+                count_heads(step, self._heads[adapter], adapter, load)
 
     @contextmanager
     def passing(self, runner: Any, scheduler_output: Any, writer: TraceWriter) -> Iterator[None]:
@@ -243,7 +269,8 @@ class Steps:
             requested, applied = fresh & (columns.lora == adapter), fresh & (loads == load.number)
             load.record.ran(int(requested.sum()), [key for key in ran if key in load.pairs], int(applied.sum()))
             count_routed(step, self._routes[adapter], requested, applied, load.record)
-            self._sample(adapter, load, step)
+            count_heads(step, self._heads[adapter], adapter, load)
+            compare_samples(step, self._routes[adapter], adapter, load)
         self._blame(step, loads, stacked)
         placed = {load: self._placed[load] for load in np.unique(loads).tolist() if load >= 0}
         running = self._blocks.running if self._blocks is not None else {}
@@ -295,55 +322,6 @@ class Steps:
         half_filled = [load for load in self._known.values() if load.slot is None and load.record.load.refused]
         if len(half_filled) == 1:
             half_filled[0].record.contaminated(columns.by_request(got))
-
-    def _sample(self, adapter: int, load: ActiveLoad, step: Step) -> None:
-        rows = [number for number, row in enumerate(step.sampled) if step.rows.lora[row] == adapter]
-        if not rows:
-            return
-        for key, samples in step.samples.items():
-            if key in load.homes and not _compare(load, key, *_on_host(samples, rows)):
-                return
-        for key, halves in step.halves.items():
-            if key in load.homes and not _compare_halves(load, key, *(_on_host(half, rows) for half in halves)):
-                return
-        sample_routed(step, self._routes[adapter], rows, lambda key, x, delta: _compare(load, key, x, delta))
-
-
-def _compare(load: ActiveLoad, key: Key, x: Floats, delta: Floats) -> bool:
-    """Compare samples of a module with the adapter. False if a large adapter's file is gone: then `agrees` is not
-    measured from here on."""
-    try:
-        expected = load.placement(key)
-    except ProbeError:
-        return False
-    if expected is not None:
-        # An engine's vocabulary may be padded.
-        inputs = x[:, : expected.a.shape[1]]
-        load.record.sample(key, inputs, delta, expected.a, expected.b, expected.scaling)
-    return True
-
-
-def _compare_halves(load: ActiveLoad, key: Key, to_a: tuple[Floats, Floats], to_b: tuple[Floats, Floats]) -> bool:
-    """The same for a fully sharded module: x and x·Aᵀ with this rank's part of A, all of x·Aᵀ and delta with its part
-    of B."""
-    try:
-        expected = load.placement(key)
-    except ProbeError:
-        return False
-    if expected is not None:
-        (x, part), (shrink, delta) = to_a, to_b
-        rank, whole = len(expected.a), expected.b.shape[1]
-        if rank:
-            load.record.sample(key, x, part[:, :rank], expected.a, np.eye(rank, dtype=np.float32), 1)
-        identity = np.eye(whole, dtype=np.float32)
-        load.record.sample(key, shrink[:, :whole], delta, identity, expected.b, expected.scaling)
-    return True
-
-
-def _on_host(samples: tuple[Any, Any], rows: list[int]) -> tuple[Floats, Floats]:
-    """Some of the sampled rows."""
-    x, delta = (tensor[rows].float().cpu().numpy() for tensor in samples)
-    return x, delta
 
 
 def contaminated_rows(stacked: Stacked, plain: Bools, gram: Any) -> Bools:

@@ -311,8 +311,10 @@ class Probe:
         home = active.homes.get(key)
         if home is not None and home.routes:
             return None if active.record.has_run(key) else self.steps.capture.why_no_experts(home.layer)
+        if home is not None and home.samples:
+            return None if active.record.has_run(key) else "its logits were computed outside of a recorded step"
         if home is None or not home.recordable:
-            return "this kind of layer is applied but not captured yet (lm_head, experts of this layout)"
+            return "this kind of layer is applied but not captured yet (experts of this layout)"
         if home.embeds and not active.record.has_run(key):
             return "the embedding ran outside of the model's forward pass"
         if key in self.steps.capture.bypassed:
