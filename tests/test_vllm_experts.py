@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 from conftest import LAYERS
 from written import edited, write_adapter, write_base
@@ -53,15 +54,38 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         lambda tensors: {name: t for name, t in tensors.items() if ".experts." in name},
         lambda raw: raw | {"target_modules": TARGETS[3:]},
     )
-    return {"base": base, "each": each, "incomplete": incomplete, "only": only}
+    parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    fused = edited(
+        each,
+        folder / "fused",
+        lambda tensors: {n: t for n, t in tensors.items() if ".experts." not in n} | fused_pairs(),
+        lambda raw: raw | {"target_modules": TARGETS[:3], "target_parameters": parameters},
+    )
+    return {"base": base, "each": each, "incomplete": incomplete, "only": only, "fused": fused}
+
+
+def fused_pairs() -> dict[str, Any]:
+    """Pairs as PEFT writes them: in A `[experts·r, in]` the expert runs slowest, in B `[out, r·experts]` fastest."""
+    numbers = np.random.default_rng(1)
+    up, down = {"lora_A": (32, 128), "lora_B": (128, 32)}, {"lora_A": (32, 64), "lora_B": (128, 32)}
+    shapes = {f".base_layer.{half}": shape for half, shape in up.items()} | {f".{half}": s for half, s in down.items()}
+    return {
+        f"base_model.model.model.layers.{layer}.mlp.experts{half}.weight": numbers.normal(0, 0.05, shape).astype("f4")
+        for layer in range(LAYERS)
+        for half, shape in shapes.items()
+    }
 
 
 @pytest.fixture(scope="module")
 def served(adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Served:
     folder = tmp_path_factory.mktemp("traces") / "run.lptrace"
     each = str(adapters["each"])
-    cases = [{"name": fault or "healthy", "path": each, "fault": fault} for fault in ("", "swapped", "half", "kernel")]
-    cases += [{"name": name, "path": str(adapters[name]), "fault": ""} for name in ("only", "incomplete")]
+    faults = ("", "swapped", "half", "kernel")
+    cases = [{"name": fault or "healthy", "path": each, "fault": fault, "fused": False} for fault in faults]
+    fused = str(adapters["fused"])
+    cases += [{"name": f"fused {fault}", "path": fused, "fault": fault, "fused": True} for fault in faults]
+    for name in ("only", "incomplete"):
+        cases.append({"name": name, "path": str(adapters[name]), "fault": "", "fused": False})
     settings = {
         "PYTHONPATH": str(V2),
         "TRITON_INTERPRET": "1",
@@ -92,7 +116,7 @@ def wrong(ledger: Ledger, station: str) -> set[str]:
 
 
 def test_answers_are_those_without_the_probe(served: Served) -> None:
-    assert served.recorded == served.plain
+    assert served.plain.items() <= served.recorded.items()
     assert served.plain["swapped"] != served.plain["healthy"]
 
 
@@ -121,13 +145,29 @@ def test_half_a_scaling_in_a_slot_or_in_a_kernel(served: Served) -> None:
     assert "layer 1 experts 3 down_proj" in headline(kernel)
 
 
+def test_fused_experts(served: Served) -> None:
+    """One pair for all experts of a parameter: every slice is compared, and the experts that differ are numbered."""
+    modules = LAYERS * (3 + 2)
+    assert headline(ledger_of(served, "fused ")) == f"{modules} of {modules} modules took effect"
+    pairs = {(LAYER, "gate_up_proj"), (LAYER, "down_proj")}
+    swapped = [row for row in ledger_of(served, "fused swapped").rows if row.stations["placed"].value == "wrong"]
+    assert {row.key[:2] for row in swapped} == pairs
+    assert all(row.stations["placed"].message.startswith("experts 1-2: lora_A differs") for row in swapped)
+    (half,) = [row for row in ledger_of(served, "fused half").rows if row.stations["placed"].value == "wrong"]
+    assert half.key[:2] == (LAYER, "down_proj")
+    assert half.stations["placed"].message.startswith("experts 3: s·lora_B differs")
+    (kernel,) = [row for row in ledger_of(served, "fused kernel").rows if row.fate == "wrong"]
+    assert (kernel.key[:2], kernel.stations["placed"].value) == ((LAYER, "down_proj"), "ok")
+    assert kernel.stations["agrees"].code == "LP604"
+
+
 def test_an_adapter_of_experts_alone(served: Served) -> None:
     ledger = ledger_of(served, "only")
     assert headline(ledger) == f"{LAYERS * 12} of {LAYERS * 12} modules took effect"
 
 
 def test_a_missing_expert_is_named_before_and_after(served: Served, adapters: dict[str, Path]) -> None:
-    assert served.plain["incomplete"] == "AssertionError"
+    assert served.recorded["incomplete"] == "AssertionError"
     ledger = ledger_of(served, "incomplete")
     assert ledger.refused
     (lost,) = (row for row in ledger.rows if row.stations["stored"].value == "absent")

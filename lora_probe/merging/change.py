@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lora_probe.adapter import Adapter
+from lora_probe.adapter.fused import of_expert
 from lora_probe.base import Checkpoint
 from lora_probe.files.weights import widen
 from lora_probe.merging.rounding import Floats, through
@@ -80,10 +81,8 @@ def change_of(site: Site, adapter: Adapter) -> Change:
     assert site.pair.b is not None
     a, b = adapter.values(site.pair.a), adapter.values(site.pair.b)
     if site.experts > 1:
-        # PEFT's ParamWrapper: A is (experts·r, in), B (out, r·experts) with the expert running fastest.
-        number = site.key[2]
-        a = a.reshape(site.experts, -1, a.shape[1])[number]
-        b = np.ascontiguousarray(b.reshape(b.shape[0], -1, site.experts)[:, :, number])
+        assert site.key[2] is not None
+        a, b = of_expert(a, b, site.experts, site.key[2])
     if site.cut is not None:
         b = b[site.cut[0] : site.cut[1]]
     if site.kind in ("conv1d", "embedding", "transposed expert"):

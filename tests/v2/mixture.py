@@ -1,9 +1,10 @@
 """A vLLM engine on a CPU that serves adapters of a mixture of experts, with faults of its own. Only for tests.
 
-In: JSON on standard input, {"base", "traces": folders or "-" for an engine without the probe, "adapters": [{"name",
-"path", "fault": "", "swapped", "half" or "kernel"}]}; this folder on PYTHONPATH, and TRITON_INTERPRET=1. Out: a line of
-JSON for each engine: the tokens by adapter, or vLLM's refusal. The faults are in layer 1: experts 1 and 2 are swapped
-in the slot, s·B of expert 3's down_proj is halved there, or its kernel writes half of it.
+In: JSON on standard input, {"base", "traces": folders or "-" for an engine without the probe, which has the first two
+adapters alone, "adapters": [{"name", "path", "fused": true or false, "fault": "", "swapped", "half" or "kernel"}]}, and
+this folder on PYTHONPATH, and TRITON_INTERPRET=1. Out: a line of JSON for each engine: the tokens by adapter, or vLLM's
+refusal. The faults are in layer 1: experts 1 and 2 are swapped in the slot, s·B of expert 3's down_proj is halved in
+it, or its kernel writes half of it.
 """
 
 from __future__ import annotations
@@ -65,14 +66,14 @@ def answers(base: str, adapters: list[dict[str, str]]) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
-    llm = LLM(
-        base, dtype="float32", enable_lora=True, max_lora_rank=8, max_loras=2, max_model_len=64, enforce_eager=True
-    )
-    parameters = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
+    # Both layouts of experts in one engine.
+    settings = {"enable_mixed_moe_lora_format": True, "enforce_eager": True, "max_model_len": 64}
+    llm = LLM(base, dtype="float32", enable_lora=True, max_lora_rank=8, max_loras=2, **settings)
+    parameters = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
     prompts = [{"prompt_token_ids": ids} for ids in PROMPTS]
     results: dict[str, Any] = {}
     for number, adapter in enumerate(adapters, start=1):
-        request = LoRARequest(adapter["name"], number, adapter["path"])
+        request = LoRARequest(adapter["name"], number, adapter["path"], is_3d_lora_weight=adapter["fused"])
         try:
             llm.llm_engine.add_lora(request)
         except Exception as error:
@@ -93,8 +94,10 @@ if __name__ == "__main__":
     experts.add_kernels()
     add_faults({str(number): adapter["fault"] for number, adapter in enumerate(wanted["adapters"], start=1)})
     for trace in wanted["traces"]:
+        adapters = wanted["adapters"][:2]
         if trace != "-":
             os.environ["LORA_PROBE_TRACE"] = trace
             # vLLM calls its plugins once in a process, and did so before the first engine.
             register()
-        print(json.dumps(answers(wanted["base"], wanted["adapters"])), flush=True)
+            adapters = wanted["adapters"]
+        print(json.dumps(answers(wanted["base"], adapters)), flush=True)

@@ -1,24 +1,14 @@
 """PEFT's wrappers of fused expert parameters: the weights that they add, expert by expert.
 
-In: a live `ParamWrapper`, and A and B of its pair. Out: A and B of every expert, and ΔW of all of them as PEFT adds
-it. PEFT computes no x·A·B for experts: while they run, it replaces their parameter W by W + s·B·A.
+In: a live `ParamWrapper`. Out: which experts hold something else than expected, and ΔW of all of them as PEFT adds it.
+PEFT computes no x·A·B for experts: while they run, it replaces their parameter W by W + s·B·A.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-
 from lora_probe.recording import Floats
-
-
-def of_each(a: Floats, b: Floats, experts: int) -> Iterator[tuple[Floats, Floats]]:
-    """A `[r, in]` and B `[out, r]` of every expert: the expert runs slowest in A `[experts·r, in]`, and fastest in B
-    `[out, r·experts]`."""
-    for number, of_expert in enumerate(np.split(a, experts)):
-        yield of_expert, np.ascontiguousarray(b[:, number::experts])
 
 
 def differing(live: Any, expected: Any, experts: int, half: str) -> list[int]:

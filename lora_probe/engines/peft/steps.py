@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
+from lora_probe.adapter.fused import of_each
 from lora_probe.engines.peft.capture import Capture, Step
-from lora_probe.engines.peft.experts import of_each
 from lora_probe.engines.peft.loads import ActiveLoad
 from lora_probe.engines.sampler import Sampler
 from lora_probe.recording import DECODE, PREFILL, TraceWriter

@@ -200,7 +200,7 @@ def ask(llm: Any, spec: RunSpec, writer: TraceWriter, adapter_id: int = 1) -> No
     assert spec.adapter is not None
     prompts, task = encode(spec, llm.get_tokenizer()), open_adapter(spec.adapter).config.trained_as.task
     try:
-        request = LoRARequest(spec.name, adapter_id, spec.adapter)
+        request = LoRARequest(spec.name, adapter_id, spec.adapter, **_layout(llm, spec.adapter))
         loaded = _load(llm, request, writer)
         answers = []
         # A scored run scores the base model on the adapter's own answers instead.
@@ -236,6 +236,13 @@ def ask_plain(llm: Any, spec: RunSpec, writer: TraceWriter) -> None:
 
 def _adapts_head(adapter: str) -> bool:
     return any(module.module.rpartition(".")[2] == "lm_head" for module in open_adapter(adapter).modules)
+
+
+def _layout(llm: Any, adapter: str) -> dict[str, bool]:
+    """What a request says of the adapter's experts to an engine with --enable-mixed-moe-lora-format."""
+    mixed = getattr(llm.llm_engine.vllm_config.lora_config, "enable_mixed_moe_lora_format", False)
+    fused = any(module.parameter != "weight" for module in open_adapter(adapter).modules)
+    return {"is_3d_lora_weight": True} if mixed and fused else {}
 
 
 def _load(llm: Any, request: Any, writer: TraceWriter) -> bool:

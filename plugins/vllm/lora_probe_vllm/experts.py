@@ -130,7 +130,8 @@ def count_routed(step: Step, routes: Routes, requested: Bools, applied: Bools, r
         experts, of_layer = routed.experts.cpu().numpy(), routes.get(number, {})
         ran = dict(_counts(experts[applied]))
         for expert, rows in _counts(experts[requested]):
-            keys = [of_layer[expert, part] for part in range(3) if (expert, part) in of_layer]
+            # A pair of fused experts has several projections.
+            keys = {of_layer[expert, part] for part in range(3) if (expert, part) in of_layer}
             record.routed(keys, rows, ran.get(expert, 0))
 
 
@@ -140,9 +141,11 @@ def _counts(experts: npt.NDArray[Any]) -> Iterable[tuple[int, int]]:
     return zip(numbers.tolist(), counts.tolist(), strict=True)
 
 
-def sample_routed(step: Step, routes: Routes, rows: list[int], compare: Callable[[Key, Floats, Floats], bool]) -> None:
-    """Call `compare` with x and delta of every module that sampled tokens were routed to, until it returns False.
-    `rows` are the numbers of an adapter's rows among the sampled ones."""
+def sample_routed(
+    step: Step, routes: Routes, rows: list[int], compare: Callable[[Key, tuple[int, int], Floats, Floats], bool]
+) -> None:
+    """Call `compare` with the module, its expert and projection, x and delta, for all that sampled tokens were routed
+    to, until it returns False. `rows` are the numbers of an adapter's rows among the sampled ones."""
     for number, routed in step.routed.items():
         of_layer = routes.get(number, {})
         experts = routed.experts[step.sampled][rows].cpu().numpy()
@@ -150,5 +153,5 @@ def sample_routed(step: Step, routes: Routes, rows: list[int], compare: Callable
             x, delta = (values[rows].float().cpu().numpy() for values in samples)
             for expert in np.unique(experts).tolist():
                 key, chosen = of_layer.get((expert, part)), experts == expert
-                if key is not None and not compare(key, x[chosen], delta[chosen]):
+                if key is not None and not compare(key, (expert, part), x[chosen], delta[chosen]):
                     return

@@ -22,7 +22,7 @@ from lora_probe.recording.placed import digest_of
 from lora_probe.rules.lp5_loading import name_without_home, no_lora_layer, not_measured, not_taken
 from lora_probe.rules.stored import Expected, expect
 from lora_probe_vllm.arrivals import Arrival
-from lora_probe_vllm.slots import Home, Homes, Placement, judge, placement, slot_values
+from lora_probe_vllm.slots import Home, Homes, Placement, judge, judge_fused, placement, placements, slot_values
 
 CACHED_PARAMETERS = 64_000_000
 """Adapters up to this size are kept in memory, so their files or pushed tensors are not needed later."""
@@ -39,6 +39,7 @@ class ActiveLoad:
     homes: dict[Key, Home]
     slot: int | None = None
     _placements: dict[Key, Placement | None] = field(default_factory=dict)
+    _of_experts: dict[Key, dict[tuple[int, int], Placement]] = field(default_factory=dict)
 
     @classmethod
     def begin(
@@ -67,10 +68,11 @@ class ActiveLoad:
         pairs = {row.key: row for row in record.expected if row.entry is not None}
         named = {key: engine_names[row.entry.key] for key, row in pairs.items() if row.entry is not None}
         names = {key: name for key, name in named.items() if name is not None}
-        homes = {key: engine.wrapped[name] for key, name in names.items() if name in engine.wrapped}
+        homes = {key: home for key, name in names.items() if (home := engine.home_of(name)) is not None}
         load = cls(record, engine, pairs, names, homes)
         if load.cached:
-            load._placements = {key: load._read(key) for key in homes}
+            load._placements = {key: load._read(key) for key, home in homes.items() if not home.fused}
+            load._of_experts = {key: load._read_experts(key) for key, home in homes.items() if home.fused}
         return load
 
     @property
@@ -102,11 +104,15 @@ class ActiveLoad:
         """
         return self._placements[key] if key in self._placements else self._read(key)
 
+    def of_experts(self, key: Key) -> dict[tuple[int, int], Placement]:
+        """The same for a pair of fused experts, by expert and projection."""
+        return self._of_experts[key] if key in self._of_experts else self._read_experts(key)
+
     def why_unjudged(self, key: Key) -> str | None:
         """Why a module's contribution has no reference; None if it has one, or if the file would have to be read."""
         if not self.cached and self.record.adapter.content:
             try:
-                self.placement(key)
+                self.of_experts(key) if self.homes[key].fused else self.placement(key)
             except ProbeError as error:
                 return error.message
         return None
@@ -114,6 +120,10 @@ class ActiveLoad:
     def _read(self, key: Key) -> Placement | None:
         entry = self.pairs[key].entry
         return placement(self.record.adapter, entry, self.homes[key]) if entry is not None else None
+
+    def _read_experts(self, key: Key) -> dict[tuple[int, int], Placement]:
+        entry = self.pairs[key].entry
+        return placements(self.record.adapter, entry, self.homes[key]) if entry is not None else {}
 
     def judge_read(self, lora: Any) -> None:
         """`read`: which pairs the loader accepted, and which of them belong to a module that exists.
@@ -156,7 +166,10 @@ class ActiveLoad:
             if self.record.ended(key):
                 continue
             try:
-                placed[key] = judge(self.placement(key), home, self.slot, moment, source)
+                if home.fused:
+                    placed[key] = judge_fused(self.of_experts(key), home, self.slot, moment, source)
+                else:
+                    placed[key] = judge(self.placement(key), home, self.slot, moment, source)
             except ProbeError as error:
                 placed[key] = not_measured(error.message)
         self.record.station("placed", placed)

@@ -33,7 +33,7 @@ def compare_samples(step: Step, routes: Routes, adapter: int, load: ActiveLoad) 
     for key, halves in step.halves.items():
         if key in load.homes and not _compare_halves(load, key, *(_on_host(half, rows) for half in halves)):
             return
-    sample_routed(step, routes, rows, lambda key, x, delta: _compare(load, key, x, delta))
+    sample_routed(step, routes, rows, lambda key, part, x, delta: _compare(load, key, x, delta, part))
 
 
 def count_heads(step: Step, heads: Heads, adapter: int, load: ActiveLoad) -> None:
@@ -51,11 +51,12 @@ def count_heads(step: Step, heads: Heads, adapter: int, load: ActiveLoad) -> Non
             _compare(load, key, *_on_host((head.x, head.delta), rows))
 
 
-def _compare(load: ActiveLoad, key: Key, x: Floats, delta: Floats) -> bool:
-    """Compare samples of a module with the adapter. False if a large adapter's file is gone: then `agrees` is not
-    measured from here on."""
+def _compare(load: ActiveLoad, key: Key, x: Floats, delta: Floats, part: tuple[int, int] | None = None) -> bool:
+    """Compare samples of a module, or of an expert and projection of fused ones, with the adapter. False if a large
+    adapter's file is gone: then `agrees` is not measured from here on."""
     try:
-        expected = load.placement(key)
+        fused = part is not None and bool(load.homes[key].fused)
+        expected = load.of_experts(key).get(part) if fused and part is not None else load.placement(key)
     except ProbeError:
         return False
     if expected is not None:

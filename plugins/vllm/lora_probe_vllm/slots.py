@@ -6,17 +6,19 @@ In: the LoRA manager's layers, and pairs of an adapter. Out: `Home` (layer and s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from lora_probe.adapter import Adapter, AdapterModule
+from lora_probe.adapter.fused import of_each
 from lora_probe.base import Shapes
 from lora_probe.engines.held import relative_difference
 from lora_probe.ledger import OK, Finding
+from lora_probe.names import ranges
 from lora_probe.recording import Floats, Shard
 from lora_probe.rules.lp5_loading import not_measured, placed_differs, placed_empty
 from lora_probe_vllm.experts import W2
@@ -34,10 +36,12 @@ class Home:
     layer: Any
     slice: int
     slices: int
+    fused: str = ""
+    """The parameter of fused experts, `gate_up_proj` or `down_proj`: then the pair belongs in several slices."""
 
     @property
     def engine_as(self) -> str:
-        return f"{self.name}[{self.slice}]" if self.slices > 1 else self.name
+        return f"{self.name}[{self.slice}]" if self.slices > 1 and not self.fused else self.name
 
     @property
     def recordable(self) -> bool:
@@ -47,9 +51,7 @@ class Home:
     @property
     def routes(self) -> bool:
         """Whether it is one projection of one expert, whose rows are those that the router sends there."""
-        if not isinstance(self.layer, seams.fused_moe) or isinstance(self.layer, seams.fused_moe_3d):
-            return False
-        return bool(self.slices == self.layer.w2_lora_a_stacked[0].shape[1] * self._projections)
+        return isinstance(self.layer, seams.fused_moe) and self.slices == self._experts * self._projections
 
     @property
     def samples(self) -> bool:
@@ -57,8 +59,22 @@ class Home:
         return isinstance(self.layer, seams.head_layer)
 
     @property
+    def _experts(self) -> int:
+        """How many experts this rank has."""
+        return int(self.layer.w2_lora_a_stacked[0].shape[1])
+
+    @property
     def _projections(self) -> int:
         return len(self.layer.w13_lora_a_stacked) + 1
+
+    @property
+    def parts(self) -> Iterator[Home]:
+        """The slices of a pair of fused experts: one for each expert, or two, for w1 and w3."""
+        of_expert = range(self._projections)
+        chosen = [part for part in of_expert if (part == W2) == (self.fused == "down_proj")]
+        for expert in range(self._experts):
+            for part in chosen:
+                yield replace(self, slice=expert * self._projections + part, fused="")
 
     @property
     def expert(self) -> tuple[int, int]:
@@ -95,6 +111,7 @@ class Homes:
             parts = manager.packed_modules.get(name, [name])
             for index, part in enumerate(parts):
                 self.wrapped[part] = Home(name, layer, index, len(parts))
+        self.fused = dict(_fused(manager))
         self.known = set(self.wrapped)
         self.elsewhere: list[str] = []
         for name, module in manager.model.named_modules():
@@ -105,6 +122,10 @@ class Homes:
             self.known.add(name)
             for part in manager.packed_modules_mapping.get(last, ()):
                 self.known.add(f"{parent}.{part}" if parent else part)
+
+    def home_of(self, name: str) -> Home | None:
+        """The home of a module of an adapter by its engine name."""
+        return self.fused.get(name) or self.wrapped.get(name)
 
     def on_another_rank(self, name: str) -> bool:
         """Whether a module belongs to a layer on another pipeline rank."""
@@ -133,6 +154,17 @@ class Homes:
         """Whether an adapter that vLLM has read has weights for a module."""
         short = name.removeprefix(OPTIONAL) if self.manager.is_pooling_model else name
         return lora.get_lora(name) is not None or lora.get_lora(short) is not None
+
+
+def _fused(manager: Any) -> Iterator[tuple[str, Home]]:
+    """The names of fused experts in an adapter, where the engine takes them: vLLM reads the outer wrapper of PEFT as
+    down_proj, and the inner one as gate_up_proj."""
+    mixed = getattr(manager.lora_config, "enable_mixed_moe_lora_format", False)
+    for name, layer in manager.modules.items():
+        if isinstance(layer, seams.fused_moe) and (mixed or isinstance(layer, seams.fused_moe_3d)):
+            slices = layer.w2_lora_a_stacked[0].shape[1] * (len(layer.w13_lora_a_stacked) + 1)
+            yield name, Home(name, layer, 0, slices, "down_proj")
+            yield f"{name}.base_layer", Home(name, layer, 0, slices, "gate_up_proj")
 
 
 def renamed(
@@ -176,11 +208,32 @@ class Placement:
         return torch.from_numpy(self.a).to(dtype), b if self.scaling == 1 else b * self.scaling
 
 
+def placements(adapter: Adapter, pair: AdapterModule, home: Home) -> dict[tuple[int, int], Placement]:
+    """The expected contents of every slice of a pair of fused experts, by expert and projection; none for half a pair,
+    or if it has another number of experts."""
+    parts = list(home.parts)
+    if pair.a is None or pair.b is None or len(pair.a.shape) != 2 or len(pair.b.shape) != 2:
+        return {}
+    experts = len({part.expert[0] for part in parts})
+    halves = len(parts) // experts
+    if pair.a.shape[0] % experts or pair.b.shape[1] % experts or pair.b.shape[0] % halves:
+        return {}
+    each = list(of_each(adapter.values(pair.a), adapter.values(pair.b), experts))
+    expected = {}
+    for number, part in enumerate(parts):
+        a, b = each[part.expert[0]]
+        expected[part.expert] = _on_this_rank(a, np.split(b, halves)[number % halves], pair.scaling, part)
+    return expected
+
+
 def placement(adapter: Adapter, pair: AdapterModule, home: Home) -> Placement | None:
     """The expected contents of the slice on this rank; None for half a pair, or if its tensors are not matrices."""
     if pair.a is None or pair.b is None or len(pair.a.shape) != 2 or len(pair.b.shape) != 2:
         return None
-    a, b = adapter.values(pair.a), adapter.values(pair.b)
+    return _on_this_rank(adapter.values(pair.a), adapter.values(pair.b), pair.scaling, home)
+
+
+def _on_this_rank(a: Floats, b: Floats, scaling: float, home: Home) -> Placement:
     layer = home.layer
     if home.routes:
         name = "w2" if home.expert[1] == W2 else "w13"
@@ -201,7 +254,7 @@ def placement(adapter: Adapter, pair: AdapterModule, home: Home) -> Placement | 
         else:
             tensors = [layer.slice_lora_a(tensors[0]), layer.slice_lora_b(tensors[1])]
         a, b = (np.ascontiguousarray(tensor.numpy()) for tensor in tensors)
-    return Placement(a, b, pair.scaling)
+    return Placement(a, b, scaling)
 
 
 def slot_values(home: Home, slot: int) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -219,6 +272,18 @@ def slot_values(home: Home, slot: int) -> tuple[torch.Tensor, torch.Tensor] | No
     if not isinstance(stacked_a, tuple) or len(stacked_a) != home.slices:
         return None
     return stacked_a[home.slice][slot, 0].cpu(), stacked_b[home.slice][slot, 0].cpu()  # type: ignore[index]
+
+
+def judge_fused(
+    expected: Mapping[tuple[int, int], Placement], home: Home, slot: int, moment: str, source: str
+) -> Finding:
+    """`placed` of a pair of fused experts: every slice, with the numbers of the experts that differ."""
+    findings = {part.expert: judge(expected.get(part.expert), part, slot, moment, source) for part in home.parts}
+    wrong = {expert for (expert, _), finding in findings.items() if finding != OK}
+    if not wrong:
+        return OK
+    first = next(finding for finding in findings.values() if finding != OK)
+    return replace(first, message=f"experts {ranges(sorted(wrong))}: {first.message}")
 
 
 def judge(expected: Placement | None, home: Home, slot: int, moment: str, source: str) -> Finding:

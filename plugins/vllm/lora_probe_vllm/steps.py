@@ -91,7 +91,8 @@ class Steps:
             if load.record.ended(key):
                 continue
             if home.routes:
-                routes.setdefault(self.capture.watch_whole(home.layer, routes=True), {})[home.expert] = key
+                of_layer = routes.setdefault(self.capture.watch_whole(home.layer, routes=True), {})
+                of_layer |= {part.expert: key for part in (home.parts if home.fused else [home])}
             elif home.samples:
                 heads[self.capture.watch_whole(home.layer, samples=True)] = key
         self._routes[adapter_id], self._heads[adapter_id] = routes, heads
