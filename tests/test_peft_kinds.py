@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_peft_layers import Run
+from test_peft_layers import Q, Run, Tiny, V
 from torch import nn
 
 from lora_probe import open_trace
@@ -201,3 +201,32 @@ def test_an_embedding_that_adds_something_else(words: Run, factor: float) -> Non
     words.steps(inputs=tokens)
     assert words.finding(TABLE, "placed") == OK
     assert words.finding(TABLE, "agrees").code == "LP604"
+
+
+@pytest.fixture
+def dora(tmp_path: Path) -> Iterator[Run]:
+    running = Run(tmp_path / "run", save(tmp_path / "a", Tiny(), target_modules=["q_proj", "v_proj"], use_dora=True))
+    running.load.judge_slots("after loading")
+    yield running
+    running.writer.close()
+
+
+def test_dora(dora: Run) -> None:
+    dora.steps()
+    assert [dora.finding(key, station) for key in (Q, V) for station in ("placed", "agrees")] == [OK] * 4
+
+
+def test_dora_with_other_magnitudes(dora: Run) -> None:
+    dora.layer().lora_magnitude_vector["default"].weight.data *= 1.01
+    dora.load.judge_slots("when the run ended")
+    dora.steps()
+    assert dora.finding(Q, "placed").message.startswith("the magnitude differs from the file by 0.01 relative")
+    assert dora.finding(Q, "agrees").code == "LP604"
+    assert [dora.finding(V, station) for station in ("placed", "agrees")] == [OK, OK]
+
+
+def test_dora_on_another_base(dora: Run) -> None:
+    """Its contribution depends on the base's weights: they are those of the live layer."""
+    dora.layer().base_layer.weight.data *= 2
+    dora.steps()
+    assert dora.finding(Q, "agrees") == OK

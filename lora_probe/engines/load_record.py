@@ -214,17 +214,22 @@ class LoadRecord:
 
     def sample(self, key: Key, x: Floats, delta: Floats, a: Floats, b: Floats, scaling: float) -> None:
         """Compare the kernel's output with s·(x·Aᵀ)·Bᵀ from the file. `x: [rows, in]`, `delta: [rows, out]`."""
+        reference: Floats = np.asarray((x @ a.T) @ b.T * np.float32(scaling), np.float32)
+        # Round-off is at most a share of this: the same product without any cancellation.
+        size = np.asarray((np.abs(x) @ np.abs(a).T) @ np.abs(b).T * np.float32(abs(scaling)), np.float32)
+        self.compare(key, delta, reference, size)
+
+    def compare(self, key: Key, delta: Floats, reference: Floats, size: Floats) -> None:
+        """Compare a contribution with what it should be, `[rows, out]` each. `size` is what round-off is a share of."""
         counters = self._counters_of(key)
-        reference = (x @ a.T) @ b.T * np.float32(scaling)
-        counters.sampled += len(x)
+        counters.sampled += len(delta)
         if not (np.isfinite(delta).all() and np.isfinite(reference).all()):
             counters.finite = False
             self._urgent = True
             return
         errors = np.linalg.norm(delta - reference, axis=-1)
         sizes = np.linalg.norm(reference, axis=-1)
-        # Round-off is at most a share of this: the same product without any cancellation.
-        bound = np.linalg.norm((np.abs(x) @ np.abs(a).T) @ np.abs(b).T * np.float32(abs(scaling)), axis=-1)
+        bound = np.linalg.norm(size, axis=-1)
         counters.bound += float(np.square(bound, dtype=np.float64).sum())
         counters.error += float(np.square(errors, dtype=np.float64).sum())
         counters.reference += float(np.square(sizes, dtype=np.float64).sum())

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from lora_probe.engines.peft.experts import added, is_adding
-from lora_probe.engines.peft.slots import ADAPTER
+from lora_probe.engines.peft.slots import ADAPTER, is_dora
 from lora_probe.engines.sampler import SAMPLED
 from lora_probe.names import Key
 from lora_probe.recording import PREFILL, Floats, Level, Placed, Rows
@@ -83,6 +83,11 @@ class Capture:
             if ADAPTER in layer.lora_embedding_A:
                 self._look_up(key, layer)
                 hooks[1:1] = [(layer, self._after_embedding(key, layer))]
+            elif is_dora(layer):
+                hooks[:0] = [
+                    (layer.lora_A[ADAPTER], self._after_a(key)),
+                    (layer.lora_magnitude_vector[ADAPTER], self._after_b(key, 1)),
+                ]
             else:
                 hooks[:0] = [
                     (layer.lora_A[ADAPTER], self._after_a(key)),
@@ -168,7 +173,7 @@ class Capture:
         def hook(module: Any, args: tuple[Any, ...], output: Any) -> None:
             if (step := self._step) is None:
                 return
-            # PEFT multiplies by the scaling after B, in the dtype of B's output.
+            # PEFT multiplies by the scaling after B, in the dtype of B's output; DoRA's module has done so already.
             delta = output.flatten(0, -2) * scaling
             self._keep_delta(step, key, delta, lambda rows: step.x[key][rows].detach().float().cpu().numpy())
 

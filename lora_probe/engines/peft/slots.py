@@ -10,8 +10,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from lora_probe.adapter import Adapter, AdapterModule
+from lora_probe.adapter.variants import DORA, EXTRAS
 from lora_probe.engines.held import relative_difference
 from lora_probe.engines.peft.experts import differing
+from lora_probe.files.weights import TensorHeader
 from lora_probe.ledger import OK, Finding
 from lora_probe.names import Key, ranges
 from lora_probe.rules.lp5_loading import no_lora_layer, placed_differs
@@ -51,6 +53,11 @@ def judge(adapter: Adapter, pair: AdapterModule, layer: Any, moment: str) -> Fin
             numbers = differing(weight.cpu(), expected, experts, half) if experts > 1 else []
             of_experts = f" of experts {ranges(numbers)}" if numbers else ""
             return placed_differs(half + of_experts, difference, moment)
+    if is_dora(layer) and (vector := magnitude_of(pair)) is not None:
+        weight = layer.lora_magnitude_vector[ADAPTER].weight.detach()
+        expected = torch.from_numpy(adapter.values(vector).reshape(-1)).to(weight.dtype)
+        if (difference := relative_difference(weight.cpu().reshape(-1), expected)) is not None:
+            return placed_differs("the magnitude", difference, moment)
     if layer.scaling[ADAPTER] != pair.scaling:
         error = abs(layer.scaling[ADAPTER] / pair.scaling - 1) if pair.scaling else float("inf")
         return placed_differs("the scaling", error, moment)
@@ -65,6 +72,17 @@ def recordable(layer: Any) -> bool:
     if isinstance(layer, Embedding):
         return variant(layer) is None
     return isinstance(layer, Linear) and not (variant(layer) or "").startswith("ALora")
+
+
+def magnitude_of(pair: AdapterModule) -> TensorHeader | None:
+    """The magnitudes of a pair with DoRA in the file; None if it has none."""
+    extra = EXTRAS[DORA.field]
+    return next((tensor for tensor in pair.extras if extra.is_named(tensor.name)), None)
+
+
+def is_dora(layer: Any) -> bool:
+    """Whether a linear layer runs DoRA, whose contribution has a formula of its own."""
+    return variant(layer) == "DoraLinearVariant"
 
 
 def variant(layer: Any) -> str | None:

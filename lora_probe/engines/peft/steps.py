@@ -12,7 +12,9 @@ from dataclasses import replace
 
 from lora_probe.adapter.fused import of_each
 from lora_probe.engines.peft.capture import Capture, Step
+from lora_probe.engines.peft.dora import base_weight, decomposed
 from lora_probe.engines.peft.loads import ActiveLoad
+from lora_probe.engines.peft.slots import is_dora, magnitude_of
 from lora_probe.engines.sampler import Sampler
 from lora_probe.recording import DECODE, PREFILL, TraceWriter
 from lora_probe.recording.rows import kept
@@ -54,5 +56,11 @@ class Steps:
                     record.sample(key, a, a @ weight.T, a, b, pair.scaling)
         for key, (x, delta) in step.samples.items():
             pair = self._load.pairs[key]
-            if key in self._comparable and pair.a is not None and pair.b is not None:
-                record.sample(key, x, delta, record.adapter.values(pair.a), record.adapter.values(pair.b), pair.scaling)
+            if key not in self._comparable or pair.a is None or pair.b is None:
+                continue
+            a, b = record.adapter.values(pair.a), record.adapter.values(pair.b)
+            if not is_dora(layer := self._load.layers[key[0]]):
+                record.sample(key, x, delta, a, b, pair.scaling)
+            elif (vector := magnitude_of(pair)) is not None and (weight := base_weight(layer)) is not None:
+                magnitude = record.adapter.values(vector).reshape(-1)
+                record.compare(key, delta, *decomposed(x, weight, a, b, pair.scaling, magnitude))
