@@ -242,11 +242,12 @@ def _grams(member: _Member) -> Iterator[tuple[int, Floats]]:
 
 def _placed(load: int, modules: Sequence[tuple[list[_Member], str]]) -> Placed:
     """G of a load at every module: the sum over the parts of an output, as each has some rows of B; the same on all
-    ranks otherwise. A digest of one rank is not that of the whole weights, so sharded modules have none."""
+    ranks otherwise. A sharded module has a digest if all ranks agree on that of the whole weights."""
     digests, grams = [], []
     for members, axis in modules:
         held = [(member.rows.placed[load], member.column) for member in members if load in member.rows.placed]
-        digests.append(held[0][0].digests[held[0][1]] if held and not axis else "")
+        seen = {of_load.digests[column] for of_load, column in held}
+        digests.append(seen.pop() if len(seen) == 1 and len(held) == len(members) else "")
         parts = [of_load.gram[column] for of_load, column in held if of_load.gram is not None]
         widest = max((part.shape[-1] for part in parts), default=0)
         wide = [at_rank(part, widest) for part in parts]

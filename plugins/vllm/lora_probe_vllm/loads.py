@@ -194,9 +194,29 @@ class ActiveLoad:
             a, b = held[0].float(), held[1].float()
             grams[key] = (b.T @ b).to(self.homes[key].layer.lora_a_stacked[0].device)
             entry = self.pairs[key].entry
+            if self.homes[key].shard is not None:
+                digests[key] = self._digest_of_whole(key, held[0].dtype)
+                continue
             own = (entry.rank if entry else None) or b.shape[1]
             digests[key] = digest_of(a[:own].numpy(), b[:, :own].numpy())
         return SlotContents(grams, digests)
+
+    def _digest_of_whole(self, key: Key, dtype: torch.dtype) -> str:
+        """The digest that a single rank would have, if this one has exactly its part of the adapter; "" otherwise."""
+        assert self.slot is not None
+        entry = self.pairs[key].entry
+        try:
+            expected = self.placement(key)
+            if entry is None or judge(expected, self.homes[key], self.slot, "", "") != OK:
+                return ""
+            values = self.record.adapter.values
+            assert entry.a is not None
+            assert entry.b is not None
+            whole = Placement(values(entry.a), values(entry.b), entry.scaling)
+        except ProbeError:
+            return ""
+        a, b = (half.float().numpy() for half in whole.replayed(dtype))
+        return digest_of(a, b)
 
 
 @dataclass(frozen=True)
