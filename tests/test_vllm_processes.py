@@ -69,7 +69,9 @@ def test_two_tensor_parallel_ranks(flags: tuple[str, ...], qwen2: Path, tmp_path
     assert len(of_ranks) == len(data["modules"]) == 7 * LAYERS
     for module in of_ranks:
         assert (module.delta_norm, module.base_norm) == pytest.approx(norms[module.key], rel=1e-5)
-    assert compare(reference, tensor_parallel).verdict == "agree"
+    compared = compare(reference, tensor_parallel)
+    # Every rank has its part of the same weights, so the errors are exact.
+    assert (compared.verdict, compared.estimated) == ("agree", "")
 
 
 def test_a_pair_that_is_too_large_is_a_refusal(adapter: Path, tmp_path: Path) -> None:

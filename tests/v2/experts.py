@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 _MISSING = (
-    "topk_softmax(Tensor! weights, Tensor! ids, Tensor! rows, Tensor logits, bool renormalize, Tensor? bias) -> ()",
-    "moe_sum(Tensor input, Tensor! output, Tensor? ids, Tensor? expert_map) -> ()",
+    "topk_softmax(Tensor! weights, Tensor! ids, Tensor! rows, Tensor logits, bool renormalize,"
+    " Tensor? bias=None) -> ()",
+    "moe_sum(Tensor input, Tensor! output, Tensor? ids=None, Tensor? expert_map=None) -> ()",
     "moe_align_block_size(Tensor ids, int experts, int block, Tensor! sorted_ids, Tensor! expert_ids,"
-    " Tensor! total, Tensor? expert_map, Tensor? scatter) -> ()",
+    " Tensor! total, Tensor? expert_map, Tensor? scatter=None) -> ()",
     "moe_lora_align_block_size(Tensor ids, Tensor token_slots, int experts, int block, int slots, int most_tokens,"
     " int most_blocks, Tensor! sorted_ids, Tensor! expert_ids, Tensor! totals, Tensor enabled, Tensor slot_ids,"
     " Tensor? expert_map) -> ()",
@@ -24,7 +25,12 @@ _library = torch.library.Library("_moe_C", "FRAGMENT")
 
 
 def topk_softmax(
-    weights: torch.Tensor, ids: torch.Tensor, rows: torch.Tensor, logits: torch.Tensor, renormalize: bool, bias: Any
+    weights: torch.Tensor,
+    ids: torch.Tensor,
+    rows: torch.Tensor,
+    logits: torch.Tensor,
+    renormalize: bool,
+    bias: Any = None,
 ) -> None:
     """The experts of every token with the highest probabilities."""
     top = torch.softmax(logits.float(), dim=-1).topk(ids.shape[1], dim=-1)
@@ -32,7 +38,7 @@ def topk_softmax(
     ids.copy_(top.indices)
 
 
-def moe_sum(input: torch.Tensor, output: torch.Tensor, ids: Any, expert_map: Any) -> None:
+def moe_sum(input: torch.Tensor, output: torch.Tensor, ids: Any = None, expert_map: Any = None) -> None:
     """The sum over the experts of each token."""
     output.copy_(input.sum(dim=1))
 
@@ -58,7 +64,7 @@ def moe_align_block_size(
     expert_ids: torch.Tensor,
     total: torch.Tensor,
     expert_map: Any,
-    scatter: Any,
+    scatter: Any = None,
 ) -> None:
     """The tokens of each expert in blocks."""
     expert_ids.fill_(0)
