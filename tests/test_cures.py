@@ -168,6 +168,7 @@ NOT_MECHANICAL = {
     "LP321": "the adapter must be trained again",
     "LP322": "vLLM refuses most whole modules: `tests/test_classes.py` cures them in PEFT",
     "LP323": "the trained copy must be known",
+    "LP327": "the adapter must be trained again, or merged with another PEFT",
     "LP403": "an option of vLLM, which check takes for granted",
     "LP405": "an option of vLLM, for a GPU",
     "LP406": "an engine must be chosen, or the adapter merged",

@@ -50,6 +50,42 @@ def test_fused_experts_where_vllm_takes_them_one_by_one(moe: Path, tmp_path: Pat
     assert report.ledgers["vllm"].refused
 
 
+@pytest.mark.parametrize(
+    ("parameter", "turned", "version", "code"),
+    [
+        ("down_proj", False, "0.21.2", ""),
+        ("down_proj", True, "0.18.1", "refused"),
+        ("gate_up_proj", False, "0.21.2", ""),
+        # A square matrix: the shapes are the same in both layouts.
+        ("gate_up_proj", True, "0.18.1", "wrong"),
+        ("gate_up_proj", True, "", ""),
+    ],
+)
+def test_fused_experts_of_an_older_peft(
+    parameter: str, turned: bool, version: str, code: str, moe: Path, tmp_path: Path
+) -> None:
+    made = write_adapter(tmp_path / "a", moe)
+    out, inner = {"gate_up_proj": (128, 128), "down_proj": (128, 64)}[parameter]
+    shapes = {"A": (4 * 8, out if turned else inner), "B": (inner if turned else out, 4 * 8)}
+    pairs = {
+        f"base_model.model.model.layers.{layer}.mlp.experts.lora_{half}.weight": np.ones(shape, np.float32)
+        for layer in range(LAYERS)
+        for half, shape in shapes.items()
+    }
+    config = {"target_parameters": [f"mlp.experts.{parameter}"], "peft_version": version or None}
+    report = check(
+        edited(made, tmp_path / "b", lambda tensors: tensors | pairs, lambda raw: raw | config),
+        model=str(moe),
+        engines=("peft",),
+    )
+    ledger = report.ledgers["peft"]
+    assert errors(report) == ({"LP327"} if code else set())
+    assert ledger.refused == (code == "refused")
+    wrong = [row.key for row in ledger.rows if row.fate == "wrong"]
+    assert len(wrong) == (LAYERS if code == "wrong" else 0)
+    assert {key[1] for key in wrong} <= {parameter}
+
+
 def test_a_head_that_vllms_class_does_not_name(qwen2: Path, llama: Path, tmp_path: Path) -> None:
     for base, expected in ((qwen2, {"LP306"}), (llama, set())):
         head = write_adapter(tmp_path / base.name, base, target_modules=["q_proj", "lm_head"])

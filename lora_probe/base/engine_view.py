@@ -17,7 +17,7 @@ from lora_probe.base.checkpoint import EMBEDDINGS
 from lora_probe.base.model import Base
 from lora_probe.names import PREFIX
 
-SCHEMA = 5
+SCHEMA = 6
 """Incremented when views are built or written in another way, so that older ones are not reused."""
 
 LM_HEADS = ("lm_head", "embed_out")
@@ -72,11 +72,12 @@ class EngineView(msgspec.Struct, frozen=True):
     including those that cannot be adapted, with the reason. `suffixes` are the last parts of names that the loader
     accepts (vLLM's check for unexpected modules), empty for an engine without such a check. `skip_prefixes` are names
     that the model class skips silently. `experts` is how fused experts are adapted: "2d" each expert by itself, "3d" as
-    the two fused parameters. `parameters` maps a module to its fused parameters (PEFT:
-    `{"model.layers.0.mlp.experts": ["gate_up_proj", "down_proj"]}`). `refuses` is the engine's message if it accepts no
-    adapter for this model class; then no module is adapted. `default_targets` are PEFT's targets for a config without
-    any. `takes_back`: a name stays unchanged if `renames` would only shorten it at the beginning, PEFT's prefix
-    included (PEFT). `source` is "engine", or "headers" if the engine could not describe the base.
+    the two fused parameters. `parameters` maps a module to its fused parameters (PEFT: `{"model.layers.0.mlp.experts":
+    ["gate_up_proj", "down_proj"]}`), and `expert_shapes` the path of each to (out, in) of an expert, where PEFT 0.19
+    turned that round. `refuses` is the engine's message if it accepts no adapter for this model class; then no module
+    is adapted. `default_targets` are PEFT's targets for a config without any. `takes_back`: a name stays unchanged if
+    `renames` would only shorten it at the beginning, PEFT's prefix included (PEFT). `source` is "engine", or "headers"
+    if the engine could not describe the base.
     """
 
     engine: str
@@ -91,6 +92,7 @@ class EngineView(msgspec.Struct, frozen=True):
     vocabulary: int | None = None
     experts: Literal["", "2d", "3d"] = ""
     parameters: dict[str, list[str]] = {}
+    expert_shapes: dict[str, tuple[int, int]] = {}
     refuses: str = ""
     default_targets: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()

@@ -29,11 +29,13 @@ def describe(base: Base, trained: TrainedAs, version: str) -> EngineView:
     heads = {id(head) for head in [_output_embeddings(model)] if head is not None}
     modules: dict[str, ModuleView] = {}
     parameters: dict[str, list[str]] = {}
+    shapes: dict[str, tuple[int, int]] = {}
     for name, module in model.named_modules():
         if not name:
             continue
         if fused := _fused(module):
             parameters[name] = fused
+            shapes |= {f"{name}.{parameter}": shape for parameter, shape in _expert_shapes(module, fused)}
         modules[name] = _view(name, module, id(module) in heads, bool(fused))
     renames, notes = _conversions(model)
     return EngineView(
@@ -46,6 +48,7 @@ def describe(base: Base, trained: TrainedAs, version: str) -> EngineView:
         vocabulary=_vocabulary(model),
         experts="3d" if parameters else "",
         parameters=parameters,
+        expert_shapes=shapes,
         default_targets=_default_targets(model),
         notes=notes,
     )
@@ -127,6 +130,15 @@ def _view(name: str, module: Any, head: bool, experts: bool) -> ModuleView:
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.MultiheadAttention):
         return ModuleView("other", None, name)
     return ModuleView("other", None, name, why_not=f"PEFT does not adapt {type(module).__name__}")
+
+
+def _expert_shapes(module: Any, parameters: list[str]) -> Iterator[tuple[str, tuple[int, int]]]:
+    """(out, in) of the experts of parameters that are stored like that; PEFT read those the other way round up to 0.18.
+    It has always read parameters that are stored as (in, out) in one way."""
+    if not getattr(module, "is_transposed", False):
+        for name in parameters:
+            _, out, inner = getattr(module, name).shape
+            yield name, (int(out), int(inner))
 
 
 def _fused(module: Any) -> list[str]:
