@@ -508,3 +508,27 @@ def test_a_server_that_runs_for_long_forgets_the_oldest() -> None:
     sampler.pick(["one more"], [PREFILL])
     assert sampler.pick(["first"], [PREFILL]) == [0]
     assert sampler.pick(["one more"] * 4, [PREFILL] * 4) == [0, 1, 2]
+
+
+@bfloat16
+@pytest.mark.parametrize(("delta", "shrink", "value"), [(1, 1, "ok"), (0, 1, "wrong"), (1, 1.05, "wrong")])
+def test_both_halves_of_a_fully_sharded_module_count(load: Recording, delta: float, shrink: float, value: str) -> None:
+    """B is small, so that an error of the contribution would vanish beside x·Aᵀ."""
+    load.record.ran(2 * ROWS, (Q,), 2 * ROWS)
+    x, a = load.x(), np.ones((RANK, INPUTS), np.float32)
+    b = np.full((OUTPUTS, RANK), 1e-5, np.float32)
+    of_all = x @ a.T
+    load.record.sample_shrink(Q, x, of_all * np.float32(shrink), a)
+    load.record.sample(Q, of_all, of_all @ b.T * np.float32(delta), np.eye(RANK, dtype=np.float32), b, 1)
+    load.finish()
+    assert load.finding(Q, "agrees").value == value
+
+
+def test_experts_count_the_rows_that_were_routed_to_them(load: Recording) -> None:
+    load.record.ran(2 * ROWS, (), 2 * ROWS)
+    load.record.routed([Q, K], 0, 0)
+    load.record.routed([Q], 3, 2)
+    load.finish()
+    assert load.finding(Q, "applied").code == "LP603"
+    assert load.finding(K, "applied").value == "unknown"
+    assert load.finding(K, "applied").message == "no token of a request with the adapter reached it"

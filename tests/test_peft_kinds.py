@@ -16,6 +16,7 @@ from test_peft_layers import Q, Run, Tiny, V
 from torch import nn
 
 from lora_probe import open_trace
+from lora_probe.engines.peft.dora import why_no_formula
 from lora_probe.ledger import OK
 
 pytestmark = pytest.mark.slow
@@ -230,3 +231,14 @@ def test_dora_on_another_base(dora: Run) -> None:
     dora.layer().base_layer.weight.data *= 2
     dora.steps()
     assert dora.finding(Q, "agrees") == OK
+
+
+def test_dora_in_bfloat16_is_not_judged(tmp_path: Path) -> None:
+    """PEFT rounds m / ‖W + s·B·A‖, and what remains of it after 1 is subtracted may be all rounding."""
+    adapter = save(tmp_path / "a", Tiny(), target_modules=["q_proj", "v_proj"], use_dora=True)
+    running = Run(tmp_path / "run", adapter, "bfloat16")
+    assert (
+        why_no_formula(running.layer())
+        == "PEFT computes DoRA in bfloat16 here, whose rounding may exceed the contribution"
+    )
+    running.writer.close()

@@ -14,6 +14,8 @@ import pytest
 from conftest import record_peft
 from written import write_base
 
+from lora_probe.engines.labels import labelled
+from lora_probe.errors import ProbeError
 from lora_probe.ledger import headline
 from lora_probe.recording import DECODE, PREFILL, Trace
 
@@ -132,3 +134,26 @@ def test_an_encoder_decoder(made: Any, tmp_path: Path) -> None:
             ids = torch.tensor([request.prompt_ids])
             expected = whole.generate(input_ids=ids, do_sample=False, max_new_tokens=len(request.output_ids))
             assert [0, *request.output_ids] == expected[0].tolist()
+
+
+def test_a_prompt_that_is_too_long_for_an_encoder(made: Any, tmp_path: Path) -> None:
+    from transformers import BertConfig, BertModel
+
+    model = BertModel(BertConfig(**SIZES, num_hidden_layers=1, max_position_embeddings=16))
+    base, adapter = made(model, model, "FEATURE_EXTRACTION", ["query"])
+    with pytest.raises(ProbeError, match="prompt 1 has too many tokens for the model's context of 16"):
+        record_peft(adapter, base, tmp_path / "run.lptrace", prompts=["a" * 40])
+
+
+@pytest.mark.parametrize(
+    ("scores", "labels", "logprobs", "text"),
+    [
+        ([0.0, 2.0], [1], [-0.126928], "yes"),
+        ([[0.0, 2.0], [1.0, 1.0]], [1, 0], [-0.126928, -0.693147], "yes no"),
+        # A reward model: a probability of its only label would say nothing.
+        ([-3.5], [], [], "score -3.5"),
+        ([1000.0, 0.0], [0], [0.0], "no"),
+    ],
+)
+def test_labels(scores: list[Any], labels: list[int], logprobs: list[float], text: str) -> None:
+    assert labelled(np.array(scores, np.float32), {0: "no", 1: "yes"}) == (labels, logprobs, text)

@@ -16,6 +16,7 @@ import pytest
 from conftest import LAYERS, edited, record_peft, save_adapter
 
 pytestmark = pytest.mark.engine
+FULLY_SHARDED = "--fully-sharded-loras"
 MODULES = 3 * LAYERS
 
 
@@ -50,19 +51,25 @@ def test_engine_and_worker_in_their_own_processes(qwen2: Path, tmp_path: Path) -
     assert worker["keep"] == "shrink"
 
 
-@pytest.mark.parametrize("flags", [(), ("--", "--fully-sharded-loras")], ids=["sharded", "fully sharded"])
-def test_two_tensor_parallel_ranks(flags: tuple[str, ...], qwen2: Path, tmp_path: Path) -> None:
-    wide = save_adapter(tmp_path / "wide", qwen2, target_modules="all-linear")
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@pytest.mark.parametrize("sharded", ["sharded", "fully sharded"])
+def test_two_tensor_parallel_ranks(sharded: str, qwen2: Path, llama: Path, tmp_path: Path) -> None:
+    """Qwen2 has biases; of the Llama the head is adapted too, which is whole on every rank and has no rows."""
+    base, flags, more_modules = (qwen2, [], []) if sharded == "sharded" else (llama, ["--", FULLY_SHARDED], ["lm_head"])
+    wide = save_adapter(tmp_path / "wide", base, target_modules=[*PROJECTIONS, *more_modules])
     more = ("--dtype", "float32", "--tensor-parallel-size", "2", "--format", "json", *flags)
     run = trace(wide, tmp_path / "run.lptrace", *more, VLLM_CPU_OMP_THREADS_BIND="0|1")
     assert run.returncode == 0, run.stderr
     data = json.loads(run.stdout)
-    assert data["headline"] == f"{7 * LAYERS} of {7 * LAYERS} modules took effect"
+    count = 7 * LAYERS + len(more_modules)
+    assert data["headline"] == f"{count} of {count} modules took effect"
     assert sorted(p["rank"] for p in data["processes"] if p["role"] == "worker") == [0, 1]
     from lora_probe import compare, open_trace
     from lora_probe.comparison.totals import totals
 
-    reference = record_peft(wide, qwen2, tmp_path / "peft.lptrace", prompts=["hi"], max_tokens=3)
+    reference = record_peft(wide, base, tmp_path / "peft.lptrace", prompts=["hi"], max_tokens=3)
     tensor_parallel = open_trace(tmp_path / "run.lptrace")
     of_ranks, of_peft = (totals(of, [0]).contributions[0] for of in (tensor_parallel, reference))
     norms = {module.key: (module.delta_norm, module.base_norm) for module in of_peft}

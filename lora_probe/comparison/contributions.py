@@ -194,8 +194,9 @@ def _modules(
         if here is None and there is None:
             continue
         if here is None or there is None:
-            if any("unknown" in of_trace.get(key, ()) for of_trace in fates):
-                # The other engine has the module but did not record it; its ledger reports that.
+            without = fates[0 if here is None else 1].get(key, set())
+            if "unknown" in without or "took effect" in without:
+                # The other engine has the module and no rows of it; its ledger reports what became of it.
                 continue
             status: Status = "only in candidate" if here is None else "only in reference"
             diffs.append(ModuleDiff(key, status))

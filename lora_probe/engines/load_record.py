@@ -73,6 +73,7 @@ class LoadRecord:
         self._reported = 0.0
         self._urgent = False
         self._counters: dict[Key, _Counters] = {}
+        self._shrinks: dict[Key, _Counters] = {}
         self._ended: set[Key] = set()
         self._elsewhere: set[Key] = set()
         self._written: dict[tuple[Station, Key], Finding] = {}
@@ -219,9 +220,17 @@ class LoadRecord:
         size = np.asarray((np.abs(x) @ np.abs(a).T) @ np.abs(b).T * np.float32(abs(scaling)), np.float32)
         self.compare(key, delta, reference, size)
 
+    def sample_shrink(self, key: Key, x: Floats, shrink: Floats, a: Floats) -> None:
+        """Compare this rank's part of x·Aᵀ, where the contribution is made of those of all ranks. It is judged apart: a
+        contribution is much smaller. `x: [rows, in]`, `shrink: [rows, r]`, `a: [r, in]`."""
+        size = np.asarray(np.abs(x) @ np.abs(a).T, np.float32)
+        self._count(self._shrinks.setdefault(key, _Counters()), shrink, np.asarray(x @ a.T, np.float32), size)
+
     def compare(self, key: Key, delta: Floats, reference: Floats, size: Floats) -> None:
         """Compare a contribution with what it should be, `[rows, out]` each. `size` is what round-off is a share of."""
-        counters = self._counters_of(key)
+        self._count(self._counters_of(key), delta, reference, size)
+
+    def _count(self, counters: _Counters, delta: Floats, reference: Floats, size: Floats) -> None:
         counters.sampled += len(delta)
         if not (np.isfinite(delta).all() and np.isfinite(reference).all()):
             counters.finite = False
@@ -254,7 +263,7 @@ class LoadRecord:
                 continue
             applied[key] = self._applied(counters)
             if counters.sampled >= ENOUGH_ROWS:
-                agrees[key] = self._agrees(counters)
+                agrees[key] = self._agrees(key, counters)
         both: tuple[tuple[Station, dict[Key, Finding]], ...] = (("applied", applied), ("agrees", agrees))
         for station, findings in both:
             self._write_new(station, findings)
@@ -306,7 +315,7 @@ class LoadRecord:
             if (reason := unjudged(row.key)) is not None:
                 agrees[row.key] = not_measured(reason)
                 continue
-            agrees[row.key] = self._agrees(counters)
+            agrees[row.key] = self._agrees(row.key, counters)
             facts[path_of(row.key)] = [_relative(counters), counters.worst_row, counters.sampled]
         self._station_of("applied", applied)
         self._station_of("agrees", agrees)
@@ -324,7 +333,13 @@ class LoadRecord:
             return never_applied(requested)
         return rows_missed(counters.applied, requested) if counters.applied != requested else OK
 
-    def _agrees(self, counters: _Counters) -> Finding:
+    def _agrees(self, key: Key, counters: _Counters) -> Finding:
+        findings = [self._judged(counters)]
+        if (shrink := self._shrinks.get(key)) is not None:
+            findings.append(self._judged(shrink))
+        return findings[0] if len(findings) == 1 else worse(*findings)
+
+    def _judged(self, counters: _Counters) -> Finding:
         limit = agrees_tolerance(self._dtype)
         if not counters.finite:
             return not_finite_output()

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from lora_probe.engines.peft.slots import ADAPTER
 from lora_probe.recording import Floats
 
 
@@ -21,6 +22,17 @@ def base_weight(layer: Any) -> Floats | None:
         return None
     values: Floats = weight.float().cpu().numpy()
     return values.T if layer.fan_in_fan_out else values
+
+
+def why_no_formula(layer: Any) -> str | None:
+    """Why a live layer's contribution cannot be compared; None if it can."""
+    if base_weight(layer) is None:
+        return "DoRA's formula needs the base weight, which is quantised"
+    dtype = str(layer.lora_A[ADAPTER].weight.dtype).removeprefix("torch.")
+    if dtype != "float32":
+        # PEFT rounds m / ‖W + s·B·A‖ to that, and what is left after 1 is subtracted may be smaller.
+        return f"PEFT computes DoRA in {dtype} here, whose rounding may exceed the contribution"
+    return None
 
 
 def decomposed(

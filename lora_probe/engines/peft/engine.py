@@ -19,7 +19,7 @@ from lora_probe.adapter.variants import EXTRAS, LORA_BIAS
 from lora_probe.base import Base, EngineView
 from lora_probe.engines.load_record import LoadRecord
 from lora_probe.engines.peft.capture import Capture
-from lora_probe.engines.peft.dora import base_weight
+from lora_probe.engines.peft.dora import why_no_formula
 from lora_probe.engines.peft.loads import ActiveLoad, attach
 from lora_probe.engines.peft.models import encodes, load_model, load_tokenizer, shapes_of, short
 from lora_probe.engines.peft.plain import describe_model, record_plain
@@ -162,8 +162,8 @@ def _why_unmeasured(key: Key, load: ActiveLoad, watched: bool, spec: RunSpec) ->
 def _why_unjudged(key: Key, load: ActiveLoad) -> str | None:
     """Why the contribution is not s·(x·Aᵀ)·Bᵀ of the file (a variant of LoRA, or a bias on B); None if it is."""
     layer = load.layers[key[0]]
-    if is_dora(layer) and magnitude_of(load.pairs[key]) is not None and base_weight(layer) is not None:
-        return None
+    if is_dora(layer) and magnitude_of(load.pairs[key]) is not None:
+        return why_no_formula(layer)
     if (runs_as := variant(layer)) is not None:
         return f"PEFT runs it as {runs_as}, whose delta is not s·(x·Aᵀ)·Bᵀ"
     biased = any(EXTRAS[LORA_BIAS.field].is_named(extra.name) for extra in load.pairs[key].extras)

@@ -8,18 +8,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from lora_probe.engines.labels import labelled
+
 
 def answer_of(result: Any, config: Any) -> tuple[list[int], list[float | None], str]:
     """The label of a prompt, or of each of its tokens, and its log-probability; or a description of its vectors."""
     import torch
 
     if (logits := getattr(result, "logits", None)) is not None:
-        scores = torch.log_softmax(logits[0].float(), dim=-1)
-        rows = scores if scores.ndim == 2 else scores[None]
-        labels = rows.argmax(dim=-1).tolist()
-        logprobs = [round(float(row[label]), 6) for row, label in zip(rows, labels, strict=True)]
-        names = getattr(config, "id2label", None) or {}
-        return labels, list(logprobs), " ".join(str(names.get(label, label)) for label in labels)
+        return labelled(logits[0].float().cpu().numpy(), getattr(config, "id2label", None) or {})
     if (starts := getattr(result, "start_logits", None)) is not None:
         spans = torch.log_softmax(torch.stack([starts[0], result.end_logits[0]]).float(), dim=-1)
         ends = spans.argmax(dim=-1).tolist()

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from lora_probe.adapter.fused import of_each
 from lora_probe.engines.peft.capture import Capture, Step
-from lora_probe.engines.peft.dora import base_weight, decomposed
+from lora_probe.engines.peft.dora import base_weight, decomposed, why_no_formula
 from lora_probe.engines.peft.loads import ActiveLoad
 from lora_probe.engines.peft.slots import is_dora, magnitude_of
 from lora_probe.engines.sampler import Sampler
@@ -61,6 +61,8 @@ class Steps:
             a, b = record.adapter.values(pair.a), record.adapter.values(pair.b)
             if not is_dora(layer := self._load.layers[key[0]]):
                 record.sample(key, x, delta, a, b, pair.scaling)
-            elif (vector := magnitude_of(pair)) is not None and (weight := base_weight(layer)) is not None:
+            elif (vector := magnitude_of(pair)) is not None and why_no_formula(layer) is None:
+                weight = base_weight(layer)
+                assert weight is not None
                 magnitude = record.adapter.values(vector).reshape(-1)
                 record.compare(key, delta, *decomposed(x, weight, a, b, pair.scaling, magnitude))

@@ -108,7 +108,8 @@ class ExpertStandIn:
     ) -> Any:
         """Let the kernel `write` into a buffer of its own if rows are sampled, and `keep` theirs, `[sampled, top_k,
         out]`, before they are added."""
-        if not step.sampled:
+        # The ranks of fully sharded experts share the work of both halves of a pair, between the kernels.
+        if not step.sampled or (self._layer.fully_sharded and self._layer.tp_size > 1):
             return write(y, kwargs)
         delta = torch.zeros_like(y)
         result = write(delta, kwargs | {"add_inputs": True})

@@ -71,8 +71,8 @@ class ActiveLoad:
         homes = {key: home for key, name in names.items() if (home := engine.home_of(name)) is not None}
         load = cls(record, engine, pairs, names, homes)
         if load.cached:
-            load._placements = {key: load._read(key) for key, home in homes.items() if not home.fused}
-            load._of_experts = {key: load._read_experts(key) for key, home in homes.items() if home.fused}
+            load._placements = {key: load._read(key) for key, home in homes.items() if not home.split}
+            load._of_experts = {key: load._read_experts(key) for key, home in homes.items() if home.split}
         return load
 
     @property
@@ -112,7 +112,7 @@ class ActiveLoad:
         """Why a module's contribution has no reference; None if it has one, or if the file would have to be read."""
         if not self.cached and self.record.adapter.content:
             try:
-                self.of_experts(key) if self.homes[key].fused else self.placement(key)
+                self.of_experts(key) if self.homes[key].split else self.placement(key)
             except ProbeError as error:
                 return error.message
         return None
@@ -166,7 +166,7 @@ class ActiveLoad:
             if self.record.ended(key):
                 continue
             try:
-                if home.fused:
+                if home.split:
                     placed[key] = judge_fused(self.of_experts(key), home, self.slot, moment, source)
                 else:
                     placed[key] = judge(self.placement(key), home, self.slot, moment, source)

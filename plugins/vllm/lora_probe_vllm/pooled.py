@@ -14,6 +14,7 @@ import numpy as np
 
 from lora_probe.adapter import open_adapter
 from lora_probe.base import open_base
+from lora_probe.engines.labels import labelled
 from lora_probe.errors import EngineFailed, UnreadableFile
 from lora_probe.recording import RequestRecord
 from lora_probe.rules.labels import labels_in
@@ -48,10 +49,20 @@ def answered(llm: Any, task: str | None, number: int, ids: list[int], request: A
     Raises:
         EngineFailed: with vLLM's message.
     """
+    from vllm import PoolingParams
+
     started = time.perf_counter()
     wanted = LABELLING.get(task or "", "embed")
+    # What vLLM makes of the scores depends on the base's config: they are compared as they are.
+    parameters = PoolingParams(use_activation=False) if wanted != "embed" else PoolingParams()
     try:
-        (output,) = llm.encode([{"prompt_token_ids": ids}], pooling_task=wanted, lora_request=request, use_tqdm=False)
+        (output,) = llm.encode(
+            [{"prompt_token_ids": ids}],
+            pooling_task=wanted,
+            pooling_params=parameters,
+            lora_request=request,
+            use_tqdm=False,
+        )
     # vLLM may raise any exception.
     except Exception as error:
         raise EngineFailed(f"vLLM did not answer prompt {number + 1}: {root_cause(error)}") from error
@@ -61,12 +72,7 @@ def answered(llm: Any, task: str | None, number: int, ids: list[int], request: A
     if wanted == "embed":
         text = f"a vector of {values.shape[-1]} numbers, the first ones {np.array2string(values[:3], precision=4)}"
     else:
-        # vLLM returns probabilities.
-        rows = np.atleast_2d(values)
-        labels = rows.argmax(axis=-1).tolist()
-        logprobs = [round(float(np.log(row[label])), 6) for row, label in zip(rows, labels, strict=True)]
-        names = llm.model_config.hf_config.id2label
-        text = " ".join(str(names.get(label, label)) for label in labels)
+        labels, logprobs, text = labelled(values, llm.model_config.hf_config.id2label)
     return RequestRecord(
         id=str(output.request_id),
         prompt=number,

@@ -55,7 +55,7 @@ def _compare(load: ActiveLoad, key: Key, x: Floats, delta: Floats, part: tuple[i
     """Compare samples of a module, or of an expert and projection of fused ones, with the adapter. False if a large
     adapter's file is gone: then `agrees` is not measured from here on."""
     try:
-        fused = part is not None and bool(load.homes[key].fused)
+        fused = part is not None and load.homes[key].split
         expected = load.of_experts(key).get(part) if fused and part is not None else load.placement(key)
     except ProbeError:
         return False
@@ -77,7 +77,7 @@ def _compare_halves(load: ActiveLoad, key: Key, to_a: tuple[Floats, Floats], to_
         (x, part), (shrink, delta) = to_a, to_b
         rank, whole = len(expected.a), expected.b.shape[1]
         if rank:
-            load.record.sample(key, x, part[:, :rank], expected.a, np.eye(rank, dtype=np.float32), 1)
+            load.record.sample_shrink(key, x, part[:, :rank], expected.a)
         identity = np.eye(whole, dtype=np.float32)
         load.record.sample(key, shrink[:, :whole], delta, identity, expected.b, expected.scaling)
     return True

@@ -51,7 +51,9 @@ class Home:
     @property
     def routes(self) -> bool:
         """Whether it is one projection of one expert, whose rows are those that the router sends there."""
-        return isinstance(self.layer, seams.fused_moe) and self.slices == self._experts * self._projections
+        if not isinstance(self.layer, seams.fused_moe) or self.layer.use_ep:
+            return False
+        return self.slices == self._experts * self._projections
 
     @property
     def samples(self) -> bool:
@@ -75,6 +77,11 @@ class Home:
         for expert in range(self._experts):
             for part in chosen:
                 yield replace(self, slice=expert * self._projections + part, fused="")
+
+    @property
+    def split(self) -> bool:
+        """Whether it is a pair of fused experts, of which every expert has a slice of its own."""
+        return bool(self.fused) and self.routes
 
     @property
     def expert(self) -> tuple[int, int]:
@@ -241,8 +248,9 @@ def _on_this_rank(a: Floats, b: Floats, scaling: float, home: Home) -> Placement
             getattr(layer, f"_slice_{name}_{half}")(torch.from_numpy(values)[None])[0].contiguous().numpy()
             for half, values in (("a", a), ("b", b))
         )
-    # An embedding and a head have A and B whole on every rank.
-    if getattr(layer, "tp_size", 1) > 1 and hasattr(layer, "slice_lora_a"):
+        return Placement(a, b, scaling)
+    # An embedding, a head and experts that are distributed have A and B whole on every rank.
+    if getattr(layer, "tp_size", 1) > 1 and isinstance(layer, seams.linear_layer):
         tensors: list[Any] = [torch.from_numpy(a), torch.from_numpy(b)]
         if home.slices > 1:
             empty: list[Any] = [None] * home.slices

@@ -308,22 +308,23 @@ class Probe:
             return "the probe failed and stopped (see the load timeline)"
         if self.not_recorded:
             return f"contributions not recorded: {self.not_recorded}"
-        home = active.homes.get(key)
+        has_run, home = active.record.has_run(key), active.homes.get(key)
+        passed = self.steps.unobserved.passed.get(active.number)
+        if passed is not None and not has_run:
+            return passed.text
         if home is not None and home.routes:
-            return None if active.record.has_run(key) else self.steps.capture.why_no_experts(home.layer)
+            return None if has_run else self.steps.capture.why_no_experts(home.layer)
         if home is not None and home.samples:
-            return None if active.record.has_run(key) else "its logits were computed outside of a recorded step"
+            return None if has_run else "its logits were computed outside of a recorded step"
         if home is None or not home.recordable:
-            return "this kind of layer is applied but not captured yet (experts of this layout)"
-        if home.embeds and not active.record.has_run(key):
+            kind = type(home.layer).__name__ if home is not None else "this kind of layer"
+            return f"{kind} is applied, but its contribution is not captured yet"
+        if home.embeds and not has_run:
             return "the embedding ran outside of the model's forward pass"
         if key in self.steps.capture.bypassed:
-            return "this layer applies LoRA in a way that is not captured yet (fully sharded, dual stream)"
+            return "this layer applies LoRA in a way that is not captured yet (dual stream)"
         if key not in self.steps.capture.columns:
             return "the adapter never got a slot"
-        passed = self.steps.unobserved.passed.get(active.number)
-        if passed is not None and not active.record.has_run(key):
-            return passed.text
         return None
 
 
