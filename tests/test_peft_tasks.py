@@ -141,7 +141,7 @@ def test_a_prompt_that_is_too_long_for_an_encoder(made: Any, tmp_path: Path) -> 
 
     model = BertModel(BertConfig(**SIZES, num_hidden_layers=1, max_position_embeddings=16))
     base, adapter = made(model, model, "FEATURE_EXTRACTION", ["query"])
-    with pytest.raises(ProbeError, match="prompt 1 has too many tokens for the model's context of 16"):
+    with pytest.raises(ProbeError, match="tokens, but the model's context is 16"):
         record_peft(adapter, base, tmp_path / "run.lptrace", prompts=["a" * 40])
 
 

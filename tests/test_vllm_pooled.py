@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import LAYERS, record_peft
-from test_vllm_processes import trace
+from conftest import LAYERS, record_peft, start_engine
 from written import edited
 
-from lora_probe import open_trace
 from lora_probe.comparison import compare
 from lora_probe.ledger import headline
+from lora_probe_vllm.pooled import arguments_for
 
 pytestmark = pytest.mark.engine
 
@@ -37,10 +36,10 @@ def classifier(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_classifier_has_the_same_labels_in_both_engines(classifier: Path, llama: Path, tmp_path: Path) -> None:
-    run = trace(classifier, tmp_path / "run.lptrace", "--dtype", "float32")
-    assert run.returncode == 0, run.stderr
-    assert "LABEL_" in run.stdout
-    in_vllm = open_trace(tmp_path / "run.lptrace")
+    settings = arguments_for(classifier, str(llama))
+    assert settings == {"runner": "pooling", "convert": "classify", "hf_overrides": {"num_labels": LABELS}}
+    engine = start_engine(llama, tmp_path / "first.lptrace", **settings)
+    in_vllm = engine.record(classifier, tmp_path / "run.lptrace", prompts=["hi"])
     in_peft = record_peft(classifier, llama, tmp_path / "peft.lptrace", prompts=["hi"])
     for recorded in (in_vllm, in_peft):
         ((_, ledger),) = recorded.loads
@@ -51,7 +50,7 @@ def test_a_classifier_has_the_same_labels_in_both_engines(classifier: Path, llam
     assert compare(in_peft, in_vllm).verdict == "agree"
 
 
-def test_names_that_a_pooling_model_completes_are_not_lost(classifier: Path, tmp_path: Path) -> None:
+def test_names_that_a_pooling_model_completes_are_not_lost(classifier: Path, llama: Path, tmp_path: Path) -> None:
     """PEFT names the modules of a bare model `layers...`; vLLM's embedding model has `model.layers...`, and finds
     them."""
     bare = edited(
@@ -60,9 +59,12 @@ def test_names_that_a_pooling_model_completes_are_not_lost(classifier: Path, tmp
         lambda tensors: {n.replace(".model.model.", ".model."): t for n, t in tensors.items() if "score" not in n},
         lambda raw: raw | {"task_type": "FEATURE_EXTRACTION", "modules_to_save": None},
     )
-    run = trace(bare, tmp_path / "run.lptrace", "--dtype", "float32")
-    assert run.returncode == 0, run.stderr
-    assert f"{MODULES} of {MODULES} modules took effect" in run.stdout
-    base, adapted = open_trace(tmp_path / "run.lptrace").requests
+    settings = arguments_for(bare, str(llama))
+    assert settings == {"runner": "pooling", "convert": "embed"}
+    engine = start_engine(llama, tmp_path / "first.lptrace", **settings)
+    trace = engine.record(bare, tmp_path / "run.lptrace", prompts=["hi"])
+    ((_, ledger),) = trace.loads
+    assert headline(ledger) == f"{MODULES} of {MODULES} modules took effect"
+    base, adapted = trace.requests
     assert "a vector of 128 numbers" in base.text
     assert base.text != adapted.text

@@ -16,7 +16,7 @@ import pytest
 from conftest import LAYERS, edited, record_peft, save_adapter
 
 pytestmark = pytest.mark.engine
-FULLY_SHARDED = "--fully-sharded-loras"
+FULLY_SHARDED = ("--", "--fully-sharded-loras")
 MODULES = 3 * LAYERS
 
 
@@ -36,49 +36,46 @@ def test_the_plugin_was_not_loaded(adapter: Path, tmp_path: Path) -> None:
     assert "Traceback" not in run.stderr
 
 
-def test_engine_and_worker_in_their_own_processes(qwen2: Path, tmp_path: Path) -> None:
-    """Qwen2, all projections, bfloat16; standard output must contain only JSON."""
-    wide = save_adapter(tmp_path / "wide", qwen2, target_modules="all-linear", r=4, lora_alpha=6)
-    more = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "LORA_PROBE_KEEP": "events"}
-    run = trace(wide, tmp_path / "run.lptrace", "--dtype", "bfloat16", "--format", "json", **more)
-    assert run.returncode == 0, run.stderr
-    data = json.loads(run.stdout)
-    assert data["headline"] == f"{7 * LAYERS} of {7 * LAYERS} modules took effect"
-    client, worker = data["processes"]
-    assert client["pid"] != worker["pid"]
-    assert worker["dtype"] == "bfloat16"
-    # What the run asks for counts, not the environment.
-    assert worker["keep"] == "shrink"
-
-
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @pytest.mark.parametrize("sharded", ["sharded", "fully sharded"])
 def test_two_tensor_parallel_ranks(sharded: str, qwen2: Path, llama: Path, tmp_path: Path) -> None:
-    """Qwen2 has biases; of the Llama the head is adapted too, which is whole on every rank and has no rows."""
-    base, flags, more_modules = (qwen2, [], []) if sharded == "sharded" else (llama, ["--", FULLY_SHARDED], ["lm_head"])
-    wide = save_adapter(tmp_path / "wide", base, target_modules=[*PROJECTIONS, *more_modules])
-    more = ("--dtype", "float32", "--tensor-parallel-size", "2", "--format", "json", *flags)
-    run = trace(wide, tmp_path / "run.lptrace", *more, VLLM_CPU_OMP_THREADS_BIND="0|1")
+    """Every rank in a process of its own. Qwen2 has biases, in float32; of the Llama the head is adapted too, which is
+    whole on every rank and has no rows, in bfloat16."""
+    plain = sharded == "sharded"
+    base, dtype, tolerance = (qwen2, "float32", 1e-5) if plain else (llama, "bfloat16", 0.02)
+    targets = [*PROJECTIONS, *([] if plain else ["lm_head"])]
+    wide = save_adapter(tmp_path / "wide", base, target_modules=targets, r=4, lora_alpha=6)
+    more = ("--dtype", dtype, "--tensor-parallel-size", "2", "--format", "json", *([] if plain else FULLY_SHARDED))
+    # What the run asks for counts, not the environment.
+    environment = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "LORA_PROBE_KEEP": "events"}
+    run = trace(wide, tmp_path / "run.lptrace", *more, **environment)
     assert run.returncode == 0, run.stderr
+    # Standard output contains JSON alone.
     data = json.loads(run.stdout)
-    count = 7 * LAYERS + len(more_modules)
+    count = 7 * LAYERS + (not plain)
     assert data["headline"] == f"{count} of {count} modules took effect"
-    assert sorted(p["rank"] for p in data["processes"] if p["role"] == "worker") == [0, 1]
+    client, *workers = sorted(data["processes"], key=lambda process: str(process["role"]))
+    assert sorted((worker["rank"], worker["dtype"], worker["keep"]) for worker in workers) == [
+        (rank, dtype, "shrink") for rank in (0, 1)
+    ]
+    assert len({process["pid"] for process in (client, *workers)}) == 3
     from lora_probe import compare, open_trace
     from lora_probe.comparison.totals import totals
 
-    reference = record_peft(wide, base, tmp_path / "peft.lptrace", prompts=["hi"], max_tokens=3)
+    options = {"dtype": dtype, "lora_dtype": dtype}
+    reference = record_peft(wide, base, tmp_path / "peft.lptrace", prompts=["hi"], max_tokens=3, options=options)
     tensor_parallel = open_trace(tmp_path / "run.lptrace")
     of_ranks, of_peft = (totals(of, [0]).contributions[0] for of in (tensor_parallel, reference))
     norms = {module.key: (module.delta_norm, module.base_norm) for module in of_peft}
     assert len(of_ranks) == len(data["modules"]) == 7 * LAYERS
     for module in of_ranks:
-        assert (module.delta_norm, module.base_norm) == pytest.approx(norms[module.key], rel=1e-5)
+        assert (module.delta_norm, module.base_norm) == pytest.approx(norms[module.key], rel=tolerance)
     compared = compare(reference, tensor_parallel)
+    assert compared.verdict == "agree"
     # Every rank has its part of the same weights, so the errors are exact.
-    assert (compared.verdict, compared.estimated) == ("agree", "")
+    assert not plain or compared.estimated == ""
 
 
 def test_a_pair_that_is_too_large_is_a_refusal(adapter: Path, tmp_path: Path) -> None:
@@ -99,11 +96,6 @@ def test_an_engine_that_does_not_start(adapter: Path, tmp_path: Path) -> None:
     run = trace(adapter, tmp_path / "two.lptrace", "--", "--no-such-flag")
     assert run.returncode == 2
     assert "--no-such-flag" in run.stderr
-    run = trace(adapter, tmp_path / "three.lptrace", "--", "--kv-cache-dtype", "fp8_e5m2", "--block-size", "7")
-    assert run.returncode == 2
-    assert "vLLM did not start" in run.stderr
-    assert "engine.log" in run.stderr
-    assert "Traceback" not in run.stderr
 
 
 def test_a_killed_worker_leaves_a_trace_that_says_so(adapter: Path, tmp_path: Path) -> None:

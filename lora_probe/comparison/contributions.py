@@ -113,7 +113,8 @@ def compare(reference: Trace, candidate: Trace, rtol: float | None = None) -> Co
     modules: tuple[ModuleDiff, ...] = ()
     first, count = None, 0
     if joined is not None:
-        modules, first = _modules(joined, _fates(reference), _fates(candidate), limit=limit)
+        rowless = _without_rows(reference) | _without_rows(candidate)
+        modules, first = _modules(joined, _fates(reference), _fates(candidate), limit=limit, rowless=rowless)
         count = len(joined.where)
     adapters = adapter_differences(reference, candidate, agrees(dtype))
     notes = tuple(_notes(reference, candidate, joined is not None or bool(refused), adapters))
@@ -182,8 +183,18 @@ def _fates(trace: Trace) -> dict[Key, set[Fate]]:
     return fates
 
 
+def _without_rows(trace: Trace) -> set[Key]:
+    """The modules that a trace follows without rows, such as heads and experts: those that took effect in a load of
+    which other modules have rows."""
+    if trace.rows is None:
+        return set()
+    recorded, having = set(np.unique(trace.rows.load).tolist()), set(trace.rows.modules)
+    ledgers = [ledger for load, ledger in trace.loads if load.load in recorded]
+    return {row.key for ledger in ledgers for row in ledger.rows if row.fate == "took effect"} - having
+
+
 def _modules(
-    joined: Joined, *fates: dict[Key, set[Fate]], limit: float
+    joined: Joined, *fates: dict[Key, set[Fate]], limit: float, rowless: set[Key]
 ) -> tuple[tuple[ModuleDiff, ...], Divergence | None]:
     columns = [{key: n for n, key in enumerate(rows.modules)} for rows in (joined.reference, joined.candidate)]
     expected = fates[0].keys() | fates[1].keys()
@@ -194,8 +205,7 @@ def _modules(
         if here is None and there is None:
             continue
         if here is None or there is None:
-            without = fates[0 if here is None else 1].get(key, set())
-            if "unknown" in without or "took effect" in without:
+            if any("unknown" in of_trace.get(key, ()) for of_trace in fates) or key in rowless:
                 # The other engine has the module and no rows of it; its ledger reports what became of it.
                 continue
             status: Status = "only in candidate" if here is None else "only in reference"

@@ -45,13 +45,13 @@ class Runner:
         import torch
 
         if not generates(self.model):
-            self._require_room(prompt, len(ids) - 1)
+            self._require_room(prompt, ids, len(ids) - 1)
             return self._once(request, prompt, ids, adapter, steps)
 
         started = time.perf_counter()
         output = list(forced(self.spec, prompt))
         longest = len(output) + self.spec.max_tokens
-        if context := self._require_room(prompt, len(ids) + len(output)):
+        if context := self._require_room(prompt, ids, len(ids) + len(output)):
             # As in vLLM, an answer ends where the context ends.
             longest = min(longest, context - len(ids))
         logprobs: list[float | None] = []
@@ -82,15 +82,15 @@ class Runner:
         seconds = round(time.perf_counter() - started, 3)
         return RequestRecord(request, prompt, adapter, ids, output, logprobs=logprobs, seconds=seconds, **parts)
 
-    def _require_room(self, prompt: int, tokens: int) -> int | None:
+    def _require_room(self, prompt: int, ids: list[int], taken: int) -> int | None:
         """The model's context, None if its config does not limit it.
 
         Raises:
-            ProbeError: there is no room for a token after the first `tokens` of a prompt.
+            ProbeError: there is no room for a token after the first `taken` ones.
         """
         context: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        if context and tokens >= context:
-            raise ProbeError(f"prompt {prompt + 1} has too many tokens for the model's context of {context}")
+        if context and taken >= context:
+            raise ProbeError(f"prompt {prompt + 1} has {len(ids)} tokens, but the model's context is {context}")
         return context
 
     def _start(self) -> int:
