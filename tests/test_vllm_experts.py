@@ -93,7 +93,7 @@ def served(adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "LORA_PROBE_KEEP": "shrink",
     }
-    wanted = {"base": str(adapters["base"]), "traces": ["-", str(folder)], "adapters": cases}
+    wanted = {"base": str(adapters["base"]), "trace": str(folder), "adapters": cases}
     done = subprocess.run(
         [sys.executable, str(V2 / "mixture.py")],
         input=json.dumps(wanted),

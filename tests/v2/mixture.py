@@ -1,10 +1,10 @@
 """A vLLM engine on a CPU that serves adapters of a mixture of experts, with faults of its own. Only for tests.
 
-In: JSON on standard input, {"base", "traces": folders or "-" for an engine without the probe, which has the first two
-adapters alone, "adapters": [{"name", "path", "fused": true or false, "fault": "", "swapped", "half" or "kernel"}]}, and
-this folder on PYTHONPATH, and TRITON_INTERPRET=1. Out: a line of JSON for each engine: the tokens by adapter, or vLLM's
-refusal. The faults are in layer 1: experts 1 and 2 are swapped in the slot, s·B of expert 3's down_proj is halved in
-it, or its kernel writes half of it.
+In: JSON on standard input, {"base", "trace": a folder, "adapters": [{"name", "path", "fused": true or false, "fault":
+"", "swapped", "half" or "kernel"}]}, and this folder on PYTHONPATH, and TRITON_INTERPRET=1. Out: two lines of JSON, the
+tokens by adapter or vLLM's refusal: of the first two adapters before the probe began, and of all of them with it. The
+faults are in layer 1: experts 1 and 2 are swapped in the slot, s·B of expert 3's down_proj is halved in it, or its
+kernel writes half of it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LAYER = "model.layers.1.mlp.experts"
 
 
 def add_faults(faults: dict[str, str]) -> None:
-    """Break what vLLM does for the adapters with a fault, by the adapter's path."""
+    """Break what vLLM does for the adapters with a fault, by the engine's id."""
     from vllm.lora.layers import FusedMoEWithLoRA
     from vllm.lora.model_manager import LoRAModelManager
     from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU
@@ -61,18 +61,27 @@ def add_faults(faults: dict[str, str]) -> None:
     PunicaWrapperGPU.add_lora_w13, PunicaWrapperGPU.add_lora_w2 = add_lora_w13, add_lora_w2
 
 
-def answers(base: str, adapters: list[dict[str, str]]) -> dict[str, Any]:
-    """The tokens of every adapter, one adapter at a time beside a request for the base, or its refusal."""
-    from vllm import LLM, SamplingParams
-    from vllm.lora.request import LoRARequest
+def start(base: str) -> Any:
+    """An engine with both layouts of experts, whose probe does not record yet."""
+    from vllm import LLM
 
-    # Both layouts of experts in one engine.
     settings = {"enable_mixed_moe_lora_format": True, "enforce_eager": True, "max_model_len": 64}
     llm = LLM(base, dtype="float32", enable_lora=True, max_lora_rank=8, max_loras=2, **settings)
+    llm.collective_rpc("lora_probe_finish")
+    return llm
+
+
+def answers(llm: Any, adapters: list[dict[str, str]], faults: dict[str, str], first: int) -> dict[str, Any]:
+    """The tokens of every adapter, one adapter at a time beside a request for the base, or its refusal. `first` is the
+    engine's id of the first one."""
+    from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
+
     parameters = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
     prompts = [{"prompt_token_ids": ids} for ids in PROMPTS]
     results: dict[str, Any] = {}
-    for number, adapter in enumerate(adapters, start=1):
+    for number, adapter in enumerate(adapters, start=first):
+        faults[str(number)] = adapter["fault"]
         request = LoRARequest(adapter["name"], number, adapter["path"], is_3d_lora_weight=adapter["fused"])
         try:
             llm.llm_engine.add_lora(request)
@@ -81,23 +90,18 @@ def answers(base: str, adapters: list[dict[str, str]]) -> dict[str, Any]:
             continue
         outputs = llm.generate(prompts, parameters, use_tqdm=False, lora_request=[request, None, request])
         results[adapter["name"]] = [[int(token) for token in output.outputs[0].token_ids] for output in outputs]
-    if "LORA_PROBE_TRACE" in os.environ:
-        llm.collective_rpc("lora_probe_finish")
     return results
 
 
 if __name__ == "__main__":
-    from lora_probe_vllm import register
-
     wanted = json.load(sys.stdin)
     use_gpu_wrapper()
     experts.add_kernels()
-    add_faults({str(number): adapter["fault"] for number, adapter in enumerate(wanted["adapters"], start=1)})
-    for trace in wanted["traces"]:
-        adapters = wanted["adapters"][:2]
-        if trace != "-":
-            os.environ["LORA_PROBE_TRACE"] = trace
-            # vLLM calls its plugins once in a process, and did so before the first engine.
-            register()
-            adapters = wanted["adapters"]
-        print(json.dumps(answers(wanted["base"], adapters)), flush=True)
+    by_id: dict[str, str] = {}
+    add_faults(by_id)
+    os.environ["LORA_PROBE_TRACE"] = wanted["trace"] + ".first"
+    engine = start(wanted["base"])
+    print(json.dumps(answers(engine, wanted["adapters"][:2], by_id, 101)), flush=True)
+    engine.collective_rpc("lora_probe_begin", args=(wanted["trace"],))
+    print(json.dumps(answers(engine, wanted["adapters"], by_id, 1)), flush=True)
+    engine.collective_rpc("lora_probe_finish")
