@@ -52,6 +52,7 @@ class Step:
     ran: set[Key] = field(default_factory=set)
     x: dict[Key, Any] = field(default_factory=dict)
     base: dict[Key, Any] = field(default_factory=dict)
+    """The base outputs of embeddings."""
     looked_up: dict[Key, Any] = field(default_factory=dict)
     """The columns of A for the tokens of an embedding, `[rows, r]`."""
     added: dict[Key, Floats] = field(default_factory=dict)
@@ -79,8 +80,9 @@ class Capture:
 
     def __enter__(self) -> Capture:
         for key, layer in self.layers.items():
-            hooks = [(layer.base_layer, self._after_base(key)), (layer, self._after_output(key))]
-            if ADAPTER in layer.lora_embedding_A:
+            looks_up = ADAPTER in layer.lora_embedding_A
+            hooks = [(layer.base_layer, self._after_base(key, looks_up)), (layer, self._after_output(key))]
+            if looks_up:
                 self._look_up(key, layer)
                 hooks[1:1] = [(layer, self._after_embedding(key, layer))]
             elif is_dora(layer):
@@ -231,12 +233,14 @@ class Capture:
 
         return hook
 
-    def _after_base(self, key: Key) -> Any:
+    def _after_base(self, key: Key, looks_up: bool) -> Any:
         def hook(module: Any, args: tuple[Any, ...], output: Any) -> None:
             if (step := self._step) is None:
                 return
-            rows = step.base[key] = output.flatten(0, -2)
+            rows = output.flatten(0, -2)
             step.called[key] = len(rows)
+            if looks_up:
+                step.base[key] = rows
             step.keep("base_norm", key, rows.detach().float().norm(dim=-1))
             if kept("base", self.keep):
                 step.keep("base", key, rows)

@@ -7,7 +7,8 @@ There are too many experts for columns in the trace.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -124,22 +125,36 @@ class ExpertStandIn:
         return [2 * own.index(stacked.data_ptr()) for stacked in lora_b_stacked]
 
 
-def count_routed(step: Step, routes: Routes, requested: Bools, applied: Bools, record: LoadRecord) -> None:
-    """Count for every expert the rows that were routed to it: those that requested the adapter, `[rows]`, and those of
-    them that ran with it."""
-    for number, routed in step.routed.items():
-        experts, of_layer = routed.experts.cpu().numpy(), routes.get(number, {})
-        ran = dict(_counts(experts[applied]))
-        for expert, rows in _counts(experts[requested]):
-            # A pair of fused experts has several projections.
-            keys = {of_layer[expert, part] for part in range(3) if (expert, part) in of_layer}
-            record.routed(keys, rows, ran.get(expert, 0))
+class RoutedRows:
+    """The rows of a load at each expert. A step may use thousands of experts, so they are added up in arrays, and
+    handed to the load's record twice a second."""
 
+    def __init__(self, routes: Routes) -> None:
+        self.routes = routes
+        self._counts: dict[int, npt.NDArray[np.int64]] = {}
+        self._due = 0.0
 
-def _counts(experts: npt.NDArray[Any]) -> Iterable[tuple[int, int]]:
-    """How many rows have each expert; a row has an expert at most once."""
-    numbers, counts = np.unique(experts, return_counts=True)
-    return zip(numbers.tolist(), counts.tolist(), strict=True)
+    def add(self, step: Step, requested: Bools, applied: Bools) -> None:
+        """Rows of a step that requested the adapter, `[rows]`, and those of them that ran with it."""
+        for number in self.routes.keys() & step.routed.keys():
+            experts = step.routed[number].experts.cpu().numpy()
+            size = 1 + max(expert for expert, _ in self.routes[number])
+            # A row has an expert at most once. Another number is of an expert that the adapter does not have.
+            both = [np.bincount(experts[rows].ravel(), minlength=size)[:size] for rows in (requested, applied)]
+            self._counts[number] = self._counts.get(number, 0) + np.stack(both)
+
+    def hand_over(self, record: LoadRecord, now: bool = False) -> None:
+        """Count the rows in the load's record, if it is time for that, or `now`."""
+        if not now and time.monotonic() < self._due:
+            return
+        self._due = time.monotonic() + 0.5
+        counts, self._counts = self._counts, {}
+        for number, (requested, applied) in counts.items():
+            of_layer = self.routes[number]
+            for expert in np.flatnonzero(requested).tolist():
+                # A pair of fused experts has several projections.
+                keys = {of_layer[expert, part] for part in range(3) if (expert, part) in of_layer}
+                record.routed(keys, int(requested[expert]), int(applied[expert]))
 
 
 def sample_routed(

@@ -274,6 +274,7 @@ class Loading:
             return
         if active.slot is not None:
             active.judge_slots(moment)
+        self.steps.settle(adapter_id)
         # vLLM may serve requests with an adapter that it refused, from a slot that is half filled.
         if not active.record.load.refused or active.record.requested:
             active.record.finish(lambda key: self._worker.why_unmeasured(active, key), active.why_unjudged)

@@ -20,7 +20,7 @@ from lora_probe.recording import Level, Placed, TraceWriter
 from lora_probe.recording.rows import NO_ADAPTER, NOT_IN_ITS_SLOT, kept
 from lora_probe_vllm.blocks import Author, Blocks
 from lora_probe_vllm.capture import Capture
-from lora_probe_vllm.experts import Routes, count_routed
+from lora_probe_vllm.experts import RoutedRows
 from lora_probe_vllm.loads import ActiveLoad, SlotContents
 from lora_probe_vllm.measured import Stacked, Step
 from lora_probe_vllm.plain import locate
@@ -59,7 +59,7 @@ class Steps:
         self.sampler = Sampler()
         self.loads: dict[int, ActiveLoad] = {}
         self._contents: dict[int, SlotContents] = {}
-        self._routes: dict[int, Routes] = {}
+        self._routed: dict[int, RoutedRows] = {}
         self._heads: dict[int, Heads] = {}
         self._grams: dict[int, Any] = {}
         self._placed: dict[int, Placed] = {}
@@ -95,7 +95,7 @@ class Steps:
                 of_layer |= {part.expert: key for part in (home.parts if home.fused else [home])}
             elif home.samples:
                 heads[self.capture.watch_whole(home.layer, samples=True)] = key
-        self._routes[adapter_id], self._heads[adapter_id] = routes, heads
+        self._routed[adapter_id], self._heads[adapter_id] = RoutedRows(routes), heads
         load.record.routed([*heads.values(), *(key for keys in routes.values() for key in keys.values())], 0, 0)
 
     def switch(self, keep: Level, record: bool) -> int:
@@ -107,7 +107,7 @@ class Steps:
         if "events" in (keep, before.keep):
             # Requests are not followed at that level.
             self._blocks = None
-        self.loads, self._contents, self._routes, self._heads = {}, {}, {}, {}
+        self.loads, self._contents, self._routed, self._heads = {}, {}, {}, {}
         self._arrange()
         in_slots = {adapter: load for adapter, load in self._known.items() if load.slot is not None}
         if record:
@@ -128,9 +128,15 @@ class Steps:
         left = [slot for slot, held in self._held.items() if held is load and slot in self._grams]
         self._left |= {slot: self._grams[slot] for slot in left}
         self._contents.pop(adapter_id, None)
-        self._routes.pop(adapter_id, None)
+        if (routed := self._routed.pop(adapter_id, None)) is not None and load is not None:
+            routed.hand_over(load.record, now=True)
         self._heads.pop(adapter_id, None)
         self._arrange()
+
+    def settle(self, adapter_id: int) -> None:
+        """Count what is not in the load's record yet, before that ends."""
+        if adapter_id in self._routed and adapter_id in self.loads:
+            self._routed[adapter_id].hand_over(self.loads[adapter_id].record, now=True)
 
     def close(self) -> None:
         """Remove every hook and stand-in."""
@@ -139,7 +145,7 @@ class Steps:
             with self.guard("the end of a load"):
                 load.record.finish_requests()
         self.loads, self._contents, self._grams, self._placed, self._authors = {}, {}, {}, {}, {}
-        self._held, self._left, self._routes, self._heads = {}, {}, {}, {}
+        self._held, self._left, self._routed, self._heads = {}, {}, {}, {}
         self.sampler, self._blocks = Sampler(), None
 
     def _arrange(self) -> None:
@@ -269,9 +275,11 @@ class Steps:
         for adapter, load in self.loads.items():
             requested, applied = fresh & (columns.lora == adapter), fresh & (loads == load.number)
             load.record.ran(int(requested.sum()), [key for key in ran if key in load.pairs], int(applied.sum()))
-            count_routed(step, self._routes[adapter], requested, applied, load.record)
+            routed = self._routed[adapter]
+            routed.add(step, requested, applied)
+            routed.hand_over(load.record)
             count_heads(step, self._heads[adapter], adapter, load)
-            compare_samples(step, self._routes[adapter], adapter, load)
+            compare_samples(step, routed.routes, adapter, load)
         self._blame(step, loads, stacked)
         placed = {load: self._placed[load] for load in np.unique(loads).tolist() if load >= 0}
         running = self._blocks.running if self._blocks is not None else {}
