@@ -246,6 +246,9 @@ class SharedEngine:
         return open_trace(folder)
 
 
+_STARTED: list[Any] = []
+
+
 def start_engine(model: Path, first: Path, **settings: Any) -> SharedEngine:
     """A real vLLM engine (CPU build, float32, one slot) with the probe in it; `first` is where the probe begins."""
     os.environ["LORA_PROBE_TRACE"] = str(first)
@@ -264,6 +267,8 @@ def start_engine(model: Path, first: Path, **settings: Any) -> SharedEngine:
         "max_logprobs": -1,
     }
     llm = LLM(model=str(model), **(defaults | settings))
+    # An engine that is collected takes the process groups of all others in this process with it.
+    _STARTED.append(llm)
     del os.environ["LORA_PROBE_TRACE"]
     llm.collective_rpc("lora_probe_finish")
     return SharedEngine(llm, model, itertools.count(1))
