@@ -334,10 +334,8 @@ class LoadRecord:
         return rows_missed(counters.applied, requested) if counters.applied != requested else OK
 
     def _agrees(self, key: Key, counters: _Counters) -> Finding:
-        findings = [self._judged(counters)]
-        if (shrink := self._shrinks.get(key)) is not None:
-            findings.append(self._judged(shrink))
-        return findings[0] if len(findings) == 1 else worse(*findings)
+        finding, shrink = self._judged(counters), self._shrinks.get(key)
+        return finding if shrink is None else worse(finding, self._judged(shrink))
 
     def _judged(self, counters: _Counters) -> Finding:
         limit = agrees_tolerance(self._dtype)

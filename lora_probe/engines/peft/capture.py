@@ -84,17 +84,13 @@ class Capture:
             hooks = [(layer.base_layer, self._after_base(key, looks_up)), (layer, self._after_output(key))]
             if looks_up:
                 self._look_up(key, layer)
-                hooks[1:1] = [(layer, self._after_embedding(key, layer))]
-            elif is_dora(layer):
-                hooks[:0] = [
-                    (layer.lora_A[ADAPTER], self._after_a(key)),
-                    (layer.lora_magnitude_vector[ADAPTER], self._after_b(key, 1)),
-                ]
+                hooks.append((layer, self._after_embedding(key, layer)))
             else:
-                hooks[:0] = [
-                    (layer.lora_A[ADAPTER], self._after_a(key)),
-                    (layer.lora_B[ADAPTER], self._after_b(key, layer.scaling[ADAPTER])),
-                ]
+                hooks.append((layer.lora_A[ADAPTER], self._after_a(key)))
+                if is_dora(layer):
+                    hooks.append((layer.lora_magnitude_vector[ADAPTER], self._after_b(key, 1)))
+                else:
+                    hooks.append((layer.lora_B[ADAPTER], self._after_b(key, layer.scaling[ADAPTER])))
             for part, hook in hooks:
                 self._stack.callback(part.register_forward_hook(hook).remove)
         for key, wrapper in self._experts.items():

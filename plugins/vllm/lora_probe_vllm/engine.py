@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from msgspec.structs import replace
 
-from lora_probe.adapter import TrainedAs, open_adapter
+from lora_probe.adapter import Adapter, TrainedAs, open_adapter
 from lora_probe.base import Base, EngineView, open_base
 from lora_probe.engines.prompts import encode, forced, texts
 from lora_probe.errors import EngineFailed, ProbeError, UnreadableFile
@@ -198,9 +198,9 @@ def ask(llm: Any, spec: RunSpec, writer: TraceWriter, adapter_id: int = 1) -> No
     from vllm.lora.request import LoRARequest
 
     assert spec.adapter is not None
-    prompts, task = encode(spec, llm.get_tokenizer()), open_adapter(spec.adapter).config.trained_as.task
+    prompts, adapter = encode(spec, llm.get_tokenizer()), open_adapter(spec.adapter)
     try:
-        request = LoRARequest(spec.name, adapter_id, spec.adapter, **_layout(llm, spec.adapter))
+        request = LoRARequest(spec.name, adapter_id, spec.adapter, **_layout(llm, adapter))
         loaded = _load(llm, request, writer)
         answers = []
         # A scored run scores the base model on the adapter's own answers instead.
@@ -208,7 +208,7 @@ def ask(llm: Any, spec: RunSpec, writer: TraceWriter, adapter_id: int = 1) -> No
         for turn in turns:
             for number, ids in enumerate(prompts):
                 answer = (
-                    answered(llm, task, number, ids, turn)
+                    answered(llm, adapter.config.trained_as.task, number, ids, turn)
                     if llm.runner_type == "pooling"
                     else _generate(llm, spec, number, ids, turn)
                 )
@@ -216,7 +216,7 @@ def ask(llm: Any, spec: RunSpec, writer: TraceWriter, adapter_id: int = 1) -> No
                 if turn is not None:
                     answers.append(answer)
         if spec.score:
-            unmeasured = HEAD_ADAPTED if _adapts_head(spec.adapter) else ""
+            unmeasured = HEAD_ADAPTED if _adapts_head(adapter) else ""
             for answer in answers:
                 score = Score("", answer.prompt, "adapter", answer.prompt_ids, answer.output_ids, unmeasured)
                 _score(llm, score, writer, request)
@@ -234,14 +234,14 @@ def ask_plain(llm: Any, spec: RunSpec, writer: TraceWriter) -> None:
         llm.collective_rpc("lora_probe_finish")
 
 
-def _adapts_head(adapter: str) -> bool:
-    return any(module.module.rpartition(".")[2] == "lm_head" for module in open_adapter(adapter).modules)
+def _adapts_head(adapter: Adapter) -> bool:
+    return any(module.module.rpartition(".")[2] == "lm_head" for module in adapter.modules)
 
 
-def _layout(llm: Any, adapter: str) -> dict[str, bool]:
+def _layout(llm: Any, adapter: Adapter) -> dict[str, bool]:
     """What a request says of the adapter's experts to an engine with --enable-mixed-moe-lora-format."""
     mixed = getattr(llm.llm_engine.vllm_config.lora_config, "enable_mixed_moe_lora_format", False)
-    fused = any(module.parameter != "weight" for module in open_adapter(adapter).modules)
+    fused = any(module.parameter != "weight" for module in adapter.modules)
     return {"is_3d_lora_weight": True} if mixed and fused else {}
 
 

@@ -53,23 +53,20 @@ class ExpertStandIn:
     ) -> Any:
         """`y[:, k] += s·(x·A[e]ᵀ)·B[e]ᵀ` for the k-th expert e of each token. `y: [tokens, top_k, w1 and w3]`."""
         capture, step, real = self._capture, self._capture.step, self._real.add_lora_w13
-        arguments = lora_a_stacked, lora_b_stacked, topk_ids, topk_weights, expert_map, *more
+        arguments = x, lora_a_stacked, lora_b_stacked, topk_ids, topk_weights, expert_map, *more
         # With expert parallelism these are other ranks' tokens.
         if step is None or expert_map is not None or kwargs.get("token_lora_mapping") is not None:
-            return real(y, x, *arguments, **kwargs)
+            return real(y, *arguments, **kwargs)
         with capture.guard("the router's choice"):
             capture.look_up_slots(step, self._real)
             step.routed[self._number] = Routed(topk_ids[: len(step.rows)].clone())
-
-        def write(buffer: torch.Tensor, options: dict[str, Any]) -> Any:
-            return real(buffer, x, *arguments, **options)
 
         def keep(delta: torch.Tensor) -> None:
             inputs = x[step.sampled].unsqueeze(1).expand(-1, topk_ids.shape[1], -1)
             for part, values in zip(self._parts(lora_b_stacked), delta.chunk(len(lora_b_stacked), -1), strict=True):
                 step.routed[self._number].samples[part] = inputs, values
 
-        return self._apart(step, y, topk_ids.shape[1], kwargs, write, keep)
+        return self._apart(step, real, y, arguments, kwargs, topk_ids.shape[1], keep)
 
     def add_lora_w2(
         self,
@@ -83,37 +80,35 @@ class ExpertStandIn:
     ) -> Any:
         """The same for w2, times the router's weight of the expert. `x: [tokens·top_k, in]`."""
         step, real = self._capture.step, self._real.add_lora_w2
-        arguments = lora_a_stacked, lora_b_stacked, topk_weights, *more
+        arguments = x, lora_a_stacked, lora_b_stacked, topk_weights, *more
         if step is None or self._number not in step.routed:
-            return real(y, x, *arguments, **kwargs)
+            return real(y, *arguments, **kwargs)
         top_k = topk_weights.shape[-1]
-
-        def write(buffer: torch.Tensor, options: dict[str, Any]) -> Any:
-            return real(buffer, x, *arguments, **options)
 
         def keep(delta: torch.Tensor) -> None:
             inputs = x.view(-1, top_k, x.shape[-1])[step.sampled].float()
             weights = topk_weights.view(-1, top_k)[step.sampled].float()
             step.routed[self._number].samples[W2] = inputs * weights.unsqueeze(-1), delta
 
-        return self._apart(step, y, top_k, kwargs, write, keep)
+        return self._apart(step, real, y, arguments, kwargs, top_k, keep)
 
     def _apart(
         self,
         step: Step,
+        real: Callable[..., Any],
         y: torch.Tensor,
-        top_k: int,
+        arguments: tuple[Any, ...],
         kwargs: dict[str, Any],
-        write: Callable[[torch.Tensor, dict[str, Any]], Any],
+        top_k: int,
         keep: Callable[[torch.Tensor], None],
     ) -> Any:
-        """Let the kernel `write` into a buffer of its own if rows are sampled, and `keep` theirs, `[sampled, top_k,
+        """Let the kernel write into a buffer of its own if rows are sampled, and `keep` theirs, `[sampled, top_k,
         out]`, before they are added."""
         # The ranks of fully sharded experts share the work of both halves of a pair, between the kernels.
         if not step.sampled or (self._layer.fully_sharded and self._layer.tp_size > 1):
-            return write(y, kwargs)
+            return real(y, *arguments, **kwargs)
         delta = torch.zeros_like(y)
-        result = write(delta, kwargs | {"add_inputs": True})
+        result = real(delta, *arguments, **kwargs | {"add_inputs": True})
         y.add_(delta) if kwargs.get("add_inputs", True) else y.copy_(delta)
         with self._capture.guard("an expert's contribution"):
             keep(delta.view(-1, top_k, delta.shape[-1])[step.sampled])
