@@ -221,7 +221,7 @@ def test_dora_with_other_magnitudes(dora: Run) -> None:
     dora.layer().lora_magnitude_vector["default"].weight.data *= 1.01
     dora.load.judge_slots("when the run ended")
     dora.steps()
-    assert dora.finding(Q, "placed").message.startswith("the magnitude differs from the file by 0.01 relative")
+    assert dora.finding(Q, "placed").message.startswith("the magnitude vector differs from the file by 0.01 relative")
     assert dora.finding(Q, "agrees").code == "LP604"
     assert [dora.finding(V, station) for station in ("placed", "agrees")] == [OK, OK]
 

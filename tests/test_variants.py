@@ -19,6 +19,7 @@ from lora_probe.adapter.variants import (
     INITIALISATIONS,
     UNKNOWN_INITIALISATION_REFUSED,
     VARIANTS,
+    ExtraTensor,
     Initialisation,
     Variant,
     initialisation,
@@ -100,7 +101,8 @@ def test_a_variant_is_judged_by_its_row(variant: Variant, tmp_path: Path) -> Non
     assert [variant.title in why and variant.not_replayed in why for why in refusals(adapter)] == (
         [True] if variant.not_replayed else []
     )
-    assert bool(messages(path, "LP110", VERSIONS[-1])) == variant.vllm_ignores
+    trained_only = variant.extra is not None and variant.extra.in_training
+    assert bool(messages(path, "LP110", VERSIONS[-1])) == (variant.vllm_ignores and not trained_only)
     if variant.field == "modules_to_save":
         # Its names decide, not the field.
         return
@@ -112,10 +114,16 @@ def test_a_variant_is_judged_by_its_row(variant: Variant, tmp_path: Path) -> Non
         assert messages(path, "LP406", VERSIONS[-1]) == [f"vLLM does not support {variant.described}"]
 
 
+def ends_of(extra: ExtraTensor) -> tuple[str, ...]:
+    if extra.in_parts:
+        return (".expert_weights",)
+    # Nothing is saved as .bias.weight.
+    return ("",) if extra.name.endswith(".bias") else ("", ".weight")
+
+
 @pytest.mark.parametrize(
     ("field", "end"),
-    # Nothing is saved as .bias.weight.
-    [(f, end) for f, extra in EXTRAS.items() for end in ("", ".weight") if not (end and extra.name.endswith(".bias"))],
+    [(field, end) for field, extra in EXTRAS.items() for end in ends_of(extra)],
 )
 def test_a_third_tensor_belongs_to_its_module_and_to_its_flag(field: str, end: str, tmp_path: Path) -> None:
     extra = EXTRAS[field]
@@ -128,8 +136,8 @@ def test_a_third_tensor_belongs_to_its_module_and_to_its_flag(field: str, end: s
     assert not messages(both, "LP220")
     (message,) = messages(adapter_with(tmp_path / "tensor", f"{extra.name}{end}"), "LP211")
     assert extra.plural in message
-    (message,) = messages(adapter_with(tmp_path / "flag", **{field: value}), "LP220")
-    assert extra.word in message
+    missing = messages(adapter_with(tmp_path / "flag", **{field: value}), "LP220")
+    assert [extra.word in message for message in missing] == ([] if extra.in_training else [True])
 
 
 def test_an_unknown_variant_is_not_passed(tmp_path: Path) -> None:

@@ -31,7 +31,10 @@ _PAIR = re.compile(
     r"^(?P<path>.+)\.(?P<half>lora_A|lora_B|lora_embedding_A|lora_embedding_B)"
     r"(?:\.(?P<adapter>(?!weight$|bias$)[^.]+))?(?:\.weight)?$"
 )
-_EXTRA = re.compile(rf"^(?P<path>.+)\.(?:{'|'.join(re.escape(extra.name) for extra in EXTRAS.values())})(?:\.weight)?$")
+_NAMES = "|".join(
+    re.escape(extra.name) + (r"\.\w+" if extra.in_parts else r"(?:\.weight)?") for extra in EXTRAS.values()
+)
+_EXTRA = re.compile(rf"^(?P<path>.+)\.(?:{_NAMES})$")
 
 FROZEN = ".original_module."
 """What PEFT adds to the names of the original beside a module that is trained as a whole. The original is not used."""
@@ -55,6 +58,8 @@ class AdapterModule:
     expert: int | None = None
     embedding: bool = False
     extras: tuple[TensorHeader, ...] = ()
+    blocks: tuple[int, int] = (1, 1)
+    """How many blocks of A and of B are stored, of a matrix with those on its diagonal and zeros around (BD-LoRA)."""
 
     @property
     def key(self) -> Key:
@@ -70,15 +75,26 @@ class AdapterModule:
         """The rank of the tensors, which may differ from the config's."""
         if self.a is not None and self.a.shape:
             return self.a.shape[0]
-        return self.b.shape[1] if self.b is not None and len(self.b.shape) > 1 else None
+        return self.rank_of_b
+
+    @property
+    def rank_of_b(self) -> int | None:
+        """The rank of B alone."""
+        return self.b.shape[1] * self.blocks[1] if self.b is not None and len(self.b.shape) > 1 else None
+
+    @property
+    def inputs(self) -> int | None:
+        """The features that A multiplies."""
+        return self.a.shape[-1] * self.blocks[0] if self.a is not None and self.a.shape else None
 
     @property
     def matrices(self) -> bool:
         """Whether A and B are matrices of one rank."""
         if self.a is None or self.b is None:
             return False
-        plain = all(len(t.shape) == 2 and 0 not in t.shape for t in (self.a, self.b))
-        return plain and self.a.shape[0] == self.b.shape[1]
+        halves = zip((self.a, self.b), self.blocks, strict=True)
+        plain = all(len(t.shape) == 2 and 0 not in t.shape and t.shape[0] % blocks == 0 for t, blocks in halves)
+        return plain and self.a.shape[0] == self.rank_of_b
 
     @property
     def convolution(self) -> bool:
@@ -216,6 +232,7 @@ def _module(
         parameter=parameter,
         embedding=any(half.startswith("lora_embedding") for half in pair),
         extras=tuple(extras),
+        blocks=config.blocks_of(pattern_name),
     )
 
 

@@ -17,6 +17,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from lora_probe.adapter.blocks import FIELD as BDLORA
+from lora_probe.adapter.blocks import Blocks, blocks_in
 from lora_probe.adapter.not_peft import not_peft
 from lora_probe.adapter.pattern_index import PatternIndex, ending, is_word, plain_pattern
 from lora_probe.adapter.targets import Targets, numbering, saving
@@ -132,6 +134,14 @@ class AdapterConfig:
     def targets_parameter(self, parameter: str) -> bool:
         """Whether target_parameters names `parameter`, the path of a weight (`model.layers.0.mlp.gate.weight`)."""
         return self.targets.parameter(parameter)
+
+    def blocks_of(self, module: str) -> tuple[int, int]:
+        """How many blocks of A and of B the file holds for `module` (BD-LoRA)."""
+        return self._blocks.of(module)
+
+    @cached_property
+    def _blocks(self) -> Blocks:
+        return blocks_in(self.raw) or Blocks()
 
     @cached_property
     def targets(self) -> Targets:
@@ -249,6 +259,12 @@ def _checked(source: _Source) -> Mapping[str, Any]:
         plain = tuple(kind for kind in kinds if kind is not list)
         if value is not None and (not isinstance(value, kinds) or not all(isinstance(i, plain) for i in items)):
             raise source.error(key, f"`{key}` is {brief(value)}, not {what}", "see PEFT's LoraConfig")
+    if blocks_in(raw) is None:
+        raise source.error(
+            BDLORA,
+            f"`{BDLORA}` is {brief(raw[BDLORA])}, not lists of names and a number of blocks",
+            "see PEFT's LoraConfig",
+        )
     excluded = raw.get("exclude_modules")
     if isinstance(excluded, str):
         _compile(source, "exclude_modules", excluded)

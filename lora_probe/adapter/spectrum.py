@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lora_probe.adapter.checkpoint import Adapter, AdapterModule
+from lora_probe.adapter.pair_values import is_stored_whole, pair_values
 from lora_probe.errors import UnreadableFile
 from lora_probe.files import shown
 from lora_probe.files.limits import step
@@ -161,6 +162,9 @@ def pair_spectrum(adapter: Adapter, pair: AdapterModule) -> Spectrum | None:
     step(f"computing ‖ΔW‖ of {shown(pair.stored_as)}", adapter.weights.path)
     a, b = _as_matrix(pair.a), _as_matrix(pair.b)
     try:
+        if not is_stored_whole(pair):
+            large = pair.blocks[0] * a.parameters + pair.blocks[1] * b.parameters > LARGE
+            return None if large else spectrum(*pair_values(adapter, pair), pair.scaling)
         if a.parameters + b.parameters > LARGE:
             return spectrum_in_blocks(adapter.weights, a, b, pair.scaling)
         return spectrum(adapter.values(a), adapter.values(b), pair.scaling)

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal
 
+from lora_probe.adapter.blocks import FIELD as BDLORA
+
 ALWAYS = "0.0"
 """In place of a version of vLLM: every version that lora-probe knows does it."""
 
@@ -21,11 +23,14 @@ REPLAYED = ""
 @dataclass(frozen=True)
 class ExtraTensor:
     """A third tensor beside A and B, which the variant saves for every module: `<module>.<name>`, perhaps with
-    `.weight` behind it. `word` is for one of a module, `plural` for those of a whole file."""
+    `.weight` behind it. `word` is for one of a module, `plural` for those of a whole file. `in_parts`: it is several
+    tensors, `<module>.<name>.<part>`. `in_training`: only training needs it, the contribution is that of plain LoRA."""
 
     name: str
     word: str
     plural: str
+    in_parts: bool = False
+    in_training: bool = False
 
     def is_named(self, tensor: str) -> bool:
         """Whether `tensor`, the name of one in a file, is one of these."""
@@ -81,19 +86,34 @@ LORA_BIAS = Variant(
 RANK_PATTERN = Variant("rank_pattern", "rank_pattern", vllm_applies="0.32", not_replayed=REPLAYED)
 ALPHA_PATTERN = Variant("alpha_pattern", "alpha_pattern", vllm_applies="0.32", not_replayed=REPLAYED)
 
-_NOT_MERGED = "PEFT does not merge it"
+
+NOT_MERGED = "PEFT does not merge it"
 _OTHER_MERGE = "its merge is not s·B·A"
+
+KASA = Variant(
+    "kasa_config",
+    "KaSA",
+    extra=ExtraTensor("lora_diag", "diagonal", "diagonals of KaSA"),
+    not_replayed=_OTHER_MERGE,
+)
+ALORA = Variant(
+    "alora_invocation_tokens",
+    "aLoRA",
+    "Activated LoRA (aLoRA)",
+    vllm_refuses="0.32",
+    not_replayed=NOT_MERGED,
+)
 
 VARIANTS = (
     Variant("use_rslora", "rsLoRA", vllm_applies=ALWAYS, not_replayed=REPLAYED),
     DORA,
     Variant("use_qalora", "QALoRA", vllm_refuses="0.32", not_replayed=_OTHER_MERGE),
     Variant(
-        "use_bdlora",
+        BDLORA,
         "BD-LoRA",
         "block-diagonal LoRA (BD-LoRA)",
         vllm_refuses="0.32",
-        not_replayed=_OTHER_MERGE,
+        not_replayed=REPLAYED,
     ),
     LORA_BIAS,
     RANK_PATTERN,
@@ -110,22 +130,23 @@ VARIANTS = (
         vllm_refuses="0.32",
         not_replayed="the model has layers that the base's files lack",
     ),
+    ALORA,
+    Variant("arrow_config", "Arrow", not_replayed=NOT_MERGED),
+    KASA,
     Variant(
-        "alora_invocation_tokens",
-        "aLoRA",
-        "Activated LoRA (aLoRA)",
-        vllm_refuses="0.32",
-        not_replayed=_NOT_MERGED,
+        "monteclora_config",
+        "MonteCLoRA",
+        extra=ExtraTensor(
+            "lora_monteclora_sampler", "sampler", "samplers of MonteCLoRA", in_parts=True, in_training=True
+        ),
+        not_replayed=REPLAYED,
     ),
-    Variant("arrow_config", "Arrow", not_replayed=_NOT_MERGED),
     Variant(
-        "kasa_config",
-        "KaSA",
-        extra=ExtraTensor("lora_diag", "diagonal", "diagonals of KaSA"),
-        not_replayed=_OTHER_MERGE,
+        "velora_config",
+        "VeLoRA",
+        extra=ExtraTensor("lora_velora_embed", "projection", "projections of VeLoRA", in_training=True),
+        not_replayed=REPLAYED,
     ),
-    Variant("monteclora_config", "MonteCLoRA", not_replayed=_OTHER_MERGE),
-    Variant("velora_config", "VeLoRA", not_replayed=_OTHER_MERGE),
 )
 """In the order in which an adapter's variants are listed. Those of PEFT 0.21."""
 

@@ -213,11 +213,16 @@ class LoadRecord:
         """Positions of requests for this load that other weights of the same name computed."""
         self._requests.add(other_weights_in_prefix_cache, positions)
 
-    def sample(self, key: Key, x: Floats, delta: Floats, a: Floats, b: Floats, scaling: float) -> None:
-        """Compare the kernel's output with s·(x·Aᵀ)·Bᵀ from the file. `x: [rows, in]`, `delta: [rows, out]`."""
+    def sample(
+        self, key: Key, x: Floats, delta: Floats, a: Floats, b: Floats, scaling: float, bias: Floats | None = None
+    ) -> None:
+        """Compare the kernel's output with s·((x·Aᵀ)·Bᵀ + bias) from the file. `x: [rows, in]`, `delta: [rows, out]`,
+        `bias: [out]`."""
         reference: Floats = np.asarray((x @ a.T) @ b.T * np.float32(scaling), np.float32)
         # Round-off is at most a share of this: the same product without any cancellation.
         size = np.asarray((np.abs(x) @ np.abs(a).T) @ np.abs(b).T * np.float32(abs(scaling)), np.float32)
+        if bias is not None:
+            reference, size = reference + bias * np.float32(scaling), size + np.abs(bias * np.float32(scaling))
         self.compare(key, delta, reference, size)
 
     def sample_shrink(self, key: Key, x: Floats, shrink: Floats, a: Floats) -> None:

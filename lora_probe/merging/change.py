@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from lora_probe.adapter import Adapter
 from lora_probe.adapter.fused import of_expert
+from lora_probe.adapter.pair_values import pair_values
 from lora_probe.base import Checkpoint
 from lora_probe.files.weights import widen
 from lora_probe.merging.rounding import Floats, through
@@ -77,9 +78,7 @@ def change_of(site: Site, adapter: Adapter) -> Change:
         assert site.source is not None
         return Change(np.ones((1, 1), np.float32), adapter.values(site.source)[None, :], site.scaling)
     assert site.pair is not None
-    assert site.pair.a is not None
-    assert site.pair.b is not None
-    a, b = adapter.values(site.pair.a), adapter.values(site.pair.b)
+    a, b = pair_values(adapter, site.pair)
     if site.experts > 1:
         assert site.key[2] is not None
         a, b = of_expert(a, b, site.experts, site.key[2])

@@ -79,9 +79,8 @@ def of_pair(adapter: Adapter, module: AdapterModule, base: Checkpoint, names: Na
     tensor = base.tensors[name]
     kind = _kind(adapter, module, tensor, base)
     if kind is None:
-        assert module.a is not None
         assert module.b is not None
-        shape = [module.b.shape[0], module.a.shape[1]]
+        shape = [module.b.shape[0], module.inputs]
         yield Unplaced(module.module, f"s·B·A has shape {shape}, the base's weight {list(tensor.shape)}", misfit=True)
         return
     extras = {extra.name.removeprefix(PREFIX).removeprefix(f"{module.stored_as}."): extra for extra in module.extras}
@@ -106,6 +105,8 @@ def of_pair(adapter: Adapter, module: AdapterModule, base: Checkpoint, names: Na
     if bias is not None:
         yield from _of_bias(module, bias, tensor, base)
     for what in extras:
+        if any(extra.in_training and extra.is_named(what) for extra in EXTRAS.values()):
+            continue
         yield Unplaced(module.module, f"what `{what}` does is not known")
 
 
@@ -115,9 +116,8 @@ def _kind(adapter: Adapter, module: AdapterModule, tensor: StoredTensor, base: C
     PEFT corrects `fan_in_fan_out` by the class of the live layer. Here the shape decides, or the model type if the
     weight is square.
     """
-    assert module.a is not None
     assert module.b is not None
-    shape = module.b.shape[0], module.a.shape[1]
+    shape = module.b.shape[0], module.inputs
     if module.embedding:
         return "embedding" if tensor.shape == shape[::-1] else None
     if shape[0] == shape[1] and tensor.shape == shape:

@@ -112,7 +112,8 @@ def _refuse(subject: Subject, row: Expected, place: Place | None) -> Refusal | N
         return None
     tall, wide = fitting
     rank = subject.adapter.config.rank_of(row.module)
-    for tensor, wanted in ((pair.a, (rank, wide)), (pair.b, (tall, rank))):
+    of_a, of_b = pair.blocks
+    for tensor, wanted in ((pair.a, (rank, wide // of_a)), (pair.b, (tall, rank // of_b))):
         if tensor is not None and tensor.shape != wanted:
             return row.stored.code or "LP301", (
                 f"size mismatch for `{tensor.name}`: {list(tensor.shape)} in the file, {list(wanted)} in the model"

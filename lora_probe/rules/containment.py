@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lora_probe.adapter import Adapter, AdapterModule
+from lora_probe.adapter.pair_values import pair_values
 from lora_probe.base import Base
 from lora_probe.errors import UnreadableFile
 from lora_probe.files.limits import step
@@ -47,12 +48,11 @@ def shares(adapter: Adapter, base: Base) -> Iterator[Share]:
     candidates = [pair for pair in adapter.modules if pair.parameter == "weight" and fits(pair, base, transposed)]
     for pair in spread(candidates, SAMPLED):
         assert pair.a is not None
-        assert pair.b is not None
         if pair.a.shape[0] > MOST_RANK:
             continue
         step(f"comparing {pair.module} with the base model's weight", adapter.weights.path)
         try:
-            a, b, weight = adapter.values(pair.a), adapter.values(pair.b), weight_of(base, pair.module)
+            (a, b), weight = pair_values(adapter, pair), weight_of(base, pair.module)
         except UnreadableFile:
             continue
         measured = None if weight is None else share(a, b, pair.scaling, weight.T if transposed else weight)

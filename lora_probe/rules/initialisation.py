@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lora_probe.adapter import Adapter, AdapterModule
+from lora_probe.adapter.pair_values import pair_values
 from lora_probe.base import Base
 from lora_probe.errors import UnreadableFile
 from lora_probe.files.weights import open_weights, read
@@ -33,10 +34,8 @@ def alignments(adapter: Adapter, base: Base) -> Iterator[tuple[AdapterModule, fl
     # With one row of A a match may be chance.
     fitting = [p for p in adapter.modules if p.parameter == "weight" and fits(p, base) and (p.rank or 0) > 1]
     for pair in spread(fitting, SAMPLED):
-        assert pair.a is not None
-        assert pair.b is not None
         try:
-            a, b = adapter.values(pair.a), adapter.values(pair.b)
+            a, b = pair_values(adapter, pair)
             if not _balanced(a, b):
                 return
             weight = weight_of(base, pair.module)
@@ -67,7 +66,7 @@ def fits(pair: AdapterModule, base: Base, transposed: bool = False) -> bool:
     if shape is None or pair.a is None or pair.b is None or pair.embedding or shape[0] * shape[1] > MOST:
         return False
     shape = shape[::-1] if transposed else shape
-    return pair.matrices and (pair.b.shape[0], pair.a.shape[1]) == shape
+    return pair.matrices and (pair.b.shape[0], pair.inputs) == shape
 
 
 def _balanced(a: Floats, b: Floats) -> bool:

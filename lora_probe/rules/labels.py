@@ -71,6 +71,6 @@ def _shape_in_file(adapter: Adapter, module: str) -> tuple[int, int] | None:
     if whole is not None and len(whole.shape) == 2:
         return whole.shape[0], whole.shape[1]
     pair = next((pair for pair in adapter.modules if pair.module == module and pair.matrices), None)
-    if pair is None or pair.a is None or pair.b is None:
+    if pair is None or pair.inputs is None or pair.b is None:
         return None
-    return pair.b.shape[0], pair.a.shape[1]
+    return pair.b.shape[0], pair.inputs

@@ -19,6 +19,7 @@ FAMILY = Family("LP1", "adapter_config.json", commands="check", loading_step=0)
 REQUIRED = ("r", "lora_alpha", "target_modules")
 """vLLM's `PEFTHelper.from_dict` requires these; PEFT has defaults."""
 CONVERT = "convert it before the training run ends: save_pretrained(path_initial_model_for_weight_conversion=...)"
+ONLY_TRAINED = "only training uses the {}: remove the tensors named `{}` from the file"
 MOST_KEYS = 10
 """Keys of a config that a rule reports one by one; one more finding covers the rest."""
 
@@ -283,7 +284,8 @@ def variant_not_read(subject: Subject) -> Iterator[AdapterFinding]:
     """The config enables a LoRA variant through a field that vLLM never reads.
 
     What it does: reports every field that is set, that vLLM's `PEFTHelper` does not declare, and that concerns neither
-    training nor the choice of modules.
+    training nor the choice of modules. VeLoRA and MonteCLoRA change only the training: they are reported if the file
+    holds the tensors that they need there.
 
     Why it matters: vLLM 0.32 drops every field that it does not declare. It refuses the file if the variant has tensors
     of its own there (LP210), and otherwise runs the adapter as plain LoRA. For Arrow,
@@ -296,7 +298,11 @@ def variant_not_read(subject: Subject) -> Iterator[AdapterFinding]:
     for field in fields[:MOST_KEYS]:
         message = f"`{shown(field)}` is set, but vLLM never reads it"
         if field in EXTRAS and any(map(EXTRAS[field].is_named, subject.adapter.weights.tensors)):
-            yield AdapterFinding(f"{message} and refuses its tensors", engines=("vllm",), refuses=True, field=field)
+            refused, extra = f"{message} and refuses its tensors", EXTRAS[field]
+            hint = ONLY_TRAINED.format(extra.plural, extra.name) if extra.in_training else ""
+            yield AdapterFinding(refused, engines=("vllm",), refuses=True, field=field, hint=hint)
+            continue
+        if field in EXTRAS and EXTRAS[field].in_training:
             continue
         message += " and runs the adapter as plain LoRA"
         if field == "arrow_config":

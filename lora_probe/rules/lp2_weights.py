@@ -89,7 +89,11 @@ def variant_missing(pair: AdapterModule, config: AdapterConfig) -> Sentence | No
     if pair.parameter != "weight" or pair.embedding:
         return None
     for field, extra in EXTRAS.items():
-        if config.raw.get(field) and not any(extra.is_named(tensor.name) for tensor in pair.extras):
+        if (
+            config.raw.get(field)
+            and not extra.in_training
+            and not any(extra.is_named(tensor.name) for tensor in pair.extras)
+        ):
             return Sentence(f"`{field}` is set, but the module has no {extra.word}", field)
     return None
 
@@ -183,13 +187,15 @@ def not_a_matrix(pair: AdapterModule) -> str | None:
     """
     if pair.convolution:
         return None
-    for half, tensor in (("lora_A", pair.a), ("lora_B", pair.b)):
+    for half, tensor, blocks in zip(("lora_A", "lora_B"), (pair.a, pair.b), pair.blocks, strict=True):
         if tensor is None:
             continue
         if len(tensor.shape) != 2 or 0 in tensor.shape:
             return f"{half} has shape {_text(tensor.shape)}, which is not a matrix"
-    if pair.a is not None and pair.b is not None and pair.a.shape[0] != pair.b.shape[1]:
-        return f"lora_A has rank {pair.a.shape[0]}, lora_B has rank {pair.b.shape[1]}"
+        if tensor.shape[0] % blocks:
+            return f"{half} has {tensor.shape[0]} rows, which are not {blocks} blocks"
+    if pair.a is not None and pair.b is not None and pair.a.shape[0] != pair.rank_of_b:
+        return f"lora_A has rank {pair.a.shape[0]}, lora_B has rank {pair.rank_of_b}"
     return None
 
 

@@ -30,13 +30,13 @@ def shape_differs(pair: AdapterModule, shape: tuple[int, int], transposed: bool)
 
     Fix: serve it on the base model that it was trained on; adapter_config.json usually names it.
     """
-    actual = (pair.b.shape[0] if pair.b else shape[0], pair.a.shape[-1] if pair.a else shape[1])
+    actual = (pair.b.shape[0] if pair.b else shape[0], pair.inputs if pair.a else shape[1])
     out_features, in_features = shape[::-1] if pair.embedding else shape
     if transposed and actual == (in_features, out_features):
         # A Conv1D stores its weight transposed, and a checkpoint does not tell which weights belong to a Conv1D.
         return None
-    if pair.a is not None and pair.a.shape[-1] != in_features:
-        return f"lora_A has {pair.a.shape[-1]} inputs, the base model's weight has {in_features}"
+    if pair.a is not None and pair.inputs != in_features:
+        return f"lora_A has {pair.inputs} inputs, the base model's weight has {in_features}"
     if pair.b is not None and pair.b.shape[0] != out_features:
         return f"lora_B has {pair.b.shape[0]} outputs, the base model's weight has {out_features}"
     return None

@@ -136,8 +136,8 @@ def _hidden(misfits: Sequence[Expected], shapes: Shapes | Mapping[str, None], hi
     inputs: Counter[int] = Counter()
     for row in misfits:
         shape = shapes.get(row.module)
-        if row.entry is not None and row.entry.a is not None and shape is not None and shape[1] == hidden:
-            inputs[row.entry.a.shape[-1]] += 1
+        if row.entry is not None and row.entry.inputs is not None and shape is not None and shape[1] == hidden:
+            inputs[row.entry.inputs] += 1
     return inputs.most_common(1)[0][0] if inputs else None
 
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from lora_probe.adapter import AdapterModule
 from lora_probe.adapter.variants import (
     ALPHA_PATTERN,
+    BY_FIELD,
+    NOT_MERGED,
     RANK_PATTERN,
     UNKNOWN_INITIALISATION_REFUSED,
     initialisation,
@@ -79,7 +81,7 @@ def _held_rank(pair: AdapterModule) -> int:
     """The rank of two matrices that fit together; 0 for anything else."""
     if pair.a is None or pair.b is None or pair.parameter != "weight":
         return 0
-    fits = len(pair.a.shape) == 2 and len(pair.b.shape) == 2 and pair.a.shape[0] == pair.b.shape[1]
+    fits = len(pair.a.shape) == 2 and len(pair.b.shape) == 2 and pair.a.shape[0] == pair.rank_of_b
     return pair.a.shape[0] if fits else 0
 
 
@@ -156,6 +158,9 @@ def lora_dtype(subject: Subject) -> Iterator[AdapterFinding]:
         )
 
 
+UNMERGED = "serve it with PEFT, which cannot merge it either"
+
+
 @survey(
     "LP406",
     "variant-refused",
@@ -178,7 +183,9 @@ def variant_refused(subject: Subject) -> Iterator[AdapterFinding]:
     """
     raw, version = subject.adapter.config.raw, subject.serving.vllm
     for field, message in _refusals(raw, version):
-        yield AdapterFinding(message, refuses=True, field=field)
+        variant = BY_FIELD.get(field)
+        hint = UNMERGED if variant is not None and variant.not_replayed == NOT_MERGED else ""
+        yield AdapterFinding(message, refuses=True, field=field, hint=hint)
 
 
 def _refusals(raw: Any, vllm: Behaviour) -> Iterator[tuple[str, str]]:

@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from lora_probe.engines.peft.calls import AfterCall, calls
 from lora_probe.engines.peft.experts import added, is_adding
-from lora_probe.engines.peft.slots import ADAPTER, is_dora
+from lora_probe.engines.peft.slots import ADAPTER, is_dora, variant
 from lora_probe.engines.sampler import SAMPLED
 from lora_probe.names import Key
 from lora_probe.recording import PREFILL, Floats, Level, Placed, Rows
@@ -55,6 +56,8 @@ class Step:
     """The base outputs of embeddings."""
     looked_up: dict[Key, Any] = field(default_factory=dict)
     """The columns of A for the tokens of an embedding, `[rows, r]`."""
+    decomposed: dict[Key, Any] = field(default_factory=dict)
+    """What DoRA computes for an embedding: the factors of the base output, and what is added to it."""
     added: dict[Key, Floats] = field(default_factory=dict)
     """ΔW of experts, `[experts, out, in]`, of modules that ran for the first time."""
 
@@ -85,12 +88,16 @@ class Capture:
             if looks_up:
                 self._look_up(key, layer)
                 hooks.append((layer, self._after_embedding(key, layer)))
+                if is_dora(layer):
+                    hooks.append((layer.lora_magnitude_vector[ADAPTER], self._after_magnitudes(key)))
+            elif is_dora(layer):
+                hooks.append((layer.lora_A[ADAPTER], self._after_a(key)))
+                hooks.append((layer.lora_magnitude_vector[ADAPTER], self._after_b(key, 1)))
+            elif variant(layer) is not None:
+                self._stack.enter_context(calls(layer, self._after_call(key)))
             else:
                 hooks.append((layer.lora_A[ADAPTER], self._after_a(key)))
-                if is_dora(layer):
-                    hooks.append((layer.lora_magnitude_vector[ADAPTER], self._after_b(key, 1)))
-                else:
-                    hooks.append((layer.lora_B[ADAPTER], self._after_b(key, layer.scaling[ADAPTER])))
+                hooks.append((layer.lora_B[ADAPTER], self._after_b(key, layer.scaling[ADAPTER])))
             for part, hook in hooks:
                 self._stack.callback(part.register_forward_hook(hook).remove)
         for key, wrapper in self._experts.items():
@@ -155,15 +162,31 @@ class Capture:
 
     def _after_a(self, key: Key) -> Any:
         def hook(module: Any, args: tuple[Any, ...], output: Any) -> None:
-            if (step := self._step) is None:
-                return
-            x = args[0].flatten(0, -2)
-            step.x[key] = x
-            step.keep("x_norm", key, x.detach().float().norm(dim=-1))
-            if kept("shrink", self.keep):
-                step.keep("shrink", key, output.flatten(0, -2))
-            if kept("x", self.keep):
-                step.keep("x", key, x)
+            if (step := self._step) is not None:
+                self._keep_x(step, key, args[0].flatten(0, -2), output.flatten(0, -2))
+
+        return hook
+
+    def _keep_x(self, step: Step, key: Key, x: Any, shrink: Any) -> None:
+        step.x[key] = x
+        step.keep("x_norm", key, x.detach().float().norm(dim=-1))
+        if kept("shrink", self.keep):
+            step.keep("shrink", key, shrink)
+        if kept("x", self.keep):
+            step.keep("x", key, x)
+
+    def _after_call(self, key: Key) -> AfterCall:
+        def after(x: Any, shrink: Any, delta: Any) -> None:
+            if (step := self._step) is not None:
+                self._keep_x(step, key, x, shrink)
+                self._keep_delta(step, key, delta, lambda rows: x[rows].detach().float().cpu().numpy())
+
+        return after
+
+    def _after_magnitudes(self, key: Key) -> Any:
+        def hook(module: Any, args: tuple[Any, ...], output: Any) -> None:
+            if self._step is not None:
+                self._step.decomposed[key] = output
 
         return hook
 
@@ -204,10 +227,16 @@ class Capture:
             if (step := self._step) is None or key not in step.looked_up:
                 return
             columns, base = step.looked_up[key], step.base[key]
-            delta = columns @ layer.lora_embedding_B[ADAPTER].T * layer.scaling[ADAPTER]
+            scale, added = step.decomposed.get(key, (None, None))
+            if added is None:
+                added = columns @ layer.lora_embedding_B[ADAPTER].T * layer.scaling[ADAPTER]
+            delta = added.flatten(0, -2)
             if (factor := layer._get_embed_scale()) is not None:
                 delta = delta * factor.to(delta.dtype)
-            if not (base + delta).equal(output.flatten(0, -2)):
+            computed = base + delta if scale is None else scale * base + delta
+            if scale is not None:
+                delta = (scale - 1) * base + delta
+            if not computed.equal(output.flatten(0, -2)):
                 # PEFT added something else: what is left of it in the output is rounded to the output's size.
                 delta = output.flatten(0, -2) - base
             tokens = args[0].flatten()

@@ -21,14 +21,15 @@ def base_weight(layer: Any) -> Floats | None:
     if not weight.is_floating_point() or weight.ndim != 2:
         return None
     values: Floats = weight.float().cpu().numpy()
-    return values.T if layer.fan_in_fan_out else values
+    # An embedding looks up rows, as a product with a one-hot x would.
+    return values.T if getattr(layer, "fan_in_fan_out", False) or ADAPTER in layer.lora_embedding_A else values
 
 
 def why_no_formula(layer: Any) -> str | None:
     """Why a live layer's contribution cannot be compared; None if it can."""
     if base_weight(layer) is None:
         return "DoRA's formula needs the base weight, which is quantised"
-    dtype = str(layer.lora_A[ADAPTER].weight.dtype).removeprefix("torch.")
+    dtype = str(layer.lora_magnitude_vector[ADAPTER].weight.dtype).removeprefix("torch.")
     if dtype != "float32":
         # PEFT rounds m / ‖W + s·B·A‖ to that, and what is left after 1 is subtracted may be smaller.
         return f"PEFT computes DoRA in {dtype} here, whose rounding may exceed the contribution"

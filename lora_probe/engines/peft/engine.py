@@ -6,25 +6,29 @@ own key-value cache; every forward pass is a step, and its rows are the position
 
 from __future__ import annotations
 
+import json
 import os
 import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lora_probe.adapter import TrainedAs, open_adapter
-from lora_probe.adapter.variants import EXTRAS, LORA_BIAS
+from lora_probe.adapter.pair_values import extra_of
+from lora_probe.adapter.variants import DORA
 from lora_probe.base import Base, EngineView
 from lora_probe.engines.load_record import LoadRecord
+from lora_probe.engines.peft.activation import Activation, activation_of
 from lora_probe.engines.peft.capture import Capture
 from lora_probe.engines.peft.dora import why_no_formula
 from lora_probe.engines.peft.loads import ActiveLoad, attach
 from lora_probe.engines.peft.models import encodes, load_model, load_tokenizer, shapes_of, short
 from lora_probe.engines.peft.plain import describe_model, record_plain
 from lora_probe.engines.peft.runner import Runner, end_ids
-from lora_probe.engines.peft.slots import is_dora, magnitude_of, variant
+from lora_probe.engines.peft.slots import has_formula, is_dora, variant
 from lora_probe.engines.peft.steps import Steps
 from lora_probe.engines.prompts import encode
 from lora_probe.names import Key
@@ -112,7 +116,8 @@ def _load(spec: RunSpec, path: str, model: Any, writer: TraceWriter) -> tuple[Ac
 
 def _run_load(spec: RunSpec, load: ActiveLoad, peft_model: Any, runner: Runner, prompts: list[list[int]]) -> None:
     """Run every prompt with the adapter, record its rows, and write the last stations of the load."""
-    recorded = spec.keep != "events"
+    recorded, activation = spec.keep != "events", activation_of(peft_model)
+    runner = replace(runner, activation=activation)
     layers, experts = (load.recordable(), load.experts()) if recorded else ({}, {})
     answers = []
     with Capture(layers, spec.keep, spec.score, experts) as capture:
@@ -126,7 +131,10 @@ def _run_load(spec: RunSpec, load: ActiveLoad, peft_model: Any, runner: Runner, 
         _score_base(peft_model, runner, answers)
     load.judge_slots("when the run ended")
     load.record.finish(
-        lambda key: _why_unmeasured(key, load, key in layers or key in experts, spec),
+        lambda key: (
+            _why_unmeasured(key, load, key in layers or key in experts, spec)
+            or _why_inactive(activation, prompts, runner.tokenizer)
+        ),
         lambda key: _why_unjudged(key, load),
     )
 
@@ -154,17 +162,20 @@ def _why_unmeasured(key: Key, load: ActiveLoad, watched: bool, spec: RunSpec) ->
     if not watched:
         kind = variant(layer) if key[1] == "weight" and hasattr(layer, "lora_variant") else None
         return f"PEFT's {kind or type(layer).__name__} layers are not recorded yet"
-    if variant(layer) is not None and not load.record.has_run(key):
-        return f"PEFT runs it as {variant(layer)}, which the hooks cannot record"
     return None
 
 
+def _why_inactive(activation: Activation | None, prompts: Sequence[Sequence[int]], tokenizer: Any) -> str | None:
+    if activation is None or any(activation.first(ids) is not None for ids in prompts):
+        return None
+    text = json.dumps(tokenizer.decode(activation.tokens), ensure_ascii=False)
+    return f"no prompt contains the invocation of this Activated LoRA, {text}, without which PEFT runs the base model"
+
+
 def _why_unjudged(key: Key, load: ActiveLoad) -> str | None:
-    """Why the contribution is not s·(x·Aᵀ)·Bᵀ of the file (a variant of LoRA, or a bias on B); None if it is."""
+    """Why the contribution cannot be computed from the file; None if it can."""
     layer = load.layers[key[0]]
-    if is_dora(layer) and magnitude_of(load.pairs[key]) is not None:
-        return why_no_formula(layer)
-    if (runs_as := variant(layer)) is not None:
-        return f"PEFT runs it as {runs_as}, whose delta is not s·(x·Aᵀ)·Bᵀ"
-    biased = any(EXTRAS[LORA_BIAS.field].is_named(extra.name) for extra in load.pairs[key].extras)
-    return "lora_B has a bias, which is part of its delta" if biased else None
+    if is_dora(layer):
+        missing = extra_of(load.pairs[key], DORA.field) is None
+        return "the file has no magnitude vector to compute it from" if missing else why_no_formula(layer)
+    return None if has_formula(layer) else f"PEFT runs it as {variant(layer)}, whose formula is not known"

@@ -20,7 +20,7 @@ from lora_probe.adapter.spectrum import gram
 from lora_probe.base import Shapes
 from lora_probe.engines.load_record import LoadRecord
 from lora_probe.engines.peft.models import first_lines, short
-from lora_probe.engines.peft.slots import ADAPTER, judge, layer_of, recordable, slot_values
+from lora_probe.engines.peft.slots import ADAPTER, judge, layer_of, multiplied, recordable
 from lora_probe.ledger import OK, Finding
 from lora_probe.names import PREFIX, Key
 from lora_probe.recording import Placed, RunSpec, TraceWriter
@@ -168,14 +168,10 @@ class ActiveLoad:
     def placed(self, keys: tuple[Key, ...]) -> Placed:
         """G and digests of the live weights at `keys`, padded to the largest rank."""
         pairs, layers = [self.pairs[key] for key in keys], [self.layers[key[0]] for key in keys]
-        held = [
-            (*slot_values(layer, pair.embedding), layer.scaling[ADAPTER])
-            for pair, layer in zip(pairs, layers, strict=True)
-        ]
+        held = [(*multiplied(layer, pair), layer.scaling[ADAPTER]) for pair, layer in zip(pairs, layers, strict=True)]
         rank = max((b.shape[1] for _, b, _ in held), default=0)
         grams, digests = np.zeros((len(keys), rank, rank), np.float32), []
         for number, (a, b, scaling) in enumerate(held):
-            a, b = (weight.float().cpu().numpy() for weight in (a, b))
             own = b.shape[1]
             grams[number, :own, :own] = gram(b, scaling)
             digests.append(digest_of(a, b * np.float32(scaling)))

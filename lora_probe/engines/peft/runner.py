@@ -7,10 +7,11 @@ passes.
 from __future__ import annotations
 
 import time
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+from lora_probe.engines.peft.activation import Activation
 from lora_probe.engines.peft.models import encodes, generates, next_logprobs
 from lora_probe.engines.peft.pooled import answer_of
 from lora_probe.engines.peft.steps import Steps
@@ -36,6 +37,8 @@ class Runner:
     spec: RunSpec
     eos: set[int]
     writer: TraceWriter
+    activation: Activation | None = None
+    """Where the adapter is active; None: everywhere."""
 
     def run(
         self, request: str, prompt: int, ids: list[int], adapter: str | None, steps: Steps | None = None
@@ -63,7 +66,7 @@ class Runner:
                 encoded = {"encoder_outputs": self._encode(steps, request, ids)}
             while True:
                 position = len(ids) + len(output) - len(feed) + (start is not None)
-                result = self._forward(steps, request, feed, position, len(ids), cache, **encoded)
+                result = self._forward(steps, request, feed, position, ids, cache, **encoded)
                 cache = result.past_key_values
                 # One row more than the forced tokens that follow: the last row predicts the next token.
                 scores = torch.log_softmax(result.logits[0, len(logprobs) - len(output) - 1 :].float(), dim=-1)
@@ -122,8 +125,10 @@ class Runner:
         return RequestRecord(request, prompt, adapter, ids, labels, text, logprobs, seconds)
 
     @staticmethod
-    def _recorded(steps: Steps | None, request: str, positions: range, prompt: int) -> AbstractContextManager[None]:
-        return steps.stepping(request, positions, prompt) if steps is not None else nullcontext()
+    def _recorded(
+        steps: Steps | None, request: str, positions: range, prompt: int, first: int | None = 0
+    ) -> AbstractContextManager[None]:
+        return steps.stepping(request, positions, prompt, first) if steps is not None else nullcontext()
 
     def score(
         self, request: str, kind: ScoreKind, answer: RequestRecord, steps: Steps | None = None, unmeasured: str = ""
@@ -136,18 +141,30 @@ class Runner:
         if not unmeasured:
             with torch.inference_mode():
                 feed = answer.prompt_ids + answer.output_ids[:-1]
-                result = self._forward(steps, request, feed, 0, len(answer.prompt_ids), None)
+                result = self._forward(steps, request, feed, 0, answer.prompt_ids, None)
                 logprobs = next_logprobs(result.logits, count)
         score = Score(request, answer.prompt, kind, answer.prompt_ids, answer.output_ids, unmeasured)
         self.writer.score(score, logprobs)
 
     def _forward(
-        self, steps: Steps | None, request: str, feed: list[int], position: int, prompt: int, cache: Any, **encoded: Any
+        self,
+        steps: Steps | None,
+        request: str,
+        feed: list[int],
+        position: int,
+        prompt: list[int],
+        cache: Any,
+        **encoded: Any,
     ) -> Any:
         import torch
 
         tensor = torch.tensor([feed], device=self.model.device)
         name = "decoder_input_ids" if encoded else "input_ids"
         positions = range(position, position + len(feed))
-        with self._recorded(steps, request, positions, prompt):
+        with ExitStack() as stack:
+            first: int | None = 0
+            if self.activation is not None and steps is not None:
+                first = self.activation.first(prompt)
+                stack.enter_context(self.activation.running(first, positions.stop))
+            stack.enter_context(self._recorded(steps, request, positions, len(prompt), first))
             return self.model(**{name: tensor}, past_key_values=cache, use_cache=True, **encoded)

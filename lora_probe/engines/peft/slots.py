@@ -6,20 +6,39 @@ file's values are cast to the live dtype and compared with the live ones bit for
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from lora_probe.adapter import Adapter, AdapterModule
-from lora_probe.adapter.variants import DORA, EXTRAS
+from lora_probe.adapter.blocks import on_diagonal
+from lora_probe.adapter.pair_values import extra_of
+from lora_probe.adapter.variants import DORA, EXTRAS, KASA, LORA_BIAS
 from lora_probe.engines.held import relative_difference
 from lora_probe.engines.peft.experts import differing
-from lora_probe.files.weights import TensorHeader
 from lora_probe.ledger import OK, Finding
 from lora_probe.names import Key, ranges
+from lora_probe.recording import Floats
 from lora_probe.rules.lp5_loading import no_lora_layer, placed_differs
 
 ADAPTER = "default"
 """The name of the adapter inside PEFT. The folder's name could clash with a method of torch's modules (`train`)."""
+
+
+EXTRA_VALUES: Mapping[str, Callable[[Any], Any]] = {
+    DORA.field: lambda layer: _part(layer, "lora_magnitude_vector", "weight"),
+    KASA.field: lambda layer: _part(layer, "lora_diag"),
+    LORA_BIAS.field: lambda layer: _part(layer, "lora_B", "bias"),
+}
+"""By the field of the config that asks for a third tensor: where a live layer has it."""
+
+FORMULAS = frozenset(("", "Dora", "ALora", "BdLora", "Kasa", "MiCA", "Monteclora", "Velora"))
+"""PEFT's words for the variants whose contribution is known; the empty one is plain LoRA."""
+
+
+def _part(layer: Any, name: str, of: str | None = None) -> Any:
+    """The live tensor of the adapter in one of a layer's tables, or the one called `of` in it; None if it has none."""
+    part = dict(getattr(layer, name, {}).items()).get(ADAPTER)
+    return part if part is None or of is None else getattr(part, of)
 
 
 def layer_of(layers: Mapping[str, Any], key: Key, pair: AdapterModule) -> Any:
@@ -35,6 +54,13 @@ def slot_values(layer: Any, embedding: bool = False) -> tuple[Any, Any]:
     if embedding:
         return layer.lora_embedding_A[ADAPTER].detach(), layer.lora_embedding_B[ADAPTER].detach()
     return layer.lora_A[ADAPTER].weight.detach(), layer.lora_B[ADAPTER].weight.detach()
+
+
+def multiplied(layer: Any, pair: AdapterModule) -> tuple[Floats, Floats]:
+    """The live A `[r, in]` and B `[out, r]`, with all of BD-LoRA's zeros."""
+    halves = zip(slot_values(layer, pair.embedding), pair.blocks, strict=True)
+    a, b = (on_diagonal(half.float().cpu().numpy(), blocks) for half, blocks in halves)
+    return a, b
 
 
 def judge(adapter: Adapter, pair: AdapterModule, layer: Any, moment: str) -> Finding:
@@ -53,11 +79,12 @@ def judge(adapter: Adapter, pair: AdapterModule, layer: Any, moment: str) -> Fin
             numbers = differing(weight.cpu(), expected, experts, half) if experts > 1 else []
             of_experts = f" of experts {ranges(numbers)}" if numbers else ""
             return placed_differs(half + of_experts, difference, moment)
-    if is_dora(layer) and (vector := magnitude_of(pair)) is not None:
-        weight = layer.lora_magnitude_vector[ADAPTER].weight.detach()
-        expected = torch.from_numpy(adapter.values(vector).reshape(-1)).to(weight.dtype)
-        if (difference := relative_difference(weight.cpu().reshape(-1), expected)) is not None:
-            return placed_differs("the magnitude", difference, moment)
+    for field, live in EXTRA_VALUES.items():
+        if (extra := extra_of(pair, field)) is None or (weight := live(layer)) is None:
+            continue
+        expected = torch.from_numpy(adapter.values(extra).reshape(-1)).to(weight.dtype)
+        if (difference := relative_difference(weight.detach().cpu().reshape(-1), expected)) is not None:
+            return placed_differs(f"the {EXTRAS[field].word}", difference, moment)
     if layer.scaling[ADAPTER] != pair.scaling:
         error = abs(layer.scaling[ADAPTER] / pair.scaling - 1) if pair.scaling else float("inf")
         return placed_differs("the scaling", error, moment)
@@ -65,24 +92,20 @@ def judge(adapter: Adapter, pair: AdapterModule, layer: Any, moment: str) -> Fin
 
 
 def recordable(layer: Any) -> bool:
-    """Whether the hooks support a layer: PEFT's LoRA `Linear`s, and embeddings. Activated LoRA passes only some rows to
-    its layers, and hooks cannot tell which."""
+    """Whether the hooks support a layer: PEFT's LoRA `Linear`s and embeddings."""
     from peft.tuners.lora import Embedding, Linear
 
-    if isinstance(layer, Embedding):
-        return variant(layer) is None
-    return isinstance(layer, Linear) and not (variant(layer) or "").startswith("ALora")
-
-
-def magnitude_of(pair: AdapterModule) -> TensorHeader | None:
-    """The magnitudes of a pair with DoRA in the file; None if it has none."""
-    extra = EXTRAS[DORA.field]
-    return next((tensor for tensor in pair.extras if extra.is_named(tensor.name)), None)
+    return isinstance(layer, Linear | Embedding)
 
 
 def is_dora(layer: Any) -> bool:
-    """Whether a linear layer runs DoRA, whose contribution has a formula of its own."""
-    return variant(layer) == "DoraLinearVariant"
+    """Whether a layer runs DoRA, whose contribution has a formula of its own."""
+    return variant(layer) in ("DoraLinearVariant", "DoraEmbeddingVariant")
+
+
+def has_formula(layer: Any) -> bool:
+    """Whether it is known what a layer's variant of LoRA computes."""
+    return (variant(layer) or "").removesuffix("LinearVariant").removesuffix("EmbeddingVariant") in FORMULAS
 
 
 def variant(layer: Any) -> str | None:

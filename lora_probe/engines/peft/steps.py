@@ -11,10 +11,12 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from lora_probe.adapter.fused import of_each
+from lora_probe.adapter.pair_values import extra_of, pair_values
+from lora_probe.adapter.variants import DORA, LORA_BIAS
 from lora_probe.engines.peft.capture import Capture, Step
 from lora_probe.engines.peft.dora import base_weight, decomposed, why_no_formula
 from lora_probe.engines.peft.loads import ActiveLoad
-from lora_probe.engines.peft.slots import is_dora, magnitude_of
+from lora_probe.engines.peft.slots import has_formula, is_dora
 from lora_probe.engines.sampler import Sampler
 from lora_probe.recording import DECODE, PREFILL, TraceWriter
 from lora_probe.recording.rows import kept
@@ -33,12 +35,16 @@ class Steps:
         self._placed = {load.number: placed if kept("shrink", capture.keep) else replace(placed, gram=None)}
 
     @contextmanager
-    def stepping(self, request: str, positions: Sequence[int], prompt: int) -> Iterator[None]:
-        """One forward pass over `positions` of a request; positions below `prompt` are the prompt's."""
+    def stepping(self, request: str, positions: Sequence[int], prompt: int, first: int | None = 0) -> Iterator[None]:
+        """One forward pass over `positions` of a request; positions below `prompt` are the prompt's, and the adapter is
+        active from `first` on (None: nowhere)."""
         phases = [PREFILL if at < prompt else DECODE for at in positions]
-        with self._capture.stepping(self._sampler.pick([request] * len(phases), phases), len(phases)) as step:
+        active = [number for number, position in enumerate(positions) if first is not None and position >= first]
+        # Rows without the adapter have nothing to compare.
+        picked = self._sampler.pick([request] * len(active), [phases[number] for number in active])
+        with self._capture.stepping([active[number] for number in picked], len(phases)) as step:
             yield
-        self._load.record.ran(len(phases), () if self._in_parts else step.ran, len(phases))
+        self._load.record.ran(len(active), () if self._in_parts else step.ran, len(active))
         for key, rows in step.called.items() if self._in_parts else ():
             self._load.record.routed([key], rows, rows if key in step.ran else 0)
         self._sample(step)
@@ -55,13 +61,14 @@ class Steps:
                     # The rows of A are inputs on which all of ΔW shows.
                     record.sample(key, a, a @ weight.T, a, b, pair.scaling)
         for key, (x, delta) in step.samples.items():
-            pair = self._load.pairs[key]
-            if key not in self._comparable or pair.a is None or pair.b is None:
+            pair, layer = self._load.pairs[key], self._load.layers[key[0]]
+            if key not in self._comparable or not has_formula(layer):
                 continue
-            a, b = record.adapter.values(pair.a), record.adapter.values(pair.b)
-            if not is_dora(layer := self._load.layers[key[0]]):
-                record.sample(key, x, delta, a, b, pair.scaling)
-            elif (vector := magnitude_of(pair)) is not None and why_no_formula(layer) is None:
+            a, b = pair_values(record.adapter, pair)
+            if not is_dora(layer):
+                bias = extra_of(pair, LORA_BIAS.field)
+                record.sample(key, x, delta, a, b, pair.scaling, record.adapter.values(bias) if bias else None)
+            elif (vector := extra_of(pair, DORA.field)) is not None and why_no_formula(layer) is None:
                 weight = base_weight(layer)
                 assert weight is not None
                 magnitude = record.adapter.values(vector).reshape(-1)

@@ -1,0 +1,56 @@
+"""BD-LoRA (`use_bdlora`): which modules have an A or a B that is block-diagonal. Only its blocks are stored.
+
+In: a field of `adapter_config.json`, blocks of a matrix. Out: the numbers of blocks for a module, the whole matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+FIELD = "use_bdlora"
+MOST_WORDS = 1000
+"""The most words of the field. Real ones name a handful of projections."""
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The words of modules whose A, and whose B, has `count` blocks."""
+
+    of_a: tuple[str, ...] = ()
+    of_b: tuple[str, ...] = ()
+    count: int = 1
+
+    def of(self, module: str) -> tuple[int, int]:
+        """The numbers of blocks of A and of B. As in PEFT, a word is meant wherever it is in the module's path."""
+        a, b = (any(word in module for word in words) for words in (self.of_a, self.of_b))
+        return self.count if a else 1, self.count if b else 1
+
+
+def blocks_in(raw: Mapping[str, Any]) -> Blocks | None:
+    """The blocks that a config asks for; None if PEFT cannot read them either."""
+    value = raw.get(FIELD)
+    if not isinstance(value, dict):
+        return Blocks()
+    of_a, of_b = (value.get(f"target_modules_bd_{half}") or [] for half in "ab")
+    count = value.get("nblocks", 1)
+    lists = all(isinstance(words, list) and all(isinstance(word, str) for word in words) for words in (of_a, of_b))
+    if not lists or len(of_a) + len(of_b) > MOST_WORDS or isinstance(count, bool) or not isinstance(count, int):
+        return None
+    return Blocks(tuple(of_a), tuple(of_b), count) if count >= 1 else None
+
+
+def on_diagonal(blocks: npt.NDArray[np.float32], count: int) -> npt.NDArray[np.float32]:
+    """The matrix `[rows, count · columns]` of `count` blocks that are stored one below the other, `[rows, columns]`."""
+    if count == 1:
+        return blocks
+    rows, columns = blocks.shape
+    whole = np.zeros((rows, count * columns), np.float32)
+    for number, block in enumerate(np.split(blocks, count)):
+        height = len(block)
+        whole[number * height :, number * columns :][:height, :columns] = block
+    return whole

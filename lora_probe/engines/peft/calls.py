@@ -1,0 +1,50 @@
+"""Calls of PEFT's variants of LoRA, each of which adds its contribution to the base output inside one function.
+
+In: a live layer that runs a variant (aLoRA, BD-LoRA, KaSA, MiCA, MonteCLoRA, VeLoRA). Out: x, x·Aᵀ and the
+contribution of every call, during a `with` block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from lora_probe.engines.peft.slots import ADAPTER
+
+AfterCall = Callable[[Any, Any, Any], None]
+"""Is called with x `[rows, in]`, x·Aᵀ `[rows, r]` and the contribution `[rows, out]`."""
+
+
+@contextmanager
+def calls(layer: Any, after: AfterCall) -> Iterator[None]:
+    """Call `after` for every call of the variant of `layer` with the adapter."""
+    variant = layer.lora_variant[ADAPTER]
+    original = variant.forward
+
+    def forward(module: Any, *, active_adapter: str, x: Any, result: Any, **options: Any) -> Any:
+        # Some variants add to `result` in place.
+        base = result.clone()
+        delta = original(module, active_adapter=active_adapter, x=x, result=base.new_zeros(base.shape), **options)
+        output = original(module, active_adapter=active_adapter, x=x, result=result, **options)
+        if not (base + delta).equal(output):
+            # It added something else: what is left of that in the output is rounded to the output's size.
+            delta = output - base
+        rows = delta.flatten(0, -2)
+        inputs = x.flatten(0, -2)
+        after(inputs, _shrink(module, inputs).masked_fill((rows == 0).all(-1, keepdim=True), 0), rows)
+        return output
+
+    variant.forward = forward
+    try:
+        yield
+    finally:
+        del variant.forward
+
+
+def _shrink(layer: Any, x: Any) -> Any:
+    """x·Aᵀ `[rows, r]`, with the diagonal of KaSA."""
+    a = layer.lora_A[ADAPTER]
+    shrink = a(x.to(a.weight.dtype))
+    diagonals = getattr(layer, "lora_diag", {})
+    return shrink * diagonals[ADAPTER] if ADAPTER in diagonals else shrink
