@@ -17,6 +17,7 @@ from torch import nn
 
 from lora_probe import open_trace
 from lora_probe.engines.peft.dora import why_no_formula
+from lora_probe.engines.peft.slots import Slot
 from lora_probe.ledger import OK
 
 pytestmark = pytest.mark.slow
@@ -102,7 +103,7 @@ def words(tmp_path: Path) -> Iterator[Run]:
 
 
 def wrapper(run: Run, key: Any = UP) -> Any:
-    return run.load.experts()[key]
+    return run.load.experts()[key].layer
 
 
 def test_healthy_experts(mixture: Run) -> None:
@@ -238,7 +239,7 @@ def test_dora_in_bfloat16_is_not_judged(tmp_path: Path) -> None:
     adapter = save(tmp_path / "a", Tiny(), target_modules=["q_proj", "v_proj"], use_dora=True)
     running = Run(tmp_path / "run", adapter, "bfloat16")
     assert (
-        why_no_formula(running.layer())
+        why_no_formula(Slot(running.layer()))
         == "PEFT computes DoRA in bfloat16 here, whose rounding may exceed the contribution"
     )
     running.writer.close()

@@ -22,7 +22,7 @@ from lora_probe.engines.peft.loads import ActiveLoad, attach
 from lora_probe.engines.peft.models import shapes_of
 from lora_probe.engines.peft.steps import Steps
 from lora_probe.ledger import OK, Finding
-from lora_probe.recording import DECODE, PREFILL, SCHEMA, Load, Process, RunSpec, TraceWriter
+from lora_probe.recording import DECODE, PREFILL, SCHEMA, Load, NamedAdapter, Process, RunSpec, TraceWriter
 from lora_probe.recording.placed import grams_of
 from lora_probe.rules.stored import expect
 
@@ -74,17 +74,17 @@ class Run:
         self.writer = TraceWriter(folder / "peft", Process(SCHEMA, "engine", "peft", 0, 1, {}))
         spec = RunSpec("peft", str(adapter), "a", "base", [], 1, options={"lora_dtype": lora_dtype})
         shapes, checkpoint = shapes_of(self.model), open_adapter(adapter)
-        attached = attach(self.model, spec, self.writer)
+        attached = attach(self.model, NamedAdapter("a", str(adapter)), spec, self.writer)
         assert attached.refused is None
         load = Load(0, "a", str(adapter), checkpoint.digest())
         record = LoadRecord(self.writer, load, checkpoint, expect(checkpoint, shapes), "float32")
         record.announce({})
-        self.load = ActiveLoad(record, attached.layers, shapes)
+        self.load = ActiveLoad(record, attached.model, attached.slots, shapes)
         self.load.judge_read()
         self.peft_model = attached.model
 
     def layer(self, key: Any = Q) -> Any:
-        return self.load.layers[key[0]]
+        return self.load.slots[key[0]].layer
 
     def steps(self, count: int = 2, inputs: Callable[[int], torch.Tensor] = vectors) -> None:
         """A prompt of six tokens, and a token at a time after it."""

@@ -37,6 +37,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--follow", metavar="REF.lptrace", help="run the tokens of another trace: its prompts and its answers"
     )
     parser.add_argument(
+        "--beside",
+        action="append",
+        default=[],
+        metavar="CKPT2",
+        help="one more adapter, may be repeated: each prompt runs in one batch, for the base model and every adapter",
+    )
+    parser.add_argument(
+        "--together", action="store_true", help="all adapters active at once instead, as PEFT's set_adapter does it"
+    )
+    parser.add_argument(
         "--keep",
         choices=("events", "norms", "shrink", "tensors"),
         default="shrink",
@@ -71,6 +81,8 @@ def run(options: argparse.Namespace) -> int:
             chat=options.chat,
             max_tokens=options.max_tokens,
             follow=options.follow,
+            beside=options.beside,
+            together=options.together,
             keep=options.keep,
             out=options.output,
             force=options.force,
@@ -89,6 +101,9 @@ def next_commands(options: argparse.Namespace, recorded: str) -> list[str]:
     """Compare the trace with the one that it followed; or record another one first, and compare with that."""
     if options.follow is not None:
         return [shlex.join(["lora-probe", "compare", options.follow, recorded])]
+    if options.together:
+        # No other engine applies several adapters at once.
+        return []
     return [same_with_another_engine(options), shlex.join(["lora-probe", "compare", recorded, "OTHER.lptrace"])]
 
 
@@ -111,6 +126,7 @@ COMMAND = Command(
     "  lora-probe trace ckpt/ --engine peft\n"
     "  lora-probe trace ckpt/ --engine vllm --dtype float32 --prompt 'Who are you?' -o run.lptrace\n"
     "  lora-probe trace ckpt/ --engine vllm --max-lora-rank 64 -- --gpu-memory-utilization 0.5\n"
+    "  lora-probe trace ckpt/ --engine vllm --beside other/ --beside third/\n"
     "  lora-probe trace --engine server --url http://localhost:8000 --adapter my-adapter\n"
     "  lora-probe trace ckpt/ --engine server --url http://localhost:8000 --adapter my-adapter",
     add_arguments,

@@ -30,7 +30,19 @@ from lora_probe.engines.prompts import BUILT_IN
 from lora_probe.errors import ProbeError, words_of
 from lora_probe.files import limits, shown
 from lora_probe.files.isolation import absolute_flags
-from lora_probe.recording import LEVELS, SCHEMA, LoadEvent, Prompt, Record, Run, RunSpec, Trace, open_trace, write_json
+from lora_probe.recording import (
+    LEVELS,
+    SCHEMA,
+    LoadEvent,
+    NamedAdapter,
+    Prompt,
+    Record,
+    Run,
+    RunSpec,
+    Trace,
+    open_trace,
+    write_json,
+)
 
 PARTIAL = ".partial"
 """Suffix of a merged model that is not finished."""
@@ -47,6 +59,8 @@ def trace(
     chat: bool = False,
     max_tokens: int = 32,
     follow: str | Path | None = None,
+    beside: str | Path | Sequence[str | Path] = (),
+    together: bool = False,
     keep: str = "shrink",
     out: str | Path | None = None,
     force: bool = False,
@@ -60,6 +74,10 @@ def trace(
     With `follow`, the run uses the tokens of another trace: its prompts, and its answers token by token, so that two
     runs can be compared to the end even if their own answers would diverge (bfloat16). With `score`, it also keeps the
     next-token distributions of the answers, with and without the adapter, and sketches of the adapted modules' outputs.
+
+    With `beside`, one or several more adapters, each prompt runs in one batch: once for the base model, and once for
+    each adapter. With `together`, all adapters are active at once, which only PEFT can do. The trace has a load of
+    each.
 
     `prompts` is one prompt or a list of them (default: three built-in ones), `engine_args` a list of flags of the
     engine, one word each.
@@ -76,11 +94,9 @@ def trace(
         raise ProbeError(f"unknown level `{keep}`", f"use one of: {', '.join(LEVELS)}")
     if max_tokens < 1:
         raise ProbeError(f"--max-tokens must be at least 1, not {max_tokens}")
-    texts, flags = words_of("prompts", prompts), flags_of(engine_args)
-    if follow is not None and (texts or chat):
-        raise ProbeError("a run with --follow uses the prompts of the followed trace", "remove the prompts and --chat")
-    wanted, continuation = _tokens_of(follow) if follow is not None else (list(map(Prompt, texts or BUILT_IN)), None)
-    refuse_invalid(wanted)
+    others = _beside(_name(checkpoint), beside, together, engine)
+    flags = flags_of(engine_args)
+    wanted, continuation = _wanted(prompts, chat, follow)
     require(engine, flags)
     folder = folder_for(_name(checkpoint), engine, out, force)
     spec = RunSpec(
@@ -96,8 +112,31 @@ def trace(
         chat=chat,
         continuation=continuation,
         score=score,
+        beside=others,
+        together=together,
     )
-    return record_run(folder, spec, len(wanted) * (3 if score else 2), progress)
+    return record_run(folder, spec, len(wanted) * (3 if score else 2 + len(others)), progress)
+
+
+def _beside(name: str, beside: str | Path | Sequence[str | Path], together: bool, engine: str) -> list[NamedAdapter]:
+    """The other adapters of a run. Each has a name of its own: two folders may be called the same.
+
+    Raises:
+        ProbeError: one of them cannot be run, or the engine cannot run them as asked.
+    """
+    paths = [beside] if isinstance(beside, str | Path) else list(beside)
+    if together and not paths:
+        raise ProbeError("--together needs more adapters", "pass each with --beside")
+    if together and engine != "peft":
+        raise ProbeError(f"{engine} applies one adapter to a request", "use --engine peft with --together")
+    named: list[NamedAdapter] = []
+    for path in paths:
+        limits.begin(located(Path(path)))
+        checkpoint = runnable(path)
+        taken, own = {name, *(other.name for other in named)}, _name(checkpoint)
+        free = next(n for n in (own, *(f"{own}-{number}" for number in range(2, len(taken) + 3))) if n not in taken)
+        named.append(NamedAdapter(free, str(checkpoint.path.resolve())))
+    return named
 
 
 def trace_plain(

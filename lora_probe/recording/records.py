@@ -29,6 +29,13 @@ class Prompt(msgspec.Struct, frozen=True):
     ids: list[int] = []
 
 
+class NamedAdapter(msgspec.Struct, frozen=True):
+    """An adapter of a run: its name in the engine, and its folder."""
+
+    name: str
+    path: str
+
+
 class RunSpec(msgspec.Struct, frozen=True):
     """What to run. `options` are engine options by vLLM's names. `continuation` contains the forced first ids of each
     answer; `max_tokens` counts the tokens after them.
@@ -36,6 +43,9 @@ class RunSpec(msgspec.Struct, frozen=True):
     With `score`, every answer runs again in one pass, with and without the adapter, and the next-token distributions of
     its tokens are kept. A plain run (`adapter` None) only scores `model`: then `continuation` contains whole answers,
     and `watch` the paths of the modules whose outputs are recorded.
+
+    `beside` are more adapters: each prompt runs in one batch, once for the base and for each adapter. With `together`
+    all adapters are active at once instead.
     """
 
     engine: str
@@ -51,6 +61,8 @@ class RunSpec(msgspec.Struct, frozen=True):
     continuation: list[list[int]] | None = None
     score: bool = False
     watch: list[str] = []
+    beside: list[NamedAdapter] = []
+    together: bool = False
 
 
 class Run(msgspec.Struct, frozen=True):

@@ -37,7 +37,7 @@ class Activation:
         return context
 
 
-def activation_of(model: Any) -> Activation | None:
-    """The activation of a live PEFT model; None if its adapter is active at every position."""
-    tokens = getattr(model.peft_config[ADAPTER], ALORA.field, None)
+def activation_of(model: Any, adapter: str = ADAPTER) -> Activation | None:
+    """The activation of an adapter of a live PEFT model; None if it is active at every position."""
+    tokens = getattr(model.peft_config[adapter], ALORA.field, None)
     return Activation(model, tuple(tokens)) if tokens else None

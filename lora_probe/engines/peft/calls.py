@@ -1,6 +1,6 @@
 """Calls of PEFT's variants of LoRA, each of which adds its contribution to the base output inside one function.
 
-In: a live layer that runs a variant (aLoRA, BD-LoRA, KaSA, MiCA, MonteCLoRA, VeLoRA). Out: x, x·Aᵀ and the
+In: the slot of a live layer that runs a variant (aLoRA, BD-LoRA, KaSA, MiCA, MonteCLoRA, VeLoRA). Out: x, x·Aᵀ and the
 contribution of every call, during a `with` block.
 """
 
@@ -10,16 +10,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from lora_probe.engines.peft.slots import ADAPTER
+from lora_probe.engines.peft.slots import Slot
 
 AfterCall = Callable[[Any, Any, Any], None]
 """Is called with x `[rows, in]`, x·Aᵀ `[rows, r]` and the contribution `[rows, out]`."""
 
 
 @contextmanager
-def calls(layer: Any, after: AfterCall) -> Iterator[None]:
-    """Call `after` for every call of the variant of `layer` with the adapter."""
-    variant = layer.lora_variant[ADAPTER]
+def calls(slot: Slot, after: AfterCall) -> Iterator[None]:
+    """Call `after` for every call of the variant that a slot runs."""
+    variant = slot.variant
     original = variant.forward
 
     def forward(module: Any, *, active_adapter: str, x: Any, result: Any, **options: Any) -> Any:
@@ -32,7 +32,7 @@ def calls(layer: Any, after: AfterCall) -> Iterator[None]:
             delta = output - base
         rows = delta.flatten(0, -2)
         inputs = x.flatten(0, -2)
-        after(inputs, _shrink(module, inputs).masked_fill((rows == 0).all(-1, keepdim=True), 0), rows)
+        after(inputs, _shrink(slot, inputs).masked_fill((rows == 0).all(-1, keepdim=True), 0), rows)
         return output
 
     variant.forward = forward
@@ -42,9 +42,7 @@ def calls(layer: Any, after: AfterCall) -> Iterator[None]:
         del variant.forward
 
 
-def _shrink(layer: Any, x: Any) -> Any:
+def _shrink(slot: Slot, x: Any) -> Any:
     """x·Aᵀ `[rows, r]`, with the diagonal of KaSA."""
-    a = layer.lora_A[ADAPTER]
-    shrink = a(x.to(a.weight.dtype))
-    diagonals = getattr(layer, "lora_diag", {})
-    return shrink * diagonals[ADAPTER] if ADAPTER in diagonals else shrink
+    shrink = slot.a(x.to(slot.a.weight.dtype))
+    return shrink if slot.diagonal is None else shrink * slot.diagonal

@@ -16,7 +16,7 @@ import numpy as np
 
 from lora_probe.engines.peft.calls import AfterCall, calls
 from lora_probe.engines.peft.experts import added, is_adding
-from lora_probe.engines.peft.slots import ADAPTER, is_dora, variant
+from lora_probe.engines.peft.slots import Slot
 from lora_probe.engines.sampler import SAMPLED
 from lora_probe.names import Key
 from lora_probe.recording import PREFILL, Floats, Level, Placed, Rows
@@ -30,6 +30,14 @@ def sketched(rows: Any) -> Floats:
     """The sketch of every row of a live tensor `[rows, width]`."""
     values: Floats = rows.detach().float().cpu().numpy()
     return values @ projection(values.shape[-1])
+
+
+def _put_back(thing: Any, name: str, before: Any) -> None:
+    """Restore an attribute of an object, which its class may have too."""
+    if before is None:
+        delattr(thing, name)
+    else:
+        setattr(thing, name, before)
 
 
 def one_hot(tokens: Any, size: int, factor: Any = None) -> Floats:
@@ -68,40 +76,50 @@ class Step:
 
 
 class Capture:
-    """Hooks on `layers`. With `sketching`, their whole outputs are sketched too. Leaving the block removes every
-    hook; outside of a step they capture nothing."""
+    """Hooks on the layers of `slots`. With `sketching`, their whole outputs are sketched too. Leaving the block removes
+    every hook; outside of a step they capture nothing."""
 
     def __init__(
-        self, layers: Mapping[Key, Any], keep: Level, sketching: bool = False, experts: Mapping[Key, Any] = NO_EXPERTS
+        self,
+        slots: Mapping[Key, Slot],
+        keep: Level,
+        sketching: bool = False,
+        experts: Mapping[Key, Slot] = NO_EXPERTS,
+        sequence: int | None = None,
+        alone: bool = True,
     ) -> None:
-        self.layers, self.keep, self.sketching = dict(layers), keep, sketching
-        self._experts, self._compared = experts, set[Key]()
-        self.keys = tuple(self.layers)
-        self._rank = max((layer.r[ADAPTER] for layer in self.layers.values()), default=0)
+        """`sequence`: the only one of a batch whose rows are recorded. `alone`: no other adapter is active for them."""
+        self.slots, self.keep, self.sketching = dict(slots), keep, sketching
+        self._experts, self._compared, self._sequence = experts, set[Key](), sequence
+        self._alone = alone
+        self.keys = tuple(self.slots)
+        self._rank = max((slot.layer.r[slot.adapter] for slot in self.slots.values()), default=0)
         self._step: Step | None = None
         self._stack = ExitStack()
 
+    def watches(self, key: Key) -> bool:
+        """Whether there are hooks on a module."""
+        return key in self.slots or key in self._experts
+
     def __enter__(self) -> Capture:
-        for key, layer in self.layers.items():
-            looks_up = ADAPTER in layer.lora_embedding_A
-            hooks = [(layer.base_layer, self._after_base(key, looks_up)), (layer, self._after_output(key))]
-            if looks_up:
-                self._look_up(key, layer)
-                hooks.append((layer, self._after_embedding(key, layer)))
-                if is_dora(layer):
-                    hooks.append((layer.lora_magnitude_vector[ADAPTER], self._after_magnitudes(key)))
-            elif is_dora(layer):
-                hooks.append((layer.lora_A[ADAPTER], self._after_a(key)))
-                hooks.append((layer.lora_magnitude_vector[ADAPTER], self._after_b(key, 1)))
-            elif variant(layer) is not None:
-                self._stack.enter_context(calls(layer, self._after_call(key)))
+        for key, slot in self.slots.items():
+            layer = slot.layer
+            hooks = [(layer.base_layer, self._after_base(key, slot.looks_up)), (layer, self._after_output(key))]
+            if slot.looks_up:
+                self._look_up(key, slot)
+                hooks.append((layer, self._after_embedding(key, slot)))
+                if slot.is_dora:
+                    hooks.append((slot.magnitudes, self._after_magnitudes(key)))
+            elif slot.is_dora:
+                hooks += [(slot.a, self._after_a(key)), (slot.magnitudes, self._after_b(key, 1))]
+            elif slot.variant is not None:
+                self._stack.enter_context(calls(slot, self._after_call(key)))
             else:
-                hooks.append((layer.lora_A[ADAPTER], self._after_a(key)))
-                hooks.append((layer.lora_B[ADAPTER], self._after_b(key, layer.scaling[ADAPTER])))
+                hooks += [(slot.a, self._after_a(key)), (slot.b, self._after_b(key, slot.scaling))]
             for part, hook in hooks:
                 self._stack.callback(part.register_forward_hook(hook).remove)
-        for key, wrapper in self._experts.items():
-            handle = wrapper.get_base_layer().register_forward_pre_hook(self._before_experts(key, wrapper))
+        for key, slot in self._experts.items():
+            handle = slot.layer.get_base_layer().register_forward_pre_hook(self._before_experts(key, slot.layer))
             self._stack.callback(handle.remove)
         return self
 
@@ -160,6 +178,10 @@ class Capture:
                 wide[:, number, : shrink.shape[1]] = shrink
         return wide
 
+    def _own(self, values: Any) -> Any:
+        """The rows `[rows, width]` of what a layer of all sequences reads or writes, `[sequences, rows, width]`."""
+        return values.flatten(0, -2) if self._sequence is None else values[self._sequence].flatten(0, -2)
+
     def _after_a(self, key: Key) -> Any:
         def hook(module: Any, args: tuple[Any, ...], output: Any) -> None:
             if (step := self._step) is not None:
@@ -209,37 +231,41 @@ class Capture:
         if rows:
             step.samples[key] = inputs(rows), delta[rows].detach().float().cpu().numpy()
 
-    def _look_up(self, key: Key, layer: Any) -> None:
+    def _look_up(self, key: Key, slot: Slot) -> None:
         """Record the columns of A that an embedding looks up: PEFT calls a method for that, and no module."""
+        layer, before = slot.layer, slot.layer.__dict__.get("_embed")
         original = layer._embed
 
-        def embed(*args: Any, **kwargs: Any) -> Any:
-            columns = original(*args, **kwargs)
-            if self._step is not None:
+        def embed(tokens: Any, a: Any, **options: Any) -> Any:
+            columns = original(tokens, a, **options)
+            # The layer looks up the columns of other adapters, too.
+            if self._step is not None and a.data_ptr() == slot.weights[0].data_ptr():
                 self._step.looked_up[key] = columns.flatten(0, -2)
             return columns
 
         layer._embed = embed
-        self._stack.callback(delattr, layer, "_embed")
+        self._stack.callback(_put_back, layer, "_embed", before)
 
-    def _after_embedding(self, key: Key, layer: Any) -> Any:
+    def _after_embedding(self, key: Key, slot: Slot) -> Any:
+        layer = slot.layer
+
         def hook(module: Any, args: tuple[Any, ...], output: Any) -> None:
             if (step := self._step) is None or key not in step.looked_up:
                 return
             columns, base = step.looked_up[key], step.base[key]
             scale, added = step.decomposed.get(key, (None, None))
             if added is None:
-                added = columns @ layer.lora_embedding_B[ADAPTER].T * layer.scaling[ADAPTER]
+                added = columns @ slot.weights[1].T * slot.scaling
             delta = added.flatten(0, -2)
             if (factor := layer._get_embed_scale()) is not None:
                 delta = delta * factor.to(delta.dtype)
             computed = base + delta if scale is None else scale * base + delta
             if scale is not None:
                 delta = (scale - 1) * base + delta
-            if not computed.equal(output.flatten(0, -2)):
+            if self._alone and not computed.equal(self._own(output)):
                 # PEFT added something else: what is left of it in the output is rounded to the output's size.
-                delta = output.flatten(0, -2) - base
-            tokens = args[0].flatten()
+                delta = self._own(output) - base
+            tokens = self._own(args[0].unsqueeze(-1)).flatten()
             step.keep("x_norm", key, columns.new_ones(len(tokens)))
             if kept("shrink", self.keep):
                 step.keep("shrink", key, columns)
@@ -262,10 +288,11 @@ class Capture:
         def hook(module: Any, args: tuple[Any, ...], output: Any) -> None:
             if (step := self._step) is None:
                 return
-            rows = output.flatten(0, -2)
+            rows = self._own(output)
             step.called[key] = len(rows)
             if looks_up:
-                step.base[key] = rows
+                # In a mixed batch PEFT adds the contributions in place.
+                step.base[key] = rows.clone()
             step.keep("base_norm", key, rows.detach().float().norm(dim=-1))
             if kept("base", self.keep):
                 step.keep("base", key, rows)
@@ -276,7 +303,7 @@ class Capture:
         def hook(module: Any, args: tuple[Any, ...], output: Any) -> None:
             if (step := self._step) is None:
                 return
-            rows = output.flatten(0, -2)
+            rows = self._own(output)
             step.keep("output_norm", key, rows.detach().float().norm(dim=-1))
             if self.sketching:
                 step.columns.setdefault("sketch", {})[key] = sketched(rows)

@@ -7,29 +7,27 @@ and what a bound of its rounding is a share of.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
-from lora_probe.engines.peft.slots import ADAPTER
+from lora_probe.engines.peft.slots import Slot
 from lora_probe.recording import Floats
 
 
-def base_weight(layer: Any) -> Floats | None:
+def base_weight(slot: Slot) -> Floats | None:
     """W `[out, in]` of a live layer; None for a quantised one."""
-    weight = layer.base_layer.weight.detach()
+    weight = slot.layer.base_layer.weight.detach()
     if not weight.is_floating_point() or weight.ndim != 2:
         return None
     values: Floats = weight.float().cpu().numpy()
     # An embedding looks up rows, as a product with a one-hot x would.
-    return values.T if getattr(layer, "fan_in_fan_out", False) or ADAPTER in layer.lora_embedding_A else values
+    return values.T if slot.looks_up or slot.layer.fan_in_fan_out else values
 
 
-def why_no_formula(layer: Any) -> str | None:
+def why_no_formula(slot: Slot) -> str | None:
     """Why a live layer's contribution cannot be compared; None if it can."""
-    if base_weight(layer) is None:
+    if base_weight(slot) is None:
         return "DoRA's formula needs the base weight, which is quantised"
-    dtype = str(layer.lora_magnitude_vector[ADAPTER].weight.dtype).removeprefix("torch.")
+    dtype = str(slot.magnitudes.weight.dtype).removeprefix("torch.")
     if dtype != "float32":
         # PEFT rounds m / ‖W + s·B·A‖ to that, and what is left after 1 is subtracted may be smaller.
         return f"PEFT computes DoRA in {dtype} here, whose rounding may exceed the contribution"

@@ -16,24 +16,27 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from lora_probe.adapter import TrainedAs, open_adapter
 from lora_probe.adapter.pair_values import extra_of
 from lora_probe.adapter.variants import DORA
-from lora_probe.base import Base, EngineView
+from lora_probe.base import Base, EngineView, Shapes
 from lora_probe.engines.load_record import LoadRecord
 from lora_probe.engines.peft.activation import Activation, activation_of
+from lora_probe.engines.peft.batch import Lane, run_batch
 from lora_probe.engines.peft.capture import Capture
 from lora_probe.engines.peft.dora import why_no_formula
 from lora_probe.engines.peft.loads import ActiveLoad, attach
-from lora_probe.engines.peft.models import encodes, load_model, load_tokenizer, shapes_of, short
+from lora_probe.engines.peft.models import encodes, generates, load_model, load_tokenizer, shapes_of, short
 from lora_probe.engines.peft.plain import describe_model, record_plain
 from lora_probe.engines.peft.runner import Runner, end_ids
-from lora_probe.engines.peft.slots import has_formula, is_dora, variant
-from lora_probe.engines.peft.steps import Steps
+from lora_probe.engines.peft.steps import Steps, Together
 from lora_probe.engines.prompts import encode
+from lora_probe.errors import ProbeError
 from lora_probe.names import Key
 from lora_probe.precision import coarser
-from lora_probe.recording import SCHEMA, Load, Process, RequestRecord, RunSpec, TraceWriter
+from lora_probe.recording import SCHEMA, Load, NamedAdapter, Process, RequestRecord, RunSpec, TraceWriter
 from lora_probe.rules.stored import expect
 
 
@@ -86,55 +89,129 @@ def _record(spec: RunSpec, path: str, writer: TraceWriter) -> None:
     tokenizer = load_tokenizer(spec.model)
     runner = Runner(model, tokenizer, spec, end_ids(getattr(model, "generation_config", None), tokenizer), writer)
     describe_model(writer, model, spec, started)
-    prompts = encode(spec, tokenizer)
-    for number, ids in enumerate(() if spec.score else prompts):
+    if spec.beside and (not generates(model) or encodes(model)):
+        raise ProbeError(f"{type(model).__name__} runs one adapter at a time", "remove --beside")
+    prompts, mixed = encode(spec, tokenizer), _is_mixed(spec)
+    for number, ids in enumerate(() if spec.score or mixed else prompts):
         # A scored run scores the base model on the adapter's own answers instead.
         writer.request(runner.run(f"base-{number}", number, ids, None))
-    load, peft_model = _load(spec, path, model, writer)
-    if load is not None:
-        _run_load(spec, load, peft_model, runner, prompts)
+    loads = _load_all(spec, [NamedAdapter(spec.name, path), *spec.beside], model, writer)
+    if loads:
+        _run_loads(spec, loads, runner, prompts)
 
 
-def _load(spec: RunSpec, path: str, model: Any, writer: TraceWriter) -> tuple[ActiveLoad | None, Any]:
-    """Attach the adapter and judge the result: the load and PEFT's model, or None if PEFT refuses it."""
-    shapes, adapter, dtype = shapes_of(model), open_adapter(path), writer.process.dtype
+def refuse_together(loads: Sequence[ActiveLoad], activations: Sequence[Activation | None]) -> None:
+    """Raises:
+    ProbeError: an adapter cannot be judged while others are active too.
+    """
+    for load, activation in zip(loads, activations, strict=True):
+        name = load.record.load.name
+        if activation is not None:
+            raise ProbeError(f"`{name}` is an Activated LoRA, which PEFT runs by itself", "remove --together")
+        if load.experts():
+            raise ProbeError(f"`{name}` adapts fused experts, which are not recorded with --together", "remove it")
+
+
+def _is_mixed(spec: RunSpec) -> bool:
+    """Whether each prompt runs in one batch of the base and all adapters."""
+    return bool(spec.beside) and not spec.together
+
+
+def _load_all(spec: RunSpec, adapters: Sequence[NamedAdapter], model: Any, writer: TraceWriter) -> list[ActiveLoad]:
+    """Attach the adapters to a base model and judge the results; those that PEFT refuses are left out."""
+    shapes, loads = shapes_of(model), list[ActiveLoad]()
+    for number, named in enumerate(adapters):
+        if (load := _load(spec, named, shapes, model, writer, number, len(loads))) is not None:
+            loads.append(load)
+            model = load.model
+    return loads
+
+
+def _load(
+    spec: RunSpec, named: NamedAdapter, shapes: Shapes, model: Any, writer: TraceWriter, number: int, before: int
+) -> ActiveLoad | None:
+    """Attach an adapter to a base model, whose modules have `shapes`, or to one with `before` other adapters."""
+    adapter, dtype = open_adapter(named.path), writer.process.dtype
     expected, digest = expect(adapter, shapes), adapter.digest()
-    attached = attach(model, spec, writer)
+    attached = attach(model, named, spec, writer, before)
     lora_dtype = attached.lora_dtype(dtype)
     writer.describe(lora_dtype=lora_dtype)
     refused, message = attached.refused is not None, attached.refused or ""
-    load = Load(0, spec.name, str(adapter.path), digest, refused=refused, message=message, said=attached.logged)
+    load = Load(number, named.name, str(adapter.path), digest, refused=refused, message=message, said=attached.logged)
     record = LoadRecord(writer, load, adapter, expected, coarser(dtype, lora_dtype))
-    record.announce({row.key: row.module for row in expected if row.module in attached.layers})
+    record.announce({row.key: row.module for row in expected if row.module in attached.slots})
     if refused:
-        return None, None
-    active = ActiveLoad(record, attached.layers, shapes)
+        return None
+    active = ActiveLoad(record, attached.model, attached.slots, shapes)
     active.judge_read()
     active.judge_slots("after loading")
-    return active, attached.model
+    return active
 
 
-def _run_load(spec: RunSpec, load: ActiveLoad, peft_model: Any, runner: Runner, prompts: list[list[int]]) -> None:
-    """Run every prompt with the adapter, record its rows, and write the last stations of the load."""
-    recorded, activation = spec.keep != "events", activation_of(peft_model)
-    runner = replace(runner, activation=activation)
-    layers, experts = (load.recordable(), load.experts()) if recorded else ({}, {})
+def _run_loads(spec: RunSpec, loads: Sequence[ActiveLoad], runner: Runner, prompts: list[list[int]]) -> None:
+    """Run every prompt with the adapters, record their rows, and write the last stations of each load."""
+    activations = [activation_of(load.model, load.called) for load in loads]
+    if spec.together:
+        refuse_together(loads, activations)
+        loads[0].model.base_model.set_adapter([load.called for load in loads])
+    captures: list[Capture] = []
+    with ExitStack() as stack:
+        for number, load in enumerate(loads):
+            slots, experts = (load.recordable(), load.experts()) if spec.keep != "events" else ({}, {})
+            own = number + 1 if _is_mixed(spec) else None
+            capture = Capture(slots, spec.keep, spec.score, experts, sequence=own, alone=not spec.together)
+            captures.append(stack.enter_context(capture))
+        in_parts = encodes(runner.model)
+        steps = [Steps(load, held, runner.writer, in_parts) for load, held in zip(loads, captures, strict=True)]
+        if _is_mixed(spec):
+            _run_mixed(loads, activations, steps, runner, prompts)
+        else:
+            _run_alone(spec, loads, steps, replace(runner, activation=activations[0]), prompts)
+    for load, capture, activation in zip(loads, captures, activations, strict=True):
+        _finish(spec, load, capture, _why_inactive(activation, prompts, runner.tokenizer))
+
+
+def _run_alone(
+    spec: RunSpec, loads: Sequence[ActiveLoad], steps: Sequence[Steps], runner: Runner, prompts: list[list[int]]
+) -> None:
+    """Every prompt with the only adapter, or with all of them together; then the scored passes."""
+    names = [load.record.load.name for load in loads]
+    stepping = Together(dict(zip(names, steps, strict=True))) if spec.together else steps[0]
     answers = []
-    with Capture(layers, spec.keep, spec.score, experts) as capture:
-        steps = Steps(load, capture, runner.writer, in_parts=encodes(runner.model))
-        for number, ids in enumerate(prompts):
-            answers.append(runner.run(f"lora-{number}", number, ids, spec.name, steps))
-            runner.writer.request(answers[-1])
-        for answer in answers if spec.score else ():
-            runner.score(f"score-lora-{answer.prompt}", "adapter", answer, steps)
+    for number, ids in enumerate(prompts):
+        answer = runner.run(f"lora-{number}", number, ids, spec.name, stepping)
+        answers.append(answer)
+        for name in names if spec.together else ():
+            runner.writer.request(msgspec.structs.replace(answer, id=f"{answer.id}-{name}", adapter=name))
+        if not spec.together:
+            runner.writer.request(answer)
     if spec.score:
-        _score_base(peft_model, runner, answers)
+        for answer in answers:
+            runner.score(f"score-lora-{answer.prompt}", "adapter", answer, steps[0])
+        _score_base(loads[0].model, runner, answers)
+
+
+def _run_mixed(
+    loads: Sequence[ActiveLoad],
+    activations: Sequence[Activation | None],
+    steps: Sequence[Steps],
+    runner: Runner,
+    prompts: list[list[int]],
+) -> None:
+    """Every prompt in one batch: for the base, and for each adapter."""
+    lanes = [Lane("base")]
+    for number, (load, activation, recording) in enumerate(zip(loads, activations, steps, strict=True)):
+        word = "lora" if number == 0 else f"beside-{number}"
+        lanes.append(Lane(word, load.record.load.name, load.called, recording, activation))
+    for number, ids in enumerate(prompts):
+        for answer in run_batch(runner, loads[0].model, lanes, number, ids):
+            runner.writer.request(answer)
+
+
+def _finish(spec: RunSpec, load: ActiveLoad, capture: Capture, inactive: str | None) -> None:
     load.judge_slots("when the run ended")
     load.record.finish(
-        lambda key: (
-            _why_unmeasured(key, load, key in layers or key in experts, spec)
-            or _why_inactive(activation, prompts, runner.tokenizer)
-        ),
+        lambda key: _why_unmeasured(key, load, capture.watches(key), spec) or inactive,
         lambda key: _why_unjudged(key, load),
     )
 
@@ -156,12 +233,13 @@ def _without_adapter(peft_model: Any) -> Iterator[str]:
 
 
 def _why_unmeasured(key: Key, load: ActiveLoad, watched: bool, spec: RunSpec) -> str | None:
-    layer = load.layers.get(key[0])
+    slot = load.slots.get(key[0])
     if spec.keep == "events":
         return "contributions were not recorded (--keep events)"
     if not watched:
-        kind = variant(layer) if key[1] == "weight" and hasattr(layer, "lora_variant") else None
-        return f"PEFT's {kind or type(layer).__name__} layers are not recorded yet"
+        kind = "" if slot is None else slot.runs_as or type(slot.layer).__name__
+        with_others = " with several adapters" if spec.beside else ""
+        return f"PEFT's {kind} layers are not recorded yet{with_others}"
     return None
 
 
@@ -174,8 +252,8 @@ def _why_inactive(activation: Activation | None, prompts: Sequence[Sequence[int]
 
 def _why_unjudged(key: Key, load: ActiveLoad) -> str | None:
     """Why the contribution cannot be computed from the file; None if it can."""
-    layer = load.layers[key[0]]
-    if is_dora(layer):
+    slot = load.slots[key[0]]
+    if slot.is_dora:
         missing = extra_of(load.pairs[key], DORA.field) is None
-        return "the file has no magnitude vector to compute it from" if missing else why_no_formula(layer)
-    return None if has_formula(layer) else f"PEFT runs it as {variant(layer)}, whose formula is not known"
+        return "the file has no magnitude vector to compute it from" if missing else why_no_formula(slot)
+    return None if slot.has_formula else f"PEFT runs it as {slot.runs_as}, whose formula is not known"

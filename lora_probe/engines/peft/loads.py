@@ -20,10 +20,10 @@ from lora_probe.adapter.spectrum import gram
 from lora_probe.base import Shapes
 from lora_probe.engines.load_record import LoadRecord
 from lora_probe.engines.peft.models import first_lines, short
-from lora_probe.engines.peft.slots import ADAPTER, judge, layer_of, multiplied, recordable
+from lora_probe.engines.peft.slots import ADAPTER, Slot, judge, multiplied, slot_of, slots_in
 from lora_probe.ledger import OK, Finding
 from lora_probe.names import PREFIX, Key
-from lora_probe.recording import Placed, RunSpec, TraceWriter
+from lora_probe.recording import NamedAdapter, Placed, RunSpec, TraceWriter
 from lora_probe.recording.placed import digest_of
 from lora_probe.rules.lp2_names import odd_ending
 from lora_probe.rules.lp5_loading import name_without_home, no_lora_layer, not_taken
@@ -32,53 +32,62 @@ from lora_probe.rules.stored import Expected
 
 @dataclass(frozen=True)
 class Attached:
-    """An adapter after PEFT loaded it: PEFT's model, the live LoRA layers by module, and PEFT's warnings. `refused` is
-    PEFT's message about an adapter that it does not load."""
+    """An adapter after PEFT loaded it: PEFT's model, the slots of its live LoRA layers by module, and PEFT's warnings.
+    `refused` is PEFT's message about an adapter that it does not load."""
 
     model: Any
-    layers: Mapping[str, Any]
+    slots: Mapping[str, Slot]
     logged: list[str]
     refused: str | None = None
 
     def lora_dtype(self, default: str) -> str:
         """The dtype that the contribution is computed in: the live lora_B's."""
-        for layer in self.layers.values():
-            for part in getattr(layer, "lora_B", {}).values():
-                return str(part.weight.dtype).removeprefix("torch.")
+        for slot in self.slots.values():
+            return str(slot.weights[1].dtype).removeprefix("torch.")
         return default
 
 
-def attach(model: Any, spec: RunSpec, writer: TraceWriter) -> Attached:
-    """Let PEFT load the adapter."""
+def attach(model: Any, adapter: NamedAdapter, spec: RunSpec, writer: TraceWriter, number: int = 0) -> Attached:
+    """Let PEFT load an adapter: into a base model, or as one more (`number` > 0) into a model that has some."""
     from peft import PeftModel
-    from peft.tuners.lora import LoraLayer, ParamWrapper
 
-    writer.event("read", f"PeftModel.from_pretrained({spec.adapter!r})")
+    called = ADAPTER if number == 0 else f"beside-{number}"
+    function, done = ("from_pretrained", "replaced") if number == 0 else ("load_adapter", "extended")
+    writer.event("read", f"PeftModel.{function}({adapter.path!r})")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         started = time.perf_counter()
         try:
-            peft_model = PeftModel.from_pretrained(model, spec.adapter, adapter_name=ADAPTER)
+            if number == 0:
+                model = PeftModel.from_pretrained(model, adapter.path, adapter_name=called)
+            else:
+                model.load_adapter(adapter.path, adapter_name=called)
         # A refusal is a result: whatever PEFT raises here is recorded as its message about the adapter.
         except Exception as error:
             message = first_lines(error)
             writer.event("refused", message, seconds=round(time.perf_counter() - started, 3))
-            return Attached(None, {}, [], message)
-    _cast(peft_model, spec.options.get("lora_dtype", "auto"))
-    peft_model.eval()
-    root = peft_model.get_base_model()
-    layers = {name: layer for name, layer in root.named_modules() if isinstance(layer, LoraLayer)}
-    for name, layer in layers.items():
-        of = f" of {layer.parameter_name}" if isinstance(layer, ParamWrapper) else ""
-        kind = type(layer.get_base_layer()).__name__
-        writer.event("wrap", f"{kind} -> {type(layer).__name__}{of}", module=name.removesuffix(".base_layer"))
+            return Attached(model, {}, [], message)
+    _cast(model, spec.options.get("lora_dtype", "auto"))
+    model.eval()
+    slots = slots_in(model, called)
+    _announce(slots, writer)
     writer.event(
         "activate",
-        f"{len(layers)} layers replaced, adapter `{spec.name}` active as `{ADAPTER}`",
+        f"{len(slots)} layers {done}, adapter `{adapter.name}` active as `{called}`",
         seconds=round(time.perf_counter() - started, 3),
     )
     logged = [short(str(warning.message)) for warning in caught if issubclass(warning.category, UserWarning)]
-    return Attached(peft_model, layers, logged)
+    return Attached(model, slots, logged)
+
+
+def _announce(slots: Mapping[str, Slot], writer: TraceWriter) -> None:
+    """Write which layers PEFT has replaced."""
+    from peft.tuners.lora import ParamWrapper
+
+    for name, slot in slots.items():
+        of = f" of {slot.layer.parameter_name}" if isinstance(slot.layer, ParamWrapper) else ""
+        kind = type(slot.layer.get_base_layer()).__name__
+        writer.event("wrap", f"{kind} -> {type(slot.layer).__name__}{of}", module=name.removesuffix(".base_layer"))
 
 
 def _cast(peft_model: Any, dtype: str) -> None:
@@ -94,16 +103,22 @@ def _cast(peft_model: Any, dtype: str) -> None:
 
 @dataclass(frozen=True)
 class ActiveLoad:
-    """A load after PEFT loaded it. `layers` contains the live layers by module, `shapes` the modules of the base
-    model."""
+    """A load after PEFT loaded it. `model` is PEFT's, `slots` are those of the live layers by module, `shapes` the
+    modules of the base model."""
 
     record: LoadRecord
-    layers: Mapping[str, Any]
+    model: Any
+    slots: Mapping[str, Slot]
     shapes: Shapes
 
     @property
     def number(self) -> int:
         return self.record.number
+
+    @property
+    def called(self) -> str:
+        """The name of the adapter inside PEFT."""
+        return next((slot.adapter for slot in self.slots.values()), ADAPTER)
 
     @cached_property
     def pairs(self) -> dict[Key, AdapterModule]:
@@ -118,7 +133,7 @@ class ActiveLoad:
             if row.entry is None:
                 continue
             read[row.key] = self._judge_name(row)
-            if read[row.key] == OK and row.module not in self.layers:
+            if read[row.key] == OK and row.module not in self.slots:
                 placed[row.key] = no_lora_layer("PEFT", "the config does not target it")
         self.record.station("read", read)
         self.record.station("placed", placed)
@@ -126,15 +141,15 @@ class ActiveLoad:
     def _judge_name(self, row: Expected) -> Finding:
         assert row.entry is not None
         # A module that PEFT wraps exists, even if it is not in the shapes (as fused experts).
-        wrapped = row.module == row.entry.module and row.module in self.layers
+        wrapped = row.module == row.entry.module and row.module in self.slots
         if not wrapped and (row.homeless or row.module not in self.shapes):
             meant = row.module if row.module != row.entry.module else None
             return name_without_home(row.entry.stored_as, meant, "PEFT")
         if not all(tensor.name.startswith(PREFIX) for tensor in row.entry.tensors):
             return not_taken("PEFT", f"its name does not begin with `{PREFIX}`")
-        if not {adapter_in(tensor) for tensor in row.entry.tensors} <= {None, ADAPTER}:
+        if not {adapter_in(tensor) for tensor in row.entry.tensors} <= {None, self.called}:
             return not_taken("PEFT", "its name contains the name of another adapter")
-        embedded = bool(getattr(self.layers.get(row.module), "lora_embedding_A", None))
+        embedded = row.module in self.slots and self.slots[row.module].looks_up
         for tensor in filter(None, (row.entry.a, row.entry.b)):
             if (ending := odd_ending(tensor.name, embedded, adapter_in(tensor))) is not None:
                 return ending
@@ -145,30 +160,30 @@ class ActiveLoad:
         self.record.station(
             "placed",
             {
-                key: judge(self.record.adapter, pair, layer_of(self.layers, key, pair), moment)
+                key: judge(self.record.adapter, pair, slot_of(self.slots, key, pair), moment)
                 for key, pair in self.pairs.items()
                 if not self.record.ended(key)
             },
         )
 
-    def recordable(self) -> dict[Key, Any]:
-        """The layers that the hooks support."""
+    def recordable(self) -> dict[Key, Slot]:
+        """The slots that the hooks support."""
         return {
-            key: layer
+            key: slot
             for key in self.pairs
-            if key[1] == "weight" and (layer := self.layers.get(key[0])) is not None and recordable(layer)
+            if key[1] == "weight" and (slot := self.slots.get(key[0])) is not None and slot.recordable
         }
 
-    def experts(self) -> dict[Key, Any]:
-        """The wrappers of expert parameters."""
+    def experts(self) -> dict[Key, Slot]:
+        """The slots in the wrappers of expert parameters."""
         pairs = self.pairs.items()
-        wrappers = {key: layer_of(self.layers, key, pair) for key, pair in pairs if key[1] != "weight"}
-        return {key: wrapper for key, wrapper in wrappers.items() if wrapper is not None}
+        wrappers = {key: slot_of(self.slots, key, pair) for key, pair in pairs if key[1] != "weight"}
+        return {key: slot for key, slot in wrappers.items() if slot is not None}
 
     def placed(self, keys: tuple[Key, ...]) -> Placed:
         """G and digests of the live weights at `keys`, padded to the largest rank."""
-        pairs, layers = [self.pairs[key] for key in keys], [self.layers[key[0]] for key in keys]
-        held = [(*multiplied(layer, pair), layer.scaling[ADAPTER]) for pair, layer in zip(pairs, layers, strict=True)]
+        slots = [self.slots[key[0]] for key in keys]
+        held = [(*multiplied(slot, self.pairs[key]), slot.scaling) for key, slot in zip(keys, slots, strict=True)]
         rank = max((b.shape[1] for _, b, _ in held), default=0)
         grams, digests = np.zeros((len(keys), rank, rank), np.float32), []
         for number, (a, b, scaling) in enumerate(held):

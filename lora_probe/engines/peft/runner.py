@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_probe.engines.peft.activation import Activation
+from lora_probe.engines.peft.generation import Generation
 from lora_probe.engines.peft.models import encodes, generates, next_logprobs
 from lora_probe.engines.peft.pooled import answer_of
-from lora_probe.engines.peft.steps import Steps
-from lora_probe.engines.prompts import forced, texts
+from lora_probe.engines.peft.steps import Stepping
+from lora_probe.engines.prompts import forced
 from lora_probe.errors import ProbeError
 from lora_probe.recording import RequestRecord, RunSpec, Score, TraceWriter
 from lora_probe.recording.records import ScoreKind
@@ -41,7 +42,7 @@ class Runner:
     """Where the adapter is active; None: everywhere."""
 
     def run(
-        self, request: str, prompt: int, ids: list[int], adapter: str | None, steps: Steps | None = None
+        self, request: str, prompt: int, ids: list[int], adapter: str | None, steps: Stepping | None = None
     ) -> RequestRecord:
         """Greedy generation: the prompt in one forward pass, then a token at a time. Models that do not generate answer
         in one pass."""
@@ -51,39 +52,33 @@ class Runner:
             self._require_room(prompt, ids, len(ids) - 1)
             return self._once(request, prompt, ids, adapter, steps)
 
-        started = time.perf_counter()
-        output = list(forced(self.spec, prompt))
-        longest = len(output) + self.spec.max_tokens
-        if context := self._require_room(prompt, ids, len(ids) + len(output)):
-            # As in vLLM, an answer ends where the context ends.
-            longest = min(longest, context - len(ids))
-        logprobs: list[float | None] = []
+        generation = self.begin(request, prompt, adapter, ids)
         # A decoder behind an encoder does not have the prompt in its own input, which begins with a token of its own.
         start = self._start() if encodes(self.model) else None
-        cache, feed, encoded = None, (ids if start is None else [start]) + output, {}
+        cache, feed, encoded = None, (ids if start is None else [start]) + generation.forced, {}
         with torch.inference_mode():
             if start is not None:
                 encoded = {"encoder_outputs": self._encode(steps, request, ids)}
-            while True:
-                position = len(ids) + len(output) - len(feed) + (start is not None)
+            while not generation.ended:
+                position = len(ids) + len(generation.output) - len(feed) + (start is not None)
                 result = self._forward(steps, request, feed, position, ids, cache, **encoded)
                 cache = result.past_key_values
-                # One row more than the forced tokens that follow: the last row predicts the next token.
-                scores = torch.log_softmax(result.logits[0, len(logprobs) - len(output) - 1 :].float(), dim=-1)
-                token = int(scores[-1].argmax())
-                output.append(token)
-                tokens = zip(scores, output[len(logprobs) :], strict=True)
-                logprobs += [round(float(row[at]), 6) for row, at in tokens]
-                if token in self.eos or len(output) >= longest:
-                    break
-                feed = [token]
-        beginning = forced(self.spec, prompt)
-        if beginning:
-            parts = texts(beginning, output[len(beginning) :], self.tokenizer)
-        else:
-            parts = {"text": self.tokenizer.decode(output, skip_special_tokens=True)}
-        seconds = round(time.perf_counter() - started, 3)
-        return RequestRecord(request, prompt, adapter, ids, output, logprobs=logprobs, seconds=seconds, **parts)
+                generation.extend(result.logits[0])
+                feed = [generation.output[-1]]
+        return generation.record(self.tokenizer)
+
+    def begin(self, request: str, prompt: int, adapter: str | None, ids: list[int]) -> Generation:
+        """An answer with its forced tokens.
+
+        Raises:
+            ProbeError: the prompt does not fit the model's context.
+        """
+        beginning = list(forced(self.spec, prompt))
+        longest = len(beginning) + self.spec.max_tokens
+        if context := self._require_room(prompt, ids, len(ids) + len(beginning)):
+            # As in vLLM, an answer ends where the context ends.
+            longest = min(longest, context - len(ids))
+        return Generation(request, prompt, adapter, ids, beginning, longest, self.eos)
 
     def _require_room(self, prompt: int, ids: list[int], taken: int) -> int | None:
         """The model's context, None if its config does not limit it.
@@ -104,14 +99,14 @@ class Runner:
                     return int(token)
         raise ProbeError(f"the config of `{self.spec.model}` does not say with which token its decoder starts")
 
-    def _encode(self, steps: Steps | None, request: str, ids: list[int]) -> Any:
+    def _encode(self, steps: Stepping | None, request: str, ids: list[int]) -> Any:
         import torch
 
         with self._recorded(steps, request, range(len(ids)), len(ids)):
             return self.model.get_encoder()(torch.tensor([ids], device=self.model.device))
 
     def _once(
-        self, request: str, prompt: int, ids: list[int], adapter: str | None, steps: Steps | None
+        self, request: str, prompt: int, ids: list[int], adapter: str | None, steps: Stepping | None
     ) -> RequestRecord:
         """The answer of a classifier, a tagger or an encoder to a prompt."""
         import torch
@@ -126,12 +121,12 @@ class Runner:
 
     @staticmethod
     def _recorded(
-        steps: Steps | None, request: str, positions: range, prompt: int, first: int | None = 0
+        steps: Stepping | None, request: str, positions: range, prompt: int, first: int | None = 0
     ) -> AbstractContextManager[None]:
         return steps.stepping(request, positions, prompt, first) if steps is not None else nullcontext()
 
     def score(
-        self, request: str, kind: ScoreKind, answer: RequestRecord, steps: Steps | None = None, unmeasured: str = ""
+        self, request: str, kind: ScoreKind, answer: RequestRecord, steps: Stepping | None = None, unmeasured: str = ""
     ) -> None:
         """The prompt and all but the last token of its answer in one pass: a distribution for every answer token."""
         import torch
@@ -148,7 +143,7 @@ class Runner:
 
     def _forward(
         self,
-        steps: Steps | None,
+        steps: Stepping | None,
         request: str,
         feed: list[int],
         position: int,

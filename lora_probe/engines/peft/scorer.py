@@ -15,9 +15,9 @@ import numpy.typing as npt
 
 from lora_probe.engines.peft.loads import attach
 from lora_probe.engines.peft.models import load_model, load_tokenizer, shapes_of
-from lora_probe.engines.peft.slots import ADAPTER, variant
+from lora_probe.engines.peft.slots import ADAPTER
 from lora_probe.errors import EngineFailed, ProbeError
-from lora_probe.recording import RunSpec, TraceWriter
+from lora_probe.recording import NamedAdapter, RunSpec, TraceWriter
 
 Doubles = npt.NDArray[np.float64]
 
@@ -33,13 +33,14 @@ class Scorer:
         model = load_model(spec.model, spec.options.get("dtype", "auto"))
         self.tokenizer: Any = load_tokenizer(spec.model)
         self.shapes = shapes_of(model)
-        attached = attach(model, spec, writer)
+        assert spec.adapter is not None
+        attached = attach(model, NamedAdapter(spec.name, spec.adapter), spec, writer)
         if attached.refused is not None:
             raise EngineFailed(f"PEFT refuses the adapter `{spec.adapter}`: {attached.refused}")
-        self._model, self._layers = attached.model, attached.layers
+        self._model, self._slots = attached.model, attached.slots
         config = self._model.peft_config[ADAPTER]
         plain = config.bias == "none" and not config.modules_to_save
-        self.scalable = plain and all(variant(layer) is None for layer in self._layers.values())
+        self.scalable = plain and all(slot.variant is None for slot in self._slots.values())
         """Whether the scaling is all that decides how much the adapter changes: it has no whole modules and no biases,
         and is no variant of LoRA."""
 
@@ -52,16 +53,16 @@ class Scorer:
         """
         import torch
 
-        trained = {name: layer.scaling[ADAPTER] for name, layer in self._layers.items()}
+        trained = {name: slot.scaling for name, slot in self._slots.items()}
         try:
-            for name, layer in self._layers.items():
-                layer.scaling[ADAPTER] = trained[name] * scaling
+            for name, slot in self._slots.items():
+                slot.layer.scaling[slot.adapter] = trained[name] * scaling
             without = self._model.disable_adapter() if scaling == 0 else nullcontext()
             with torch.inference_mode(), without:
                 return [self._of(text) for text in texts]
         finally:
-            for name, layer in self._layers.items():
-                layer.scaling[ADAPTER] = trained[name]
+            for name, slot in self._slots.items():
+                slot.layer.scaling[slot.adapter] = trained[name]
 
     def _of(self, text: Sequence[int]) -> Doubles:
         import torch

@@ -6,7 +6,8 @@ file's values are cast to the live dtype and compared with the live ones bit for
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from lora_probe.adapter import Adapter, AdapterModule
@@ -21,94 +22,143 @@ from lora_probe.recording import Floats
 from lora_probe.rules.lp5_loading import no_lora_layer, placed_differs
 
 ADAPTER = "default"
-"""The name of the adapter inside PEFT. The folder's name could clash with a method of torch's modules (`train`)."""
-
-
-EXTRA_VALUES: Mapping[str, Callable[[Any], Any]] = {
-    DORA.field: lambda layer: _part(layer, "lora_magnitude_vector", "weight"),
-    KASA.field: lambda layer: _part(layer, "lora_diag"),
-    LORA_BIAS.field: lambda layer: _part(layer, "lora_B", "bias"),
-}
-"""By the field of the config that asks for a third tensor: where a live layer has it."""
+"""The name of the first adapter inside PEFT. A folder's name could clash with a method of torch's modules (`train`)."""
 
 FORMULAS = frozenset(("", "Dora", "ALora", "BdLora", "Kasa", "MiCA", "Monteclora", "Velora"))
 """PEFT's words for the variants whose contribution is known; the empty one is plain LoRA."""
 
 
-def _part(layer: Any, name: str, of: str | None = None) -> Any:
-    """The live tensor of the adapter in one of a layer's tables, or the one called `of` in it; None if it has none."""
-    part = dict(getattr(layer, name, {}).items()).get(ADAPTER)
-    return part if part is None or of is None else getattr(part, of)
+@dataclass(frozen=True)
+class Slot:
+    """What a live LoRA layer has for one adapter, which PEFT calls `adapter`."""
+
+    layer: Any
+    adapter: str = ADAPTER
+
+    @property
+    def looks_up(self) -> bool:
+        """Whether the layer is an embedding."""
+        return self.adapter in self.layer.lora_embedding_A
+
+    @property
+    def a(self) -> Any:
+        """The module that multiplies x with A; an embedding has none."""
+        return self.layer.lora_A[self.adapter]
+
+    @property
+    def b(self) -> Any:
+        return self.layer.lora_B[self.adapter]
+
+    @property
+    def weights(self) -> tuple[Any, Any]:
+        """A and B as torch tensors, as PEFT stores them."""
+        if self.looks_up:
+            a, b = self.layer.lora_embedding_A[self.adapter], self.layer.lora_embedding_B[self.adapter]
+            return a.detach(), b.detach()
+        return self.a.weight.detach(), self.b.weight.detach()
+
+    @property
+    def scaling(self) -> float:
+        return float(self.layer.scaling[self.adapter])
+
+    @property
+    def magnitudes(self) -> Any:
+        """DoRA's module; None without DoRA."""
+        return self._in("lora_magnitude_vector")
+
+    @property
+    def diagonal(self) -> Any:
+        """KaSA's diagonal; None without KaSA."""
+        return self._in("lora_diag")
+
+    @property
+    def variant(self) -> Any:
+        """PEFT's object for the variant of LoRA that the layer runs; None for plain LoRA."""
+        return self.layer.lora_variant.get(self.adapter)
+
+    @property
+    def runs_as(self) -> str | None:
+        """The name of its class."""
+        return None if self.variant is None else type(self.variant).__name__
+
+    @property
+    def is_dora(self) -> bool:
+        """Whether the layer runs DoRA, which needs the base weight."""
+        return self.runs_as in ("DoraLinearVariant", "DoraEmbeddingVariant")
+
+    @property
+    def has_formula(self) -> bool:
+        """Whether it is known what the layer's variant of LoRA computes."""
+        return (self.runs_as or "").removesuffix("LinearVariant").removesuffix("EmbeddingVariant") in FORMULAS
+
+    @property
+    def recordable(self) -> bool:
+        """Whether the hooks support the layer: PEFT's LoRA `Linear`s and embeddings."""
+        from peft.tuners.lora import Embedding, Linear
+
+        return isinstance(self.layer, Linear | Embedding)
+
+    def third(self, field: str) -> Any:
+        """The live tensor that the config's `field` asks for beside A and B; None if PEFT has none."""
+        if field == DORA.field:
+            return None if self.magnitudes is None else self.magnitudes.weight
+        if field == LORA_BIAS.field:
+            return getattr(self._in("lora_B"), "bias", None)
+        return self.diagonal if field == KASA.field else None
+
+    def _in(self, table: str) -> Any:
+        return dict(getattr(self.layer, table, {}).items()).get(self.adapter)
 
 
-def layer_of(layers: Mapping[str, Any], key: Key, pair: AdapterModule) -> Any:
-    """The live layer of a module, or the wrapper of a parameter; None if PEFT has none.
+def slots_in(model: Any, adapter: str = ADAPTER) -> dict[str, Slot]:
+    """The slots of one adapter in a live PEFT model, by module."""
+    from peft.tuners.lora import LoraLayer
+
+    layers = {name: layer for name, layer in model.get_base_model().named_modules() if isinstance(layer, LoraLayer)}
+    return {
+        name: Slot(layer, adapter)
+        for name, layer in layers.items()
+        if adapter in layer.lora_A or adapter in layer.lora_embedding_A
+    }
+
+
+def slot_of(slots: Mapping[str, Slot], key: Key, pair: AdapterModule) -> Slot | None:
+    """The slot of a module, or of the wrapper of a parameter; None if PEFT has none.
 
     PEFT nests the wrappers of several parameters of a module, and the names in the file say which of them is meant.
     """
-    return layers.get(key[0] if key[1] == "weight" else pair.stored_as)
+    return slots.get(key[0] if key[1] == "weight" else pair.stored_as)
 
 
-def slot_values(layer: Any, embedding: bool = False) -> tuple[Any, Any]:
-    """The live A and B as torch tensors."""
-    if embedding:
-        return layer.lora_embedding_A[ADAPTER].detach(), layer.lora_embedding_B[ADAPTER].detach()
-    return layer.lora_A[ADAPTER].weight.detach(), layer.lora_B[ADAPTER].weight.detach()
-
-
-def multiplied(layer: Any, pair: AdapterModule) -> tuple[Floats, Floats]:
+def multiplied(slot: Slot, pair: AdapterModule) -> tuple[Floats, Floats]:
     """The live A `[r, in]` and B `[out, r]`, with all of BD-LoRA's zeros."""
-    halves = zip(slot_values(layer, pair.embedding), pair.blocks, strict=True)
+    halves = zip(slot.weights, pair.blocks, strict=True)
     a, b = (on_diagonal(half.float().cpu().numpy(), blocks) for half, blocks in halves)
     return a, b
 
 
-def judge(adapter: Adapter, pair: AdapterModule, layer: Any, moment: str) -> Finding:
+def judge(adapter: Adapter, pair: AdapterModule, slot: Slot | None, moment: str) -> Finding:
     """`placed`: the live A, B and scaling compared with the file."""
     import torch
 
-    if layer is None:
+    if slot is None:
         return no_lora_layer("PEFT", "the config does not target this parameter")
     if pair.a is None or pair.b is None:
         return placed_differs("the missing half", float("inf"), moment)
-    held = slot_values(layer, pair.embedding)
-    for half, tensor, weight in (("lora_A", pair.a, held[0]), ("lora_B", pair.b, held[1])):
+    for half, tensor, weight in zip(("lora_A", "lora_B"), (pair.a, pair.b), slot.weights, strict=True):
         expected = torch.from_numpy(adapter.values(tensor)).to(weight.dtype)
         if (difference := relative_difference(weight.cpu(), expected)) is not None:
-            experts = getattr(layer, "num_experts", 1) if weight.shape == expected.shape else 1
+            experts = getattr(slot.layer, "num_experts", 1) if weight.shape == expected.shape else 1
             numbers = differing(weight.cpu(), expected, experts, half) if experts > 1 else []
             of_experts = f" of experts {ranges(numbers)}" if numbers else ""
             return placed_differs(half + of_experts, difference, moment)
-    for field, live in EXTRA_VALUES.items():
-        if (extra := extra_of(pair, field)) is None or (weight := live(layer)) is None:
+    for field in EXTRAS:
+        if (extra := extra_of(pair, field)) is None or (weight := slot.third(field)) is None:
             continue
         expected = torch.from_numpy(adapter.values(extra).reshape(-1)).to(weight.dtype)
         if (difference := relative_difference(weight.detach().cpu().reshape(-1), expected)) is not None:
             return placed_differs(f"the {EXTRAS[field].word}", difference, moment)
-    if layer.scaling[ADAPTER] != pair.scaling:
-        error = abs(layer.scaling[ADAPTER] / pair.scaling - 1) if pair.scaling else float("inf")
+    if slot.scaling != pair.scaling:
+        error = abs(slot.scaling / pair.scaling - 1) if pair.scaling else float("inf")
         return placed_differs("the scaling", error, moment)
     return OK
-
-
-def recordable(layer: Any) -> bool:
-    """Whether the hooks support a layer: PEFT's LoRA `Linear`s and embeddings."""
-    from peft.tuners.lora import Embedding, Linear
-
-    return isinstance(layer, Linear | Embedding)
-
-
-def is_dora(layer: Any) -> bool:
-    """Whether a layer runs DoRA, whose contribution has a formula of its own."""
-    return variant(layer) in ("DoraLinearVariant", "DoraEmbeddingVariant")
-
-
-def has_formula(layer: Any) -> bool:
-    """Whether it is known what a layer's variant of LoRA computes."""
-    return (variant(layer) or "").removesuffix("LinearVariant").removesuffix("EmbeddingVariant") in FORMULAS
-
-
-def variant(layer: Any) -> str | None:
-    """The variant of LoRA that a layer runs (DoRA and others); None for plain LoRA."""
-    runs_as = layer.lora_variant.get(ADAPTER)
-    return type(runs_as).__name__ if runs_as is not None else None

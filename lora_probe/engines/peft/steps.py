@@ -6,9 +6,10 @@ trace, counts for `applied`, samples for `agrees`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 from lora_probe.adapter.fused import of_each
 from lora_probe.adapter.pair_values import extra_of, pair_values
@@ -16,10 +17,34 @@ from lora_probe.adapter.variants import DORA, LORA_BIAS
 from lora_probe.engines.peft.capture import Capture, Step
 from lora_probe.engines.peft.dora import base_weight, decomposed, why_no_formula
 from lora_probe.engines.peft.loads import ActiveLoad
-from lora_probe.engines.peft.slots import has_formula, is_dora
 from lora_probe.engines.sampler import Sampler
 from lora_probe.recording import DECODE, PREFILL, TraceWriter
 from lora_probe.recording.rows import kept
+
+
+class Stepping(Protocol):
+    """What records the forward passes of a request."""
+
+    def stepping(
+        self, request: str, positions: Sequence[int], prompt: int, first: int | None = 0
+    ) -> AbstractContextManager[None]:
+        """See `Steps.stepping`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Together:
+    """The steps of adapters that are all active at once. A request has a name for each of them."""
+
+    of: Mapping[str, Steps]
+
+    @contextmanager
+    def stepping(self, request: str, positions: Sequence[int], prompt: int, first: int | None = 0) -> Iterator[None]:
+        """See `Steps.stepping`."""
+        with ExitStack() as stack:
+            for name, steps in self.of.items():
+                stack.enter_context(steps.stepping(f"{request}-{name}", positions, prompt, first))
+            yield
 
 
 class Steps:
@@ -61,15 +86,15 @@ class Steps:
                     # The rows of A are inputs on which all of ΔW shows.
                     record.sample(key, a, a @ weight.T, a, b, pair.scaling)
         for key, (x, delta) in step.samples.items():
-            pair, layer = self._load.pairs[key], self._load.layers[key[0]]
-            if key not in self._comparable or not has_formula(layer):
+            pair, slot = self._load.pairs[key], self._load.slots[key[0]]
+            if key not in self._comparable or not slot.has_formula:
                 continue
             a, b = pair_values(record.adapter, pair)
-            if not is_dora(layer):
+            if not slot.is_dora:
                 bias = extra_of(pair, LORA_BIAS.field)
                 record.sample(key, x, delta, a, b, pair.scaling, record.adapter.values(bias) if bias else None)
-            elif (vector := extra_of(pair, DORA.field)) is not None and why_no_formula(layer) is None:
-                weight = base_weight(layer)
+            elif (vector := extra_of(pair, DORA.field)) is not None and why_no_formula(slot) is None:
+                weight = base_weight(slot)
                 assert weight is not None
                 magnitude = record.adapter.values(vector).reshape(-1)
                 record.compare(key, delta, *decomposed(x, weight, a, b, pair.scaling, magnitude))

@@ -20,15 +20,19 @@ if TYPE_CHECKING:
 
 
 def answers_table(trace: Trace) -> RenderableType:
-    """Each prompt with the base model's answer and the adapter's. Forced tokens have a column of their own: no model
-    chose them."""
+    """Each prompt with the base model's answer and the adapter's, whose name has a column if there are several. Forced
+    tokens have a column of their own: no model chose them."""
     prompts = [prompt.text for prompt in trace.run.spec.prompts] if trace.run else []
     requests, bases = answers(trace), base_answers(trace)
     follows = any(trace.forced(request) for request in requests)
-    table = columns_of("prompt", *(["forced (--follow)"] if follows else []), "base", "with the adapter")
+    named = len({request.adapter for request in requests} - {None}) > 1
+    more = [*(["adapter"] if named else []), *(["forced (--follow)"] if follows else [])]
+    table = columns_of("prompt", *more, "base", "with the adapter")
     for request in requests:
         text = prompts[request.prompt] if 0 <= request.prompt < len(prompts) else ""
         cells = [_shown(text) if text else words(f"{len(request.prompt_ids)} tokens", style="dim")]
+        if named:
+            cells.append(_shown(request.adapter or ""))
         if follows:
             cells.append(_forced(trace, request))
         cells.append(_generated(trace, bases.get(request.prompt)))

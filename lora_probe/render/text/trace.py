@@ -123,7 +123,9 @@ def _adapters(trace: Trace) -> tuple[tuple[str, str], str]:
         compared = f", compared with {spec.adapter}" if spec.adapter is not None else ""
         return ("adapter ", "bold"), f"{spec.name} at {spec.options['url']}{compared}"
     if trace.run is not None:
-        return ("adapter ", "bold"), trace.run.spec.adapter or "none: the model by itself"
+        paths = [trace.run.spec.adapter or "none: the model by itself", *(one.path for one in trace.run.spec.beside)]
+        how = " together" if trace.run.spec.together else ""
+        return (f"adapter{'s' if len(paths) > 1 else ''}{how} ", "bold"), in_words(paths)
     if len(names) == 1:
         return ("adapter ", "bold"), names[0]
     more = [f"{len(names) - SHOWN} more"] if len(names) > SHOWN else []

@@ -1,13 +1,15 @@
 """The vLLM engine: starts a real engine with the probe in it, sends requests, and records the answers.
 
 In: a `RunSpec`. Out: the folders `client/` (requests) and `vllm-rank-N/` (by the workers) of a trace. Requests run
-one at a time, first without and then with the adapter, so that no batch mixes them.
+one at a time, first without and then with the adapter, so that no batch mixes them. With more adapters, each prompt
+runs in one batch: without an adapter, and with each of them.
 """
 
 from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from lora_probe.adapter import Adapter, TrainedAs, open_adapter
 from lora_probe.base import Base, EngineView, open_base
 from lora_probe.engines.prompts import encode, forced, texts
 from lora_probe.errors import EngineFailed, ProbeError, UnreadableFile
-from lora_probe.recording import SCHEMA, Process, RequestRecord, RunSpec, Score, TraceWriter
+from lora_probe.recording import SCHEMA, NamedAdapter, Process, RequestRecord, RunSpec, Score, TraceWriter
 from lora_probe_vllm import NOT_ARMED, TRACE
 from lora_probe_vllm.pooled import answered, arguments_for
 from lora_probe_vllm.runners import pin_v1
@@ -71,7 +73,7 @@ class VllmEngine:
             versions={"vllm": vllm_version()},
             keep=spec.keep,
             settings={key: value for key, value in arguments.items() if _is_json(value)},
-            changed=[*_changed(arguments), *([pinned] if pinned is not None else [])],
+            changed=[*_changed(arguments, bool(spec.beside)), *([pinned] if pinned is not None else [])],
         )
         with TraceWriter(folder / "client", process) as writer:
             writer.event("engine", f"starting vLLM {vllm_version()}")
@@ -85,10 +87,11 @@ class VllmEngine:
                 ask(llm, spec, writer)
 
 
-def _changed(arguments: dict[str, Any]) -> list[str]:
+def _changed(arguments: dict[str, Any], mixed: bool) -> list[str]:
     """How the engine that `trace` starts differs from the user's own server."""
     settings = [f"{name}={arguments.get(name)}" for name in ("enforce_eager", "enable_prefix_caching", "max_model_len")]
-    return [*settings, "one request at a time", *(f"{name}={os.environ[name]}" for name in ENVIRONMENT)]
+    order = "one batch for each prompt" if mixed else "one request at a time"
+    return [*settings, order, *(f"{name}={os.environ[name]}" for name in ENVIRONMENT)]
 
 
 def engine_arguments(spec: RunSpec) -> dict[str, Any]:
@@ -103,9 +106,12 @@ def engine_arguments(spec: RunSpec) -> dict[str, Any]:
         "enable_lora": spec.adapter is not None,
         "enforce_eager": True,
         "enable_prefix_caching": False,
-        "max_num_seqs": 4,
+        "max_num_seqs": max(4, len(spec.beside) + 2),
         "max_model_len": _max_model_len(spec.model),
     }
+    if spec.beside:
+        # The spare slot keeps vLLM's CPU kernels from giving the base the contribution of the last one.
+        arguments["max_loras"] = len(spec.beside) + 2
     if spec.score:
         arguments["max_logprobs"] = -1
     elif spec.adapter is not None:
@@ -189,40 +195,43 @@ def require_probe(folder: Path) -> None:
 
 
 def ask(llm: Any, spec: RunSpec, writer: TraceWriter, adapter_id: int = 1) -> None:
-    """Run every prompt without the adapter, then with it. If vLLM refuses the adapter, only the base model's answers
-    are recorded; that is not an error.
+    """Run every prompt without an adapter and with each one. If vLLM refuses an adapter, only the other answers are
+    recorded; that is not an error.
 
-    The adapter is loaded first, so that the base model runs with a filled slot, as in a server. A scored run then
+    The adapters are loaded first, so that the base model runs with a filled slot, as in a server. A scored run then
     scores the adapter's answers, with and without the adapter.
     """
-    from vllm.lora.request import LoRARequest
-
     assert spec.adapter is not None
     prompts, adapter = encode(spec, llm.get_tokenizer()), open_adapter(spec.adapter)
+    task = adapter.config.trained_as.task if llm.runner_type == "pooling" else None
     try:
-        request = LoRARequest(spec.name, adapter_id, spec.adapter, **_layout(llm, adapter))
-        loaded = _load(llm, request, writer)
-        answers = []
+        named = [NamedAdapter(spec.name, spec.adapter), *spec.beside]
+        requests = [_request(llm, adapter_id + number, one) for number, one in enumerate(named)]
+        loaded = [request for request in requests if _load(llm, request, writer)]
         # A scored run scores the base model on the adapter's own answers instead.
-        turns = (*(() if spec.score else (None,)), *((request,) if loaded else ()))
-        for turn in turns:
+        turns = [*([] if spec.score else [None]), *loaded]
+        batches = [turns] if spec.beside else [[turn] for turn in turns]
+        answers = []
+        for batch in batches:
             for number, ids in enumerate(prompts):
-                answer = (
-                    answered(llm, adapter.config.trained_as.task, number, ids, turn)
-                    if llm.runner_type == "pooling"
-                    else _generate(llm, spec, number, ids, turn)
-                )
-                writer.request(answer)
-                if turn is not None:
-                    answers.append(answer)
+                for turn, answer in zip(batch, _answers(llm, spec, task, number, ids, batch), strict=True):
+                    writer.request(answer)
+                    answers += [answer] if turn is not None else []
         if spec.score:
             unmeasured = HEAD_ADAPTED if _adapts_head(adapter) else ""
             for answer in answers:
                 score = Score("", answer.prompt, "adapter", answer.prompt_ids, answer.output_ids, unmeasured)
-                _score(llm, score, writer, request)
+                _score(llm, score, writer, requests[0])
                 _score(llm, replace(score, kind="base"), writer)
     finally:
         llm.collective_rpc("lora_probe_finish")
+
+
+def _request(llm: Any, number: int, named: NamedAdapter) -> Any:
+    """How requests ask for an adapter."""
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest(named.name, number, named.path, **_layout(llm, open_adapter(named.path)))
 
 
 def ask_plain(llm: Any, spec: RunSpec, writer: TraceWriter) -> None:
@@ -256,14 +265,25 @@ def _load(llm: Any, request: Any, writer: TraceWriter) -> bool:
     return True
 
 
-def _generate(llm: Any, spec: RunSpec, number: int, ids: list[int], request: Any) -> RequestRecord:
+def _answers(
+    llm: Any, spec: RunSpec, task: str | None, number: int, ids: list[int], turns: Sequence[Any]
+) -> list[RequestRecord]:
+    """The answers to one prompt in one batch; `turns` are the requests for adapters, None without one."""
     from vllm import SamplingParams
 
-    started = time.perf_counter()
-    prefix = forced(spec, number)
-    output = _run(
-        llm, number, ids + prefix, SamplingParams(temperature=0, max_tokens=spec.max_tokens, logprobs=0), request
-    )
+    if llm.runner_type == "pooling":
+        return [answered(llm, task, number, ids, turn) for turn in turns]
+    started, prefix = time.perf_counter(), forced(spec, number)
+    parameters = SamplingParams(temperature=0, max_tokens=spec.max_tokens, logprobs=0)
+    outputs = _run(llm, number, ids + prefix, parameters, turns)
+    return [
+        _answer(llm, number, ids, prefix, turn, output, started) for turn, output in zip(turns, outputs, strict=True)
+    ]
+
+
+def _answer(
+    llm: Any, number: int, ids: list[int], prefix: list[int], request: Any, output: Any, started: float
+) -> RequestRecord:
     answer = output.outputs[0]
     tokens = [int(token) for token in answer.token_ids]
     scores = zip(tokens, answer.logprobs or [], strict=False)
@@ -297,7 +317,7 @@ def _score(llm: Any, score: Score, writer: TraceWriter, request: Any = None) -> 
     parameters = SamplingParams(
         temperature=0, max_tokens=1, logprobs=wanted, prompt_logprobs=wanted, flat_logprobs=True, detokenize=False
     )
-    output = _run(llm, score.prompt, ids, parameters, request)
+    (output,) = _run(llm, score.prompt, ids, parameters, [request])
     logprobs = None
     if wanted is not None:
         begin, count = len(score.prompt_ids), len(score.answer_ids)
@@ -306,15 +326,16 @@ def _score(llm: Any, score: Score, writer: TraceWriter, request: Any = None) -> 
     writer.score(replace(score, request=str(output.request_id)), logprobs)
 
 
-def _run(llm: Any, number: int, ids: list[int], parameters: Any, request: Any) -> Any:
-    """vLLM's output for one request.
+def _run(llm: Any, number: int, ids: list[int], parameters: Any, requests: Sequence[Any]) -> list[Any]:
+    """vLLM's outputs for the same tokens in one batch, once for each of `requests` for an adapter (None: without one).
 
     Raises:
         EngineFailed: with vLLM's message, for example if the prompt is too long or the engine died.
     """
+    prompts = [{"prompt_token_ids": ids}] * len(requests)
     try:
-        (output,) = llm.generate([{"prompt_token_ids": ids}], parameters, use_tqdm=False, lora_request=request)
+        outputs: list[Any] = llm.generate(prompts, parameters, use_tqdm=False, lora_request=list(requests))
     # vLLM may raise any exception.
     except Exception as error:
         raise EngineFailed(f"vLLM did not answer prompt {number + 1}: {root_cause(error)}") from error
-    return output
+    return outputs
