@@ -283,11 +283,20 @@ def test_the_last_hint_is_the_same_command_for_the_other_engine() -> None:
     from lora_probe.cli.trace import next_commands
 
     given = shlex.split("trace 'a b' --engine peft --dtype float32 --prompt 'x y' -o run.lptrace --force")
-    hints = next_commands(argparse.Namespace(engine="peft", follow=None, own_arguments=given), "run.lptrace")
+    options = argparse.Namespace(engine="peft", follow=None, together=False, own_arguments=given)
+    hints = next_commands(options, "run.lptrace")
     assert hints == [
         "lora-probe trace 'a b' --engine vllm --dtype float32 --prompt 'x y' -o OTHER.lptrace",
         "lora-probe compare run.lptrace OTHER.lptrace",
     ]
+
+
+def test_no_other_engine_runs_adapters_together() -> None:
+    import argparse
+
+    from lora_probe.cli.trace import next_commands
+
+    assert next_commands(argparse.Namespace(engine="peft", follow=None, together=True), "run.lptrace") == []
 
 
 def test_after_following_a_trace_the_hint_compares_with_it() -> None:

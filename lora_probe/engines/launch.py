@@ -33,6 +33,7 @@ from lora_probe.files.isolation import absolute_flags
 from lora_probe.recording import (
     LEVELS,
     SCHEMA,
+    Level,
     LoadEvent,
     NamedAdapter,
     Prompt,
@@ -75,9 +76,8 @@ def trace(
     runs can be compared to the end even if their own answers would diverge (bfloat16). With `score`, it also keeps the
     next-token distributions of the answers, with and without the adapter, and sketches of the adapted modules' outputs.
 
-    With `beside`, one or several more adapters, each prompt runs in one batch: once for the base model, and once for
-    each adapter. With `together`, all adapters are active at once, which only PEFT can do. The trace has a load of
-    each.
+    With `beside`, one or several more adapters, each prompt runs in one batch: for the base model and for each adapter.
+    With `together`, all adapters are active at once, which only PEFT can do. The trace has a load of each.
 
     `prompts` is one prompt or a list of them (default: three built-in ones), `engine_args` a list of flags of the
     engine, one word each.
@@ -89,24 +89,19 @@ def trace(
     """
     limits.begin(located(Path(adapter)))
     checkpoint = runnable(adapter)
-    base = base_of(checkpoint, model)
-    if keep not in LEVELS:
-        raise ProbeError(f"unknown level `{keep}`", f"use one of: {', '.join(LEVELS)}")
-    if max_tokens < 1:
-        raise ProbeError(f"--max-tokens must be at least 1, not {max_tokens}")
-    others = _beside(_name(checkpoint), beside, together, engine)
-    flags = flags_of(engine_args)
+    base, level, name = base_of(checkpoint, model), _level(keep, max_tokens), _name(checkpoint)
+    flags, others = flags_of(engine_args), _beside(name, beside, together, engine)
     wanted, continuation = _wanted(prompts, chat, follow)
     require(engine, flags)
-    folder = folder_for(_name(checkpoint), engine, out, force)
+    folder = folder_for(name, engine, out, force)
     spec = RunSpec(
         engine=engine,
         adapter=str(checkpoint.path.resolve()),
-        name=_name(checkpoint),
+        name=name,
         model=base,
         prompts=wanted,
         max_tokens=max_tokens if follow is None else 1,
-        keep=keep,
+        keep=level,
         options=_passed(options),
         engine_args=absolute_flags(flags),
         chat=chat,
@@ -116,6 +111,32 @@ def trace(
         together=together,
     )
     return record_run(folder, spec, len(wanted) * (3 if score else 2 + len(others)), progress)
+
+
+def _level(keep: str, max_tokens: int) -> Level:
+    """The level of a run.
+
+    Raises:
+        ProbeError: there is no such level, or an answer would have no token.
+    """
+    if max_tokens < 1:
+        raise ProbeError(f"--max-tokens must be at least 1, not {max_tokens}")
+    for level in LEVELS:
+        if keep == level:
+            return level
+    raise ProbeError(f"unknown level `{keep}`", f"use one of: {', '.join(LEVELS)}")
+
+
+def _wanted(
+    prompts: str | Sequence[str], chat: bool, follow: str | Path | None
+) -> tuple[list[Prompt], list[list[int]] | None]:
+    """The prompts of a run, and the answers that it follows."""
+    texts = words_of("prompts", prompts)
+    if follow is not None and (texts or chat):
+        raise ProbeError("a run with --follow uses the prompts of the followed trace", "remove the prompts and --chat")
+    wanted, continuation = _tokens_of(follow) if follow is not None else (list(map(Prompt, texts or BUILT_IN)), None)
+    refuse_invalid(wanted)
+    return wanted, continuation
 
 
 def _beside(name: str, beside: str | Path | Sequence[str | Path], together: bool, engine: str) -> list[NamedAdapter]:
