@@ -159,10 +159,43 @@ def test_an_adapter_that_computes_something_else_beside_others(
     assert [row.stations["agrees"].code for row in second.rows].count("LP604") == 1
 
 
+def test_an_adapter_that_peft_refuses_leaves_nothing_behind(
+    adapter: Path, llama: Path, others: list[NamedAdapter], tmp_path: Path
+) -> None:
+    """PEFT has put it into its layers before it refuses its tensors."""
+    bad = edited(
+        adapter,
+        tmp_path / "bad",
+        lambda tensors: {
+            n: t[:, :-1] if n.endswith("2.self_attn.v_proj.lora_A.weight") else t for n, t in tensors.items()
+        },
+    )
+    beside = [NamedAdapter("bad", str(bad)), others[0]]
+    recorded = record_peft(adapter, llama, tmp_path / "run", prompts=["hi"], beside=beside)
+    assert [(load.name, load.refused) for load, _ in recorded.loads] == [
+        (adapter.name, False),
+        ("bad", True),
+        ("wide", False),
+    ]
+    assert recorded.loads[0][1].healthy
+    assert recorded.loads[2][1].healthy
+    with pytest.raises(EngineFailed, match="PEFT refuses the first adapter, `bad`"):
+        record_peft(bad, llama, tmp_path / "first", prompts=["hi"], beside=others[:1])
+
+
+def test_a_run_follows_the_adapter_of_its_name(mixed: Trace, adapter: Path, llama: Path, tmp_path: Path) -> None:
+    recorded = trace(adapter, engine="peft", model=str(llama), follow=mixed.path, out=tmp_path / "run.lptrace")
+    expected = [request.output_ids for request in mixed.requests if request.adapter == adapter.name]
+    assert [request.output_ids for request in recorded.requests if request.adapter is not None] == expected
+
+
 def test_dora_cannot_be_mixed(adapter: Path, llama: Path, tmp_path: Path) -> None:
     dora = save_adapter(tmp_path / "dora", llama, use_dora=True)
     with pytest.raises(EngineFailed, match=r"in one batch: Cannot pass `adapter_names` when DoRA is enabled"):
         record_peft(adapter, llama, tmp_path / "run", beside=[NamedAdapter("dora", str(dora))])
+    for first, second in ((adapter, dora), (dora, adapter)):
+        with pytest.raises(ProbeError, match="is DoRA, which PEFT does not run with other adapters"):
+            trace(first, engine="peft", model=str(llama), beside=second)
 
 
 def test_two_folders_of_one_name(adapter: Path, llama: Path, tmp_path: Path) -> None:
@@ -184,6 +217,14 @@ def test_two_folders_of_one_name(adapter: Path, llama: Path, tmp_path: Path) -> 
 def test_what_cannot_run(adapter: Path, llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ProbeError, match="--together needs more adapters"):
         trace(adapter, engine="peft", model=str(llama), together=True)
+    for more in ({"score": True}, {"follow": tmp_path}):
+        with pytest.raises(ProbeError, match="several adapters cannot follow a trace or be scored"):
+            trace(adapter, engine="peft", model=str(llama), beside=adapter, **more)
+    server = ("trace", "--engine", "server", "--url", "http://localhost:9", "--adapter", "x")
+    for option in (("--beside", adapter), ("--together",)):
+        status, _, error = call(*server, *option, capsys=capsys)
+        assert status == 2
+        assert f"{option[0]} has no effect on a server" in error
     with pytest.raises(ProbeError, match="vllm applies one adapter to a request"):
         trace(adapter, engine="vllm", model=str(llama), beside=adapter, together=True)
     status, _, error = call("trace", adapter, "--engine", "peft", "--beside", tmp_path / "none", capsys=capsys)

@@ -6,15 +6,18 @@ No engine, no training: real PEFT around two `Linear`s, damaged by hand; Activat
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from conftest import record_peft
+from conftest import edited, record_peft
+from safetensors.numpy import save_file
 from test_peft_kinds import TABLE, Words, save, tokens
-from test_peft_layers import Q, Run, Tiny, V
+from test_peft_layers import Q, Run, Tiny, V, vectors
 
 from lora_probe import check, open_trace, parity
 from lora_probe.ledger import OK, headline
@@ -99,6 +102,17 @@ def test_a_variant_that_computes_something_else(run: Run, factor: float) -> None
     assert run.finding(Q, "placed") == OK
     assert run.finding(Q, "agrees").code == "LP604"
     assert run.finding(V, "agrees") == OK
+
+
+@pytest.mark.parametrize("variant", ["BD-LoRA", "MonteCLoRA"])
+def test_a_small_contribution_in_bfloat16(variant: str, tmp_path: Path) -> None:
+    """It is rounded to the size of the base output there, and BD-LoRA is added in place."""
+    adapter = save(tmp_path / "a", Tiny(), target_modules=["q_proj", "v_proj"], **config_of(variant))
+    small = edited(adapter, tmp_path / "small", config=lambda raw: raw | {"lora_alpha": 0.01})
+    run = Run(tmp_path / "run", small, model=lambda: Tiny().bfloat16())
+    run.load.judge_slots("after loading")
+    run.steps(inputs=lambda rows: vectors(rows).bfloat16())
+    assert [run.finding(key, "agrees") for key in (Q, V)] == [OK, OK]
 
 
 def test_weights_that_change_after_loading(run: Run) -> None:
@@ -195,6 +209,46 @@ def test_tensors_that_only_training_uses(variant: str, llama: Path, tmp_path: Pa
     report = check(adapter, model=str(llama))
     assert not report.diagnostics
     assert report.ledgers["vllm"].healthy
+
+
+REFUSED: list[tuple[str, dict[str, Any] | bool, str, str]] = [
+    ("not an object", True, "LP101", "must be a `BdLoraConfig`"),
+    ("no list", {"nblocks": 2}, "LP112", "matches neither"),
+    ("one is in no list", {"target_modules_bd_a": ["q_proj"], "nblocks": 2}, "LP112", "matches neither"),
+    (
+        "both",
+        {"target_modules_bd_a": ["q_proj", "v_proj"], "target_modules_bd_b": ["v_proj"]},
+        "LP112",
+        "overlapping modules",
+    ),
+]
+
+
+@pytest.mark.parametrize(("value", "code", "words"), [pytest.param(*rest, id=name) for name, *rest in REFUSED])
+def test_lists_of_blocks_that_peft_refuses(value: Any, code: str, words: str, llama: Path, tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    adapter = edited(
+        on_llama(llama, tmp_path / "plain", "aLoRA"), tmp_path / "a", config=lambda raw: raw | {"use_bdlora": value}
+    )
+    found = check(adapter, model=str(llama), engines=["peft"])
+    assert found.diagnostics[0].code == code
+    with pytest.raises((ValueError, TypeError), match=words):
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(llama), str(adapter))
+
+
+@pytest.mark.parametrize("config", [{"kasa_config": {}}, {"use_bdlora": {"target_modules_bd_a": ["patch"]}}])
+def test_a_convolution_of_a_variant_for_matrices(config: dict[str, Any], tmp_path: Path) -> None:
+    folder = tmp_path / "a"
+    folder.mkdir()
+    shapes = {"lora_A.weight": (8, 3, 4, 4), "lora_B.weight": (64, 8, 1, 1), "lora_diag": (8,)}
+    tensors = {f"base_model.model.patch.{name}": np.ones(shape, np.float32) for name, shape in shapes.items()}
+    save_file(tensors, folder / "adapter_model.safetensors")
+    raw = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "target_modules": ["patch"], **config}
+    (folder / "adapter_config.json").write_text(json.dumps(raw))
+    report = check(folder)
+    assert [diagnostic.code for diagnostic in report.diagnostics if diagnostic.severity == "error"] != ["LP101"]
 
 
 # Activated LoRA

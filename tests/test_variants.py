@@ -44,6 +44,7 @@ VALUES: dict[str, Any] = {
     "kasa_config": {"beta": 1e-4},
     "monteclora_config": {"n": 2},
     "velora_config": {"n": 2},
+    "use_bdlora": {"target_modules_bd_b": ["q_proj"], "nblocks": 1},
 }
 """A value that switches a field on; `true` for the others."""
 

@@ -57,10 +57,10 @@ def scraped(folder: Path, name: str) -> dict[tuple[str, ...], float]:
     return {tuple(value for _, value in sorted(sample.labels.items())): sample.value for sample in samples}
 
 
-def states(folder: Path, generation: str = "0", rank: str = "0") -> dict[str, float]:
-    """By state; the labels are adapter, generation, rank, state."""
-    samples = scraped(folder, "lora_probe_modules")
-    return {labels[3]: value for labels, value in samples.items() if labels[:3] == (NAME, generation, rank) and value}
+def states(folder: Path, generation: str = "0", rank: str = "0", engine: str = "0") -> dict[str, float]:
+    """By state; the labels are adapter, engine, generation, rank, state."""
+    samples, of = scraped(folder, "lora_probe_modules"), (NAME, engine, generation, rank)
+    return {labels[4]: value for labels, value in samples.items() if labels[:4] == of and value}
 
 
 def test_fates_follow_the_ledger(writer: TraceWriter, folder: Path, adapter: Path) -> None:
@@ -86,18 +86,31 @@ def test_ended_loads_leave_no_series_and_counters_go_on(writer: TraceWriter, fol
     first.contaminated({"x": 3, "y": 4})
     metrics.publish([first])
     metrics.publish([first])
-    assert scraped(folder, "lora_probe_contaminated_rows_total") == {(NAME, "0"): 7}
+    assert scraped(folder, "lora_probe_contaminated_rows_total") == {(NAME, "0", "0"): 7}
     second = loaded(writer, adapter, 1, 1)
     second.ran(4, keys, 1)
     second.contaminated({"x": 2})
     second.not_in_its_slot({"z": 3})
     metrics.publish([second])
-    assert scraped(folder, "lora_probe_contaminated_rows_total") == {(NAME, "0"): 9}
-    assert scraped(folder, "lora_probe_stale_rows_total") == {(NAME, "0"): 3}
-    assert {labels[1] for labels in scraped(folder, "lora_probe_modules")} == {"1"}
+    assert scraped(folder, "lora_probe_contaminated_rows_total") == {(NAME, "0", "0"): 9}
+    assert scraped(folder, "lora_probe_stale_rows_total") == {(NAME, "0", "0"): 3}
+    assert {labels[2] for labels in scraped(folder, "lora_probe_modules")} == {"1"}
     metrics.publish([])
     assert scraped(folder, "lora_probe_modules") == {}
-    assert scraped(folder, "lora_probe_contaminated_rows_total") == {(NAME, "0"): 9}
+    assert scraped(folder, "lora_probe_contaminated_rows_total") == {(NAME, "0", "0"): 9}
+
+
+def test_engines_of_data_parallelism_have_their_own_series(
+    writer: TraceWriter, folder: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for engine in (0, 1):
+        # Each engine is a process of its own.
+        monkeypatch.setattr(os, "getpid", lambda number=engine: 1000 + number)
+        metrics, record = Metrics(rank=0, engine=engine), loaded(writer, adapter)
+        record.contaminated({"x": 3 + engine})
+        metrics.publish([record])
+    assert scraped(folder, "lora_probe_contaminated_rows_total") == {(NAME, "0", "0"): 3, (NAME, "1", "0"): 4}
+    assert states(folder, engine="0") == states(folder, engine="1") != {}
 
 
 def test_a_folder_that_cannot_be_written(

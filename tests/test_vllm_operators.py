@@ -91,7 +91,7 @@ def modules(server: Server, adapter: str) -> tuple[int, dict[str, int]]:
 
 
 def rows_of(server: Server, name: str, adapter: str) -> float:
-    return server.metrics().get(name, {}).get(frozenset({("adapter", adapter), ("rank", "0")}), 0.0)
+    return server.metrics().get(name, {}).get(frozenset({("adapter", adapter), ("engine", "0"), ("rank", "0")}), 0.0)
 
 
 def segments(run: Path) -> list[Path]:

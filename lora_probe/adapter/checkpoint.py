@@ -222,6 +222,7 @@ def _module(
 ) -> AdapterModule:
     module, parameter = _expert_parameter(path, config)
     pattern_name = _pattern_name(module, parameter)
+    embedding = any(half.startswith("lora_embedding") for half in pair)
     return AdapterModule(
         module=module,
         stored_as=path,
@@ -230,9 +231,9 @@ def _module(
         config_rank=config.rank_of(pattern_name),
         scaling=config.scaling_of(pattern_name),
         parameter=parameter,
-        embedding=any(half.startswith("lora_embedding") for half in pair),
+        embedding=embedding,
         extras=tuple(extras),
-        blocks=config.blocks_of(pattern_name),
+        blocks=(1, 1) if embedding else config.blocks_of(pattern_name),
     )
 
 

@@ -137,10 +137,11 @@ class AdapterConfig:
 
     def blocks_of(self, module: str) -> tuple[int, int]:
         """How many blocks of A and of B the file holds for `module` (BD-LoRA)."""
-        return self._blocks.of(module)
+        return self.blocks.of(module)
 
     @cached_property
-    def _blocks(self) -> Blocks:
+    def blocks(self) -> Blocks:
+        """Which modules have block-diagonal matrices (BD-LoRA)."""
         return blocks_in(self.raw) or Blocks()
 
     @cached_property

@@ -163,6 +163,8 @@ def pair_spectrum(adapter: Adapter, pair: AdapterModule) -> Spectrum | None:
     a, b = _as_matrix(pair.a), _as_matrix(pair.b)
     try:
         if not is_stored_whole(pair):
+            if not pair.matrices:
+                return None
             large = pair.blocks[0] * a.parameters + pair.blocks[1] * b.parameters > LARGE
             return None if large else spectrum(*pair_values(adapter, pair), pair.scaling)
         if a.parameters + b.parameters > LARGE:

@@ -16,7 +16,16 @@ from lora_probe.render.progress import run_progress, status_line
 
 SERVER = "server"
 SERVER_OPTIONS = ("--url", "--adapter", "--served-base", "--request-timeout")
-NOT_THERE = ("--follow", "--lora-dtype", "--max-lora-rank", "--max-loras", "--max-model-len", "--tensor-parallel-size")
+NOT_THERE = (
+    "--follow",
+    "--beside",
+    "--together",
+    "--lora-dtype",
+    "--max-lora-rank",
+    "--max-loras",
+    "--max-model-len",
+    "--tensor-parallel-size",
+)
 """Options of engines that are started."""
 
 
@@ -82,7 +91,7 @@ def _refuse_missing(options: argparse.Namespace) -> None:
     for option in ("--url", "--adapter"):
         if not value_of(options, option):
             raise UsageError(f"--engine {SERVER} needs {option}", example)
-    given = [option for option in NOT_THERE if value_of(options, option) is not None]
+    given = [option for option in NOT_THERE if value_of(options, option) not in (None, False, [])]
     if engine_options(options).get("lora_target_modules") is not None:
         given.append("--lora-target-modules")
     if given or options.engine_args:

@@ -20,6 +20,7 @@ from typing import Any
 import msgspec
 
 from lora_probe.adapter import Adapter, located, open_adapter
+from lora_probe.adapter.variants import DORA, KASA
 from lora_probe.base import open_base
 from lora_probe.engines import require
 from lora_probe.engines.allowed import RUN
@@ -90,8 +91,8 @@ def trace(
     limits.begin(located(Path(adapter)))
     checkpoint = runnable(adapter)
     base, level, name = base_of(checkpoint, model), _level(keep, max_tokens), _name(checkpoint)
-    flags, others = flags_of(engine_args), _beside(name, beside, together, engine)
-    wanted, continuation = _wanted(prompts, chat, follow)
+    flags, others = flags_of(engine_args), _beside(checkpoint, beside, together, engine, score or follow is not None)
+    wanted, continuation = _wanted(prompts, chat, follow, name)
     require(engine, flags)
     folder = folder_for(name, engine, out, force)
     spec = RunSpec(
@@ -128,24 +129,49 @@ def _level(keep: str, max_tokens: int) -> Level:
 
 
 def _wanted(
-    prompts: str | Sequence[str], chat: bool, follow: str | Path | None
+    prompts: str | Sequence[str], chat: bool, follow: str | Path | None, name: str
 ) -> tuple[list[Prompt], list[list[int]] | None]:
     """The prompts of a run, and the answers that it follows."""
     texts = words_of("prompts", prompts)
     if follow is not None and (texts or chat):
         raise ProbeError("a run with --follow uses the prompts of the followed trace", "remove the prompts and --chat")
-    wanted, continuation = _tokens_of(follow) if follow is not None else (list(map(Prompt, texts or BUILT_IN)), None)
+    wanted, continuation = (
+        _tokens_of(follow, name) if follow is not None else (list(map(Prompt, texts or BUILT_IN)), None)
+    )
     refuse_invalid(wanted)
     return wanted, continuation
 
 
-def _beside(name: str, beside: str | Path | Sequence[str | Path], together: bool, engine: str) -> list[NamedAdapter]:
+def _refuse_alone(checkpoint: Adapter, engine: str) -> None:
+    """Refuse what PEFT runs by itself.
+
+    Raises:
+        ProbeError: the adapter is one of these.
+    """
+    raw, path = checkpoint.config.raw, checkpoint.path
+    if engine != "peft":
+        return
+    if raw.get(KASA.field):
+        raise ProbeError(f"`{path}` is KaSA, which changes the base model for every other adapter", "trace it alone")
+    if raw.get(DORA.field):
+        raise ProbeError(f"`{path}` is DoRA, which PEFT does not run with other adapters", "trace it alone")
+    if any(module.parameter != "weight" for module in checkpoint.modules):
+        raise ProbeError(f"`{path}` adapts fused experts, which PEFT does not mix with others", "trace it alone")
+
+
+def _beside(
+    first: Adapter, beside: str | Path | Sequence[str | Path], together: bool, engine: str, follow_or_score: bool
+) -> list[NamedAdapter]:
     """The other adapters of a run. Each has a name of its own: two folders may be called the same.
 
     Raises:
         ProbeError: one of them cannot be run, or the engine cannot run them as asked.
     """
     paths = [beside] if isinstance(beside, str | Path) else list(beside)
+    if paths:
+        _refuse_alone(first, engine)
+    if paths and follow_or_score:
+        raise ProbeError("several adapters cannot follow a trace or be scored", "trace each of them alone")
     if together and not paths:
         raise ProbeError("--together needs more adapters", "pass each with --beside")
     if together and engine != "peft":
@@ -154,7 +180,8 @@ def _beside(name: str, beside: str | Path | Sequence[str | Path], together: bool
     for path in paths:
         limits.begin(located(Path(path)))
         checkpoint = runnable(path)
-        taken, own = {name, *(other.name for other in named)}, _name(checkpoint)
+        _refuse_alone(checkpoint, engine)
+        taken, own = {_name(first), *(other.name for other in named)}, _name(checkpoint)
         free = next(n for n in (own, *(f"{own}-{number}" for number in range(2, len(taken) + 3))) if n not in taken)
         named.append(NamedAdapter(free, str(checkpoint.path.resolve())))
     return named
@@ -297,11 +324,14 @@ def record_run(folder: Path, spec: RunSpec, wanted: int, progress: Callable[[Pro
     return open_trace(folder)
 
 
-def _tokens_of(path: str | Path) -> tuple[list[Prompt], list[list[int]]]:
-    """The prompts of a trace, and each of the adapter's answers without its last token."""
+def _tokens_of(path: str | Path, name: str) -> tuple[list[Prompt], list[list[int]]]:
+    """The prompts of a trace, and each of the adapter's answers without its last token: of several adapters those of
+    the one with that name."""
     trace = open_trace(path)
     texts = [prompt.text for prompt in trace.run.spec.prompts] if trace.run else []
     requests = [request for request in trace.requests if request.adapter is not None]
+    if len({request.adapter for request in requests}) > 1:
+        requests = [request for request in requests if request.adapter == name]
     if not requests:
         raise ProbeError(f"`{path}` contains no answers of an adapter to follow")
     prompts = [Prompt(texts[r.prompt] if r.prompt < len(texts) else "", r.prompt_ids) for r in requests]

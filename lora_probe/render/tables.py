@@ -6,6 +6,7 @@ row.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -152,10 +153,11 @@ def _cell(cell: tuple[float | None, str], shade: Callable[[float], str]) -> Rich
 
 def _shader(numbers: Sequence[float]) -> Callable[[float], str]:
     """A colour by the position of a value between the smallest and the largest."""
-    low, high = (min(numbers), max(numbers)) if numbers else (0.0, 0.0)
+    finite = [number for number in numbers if math.isfinite(number)]
+    low, high = (min(finite), max(finite)) if finite else (0.0, 0.0)
 
     def shade(value: float) -> str:
-        if not high > low:
+        if not high > low or not math.isfinite(value):
             return ""
         return HEAT[1 + min(4, int(5 * (value - low) / (high - low)))]
 

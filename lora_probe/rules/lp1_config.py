@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from lora_probe.adapter.blocks import FIELD as BDLORA
 from lora_probe.adapter.variants import BY_FIELD, EXTRAS, INITIALISATIONS, initialisation
 from lora_probe.files import brief, shown
 from lora_probe.names import projection_of
@@ -212,7 +213,8 @@ def refused_value(subject: Subject) -> Iterator[AdapterFinding]:
 
     What it does: repeats the checks of `LoraConfig` and of layer creation in PEFT 0.21: the task, the bias, the
     dropout, a rank that is a float, modules_to_save that is a text, layers_to_transform together with a regular
-    expression, layers_pattern without layers_to_transform, patterns that are null.
+    expression, layers_pattern without layers_to_transform, patterns that are null, lists of BD-LoRA that name a module
+    twice or not at all.
 
     Why it matters: PEFT refuses the adapter. vLLM loads it, because it does not read these fields.
 
@@ -232,6 +234,7 @@ def refused_value(subject: Subject) -> Iterator[AdapterFinding]:
         if wrong:
             message = f"PEFT does not accept `{field}`: {brief(raw[field])}"
             yield AdapterFinding(message, refuses=True, field=field, hint=_accepted(field, raw[field], subject))
+    yield from _refused_words(subject)
     layers = raw.get("layers_to_transform")
     if isinstance(subject.adapter.config.target_modules, str) and layers is not None and "target_modules" in raw:
         yield AdapterFinding(
@@ -243,6 +246,23 @@ def refused_value(subject: Subject) -> Iterator[AdapterFinding]:
     elif raw.get("layers_pattern") and not layers and layers != 0:
         message, hint = "layers_pattern requires layers_to_transform", "remove layers_pattern"
         yield AdapterFinding(message, refuses=True, field="layers_pattern", hint=hint)
+
+
+def _refused_words(subject: Subject) -> Iterator[AdapterFinding]:
+    """The first module for which PEFT refuses BD-LoRA."""
+    config = subject.adapter.config
+    embedding = next((pair for pair in subject.adapter.modules if pair.embedding), None)
+    if config.blocks.count > 1 and embedding is not None:
+        message = f"PEFT has no BD-LoRA for an embedding, `{shown(embedding.module)}`"
+        yield AdapterFinding(message, refuses=True, field=BDLORA, hint="train it without the embedding")
+        return
+    names = config.targeted(subject.shapes) if subject.shapes else [pair.module for pair in subject.adapter.modules]
+    for name in names:
+        if (why := config.blocks.refused(name)) is not None:
+            message = f"PEFT does not accept `{BDLORA}`: `{shown(name)}` contains {why}"
+            hint = f"correct the lists of `{BDLORA}`: write every adapted projection into one of them"
+            yield AdapterFinding(message, refuses=True, field=BDLORA, hint=hint)
+            return
 
 
 def _accepted(field: str, value: object, subject: Subject) -> str:

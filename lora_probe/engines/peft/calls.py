@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from lora_probe.engines.peft.slots import Slot
+from lora_probe.precision import rounding
 
 AfterCall = Callable[[Any, Any, Any], None]
 """Is called with x `[rows, in]`, x·Aᵀ `[rows, r]` and the contribution `[rows, out]`."""
@@ -25,9 +26,11 @@ def calls(slot: Slot, after: AfterCall) -> Iterator[None]:
     def forward(module: Any, *, active_adapter: str, x: Any, result: Any, **options: Any) -> Any:
         # Some variants add to `result` in place.
         base = result.clone()
-        delta = original(module, active_adapter=active_adapter, x=x, result=base.new_zeros(base.shape), **options)
+        delta = original(
+            module, active_adapter=active_adapter, x=x, result=base.new_zeros(base.shape).float(), **options
+        )
         output = original(module, active_adapter=active_adapter, x=x, result=result, **options)
-        if not (base + delta).equal(output):
+        if not is_sum(output, base, delta):
             # It added something else: what is left of that in the output is rounded to the output's size.
             delta = output - base
         rows = delta.flatten(0, -2)
@@ -40,6 +43,15 @@ def calls(slot: Slot, after: AfterCall) -> Iterator[None]:
         yield
     finally:
         del variant.forward
+
+
+def is_sum(output: Any, base: Any, delta: Any) -> bool:
+    """Whether `output` is base + delta, but for the rounding of its dtype."""
+    unit = rounding(str(output.dtype).removeprefix("torch.")).round_off
+    error = (base.float() + delta.float() - output.float()).abs()
+    # Both addends and the sum may have been rounded once.
+    bound = 4 * unit * (base.float().abs() + delta.float().abs())
+    return bool((error <= bound).all())
 
 
 def _shrink(slot: Slot, x: Any) -> Any:

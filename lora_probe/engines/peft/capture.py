@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_probe.engines.peft.calls import AfterCall, calls
+from lora_probe.engines.peft.calls import AfterCall, calls, is_sum
 from lora_probe.engines.peft.experts import added, is_adding
 from lora_probe.engines.peft.slots import Slot
 from lora_probe.engines.sampler import SAMPLED
@@ -259,10 +259,9 @@ class Capture:
             delta = added.flatten(0, -2)
             if (factor := layer._get_embed_scale()) is not None:
                 delta = delta * factor.to(delta.dtype)
-            computed = base + delta if scale is None else scale * base + delta
             if scale is not None:
                 delta = (scale - 1) * base + delta
-            if self._alone and not computed.equal(self._own(output)):
+            if self._alone and not is_sum(self._own(output), base, delta):
                 # PEFT added something else: what is left of it in the output is rounded to the output's size.
                 delta = self._own(output) - base
             tokens = self._own(args[0].unsqueeze(-1)).flatten()

@@ -28,12 +28,12 @@ from lora_probe.engines.peft.batch import Lane, run_batch
 from lora_probe.engines.peft.capture import Capture
 from lora_probe.engines.peft.dora import why_no_formula
 from lora_probe.engines.peft.loads import ActiveLoad, attach
-from lora_probe.engines.peft.models import encodes, generates, load_model, load_tokenizer, shapes_of, short
+from lora_probe.engines.peft.models import encodes, first_lines, generates, load_model, load_tokenizer, shapes_of, short
 from lora_probe.engines.peft.plain import describe_model, record_plain
 from lora_probe.engines.peft.runner import Runner, end_ids
 from lora_probe.engines.peft.steps import Steps, Together
 from lora_probe.engines.prompts import encode
-from lora_probe.errors import ProbeError
+from lora_probe.errors import EngineFailed, ProbeError
 from lora_probe.names import Key
 from lora_probe.precision import coarser
 from lora_probe.recording import SCHEMA, Load, NamedAdapter, Process, RequestRecord, RunSpec, TraceWriter
@@ -100,40 +100,35 @@ def _record(spec: RunSpec, path: str, writer: TraceWriter) -> None:
         _run_loads(spec, loads, runner, prompts)
 
 
-def refuse_together(loads: Sequence[ActiveLoad], activations: Sequence[Activation | None]) -> None:
-    """Raises:
-    ProbeError: an adapter cannot be judged while others are active too.
-    """
-    for load, activation in zip(loads, activations, strict=True):
-        name = load.record.load.name
-        if activation is not None:
-            raise ProbeError(f"`{name}` is an Activated LoRA, which PEFT runs by itself", "remove --together")
-        if load.experts():
-            raise ProbeError(f"`{name}` adapts fused experts, which are not recorded with --together", "remove it")
-
-
 def _is_mixed(spec: RunSpec) -> bool:
     """Whether each prompt runs in one batch of the base and all adapters."""
     return bool(spec.beside) and not spec.together
 
 
 def _load_all(spec: RunSpec, adapters: Sequence[NamedAdapter], model: Any, writer: TraceWriter) -> list[ActiveLoad]:
-    """Attach the adapters to a base model and judge the results; those that PEFT refuses are left out."""
+    """Attach the adapters to a base model and judge the results; those that PEFT refuses are left out.
+
+    Raises:
+        EngineFailed: PEFT refuses the first of several, which leaves layers of it in the base model.
+    """
     shapes, loads = shapes_of(model), list[ActiveLoad]()
     for number, named in enumerate(adapters):
-        if (load := _load(spec, named, shapes, model, writer, number, len(loads))) is not None:
+        load = _load(spec, named, shapes, model, writer, number)
+        if load is not None:
             loads.append(load)
             model = load.model
+        elif number == 0 and len(adapters) > 1:
+            raise EngineFailed(f"PEFT refuses the first adapter, `{named.name}`", "trace it alone to see why")
     return loads
 
 
 def _load(
-    spec: RunSpec, named: NamedAdapter, shapes: Shapes, model: Any, writer: TraceWriter, number: int, before: int
+    spec: RunSpec, named: NamedAdapter, shapes: Shapes, model: Any, writer: TraceWriter, number: int
 ) -> ActiveLoad | None:
-    """Attach an adapter to a base model, whose modules have `shapes`, or to one with `before` other adapters."""
+    """Attach adapter `number` to a base model, whose modules have `shapes`, or to one that has the adapters before."""
     adapter, dtype = open_adapter(named.path), writer.process.dtype
     expected, digest = expect(adapter, shapes), adapter.digest()
-    attached = attach(model, named, spec, writer, before)
+    attached = attach(model, named, spec, writer, number)
     lora_dtype = attached.lora_dtype(dtype)
     writer.describe(lora_dtype=lora_dtype)
     refused, message = attached.refused is not None, attached.refused or ""
@@ -152,8 +147,12 @@ def _run_loads(spec: RunSpec, loads: Sequence[ActiveLoad], runner: Runner, promp
     """Run every prompt with the adapters, record their rows, and write the last stations of each load."""
     activations = [activation_of(load.model, load.called) for load in loads]
     if spec.together:
-        refuse_together(loads, activations)
-        loads[0].model.base_model.set_adapter([load.called for load in loads])
+        if any(activations):
+            raise ProbeError("PEFT runs Activated LoRA by itself", "remove --together, or that adapter")
+        try:
+            loads[0].model.base_model.set_adapter([load.called for load in loads])
+        except ValueError as error:
+            raise EngineFailed(f"PEFT cannot activate these adapters together: {first_lines(error)}") from error
     captures: list[Capture] = []
     with ExitStack() as stack:
         for number, load in enumerate(loads):

@@ -66,6 +66,9 @@ def attach(model: Any, adapter: NamedAdapter, spec: RunSpec, writer: TraceWriter
         except Exception as error:
             message = first_lines(error)
             writer.event("refused", message, seconds=round(time.perf_counter() - started, 3))
+            if number and called in model.peft_config:
+                # PEFT has put it into its layers before it refused its weights.
+                model.delete_adapter(called)
             return Attached(model, {}, [], message)
     _cast(model, spec.options.get("lora_dtype", "auto"))
     model.eval()

@@ -61,11 +61,12 @@ def _remove(folder: str, owner: int) -> None:
 
 
 class Metrics:
-    """The samples of one worker. `publish` may be called from any thread."""
+    """The samples of one worker. `publish` may be called from any thread. `engine` is its number among those of data
+    parallelism, as in vLLM's own metrics."""
 
-    def __init__(self, rank: int) -> None:
+    def __init__(self, rank: int, engine: int = 0) -> None:
         self._folder = Path(os.environ.get(SHARED) or os.environ[OWN])
-        self._rank = str(rank)
+        self._worker = {"engine": str(engine), "rank": str(rank)}
         self._lock = threading.Lock()
         self._fates: WeakKeyDictionary[LoadRecord, tuple[int, dict[str, int]]] = WeakKeyDictionary()
         self._counted: WeakKeyDictionary[LoadRecord, dict[str, int]] = WeakKeyDictionary()
@@ -113,7 +114,7 @@ class Metrics:
             counted[name] = max(rows, counted[name])
 
     def _labels(self, record: LoadRecord, more: dict[str, str]) -> tuple[tuple[str, str], ...]:
-        return tuple({"adapter": record.load.name, **more, "rank": self._rank}.items())
+        return tuple({"adapter": record.load.name, **more, **self._worker}.items())
 
     def _write(self, kind: str, samples: _Samples) -> None:
         """Write all samples of a kind into a new file, and replace the old one by it."""

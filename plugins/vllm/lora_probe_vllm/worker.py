@@ -54,7 +54,7 @@ class Probe:
         self.running: Running | None = None
         self.broken = False
         self.strict = Strict(self.guard)
-        self.metrics = Metrics(self.rank) if switched_on(METRICS) else None
+        self.metrics = Metrics(self.rank, self.replica) if switched_on(METRICS) else None
         self._every = sample_every()
         self._chosen: ChosenSteps | None = None
         self._generations: dict[int, int] = {}
