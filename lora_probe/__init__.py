@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lora_probe.adapter import open_adapter as inspect
     from lora_probe.checking.check import check
-    from lora_probe.comparison import compare
+    from lora_probe.comparison import compare, compare_each
     from lora_probe.engines.asking import trace_server
     from lora_probe.engines.launch import trace
     from lora_probe.merging.parity import parity
@@ -27,6 +27,7 @@ __all__ = [
     "__version__",
     "check",
     "compare",
+    "compare_each",
     "inspect",
     "open_trace",
     "parity",
@@ -40,7 +41,8 @@ _HOMES = {
     "trace": ("lora_probe.engines.launch", "trace"),
     "trace_server": ("lora_probe.engines.asking", "trace_server"),
     "open_trace": ("lora_probe.recording.reader", "open_trace"),
-    "compare": ("lora_probe.comparison.contributions", "compare"),
+    "compare": ("lora_probe.comparison.counterparts", "compare"),
+    "compare_each": ("lora_probe.comparison.counterparts", "compare_each"),
     "parity": ("lora_probe.merging.parity", "parity"),
 }
 

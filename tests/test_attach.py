@@ -63,6 +63,7 @@ def test_every_worker_answers(run: Path, levels: list[RequestedLevel], capsys: A
     assert [event.text for event in trace.events] == ["shrink is recorded from the next step on"]
 
 
+@pytest.mark.slow
 def test_the_same_level_twice_is_two_requests(run: Path, levels: list[RequestedLevel], capsys: Any) -> None:
     for before in ("events", "norms"):
         status, out, _ = call("attach", run, "--keep", "norms", "--format", "json", capsys=capsys)
@@ -71,6 +72,7 @@ def test_the_same_level_twice_is_two_requests(run: Path, levels: list[RequestedL
         assert json.loads(out) == {"schema_version": 1, "trace": str(run), "keep": "norms", "workers": workers}
 
 
+@pytest.mark.slow
 def test_an_engine_whose_rows_cannot_be_recorded(
     run: Path, writers: list[TraceWriter], levels: list[RequestedLevel], capsys: Any
 ) -> None:

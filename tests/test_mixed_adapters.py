@@ -13,7 +13,7 @@ from conftest import LAYERS, call, record_peft, save_adapter
 from written import edited
 
 from lora_probe import trace
-from lora_probe.comparison import compare
+from lora_probe.comparison import compare_each
 from lora_probe.errors import EngineFailed, ProbeError
 from lora_probe.ledger import headline
 from lora_probe.recording import NamedAdapter, Trace
@@ -255,4 +255,6 @@ def test_mixed_in_vllm(adapter: Path, llama: Path, others: list[NamedAdapter], m
         np.testing.assert_allclose(norms, expected, rtol=1e-4)
     worker = json.loads((path / "vllm-rank-0" / "process.json").read_text())
     assert worker["settings"]["max_loras"] == 3
-    assert compare(mixed, recorded).verdict == "agree"
+    compared = compare_each(mixed, recorded)
+    assert {name: one.verdict for name, one in compared.by_adapter.items()} == {adapter.name: "agree", "wide": "agree"}
+    assert compared.notes == (f"adapter `dead` is only in {mixed.path}",)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,9 +14,12 @@ import pytest
 from conftest import call
 from traces import resaved
 
+import lora_probe
 from lora_probe import open_trace
 from lora_probe.adapter.spectrum import gram
-from lora_probe.comparison import compare
+from lora_probe.comparison import compare_each
+from lora_probe.comparison.contributions import compare_traces as compare
+from lora_probe.errors import ProbeError
 from lora_probe.ledger import OK, STATIONS
 from lora_probe.names import Key
 from lora_probe.recording import (
@@ -207,6 +211,75 @@ def test_a_row_of_no_load_is_compared_by_its_norm_alone(tmp_path: Path) -> None:
     assert [module.exact for module in report.modules] == [False, False]
     # Half of the rows lack their contribution.
     assert report.modules[0].error == pytest.approx(1 / np.sqrt(2), rel=1e-3)
+
+
+def test_each_adapter_is_compared_with_its_counterpart(tmp_path: Path) -> None:
+    """A difference in one adapter is not one of the other, and neither are rows of its requests without its load."""
+    whole = write(tmp_path / "whole", BOTH)
+    moved = write(tmp_path / "moved", [BOTH[0], replace(BOTH[1], a=BOTH[1].a * np.float32(1.1))])
+    result = compare_each(whole, moved)
+    assert {name: one.verdict for name, one in result.by_adapter.items()} == {
+        "adapter-0": "agree",
+        "adapter-1": "differ",
+    }
+    assert result.verdict == "differ"
+    assert result.by_adapter["adapter-1"].modules[0].error == pytest.approx(0.1, rel=1e-3)
+    assert list(compare_each(whole, moved, adapter="adapter-0").by_adapter) == ["adapter-0"]
+    assert compare_each(whole, whole).verdict == "agree"
+
+
+def test_rows_that_ran_without_their_load_are_compared(tmp_path: Path) -> None:
+    whole = write(tmp_path / "whole", BOTH)
+    rows = BOTH[1].rows("request-1")
+    with TraceWriter(tmp_path / "lost" / "peft", PROCESS) as writer:
+        for number in (0, 1):
+            announce(writer, number, KEYS)
+            writer.request(RequestRecord(f"request-{number}", 0, f"adapter-{number}", PROMPT, ANSWER, ""))
+        writer.rows(BOTH[0].rows("request-0"))
+        writer.rows(replace(rows, load=np.full(POSITIONS, -1, np.int32), delta_norm=np.zeros_like(rows.delta_norm)))
+    result = compare_each(whole, open_trace(tmp_path / "lost"))
+    assert {name: one.verdict for name, one in result.by_adapter.items()} == {
+        "adapter-0": "agree",
+        "adapter-1": "differ",
+    }
+
+
+def test_an_adapter_without_a_counterpart_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole, one = write(tmp_path / "whole", BOTH), write(tmp_path / "one", [BOTH[1]])
+    result = compare_each(whole, one)
+    assert list(result.by_adapter) == ["adapter-1"]
+    assert result.notes == (f"adapter `adapter-0` is only in {whole.path}",)
+    assert result.verdict == "undecided"
+    status, out, _ = call("compare", whole.path, one.path, capsys=capsys)
+    assert status == 1
+    assert "adapter `adapter-0` is only in" in out
+    assert out.splitlines()[-1] == "the traces agree on adapter-1"
+    status, out, _ = call("compare", whole.path, one.path, "--adapter", "adapter-1", "--format", "json", capsys=capsys)
+    assert (status, json.loads(out)["verdict"]) == (0, "agree")
+    status, _, error = call("compare", whole.path, one.path, "--adapter", "none", capsys=capsys)
+    assert status == 2
+    assert "pass one of: adapter-0, adapter-1" in error
+    status, out, _ = call("compare", whole.path, whole.path, "--format", "json", capsys=capsys)
+    assert [one["adapter"] for one in json.loads(out)["comparisons"]] == ["adapter-0", "adapter-1"]
+    with pytest.raises(ProbeError, match="several adapters: adapter-0, adapter-1"):
+        lora_probe.compare(whole, whole)
+    assert lora_probe.compare(whole, whole, adapter="adapter-0").verdict == "agree"
+
+
+def test_the_same_adapter_under_another_name(tmp_path: Path) -> None:
+    """By content; with other content it has to be chosen."""
+    alone = [write(tmp_path / str(number), [BOTH[number]]) for number in (0, 1)]
+    whole = write(tmp_path / "whole", BOTH)
+    renamed = tmp_path / "renamed.lptrace"
+    shutil.copytree(alone[0].path, renamed)
+    for name in ("events.jsonl", "requests.jsonl"):
+        file = renamed / "peft" / name
+        file.write_text(file.read_text().replace('"adapter-0"', '"other"'))
+    assert list(compare_each(open_trace(renamed), whole).by_adapter) == ["other"]
+    file = renamed / "peft" / "events.jsonl"
+    file.write_text(file.read_text().replace("digest-0", "digest-x"))
+    with pytest.raises(ProbeError, match="no adapter in common: other; adapter-0 and adapter-1"):
+        compare_each(open_trace(renamed), whole)
 
 
 @pytest.mark.parametrize("flush", [False, True], ids=["one segment", "a segment each"])

@@ -328,6 +328,7 @@ def line_of(run: subprocess.Popen[str]) -> str:
     return run.stdout.readline().rstrip("\n")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(60)
 def test_follow_in_a_pipe_ends_with_the_recording(tmp_path: Path) -> None:
     writer = server(tmp_path / "run")
@@ -345,6 +346,7 @@ def test_follow_in_a_pipe_ends_with_the_recording(tmp_path: Path) -> None:
     assert (run.returncode, out, err) == (0, "", "")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("format", ["text", "json"])
 def test_follow_ends_with_an_interrupt(tmp_path: Path, format: str) -> None:
@@ -364,6 +366,7 @@ def test_follow_ends_with_an_interrupt(tmp_path: Path, format: str) -> None:
     writer.close()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(60)
 def test_follow_ends_when_the_process_is_killed(tmp_path: Path) -> None:
     """It changes no file any more."""
@@ -382,6 +385,7 @@ def test_follow_ends_when_the_process_is_killed(tmp_path: Path) -> None:
     assert run.returncode == 1
 
 
+@pytest.mark.slow
 def test_follow_of_a_complete_trace_in_a_terminal(tmp_path: Path) -> None:
     out = in_terminal("show", mixed(tmp_path / "run", A, B), "--follow", TERM="xterm", LINES="40")
     assert "A (load 0): 4 of 4 modules took effect" in out

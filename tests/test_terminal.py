@@ -43,6 +43,7 @@ def test_help_begins_with_the_usage(command: list[str], variables: dict[str, str
     assert shown.count("sage:") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("columns", ["0", "1", "-5", "", "wide", "9" * 30])
 def test_no_value_of_columns_empties_the_output(columns: str, tmp_path: Path) -> None:
     trace = traces.write(tmp_path / "run")

@@ -6,9 +6,12 @@ In: two `Trace`s. Out: the first divergence of their contributions (`contributio
 
 from __future__ import annotations
 
-from lora_probe.comparison.contributions import Comparison, compare
+from lora_probe.comparison.contributions import Comparison
+from lora_probe.comparison.counterparts import Comparisons, compare, compare_each
 
 __all__ = [
     "Comparison",
+    "Comparisons",
     "compare",
+    "compare_each",
 ]

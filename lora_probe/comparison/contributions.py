@@ -91,14 +91,14 @@ class Comparison:
         return "agree" if judged and self.reference.complete and self.candidate.complete else "undecided"
 
 
-def compare(reference: Trace, candidate: Trace, rtol: float | None = None) -> Comparison:
-    """Compare two traces of the same adapter.
+def compare_traces(reference: Trace, candidate: Trace, rtol: float | None = None) -> Comparison:
+    """Compare two traces of one adapter each.
 
     Raises:
-        ProbeError: a trace has no load of an adapter, or the traces have no prompt in common.
+        ProbeError: the traces have no prompt in common.
         UnreadableFile: a trace records an unknown dtype.
     """
-    ledgers = _ledger(reference), _ledger(candidate)
+    ledgers = reference.loads[0][1], candidate.loads[0][1]
     workers = (*reference.workers, *candidate.workers)
     dtype = judged_dtype((w, name) for w in workers for name in (w.process.dtype, w.process.lora_dtype) if name)
     limit = drift(dtype) if rtol is None else rtol
@@ -164,14 +164,6 @@ def _why_estimated(
     if len(dtypes) > 1:
         return f"B is rounded differently in {in_words(list(dtypes))}"
     return "the weights in the engines are not known to be the same"
-
-
-def _ledger(trace: Trace) -> Ledger:
-    if not trace.loads:
-        raise ProbeError(
-            f"`{trace.path}` contains no load of an adapter", "trace an adapter first; see `lora-probe show`"
-        )
-    return trace.loads[0][1]
 
 
 def _fates(trace: Trace) -> dict[Key, set[Fate]]:

@@ -7,7 +7,7 @@ All facts about a column are in the metadata of its field; other code reads them
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any, Literal
 
@@ -149,6 +149,13 @@ def _padded(shrink: Floats, rank: int) -> Floats:
     """`[rows, modules, r]` padded to a larger rank with zeros. Without any rank no module ran: NaN."""
     width = shrink.shape[-1]
     return np.pad(shrink, ((0, 0), (0, 0), (0, rank - width)), constant_values=0 if width else np.nan)
+
+
+def of_load(rows: Rows, load: int, requests: Collection[str]) -> Rows:
+    """The rows of a load, and those of `requests`, which may have run without the load that they asked for."""
+    asked = np.array([request in requests for request in rows.requests], np.bool_)
+    chosen = (rows.load == load) | asked[rows.request] if len(asked) else rows.load == load
+    return selected(rows, chosen)
 
 
 def selected(

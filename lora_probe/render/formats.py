@@ -12,6 +12,7 @@ commands and their results, also with the options that change the result's type:
     show --module     Sequence[comparison.walk.Walk]
     attach            results.Attachment
     compare           comparison.Comparison
+    compare adapters  comparison.Comparisons, for traces of several adapters
     parity            merging.parity.Parity
     rule              results.RuleList
     env               Mapping[str, str]
@@ -82,6 +83,7 @@ FORMATS: dict[str, dict[str, str]] = {
         "collect": "text.trace:recording",
         "attach": "text.attach:attachment",
         "compare": "text.compare:comparison",
+        "compare adapters": "text.compare:comparisons",
         "parity": "text.parity:parity",
         "rule": "text.rule:rules",
         "env": "text.env:versions",
@@ -98,6 +100,7 @@ FORMATS: dict[str, dict[str, str]] = {
         "collect": "json.trace:recording_json",
         "attach": "json.attach:attachment_json",
         "compare": "json.compare:comparison_json",
+        "compare adapters": "json.compare:comparisons_json",
         "parity": "json.parity:parity_json",
         "rule": "json.rule:rules_json",
         "env": "json.env:versions_json",

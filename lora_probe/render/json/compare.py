@@ -15,7 +15,7 @@ from lora_probe.rules import as_json as diagnostic_json
 from lora_probe.rules import diagnose
 
 if TYPE_CHECKING:
-    from lora_probe.comparison import Comparison
+    from lora_probe.comparison import Comparison, Comparisons
     from lora_probe.comparison.adapters import AdapterDifference
     from lora_probe.recording import Trace
 
@@ -65,6 +65,20 @@ def comparison_json(comparison: Comparison) -> dict[str, Any]:
             for diff in comparison.modules
         ],
         "notes": list(comparison.notes),
+    }
+
+
+def comparisons_json(comparisons: Comparisons) -> dict[str, Any]:
+    """The verdict over all adapters, and the comparison of each."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "verdict": comparisons.verdict,
+        "reference": str(comparisons.reference.path),
+        "candidate": str(comparisons.candidate.path),
+        "comparisons": [
+            {"adapter": name} | comparison_json(comparison) for name, comparison in comparisons.by_adapter.items()
+        ],
+        "notes": list(comparisons.notes),
     }
 
 

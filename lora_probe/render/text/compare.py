@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 from rich.console import Group, RenderableType
 
 from lora_probe.ledger import headline
-from lora_probe.names import Key, Universe, name_modules, path_of
+from lora_probe.names import Key, Universe, in_words, name_modules, path_of
 from lora_probe.render.cells import assemble, paragraphs, words
 from lora_probe.render.tables import grid
 
 if TYPE_CHECKING:
-    from lora_probe.comparison import Comparison
+    from lora_probe.comparison import Comparison, Comparisons
     from lora_probe.comparison.joined import RequestDiff
     from lora_probe.recording import Trace
 
@@ -35,6 +35,20 @@ def comparison(result: Comparison) -> RenderableType:
     if result.requests:
         parts.append(_tokens(result))
     return Group(*parts, _first_divergence(result), _verdict(result))
+
+
+def comparisons(result: Comparisons) -> RenderableType:
+    """Each adapter's comparison under its name, and the verdict over all of them."""
+    parts: list[RenderableType] = []
+    for name, of_adapter in result.by_adapter.items():
+        parts += [assemble(("adapter ", "bold"), name), comparison(of_adapter), words("")]
+    parts += [words(f"note: {note}", style="bold yellow") for note in result.notes]
+    names: dict[str, list[str]] = {}
+    for name, of_adapter in result.by_adapter.items():
+        names.setdefault(of_adapter.verdict, []).append(name)
+    clauses = {"agree": "agree on", "differ": "differ in", "undecided": "are undecided on"}
+    text = ", ".join(f"{clause} {in_words(names[verdict])}" for verdict, clause in clauses.items() if verdict in names)
+    return Group(*parts, words(f"the traces {text}", style="bold green" if result.verdict == "agree" else "bold red"))
 
 
 def _run_in(trace: Trace) -> str:

@@ -1,0 +1,115 @@
+"""Traces of several adapters: each adapter compared with its counterpart in the other trace.
+
+In: a reference and a candidate trace, perhaps the name of an adapter. Out: a `Comparison` for each adapter that both
+traces have, and what has no counterpart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from lora_probe.comparison.contributions import Comparison, Verdict, compare_traces
+from lora_probe.errors import ProbeError
+from lora_probe.names import in_words
+from lora_probe.recording import Load, Trace
+
+
+@dataclass(frozen=True)
+class Comparisons:
+    """The comparisons by the name of the adapter. `notes` are about adapters without a counterpart."""
+
+    reference: Trace
+    candidate: Trace
+    by_adapter: Mapping[str, Comparison]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def verdict(self) -> Verdict:
+        """The worst one. Adapters without a counterpart leave it undecided at best."""
+        verdicts = {comparison.verdict for comparison in self.by_adapter.values()}
+        if "differ" in verdicts:
+            return "differ"
+        return "undecided" if "undecided" in verdicts or self.notes else "agree"
+
+
+def compare_each(
+    reference: Trace, candidate: Trace, rtol: float | None = None, adapter: str | None = None
+) -> Comparisons:
+    """Compare every adapter of the reference, by its newest load, with the adapter of the same name in the candidate,
+    or else with the one of the same content. Two traces with a single adapter each are compared whatever its names
+    are. With `adapter`, only the one of that name; a trace with a single adapter is taken to have it.
+
+    Raises:
+        ProbeError: a trace has no load of an adapter, or no adapter is in both.
+    """
+    loads = [_newest(trace) for trace in (reference, candidate)]
+    for trace, of_trace in zip((reference, candidate), loads, strict=True):
+        if not of_trace:
+            raise ProbeError(
+                f"`{trace.path}` contains no load of an adapter", "trace an adapter first; see `lora-probe show`"
+            )
+    for trace, of_trace in zip((reference, candidate), loads, strict=True):
+        if adapter is not None and len(of_trace) > 1 and adapter not in of_trace:
+            raise ProbeError(f"`{trace.path}` has no adapter `{adapter}`", f"pass one of: {', '.join(of_trace)}")
+    if all(len(of_trace) < 2 for of_trace in loads):
+        (name,) = loads[0]
+        return Comparisons(reference, candidate, {name: compare_traces(reference, candidate, rtol)})
+    pairs = list(_pairs(loads[0], loads[1], adapter))
+    if not pairs:
+        names = [in_words(list(of_trace)) for of_trace in loads]
+        raise ProbeError(
+            f"`{reference.path}` and `{candidate.path}` have no adapter in common: {names[0]}; {names[1]}",
+            "choose the one that both should have with --adapter",
+        )
+    compared = {
+        one.name: compare_traces(reference.of_load(one.load), candidate.of_load(two.load), rtol) for one, two in pairs
+    }
+    unmatched = () if adapter is not None else tuple(_unmatched(reference, candidate, loads, pairs))
+    return Comparisons(reference, candidate, compared, unmatched)
+
+
+def compare(reference: Trace, candidate: Trace, rtol: float | None = None, adapter: str | None = None) -> Comparison:
+    """Compare two traces of an adapter. `adapter` is the one to compare if a trace has several: `compare_each` compares
+    all of them.
+
+    Raises:
+        ProbeError: a trace has no load of an adapter, the traces have no adapter or no prompt in common, or they have
+            several adapters and none is chosen.
+        UnreadableFile: a trace records an unknown dtype.
+    """
+    comparisons = compare_each(reference, candidate, rtol, adapter)
+    if len(comparisons.by_adapter) > 1:
+        names = ", ".join(comparisons.by_adapter)
+        raise ProbeError(f"the traces have several adapters: {names}", "pass one of them as `adapter`")
+    (comparison,) = comparisons.by_adapter.values()
+    return comparison
+
+
+def _newest(trace: Trace) -> dict[str, Load]:
+    """The newest load of every adapter, by its name."""
+    return {load.name: load for load, _ in trace.loads}
+
+
+def _pairs(
+    reference: Mapping[str, Load], candidate: Mapping[str, Load], adapter: str | None
+) -> Iterator[tuple[Load, Load]]:
+    """The loads that belong together. Each trace has the chosen adapter, or a single one."""
+    if adapter is not None:
+        one, two = (of_trace.get(adapter) or next(iter(of_trace.values())) for of_trace in (reference, candidate))
+        yield one, two
+        return
+    by_content = {load.digest: load for load in candidate.values() if load.digest}
+    for name, one in reference.items():
+        if (other := candidate.get(name) or by_content.get(one.digest)) is not None:
+            yield one, other
+
+
+def _unmatched(
+    reference: Trace, candidate: Trace, loads: list[dict[str, Load]], pairs: list[tuple[Load, Load]]
+) -> Iterator[str]:
+    for number, trace in enumerate((reference, candidate)):
+        taken = {pair[number].name for pair in pairs}
+        for name in loads[number]:
+            if name not in taken:
+                yield f"adapter `{name}` is only in {trace.path}"
