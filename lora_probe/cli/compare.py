@@ -1,19 +1,45 @@
-"""`lora-probe compare`: two traces. In: options. Out: the comparison, and the exit status."""
+"""`lora-probe compare`: two traces, or engines that are recorded first. In: options. Out: the comparison, and the exit
+status."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lora_probe.cli.ending import CLEAN, FOUND
-from lora_probe.cli.options import Command, add_limits, apply_limits, number
+from lora_probe.cli.options import (
+    HERE,
+    Command,
+    UsageError,
+    add_checkpoint,
+    add_engine,
+    add_limits,
+    add_prompts,
+    apply_limits,
+    engine_options,
+    number,
+    prompts,
+)
 from lora_probe.files import limits
+from lora_probe.render.console import note
 from lora_probe.render.formats import present
+from lora_probe.render.progress import run_progress, status_line
+
+if TYPE_CHECKING:
+    from lora_probe.engines.child import Progress
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("reference", metavar="REFERENCE", help="trace of the run that is taken as correct")
-    parser.add_argument("candidate", metavar="CANDIDATE", help="trace of the run that is compared with it")
+    parser.add_argument(
+        "reference", metavar="REFERENCE", help="trace of the run that is taken as correct, or an engine to record"
+    )
+    parser.add_argument(
+        "candidate", metavar="CANDIDATE", help="trace of the run that is compared with it, or an engine to record"
+    )
+    add_checkpoint(parser, None)
     parser.add_argument("--adapter", metavar="NAME", help="only this adapter; default: each one that both traces have")
     parser.add_argument(
         "--rtol",
@@ -21,30 +47,73 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="relative tolerance; default: measured for the coarser dtype of both runs",
     )
+    recorded = parser.add_argument_group(
+        "recording",
+        "for an engine, peft or vllm; it runs the tokens of the other side,\nand its trace stays in the current folder",
+    )
+    add_prompts(recorded)
+    add_engine(parser, "default: that of the base model's files, in both engines")
     add_limits(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     from lora_probe.comparison import compare_each
-    from lora_probe.recording import open_trace
+    from lora_probe.comparison.sides import Settings, engines_of, open_sides
 
-    apply_limits(options)
-    limits.begin(Path(options.reference), Path(options.candidate))
-    traces = open_trace(options.reference), open_trace(options.candidate)
+    engines = engines_of(options.reference, options.candidate)
+    _refuse_unused(options, bool(engines))
+    apply_limits(options, "its recordings are incomplete; nothing is left running" if engines else "")
+    if recorded := [Path(side) for side in (options.reference, options.candidate) if side not in engines]:
+        limits.begin(*recorded)
+    settings = Settings(
+        options.checkpoint or HERE,
+        options.model,
+        prompts(options),
+        options.chat,
+        options.max_tokens,
+        engine_options(options),
+        options.engine_args,
+    )
+    traces = open_sides(options.reference, options.candidate, settings, _reporting)
     comparisons = compare_each(*traces, options.rtol, options.adapter)
     if len(comparisons.by_adapter) > 1 or comparisons.notes:
         present("compare adapters", options.format, comparisons)
     else:
         present("compare", options.format, *comparisons.by_adapter.values())
+    for side, trace in zip((options.reference, options.candidate), traces, strict=True):
+        if side in engines:
+            note(f"wrote {trace.path}")
     return CLEAN if comparisons.verdict == "agree" else FOUND
+
+
+def _refuse_unused(options: argparse.Namespace, records: bool) -> None:
+    """Raises UsageError: there is something to record, and no engine."""
+    if records:
+        return
+    given = [name for name in ("prompt", "prompt_file", "model", "chat") if getattr(options, name)]
+    given += [name for name, value in engine_options(options).items() if value is not None]
+    if options.checkpoint is not None or given or options.engine_args:
+        raise UsageError(
+            f"`{options.reference}` and `{options.candidate}` are traces, so there is nothing to record",
+            "pass only the traces, or name an engine: lora-probe compare peft vllm CKPT",
+        )
+
+
+@contextmanager
+def _reporting(engine: str) -> Iterator[Callable[[Progress], None]]:
+    with status_line(f"{engine}: starting") as report:
+        yield run_progress(engine, report)
 
 
 COMMAND = Command(
     "compare",
-    "compare two traces, and show where they first diverge",
+    "compare two traces, or engines that are recorded first, and show where they first diverge",
     "  lora-probe compare peft.lptrace vllm.lptrace\n"
+    "  lora-probe compare peft vllm ckpt/ --model base/ --prompt 'Who are you?'\n"
+    "  lora-probe compare peft.lptrace vllm ckpt/ -- --enforce-eager\n"
     "  lora-probe compare a.lptrace b.lptrace --rtol 1e-3\n"
     "  lora-probe compare mixed-peft.lptrace mixed-vllm.lptrace --adapter support",
     add_arguments,
     run,
+    engine_flags=True,
 )

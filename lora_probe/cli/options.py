@@ -179,7 +179,7 @@ def apply_limits(options: argparse.Namespace, left: str = "") -> None:
     limits.allow(budget(options), left)
 
 
-def add_prompts(parser: argparse.ArgumentParser) -> None:
+def add_prompts(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
     """The base model, and what is generated with it."""
     parser.add_argument("--model", metavar="BASE", help="base model: a folder or an id; default: the adapter's own")
     parser.add_argument(

@@ -1,0 +1,84 @@
+"""The two sides of a comparison: traces, or engines that are recorded first.
+
+In: for each side a trace's path or an engine's name, and what the engines run. Out: two traces. An engine runs the
+tokens of the other side, so that all rows can be compared even if its own answer would be another one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lora_probe.base import open_base
+from lora_probe.engines import require
+from lora_probe.engines.launch import Progress, base_of, runnable, trace
+from lora_probe.files.extensions import engine_names
+from lora_probe.precision import DTYPES
+from lora_probe.recording import Trace, open_trace
+
+Reporting = Callable[[str], AbstractContextManager[Callable[[Progress], None]]]
+"""Shows the progress of an engine during a block."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What engines run, as in `trace`. `engine_args` are flags of vLLM."""
+
+    checkpoint: str
+    model: str | None = None
+    prompts: Sequence[str] = ()
+    chat: bool = False
+    max_tokens: int = 32
+    options: dict[str, Any] = field(default_factory=dict)
+    engine_args: Sequence[str] = ()
+
+
+def engines_of(reference: str, candidate: str) -> list[str]:
+    """Those of two sides that are engines: their names. A trace of that name is `./NAME`."""
+    return [side for side in (reference, candidate) if side in engine_names()]
+
+
+def open_sides(reference: str, candidate: str, settings: Settings, reporting: Reporting) -> tuple[Trace, Trace]:
+    """Open the traces, and record the engines: the reference first, unless only the candidate is there already.
+
+    Raises:
+        ProbeError: as `trace` and `open_trace` do.
+    """
+    engines = engine_names()
+    for engine in engines_of(reference, candidate):
+        # Before the other one has run for minutes.
+        require(engine)
+    if reference in engines and candidate not in engines:
+        second = open_trace(candidate)
+        return _record(reference, settings, reporting, second.path), second
+    first = _record(reference, settings, reporting, None) if reference in engines else open_trace(reference)
+    if candidate not in engines:
+        return first, open_trace(candidate)
+    return first, _record(candidate, settings, reporting, first.path)
+
+
+def _record(engine: str, settings: Settings, reporting: Reporting, follow: Path | None) -> Trace:
+    with reporting(engine) as progress:
+        return trace(
+            settings.checkpoint,
+            engine=engine,
+            model=settings.model,
+            prompts=() if follow is not None else settings.prompts,
+            chat=settings.chat and follow is None,
+            max_tokens=settings.max_tokens,
+            follow=follow,
+            options=settings.options | {"dtype": settings.options.get("dtype") or _dtype_of(settings)},
+            engine_args=settings.engine_args if engine == "vllm" else (),
+            progress=progress,
+        )
+
+
+def _dtype_of(settings: Settings) -> str:
+    """The dtype of the base model's files, float32 if its config does not state one that engines run in: `auto` is
+    another dtype in each engine."""
+    config = open_base(base_of(runnable(settings.checkpoint), settings.model)).config
+    stated = config.get("dtype") or config.get("torch_dtype")
+    return next((dtype.name for dtype in DTYPES if dtype.name == stated and dtype.fits_float32), "float32")
