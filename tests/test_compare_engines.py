@@ -60,6 +60,9 @@ def test_what_cannot_be_recorded(
         status, _, error = call("compare", path, path, *more, capsys=capsys)
         assert status == 2
         assert "are traces, so there is nothing to record" in error
+    status, _, error = call("compare", path, "peft", adapter, "--prompt", "hi", capsys=capsys)
+    assert status == 2
+    assert "peft runs the prompts of the trace" in error
     status, _, error = call("compare", "peft", here / "none", adapter, capsys=capsys)
     assert status == 2
     assert "does not exist" in error

@@ -7,6 +7,7 @@ No engine, no training: real PEFT around two `Linear`s, damaged by hand; Activat
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -192,6 +193,14 @@ def test_its_merge_is_replayed(variant: str, llama: Path, tmp_path: Path) -> Non
     merged.save_pretrained(tmp_path / "merged")
     report = parity(adapter, merged=tmp_path / "merged", model=str(llama), weights_only=True)
     assert report.verdict == "verified"
+
+
+def test_a_merge_of_another_number_of_blocks_is_not_judged(llama: Path, tmp_path: Path) -> None:
+    blocks = {"use_bdlora": {"target_modules_bd_a": ["q_proj", "v_proj"], "nblocks": 3}}
+    adapter = edited(on_llama(llama, tmp_path / "a", "BD-LoRA"), tmp_path / "b", config=lambda raw: raw | blocks)
+    assert "LP206" in {diagnostic.code for diagnostic in check(adapter, model=str(llama)).diagnostics}
+    shutil.copytree(llama, tmp_path / "merged")
+    assert parity(adapter, merged=tmp_path / "merged", model=str(llama), weights_only=True).verdict == "undecided"
 
 
 @pytest.mark.parametrize("variant", ["MonteCLoRA", "VeLoRA"])

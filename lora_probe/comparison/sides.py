@@ -15,6 +15,7 @@ from typing import Any
 from lora_probe.base import open_base
 from lora_probe.engines import require
 from lora_probe.engines.launch import Progress, base_of, runnable, trace
+from lora_probe.errors import ProbeError
 from lora_probe.files.extensions import engine_names
 from lora_probe.precision import DTYPES
 from lora_probe.recording import Trace, open_trace
@@ -47,10 +48,12 @@ def open_sides(reference: str, candidate: str, settings: Settings, reporting: Re
     Raises:
         ProbeError: as `trace` and `open_trace` do.
     """
-    engines = engine_names()
-    for engine in engines_of(reference, candidate):
+    engines, recorded = engine_names(), engines_of(reference, candidate)
+    for engine in recorded:
         # Before the other one has run for minutes.
         require(engine)
+    if len(recorded) == 1 and (settings.prompts or settings.chat):
+        raise ProbeError(f"{recorded[0]} runs the prompts of the trace", "remove the prompts and --chat")
     if reference in engines and candidate not in engines:
         second = open_trace(candidate)
         return _record(reference, settings, reporting, second.path), second

@@ -54,6 +54,8 @@ def _of_module(adapter: Adapter, module: AdapterModule, base: Checkpoint, names:
     elif len(module.a.shape) != 2 or len(module.b.shape) != 2:
         shapes = f"A is {list(module.a.shape)} and B {list(module.b.shape)}"
         yield Unplaced(module.module, f"{shapes}: it is not a linear layer")
+    elif module.a.shape[0] % module.blocks[0] or module.b.shape[0] % module.blocks[1]:
+        yield Unplaced(module.module, "its rows are not as many blocks as use_bdlora says")
     elif module.parameter == "weight":
         yield from of_pair(adapter, module, base, names)
     else:
