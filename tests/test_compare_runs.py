@@ -34,13 +34,15 @@ KEYS = tuple((f"model.layers.{layer}.self_attn.q_proj", "weight", None) for laye
 
 @dataclass(frozen=True)
 class Served:
-    """An adapter in a run: its scaling, and for some modules a factor of ‖B·A‖ and of B."""
+    """An adapter in a run: its scaling, and for some modules a factor of ‖B·A‖ and of B, and one of B in the engine
+    alone."""
 
     scaling: float = 2.0
     factors: dict[int, float] = field(default_factory=dict)
     of_b: bool = True
     digest: str = "d"
     rank: int = 2
+    in_slot: dict[int, float] = field(default_factory=dict)
 
 
 def record(
@@ -64,6 +66,7 @@ def record(
             norm = 1.5 * adapter.scaling * factor
             writer.record(ModuleRecord(0, *key, ["file"], key[0], key[0], adapter.rank, adapter.scaling, norm))
             grams[number] *= factor**2 if adapter.of_b else 1
+            grams[number] *= adapter.in_slot.get(number, 1.0) ** 2
         for station in STATIONS:
             writer.station(0, station, OK, KEYS)
         for request, name in (("a", "a"), ("b", None)):

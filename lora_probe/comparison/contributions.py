@@ -14,6 +14,7 @@ import numpy as np
 
 from lora_probe.comparison.adapters import AdapterDifference, adapter_differences, different_files
 from lora_probe.comparison.joined import Joined, RequestDiff, by_load, distances, join, matched_requests
+from lora_probe.comparison.placed_weights import WeightDifference, weight_differences
 from lora_probe.comparison.tolerance import NOT_RECORDED_NOTE, judged_dtype
 from lora_probe.errors import ProbeError
 from lora_probe.ledger import Fate, Ledger
@@ -58,7 +59,8 @@ class Divergence:
 @dataclass(frozen=True)
 class Comparison:
     """The result of `compare`. Errors are relative to the reference. `adapters` is what is known to differ between the
-    two adapters; `estimated` is why some errors are estimates (those that are not `exact`), empty if none is."""
+    two adapters, and `weights` between the weights that the runs of one adapter multiply with; `estimated` is why some
+    errors are estimates (those that are not `exact`), empty if none is."""
 
     reference: Trace
     candidate: Trace
@@ -72,6 +74,7 @@ class Comparison:
     notes: tuple[str, ...]
     adapters: tuple[AdapterDifference, ...] = ()
     estimated: str = ""
+    weights: tuple[WeightDifference, ...] = ()
 
     @property
     def worst(self) -> ModuleDiff | None:
@@ -81,7 +84,7 @@ class Comparison:
     @property
     def verdict(self) -> Verdict:
         diverged = any(not request.equal for request in self.requests) and self.dtype == "float32"
-        if diverged or self.adapters or any(module.status != "ok" for module in self.modules):
+        if diverged or self.adapters or self.weights or any(module.status != "ok" for module in self.modules):
             return "differ"
         if any(ledger.refused or ledger.count("lost") or ledger.count("wrong") for ledger in self.ledgers):
             return "differ"
@@ -117,12 +120,13 @@ def compare_traces(reference: Trace, candidate: Trace, rtol: float | None = None
         modules, first = _modules(joined, _fates(reference), _fates(candidate), limit=limit, rowless=rowless)
         count = len(joined.where)
     adapters = adapter_differences(reference, candidate, agrees(dtype))
+    weights = () if different_files(reference, candidate) else weight_differences(reference, candidate, dtype)
     notes = tuple(_notes(reference, candidate, joined is not None or bool(refused), adapters))
     if dtype == NOT_RECORDED:
         notes = (*notes, NOT_RECORDED_NOTE)
     why = _why_estimated(reference, candidate, modules, bool(adapters))
     return Comparison(
-        reference, candidate, ledgers, dtype, limit, count, modules, requests, first, notes, adapters, why
+        reference, candidate, ledgers, dtype, limit, count, modules, requests, first, notes, adapters, why, weights
     )
 
 

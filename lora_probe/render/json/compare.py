@@ -17,6 +17,7 @@ from lora_probe.rules import diagnose
 if TYPE_CHECKING:
     from lora_probe.comparison import Comparison, Comparisons
     from lora_probe.comparison.adapters import AdapterDifference
+    from lora_probe.comparison.placed_weights import WeightDifference
     from lora_probe.recording import Trace
 
 
@@ -35,6 +36,7 @@ def comparison_json(comparison: Comparison) -> dict[str, Any]:
         "candidate": str(comparison.candidate.path),
         "runs": dict(zip(("reference", "candidate"), map(_run, traces), strict=True)),
         "adapters": [_adapter_difference(difference) for difference in comparison.adapters],
+        "weights": [_weight_difference(difference) for difference in comparison.weights],
         "dtype": comparison.dtype,
         "tolerance": comparison.tolerance,
         "rows": comparison.rows,
@@ -94,6 +96,15 @@ def _adapter_difference(difference: AdapterDifference) -> dict[str, Any]:
         "values": [finite(value) for value in difference.values],
         "same_product": difference.same_product,
         "factors": [finite(factor) for factor in difference.factors],
+        "modules": [{"module": key[0], "parameter": key[1], "expert": key[2]} for key in difference.keys],
+    }
+
+
+def _weight_difference(difference: WeightDifference) -> dict[str, Any]:
+    return {
+        "message": difference.text,
+        "factors": None if difference.factors is None else [finite(factor) for factor in difference.factors],
+        "meaning": difference.meaning,
         "modules": [{"module": key[0], "parameter": key[1], "expert": key[2]} for key in difference.keys],
     }
 

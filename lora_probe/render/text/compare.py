@@ -29,6 +29,7 @@ def comparison(result: Comparison) -> RenderableType:
         style = "green" if ledger.healthy else "bold red"
         parts.append(assemble((f"{side} ", "bold"), f"{trace.path} ({_run_in(trace)}): ", (headline(ledger), style)))
     parts += [words(f"note: {note}", style="bold yellow") for note in result.notes]
+    parts += [words(f"cause: {weights.text}", style="bold red") for weights in result.weights]
     parts.append(words(""))
     if result.modules:
         parts += [_errors(result), *_estimates(result), words("")]
@@ -131,6 +132,8 @@ def _what_differs(result: Comparison) -> str:
     if result.adapters:
         exceeding = f"{different} of {total} modules exceed" if different else "no module exceeds"
         return f"the runs loaded different adapters; {exceeding} the tolerance"
+    if result.weights:
+        return f"the weights in the engines; {different} of {total} modules exceed the tolerance"
     if different:
         return f"{different} of {total} modules"
     if any(not ledger.healthy for ledger in result.ledgers):

@@ -1,0 +1,127 @@
+"""`compare` of two runs of one adapter whose engines multiply with other weights: by which factor, and what it is."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import LAYERS, call, record_peft
+from test_compare_runs import HEALTHY, Served, record
+from traces import resaved
+
+from lora_probe import compare, open_trace
+from lora_probe.recording import NamedAdapter
+
+EVERY = range(3)
+
+
+def compared(tmp_path: Path, candidate: Served, **of_process: Any) -> Any:
+    one, two = record(tmp_path / "one", **of_process), record(tmp_path / "two", candidate, **of_process)
+    return compare(open_trace(one), open_trace(two))
+
+
+FACTORS: list[tuple[float, str]] = [
+    (2.0, "2 times that of the reference in all 3 modules (the scaling 2 was applied twice)"),
+    (0.5, "0.5 times that of the reference in all 3 modules (the scaling 2 was not applied)"),
+    (math.sqrt(8), "2.828 times that of the reference in all 3 modules (√r = 2.828: scaled by alpha/√r instead of"),
+    (1 / math.sqrt(8), "(1/√r = 0.3536: scaled by alpha/r instead of alpha/√r (rsLoRA))"),
+    (0.0, "0 times that of the reference in all 3 modules (it is zero)"),
+    (1.25, "1.25 times that of the reference in all 3 modules"),
+]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("factor", "words"), FACTORS)
+def test_a_factor_of_all_modules_and_what_it_is(factor: float, words: str, dtype: str, tmp_path: Path) -> None:
+    engine = replace(HEALTHY, rank=8, in_slot=dict.fromkeys(EVERY, factor))
+    one = record(tmp_path / "one", replace(HEALTHY, rank=8), dtype=dtype)
+    result = compare(open_trace(one), open_trace(record(tmp_path / "two", engine, dtype=dtype)))
+    (difference,) = result.weights
+    assert words in f"s·B is {difference.text.removeprefix('s·B is ')}"
+    assert result.verdict == "differ"
+    assert difference.factors == pytest.approx((factor, factor), rel=2e-3)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_one_percent_of_one_module(dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In bfloat16 no module exceeds the tolerance: without the factor the traces would agree."""
+    one = record(tmp_path / "one", dtype=dtype)
+    two = record(tmp_path / "two", replace(HEALTHY, in_slot={1: 1.01}), dtype=dtype)
+    status, out, _ = call("compare", one, two, capsys=capsys)
+    assert status == 1
+    assert "cause: s·B is 1.01 times that of the reference in 1 of 3 modules (layer 1 q_proj)" in out
+    assert "the traces differ: the weights in the engines" in out
+    _, out, _ = call("compare", one, two, "--format", "json", capsys=capsys)
+    (weights,) = json.loads(out)["weights"]
+    assert weights["factors"] == pytest.approx([1.01, 1.01], rel=1e-4)
+    assert [module["module"] for module in weights["modules"]] == ["model.layers.1.self_attn.q_proj"]
+
+
+def test_several_factors_are_several_causes(tmp_path: Path) -> None:
+    result = compared(tmp_path, replace(HEALTHY, in_slot={0: 2.0, 1: 1.1, 2: 2.0}))
+    assert [len(difference.keys) for difference in result.weights] == [2, 1]
+
+
+@pytest.mark.parametrize(("factor", "dtype"), [(1 + 2**-9, "bfloat16"), (1 + 1e-7, "float32")])
+def test_rounding_is_no_factor(factor: float, dtype: str, tmp_path: Path) -> None:
+    assert compared(tmp_path, replace(HEALTHY, in_slot=dict.fromkeys(EVERY, factor)), dtype=dtype).weights == ()
+
+
+def test_another_b_has_no_factor(tmp_path: Path) -> None:
+    one, two = record(tmp_path / "one"), record(tmp_path / "two")
+
+    def change(tensors: dict[str, Any], _: dict[str, str]) -> None:
+        tensors["grams"] = np.array(tensors["grams"])
+        tensors["grams"][0, 2] = [[4, 0], [0, 1]]
+
+    (segment,) = (two / "peft").glob("0*.safetensors")
+    resaved(segment, change)
+    (difference,) = compare(open_trace(one), open_trace(two)).weights
+    assert difference.factors is None
+    assert difference.text == "B is another one in 1 of 3 modules (layer 2 q_proj)"
+
+
+@pytest.mark.parametrize("other", [{"dtype": "bfloat16"}, {"dtype": "float16"}])
+def test_other_files_are_explained_by_the_files(other: dict[str, Any], tmp_path: Path) -> None:
+    result = compared(tmp_path, replace(HEALTHY, scaling=8.0, digest="e"), **other)
+    assert result.weights == ()
+    assert result.adapters
+
+
+Damage = Callable[[Any], None]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_one_percent_in_an_engine(
+    dtype: str, adapter: Path, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PEFT with another scaling in one live layer, in both directions; the same run again is no difference."""
+    from lora_probe.engines.peft import engine
+
+    options = {"dtype": dtype, "lora_dtype": dtype}
+    healthy, again = (
+        record_peft(adapter, llama, tmp_path / name, prompts=["hi"], max_tokens=3, options=options)
+        for name in ("healthy", "again")
+    )
+    original = engine.attach
+
+    def attach(model: Any, named: NamedAdapter, *rest: Any) -> Any:
+        attached = original(model, named, *rest)
+        slot = list(attached.slots.values())[4]
+        slot.layer.scaling[slot.adapter] *= 1.01
+        return attached
+
+    monkeypatch.setattr(engine, "attach", attach)
+    damaged = record_peft(adapter, llama, tmp_path / "damaged", prompts=["hi"], max_tokens=3, options=options)
+    assert compare(healthy, again).verdict == "agree"
+    for reference, candidate, factor in ((healthy, damaged, 1.01), (damaged, healthy, 1 / 1.01)):
+        (difference,) = compare(reference, candidate).weights
+        assert difference.factors == pytest.approx((factor, factor), rel=2e-3)
+        assert (len(difference.keys), difference.total) == (1, 3 * LAYERS)
