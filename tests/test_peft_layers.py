@@ -185,7 +185,7 @@ def test_healthy_layers(run: Run) -> None:
     assert [count for _, _, count in agree.facts["errors"].values()] == [6, 6]
 
 
-@pytest.mark.parametrize("factor", [1.01, 0.0, float("nan")])
+@pytest.mark.parametrize("factor", [1.01, 2.0, -1.0, 0.0, float("nan")])
 def test_a_kernel_that_computes_something_else(run: Run, factor: float) -> None:
     """The layer holds the right numbers, and gives others."""
     run.load.judge_slots("after loading")
@@ -197,6 +197,7 @@ def test_a_kernel_that_computes_something_else(run: Run, factor: float) -> None:
     assert run.finding(Q, "placed") == OK
     found = run.finding(Q, "agrees")
     assert (found.value, found.code) == ("wrong", "LP605" if np.isnan(factor) else "LP604")
+    assert np.isnan(factor) or f"is {factor:.4g} times what it should be" in found.message
     assert run.finding(V, "agrees") == OK
 
 
@@ -205,7 +206,7 @@ def test_weights_that_change_after_loading(run: Run) -> None:
     with torch.no_grad():
         run.layer().lora_A["default"].weight *= 1.01
     run.steps()
-    assert "by 0.01 relative" in run.finding(Q, "agrees").message
+    assert run.finding(Q, "agrees").message == "the contribution is 1.01 times what it should be on 6 sampled rows"
     assert run.finding(Q, "agrees").code == "LP604"
 
 

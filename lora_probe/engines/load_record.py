@@ -37,7 +37,6 @@ from lora_probe.rules.stored import Expected
 ENOUGH_ROWS = 4
 """With fewer sampled rows than this a relative error means little: x·A of a single row may cancel to almost zero."""
 
-
 NO_SHARDS: Mapping[Key, Shard | None] = {}
 _NOT_YET = not_measured("not measured yet")
 
@@ -45,7 +44,8 @@ _NOT_YET = not_measured("not measured yet")
 @dataclass
 class _Counters:
     """The counters of one module. `applied` counts the rows that requested the adapter and ran with it; `error`,
-    `reference` and `bound` are sums of squares over the sampled rows."""
+    `reference`, `output` and `bound` are sums of squares over the sampled rows, `product` is that of the output and its
+    reference."""
 
     applied: int = 0
     routed: int | None = None
@@ -53,6 +53,8 @@ class _Counters:
     sampled: int = 0
     error: float = 0.0
     reference: float = 0.0
+    output: float = 0.0
+    product: float = 0.0
     worst_row: float = 0.0
     bound: float = 0.0
     finite: bool = True
@@ -247,6 +249,8 @@ class LoadRecord:
         counters.bound += float(np.square(bound, dtype=np.float64).sum())
         counters.error += float(np.square(errors, dtype=np.float64).sum())
         counters.reference += float(np.square(sizes, dtype=np.float64).sum())
+        counters.output += float(np.square(delta, dtype=np.float64).sum())
+        counters.product += float((delta.astype(np.float64) * reference).sum())
         rows = sizes > 0
         if rows.any():
             worst_row = float((errors[rows] / sizes[rows]).max())
@@ -351,7 +355,7 @@ class LoadRecord:
         error = _relative(counters)
         if error > limit and counters.sampled < ENOUGH_ROWS and counters.error <= limit**2 * counters.bound:
             return not_measured(f"{counters.sampled} sampled rows are too few to judge an error of {error:.2g}")
-        return kernel_differs(error, limit, counters.sampled) if error > limit else OK
+        return kernel_differs(error, limit, counters.sampled, _factor(counters, limit)) if error > limit else OK
 
     def _counters_of(self, key: Key) -> _Counters:
         return self._counters.setdefault(key, _Counters())
@@ -385,3 +389,12 @@ def _relative(counters: _Counters) -> float:
     if counters.reference == 0:
         return 0.0 if counters.error == 0 else float("inf")
     return float(np.sqrt(counters.error / counters.reference))
+
+
+def _factor(counters: _Counters, limit: float) -> float | None:
+    """By which factor the outputs of all sampled rows differ from their references; None if it is not one factor."""
+    if not counters.reference:
+        return None
+    factor = counters.product / counters.reference
+    rest = max(counters.output - factor * counters.product, 0.0)
+    return factor if rest <= limit**2 * counters.output else None

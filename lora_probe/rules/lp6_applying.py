@@ -93,8 +93,11 @@ def rows_missed(seen: int, expected: int) -> str:
     "wrong",
     hint="check the slot first: if it is right, the kernel computes something else than s·(x·Aᵀ)·Bᵀ of the file",
 )
-def kernel_differs(error: float, tolerance: float, rows: int) -> str:
+def kernel_differs(error: float, tolerance: float, rows: int, factor: float | None = None) -> str:
     """The kernel's output differs from s·(x·Aᵀ)·Bᵀ computed in float32 from the file, for the same x.
+
+    What it does: if the output is a multiple of what it should be, the message states the factor: 2 if the engine
+    applies a scaling of 2 twice, -1 for another sign.
 
     Why it matters: the input x is the same, so the cause is not in earlier layers. If `placed` is wrong too, the slot
     is the cause; if `placed` is ok, the kernel is.
@@ -102,6 +105,8 @@ def kernel_differs(error: float, tolerance: float, rows: int) -> str:
     How it is seen: on the first 4 prefill and the first 2 decode rows of each request, in the engine's process. The
     tolerance follows from the dtype.
     """
+    if factor is not None:
+        return f"the contribution is {factor:.4g} times what it should be on {rows} sampled rows"
     return f"the contribution differs by {error:.2g} relative on {rows} sampled rows (tolerance {tolerance:.2g})"
 
 
