@@ -16,7 +16,7 @@ from test_compare_runs import HEALTHY, Served, record
 from traces import resaved
 
 from lora_probe import compare, open_trace
-from lora_probe.recording import NamedAdapter
+from lora_probe.recording import ModuleRecord, NamedAdapter
 
 EVERY = range(3)
 
@@ -27,10 +27,13 @@ def compared(tmp_path: Path, candidate: Served, **of_process: Any) -> Any:
 
 
 FACTORS: list[tuple[float, str]] = [
-    (2.0, "2 times that of the reference in all 3 modules (the scaling 2 was applied twice)"),
-    (0.5, "0.5 times that of the reference in all 3 modules (the scaling 2 was not applied)"),
-    (math.sqrt(8), "2.828 times that of the reference in all 3 modules (√r = 2.828: scaled by alpha/√r instead of"),
-    (1 / math.sqrt(8), "(1/√r = 0.3536: scaled by alpha/r instead of alpha/√r (rsLoRA))"),
+    (2.0, "2 times that of the reference in all 3 modules (the scaling 2 was applied twice, or not in the reference)"),
+    (
+        0.5,
+        "0.5 times that of the reference in all 3 modules (the scaling 2 was not applied, or twice in the reference)",
+    ),
+    (math.sqrt(8), "2.828 times that of the reference in all 3 modules (√r = 2.828: alpha/√r (rsLoRA) against"),
+    (1 / math.sqrt(8), "(1/√r = 0.3536: alpha/r against alpha/√r (rsLoRA) in the reference)"),
     (0.0, "0 times that of the reference in all 3 modules (it is zero)"),
     (1.25, "1.25 times that of the reference in all 3 modules"),
 ]
@@ -71,6 +74,36 @@ def test_several_factors_are_several_causes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("factor", "dtype"), [(1 + 2**-9, "bfloat16"), (1 + 1e-7, "float32")])
 def test_rounding_is_no_factor(factor: float, dtype: str, tmp_path: Path) -> None:
     assert compared(tmp_path, replace(HEALTHY, in_slot=dict.fromkeys(EVERY, factor)), dtype=dtype).weights == ()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("scaling", [0.7, 1.5, 4 / 3, 2.0, 32**0.5])
+@pytest.mark.parametrize("kind", ["constant", "one value", "one output", "tiny", "usual"])
+def test_a_rounded_b_is_no_difference(kind: str, scaling: float, dtype: str) -> None:
+    """PEFT in float32 against vLLM in 16 bits, which rounds B, and s·B again."""
+    import torch
+
+    from lora_probe.comparison.placed_weights import _limits, _quotient
+
+    numbers = torch.Generator().manual_seed(1)
+    shape = {"constant": (64, 1), "one output": (1, 1)}.get(kind, (512, 8))
+    for _ in range(200):
+        b = torch.randn(shape, generator=numbers)
+        if kind == "constant":
+            b = torch.full(shape, 1 + 2**-8 + 1e-5)
+        elif kind == "one value":
+            b = b * (torch.arange(b.numel()).reshape(shape) == 5)
+        elif kind == "tiny":
+            b = b * 1e-6
+        rounded = (b.to(getattr(torch, dtype)) * scaling).float()
+        grams = [np.asarray((weights.T @ weights).numpy()) for weights in (b * scaling, rounded)]
+        module = ModuleRecord(0, "q", "weight", None, ["file"], rank=shape[1], scaling=scaling)
+        quotient = _quotient(grams[0], grams[1])
+        assert quotient is not None
+        slack, multiple = _limits(grams[0], grams[1], module, dtype)
+        assert abs(quotient[0] - 1) <= slack
+        assert quotient[1] <= multiple
 
 
 def test_another_b_has_no_factor(tmp_path: Path) -> None:

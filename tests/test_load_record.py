@@ -280,6 +280,16 @@ def test_a_kernel_that_differs(load: Recording, factor: float) -> None:
     assert load.finding(K, "agrees") == OK
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_a_factor_of_all_rows_is_stated(load: Recording, seed: int) -> None:
+    load.record.ran(ROWS, (Q, K), ROWS)
+    load.sample(Q, load.x(seed=seed), lambda delta: delta * np.float32(2))
+    load.sample(K, load.x(seed=seed), lambda delta: delta * np.linspace(1, 3, len(delta), dtype=np.float32)[:, None])
+    load.finish()
+    assert "the contribution is 2 times what it should be" in load.finding(Q, "agrees").message
+    assert "differs by" in load.finding(K, "agrees").message
+
+
 def test_the_error_is_that_of_all_rows_together(load: Recording) -> None:
     load.record.ran(2 * ROWS, (Q, K), 2 * ROWS)
     for _ in range(2):

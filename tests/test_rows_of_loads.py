@@ -20,7 +20,7 @@ from lora_probe.adapter.spectrum import gram
 from lora_probe.comparison import compare_each
 from lora_probe.comparison.contributions import compare_traces as compare
 from lora_probe.errors import ProbeError
-from lora_probe.ledger import OK, STATIONS
+from lora_probe.ledger import OK, STATIONS, Finding
 from lora_probe.names import Key
 from lora_probe.recording import (
     SCHEMA,
@@ -253,7 +253,7 @@ def test_an_adapter_without_a_counterpart_is_reported(tmp_path: Path, capsys: py
     status, out, _ = call("compare", whole.path, one.path, capsys=capsys)
     assert status == 1
     assert "adapter `adapter-0` is only in" in out
-    assert out.splitlines()[-1] == "the traces agree on adapter-1"
+    assert out.splitlines()[-1] == "undecided: not every adapter has a counterpart; the traces agree on adapter-1"
     status, out, _ = call("compare", whole.path, one.path, "--adapter", "adapter-1", "--format", "json", capsys=capsys)
     assert (status, json.loads(out)["verdict"]) == (0, "agree")
     status, _, error = call("compare", whole.path, one.path, "--adapter", "none", capsys=capsys)
@@ -261,9 +261,38 @@ def test_an_adapter_without_a_counterpart_is_reported(tmp_path: Path, capsys: py
     assert "pass one of: adapter-0, adapter-1" in error
     status, out, _ = call("compare", whole.path, whole.path, "--format", "json", capsys=capsys)
     assert [one["adapter"] for one in json.loads(out)["comparisons"]] == ["adapter-0", "adapter-1"]
+    with pytest.raises(ProbeError, match="neither trace has an adapter `typo`"):
+        compare_each(one, one, adapter="typo")
     with pytest.raises(ProbeError, match="several adapters: adapter-0, adapter-1"):
         lora_probe.compare(whole, whole)
     assert lora_probe.compare(whole, whole, adapter="adapter-0").verdict == "agree"
+
+
+def test_a_wrong_load_counts_although_a_newer_one_is_healthy(tmp_path: Path) -> None:
+    """The rows ran with the first one."""
+    healthy = write(tmp_path / "healthy", [served(0)])
+    with TraceWriter(tmp_path / "reloaded" / "peft", PROCESS) as writer:
+        announce(writer, 0, KEYS)
+        writer.station(0, "agrees", Finding("wrong", "LP604", "by 1"), KEYS)
+        writer.record(Load(1, "adapter-0", "/a", "digest-0", generation=1))
+        for key in KEYS:
+            writer.record(ModuleRecord(1, *key, ["file"]))
+        for station in STATIONS:
+            writer.station(1, station, OK, KEYS)
+        writer.request(RequestRecord("request-0", 0, "adapter-0", PROMPT, ANSWER, ""))
+        writer.rows(served(0).rows("request-0"))
+    reloaded = open_trace(tmp_path / "reloaded")
+    for one, two in ((healthy, reloaded), (reloaded, healthy)):
+        assert lora_probe.compare(one, two).verdict == "differ"
+
+
+def test_adapters_of_one_content_have_a_counterpart_each(tmp_path: Path) -> None:
+    whole, one = write(tmp_path / "whole", BOTH), write(tmp_path / "one", [BOTH[0]])
+    file = whole.path / "peft" / "events.jsonl"
+    file.write_text(file.read_text().replace("digest-1", "digest-0"))
+    result = compare_each(open_trace(whole.path), one)
+    assert list(result.by_adapter) == ["adapter-0"]
+    assert result.notes == (f"adapter `adapter-1` is only in {whole.path}",)
 
 
 def test_the_same_adapter_under_another_name(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ class _Pair:
 def adapter_differences(reference: Trace, candidate: Trace, limit: float) -> tuple[AdapterDifference, ...]:
     """How the adapters of two traces differ. Norms that differ by less than `limit` are the same, which allows for an
     adapter that was saved in another dtype. No difference means that none is known."""
-    loads = loads_of_both(reference, candidate)
+    loads = _loads(reference, candidate)
     if loads[0].digest == loads[1].digest:
         return ()
     pairs = list(_pairs(reference, candidate, loads))
@@ -95,11 +95,11 @@ def adapter_differences(reference: Trace, candidate: Trace, limit: float) -> tup
 
 def different_files(reference: Trace, candidate: Trace) -> tuple[str, str] | None:
     """The folders of the two adapters if their files differ."""
-    loads = loads_of_both(reference, candidate)
+    loads = _loads(reference, candidate)
     return (loads[0].path, loads[1].path) if loads[0].digest != loads[1].digest else None
 
 
-def loads_of_both(reference: Trace, candidate: Trace) -> tuple[Load, Load]:
+def _loads(reference: Trace, candidate: Trace) -> tuple[Load, Load]:
     """The load of each trace: of the same adapter name if both have one, else the first."""
     names = {load.name: load for load, _ in reversed(candidate.loads)}
     for load, _ in reference.loads:
@@ -114,12 +114,12 @@ def _pairs(reference: Trace, candidate: Trace, loads: tuple[Load, Load]) -> Iter
     for trace, load in zip((reference, candidate), loads, strict=True):
         modules = trace.modules.items()
         records.append({key: m for (number, key), m in modules if number == load.load and m.stored_as is not None})
-    grams = grams_in(reference, loads[0]), grams_in(candidate, loads[1])
+    grams = _grams(reference, loads[0]), _grams(candidate, loads[1])
     for key in sorted(records[0].keys() & records[1].keys(), key=lambda key: natural(key[0])):
         yield _Pair(key, records[0][key], records[1][key], (grams[0].get(key), grams[1].get(key)))
 
 
-def grams_in(trace: Trace, load: Load) -> dict[Key, Floats]:
+def _grams(trace: Trace, load: Load) -> dict[Key, Floats]:
     """G of each module that has rows in a trace, as far as it was kept."""
     rows = trace.rows
     if rows is None:

@@ -101,7 +101,7 @@ def compare_traces(reference: Trace, candidate: Trace, rtol: float | None = None
         ProbeError: the traces have no prompt in common.
         UnreadableFile: a trace records an unknown dtype.
     """
-    ledgers = reference.loads[0][1], candidate.loads[0][1]
+    ledgers = _judged(reference), _judged(candidate)
     workers = (*reference.workers, *candidate.workers)
     dtype = judged_dtype((w, name) for w in workers for name in (w.process.dtype, w.process.lora_dtype) if name)
     limit = drift(dtype) if rtol is None else rtol
@@ -120,7 +120,9 @@ def compare_traces(reference: Trace, candidate: Trace, rtol: float | None = None
         modules, first = _modules(joined, _fates(reference), _fates(candidate), limit=limit, rowless=rowless)
         count = len(joined.where)
     adapters = adapter_differences(reference, candidate, agrees(dtype))
-    weights = () if different_files(reference, candidate) else weight_differences(reference, candidate, dtype)
+    weights: tuple[WeightDifference, ...] = ()
+    if joined is not None and not different_files(reference, candidate):
+        weights = weight_differences(joined, reference.modules, dtype, rtol)
     notes = tuple(_notes(reference, candidate, joined is not None or bool(refused), adapters))
     if dtype == NOT_RECORDED:
         notes = (*notes, NOT_RECORDED_NOTE)
@@ -128,6 +130,17 @@ def compare_traces(reference: Trace, candidate: Trace, rtol: float | None = None
     return Comparison(
         reference, candidate, ledgers, dtype, limit, count, modules, requests, first, notes, adapters, why, weights
     )
+
+
+def _judged(trace: Trace) -> Ledger:
+    """The worst ledger of the loads that rows ran with; of the newest load if it was refused, or if none ran."""
+    used = set() if trace.rows is None else set(np.unique(trace.rows.load).tolist())
+    _, newest = trace.loads[-1]
+    ledgers = [ledger for load, ledger in trace.loads if load.load in used]
+    if not ledgers or newest.refused:
+        ledgers.append(newest)
+    # A module that is lost or wrong is worse than one of which nothing is known.
+    return max(ledgers, key=lambda one: (one.refused, one.count("lost") + one.count("wrong"), not one.healthy))
 
 
 def _notes(

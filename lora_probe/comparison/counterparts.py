@@ -36,9 +36,9 @@ class Comparisons:
 def compare_each(
     reference: Trace, candidate: Trace, rtol: float | None = None, adapter: str | None = None
 ) -> Comparisons:
-    """Compare every adapter of the reference, by its newest load, with the adapter of the same name in the candidate,
-    or else with the one of the same content. Two traces with a single adapter each are compared whatever its names
-    are. With `adapter`, only the one of that name; a trace with a single adapter is taken to have it.
+    """Compare every adapter of the reference, with all of its loads, with the adapter of the same name in the
+    candidate, or else with one of the same content. Two traces with a single adapter each are compared whatever its
+    names are. With `adapter`, only the one of that name; a trace with a single adapter is taken to have it.
 
     Raises:
         ProbeError: a trace has no load of an adapter, or no adapter is in both.
@@ -52,6 +52,9 @@ def compare_each(
     for trace, of_trace in zip((reference, candidate), loads, strict=True):
         if adapter is not None and len(of_trace) > 1 and adapter not in of_trace:
             raise ProbeError(f"`{trace.path}` has no adapter `{adapter}`", f"pass one of: {', '.join(of_trace)}")
+    if adapter is not None and all(adapter not in of_trace for of_trace in loads):
+        known = ", ".join(dict.fromkeys((*loads[0], *loads[1])))
+        raise ProbeError(f"neither trace has an adapter `{adapter}`", f"pass one of: {known}")
     if all(len(of_trace) < 2 for of_trace in loads):
         (name,) = loads[0]
         return Comparisons(reference, candidate, {name: compare_traces(reference, candidate, rtol)})
@@ -63,7 +66,8 @@ def compare_each(
             "choose the one that both should have with --adapter",
         )
     compared = {
-        one.name: compare_traces(reference.of_load(one.load), candidate.of_load(two.load), rtol) for one, two in pairs
+        one.name: compare_traces(reference.of_adapter(one.name), candidate.of_adapter(two.name), rtol)
+        for one, two in pairs
     }
     unmatched = () if adapter is not None else tuple(_unmatched(reference, candidate, loads, pairs))
     return Comparisons(reference, candidate, compared, unmatched)
@@ -99,9 +103,12 @@ def _pairs(
         one, two = (of_trace.get(adapter) or next(iter(of_trace.values())) for of_trace in (reference, candidate))
         yield one, two
         return
-    by_content = {load.digest: load for load in candidate.values() if load.digest}
+    free = [load for name, load in candidate.items() if name not in reference]
     for name, one in reference.items():
-        if (other := candidate.get(name) or by_content.get(one.digest)) is not None:
+        if name in candidate:
+            yield one, candidate[name]
+        elif (other := next((load for load in free if load.digest and load.digest == one.digest), None)) is not None:
+            free.remove(other)
             yield one, other
 
 

@@ -1,29 +1,32 @@
 """Whether two runs of the same adapter multiply with the same s·B, and by which factor they differ.
 
-In: two traces, and the dtype that decides. Out: a `WeightDifference` for the modules whose s·B is a multiple of the
-reference's, and one for those that have another B. It follows from G = (s·B)ᵀ(s·B), which engines record of the weights
-that they run with: rounding changes single values of B, and hardly their sums.
+In: joined rows of two traces, and the dtype that decides. Out: a `WeightDifference` for the modules whose s·B is a
+multiple of the reference's, and one for those that have another B. It follows from G = (s·B)ᵀ(s·B), which engines
+record of the weights that they run with: rounding changes single values of B, and hardly their sums.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-from lora_probe.comparison.adapters import grams_in, loads_of_both
+from lora_probe.comparison.joined import Joined, by_load
 from lora_probe.names import Key, name_modules, natural, path_of
 from lora_probe.precision import FLOAT32, rounding
-from lora_probe.recording import Floats, ModuleRecord, Trace
+from lora_probe.recording import Floats, ModuleRecord
+from lora_probe.recording.placed import grams_of
 
-SLACK = 1.25
-"""How far a factor may be from 1, in units of round-off: B may be rounded, and s·B again, by up to a half each."""
-MULTIPLE = 4.0
+SLACK = 2.25
+"""How far a factor may be from 1, in units of round-off: B is rounded, and s·B again."""
+MULTIPLE = 5.0
 """How far G may be from a multiple of the other G, in units of round-off: it contains every value of B twice."""
 SUMS = 256 * FLOAT32.round_off
 """The same for the order of the sums in G."""
+LARGEST = 2**18
+"""More outputs than any module has."""
 SAME_FACTOR = 2e-3
 """Factors that are closer than this are one factor."""
 
@@ -46,42 +49,68 @@ class WeightDifference:
         where = f"all {self.total} modules" if len(self.keys) == self.total > 1 else modules
         if self.factors is None:
             return f"B is another one in {where}"
-        low, high = (f"{factor:.4g}" for factor in self.factors)
+        low, high = (f"{factor:.4g}" if abs(factor - 1) >= 1e-3 else f"{factor:.7f}" for factor in self.factors)
         times = f"{low} times" if low == high else f"{low} to {high} times"
         return f"s·B is {times} that of the reference in {where}" + (f" ({self.meaning})" if self.meaning else "")
 
 
-def weight_differences(reference: Trace, candidate: Trace, dtype: str) -> tuple[WeightDifference, ...]:
-    """How the weights differ that two runs of the same file multiply with. No difference means that none is known: G is
-    kept at the levels `shrink` and `tensors`."""
-    loads = loads_of_both(reference, candidate)
-    here, there = (grams_in(trace, load) for trace, load in zip((reference, candidate), loads, strict=True))
-    keys = sorted(here.keys() & there.keys(), key=lambda key: natural(key[0]))
+def weight_differences(
+    joined: Joined, modules: Mapping[tuple[int, Key], ModuleRecord], dtype: str, rtol: float | None = None
+) -> tuple[WeightDifference, ...]:
+    """How the weights differ that rows of two runs of the same file were multiplied with. No difference means that none
+    is known: G is kept at the levels `shrink` and `tensors`. `modules` are those of the reference; `rtol` replaces the
+    tolerance of the dtype."""
+    scaled: dict[Key, tuple[float, ModuleRecord]] = {}
+    others: dict[Key, None] = {}
+    compared: set[Key] = set()
+    columns = {key: number for number, key in enumerate(joined.candidate.modules)}
+    for (one, two), _ in by_load(joined):
+        for number, key in enumerate(joined.reference.modules):
+            record = modules.get((one, key))
+            if record is None or key not in columns:
+                continue
+            here, there = (
+                grams_of(joined.reference.placed, one, number),
+                grams_of(joined.candidate.placed, two, columns[key]),
+            )
+            if here is None or there is None or (quotient := _quotient(here.gram, there.gram)) is None:
+                continue
+            compared.add(key)
+            factor, rest = quotient
+            slack, multiple = _limits(here.gram, there.gram, record, dtype)
+            if rest > (multiple if rtol is None else rtol):
+                others[key] = None
+            elif abs(factor - 1) > (slack if rtol is None else rtol):
+                scaled[key] = factor, record
+    order = sorted(scaled, key=lambda key: natural(key[0]))
+    groups = _groups([(key, scaled[key][0]) for key in order])
+    multiples = [_difference(group, {key: scaled[key][1] for key, _ in group}, len(compared)) for group in groups]
+    if not others:
+        return tuple(multiples)
+    unlike = tuple(sorted(others, key=lambda key: natural(key[0])))
+    return (*multiples, WeightDifference(unlike, None, "", len(compared)))
+
+
+def _limits(one: Floats, two: Floats, record: ModuleRecord, dtype: str) -> tuple[float, float]:
+    """How far a factor may be from 1, and G from a multiple of the other: by the round-off of the dtype, and for values
+    so small that they lose digits by its smallest value."""
     unit = rounding(dtype).round_off
-    scaled: list[tuple[Key, float]] = []
-    others: list[Key] = []
-    for key in keys:
-        if (quotient := _quotient(here[key], there[key])) is None:
-            continue
-        factor, rest = quotient
-        if rest > max(MULTIPLE * unit, SUMS):
-            others.append(key)
-        elif abs(factor - 1) > max(SLACK * unit, SUMS):
-            scaled.append((key, factor))
-    records = {key: record for (number, key), record in reference.modules.items() if number == loads[0].load}
-    multiples = [_difference(members, records, len(keys)) for members in _groups(scaled)]
-    return (*multiples, *([WeightDifference(tuple(others), None, "", len(keys))] if others else []))
+    size = math.sqrt(min(float(np.trace(gram.astype(np.float64))) for gram in (one, two)))
+    values = LARGEST * (record.rank or len(one))
+    lost = rounding(dtype).smallest * max(1.0, abs(record.scaling or 1.0)) * math.sqrt(values)
+    small = lost / size if size else 0.0
+    return max(SLACK * unit, SUMS) + small, max(MULTIPLE * unit, SUMS) + 2 * small
 
 
 def _quotient(one: Floats, two: Floats) -> tuple[float, float] | None:
-    """f and ‖G₂ − f²·G₁‖ / ‖G₂‖ for the best f ≥ 0; None if G₁ is zero, or one of them is not finite."""
+    """f and ‖G₂ − f²·G₁‖ / ‖G₂‖ for the best f ≥ 0; None if both are zero, or one of them is not finite."""
     rank = min(len(one), len(two))
     first, second = (gram[:rank, :rank].astype(np.float64) for gram in (one, two))
     size = float((first * first).sum())
-    if not size or not np.isfinite(size) or not np.isfinite(second).all():
-        return None
-    square = max(float((first * second).sum()) / size, 0.0)
     norm = float(np.linalg.norm(second))
+    if not (size or norm) or not np.isfinite(size) or not np.isfinite(norm):
+        return None
+    square = max(float((first * second).sum()) / size, 0.0) if size else 0.0
     return math.sqrt(square), float(np.linalg.norm(second - square * first)) / norm if norm else 0.0
 
 
@@ -114,9 +143,9 @@ def _meanings(factor: float, record: ModuleRecord | None) -> list[str]:
         return []
     scaling, root = abs(record.scaling), math.sqrt(record.rank)
     known = {
-        f"the scaling {scaling:.4g} was applied twice": scaling,
-        f"the scaling {scaling:.4g} was not applied": 1 / scaling,
-        f"√r = {root:.4g}: scaled by alpha/√r instead of alpha/r (rsLoRA)": root,
-        f"1/√r = {1 / root:.4g}: scaled by alpha/r instead of alpha/√r (rsLoRA)": 1 / root,
+        f"the scaling {scaling:.4g} was applied twice, or not in the reference": scaling,
+        f"the scaling {scaling:.4g} was not applied, or twice in the reference": 1 / scaling,
+        f"√r = {root:.4g}: alpha/√r (rsLoRA) against alpha/r in the reference": root,
+        f"1/√r = {1 / root:.4g}: alpha/r against alpha/√r (rsLoRA) in the reference": 1 / root,
     }
     return [meaning for meaning, value in known.items() if abs(factor - value) <= SAME_FACTOR * value]

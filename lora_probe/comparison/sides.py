@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from lora_probe.base import open_base
@@ -56,14 +55,18 @@ def open_sides(reference: str, candidate: str, settings: Settings, reporting: Re
         raise ProbeError(f"{recorded[0]} runs the prompts of the trace", "remove the prompts and --chat")
     if reference in engines and candidate not in engines:
         second = open_trace(candidate)
-        return _record(reference, settings, reporting, second.path), second
+        return _record(reference, settings, reporting, second), second
     first = _record(reference, settings, reporting, None) if reference in engines else open_trace(reference)
     if candidate not in engines:
         return first, open_trace(candidate)
-    return first, _record(candidate, settings, reporting, first.path)
+    return first, _record(candidate, settings, reporting, first)
 
 
-def _record(engine: str, settings: Settings, reporting: Reporting, follow: Path | None) -> Trace:
+def _record(engine: str, settings: Settings, reporting: Reporting, other: Trace | None) -> Trace:
+    """`other`: the trace on the other side, if it is there. Without answers of the adapter there are none to follow."""
+    answered = other is not None and any(request.adapter is not None for request in other.requests)
+    follow = other.path if other is not None and answered else None
+    dtype = settings.options.get("dtype") or (_dtype_in(other) if other is not None else "") or _dtype_of(settings)
     with reporting(engine) as progress:
         return trace(
             settings.checkpoint,
@@ -73,7 +76,7 @@ def _record(engine: str, settings: Settings, reporting: Reporting, follow: Path 
             chat=settings.chat and follow is None,
             max_tokens=settings.max_tokens,
             follow=follow,
-            options=settings.options | {"dtype": settings.options.get("dtype") or _dtype_of(settings)},
+            options=settings.options | {"dtype": dtype},
             engine_args=settings.engine_args if engine == "vllm" else (),
             progress=progress,
         )
@@ -82,6 +85,11 @@ def _record(engine: str, settings: Settings, reporting: Reporting, follow: Path 
 def _dtype_of(settings: Settings) -> str:
     """The dtype of the base model's files, float32 if its config does not state one that engines run in: `auto` is
     another dtype in each engine."""
-    config = open_base(base_of(runnable(settings.checkpoint), settings.model)).config
+    config = open_base(base_of(runnable(settings.checkpoint), settings.model)).text
     stated = config.get("dtype") or config.get("torch_dtype")
     return next((dtype.name for dtype in DTYPES if dtype.name == stated and dtype.fits_float32), "float32")
+
+
+def _dtype_in(trace: Trace) -> str:
+    """The dtype that a trace was recorded in; empty if it does not state one."""
+    return next((worker.process.dtype for worker in trace.workers), "")

@@ -333,7 +333,9 @@ def _tokens_of(path: str | Path, name: str) -> tuple[list[Prompt], list[list[int
     if len({request.adapter for request in requests}) > 1:
         requests = [request for request in requests if request.adapter == name]
     if not requests:
-        raise ProbeError(f"`{path}` contains no answers of an adapter to follow")
+        names = sorted({request.adapter for request in trace.requests if request.adapter is not None})
+        several = f": it has those of {', '.join(names)}, and this adapter is called `{name}`" if names else ""
+        raise ProbeError(f"`{path}` contains no answers of an adapter to follow{several}")
     prompts = [Prompt(texts[r.prompt] if r.prompt < len(texts) else "", r.prompt_ids) for r in requests]
     return prompts, [request.output_ids[:-1] for request in requests]
 

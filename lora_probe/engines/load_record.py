@@ -43,9 +43,8 @@ _NOT_YET = not_measured("not measured yet")
 
 @dataclass
 class _Counters:
-    """The counters of one module. `applied` counts the rows that requested the adapter and ran with it; `error`,
-    `reference`, `output` and `bound` are sums of squares over the sampled rows, `product` is that of the output and its
-    reference."""
+    """The counters of one module. `applied` counts the rows that requested the adapter and ran with it; of the sampled
+    ones `error`, `reference`, `output` and `bound` are sums of squares, `product` is Σ⟨output, reference⟩."""
 
     applied: int = 0
     routed: int | None = None
@@ -54,6 +53,7 @@ class _Counters:
     error: float = 0.0
     reference: float = 0.0
     output: float = 0.0
+    width: int = 0
     product: float = 0.0
     worst_row: float = 0.0
     bound: float = 0.0
@@ -248,7 +248,8 @@ class LoadRecord:
         bound = np.linalg.norm(size, axis=-1)
         counters.bound += float(np.square(bound, dtype=np.float64).sum())
         counters.error += float(np.square(errors, dtype=np.float64).sum())
-        counters.reference += float(np.square(sizes, dtype=np.float64).sum())
+        counters.reference += float(np.square(reference, dtype=np.float64).sum())
+        counters.width = delta.shape[-1]
         counters.output += float(np.square(delta, dtype=np.float64).sum())
         counters.product += float((delta.astype(np.float64) * reference).sum())
         rows = sizes > 0
@@ -393,8 +394,7 @@ def _relative(counters: _Counters) -> float:
 
 def _factor(counters: _Counters, limit: float) -> float | None:
     """By which factor the outputs of all sampled rows differ from their references; None if it is not one factor."""
-    if not counters.reference:
+    if not counters.reference or counters.width == 1 or counters.sampled < ENOUGH_ROWS:
         return None
     factor = counters.product / counters.reference
-    rest = max(counters.output - factor * counters.product, 0.0)
-    return factor if rest <= limit**2 * counters.output else None
+    return factor if abs(counters.output - factor * counters.product) <= limit**2 * counters.output else None

@@ -35,7 +35,7 @@ from lora_probe.recording.records import (
     StationRecord,
 )
 from lora_probe.recording.requests import joined_findings, with_client_ids
-from lora_probe.recording.rows import Rows, of_load, selected, side_by_side
+from lora_probe.recording.rows import Rows, of_loads, selected, side_by_side
 from lora_probe.recording.runs import inside_of, later_runs
 from lora_probe.recording.scored import Scored
 from lora_probe.recording.segments import Segment, joined, read_rows, values
@@ -48,20 +48,24 @@ _RECORD = "record one with `lora-probe trace CKPT --engine ...`"
 @dataclass(frozen=True)
 class Trace:
     """A recorded run. `path` is its own folder; `other_runs` are the other ones in the same trace folder. `only` is the
-    number of a load: then loads, requests, modules and rows are those of that load alone."""
+    name of an adapter: then loads, requests, modules and rows are those of that adapter alone."""
 
     path: Path
     run: Run | None
     processes: tuple[ProcessTrace, ...]
     other_runs: tuple[Path, ...] = ()
-    only: int | None = None
+    only: str | None = None
 
-    def of_load(self, load: int) -> Trace:
-        """The part of the trace that is about one load, and the answers of the base model."""
-        return replace(self, only=load)
+    def of_adapter(self, name: str) -> Trace:
+        """The part of the trace that is about one adapter, and the answers of the base model."""
+        return replace(self, only=name)
+
+    @cached_property
+    def _own(self) -> frozenset[int]:
+        return frozenset(load.load for worker in self.workers for load in worker.of(Load) if load.name == self.only)
 
     def _wants(self, load: int) -> bool:
-        return self.only is None or self.only == load
+        return self.only is None or load in self._own
 
     @property
     def engine(self) -> str:
@@ -136,11 +140,8 @@ class Trace:
 
     @cached_property
     def requests(self) -> tuple[RequestRecord, ...]:
-        every = tuple(request for process in self.processes for request in process.requests)
-        if self.only is None:
-            return every
-        names = {None, *(load.name for load, _ in self.loads)}
-        return tuple(request for request in every if request.adapter in names)
+        every = (request for process in self.processes for request in process.requests)
+        return tuple(request for request in every if self.only is None or request.adapter in (None, self.only))
 
     def forced(self, request: RequestRecord) -> int:
         """How many tokens at the beginning of an answer were forced (`--follow`), not generated."""
@@ -179,8 +180,8 @@ class Trace:
     @cached_property
     def request_findings(self) -> tuple[RequestFinding, ...]:
         """What went wrong for requests, by load and rule."""
-        found = joined_findings(process.of(RequestFinding) for process in self.workers)
-        return tuple(finding for finding in found if self._wants(finding.load))
+        every = joined_findings(process.of(RequestFinding) for process in self.workers)
+        return tuple(finding for finding in every if self._wants(finding.load))
 
     @cached_property
     def outcomes(self) -> Mapping[int, Outcome]:
@@ -214,7 +215,7 @@ class Trace:
         rows = self._joined(lambda segment: True)
         if rows is None or self.only is None:
             return rows
-        return of_load(rows, self.only, {request.id for request in self.requests if request.adapter is not None})
+        return of_loads(rows, self._own, {request.id for request in self.requests if request.adapter is not None})
 
     def rows_of(self, load: int) -> Rows | None:
         """The rows of one load, at its own modules and rank; None as for `rows`. Load -1 stands for the rows without a

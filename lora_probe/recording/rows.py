@@ -151,11 +151,11 @@ def _padded(shrink: Floats, rank: int) -> Floats:
     return np.pad(shrink, ((0, 0), (0, 0), (0, rank - width)), constant_values=0 if width else np.nan)
 
 
-def of_load(rows: Rows, load: int, requests: Collection[str]) -> Rows:
-    """The rows of a load, and those of `requests`, which may have run without the load that they asked for."""
+def of_loads(rows: Rows, loads: Collection[int], requests: Collection[str]) -> Rows:
+    """The rows of some loads, and those of `requests`, which may have run without the load that they asked for."""
     asked = np.array([request in requests for request in rows.requests], np.bool_)
-    chosen = (rows.load == load) | asked[rows.request] if len(asked) else rows.load == load
-    return selected(rows, chosen)
+    ran = np.isin(rows.load, list(loads))
+    return selected(rows, ran | asked[rows.request] if len(asked) else ran)
 
 
 def selected(

@@ -106,7 +106,8 @@ def kernel_differs(error: float, tolerance: float, rows: int, factor: float | No
     tolerance follows from the dtype.
     """
     if factor is not None:
-        return f"the contribution is {factor:.4g} times what it should be on {rows} sampled rows"
+        times = f"{factor:.4g}" if abs(factor - 1) >= 1e-3 else f"{factor:.7f}"
+        return f"the contribution is {times} times what it should be on {rows} sampled rows (tolerance {tolerance:.2g})"
     return f"the contribution differs by {error:.2g} relative on {rows} sampled rows (tolerance {tolerance:.2g})"
 
 

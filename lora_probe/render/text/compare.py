@@ -49,7 +49,10 @@ def comparisons(result: Comparisons) -> RenderableType:
         names.setdefault(of_adapter.verdict, []).append(name)
     clauses = {"agree": "agree on", "differ": "differ in", "undecided": "are undecided on"}
     text = ", ".join(f"{clause} {in_words(names[verdict])}" for verdict, clause in clauses.items() if verdict in names)
-    return Group(*parts, words(f"the traces {text}", style="bold green" if result.verdict == "agree" else "bold red"))
+    verdict = f"the traces {text}"
+    if result.notes and result.verdict == "undecided":
+        verdict = f"undecided: not every adapter has a counterpart; {verdict}"
+    return Group(*parts, words(verdict, style="bold green" if result.verdict == "agree" else "bold red"))
 
 
 def _run_in(trace: Trace) -> str:
