@@ -142,6 +142,18 @@ def test_a_third_tensor_that_differs(variant: str, damage: Damage, words: str, t
     assert [run.finding(V, station) for station in ("placed", "agrees")] == [OK, OK]
 
 
+@pytest.mark.parametrize(("variant", "field"), [("KaSA", "kasa_config"), ("lora_bias", "lora_bias")])
+def test_a_third_tensor_without_its_flag_is_not_applied(variant: str, field: str, tmp_path: Path) -> None:
+    """PEFT drops it, and so does the reference; LP211 reports it."""
+    adapter = save(tmp_path / "a", Tiny(), target_modules=["q_proj", "v_proj"], **config_of(variant))
+    plain = edited(adapter, tmp_path / "plain", config=lambda raw: raw | {field: None})
+    run = Run(tmp_path / "run", plain)
+    run.load.judge_slots("after loading")
+    run.steps()
+    assert [run.finding(key, "agrees") for key in (Q, V)] == [OK, OK]
+    assert "LP211" in {diagnostic.code for diagnostic in check(plain).diagnostics}
+
+
 @pytest.fixture
 def words(tmp_path: Path) -> Run:
     adapter = save(tmp_path / "a", Words(), target_modules=["embed"], use_dora=True)
@@ -246,7 +258,9 @@ def test_lists_of_blocks_that_peft_refuses(value: Any, code: str, words: str, ll
         PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(llama), str(adapter))
 
 
-@pytest.mark.parametrize("config", [{"kasa_config": {}}, {"use_bdlora": {"target_modules_bd_a": ["patch"]}}])
+@pytest.mark.parametrize(
+    "config", [{"kasa_config": {"beta": 1}}, {"use_bdlora": {"target_modules_bd_a": ["patch"], "nblocks": 4}}]
+)
 def test_a_convolution_of_a_variant_for_matrices(config: dict[str, Any], tmp_path: Path) -> None:
     folder = tmp_path / "a"
     folder.mkdir()

@@ -23,9 +23,14 @@ def extra_of(pair: AdapterModule, field: str) -> TensorHeader | None:
     return next((tensor for tensor in pair.extras if extra.is_named(tensor.name)), None)
 
 
-def is_stored_whole(pair: AdapterModule) -> bool:
+def is_stored_whole(adapter: Adapter, pair: AdapterModule) -> bool:
     """Whether A and B in the file are the matrices themselves."""
-    return pair.blocks == (1, 1) and extra_of(pair, KASA.field) is None
+    return pair.blocks == (1, 1) and _diagonal(adapter, pair) is None
+
+
+def _diagonal(adapter: Adapter, pair: AdapterModule) -> TensorHeader | None:
+    """KaSA's diagonal. Without its flag in the config, PEFT drops one of the file."""
+    return extra_of(pair, KASA.field) if adapter.config.raw.get(KASA.field) else None
 
 
 def pair_values(adapter: Adapter, pair: AdapterModule) -> tuple[Floats, Floats]:
@@ -38,7 +43,7 @@ def pair_values(adapter: Adapter, pair: AdapterModule) -> tuple[Floats, Floats]:
     assert pair.b is not None
     a, b = adapter.values(pair.a), adapter.values(pair.b)
     a, b = (on_diagonal(half, blocks) for half, blocks in zip((a, b), pair.blocks, strict=True))
-    diagonal = extra_of(pair, KASA.field)
+    diagonal = _diagonal(adapter, pair)
     if diagonal is not None and diagonal.shape == a.shape[:1]:
         a = a * adapter.values(diagonal)[:, None]
     return a, b

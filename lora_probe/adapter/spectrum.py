@@ -162,7 +162,7 @@ def pair_spectrum(adapter: Adapter, pair: AdapterModule) -> Spectrum | None:
     step(f"computing ‖ΔW‖ of {shown(pair.stored_as)}", adapter.weights.path)
     a, b = _as_matrix(pair.a), _as_matrix(pair.b)
     try:
-        if not is_stored_whole(pair):
+        if not is_stored_whole(adapter, pair):
             if not pair.matrices:
                 return None
             large = pair.blocks[0] * a.parameters + pair.blocks[1] * b.parameters > LARGE

@@ -91,7 +91,8 @@ class Steps:
                 continue
             a, b = pair_values(record.adapter, pair)
             if not slot.is_dora:
-                bias = extra_of(pair, LORA_BIAS.field)
+                # Without its flag in the config, PEFT drops a bias of the file.
+                bias = extra_of(pair, LORA_BIAS.field) if slot.third(LORA_BIAS.field) is not None else None
                 record.sample(key, x, delta, a, b, pair.scaling, record.adapter.values(bias) if bias else None)
             elif (vector := extra_of(pair, DORA.field)) is not None and why_no_formula(slot) is None:
                 weight = base_weight(slot)
