@@ -15,7 +15,10 @@ from pathlib import Path
 TESTS = Path(__file__).parent
 ENGINE_TESTS = tuple(f"test_vllm_{name}.py" for name in ("engine", "mixed", "pushed", "compiled", "experts", "pooled"))
 """The files whose engines run on the runner that the environment selects."""
-STEPS = "healthy or embedding_is or head_is or shrink or contaminated or half_filled or cache or computed or one_id or same_labels"
+STEPS = (
+    "healthy or embedding_is or head_is or shrink or contaminated or half_filled or cache or computed or one_id"
+    " or same_labels"
+)
 """For pytest's `-k`: the tests that read steps, which is where the runners differ."""
 RUNNERS = ("V1", "V2")
 
