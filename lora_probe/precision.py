@@ -152,3 +152,8 @@ def _unit(dtype: str) -> float:
 def finite(value: float | None) -> float | None:
     """The number if JSON can represent it, None for NaN and infinity."""
     return value if value is not None and math.isfinite(value) else None
+
+
+def factor_text(factor: float) -> str:
+    """A factor with as many digits as tell it from 1."""
+    return f"{factor:.4g}" if abs(factor - 1) >= 1e-3 else f"{factor:.7f}"

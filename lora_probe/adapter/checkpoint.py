@@ -233,7 +233,7 @@ def _module(
         parameter=parameter,
         embedding=embedding,
         extras=tuple(extras),
-        blocks=(1, 1) if embedding else config.blocks_of(pattern_name),
+        blocks=(1, 1) if embedding else config.blocks.of(pattern_name),
     )
 
 

@@ -135,10 +135,6 @@ class AdapterConfig:
         """Whether target_parameters names `parameter`, the path of a weight (`model.layers.0.mlp.gate.weight`)."""
         return self.targets.parameter(parameter)
 
-    def blocks_of(self, module: str) -> tuple[int, int]:
-        """How many blocks of A and of B the file holds for `module` (BD-LoRA)."""
-        return self.blocks.of(module)
-
     @cached_property
     def blocks(self) -> Blocks:
         """Which modules have block-diagonal matrices (BD-LoRA)."""

@@ -7,7 +7,7 @@ In: two traces. Out: an `AdapterDifference` for each way in which modules differ
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,6 +22,13 @@ Kind = Literal["rank", "scaling", "A", "B", "A or B"]
 
 SAME_SCALING = 16 * FLOAT32.round_off
 """Scalings that are closer than this are the same number, computed in another order."""
+
+
+def counted(keys: Sequence[Key], total: int) -> str:
+    """Some of `total` modules: how many, and which: `1 of 9 modules (layer 2 q_proj)`, `all 9 modules`."""
+    if len(keys) == total > 1:
+        return f"all {total} modules"
+    return f"{len(keys)} of {total} modules ({name_modules(map(path_of, keys))})"
 
 
 @dataclass(frozen=True)
@@ -41,8 +48,7 @@ class AdapterDifference:
     @property
     def text(self) -> str:
         """One clause: `scaling is 8 instead of 2 in all 9 modules`."""
-        modules = f"{len(self.keys)} of {self.total} modules ({name_modules(map(path_of, self.keys))})"
-        where = f"all {self.total} modules" if len(self.keys) == self.total > 1 else modules
+        where = counted(self.keys, self.total)
         if self.kind in ("rank", "scaling"):
             same = "; ‖B·A‖ is the same" if self.same_product else ""
             return f"{self.kind} is {self.values[1]:.6g} instead of {self.values[0]:.6g} in {where}{same}"

@@ -134,13 +134,18 @@ def compare_traces(reference: Trace, candidate: Trace, rtol: float | None = None
 
 def _judged(trace: Trace) -> Ledger:
     """The worst ledger of the loads that rows ran with; of the newest load if it was refused, or if none ran."""
-    used = set() if trace.rows is None else set(np.unique(trace.rows.load).tolist())
     _, newest = trace.loads[-1]
-    ledgers = [ledger for load, ledger in trace.loads if load.load in used]
+    ledgers = _that_ran(trace)
     if not ledgers or newest.refused:
         ledgers.append(newest)
     # A module that is lost or wrong is worse than one of which nothing is known.
     return max(ledgers, key=lambda one: (one.refused, one.count("lost") + one.count("wrong"), not one.healthy))
+
+
+def _that_ran(trace: Trace) -> list[Ledger]:
+    """The ledgers of the loads that rows ran with."""
+    used = set() if trace.rows is None else set(np.unique(trace.rows.load).tolist())
+    return [ledger for load, ledger in trace.loads if load.load in used]
 
 
 def _notes(
@@ -197,9 +202,8 @@ def _without_rows(trace: Trace) -> set[Key]:
     which other modules have rows."""
     if trace.rows is None:
         return set()
-    recorded, having = set(np.unique(trace.rows.load).tolist()), set(trace.rows.modules)
-    ledgers = [ledger for load, ledger in trace.loads if load.load in recorded]
-    return {row.key for ledger in ledgers for row in ledger.rows if row.fate == "took effect"} - having
+    followed = {row.key for ledger in _that_ran(trace) for row in ledger.rows if row.fate == "took effect"}
+    return followed - set(trace.rows.modules)
 
 
 def _modules(

@@ -13,6 +13,7 @@ from lora_probe.comparison.contributions import Comparison, Verdict, compare_tra
 from lora_probe.errors import ProbeError
 from lora_probe.names import in_words
 from lora_probe.recording import Load, Trace
+from lora_probe.recording.one_adapter import of_adapter
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def compare_each(
             "choose the one that both should have with --adapter",
         )
     compared = {
-        one.name: compare_traces(reference.of_adapter(one.name), candidate.of_adapter(two.name), rtol)
+        one.name: compare_traces(of_adapter(reference, one.name), of_adapter(candidate, two.name), rtol)
         for one, two in pairs
     }
     unmatched = () if adapter is not None else tuple(_unmatched(reference, candidate, loads, pairs))

@@ -8,14 +8,15 @@ record of the weights that they run with: rounding changes single values of B, a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from lora_probe.comparison.adapters import counted
 from lora_probe.comparison.joined import Joined, by_load
-from lora_probe.names import Key, name_modules, natural, path_of
-from lora_probe.precision import FLOAT32, rounding
+from lora_probe.names import Key, natural
+from lora_probe.precision import FLOAT32, factor_text, rounding
 from lora_probe.recording import Floats, ModuleRecord
 from lora_probe.recording.placed import grams_of
 
@@ -44,14 +45,22 @@ class WeightDifference:
 
     @property
     def text(self) -> str:
-        """One clause: `s·B is 2 times that of the reference in all 9 modules (the scaling 2 was applied twice)`."""
-        modules = f"{len(self.keys)} of {self.total} modules ({name_modules(map(path_of, self.keys))})"
-        where = f"all {self.total} modules" if len(self.keys) == self.total > 1 else modules
+        """One clause: `s·B is 1.25 times that of the reference in all 9 modules`, perhaps with its meaning."""
+        where = counted(self.keys, self.total)
         if self.factors is None:
             return f"B is another one in {where}"
-        low, high = (f"{factor:.4g}" if abs(factor - 1) >= 1e-3 else f"{factor:.7f}" for factor in self.factors)
+        low, high = map(factor_text, self.factors)
         times = f"{low} times" if low == high else f"{low} to {high} times"
         return f"s·B is {times} that of the reference in {where}" + (f" ({self.meaning})" if self.meaning else "")
+
+
+@dataclass(frozen=True)
+class _Multiple:
+    """A module whose s·B is `factor` times that of the reference."""
+
+    key: Key
+    factor: float
+    record: ModuleRecord
 
 
 def weight_differences(
@@ -60,8 +69,8 @@ def weight_differences(
     """How the weights differ that rows of two runs of the same file were multiplied with. No difference means that none
     is known: G is kept at the levels `shrink` and `tensors`. `modules` are those of the reference; `rtol` replaces the
     tolerance of the dtype."""
-    scaled: dict[Key, tuple[float, ModuleRecord]] = {}
-    others: dict[Key, None] = {}
+    scaled: dict[Key, _Multiple] = {}
+    others: set[Key] = set()
     compared: set[Key] = set()
     columns = {key: number for number, key in enumerate(joined.candidate.modules)}
     for (one, two), _ in by_load(joined):
@@ -79,16 +88,13 @@ def weight_differences(
             factor, rest = quotient
             slack, multiple = _limits(here.gram, there.gram, record, dtype)
             if rest > (multiple if rtol is None else rtol):
-                others[key] = None
+                others.add(key)
             elif abs(factor - 1) > (slack if rtol is None else rtol):
-                scaled[key] = factor, record
-    order = sorted(scaled, key=lambda key: natural(key[0]))
-    groups = _groups([(key, scaled[key][0]) for key in order])
-    multiples = [_difference(group, {key: scaled[key][1] for key, _ in group}, len(compared)) for group in groups]
-    if not others:
-        return tuple(multiples)
+                scaled[key] = _Multiple(key, factor, record)
+    groups = _groups(sorted(scaled.values(), key=lambda module: natural(module.key[0])))
+    multiples = tuple(_difference(group, len(compared)) for group in groups)
     unlike = tuple(sorted(others, key=lambda key: natural(key[0])))
-    return (*multiples, WeightDifference(unlike, None, "", len(compared)))
+    return (*multiples, WeightDifference(unlike, None, "", len(compared))) if others else multiples
 
 
 def _limits(one: Floats, two: Floats, record: ModuleRecord, dtype: str) -> tuple[float, float]:
@@ -114,32 +120,32 @@ def _quotient(one: Floats, two: Floats) -> tuple[float, float] | None:
     return math.sqrt(square), float(np.linalg.norm(second - square * first)) / norm if norm else 0.0
 
 
-def _groups(scaled: list[tuple[Key, float]]) -> Iterator[list[tuple[Key, float]]]:
+def _groups(scaled: Iterable[_Multiple]) -> list[list[_Multiple]]:
     """The modules by their factor, in the order of the modules."""
-    groups: list[list[tuple[Key, float]]] = []
-    for key, factor in scaled:
-        for group in groups:
-            if abs(factor - group[0][1]) <= SAME_FACTOR * group[0][1]:
-                group.append((key, factor))
-                break
+    groups: list[list[_Multiple]] = []
+    for module in scaled:
+        first = (group for group in groups if abs(module.factor - group[0].factor) <= SAME_FACTOR * group[0].factor)
+        if (group := next(first, None)) is None:
+            groups.append([module])
         else:
-            groups.append([(key, factor)])
-    yield from groups
+            group.append(module)
+    return groups
 
 
-def _difference(members: list[tuple[Key, float]], records: dict[Key, ModuleRecord], total: int) -> WeightDifference:
-    factors = [factor for _, factor in members]
-    meanings = [_meanings(factor, records.get(key)) for key, factor in members]
+def _difference(group: Sequence[_Multiple], total: int) -> WeightDifference:
+    factors = [module.factor for module in group]
+    meanings = [_meanings(module) for module in group]
     common = [meaning for meaning in meanings[0] if all(meaning in others for others in meanings)]
-    keys = tuple(key for key, _ in members)
+    keys = tuple(module.key for module in group)
     return WeightDifference(keys, (min(factors), max(factors)), " or ".join(common), total)
 
 
-def _meanings(factor: float, record: ModuleRecord | None) -> list[str]:
+def _meanings(module: _Multiple) -> list[str]:
     """What a factor may be for a module with its scaling and its rank."""
+    factor, record = module.factor, module.record
     if factor == 0:
         return ["it is zero"]
-    if record is None or not record.scaling or not record.rank:
+    if not record.scaling or not record.rank:
         return []
     scaling, root = abs(record.scaling), math.sqrt(record.rank)
     known = {

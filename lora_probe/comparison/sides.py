@@ -38,7 +38,8 @@ class Settings:
 
 def engines_of(reference: str, candidate: str) -> list[str]:
     """Those of two sides that are engines: their names. A trace of that name is `./NAME`."""
-    return [side for side in (reference, candidate) if side in engine_names()]
+    engines = engine_names()
+    return [side for side in (reference, candidate) if side in engines]
 
 
 def open_sides(reference: str, candidate: str, settings: Settings, reporting: Reporting) -> tuple[Trace, Trace]:
@@ -47,19 +48,17 @@ def open_sides(reference: str, candidate: str, settings: Settings, reporting: Re
     Raises:
         ProbeError: as `trace` and `open_trace` do.
     """
-    engines, recorded = engine_names(), engines_of(reference, candidate)
+    recorded = engines_of(reference, candidate)
     for engine in recorded:
         # Before the other one has run for minutes.
         require(engine)
     if len(recorded) == 1 and (settings.prompts or settings.chat):
         raise ProbeError(f"{recorded[0]} runs the prompts of the trace", "remove the prompts and --chat")
-    if reference in engines and candidate not in engines:
-        second = open_trace(candidate)
-        return _record(reference, settings, reporting, second), second
-    first = _record(reference, settings, reporting, None) if reference in engines else open_trace(reference)
-    if candidate not in engines:
-        return first, open_trace(candidate)
-    return first, _record(candidate, settings, reporting, first)
+    first = None if reference in recorded else open_trace(reference)
+    second = None if candidate in recorded else open_trace(candidate)
+    if first is None:
+        first = _record(reference, settings, reporting, second)
+    return first, second or _record(candidate, settings, reporting, first)
 
 
 def _record(engine: str, settings: Settings, reporting: Reporting, other: Trace | None) -> Trace:

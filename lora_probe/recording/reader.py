@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from lora_probe.recording.records import (
     StationRecord,
 )
 from lora_probe.recording.requests import joined_findings, with_client_ids
-from lora_probe.recording.rows import Rows, of_loads, selected, side_by_side
+from lora_probe.recording.rows import Rows, selected, side_by_side
 from lora_probe.recording.runs import inside_of, later_runs
 from lora_probe.recording.scored import Scored
 from lora_probe.recording.segments import Segment, joined, read_rows, values
@@ -47,25 +47,12 @@ _RECORD = "record one with `lora-probe trace CKPT --engine ...`"
 
 @dataclass(frozen=True)
 class Trace:
-    """A recorded run. `path` is its own folder; `other_runs` are the other ones in the same trace folder. `only` is the
-    name of an adapter: then loads, requests, modules and rows are those of that adapter alone."""
+    """A recorded run. `path` is its own folder; `other_runs` are the other ones in the same trace folder."""
 
     path: Path
     run: Run | None
     processes: tuple[ProcessTrace, ...]
     other_runs: tuple[Path, ...] = ()
-    only: str | None = None
-
-    def of_adapter(self, name: str) -> Trace:
-        """The part of the trace that is about one adapter, and the answers of the base model."""
-        return replace(self, only=name)
-
-    @cached_property
-    def _own(self) -> frozenset[int]:
-        return frozenset(load.load for worker in self.workers for load in worker.of(Load) if load.name == self.only)
-
-    def _wants(self, load: int) -> bool:
-        return self.only is None or load in self._own
 
     @property
     def engine(self) -> str:
@@ -140,8 +127,7 @@ class Trace:
 
     @cached_property
     def requests(self) -> tuple[RequestRecord, ...]:
-        every = (request for process in self.processes for request in process.requests)
-        return tuple(request for request in every if self.only is None or request.adapter in (None, self.only))
+        return tuple(request for process in self.processes for request in process.requests)
 
     def forced(self, request: RequestRecord) -> int:
         """How many tokens at the beginning of an answer were forced (`--follow`), not generated."""
@@ -174,14 +160,12 @@ class Trace:
         return tuple(
             (load, self._ledger(load, rows.get(number, []), stations.get(number, {})))
             for number, load in numbers.items()
-            if self._wants(number)
         )
 
     @cached_property
     def request_findings(self) -> tuple[RequestFinding, ...]:
         """What went wrong for requests, by load and rule."""
-        every = joined_findings(process.of(RequestFinding) for process in self.workers)
-        return tuple(finding for finding in every if self._wants(finding.load))
+        return joined_findings(process.of(RequestFinding) for process in self.workers)
 
     @cached_property
     def outcomes(self) -> Mapping[int, Outcome]:
@@ -203,8 +187,7 @@ class Trace:
         records: dict[tuple[Any, ...], ModuleRecord] = {}
         for process in self.workers:
             for module in process.of(ModuleRecord):
-                if self._wants(module.load):
-                    records.setdefault((module.load, module.key), module)
+                records.setdefault((module.load, module.key), module)
         return records
 
     @cached_property
@@ -212,10 +195,7 @@ class Trace:
         """All rows, modules of several loads and parts of several workers joined; None if no rows were kept, or if they
         cannot be joined. Requests have the ids of the answers and scored passes in this trace, others those of the
         engine."""
-        rows = self._joined(lambda segment: True)
-        if rows is None or self.only is None:
-            return rows
-        return of_loads(rows, self._own, {request.id for request in self.requests if request.adapter is not None})
+        return self._joined(lambda segment: True)
 
     def rows_of(self, load: int) -> Rows | None:
         """The rows of one load, at its own modules and rank; None as for `rows`. Load -1 stands for the rows without a

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lora_probe.adapter import AdapterConfig, AdapterModule
+from lora_probe.adapter.pair_values import extra_of
 from lora_probe.adapter.spectrum import Spectrum
 from lora_probe.adapter.variants import EXTRAS
 from lora_probe.files import brief
@@ -89,11 +90,7 @@ def variant_missing(pair: AdapterModule, config: AdapterConfig) -> Sentence | No
     if pair.parameter != "weight" or pair.embedding:
         return None
     for field, extra in EXTRAS.items():
-        if (
-            config.raw.get(field)
-            and not extra.in_training
-            and not any(extra.is_named(tensor.name) for tensor in pair.extras)
-        ):
+        if config.raw.get(field) and not extra.in_training and extra_of(pair, field) is None:
             return Sentence(f"`{field}` is set, but the module has no {extra.word}", field)
     return None
 

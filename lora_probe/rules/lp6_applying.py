@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lora_probe.precision import factor_text
 from lora_probe.rules.registry import Family, rule
 
 FAMILY = Family("LP6", "applying, in a running engine", commands="trace", in_check=False)
@@ -106,8 +107,8 @@ def kernel_differs(error: float, tolerance: float, rows: int, factor: float | No
     tolerance follows from the dtype.
     """
     if factor is not None:
-        times = f"{factor:.4g}" if abs(factor - 1) >= 1e-3 else f"{factor:.7f}"
-        return f"the contribution is {times} times what it should be on {rows} sampled rows (tolerance {tolerance:.2g})"
+        times = f"{factor_text(factor)} times what it should be"
+        return f"the contribution is {times} on {rows} sampled rows (tolerance {tolerance:.2g})"
     return f"the contribution differs by {error:.2g} relative on {rows} sampled rows (tolerance {tolerance:.2g})"
 
 
