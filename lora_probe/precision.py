@@ -8,20 +8,22 @@ measurement. A name that is not in the table is an `UnknownDtype`, never some ot
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
 class Rounding:
     """How a float dtype rounds. `round_off` is the unit round-off, `smallest` the spacing of its values around zero.
 
-    `agrees`, `drift` and `floor` are slacks in units of round-off; the functions of these names explain them.
+    `agrees`, `drift`, `logprob` and `floor` are slacks in units of round-off; the functions of these names explain
+    them.
     """
 
     round_off: float
     smallest: float
     agrees: float
     drift: float
+    logprob: float
     floor: float
 
 
@@ -45,13 +47,16 @@ class Dtype:
         return self.rounding is not None and self.rounding.round_off >= FLOAT32.round_off
 
 
-FLOAT32 = Rounding(2.0**-24, 2.0**-149, agrees=168.0, drift=1024.0, floor=128.0)
+FLOAT32 = Rounding(2.0**-24, 2.0**-149, agrees=168.0, drift=1024.0, logprob=32768.0, floor=128.0)
+BFLOAT16 = Rounding(2.0**-8, 2.0**-133, agrees=4.0, drift=32.0, logprob=128.0, floor=32.0)
 
 DTYPES = (
-    Dtype("float64", "F64", "<f8", 8, Rounding(2.0**-53, 2.0**-1074, agrees=168.0, drift=1024.0, floor=128.0)),
+    Dtype("float64", "F64", "<f8", 8, replace(FLOAT32, round_off=2.0**-53, smallest=2.0**-1074)),
     Dtype("float32", "F32", "<f4", 4, FLOAT32),
-    Dtype("float16", "F16", "<f2", 2, Rounding(2.0**-11, 2.0**-24, agrees=8.0, drift=64.0, floor=32.0)),
-    Dtype("bfloat16", "BF16", "<u2", 2, Rounding(2.0**-8, 2.0**-133, agrees=4.0, drift=32.0, floor=32.0)),
+    Dtype("float16", "F16", "<f2", 2, Rounding(2.0**-11, 2.0**-24, agrees=8.0, drift=64.0, logprob=256.0, floor=32.0)),
+    Dtype(
+        "bfloat16", "BF16", "<u2", 2, Rounding(2.0**-8, 2.0**-133, agrees=4.0, drift=32.0, logprob=128.0, floor=32.0)
+    ),
     Dtype("int64", "I64", "<i8", 8),
     Dtype("int32", "I32", "<i4", 4),
     Dtype("int16", "I16", "<i2", 2),
@@ -132,6 +137,12 @@ def drift(dtype: str) -> float:
 ROW_SLACK = 5.0
 """The error of a single row may be this many times `drift`: 2.4e-5 in float32 and 0.19 in bfloat16 were measured, of
 3.1e-4 and 0.63 allowed."""
+
+
+def logprob_drift(dtype: str) -> float:
+    """For the log-probability of one token in two engines, of the same tokens and the same model: natural
+    logarithms."""
+    return _unit(dtype) * rounding(dtype).logprob
 
 
 def floor(dtype: str) -> float:

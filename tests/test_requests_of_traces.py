@@ -143,7 +143,7 @@ def test_a_finding_about_requests_is_shown_and_is_not_healthy(
     assert [(entry["code"], entry["name"]) for entry in data["diagnostics"]] == [("LP602", "contamination")]
     comparison = compare(open_trace(clean), open_trace(wrong))
     assert comparison.verdict == "differ"
-    assert any(FINDING.message in note for note in comparison.notes)
+    assert [(cause.code, cause.side) for cause in comparison.causes] == [("LP602", "candidate")]
 
 
 def test_a_rule_of_a_newer_version_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

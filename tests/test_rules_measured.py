@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from lora_probe.ledger import Finding
-from lora_probe.rules import all_rules, lp5_loading, lp6_applying
+from lora_probe.rules import all_rules, lp5_loading, lp6_applying, lp6_comparing
 from lora_probe.rules.lp4_serving import refused
 
 AFFECTED = lp6_applying.Affected(3, ("cmpl-1",), 1)
@@ -32,6 +32,26 @@ CASES: dict[str, tuple[Any, tuple[Any, ...], str, str]] = {
     "LP608": (lp6_applying.served_as_base, ("a", "b"), "wrong", "requests for `a` exactly as those for its base `b`"),
     "LP609": (lp6_applying.served_at_another_scaling, ("a", 2.8284), "wrong", "runs `a` at 2.83 times the scaling"),
     "LP610": (lp6_applying.served_other_weights, ("a", 0.5, 0.25), "wrong", "differ by 0.5 from PEFT's"),
+    "LP620": (lp6_comparing.not_requested, ("candidate", 2), "absent", "the same 2 prompts with the base model"),
+    "LP621": (lp6_comparing.weights_at_another_scale, ("it is twice",), "wrong", "it is twice"),
+    "LP622": (lp6_comparing.other_weights_in_use, ("it is other",), "wrong", "it is other"),
+    "LP623": (lp6_comparing.weights_of_another_module, ("k is v",), "wrong", "k is v"),
+    "LP624": (lp6_comparing.weights_of_another_adapter, ("a is b",), "wrong", "a is b"),
+    "LP625": (lp6_comparing.different_files, ("rank", ("/a", "/b")), "wrong", "different adapters, /a and /b: rank"),
+    "LP626": (
+        lp6_comparing.different_prompts,
+        (1, 0, 1),
+        "wrong",
+        "the prompt became other token ids, first at token 1",
+    ),
+    "LP627": (lp6_comparing.different_bases, ("x differs",), "wrong", "the base models differ: x differs"),
+    "LP628": (
+        lp6_comparing.not_deterministic,
+        ("reference", 0.5, 0.25),
+        "wrong",
+        "by 0.5, and between the runs by 0.25",
+    ),
+    "LP629": (lp6_comparing.unexplained_difference, ("why",), "wrong", "why"),
     "LP611": (lp6_applying.served_on_another_base, ("m", 1.5), "wrong", "base model is not `m`"),
 }
 

@@ -1,97 +1,30 @@
-"""The first divergence of two traces, and how large it is.
+"""Two traces of one adapter beside each other: where they part, by how much, and why.
 
 In: a reference and a candidate trace. Out: a `Comparison`: rows joined on prompt and position as long as both runs saw
-the same tokens, the relative error of the contribution for every module, and both ledgers.
+the same tokens, every module with its error and its parts, the answers, both ledgers, and the causes of a difference.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lora_probe.comparison.adapters import AdapterDifference, adapter_differences, different_files
-from lora_probe.comparison.joined import Joined, RequestDiff, by_load, distances, join, matched_requests
-from lora_probe.comparison.placed_weights import WeightDifference, weight_differences
+from lora_probe.comparison.adapters import adapter_differences, different_files
+from lora_probe.comparison.answers import outputs, repeats
+from lora_probe.comparison.causes import causes
+from lora_probe.comparison.compared import Comparison, Divergence
+from lora_probe.comparison.joined import Joined, by_load, join, matched_requests
+from lora_probe.comparison.modules import ModuleDiff, compare_module, own_arithmetic
+from lora_probe.comparison.prompts import prompt_differences
 from lora_probe.comparison.tolerance import NOT_RECORDED_NOTE, judged_dtype
+from lora_probe.comparison.weights import Loads, Relation, compare_files, compare_weights, limits
 from lora_probe.errors import ProbeError
 from lora_probe.ledger import Fate, Ledger
-from lora_probe.names import Key, in_words, natural
-from lora_probe.precision import NOT_RECORDED, ROW_SLACK, agrees, drift
+from lora_probe.names import Key, in_words, natural, path_of
+from lora_probe.precision import NOT_RECORDED, agrees, drift
 from lora_probe.recording import Floats, Trace
-
-Verdict = Literal["agree", "differ", "undecided"]
-Status = Literal["ok", "differs", "only in reference", "only in candidate"]
-
-
-@dataclass(frozen=True)
-class ModuleDiff:
-    """One module in both runs. `error` is ‖Δdelta‖ / ‖delta‖ over all joined rows (each load relative to its own
-    ‖delta‖, so that a strong adapter does not hide a weak one); `worst_row` is that of one row. `exact`: Δdelta was
-    computed from equal B or from the deltas themselves; otherwise it is a bound from norms."""
-
-    key: Key
-    status: Status
-    error: float | None = None
-    worst_row: float | None = None
-    worst_at: tuple[int, int] | None = None
-    exact: bool = True
-    strength: tuple[float | None, float | None] = (None, None)
-
-    @property
-    def module(self) -> str:
-        return self.key[0]
-
-
-@dataclass(frozen=True)
-class Divergence:
-    """The first row and module, in the order of computation, that exceeds the tolerance."""
-
-    prompt: int
-    position: int
-    token: int
-    key: Key
-    error: float
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """The result of `compare`. Errors are relative to the reference. `adapters` is what is known to differ between the
-    two adapters, and `weights` between the weights that the runs of one adapter multiply with; `estimated` is why some
-    errors are estimates (those that are not `exact`), empty if none is."""
-
-    reference: Trace
-    candidate: Trace
-    ledgers: tuple[Ledger, Ledger]
-    dtype: str
-    tolerance: float
-    rows: int
-    modules: tuple[ModuleDiff, ...]
-    requests: tuple[RequestDiff, ...]
-    first: Divergence | None
-    notes: tuple[str, ...]
-    adapters: tuple[AdapterDifference, ...] = ()
-    estimated: str = ""
-    weights: tuple[WeightDifference, ...] = ()
-
-    @property
-    def worst(self) -> ModuleDiff | None:
-        measured = [module for module in self.modules if module.error is not None]
-        return max(measured, key=lambda module: module.error or 0.0, default=None)
-
-    @property
-    def verdict(self) -> Verdict:
-        diverged = any(not request.equal for request in self.requests) and self.dtype == "float32"
-        if diverged or self.adapters or self.weights or any(module.status != "ok" for module in self.modules):
-            return "differ"
-        if any(ledger.refused or ledger.count("lost") or ledger.count("wrong") for ledger in self.ledgers):
-            return "differ"
-        if self.reference.request_findings or self.candidate.request_findings:
-            return "differ"
-        judged = self.rows > 0 and all(ledger.healthy for ledger in self.ledgers)
-        return "agree" if judged and self.reference.complete and self.candidate.complete else "undecided"
 
 
 def compare_traces(reference: Trace, candidate: Trace, rtol: float | None = None) -> Comparison:
@@ -99,41 +32,115 @@ def compare_traces(reference: Trace, candidate: Trace, rtol: float | None = None
 
     Raises:
         ProbeError: the traces have no prompt in common.
-        UnreadableFile: a trace records an unknown dtype.
+        UnreadableFile: a trace records an unknown dtype, or is damaged.
     """
     ledgers = _judged(reference), _judged(candidate)
     workers = (*reference.workers, *candidate.workers)
     dtype = judged_dtype((w, name) for w in workers for name in (w.process.dtype, w.process.lora_dtype) if name)
     limit = drift(dtype) if rtol is None else rtol
     requests = matched_requests(reference, candidate)
-    refused = [ledger for ledger in ledgers if ledger.refused]
-    if not requests and not refused:
+    prompts = prompt_differences(reference, candidate)
+    unasked = _unasked(reference, candidate)
+    if not requests and not prompts and not any(unasked) and not any(ledger.refused for ledger in ledgers):
         raise ProbeError(
             f"`{reference.path}` and `{candidate.path}` have no prompt in common",
             "record both with the same --prompt options",
         )
     joined = join(reference, candidate, requests)
+    pairs = _pairs_of_loads(reference, candidate, joined)
+    files = different_files(reference, candidate)
+    weights = compare_weights(reference, candidate, pairs, dtype, joined, rtol)
     modules: tuple[ModuleDiff, ...] = ()
     first, count = None, 0
     if joined is not None:
+        judge = _Judge(
+            joined, limit, weights.relations, limits(dtype, rtol)[1], _arithmetic(reference, candidate, pairs)
+        )
         rowless = _without_rows(reference) | _without_rows(candidate)
-        modules, first = _modules(joined, _fates(reference), _fates(candidate), limit=limit, rowless=rowless)
+        modules, first = judge.modules(_fates(reference), _fates(candidate), rowless)
         count = len(joined.where)
     adapters = adapter_differences(reference, candidate, agrees(dtype))
-    weights: tuple[WeightDifference, ...] = ()
-    if joined is not None and not different_files(reference, candidate):
-        weights = weight_differences(joined, reference.modules, dtype, rtol)
-    notes = tuple(_notes(reference, candidate, joined is not None or bool(refused), adapters))
-    if dtype == NOT_RECORDED:
-        notes = (*notes, NOT_RECORDED_NOTE)
-    why = _why_estimated(reference, candidate, modules, bool(adapters))
-    return Comparison(
-        reference, candidate, ledgers, dtype, limit, count, modules, requests, first, notes, adapters, why, weights
+    file_weights = compare_files(reference, candidate, pairs, rtol) if files is not None else ()
+    comparison = Comparison(
+        reference,
+        candidate,
+        ledgers,
+        dtype,
+        limit,
+        count,
+        modules,
+        requests,
+        first,
+        outputs(reference, candidate, requests, matched_requests(reference, candidate, of_base=True), dtype),
+        (repeats(reference), repeats(candidate)),
+        prompts=prompts,
+        unasked=unasked,
+        adapters=adapters,
+        files=files,
+        file_weights=file_weights,
+        unshared=_unshared(reference, candidate, pairs) if files is not None else ((), ()),
+        weights=weights.differences if files is None else (),
+        estimated=_why_estimated(reference, candidate, modules, bool(adapters or file_weights)),
     )
+    comparison = replace(comparison, causes=causes(comparison))
+    return replace(comparison, notes=tuple(_notes(comparison, joined is not None)))
+
+
+def _unasked(reference: Trace, candidate: Trace) -> tuple[int, int]:
+    """How many prompts each run answered only without the adapter, though the other one has them with it."""
+    asked = [_prompts_of(trace, with_adapter=True) for trace in (reference, candidate)]
+    plain = [_prompts_of(trace, with_adapter=False) for trace in (reference, candidate)]
+    one, two = ((asked[1 - side] - asked[side]) & plain[side] for side in (0, 1))
+    return len(one), len(two)
+
+
+def _prompts_of(trace: Trace, with_adapter: bool) -> set[tuple[int, ...]]:
+    return {tuple(r.prompt_ids) for r in trace.requests if (r.adapter is not None) == with_adapter}
+
+
+def _pairs_of_loads(reference: Trace, candidate: Trace, joined: Joined | None) -> list[Loads]:
+    """The loads that joined rows ran with; without such rows, the newest ones."""
+    pairs = [Loads(*loads) for loads, _ in by_load(joined) if min(loads) >= 0] if joined is not None else []
+    if pairs or not (reference.loads and candidate.loads):
+        return pairs
+    return [Loads(reference.loads[-1][0].load, candidate.loads[-1][0].load)]
+
+
+def _unshared(reference: Trace, candidate: Trace, pairs: list[Loads]) -> tuple[tuple[Key, ...], tuple[Key, ...]]:
+    """The modules that only one of the two files has."""
+    one: set[Key] = set().union(*(reference.file_fingerprints.get(loads.reference, {}) for loads in pairs))
+    two: set[Key] = set().union(*(candidate.file_fingerprints.get(loads.candidate, {}) for loads in pairs))
+    if not one or not two:
+        # A trace of an older version has none.
+        return (), ()
+    only = one - two, two - one
+    first, second = (tuple(sorted(keys, key=lambda key: natural(path_of(key)))) for keys in only)
+    return first, second
+
+
+def _arithmetic(reference: Trace, candidate: Trace, pairs: list[Loads]) -> dict[str, float]:
+    """By the path of a module, how far both engines are from s·x·A·B of their own x and of the file, together. Where a
+    slot is not as in the file, that is no arithmetic."""
+    errors: dict[str, float] = {}
+    for loads in pairs:
+        one = own_arithmetic(reference, loads.reference)
+        two = own_arithmetic(candidate, loads.candidate)
+        for path in one.keys() & two.keys():
+            errors[path] = max(errors.get(path, 0.0), float(np.hypot(one[path], two[path])))
+    wrong = {
+        path_of(row.key)
+        for trace in (reference, candidate)
+        for _, ledger in trace.loads
+        for row in ledger.rows
+        if row.stations["placed"].value != "ok"
+    }
+    return {path: error for path, error in errors.items() if path not in wrong}
 
 
 def _judged(trace: Trace) -> Ledger:
     """The worst ledger of the loads that rows ran with; of the newest load if it was refused, or if none ran."""
+    if not trace.loads:
+        return Ledger(trace.engine, ())
     _, newest = trace.loads[-1]
     ledgers = _that_ran(trace)
     if not ledgers or newest.refused:
@@ -148,27 +155,21 @@ def _that_ran(trace: Trace) -> list[Ledger]:
     return [ledger for load, ledger in trace.loads if load.load in used]
 
 
-def _notes(
-    reference: Trace, candidate: Trace, compared: bool, adapters: tuple[AdapterDifference, ...]
-) -> Iterator[str]:
-    for trace in (reference, candidate):
+def _notes(comparison: Comparison, joined: bool) -> Iterator[str]:
+    for trace in comparison.traces:
         if not trace.complete:
             yield f"{trace.path} is incomplete: {', '.join(trace.unclosed)}"
         if trace.unjoined:
             yield f"the rows in {trace.path} cannot be joined: {trace.unjoined}"
         elif trace.rows is None:
             yield f"{trace.path} contains no rows"
-        for finding in trace.request_findings:
-            yield f"{trace.path}: {finding.message} ({finding.code})"
-    if (paths := different_files(reference, candidate)) is not None:
-        what = "different adapters" if adapters else "different files"
-        yield f"the runs loaded {what}: {paths[0]} and {paths[1]}"
-        if not adapters:
-            yield "no difference in rank, scaling or ‖B·A‖ of a module is recorded"
-    for difference in adapters:
-        yield f"the adapters differ: {difference.text}"
-    if not compared:
+    if comparison.files is not None and not any(cause.code == "LP625" for cause in comparison.causes):
+        one, two = comparison.files
+        yield f"the runs loaded different files with the same weights: {one} and {two}"
+    if not joined and not any(ledger.refused for ledger in comparison.ledgers):
         yield "no rows were compared, only the ledgers and the answers"
+    if comparison.dtype == NOT_RECORDED:
+        yield NOT_RECORDED_NOTE
 
 
 def _why_estimated(
@@ -206,66 +207,40 @@ def _without_rows(trace: Trace) -> set[Key]:
     return followed - set(trace.rows.modules)
 
 
-def _modules(
-    joined: Joined, *fates: dict[Key, set[Fate]], limit: float, rowless: set[Key]
-) -> tuple[tuple[ModuleDiff, ...], Divergence | None]:
-    columns = [{key: n for n, key in enumerate(rows.modules)} for rows in (joined.reference, joined.candidate)]
-    expected = fates[0].keys() | fates[1].keys()
-    diffs: list[ModuleDiff] = []
-    errors: dict[Key, Floats] = {}
-    for key in sorted(expected, key=lambda k: natural(k[0])):
-        here, there = columns[0].get(key), columns[1].get(key)
-        if here is None and there is None:
-            continue
-        if here is None or there is None:
-            if any("unknown" in of_trace.get(key, ()) for of_trace in fates) or key in rowless:
-                # The other engine has the module and no rows of it; its ledger reports what became of it.
-                continue
-            status: Status = "only in candidate" if here is None else "only in reference"
-            diffs.append(ModuleDiff(key, status))
-            continue
-        diff, row_errors = _module(joined, key, here, there, limit)
-        diffs.append(diff)
-        if diff.status == "differs":
-            errors[key] = row_errors
-    return tuple(diffs), _first(joined, errors, limit)
+@dataclass(frozen=True)
+class _Judge:
+    """Judges the modules of joined rows: `relations` of their weights, which are the same up to `rounded`, and the
+    `arithmetic` of both engines."""
 
+    joined: Joined
+    limit: float
+    relations: Mapping[Key, Relation]
+    rounded: float
+    arithmetic: Mapping[str, float]
 
-def _module(joined: Joined, key: Key, here: int, there: int, limit: float) -> tuple[ModuleDiff, Floats]:
-    """One module: its error over all rows against `limit`, and its worst row against `limit` times ROW_SLACK.
+    def modules(
+        self, one: dict[Key, set[Fate]], two: dict[Key, set[Fate]], rowless: set[Key]
+    ) -> tuple[tuple[ModuleDiff, ...], Divergence | None]:
+        """Every module, and the first row that exceeds the tolerance. `one` and `two` are the fates in both runs."""
+        here, there = set(self.joined.reference.modules), set(self.joined.candidate.modules)
+        diffs: list[ModuleDiff] = []
+        errors: dict[Key, Floats] = {}
+        for key in sorted(one.keys() | two.keys(), key=lambda key: natural(key[0])):
+            if key in here and key in there:
+                arithmetic = self.arithmetic.get(path_of(key))
+                diff, row_errors = compare_module(
+                    self.joined, key, self.limit, self.relations.get(key), arithmetic, self.rounded
+                )
+                diffs.append(diff)
+                if diff.status == "differs":
+                    errors[key] = row_errors
+            elif (key in here or key in there) and not self._followed(key, (one, two), rowless):
+                diffs.append(ModuleDiff(key, "only in reference" if key in here else "only in candidate"))
+        return tuple(diffs), _first(self.joined, errors, self.limit)
 
-    The error of a row is relative to its load's usual row at the module, as a single row may be almost zero. It is
-    infinite if the row is NaN in one run only; rows that are NaN in both runs are left to the ledgers.
-    """
-    one, two = joined.reference, joined.candidate
-    norm_one, norm_two = one.delta_norm[joined.reference_rows, here], two.delta_norm[joined.candidate_rows, there]
-    distance, exact = distances(joined, here, there)
-    measured = np.isfinite(norm_one) | np.isfinite(norm_two)
-    distance = np.where(measured & ~np.isfinite(distance), np.float32(np.inf), distance)
-    usual = np.ones(len(distance))
-    for _, chosen in by_load(joined):
-        total = float(np.sqrt(np.nansum(np.square(norm_one[chosen], dtype=np.float64))))
-        usual[chosen] = total / np.sqrt(max(int(np.isfinite(norm_one[chosen]).sum()), 1)) or 1.0
-    row_errors = np.where(measured, distance / usual, 0).astype(np.float32)
-    error = float(np.sqrt(np.mean(np.square(row_errors, dtype=np.float64))))
-    at = int(row_errors.argmax())
-    worst = float(row_errors[at])
-    strength = tuple(
-        _strength(norm, rows.base_norm[numbers, column])
-        for norm, rows, numbers, column in (
-            (norm_one, one, joined.reference_rows, here),
-            (norm_two, two, joined.candidate_rows, there),
-        )
-    )
-    status: Status = "ok" if error <= limit and worst <= ROW_SLACK * limit else "differs"
-    diff = ModuleDiff(key, status, error, worst, joined.where[at][:2], exact, strength)  # type: ignore[arg-type]
-    return diff, row_errors
-
-
-def _strength(delta: Floats, base: Floats) -> float | None:
-    """sqrt(Σ‖delta‖²) / sqrt(Σ‖base‖²)."""
-    below = float(np.sqrt(np.nansum(np.square(base, dtype=np.float64))))
-    return float(np.sqrt(np.nansum(np.square(delta, dtype=np.float64)))) / below if below else None
+    def _followed(self, key: Key, fates: tuple[dict[Key, set[Fate]], ...], rowless: set[Key]) -> bool:
+        """Whether the other engine may have the module and no rows of it: its ledger reports what became of it."""
+        return key in rowless or any("unknown" in of_run.get(key, ()) for of_run in fates)
 
 
 def _first(joined: Joined, errors: Mapping[Key, Floats], limit: float) -> Divergence | None:

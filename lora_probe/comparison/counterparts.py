@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from lora_probe.comparison.contributions import Comparison, Verdict, compare_traces
+from lora_probe.comparison.compared import Comparison, Verdict
+from lora_probe.comparison.contributions import compare_traces
 from lora_probe.errors import ProbeError
 from lora_probe.names import in_words
 from lora_probe.recording import Load, Trace

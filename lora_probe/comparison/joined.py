@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -43,9 +44,9 @@ class RequestDiff:
         return len(self.reference.prompt_ids) + self.same_tokens
 
 
-def matched_requests(reference: Trace, candidate: Trace) -> tuple[RequestDiff, ...]:
-    """The requests for an adapter that have the same prompt tokens in both runs, paired in order if a run has several.
-    If both runs have an adapter of the same name, only its own requests are paired."""
+def matched_requests(reference: Trace, candidate: Trace, of_base: bool = False) -> tuple[RequestDiff, ...]:
+    """The requests for an adapter (or those `of_base`) that have the same prompt tokens in both runs, paired in order
+    if a run has several. If both runs have an adapter of the same name, only its own requests are paired."""
     names = [{request.adapter for request in trace.requests} for trace in (reference, candidate)]
     shared = names[0] & names[1]
 
@@ -54,22 +55,22 @@ def matched_requests(reference: Trace, candidate: Trace) -> tuple[RequestDiff, .
 
     answers: dict[object, list[RequestRecord]] = {}
     for request in candidate.requests:
-        if request.adapter is not None:
+        if (request.adapter is None) == of_base:
             answers.setdefault(question(request), []).append(request)
     diffs = []
     for request in reference.requests:
         candidates = answers.get(question(request), [])
-        if request.adapter is None or not candidates:
+        if (request.adapter is None) != of_base or not candidates:
             continue
         other = candidates.pop(0) if len(candidates) > 1 else candidates[0]
-        same = _common(request.output_ids, other.output_ids)
+        same = common(request.output_ids, other.output_ids)
         both = zip(request.logprobs[:same], other.logprobs[:same], strict=False)
         errors = [abs(a - b) for a, b in both if a is not None and b is not None]
         diffs.append(RequestDiff(request, other, same, max(errors, default=None)))
     return tuple(diffs)
 
 
-def _common(one: list[int], two: list[int]) -> int:
+def common(one: list[int], two: list[int]) -> int:
     """The length of the common beginning."""
     count = 0
     for a, b in zip(one, two, strict=False):
@@ -88,6 +89,18 @@ class Joined:
     reference_rows: list[int]
     candidate_rows: list[int]
     where: list[tuple[int, int, int]]
+
+    @cached_property
+    def loads(self) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+        """The loads that each row ran with in both runs, negative without one."""
+        return self.reference.load[self.reference_rows], self.candidate.load[self.candidate_rows]
+
+    @property
+    def routed_differently(self) -> Bools:
+        """The rows that ran with the adapter in one run only."""
+        one, two = self.loads
+        different: Bools = (one >= 0) != (two >= 0)
+        return different
 
 
 def join(reference: Trace, candidate: Trace, requests: Sequence[RequestDiff]) -> Joined | None:
@@ -111,7 +124,7 @@ def join(reference: Trace, candidate: Trace, requests: Sequence[RequestDiff]) ->
 
 def by_load(joined: Joined) -> Iterator[tuple[tuple[int, int], Bools]]:
     """The joined rows by the loads that they ran with in both runs: the two loads, and which rows."""
-    loads = joined.reference.load[joined.reference_rows], joined.candidate.load[joined.candidate_rows]
+    loads = joined.loads
     for one, two in sorted(set(zip(*(column.tolist() for column in loads), strict=True))):
         yield (one, two), (loads[0] == one) & (loads[1] == two)
 
@@ -148,7 +161,9 @@ def distances(joined: Joined, here: int, there: int) -> tuple[Floats, bool]:
             continue
         distance[chosen], same = _from_shrinks(shrinks_one[chosen], shrinks_two[chosen], held_one, held_two)
         exact = exact and same
-    return distance, exact
+    # Two vectors are at most as far apart as both are long: exactly that, if one of them is zero.
+    longest = one.delta_norm[joined.reference_rows, here] + two.delta_norm[joined.candidate_rows, there]
+    return (distance if exact else np.fmin(distance, longest)), exact
 
 
 def _from_shrinks(shrinks_one: Floats, shrinks_two: Floats, held_one: Held, held_two: Held) -> tuple[Floats, bool]:

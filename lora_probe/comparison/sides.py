@@ -75,6 +75,7 @@ def _record(engine: str, settings: Settings, reporting: Reporting, other: Trace 
             chat=settings.chat and follow is None,
             max_tokens=settings.max_tokens,
             follow=follow,
+            score=True,
             options=settings.options | {"dtype": dtype},
             engine_args=settings.engine_args if engine == "vllm" else (),
             progress=progress,

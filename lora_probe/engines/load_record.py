@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from msgspec.structs import replace
 
-from lora_probe.adapter import Adapter
+from lora_probe.adapter import Adapter, AdapterModule
+from lora_probe.engines.file_weights import fingerprints_of
 from lora_probe.engines.request_findings import RequestFindings
+from lora_probe.engines.sampled import ENOUGH_ROWS, Counters, common_factor, count, relative_error
 from lora_probe.ledger import OK, STATIONS, Finding, Ledger, Row, Station, completed, worse
 from lora_probe.names import Key, name_modules, path_of
+from lora_probe.precision import FLOATS, coarser, finite
 from lora_probe.precision import agrees as agrees_tolerance
-from lora_probe.precision import finite
-from lora_probe.recording import Floats, Load, ModuleRecord, Shard, TraceWriter
+from lora_probe.recording import Floats, Load, ModuleRecord, Shard, TraceWriter, WeightsRecord
+from lora_probe.recording.fingerprint import weights_record
 from lora_probe.rules.lp5_loading import not_measured
 from lora_probe.rules.lp6_applying import (
     contamination,
@@ -34,30 +36,8 @@ from lora_probe.rules.lp6_applying import (
 )
 from lora_probe.rules.stored import Expected
 
-ENOUGH_ROWS = 4
-"""With fewer sampled rows than this a relative error means little: x·A of a single row may cancel to almost zero."""
-
 NO_SHARDS: Mapping[Key, Shard | None] = {}
 _NOT_YET = not_measured("not measured yet")
-
-
-@dataclass
-class _Counters:
-    """The counters of one module. `applied` counts the rows that requested the adapter and ran with it; of the sampled
-    ones `error`, `reference`, `output` and `bound` are sums of squares, `product` is Σ⟨output, reference⟩."""
-
-    applied: int = 0
-    routed: int | None = None
-    """How many of the rows that requested the adapter were meant for this module; None: all of them."""
-    sampled: int = 0
-    error: float = 0.0
-    reference: float = 0.0
-    output: float = 0.0
-    width: int = 0
-    product: float = 0.0
-    worst_row: float = 0.0
-    bound: float = 0.0
-    finite: bool = True
 
 
 class LoadRecord:
@@ -68,14 +48,15 @@ class LoadRecord:
     ) -> None:
         self.adapter, self.expected = adapter, expected
         self._writer, self._dtype = writer, dtype
+        self._running: WeightsRecord | None = None
         self._load = replace(load, modules=len(expected))
         self._requested = 0
         self._requests = RequestFindings(writer, load.load, load.name)
         self._began: float | None = None
         self._reported = 0.0
         self._urgent = False
-        self._counters: dict[Key, _Counters] = {}
-        self._shrinks: dict[Key, _Counters] = {}
+        self._counters: dict[Key, Counters] = {}
+        self._shrinks: dict[Key, Counters] = {}
         self._ended: set[Key] = set()
         self._elsewhere: set[Key] = set()
         self._written: dict[tuple[Station, Key], Finding] = {}
@@ -119,6 +100,7 @@ class LoadRecord:
                     expected_by=list(row.expected_by),
                     stored_as=pair.stored_as if pair else None,
                     engine_as=engine_as.get(row.key),
+                    dtype=_dtype_of(pair) if pair is not None else "",
                     rank=pair.rank if pair else None,
                     scaling=pair.scaling if pair else None,
                     norm=finite(row.spectrum.norm) if row.spectrum else None,
@@ -126,6 +108,8 @@ class LoadRecord:
                     shard=shards.get(row.key),
                 )
             )
+        if stored := fingerprints_of(self.adapter, self.expected):
+            self._writer.record(weights_record(self.number, stored, in_file=True))
         self._station_of("stored", {row.key: row.stored for row in self.expected})
         absent = [row.key for row in self.expected if row.entry is None]
         self._ended.update(absent)
@@ -167,6 +151,14 @@ class LoadRecord:
         self._load = replace(self._load, reloads=self._load.reloads + 1)
         if self._load.reloads.bit_count() == 1:
             self._writer.record(self._load)
+
+    def running_with(self, fingerprints: Mapping[Key, Floats]) -> None:
+        """Write the weights that the modules run with, as fingerprints, when its slots were filled. A server may fill
+        them again and again, with the same weights."""
+        record = weights_record(self.number, fingerprints) if fingerprints else None
+        if record is not None and record != self._running:
+            self._writer.record(record)
+            self._running = record
 
     def leave_to_another_rank(self, keys: Iterable[Key]) -> None:
         """Another rank judges these modules: from now on nothing is written for them."""
@@ -231,32 +223,15 @@ class LoadRecord:
         """Compare this rank's part of x·Aᵀ, where the contribution is made of those of all ranks. It is judged apart: a
         contribution is much smaller. `x: [rows, in]`, `shrink: [rows, r]`, `a: [r, in]`."""
         size = np.asarray(np.abs(x) @ np.abs(a).T, np.float32)
-        self._count(self._shrinks.setdefault(key, _Counters()), shrink, np.asarray(x @ a.T, np.float32), size)
+        self._count(self._shrinks.setdefault(key, Counters()), shrink, np.asarray(x @ a.T, np.float32), size)
 
     def compare(self, key: Key, delta: Floats, reference: Floats, size: Floats) -> None:
         """Compare a contribution with what it should be, `[rows, out]` each. `size` is what round-off is a share of."""
         self._count(self._counters_of(key), delta, reference, size)
 
-    def _count(self, counters: _Counters, delta: Floats, reference: Floats, size: Floats) -> None:
-        counters.sampled += len(delta)
-        if not (np.isfinite(delta).all() and np.isfinite(reference).all()):
-            counters.finite = False
-            self._urgent = True
-            return
-        errors = np.linalg.norm(delta - reference, axis=-1)
-        sizes = np.linalg.norm(reference, axis=-1)
-        bound = np.linalg.norm(size, axis=-1)
-        counters.bound += float(np.square(bound, dtype=np.float64).sum())
-        counters.error += float(np.square(errors, dtype=np.float64).sum())
-        counters.reference += float(np.square(reference, dtype=np.float64).sum())
-        counters.width = delta.shape[-1]
-        counters.output += float(np.square(delta, dtype=np.float64).sum())
-        counters.product += float((delta.astype(np.float64) * reference).sum())
-        rows = sizes > 0
-        if rows.any():
-            worst_row = float((errors[rows] / sizes[rows]).max())
-            counters.worst_row = max(counters.worst_row, worst_row)
-            self._urgent = self._urgent or worst_row > agrees_tolerance(self._dtype)
+    def _count(self, counters: Counters, delta: Floats, reference: Floats, size: Floats) -> None:
+        count(counters, delta, reference, size)
+        self._urgent = self._urgent or not counters.finite or counters.worst_row > agrees_tolerance(self._dtype)
 
     def so_far(self) -> None:
         """Write the findings of `applied` and `agrees` so far, if they are new, and what went wrong for requests.
@@ -326,16 +301,16 @@ class LoadRecord:
                 agrees[row.key] = not_measured(reason)
                 continue
             agrees[row.key] = self._agrees(row.key, counters)
-            facts[path_of(row.key)] = [_relative(counters), counters.worst_row, counters.sampled]
+            facts[path_of(row.key)] = [relative_error(counters), counters.worst_row, counters.sampled]
         self._station_of("applied", applied)
         self._station_of("agrees", agrees)
         if facts:
             worst, (error, *_) = max(facts.items(), key=lambda item: item[1][0])
             where, source = name_modules([worst]), self.adapter.source
             text = f"recomputed {len(facts)} modules from {source}: worst relative error {error:.2g}, {where}"
-            self._writer.event("agree", text, errors=facts, tolerance=agrees_tolerance(self._dtype))
+            self._writer.event("agree", text, load=self.number, errors=facts, tolerance=agrees_tolerance(self._dtype))
 
-    def _applied(self, counters: _Counters) -> Finding:
+    def _applied(self, counters: Counters) -> Finding:
         requested = self._requested if counters.routed is None else counters.routed
         if not requested:
             return not_measured("no token of a request with the adapter reached it")
@@ -343,23 +318,23 @@ class LoadRecord:
             return never_applied(requested)
         return rows_missed(counters.applied, requested) if counters.applied != requested else OK
 
-    def _agrees(self, key: Key, counters: _Counters) -> Finding:
+    def _agrees(self, key: Key, counters: Counters) -> Finding:
         finding, shrink = self._judged(counters), self._shrinks.get(key)
         return finding if shrink is None else worse(finding, self._judged(shrink))
 
-    def _judged(self, counters: _Counters) -> Finding:
+    def _judged(self, counters: Counters) -> Finding:
         limit = agrees_tolerance(self._dtype)
         if not counters.finite:
             return not_finite_output()
         if not counters.sampled:
             return not_measured("no row of this module was sampled")
-        error = _relative(counters)
+        error = relative_error(counters)
         if error > limit and counters.sampled < ENOUGH_ROWS and counters.error <= limit**2 * counters.bound:
             return not_measured(f"{counters.sampled} sampled rows are too few to judge an error of {error:.2g}")
-        return kernel_differs(error, limit, counters.sampled, _factor(counters, limit)) if error > limit else OK
+        return kernel_differs(error, limit, counters.sampled, common_factor(counters, limit)) if error > limit else OK
 
-    def _counters_of(self, key: Key) -> _Counters:
-        return self._counters.setdefault(key, _Counters())
+    def _counters_of(self, key: Key) -> Counters:
+        return self._counters.setdefault(key, Counters())
 
     def _replace(self, **changes: Any) -> None:
         self._load = replace(self._load, **changes)
@@ -385,16 +360,6 @@ class LoadRecord:
             self._writer.station(self.number, station, finding, keys)
 
 
-def _relative(counters: _Counters) -> float:
-    """Error over all sampled rows of a module; a zero reference with a non-zero delta is infinitely wrong."""
-    if counters.reference == 0:
-        return 0.0 if counters.error == 0 else float("inf")
-    return float(np.sqrt(counters.error / counters.reference))
-
-
-def _factor(counters: _Counters, limit: float) -> float | None:
-    """By which factor the outputs of all sampled rows differ from their references; None if it is not one factor."""
-    if not counters.reference or counters.width == 1 or counters.sampled < ENOUGH_ROWS:
-        return None
-    factor = counters.product / counters.reference
-    return factor if abs(counters.output - factor * counters.product) <= limit**2 * counters.output else None
+def _dtype_of(pair: AdapterModule) -> str:
+    """The coarser dtype of A and B in the file; empty if they are no floats."""
+    return coarser(*(half.dtype for half in (pair.a, pair.b) if half is not None and half.dtype in FLOATS))

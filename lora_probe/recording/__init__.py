@@ -32,6 +32,7 @@ from lora_probe.recording.records import (
     Served,
     Shard,
     StationRecord,
+    WeightsRecord,
 )
 from lora_probe.recording.rows import Rows
 from lora_probe.recording.scored import Scored
@@ -69,6 +70,7 @@ __all__ = [
     "StationRecord",
     "Trace",
     "TraceWriter",
+    "WeightsRecord",
     "open_trace",
     "write_json",
 ]

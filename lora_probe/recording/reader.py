@@ -22,6 +22,8 @@ from lora_probe.files import shown
 from lora_probe.ledger import Finding, Ledger, Row, Station, completed, worse
 from lora_probe.names import Key
 from lora_probe.recording.documents import document
+from lora_probe.recording.fingerprint import fingerprints_in
+from lora_probe.recording.placed import Floats
 from lora_probe.recording.process_trace import Dropped, ProcessTrace, open_process, refuse_deep, refuse_newer
 from lora_probe.recording.ranks import Shards, joined_ranks
 from lora_probe.recording.records import (
@@ -189,6 +191,16 @@ class Trace:
             for module in process.of(ModuleRecord):
                 records.setdefault((module.load, module.key), module)
         return records
+
+    @cached_property
+    def fingerprints(self) -> Mapping[int, Mapping[Key, Floats]]:
+        """The weights that each load ran with, by its number and by module, as fingerprints (`fingerprint.py`)."""
+        return fingerprints_in(self.workers)
+
+    @cached_property
+    def file_fingerprints(self) -> Mapping[int, Mapping[Key, Floats]]:
+        """The weights in the file of each load."""
+        return fingerprints_in(self.workers, in_file=True)
 
     @cached_property
     def rows(self) -> Rows | None:

@@ -159,8 +159,8 @@ class Shard(msgspec.Struct, frozen=True):
 
 
 class ModuleRecord(msgspec.Struct, frozen=True, tag="module", tag_field="kind"):
-    """One row of a load's ledger before its stations: names, shapes and the strength of its ΔW. `shard` is None if the
-    process has the whole module."""
+    """One row of a load's ledger before its stations: names, shapes and the strength of its ΔW. `dtype` is the coarser
+    one of A and B in the file, as safetensors spell it. `shard` is None if the process has the whole module."""
 
     load: int
     module: str
@@ -173,6 +173,7 @@ class ModuleRecord(msgspec.Struct, frozen=True, tag="module", tag_field="kind"):
     scaling: float | None = None
     norm: float | None = None
     effective_rank: float | None = None
+    dtype: str = ""
     shard: Shard | None = None
 
     @property
@@ -246,7 +247,17 @@ class Outcome(msgspec.Struct, frozen=True, tag="outcome", tag_field="kind"):
         return self.outcome in ("changes", "as trained")
 
 
-Record = LoadEvent | Load | ModuleRecord | StationRecord | RequestFinding | NextTokens | Outcome
+class WeightsRecord(msgspec.Struct, frozen=True, tag="weights", tag_field="kind"):
+    """The weights of a load at some modules: a fingerprint of s·B·A for each of `keys`, float32 (`fingerprint.py`).
+    They are the live ones, when its slots were filled, or those of the file."""
+
+    load: int
+    keys: list[Key]
+    fingerprints: bytes
+    in_file: bool = False
+
+
+Record = LoadEvent | Load | ModuleRecord | StationRecord | RequestFinding | NextTokens | Outcome | WeightsRecord
 KINDS = frozenset(str(kind.__struct_config__.tag) for kind in get_args(Record))
 """The kinds of records that this version knows. Readers skip lines of other kinds."""
 

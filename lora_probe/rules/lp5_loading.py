@@ -5,7 +5,7 @@ from __future__ import annotations
 from lora_probe.rules.paths import difference
 from lora_probe.rules.registry import Family, rule
 
-FAMILY = Family("LP5", "loading, in a running engine", commands="trace", in_check=False)
+FAMILY = Family("LP5", "loading, in a running engine", commands="trace, compare", in_check=False)
 
 
 @rule(

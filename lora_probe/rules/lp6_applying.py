@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from lora_probe.precision import factor_text
 from lora_probe.rules.registry import Family, rule
 
-FAMILY = Family("LP6", "applying, in a running engine", commands="trace", in_check=False)
+FAMILY = Family("LP6", "applying, in a running engine", commands="trace, compare", in_check=False)
 
 
 @dataclass(frozen=True)

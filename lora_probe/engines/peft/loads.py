@@ -24,6 +24,7 @@ from lora_probe.engines.peft.slots import ADAPTER, Slot, judge, multiplied, slot
 from lora_probe.ledger import OK, Finding
 from lora_probe.names import PREFIX, Key
 from lora_probe.recording import NamedAdapter, Placed, RunSpec, TraceWriter
+from lora_probe.recording.fingerprint import fingerprint
 from lora_probe.recording.placed import digest_of
 from lora_probe.rules.lp2_names import odd_ending
 from lora_probe.rules.lp5_loading import name_without_home, no_lora_layer, not_taken
@@ -184,13 +185,13 @@ class ActiveLoad:
         return {key: slot for key, slot in wrappers.items() if slot is not None}
 
     def placed(self, keys: tuple[Key, ...]) -> Placed:
-        """G and digests of the live weights at `keys`, padded to the largest rank."""
+        """G and digests of the live weights at `keys`, padded to the largest rank. Their fingerprints are written."""
         slots = [self.slots[key[0]] for key in keys]
-        held = [(*multiplied(slot, self.pairs[key]), slot.scaling) for key, slot in zip(keys, slots, strict=True)]
-        rank = max((b.shape[1] for _, b, _ in held), default=0)
-        grams, digests = np.zeros((len(keys), rank, rank), np.float32), []
-        for number, (a, b, scaling) in enumerate(held):
-            own = b.shape[1]
-            grams[number, :own, :own] = gram(b, scaling)
-            digests.append(digest_of(a, b * np.float32(scaling)))
-        return Placed(tuple(digests), grams)
+        held = [multiplied(slot, self.pairs[key]) for key, slot in zip(keys, slots, strict=True)]
+        weights = [(a, b * np.float32(slot.scaling)) for (a, b), slot in zip(held, slots, strict=True)]
+        rank = max((b.shape[1] for _, b in held), default=0)
+        grams = np.zeros((len(keys), rank, rank), np.float32)
+        for number, ((_, b), slot) in enumerate(zip(held, slots, strict=True)):
+            grams[number, : b.shape[1], : b.shape[1]] = gram(b, slot.scaling)
+        self.record.running_with({key: fingerprint(*pair) for key, pair in zip(keys, weights, strict=True)})
+        return Placed(tuple(digest_of(*pair) for pair in weights), grams)

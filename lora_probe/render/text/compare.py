@@ -1,6 +1,7 @@
 """`compare` as text: two traces.
 
-In: a `Comparison`. Out: rich renderables: both headlines, relative errors, tokens, first divergence, verdict.
+In: a `Comparison`. Out: rich renderables: the verdict and its causes, both headlines, relative errors and their parts,
+answers, first divergence.
 """
 
 from __future__ import annotations
@@ -9,33 +10,47 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
+from rich.table import Table
 
 from lora_probe.ledger import headline
-from lora_probe.names import Key, Universe, in_words, name_modules, path_of
+from lora_probe.names import in_words
 from lora_probe.render.cells import assemble, paragraphs, words
 from lora_probe.render.tables import grid
 
 if TYPE_CHECKING:
-    from lora_probe.comparison import Comparison, Comparisons
+    from lora_probe.comparison import Cause, Comparison, Comparisons
     from lora_probe.comparison.joined import RequestDiff
     from lora_probe.recording import Trace
 
+SIDES = ("reference", "candidate")
+MOST_MODULES = 12
+"""Modules whose parts are listed."""
+_PARTS = "where the difference comes from, relative to the reference's contribution (?: cannot be separated)"
+
 
 def comparison(result: Comparison) -> RenderableType:
-    """The whole comparison."""
-    parts: list[RenderableType] = []
-    traces = {"reference": result.reference, "candidate": result.candidate}
-    for (side, trace), ledger in zip(traces.items(), result.ledgers, strict=True):
+    """The verdict with its causes, then what proves it, then the tables."""
+    parts: list[RenderableType] = [_verdict(result)]
+    for number, cause in enumerate(result.causes):
+        parts += _cause(result, cause, number)
+    parts.append(words(""))
+    for (side, trace), ledger in zip(zip(SIDES, result.traces, strict=True), result.ledgers, strict=True):
         style = "green" if ledger.healthy else "bold red"
         parts.append(assemble((f"{side} ", "bold"), f"{trace.path} ({_run_in(trace)}): ", (headline(ledger), style)))
     parts += [words(f"note: {note}", style="bold yellow") for note in result.notes]
-    parts += [words(f"cause: {weights.text}", style="bold red") for weights in result.weights]
     parts.append(words(""))
     if result.modules:
-        parts += [_errors(result), *_estimates(result), words("")]
-    if result.requests:
-        parts.append(_tokens(result))
-    return Group(*parts, _first_divergence(result), _verdict(result))
+        parts += [_errors(result), *_estimates(result), *_parts(result), words("")]
+    parts += _answered(result)
+    return Group(*parts, _first_divergence(result))
+
+
+def _cause(result: Comparison, cause: Cause, number: int) -> Iterable[RenderableType]:
+    label = "cause" if not number else "also"
+    side = f", {cause.side}" if cause.side in SIDES else ", both runs" if cause.side == "both" else ""
+    yield words(f"{label} ({cause.code} {cause.name}{side}): {cause.message}", style="bold red")
+    yield from (words(f"  {line}") for line in cause.evidence)
+    yield words(f"  hint: {cause.hint}")
 
 
 def comparisons(result: Comparisons) -> RenderableType:
@@ -86,8 +101,45 @@ def _estimates(result: Comparison) -> Iterable[RenderableType]:
         yield words(f"some errors are estimated from norms, because {result.estimated}", style="dim")
 
 
-def _tokens(result: Comparison) -> RenderableType:
-    return paragraphs("\n".join(f"prompt {diff.prompt + 1}: {_answers(result, diff)}" for diff in result.requests))
+def _parts(result: Comparison) -> Iterable[RenderableType]:
+    """The parts of the difference of each module that exceeds the tolerance, or that adds to it by itself."""
+    shown = [diff for diff in result.modules if diff.parts is not None and diff.status == "differs"]
+    if not shown:
+        return
+    names = ("weights", "routing", "arithmetic", "upstream")
+    table = Table("module", *names, "error", box=None)
+    for diff in shown[:MOST_MODULES]:
+        values = [getattr(diff.parts, name) for name in names]
+        cells = ["?" if value is None else "-" if not value else f"{value:.1e}" for value in (*values, diff.error)]
+        table.add_row(result.name(diff.key), *cells)
+    yield words("")
+    yield words(_PARTS)
+    yield table
+    if len(shown) > MOST_MODULES:
+        yield words(f"and {len(shown) - MOST_MODULES} more modules", style="dim")
+    exact = [diff.parts.arithmetic for diff in shown if diff.parts is not None and diff.parts.exact]
+    if bounds := [arithmetic for arithmetic in exact if arithmetic is not None]:
+        text = "weights, routing and upstream add up to the difference within the engines' arithmetic"
+        yield words(f"{text}, {max(bounds):.1e} ({len(bounds)} of {len(shown)} modules)", style="dim")
+
+
+def _answered(result: Comparison) -> Iterable[RenderableType]:
+    """The answers of both runs, and how far each run agrees with itself."""
+    lines = [f"prompt {diff.prompt + 1}: {_answers(result, diff)}" for diff in result.requests]
+    outputs = result.outputs
+    for name, of_kind in (("adapter", outputs.adapter), ("base", outputs.base)):
+        if of_kind.kl is not None and of_kind.top1 is not None:
+            lines.append(f"{name}: KL {of_kind.kl:.2g} nats per token, same most likely token in {of_kind.top1:.1%}")
+        elif name == "base" and of_kind.logprob_error is not None:
+            lines.append(f"base: largest logprob difference {of_kind.logprob_error:.1e}")
+    if outputs.survives is not None:
+        lines.append(f"the candidate keeps {outputs.survives:.2%} of the adapter's effect on the next token")
+    for side, repeats in zip(SIDES, result.repeats, strict=True):
+        if repeats:
+            own = ", ".join(f"{kind} {of_kind.logprob_error:.1e}" for kind, of_kind in repeats.items())
+            lines.append(f"{side}, the same request repeated: largest logprob difference {own}")
+    if lines:
+        yield paragraphs("\n".join(lines))
 
 
 def _answers(result: Comparison, diff: RequestDiff) -> str:
@@ -112,7 +164,7 @@ def _first_divergence(result: Comparison) -> RenderableType:
         return words("no row of any module exceeds the tolerance" if result.rows else "no rows were compared")
     first = result.first
     token = f"answer token {first.token + 1}" if first.token >= 0 else f"prompt token {first.position + 1}"
-    where = f"{_name(result, first.key)}, prompt {first.prompt + 1}, {token}"
+    where = f"{result.name(first.key)}, prompt {first.prompt + 1}, {token}"
     whole = next((diff.error for diff in result.modules if diff.key == first.key), None)
     all_rows = "" if whole is None else f" in this row, {whole:.1e} over all rows"
     return words(f"first divergence: {where}: error {first.error:.1e}{all_rows}", style="bold red")
@@ -120,29 +172,12 @@ def _first_divergence(result: Comparison) -> RenderableType:
 
 def _verdict(result: Comparison) -> RenderableType:
     worst = result.worst
-    about = f"; worst module {_name(result, worst.key)}: {worst.error:.1e}" if worst and worst.error is not None else ""
+    about = f"; worst module {result.name(worst.key)}: {worst.error:.1e}" if worst and worst.error is not None else ""
+    rounding = f", of {result.tolerance:.1e} that rounding may cause" if about else ""
+    different = sum(diff.status != "ok" for diff in result.modules)
     text = {
-        "agree": f"the traces agree on {len(result.modules)} modules{about}",
-        "differ": f"the traces differ: {_what_differs(result)}{about}",
+        "agree": f"the traces agree on {len(result.modules)} modules{about}{rounding}",
+        "differ": f"the traces differ: {different} of {len(result.modules)} modules exceed the tolerance{about}",
         "undecided": f"undecided: not everything could be compared{about}",
     }[result.verdict]
     return words(text, style="bold green" if result.verdict == "agree" else "bold red")
-
-
-def _what_differs(result: Comparison) -> str:
-    different = sum(diff.status != "ok" for diff in result.modules)
-    total = len(result.modules)
-    if result.adapters:
-        exceeding = f"{different} of {total} modules exceed" if different else "no module exceeds"
-        return f"the runs loaded different adapters; {exceeding} the tolerance"
-    if result.weights:
-        return f"the weights in the engines; {different} of {total} modules exceed the tolerance"
-    if different:
-        return f"{different} of {total} modules"
-    if any(not ledger.healthy for ledger in result.ledgers):
-        return "in their ledgers"
-    return "in their answers"
-
-
-def _name(result: Comparison, key: Key) -> str:
-    return name_modules([path_of(key)], Universe(tuple(path_of(diff.key) for diff in result.modules)))

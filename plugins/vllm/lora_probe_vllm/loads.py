@@ -17,7 +17,8 @@ from lora_probe.engines.load_record import LoadRecord
 from lora_probe.errors import ProbeError
 from lora_probe.ledger import OK, Finding
 from lora_probe.names import Key
-from lora_probe.recording import Load, Placed, TraceWriter
+from lora_probe.recording import Floats, Load, Placed, TraceWriter
+from lora_probe.recording.fingerprint import fingerprint
 from lora_probe.recording.placed import digest_of
 from lora_probe.rules.lp5_loading import name_without_home, no_lora_layer, not_measured, not_taken
 from lora_probe.rules.stored import Expected, expect
@@ -185,38 +186,41 @@ class ActiveLoad:
         return filled
 
     def contents(self, keys: Iterable[Key]) -> SlotContents:
-        """The contents of the slot at `keys`, modules of this load. They are read once, when the slot was filled."""
+        """The contents of the slot at `keys`, modules of this load. They are read once, when the slot was filled; their
+        fingerprints are written."""
         assert self.slot is not None
-        grams, digests = {}, {}
+        grams, digests, fingerprints = {}, {}, {}
         for key in keys:
             if (held := slot_values(self.homes[key], self.slot)) is None:
                 continue
             a, b = held[0].float(), held[1].float()
             grams[key] = (b.T @ b).to(self.homes[key].layer.lora_a_stacked[0].device)
             entry = self.pairs[key].entry
-            if self.homes[key].shard is not None:
-                digests[key] = self._digest_of_whole(key, held[0].dtype)
-                continue
             own = (entry.rank if entry else None) or b.shape[1]
-            digests[key] = digest_of(a[:own].numpy(), b[:, :own].numpy())
+            pair: tuple[Floats, Floats] | None = (a[:own].numpy(), b[:, :own].numpy())
+            if self.homes[key].shard is not None:
+                pair = self._whole(key, held[0].dtype)
+            if pair is not None:
+                digests[key], fingerprints[key] = digest_of(*pair), fingerprint(*pair)
+        self.record.running_with(fingerprints)
         return SlotContents(grams, digests)
 
-    def _digest_of_whole(self, key: Key, dtype: torch.dtype) -> str:
-        """The digest that a single rank would have, if this one has exactly its part of the adapter; "" otherwise."""
+    def _whole(self, key: Key, dtype: torch.dtype) -> tuple[Floats, Floats] | None:
+        """A and s·B as a single rank would have them, if this one has exactly its part of the adapter."""
         assert self.slot is not None
         entry = self.pairs[key].entry
         try:
             expected = self.placement(key)
             if entry is None or judge(expected, self.homes[key], self.slot, "", "") != OK:
-                return ""
+                return None
             values = self.record.adapter.values
             assert entry.a is not None
             assert entry.b is not None
             whole = Placement(values(entry.a), values(entry.b), entry.scaling)
         except ProbeError:
-            return ""
+            return None
         a, b = (half.float().numpy() for half in whole.replayed(dtype))
-        return digest_of(a, b)
+        return a, b
 
 
 @dataclass(frozen=True)

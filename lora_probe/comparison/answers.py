@@ -1,0 +1,191 @@
+"""What a difference does to the answers: tokens, log-probabilities, and next-token distributions if they were scored.
+
+In: the requests that two runs have in common, for the adapter and for its base. Out: `Outputs`; and, for requests that
+a run has several times, how far its answers to the same tokens are apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+
+from lora_probe.comparison.effect import divergence
+from lora_probe.comparison.joined import RequestDiff, common
+from lora_probe.errors import ProbeError
+from lora_probe.precision import floor
+from lora_probe.recording import Floats, RequestRecord, Score, Scored, Trace
+
+
+@dataclass(frozen=True)
+class FirstToken:
+    """The first token that both runs choose differently: the prompt, its index in the answer, and both ids (None if an
+    answer ends before it)."""
+
+    prompt: int
+    token: int
+    reference: int | None
+    candidate: int | None
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Answers of both runs, up to the first token that differs: `same` of `tokens` tokens that were not forced are the
+    same. `logprob_error` is the largest difference of the log-probabilities of the common tokens.
+
+    With scored passes, over the same tokens in both: `kl` is the mean of KL(p‖q) in nats, reference p and candidate q,
+    and `top1` the share of tokens whose most likely successor is the same.
+    """
+
+    tokens: int = 0
+    same: int = 0
+    logprob_error: float | None = None
+    kl: float | None = None
+    top1: float | None = None
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """The answers of the adapter and of its base in both runs. `survives` is the share of the adapter's effect on the
+    next tokens that is left in the candidate, as in `parity`: 1 - sqrt(KL(p‖q) / KL(p‖base)); None if it was not
+    scored, or if there is no effect."""
+
+    adapter: Agreement
+    base: Agreement
+    first_token: FirstToken | None
+    survives: float | None
+
+
+@dataclass(frozen=True)
+class Repeats:
+    """The same request, several times in one run: the largest difference between the log-probabilities of the tokens
+    that its answers have in common, and whether all answers have the same tokens."""
+
+    requests: int
+    logprob_error: float
+    same_tokens: bool
+
+
+def outputs(
+    reference: Trace,
+    candidate: Trace,
+    requests: Sequence[RequestDiff],
+    of_base: Sequence[RequestDiff],
+    dtype: str,
+) -> Outputs:
+    """Both runs' answers beside each other.
+
+    Raises:
+        ProbeError: the vocabularies of the scored passes differ.
+        UnreadableFile: a scored pass is damaged.
+    """
+    kinds: dict[str, tuple[float | None, float | None]] = {}
+    for kind in ("adapter", "base"):
+        kinds[kind] = _scored(list(_pairs(reference, candidate, kind)))
+    first = next((_first_token(request) for request in requests if not request.equal), None)
+    adapter, base = _agreement(reference, candidate, requests), _agreement(reference, candidate, of_base)
+    effect = _effect(reference)
+    kl, top1 = kinds["adapter"]
+    kept = kl is not None and effect is not None and np.isfinite(effect) and effect >= floor(dtype)
+    return Outputs(
+        Agreement(adapter.tokens, adapter.same, adapter.logprob_error, kl, top1),
+        Agreement(base.tokens, base.same, base.logprob_error, *kinds["base"]),
+        first,
+        1 - float(np.sqrt(kl / effect)) if kept and kl is not None and effect is not None else None,
+    )
+
+
+def repeats(trace: Trace) -> dict[str, Repeats]:
+    """What a run answered to requests that it has several times: of the `adapter`, and of the `base`."""
+    groups: dict[tuple[str | None, tuple[int, ...]], list[RequestRecord]] = {}
+    for request in trace.requests:
+        groups.setdefault((request.adapter, tuple(request.prompt_ids)), []).append(request)
+    results: dict[str, Repeats] = {}
+    for kind in ("adapter", "base"):
+        again = [group for (name, _), group in groups.items() if (name is None) == (kind == "base") and len(group) > 1]
+        if again:
+            pairs = [pair for group in again for pair in combinations(group, 2)]
+            errors = [error for one, two in pairs if (error := _logprob_error(one, two)) is not None]
+            same = all(one.output_ids == two.output_ids for one, two in pairs)
+            results[kind] = Repeats(sum(map(len, again)), max(errors, default=0.0), same)
+    return results
+
+
+def _agreement(reference: Trace, candidate: Trace, requests: Iterable[RequestDiff]) -> Agreement:
+    tokens = same = 0
+    errors = []
+    for request in requests:
+        forced = max(reference.forced(request.reference), candidate.forced(request.candidate))
+        # After the first token that differs, the runs see other tokens.
+        compared = min(request.same_tokens + (not request.equal), len(request.reference.output_ids))
+        tokens += max(compared - forced, 0)
+        same += max(request.same_tokens - forced, 0)
+        if request.logprob_error is not None:
+            errors.append(request.logprob_error)
+    return Agreement(tokens, same, max(errors, default=None))
+
+
+def _first_token(request: RequestDiff) -> FirstToken:
+    at = request.same_tokens
+    answers = request.reference.output_ids, request.candidate.output_ids
+    one, two = (answer[at] if at < len(answer) else None for answer in answers)
+    return FirstToken(request.prompt, at, one, two)
+
+
+def _logprob_error(one: RequestRecord, two: RequestRecord) -> float | None:
+    same = common(one.output_ids, two.output_ids)
+    both = zip(one.logprobs[:same], two.logprobs[:same], strict=False)
+    return max((abs(a - b) for a, b in both if a is not None and b is not None), default=None)
+
+
+def _pairs(reference: Trace, candidate: Trace, kind: str) -> Iterator[tuple[Scored, Scored]]:
+    """The scored passes of both runs over the same prompt."""
+    others = {tuple(scored.score.prompt_ids): scored for scored in candidate.scores if scored.score.kind == kind}
+    for scored in reference.scores:
+        other = others.get(tuple(scored.score.prompt_ids))
+        if scored.score.kind == kind and other is not None:
+            yield scored, other
+
+
+def _scored(pairs: Sequence[tuple[Scored, Scored]]) -> tuple[float | None, float | None]:
+    """The mean KL of the pairs in nats, and how often the most likely token is the same."""
+    divergences, same = [], []
+    for one, two in pairs:
+        p, q = one.logprobs(), two.logprobs()
+        rows = _common_rows(one.score, two.score)
+        if p is None or q is None or not rows:
+            continue
+        _refuse_other_vocabulary(one, two, p, q)
+        divergences.append(divergence(p[:rows], q[:rows]))
+        same.append(p[:rows].argmax(-1) == q[:rows].argmax(-1))
+    if not divergences:
+        return None, None
+    return float(np.concatenate(divergences).mean()), float(np.concatenate(same).mean())
+
+
+def _effect(trace: Trace) -> float | None:
+    """The mean KL of adapter and base over the scored passes of a run."""
+    return _scored(list(_with_base(trace)))[0]
+
+
+def _with_base(trace: Trace) -> Iterator[tuple[Scored, Scored]]:
+    bases = {tuple(s.score.prompt_ids): s for s in trace.scores if s.score.kind == "base"}
+    for scored in trace.scores:
+        other = bases.get(tuple(scored.score.prompt_ids))
+        if scored.score.kind == "adapter" and other is not None:
+            yield scored, other
+
+
+def _common_rows(one: Score, two: Score) -> int:
+    """Row n is the distribution after the first n tokens of an answer."""
+    return min(common(one.answer_ids, two.answer_ids) + 1, len(one.answer_ids), len(two.answer_ids))
+
+
+def _refuse_other_vocabulary(one: Scored, two: Scored, p: Floats, q: Floats) -> None:
+    if p.shape[1] != q.shape[1]:
+        raise ProbeError(
+            f"the vocabularies differ: {p.shape[1]} tokens in `{one.path}`, {q.shape[1]} in `{two.path}`",
+            "do both runs have the same base model?",
+        )

@@ -1,0 +1,120 @@
+"""The result of a comparison: `Comparison`, and each `Cause` of a difference.
+
+In: what `contributions` and `causes` find in two traces of one adapter. Out: the verdict over them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from lora_probe.comparison.adapters import AdapterDifference
+from lora_probe.comparison.answers import Outputs, Repeats
+from lora_probe.comparison.joined import RequestDiff
+from lora_probe.comparison.modules import ModuleDiff
+from lora_probe.comparison.prompts import PromptDifference
+from lora_probe.comparison.weights import WeightDifference
+from lora_probe.ledger import Ledger
+from lora_probe.names import Key, Universe, name_modules, path_of
+from lora_probe.precision import agrees
+from lora_probe.recording import Trace
+
+Side = Literal["reference", "candidate", "both", ""]
+SIDES: tuple[Side, Side] = ("reference", "candidate")
+
+
+@dataclass(frozen=True)
+class Cause:
+    """One cause. `side` is the run in which something is wrong, empty if the traces do not show which. `factor` is that
+    of the candidate's weights, if all modules have the same."""
+
+    code: str
+    name: str
+    message: str
+    hint: str
+    modules: tuple[Key, ...] = ()
+    factor: float | None = None
+    evidence: tuple[str, ...] = ()
+    side: Side = ""
+
+
+Verdict = Literal["agree", "differ", "undecided"]
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """The first row and module, in the order of computation, that exceeds the tolerance."""
+
+    prompt: int
+    position: int
+    token: int
+    key: Key
+    error: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The result of `compare`. Errors are relative to the reference.
+
+    `adapters` and `file_weights` are what is known to differ between the files of the two adapters (`files`: their
+    folders, None if they are the same; `unshared`: the modules that only one of them has), and `weights` between the
+    weights that runs of one file multiply with. `prompts` are texts that became other tokens, `unasked` how many
+    prompts each run answered without the adapter, and `repeats` how far each run agrees with itself. `estimated` is why
+    some errors are estimates (those that are not `exact`), empty if none is. `causes` explain a difference, the most
+    likely one first.
+    """
+
+    reference: Trace
+    candidate: Trace
+    ledgers: tuple[Ledger, Ledger]
+    dtype: str
+    tolerance: float
+    rows: int
+    modules: tuple[ModuleDiff, ...]
+    requests: tuple[RequestDiff, ...]
+    first: Divergence | None
+    outputs: Outputs
+    repeats: tuple[Mapping[str, Repeats], Mapping[str, Repeats]]
+    notes: tuple[str, ...] = ()
+    prompts: tuple[PromptDifference, ...] = ()
+    unasked: tuple[int, int] = (0, 0)
+    adapters: tuple[AdapterDifference, ...] = ()
+    files: tuple[str, str] | None = None
+    file_weights: tuple[WeightDifference, ...] = ()
+    unshared: tuple[tuple[Key, ...], tuple[Key, ...]] = ((), ())
+    weights: tuple[WeightDifference, ...] = ()
+    estimated: str = ""
+    causes: tuple[Cause, ...] = ()
+
+    @property
+    def traces(self) -> tuple[Trace, Trace]:
+        return self.reference, self.candidate
+
+    @property
+    def worst(self) -> ModuleDiff | None:
+        measured = [module for module in self.modules if module.error is not None]
+        return max(measured, key=lambda module: module.error or 0.0, default=None)
+
+    @property
+    def largest_own(self) -> ModuleDiff | None:
+        """The module that adds most to the difference by itself, if any adds more than rounding."""
+        own = [diff for diff in self.modules if diff.parts is not None and diff.parts.own > agrees(self.dtype)]
+        return max(own, key=lambda diff: diff.parts.own if diff.parts else 0.0, default=None)
+
+    @property
+    def differs(self) -> bool:
+        """Whether rows or answers differ, whatever the cause."""
+        diverged = any(not request.equal for request in self.requests) and self.dtype == "float32"
+        return diverged or any(module.status != "ok" for module in self.modules)
+
+    @property
+    def verdict(self) -> Verdict:
+        if self.causes:
+            return "differ"
+        judged = self.rows > 0 and all(ledger.healthy for ledger in self.ledgers)
+        return "agree" if judged and self.reference.complete and self.candidate.complete else "undecided"
+
+    def name(self, key: Key) -> str:
+        """A module in short, as no other module of the comparison is named."""
+        return name_modules([path_of(key)], Universe(tuple(path_of(diff.key) for diff in self.modules)))
