@@ -86,7 +86,7 @@ def adapter_differences(reference: Trace, candidate: Trace, limit: float) -> tup
     """How the adapters of two traces differ. Norms that differ by less than `limit` are the same, which allows for an
     adapter that was saved in another dtype. No difference means that none is known."""
     loads = _loads(reference, candidate)
-    if loads[0].digest == loads[1].digest:
+    if loads is None or loads[0].digest == loads[1].digest:
         return ()
     pairs = list(_pairs(reference, candidate, loads))
     groups: dict[tuple[Kind, float, float], list[tuple[Key, float, float]]] = {}
@@ -102,11 +102,14 @@ def adapter_differences(reference: Trace, candidate: Trace, limit: float) -> tup
 def different_files(reference: Trace, candidate: Trace) -> tuple[str, str] | None:
     """The folders of the two adapters if their files differ."""
     loads = _loads(reference, candidate)
-    return (loads[0].path, loads[1].path) if loads[0].digest != loads[1].digest else None
+    different = loads is not None and loads[0].digest != loads[1].digest
+    return (loads[0].path, loads[1].path) if different and loads is not None else None
 
 
-def _loads(reference: Trace, candidate: Trace) -> tuple[Load, Load]:
-    """The load of each trace: of the same adapter name if both have one, else the first."""
+def _loads(reference: Trace, candidate: Trace) -> tuple[Load, Load] | None:
+    """The load of each trace: of the same adapter name if both have one, else the first. None if a trace has none."""
+    if not reference.loads or not candidate.loads:
+        return None
     names = {load.name: load for load, _ in reversed(candidate.loads)}
     for load, _ in reference.loads:
         if load.name in names:

@@ -135,7 +135,8 @@ def _first_token(request: RequestDiff) -> FirstToken:
 
 
 def _logprob_error(one: RequestRecord, two: RequestRecord) -> float | None:
-    same = common(one.output_ids, two.output_ids)
+    # At the first token that differs both runs chose their most likely one, so these are compared too.
+    same = common(one.output_ids, two.output_ids) + 1
     both = zip(one.logprobs[:same], two.logprobs[:same], strict=False)
     return max((abs(a - b) for a, b in both if a is not None and b is not None), default=None)
 

@@ -42,10 +42,11 @@ def causes(comparison: Comparison) -> tuple[Cause, ...]:
         _unsteady,
         _prompts,
         _unasked,
+        _other_slots,
         _lost,
         _files,
         _weights,
-        _requests,
+        _contaminated,
         _wrong,
         _bases,
     )
@@ -199,10 +200,21 @@ def _behind(comparison: Comparison) -> Iterator[str]:
         yield f"largest error of its own: {comparison.name(own.key)}, {own.parts.own:.2g}"
 
 
-def _requests(comparison: Comparison) -> Iterator[Cause]:
+def _other_slots(comparison: Comparison) -> Iterator[Cause]:
+    """Rows that ran with another slot, or with what other weights computed: then all modules seem to be lost."""
+    yield from _of_requests(comparison, lambda code: code != "LP602")
+
+
+def _contaminated(comparison: Comparison) -> Iterator[Cause]:
+    """Rows of the base that got a contribution: the adapter's own rows may all be right."""
+    yield from _of_requests(comparison, lambda code: code == "LP602")
+
+
+def _of_requests(comparison: Comparison, wanted: Callable[[str], bool]) -> Iterator[Cause]:
     for side, trace in zip(SIDES, comparison.traces, strict=True):
         for record in trace.request_findings:
-            yield _of_request(record, side)
+            if wanted(record.code):
+                yield _of_request(record, side)
 
 
 def _of_request(record: RequestFinding, side: Side) -> Cause:

@@ -46,8 +46,8 @@ def compare_each(
         ProbeError: a trace has no load of an adapter, or no adapter is in both.
     """
     loads = [_newest(trace) for trace in (reference, candidate)]
-    for trace, of_trace in zip((reference, candidate), loads, strict=True):
-        if not of_trace:
+    for trace, of_trace, of_other in zip((reference, candidate), loads, reversed(loads), strict=True):
+        if not of_trace and not (of_other and trace.requests):
             raise ProbeError(
                 f"`{trace.path}` contains no load of an adapter", "trace an adapter first; see `lora-probe show`"
             )
@@ -58,8 +58,10 @@ def compare_each(
         known = ", ".join(dict.fromkeys((*loads[0], *loads[1])))
         raise ProbeError(f"neither trace has an adapter `{adapter}`", f"pass one of: {known}")
     if all(len(of_trace) < 2 for of_trace in loads):
-        (name,) = loads[0]
+        (name,) = loads[0] or loads[1]
         return Comparisons(reference, candidate, {name: compare_traces(reference, candidate, rtol)})
+    if not all(loads):
+        return _against_the_base(reference, candidate, rtol, adapter)
     pairs = list(_pairs(loads[0], loads[1], adapter))
     if not pairs:
         names = [in_words(list(of_trace)) for of_trace in loads]
@@ -90,6 +92,16 @@ def compare(reference: Trace, candidate: Trace, rtol: float | None = None, adapt
         raise ProbeError(f"the traces have several adapters: {names}", "pass one of them as `adapter`")
     (comparison,) = comparisons.by_adapter.values()
     return comparison
+
+
+def _against_the_base(reference: Trace, candidate: Trace, rtol: float | None, adapter: str | None) -> Comparisons:
+    """One of the runs answered without any adapter: each adapter of the other one against it."""
+    compared: dict[str, Comparison] = {}
+    for name in _newest(reference) or _newest(candidate):
+        if adapter in (None, name):
+            one, two = (of_adapter(trace, name) if trace.loads else trace for trace in (reference, candidate))
+            compared[name] = compare_traces(one, two, rtol)
+    return Comparisons(reference, candidate, compared)
 
 
 def _newest(trace: Trace) -> dict[str, Load]:

@@ -39,14 +39,13 @@ def weights_record(load: int, fingerprints: Mapping[Key, Floats], in_file: bool 
 
 
 def fingerprints_in(processes: Iterable[ProcessTrace], in_file: bool = False) -> dict[int, dict[Key, Floats]]:
-    """The fingerprints of the modules of each load, of its live weights or of those in its file. A module whose weights
-    changed while it was loaded has none: none would be right for all of its rows.
+    """The fingerprints of the modules of each load, of its live weights or of those in its file. Of weights that
+    changed while the load was active, the last ones count.
 
     Raises:
         UnreadableFile: a record has another number of values than modules.
     """
     weights: dict[int, dict[Key, Floats]] = {}
-    changed: list[tuple[int, Key]] = []
     for process in processes:
         for record in process.of(WeightsRecord):
             if record.in_file != in_file:
@@ -54,10 +53,5 @@ def fingerprints_in(processes: Iterable[ProcessTrace], in_file: bool = False) ->
             if len(record.fingerprints) != 4 * SIDE**2 * len(record.keys):
                 raise UnreadableFile(f"a record of weights in `{process.folder}` is damaged", "record the trace again")
             values = np.frombuffer(record.fingerprints, "<f4").reshape(-1, SIDE**2)
-            of_load = weights.setdefault(record.load, {})
-            for key, numbers in zip(record.keys, values, strict=True):
-                if not np.array_equal(of_load.setdefault(key, numbers), numbers, equal_nan=True):
-                    changed.append((record.load, key))
-    for load, key in changed:
-        weights[load].pop(key, None)
+            weights.setdefault(record.load, {}).update(zip(record.keys, values, strict=True))
     return weights

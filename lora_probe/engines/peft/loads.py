@@ -23,7 +23,7 @@ from lora_probe.engines.peft.models import first_lines, short
 from lora_probe.engines.peft.slots import ADAPTER, Slot, judge, multiplied, slot_of, slots_in
 from lora_probe.ledger import OK, Finding
 from lora_probe.names import PREFIX, Key
-from lora_probe.recording import NamedAdapter, Placed, RunSpec, TraceWriter
+from lora_probe.recording import Floats, NamedAdapter, Placed, RunSpec, TraceWriter
 from lora_probe.recording.fingerprint import fingerprint
 from lora_probe.recording.placed import digest_of
 from lora_probe.rules.lp2_names import odd_ending
@@ -160,7 +160,7 @@ class ActiveLoad:
         return OK
 
     def judge_slots(self, moment: str) -> None:
-        """`placed`: the live layers against the file."""
+        """`placed`: the live layers against the file; and the fingerprints of their weights."""
         self.record.station(
             "placed",
             {
@@ -169,6 +169,13 @@ class ActiveLoad:
                 if not self.record.ended(key)
             },
         )
+        weights = {key: self._multiplied(key, slot) for key, slot in self.recordable().items()}
+        self.record.running_with({key: fingerprint(*pair) for key, pair in weights.items()})
+
+    def _multiplied(self, key: Key, slot: Slot) -> tuple[Floats, Floats]:
+        """The live A and s·B of a module."""
+        a, b = multiplied(slot, self.pairs[key])
+        return a, b * np.float32(slot.scaling)
 
     def recordable(self) -> dict[Key, Slot]:
         """The slots that the hooks support."""
@@ -185,13 +192,10 @@ class ActiveLoad:
         return {key: slot for key, slot in wrappers.items() if slot is not None}
 
     def placed(self, keys: tuple[Key, ...]) -> Placed:
-        """G and digests of the live weights at `keys`, padded to the largest rank. Their fingerprints are written."""
-        slots = [self.slots[key[0]] for key in keys]
-        held = [multiplied(slot, self.pairs[key]) for key, slot in zip(keys, slots, strict=True)]
-        weights = [(a, b * np.float32(slot.scaling)) for (a, b), slot in zip(held, slots, strict=True)]
+        """G and digests of the live weights at `keys`, padded to the largest rank."""
+        held = [self._multiplied(key, self.slots[key[0]]) for key in keys]
         rank = max((b.shape[1] for _, b in held), default=0)
         grams = np.zeros((len(keys), rank, rank), np.float32)
-        for number, ((_, b), slot) in enumerate(zip(held, slots, strict=True)):
-            grams[number, : b.shape[1], : b.shape[1]] = gram(b, slot.scaling)
-        self.record.running_with({key: fingerprint(*pair) for key, pair in zip(keys, weights, strict=True)})
-        return Placed(tuple(digest_of(*pair) for pair in weights), grams)
+        for number, (_, b) in enumerate(held):
+            grams[number, : b.shape[1], : b.shape[1]] = gram(b, 1.0)
+        return Placed(tuple(digest_of(*pair) for pair in held), grams)

@@ -160,7 +160,8 @@ class ActiveLoad:
         return home is not None and home.slices > 1 and lora.get_lora(home.name) is not None
 
     def judge_slots(self, moment: str) -> None:
-        """`placed`: the slot compared with the values expected from the adapter."""
+        """`placed`: the slot compared with the values expected from the adapter; and the fingerprints of what it
+        holds."""
         assert self.slot is not None
         placed, source = {}, self.record.adapter.source
         for key, home in self.homes.items():
@@ -174,6 +175,7 @@ class ActiveLoad:
             except ProbeError as error:
                 placed[key] = not_measured(error.message)
         self.record.station("placed", placed)
+        self.record.running_with(self._fingerprints())
 
     def leftovers(self) -> list[str]:
         """The engine's modules that the adapter does not have, and whose slot is not empty."""
@@ -186,24 +188,35 @@ class ActiveLoad:
         return filled
 
     def contents(self, keys: Iterable[Key]) -> SlotContents:
-        """The contents of the slot at `keys`, modules of this load. They are read once, when the slot was filled; their
-        fingerprints are written."""
+        """The contents of the slot at `keys`, modules of this load. They are read once, when the slot was filled."""
         assert self.slot is not None
-        grams, digests, fingerprints = {}, {}, {}
+        grams, digests = {}, {}
         for key in keys:
             if (held := slot_values(self.homes[key], self.slot)) is None:
                 continue
-            a, b = held[0].float(), held[1].float()
+            b = held[1].float()
             grams[key] = (b.T @ b).to(self.homes[key].layer.lora_a_stacked[0].device)
-            entry = self.pairs[key].entry
-            own = (entry.rank if entry else None) or b.shape[1]
-            pair: tuple[Floats, Floats] | None = (a[:own].numpy(), b[:, :own].numpy())
-            if self.homes[key].shard is not None:
-                pair = self._whole(key, held[0].dtype)
-            if pair is not None:
-                digests[key], fingerprints[key] = digest_of(*pair), fingerprint(*pair)
-        self.record.running_with(fingerprints)
+            if (pair := self._pair_in_slot(key)) is not None:
+                digests[key] = digest_of(*pair)
         return SlotContents(grams, digests)
+
+    def _fingerprints(self) -> dict[Key, Floats]:
+        """Those of the slot, as far as its layers are recorded."""
+        keys = [key for key, home in self.homes.items() if home.recordable and not self.record.ended(key)]
+        pairs = {key: pair for key in keys if (pair := self._pair_in_slot(key)) is not None}
+        return {key: fingerprint(*pair) for key, pair in pairs.items()}
+
+    def _pair_in_slot(self, key: Key) -> tuple[Floats, Floats] | None:
+        """A and s·B of the whole module in the slot, at the rank of the adapter; None if it is not filled, or if this
+        rank has another part than that of the file."""
+        assert self.slot is not None
+        if (held := slot_values(self.homes[key], self.slot)) is None:
+            return None
+        if self.homes[key].shard is not None:
+            return self._whole(key, held[0].dtype)
+        entry = self.pairs[key].entry
+        own = (entry.rank if entry else None) or held[1].shape[1]
+        return held[0].float()[:own].numpy(), held[1].float()[:, :own].numpy()
 
     def _whole(self, key: Key, dtype: torch.dtype) -> tuple[Floats, Floats] | None:
         """A and s·B as a single rank would have them, if this one has exactly its part of the adapter."""
