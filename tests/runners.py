@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 TESTS = Path(__file__).parent
@@ -30,10 +31,12 @@ def environment(runner: str) -> dict[str, str]:
     return {"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1", "PYTHONPATH": str(TESTS / "v2")}
 
 
-def engine_tests(runner: str, python: str = sys.executable, *more: str) -> subprocess.CompletedProcess[str]:
+def engine_tests(
+    runner: str, python: str = sys.executable, *more: str, files: Sequence[str] = ENGINE_TESTS
+) -> subprocess.CompletedProcess[str]:
     """Run the engine tests in a process of their own."""
-    files = [str(TESTS / name) for name in ENGINE_TESTS]
-    command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:randomly", *files, *more]
+    paths = [str(TESTS / name) for name in files]
+    command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:randomly", *paths, *more]
     return subprocess.run(
         command, cwd=TESTS.parent, env=os.environ | environment(runner), capture_output=True, text=True
     )

@@ -19,7 +19,7 @@ from written import edited, write_adapter, write_base
 
 from lora_probe import check, open_trace
 from lora_probe.ledger import Ledger, headline
-from lora_probe.recording import Trace
+from lora_probe.recording import LoadEvent, Trace
 
 pytestmark = pytest.mark.engine
 
@@ -86,24 +86,51 @@ def served(adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
     cases += [{"name": f"fused {fault}", "path": fused, "fault": fault, "fused": True} for fault in faults]
     for name in ("only", "incomplete"):
         cases.append({"name": name, "path": str(adapters[name]), "fault": "", "fused": False})
+    return serve(adapters["base"], cases, folder, VLLM_ENABLE_V1_MULTIPROCESSING="0")
+
+
+def serve(base: Path, cases: list[dict[str, Any]], folder: Path, ranks: int = 1, **environment: str) -> Served:
+    """Run the adapters in an engine of their own."""
     settings = {
         "PYTHONPATH": str(V2),
         "TRITON_INTERPRET": "1",
         "VLLM_LOGGING_LEVEL": "ERROR",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "LORA_PROBE_KEEP": "shrink",
     }
-    wanted = {"base": str(adapters["base"]), "trace": str(folder), "adapters": cases}
+    wanted = {"base": str(base), "trace": str(folder), "ranks": ranks, "adapters": cases}
     done = subprocess.run(
         [sys.executable, str(V2 / "mixture.py")],
         input=json.dumps(wanted),
-        env=os.environ | settings,
+        env=os.environ | settings | environment,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     plain, recorded = (json.loads(line) for line in done.stdout.splitlines() if line.startswith("{"))
     return Served(plain, recorded, open_trace(folder))
+
+
+@pytest.mark.wide
+def test_two_ranks(adapters: dict[str, Path], tmp_path: Path) -> None:
+    """Every rank has a part of each expert, and all pairs agree on both."""
+    cases = [
+        {"name": name, "path": str(adapters[name]), "fault": "", "fused": name == "fused"} for name in ("each", "fused")
+    ]
+    more = {"KERNELS_OF_EXPERTS": "1", "VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_USE_V2_MODEL_RUNNER": "0"}
+    served = serve(adapters["base"], cases, tmp_path / "run.lptrace", ranks=2, **more)
+    assert len(served.trace.workers) == 2
+    for name, count in (("each", MODULES), ("fused", LAYERS * (3 + 2))):
+        assert headline(ledger_of(served, name)) == f"{count} of {count} modules took effect"
+    errors = [
+        error
+        for worker in served.trace.workers
+        for event in worker.of(LoadEvent)
+        if event.stage == "agree"
+        for module, (error, *_) in event.facts["errors"].items()
+        if ".experts" in module
+    ]
+    assert len(errors) == 2 * LAYERS * (12 + 2)
+    assert 0 < max(errors) < 1e-5
 
 
 def ledger_of(served: Served, name: str) -> Ledger:
