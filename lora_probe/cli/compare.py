@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_probe.cli.ending import CLEAN, FOUND
+from lora_probe.cli.ending import CLEAN, FOUND, UNJUDGED
 from lora_probe.cli.options import (
     HERE,
     Command,
@@ -83,7 +83,7 @@ def run(options: argparse.Namespace) -> int:
     for side, trace in zip((options.reference, options.candidate), traces, strict=True):
         if side in engines:
             note(f"wrote {trace.path}")
-    return CLEAN if comparisons.verdict == "agree" else FOUND
+    return {"agree": CLEAN, "differ": FOUND, "undecided": UNJUDGED}[comparisons.verdict]
 
 
 def _refuse_unused(options: argparse.Namespace, records: bool) -> None:

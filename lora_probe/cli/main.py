@@ -1,5 +1,6 @@
 """The command line: `lora-probe`. In: arguments. Out: text or JSON on standard output, hints and progress on standard
-error, and the exit status: 0 judged and nothing wrong, 1 something found or undecided, 2 nothing could be judged.
+error, and the exit status: 0 judged and nothing wrong, 1 something found or undecided, 2 nothing could be judged, or
+two runs could not be compared completely.
 
 Heavy modules are imported by the command that needs them. Commands that read untrusted files run in a process of their
 own, within the limits of `--timeout` and `--max-memory` (`guarded.py`).

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 from lora_probe.comparison.bases import different_tensors, reasons
 from lora_probe.comparison.compared import SIDES, Cause, Comparison, Side
@@ -16,8 +17,8 @@ from lora_probe.comparison.weights import WeightDifference
 from lora_probe.ledger import Finding, Ledger, clauses
 from lora_probe.names import Key, in_words, name_modules, path_of
 from lora_probe.precision import logprob_drift
-from lora_probe.recording import RequestFinding, Trace
-from lora_probe.rules import all_rules
+from lora_probe.recording import Trace
+from lora_probe.rules import rule_of
 from lora_probe.rules.lp6_comparing import (
     different_bases,
     different_files,
@@ -56,9 +57,14 @@ def causes(comparison: Comparison) -> tuple[Cause, ...]:
     return tuple(_merged(every))
 
 
-def _under(finding: Finding, **more: object) -> Cause:
-    rule = all_rules()[finding.code]
-    return replace(Cause(rule.code, rule.name, finding.message, finding.hint or rule.hint), **more)  # type: ignore[arg-type]
+def _under(finding: Finding, **more: Any) -> Cause:
+    return _named(finding.code, finding.message, finding.hint, **more)
+
+
+def _named(code: str, message: str, hint: str = "", **more: Any) -> Cause:
+    """A cause under a rule. A trace of a newer version may have others."""
+    rule = rule_of(code, "wrong")
+    return Cause(rule.code, rule.name, message, hint or rule.hint, **more)
 
 
 def _merged(every: Sequence[Cause]) -> Iterator[Cause]:
@@ -124,9 +130,8 @@ def _unasked(comparison: Comparison) -> Iterator[Cause]:
 
 def _of_ledger(ledger: Ledger, side: Side, fates: tuple[str, ...]) -> Iterator[tuple[Cause, str]]:
     """What a ledger shows of modules with one of `fates`, and the station that shows it."""
-    rules = all_rules()
     for clause in clauses(ledger):
-        if ledger.refused or clause.finding.code not in rules or not {row.fate for row in clause.rows} <= set(fates):
+        if ledger.refused or not clause.finding.code or not {row.fate for row in clause.rows} <= set(fates):
             continue
         keys = tuple(row.key for row in clause.rows)
         where = "" if clause.names_modules else f"{name_modules(map(path_of, keys), ledger.names)}: "
@@ -214,13 +219,7 @@ def _of_requests(comparison: Comparison, wanted: Callable[[str], bool]) -> Itera
     for side, trace in zip(SIDES, comparison.traces, strict=True):
         for record in trace.request_findings:
             if wanted(record.code):
-                yield _of_request(record, side)
-
-
-def _of_request(record: RequestFinding, side: Side) -> Cause:
-    rule = all_rules().get(record.code)
-    facts = (rule.name, rule.hint) if rule is not None else ("unknown-rule", "upgrade lora-probe")
-    return Cause(record.code, facts[0], record.message, facts[1], side=side)
+                yield _named(record.code, record.message, side=side)
 
 
 def _wrong(comparison: Comparison) -> Iterator[Cause]:

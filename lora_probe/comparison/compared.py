@@ -104,7 +104,9 @@ class Comparison:
 
     @property
     def differs(self) -> bool:
-        """Whether rows or answers differ, whatever the cause."""
+        """Whether rows or answers differ, or modules did not take effect, whatever the cause."""
+        if any(ledger.refused or ledger.count("lost") or ledger.count("wrong") for ledger in self.ledgers):
+            return True
         diverged = any(not request.equal for request in self.requests) and self.dtype == "float32"
         return diverged or any(module.status != "ok" for module in self.modules)
 

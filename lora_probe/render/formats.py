@@ -107,7 +107,11 @@ FORMATS: dict[str, dict[str, str]] = {
     },
     "sarif": {"check": "sarif:check"},
     "github": {"check": "github:check"},
-    "markdown": {"rule": "markdown:rules"},
+    "markdown": {
+        "rule": "markdown:rules",
+        "compare": "comparison_markdown:comparison",
+        "compare adapters": "comparison_markdown:comparisons",
+    },
 }
 """Format -> command -> renderer, as module of `lora_probe.render` and name. It is imported when it is used."""
 ERRORS = {"json": "json.error:error_json", "sarif": "sarif:error", "github": "github:error"}

@@ -6,7 +6,7 @@ families are named by their codes: `lp1_config` to `lp7_merging`.
 
 from __future__ import annotations
 
-from lora_probe.rules.diagnostics import Diagnostic, as_json, diagnose, diagnostic
+from lora_probe.rules.diagnostics import Diagnostic, as_json, diagnose, diagnostic, rule_of
 from lora_probe.rules.registry import (
     AdapterFinding,
     Family,
@@ -35,6 +35,7 @@ __all__ = [
     "diagnostic",
     "family_of",
     "rule",
+    "rule_of",
     "survey",
     "surveys",
 ]

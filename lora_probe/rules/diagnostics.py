@@ -67,18 +67,21 @@ def diagnose(ledger: Ledger) -> list[Diagnostic]:
             # What the engine would have done is unknown; errors in the file may be the reason of the refusal.
             continue
         code = finding.code or "LP500"
-        rule = rules.get(code) or _unknown(code, finding.value)
+        rule = rule_of(code, finding.value)
         diagnostics.append(of_clause(rule, clause, ledger.engine))
     return diagnostics
 
 
 def of_requests(code: str, message: str, engine: str) -> Diagnostic:
     """What went wrong for requests in an engine, under the rule `code`."""
-    return under(all_rules().get(code) or _unknown(code, "wrong"), f"{message} ({code})", engines=(engine,))
+    return under(rule_of(code, "wrong"), f"{message} ({code})", engines=(engine,))
 
 
-def _unknown(code: str, value: Value) -> Rule:
-    """A rule that only a newer lora-probe has: a trace holds the codes of whoever wrote it."""
+def rule_of(code: str, value: Value) -> Rule:
+    """The rule of a code in a trace. One that only a newer lora-probe has has no page here: a trace holds the codes of
+    whoever wrote it."""
+    if (rule := all_rules().get(code)) is not None:
+        return rule
     hint = "upgrade lora-probe to read about this rule: a newer version wrote the trace"
     return Rule(shown(code), "unknown-rule", "load", value, hint, page="")
 

@@ -20,9 +20,11 @@ from lora_probe.render.tables import grid
 if TYPE_CHECKING:
     from lora_probe.comparison import Cause, Comparison, Comparisons
     from lora_probe.comparison.joined import RequestDiff
+    from lora_probe.comparison.modules import ModuleDiff
     from lora_probe.recording import Trace
 
 SIDES = ("reference", "candidate")
+PARTS = ("weights", "routing", "arithmetic", "upstream")
 MOST_MODULES = 12
 """Modules whose parts are listed."""
 _PARTS = "where the difference comes from, relative to the reference's contribution (?: cannot be separated)"
@@ -36,21 +38,26 @@ def comparison(result: Comparison) -> RenderableType:
     parts.append(words(""))
     for (side, trace), ledger in zip(zip(SIDES, result.traces, strict=True), result.ledgers, strict=True):
         style = "green" if ledger.healthy else "bold red"
-        parts.append(assemble((f"{side} ", "bold"), f"{trace.path} ({_run_in(trace)}): ", (headline(ledger), style)))
+        parts.append(assemble((f"{side} ", "bold"), f"{trace.path} ({run_in(trace)}): ", (headline(ledger), style)))
     parts += [words(f"note: {note}", style="bold yellow") for note in result.notes]
     parts.append(words(""))
     if result.modules:
         parts += [_errors(result), *_estimates(result), *_parts(result), words("")]
-    parts += _answered(result)
+    if lines := answered(result):
+        parts.append(paragraphs("\n".join(lines)))
     return Group(*parts, _first_divergence(result))
 
 
 def _cause(result: Comparison, cause: Cause, number: int) -> Iterable[RenderableType]:
-    label = "cause" if not number else "also"
-    side = f", {cause.side}" if cause.side in SIDES else ", both runs" if cause.side == "both" else ""
-    yield words(f"{label} ({cause.code} {cause.name}{side}): {cause.message}", style="bold red")
+    label = "also" if number else "cause"
+    yield words(f"{label} ({cause.code} {cause.name}{side_of(cause)}): {cause.message}", style="bold red")
     yield from (words(f"  {line}") for line in cause.evidence)
     yield words(f"  hint: {cause.hint}")
+
+
+def side_of(cause: Cause) -> str:
+    """In which run a cause is: `, candidate`; empty if the traces do not show it."""
+    return ", both runs" if cause.side == "both" else f", {cause.side}" if cause.side else ""
 
 
 def comparisons(result: Comparisons) -> RenderableType:
@@ -70,7 +77,7 @@ def comparisons(result: Comparisons) -> RenderableType:
     return Group(*parts, words(verdict, style="bold green" if result.verdict == "agree" else "bold red"))
 
 
-def _run_in(trace: Trace) -> str:
+def run_in(trace: Trace) -> str:
     """The engine, its dtypes and its device: `vllm, bfloat16 on cuda`."""
     parts: dict[str, None] = {}
     for worker in trace.workers:
@@ -106,12 +113,9 @@ def _parts(result: Comparison) -> Iterable[RenderableType]:
     shown = [diff for diff in result.modules if diff.parts is not None and diff.status == "differs"]
     if not shown:
         return
-    names = ("weights", "routing", "arithmetic", "upstream")
-    table = Table("module", *names, "error", box=None)
+    table = Table("module", *PARTS, "error", box=None)
     for diff in shown[:MOST_MODULES]:
-        values = [getattr(diff.parts, name) for name in names]
-        cells = ["?" if value is None else "-" if not value else f"{value:.1e}" for value in (*values, diff.error)]
-        table.add_row(result.name(diff.key), *cells)
+        table.add_row(result.name(diff.key), *cells_of(diff))
     yield words("")
     yield words(_PARTS)
     yield table
@@ -123,7 +127,13 @@ def _parts(result: Comparison) -> Iterable[RenderableType]:
         yield words(f"{text}, {max(bounds):.1e} ({len(bounds)} of {len(shown)} modules)", style="dim")
 
 
-def _answered(result: Comparison) -> Iterable[RenderableType]:
+def cells_of(diff: ModuleDiff) -> list[str]:
+    """The parts of a module's difference, and its error."""
+    values = [None if diff.parts is None else getattr(diff.parts, name) for name in PARTS]
+    return ["?" if value is None else f"{value:.1e}" if value else "-" for value in (*values, diff.error)]
+
+
+def answered(result: Comparison) -> list[str]:
     """The answers of both runs, and how far each run agrees with itself."""
     lines = [f"prompt {diff.prompt + 1}: {_answers(result, diff)}" for diff in result.requests]
     outputs = result.outputs
@@ -138,8 +148,7 @@ def _answered(result: Comparison) -> Iterable[RenderableType]:
         if repeats:
             own = ", ".join(f"{kind} {of_kind.logprob_error:.1e}" for kind, of_kind in repeats.items())
             lines.append(f"{side}, the same request repeated: largest logprob difference {own}")
-    if lines:
-        yield paragraphs("\n".join(lines))
+    return lines
 
 
 def _answers(result: Comparison, diff: RequestDiff) -> str:
@@ -171,13 +180,17 @@ def _first_divergence(result: Comparison) -> RenderableType:
 
 
 def _verdict(result: Comparison) -> RenderableType:
+    return words(verdict_text(result), style="bold green" if result.verdict == "agree" else "bold red")
+
+
+def verdict_text(result: Comparison) -> str:
+    """One line: whether the traces agree, and the worst module."""
     worst = result.worst
     about = f"; worst module {result.name(worst.key)}: {worst.error:.1e}" if worst and worst.error is not None else ""
     rounding = f", of {result.tolerance:.1e} that rounding may cause" if about else ""
     different = sum(diff.status != "ok" for diff in result.modules)
-    text = {
+    return {
         "agree": f"the traces agree on {len(result.modules)} modules{about}{rounding}",
         "differ": f"the traces differ: {different} of {len(result.modules)} modules exceed the tolerance{about}",
         "undecided": f"undecided: not everything could be compared{about}",
     }[result.verdict]
-    return words(text, style="bold green" if result.verdict == "agree" else "bold red")
