@@ -18,6 +18,7 @@ rows in the segment: the old writer closed a segment when the digests changed.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -35,9 +36,12 @@ from lora_probe.names import Key
 from lora_probe.recording.documents import decoded
 from lora_probe.recording.placed import Placed, joined_placed
 from lora_probe.recording.records import SCHEMA, Served
-from lora_probe.recording.rows import ARRAYS, COLUMNS, REQUIRED, TABLES, Rows, as_wide, concatenate, widened
+from lora_probe.recording.rows import ARRAYS, COLUMNS, REQUIRED, TABLES, Rows, as_wide
 from lora_probe.recording.sketch import SKETCH
+from lora_probe.recording.stacking import stacked
 
+AT_ONCE = 1024
+"""Rows that are read at the same time, beside those that are joined already."""
 MAX_SEGMENT = 2**35
 """Bytes of one segment. It is closed after the step in which it reaches 4,096 rows: with a step of 8,192 rows, the
 norms and the shrink of 560 modules (80 layers) at rank 64 are 1.9 GB; level `tensors` takes ten times as much."""
@@ -147,17 +151,27 @@ def read_rows(segment: Segment) -> Rows:
     return replace(_read_columns(segment), placed=_read_placed(segment))
 
 
-def _read_columns(segment: Segment) -> Rows:
-    """The rows of one segment without the weights of their loads."""
+def _read_columns(segment: Segment, begin: int = 0, end: int | None = None) -> Rows:
+    """Some rows of one segment, without the weights of their loads."""
     step("reading the rows", segment.path)
-    columns: dict[str, Any] = {name: values(segment.weights, header) for name, header in segment.columns.items()}
+    end = segment.count if end is None else end
+    columns: dict[str, Any] = {
+        name: values(segment.weights, header, begin, end) for name, header in segment.columns.items()
+    }
     numbers, count = columns["request"], len(segment.requests)
     wrong = numbers[(numbers < 0) | (numbers >= count)]
     if wrong.size:
         raise _damaged(segment.path, f"a row belongs to request {wrong[0]}, but its table has {count} requests")
     for (name, key), header in segment.tables.items():
-        columns.setdefault(name, {})[key] = values(segment.weights, header)
+        columns.setdefault(name, {})[key] = values(segment.weights, header, begin, end)
     return Rows(modules=segment.modules, requests=segment.requests, served=segment.served, **columns)
+
+
+def _pieces(segments: Sequence[Segment]) -> Iterator[Rows]:
+    """The rows of segments, some thousand at a time."""
+    for segment in segments:
+        for begin in range(0, segment.count, AT_ONCE) or (0,):
+            yield _read_columns(segment, begin, min(begin + AT_ONCE, segment.count))
 
 
 def _read_placed(segment: Segment) -> dict[int, Placed]:
@@ -189,7 +203,13 @@ def joined(segments: Sequence[Segment]) -> Rows:
     keys = tuple(dict.fromkeys(key for segment in segments for key in segment.modules))
     _require_joinable(segments, len(keys))
     try:
-        rows = concatenate([widened(_read_columns(segment), keys) for segment in segments])
+        widths = {
+            name: max((segment.width(name) or 0 for segment in segments if name in segment.columns), default=0)
+            for name in ARRAYS
+            if any(name in segment.columns for segment in segments)
+        }
+        count = sum(segment.count for segment in segments)
+        rows = stacked(_pieces(segments), keys, count, widths)
         return replace(rows, placed=as_wide(joined_placed(_placed_parts(segments), keys), rows.shrink))
     except MemoryError as error:
         raise out_of_memory(f"the rows of all segments in `{segments[-1].path.parent}`") from error
@@ -203,10 +223,12 @@ def open_recorded(path: Path, what: str) -> WeightsFile:
         raise UnreadableFile(f"cannot read {what}: {error.message}", error.hint) from error
 
 
-def values(weights: WeightsFile, header: TensorHeader) -> Raw:
-    """The values of a tensor in the dtype and the shape of its header."""
+def values(weights: WeightsFile, header: TensorHeader, begin: int = 0, end: int | None = None) -> Raw:
+    """The values of a tensor in the dtype and the shape of its header; or some of its first axis."""
+    shape = (header.shape[0] if end is None else end) - begin, *header.shape[1:]
+    each = math.prod(header.shape[1:])
     try:
-        return read_chunk(weights, header, 0, header.parameters).reshape(header.shape)
+        return read_chunk(weights, header, begin * each, (begin + shape[0]) * each).reshape(shape)
     except MemoryError as error:
         raise out_of_memory(f"`{weights.path}`") from error
 
