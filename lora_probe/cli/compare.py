@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,7 +29,11 @@ from lora_probe.render.console import note
 from lora_probe.render.formats import present
 from lora_probe.render.progress import run_progress, status_line
 
+MOST_RUNS = 200
+"""Forward passes of a bisection, unless the user passes another number."""
+
 if TYPE_CHECKING:
+    from lora_probe.comparison import Comparisons
     from lora_probe.engines.child import Progress
 
 
@@ -53,6 +58,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_prompts(recorded)
     add_engine(parser, "default: that of the base model's files, in both engines")
+    causes = parser.add_argument_group("bisection")
+    causes.add_argument(
+        "--bisect",
+        action="store_true",
+        help="find the smallest set of modules whose weights change the first answer token that differs, with PEFT",
+    )
+    causes.add_argument(
+        "--bisect-runs",
+        type=number("number of runs", least=2),
+        default=MOST_RUNS,
+        metavar="N",
+        help=f"forward passes at most; default: {MOST_RUNS}",
+    )
     add_limits(parser)
 
 
@@ -76,6 +94,8 @@ def run(options: argparse.Namespace) -> int:
     )
     traces = open_sides(options.reference, options.candidate, settings, _reporting)
     comparisons = compare_each(*traces, options.rtol, options.adapter)
+    if options.bisect:
+        comparisons = _bisected(comparisons, int(options.bisect_runs))
     if len(comparisons.by_adapter) > 1 or comparisons.notes:
         present("compare adapters", options.format, comparisons)
     else:
@@ -84,6 +104,19 @@ def run(options: argparse.Namespace) -> int:
         if side in engines:
             note(f"wrote {trace.path}")
     return {"agree": CLEAN, "differ": FOUND, "undecided": UNJUDGED}[comparisons.verdict]
+
+
+def _bisected(comparisons: Comparisons, most: int) -> Comparisons:
+    """The comparisons, with the modules that change a token."""
+    from lora_probe.comparison.bisection import bisect
+
+    with status_line("peft: starting") as report:
+        progress = run_progress("peft", report)
+        by_adapter = {
+            name: replace(comparison, bisection=bisect(comparison, most, progress))
+            for name, comparison in comparisons.by_adapter.items()
+        }
+    return replace(comparisons, by_adapter=by_adapter)
 
 
 def _refuse_unused(options: argparse.Namespace, records: bool) -> None:
@@ -112,6 +145,8 @@ COMMAND = Command(
     "  lora-probe compare peft vllm ckpt/ --model base/ --prompt 'Who are you?'\n"
     "  lora-probe compare peft.lptrace vllm ckpt/ -- --enforce-eager\n"
     "  lora-probe compare a.lptrace b.lptrace --rtol 1e-3\n"
+    "  lora-probe compare healthy.lptrace wrong.lptrace --bisect\n"
+    "  lora-probe compare peft.lptrace vllm.lptrace --format markdown\n"
     "  lora-probe compare mixed-peft.lptrace mixed-vllm.lptrace --adapter support",
     add_arguments,
     run,

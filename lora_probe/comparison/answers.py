@@ -85,6 +85,10 @@ def outputs(
     for kind in ("adapter", "base"):
         kinds[kind] = _scored(list(_pairs(reference, candidate, kind)))
     first = next((_first_token(request) for request in requests if not request.equal), None)
+    if first is None:
+        # Answers that were forced are the same, and their distributions are not.
+        pairs = _pairs(reference, candidate, "adapter")
+        first = next((token for pair in pairs if (token := _first_scored(*pair)) is not None), None)
     adapter, base = _agreement(reference, candidate, requests), _agreement(reference, candidate, of_base)
     effect = _effect(reference)
     kl, top1 = kinds["adapter"]
@@ -164,6 +168,20 @@ def _scored(pairs: Sequence[tuple[Scored, Scored]]) -> tuple[float | None, float
     if not divergences:
         return None, None
     return float(np.concatenate(divergences).mean()), float(np.concatenate(same).mean())
+
+
+def _first_scored(one: Scored, two: Scored) -> FirstToken | None:
+    """The first token of a scored pass of which both runs have another most likely one."""
+    p, q = one.logprobs(), two.logprobs()
+    rows = _common_rows(one.score, two.score)
+    if p is None or q is None or p.shape[1] != q.shape[1]:
+        return None
+    best = p[:rows].argmax(-1), q[:rows].argmax(-1)
+    different = np.flatnonzero(best[0] != best[1])
+    if not len(different):
+        return None
+    at = int(different[0])
+    return FirstToken(one.score.prompt, at, int(best[0][at]), int(best[1][at]))
 
 
 def _effect(trace: Trace) -> float | None:

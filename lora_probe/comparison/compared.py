@@ -39,6 +39,45 @@ class Cause:
     side: Side = ""
 
 
+@dataclass(frozen=True)
+class Bisection:
+    """The smallest set of modules that was found to change a token: of prompt `prompt`, the answer's token `token`,
+    from the reference's id to `to`. `total` is how many modules differ between the runs, `runs` how many mixtures ran.
+    If no module can be left out, it is `minimal`. `explained`: PEFT chooses the candidate's token with all of its
+    weights."""
+
+    prompt: int
+    token: int
+    reference: int
+    candidate: int
+    to: int
+    modules: tuple[str, ...]
+    total: int
+    runs: int
+    minimal: bool
+
+    @property
+    def explained(self) -> bool:
+        return self.to == self.candidate
+
+    @property
+    def text(self) -> str:
+        """One or two sentences."""
+        where = f"answer token {self.token + 1} of prompt {self.prompt + 1}"
+        if self.to == self.reference:
+            return (
+                f"no weights change {where}: PEFT chooses token {self.reference} with those of either run, so the"
+                " difference is not in the weights"
+            )
+        these = "this module changes" if len(self.modules) == 1 else f"these {len(self.modules)} modules change"
+        less = "" if self.minimal else ", and perhaps fewer (the runs were used up)"
+        other = "" if self.explained else f", where the candidate has {self.candidate}"
+        return (
+            f"{these} {where} from {self.reference} to {self.to}{other}: {name_modules(self.modules)}"
+            f" ({len(self.modules)} of {self.total} that differ, found in {self.runs} runs in PEFT{less})"
+        )
+
+
 Verdict = Literal["agree", "differ", "undecided"]
 
 
@@ -86,6 +125,7 @@ class Comparison:
     weights: tuple[WeightDifference, ...] = ()
     estimated: str = ""
     causes: tuple[Cause, ...] = ()
+    bisection: Bisection | None = None
 
     @property
     def traces(self) -> tuple[Trace, Trace]:

@@ -22,6 +22,7 @@ from lora_probe.base import open_base
 from lora_probe.engines import make
 from lora_probe.engines.allowed import Allowed, Watched
 from lora_probe.engines.folder import ERROR, LOG, lock
+from lora_probe.engines.peft.bisect import BISECT, bisect_in
 from lora_probe.engines.peft.merge import MERGE, merge_into
 from lora_probe.errors import EngineFailed, EngineStopped, ProbeError
 from lora_probe.files.isolation import empty_folder, environment, python
@@ -159,11 +160,14 @@ def _last_stage(folder: Path) -> str:
 
 
 def run_in_child(folder: Path) -> int:
-    """The child process: the merge, description or run that `folder` requests; it writes error.json if that fails."""
+    """The child process: the merge, bisection, description or run that `folder` requests; it writes error.json if that
+    fails."""
     _die_with_parent()
     try:
         if (folder / MERGE).exists():
             merge_into(folder)
+        elif (folder / BISECT).exists():
+            bisect_in(folder)
         elif (folder / DESCRIBE).exists():
             _describe_into(folder)
         else:

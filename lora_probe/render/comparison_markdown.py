@@ -44,6 +44,8 @@ def _lines(result: Comparison, heading: str) -> Iterator[str]:
     yield ""
     for cause in result.causes:
         yield from _cause(cause)
+    if result.bisection is not None:
+        yield from (f"**Bisection**: {_plain(result.bisection.text)}", "")
     yield from ("| run | engine | result |", "|---|---|---|")
     for side, trace, ledger in zip(SIDES, result.traces, result.ledgers, strict=True):
         yield f"| {side}: {_code(str(trace.path))} | {_plain(run_in(trace))} | {_plain(headline(ledger))} |"

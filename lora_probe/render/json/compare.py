@@ -6,6 +6,7 @@ In: a `Comparison`. Out: a plain dictionary.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from lora_probe.ledger import as_json as ledger_json
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from lora_probe.comparison import Cause, Comparison, Comparisons
     from lora_probe.comparison.adapters import AdapterDifference
     from lora_probe.comparison.answers import Agreement, Outputs, Repeats
+    from lora_probe.comparison.compared import Bisection
     from lora_probe.comparison.modules import ModuleDiff
     from lora_probe.comparison.weights import WeightDifference
     from lora_probe.recording import Trace
@@ -48,6 +50,7 @@ def comparison_json(comparison: Comparison) -> dict[str, Any]:
         "rows": comparison.rows,
         "first_divergence": _first_divergence(comparison),
         "largest_own_error": None if own is None else _module(own),
+        "bisection": None if comparison.bisection is None else _bisection(comparison.bisection),
         "outputs": _outputs(comparison.outputs),
         "repeats": dict(zip(SIDES, map(_repeats, comparison.repeats), strict=True)),
         "ledger": {side: ledger_json(ledger) for side, ledger in zip(SIDES, comparison.ledgers, strict=True)},
@@ -97,6 +100,11 @@ def _module(diff: ModuleDiff) -> dict[str, Any]:
         "exact": diff.exact,
         "strength": [finite(value) for value in diff.strength],
     }
+
+
+def _bisection(bisection: Bisection) -> dict[str, Any]:
+    facts = {f.name: getattr(bisection, f.name) for f in fields(bisection)}
+    return {"message": bisection.text} | facts | {"modules": list(bisection.modules)}
 
 
 def _outputs(outputs: Outputs) -> dict[str, Any]:

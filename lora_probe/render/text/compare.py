@@ -35,6 +35,8 @@ def comparison(result: Comparison) -> RenderableType:
     parts: list[RenderableType] = [_verdict(result)]
     for number, cause in enumerate(result.causes):
         parts += _cause(result, cause, number)
+    if result.bisection is not None:
+        parts.append(words(f"bisection: {result.bisection.text}", style="bold"))
     parts.append(words(""))
     for (side, trace), ledger in zip(zip(SIDES, result.traces, strict=True), result.ledgers, strict=True):
         style = "green" if ledger.healthy else "bold red"
