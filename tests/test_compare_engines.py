@@ -10,7 +10,7 @@ import pytest
 from conftest import LAYERS, call
 from written import write_adapter
 
-from lora_probe import open_trace
+from lora_probe import compare, open_trace
 from lora_probe.errors import EngineFailed
 
 pytestmark = pytest.mark.slow
@@ -87,3 +87,15 @@ def test_vllm_is_recorded_on_the_tokens_of_peft(
     status, out, _ = call(*command, capsys=capsys)
     assert status == 0, out
     assert f"the traces agree on {3 * LAYERS} modules" in out
+
+
+def test_from_python(adapter: Path, llama: Path, peft_trace: Any, here: Path) -> None:
+    """Paths, an engine, and a tolerance that hides what is small."""
+    agreed = compare(peft_trace, "peft", checkpoint=adapter, model=str(llama))
+    assert (agreed.verdict, agreed.causes) == ("agree", ())
+    assert agreed.outputs.base.kl is None
+    double = write_adapter(here / "double", llama, lora_alpha=32)
+    differing = compare(peft_trace.path, "peft", checkpoint=double, model=str(llama))
+    assert [cause.code for cause in differing.causes] == ["LP625"]
+    hidden = compare(*differing.traces, atol=1e6)
+    assert {module.status for module in hidden.modules} == {"ok"}

@@ -52,6 +52,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="relative tolerance; default: measured for the coarser dtype of both runs",
     )
+    parser.add_argument(
+        "--atol",
+        type=number("absolute tolerance", least=0),
+        default=0.0,
+        metavar="X",
+        help="differences of a contribution up to this norm count as none; default: 0",
+    )
     recorded = parser.add_argument_group(
         "recording",
         "for an engine, peft or vllm; it runs the tokens of the other side,\nand its trace stays in the current folder",
@@ -93,7 +100,7 @@ def run(options: argparse.Namespace) -> int:
         options.engine_args,
     )
     traces = open_sides(options.reference, options.candidate, settings, _reporting)
-    comparisons = compare_each(*traces, options.rtol, options.adapter)
+    comparisons = compare_each(*traces, options.rtol, options.adapter, atol=options.atol)
     if options.bisect:
         comparisons = _bisected(comparisons, int(options.bisect_runs))
     if len(comparisons.by_adapter) > 1 or comparisons.notes:

@@ -27,8 +27,9 @@ from lora_probe.precision import NOT_RECORDED, agrees, drift
 from lora_probe.recording import Floats, Trace
 
 
-def compare_traces(reference: Trace, candidate: Trace, rtol: float | None = None) -> Comparison:
-    """Compare two traces of one adapter each.
+def compare_traces(reference: Trace, candidate: Trace, rtol: float | None = None, atol: float = 0.0) -> Comparison:
+    """Compare two traces of one adapter each. `rtol` replaces the measured tolerances; differences of contributions up
+    to `atol` count as none.
 
     Raises:
         ProbeError: the traces have no prompt in common.
@@ -54,7 +55,7 @@ def compare_traces(reference: Trace, candidate: Trace, rtol: float | None = None
     first, count = None, 0
     if joined is not None:
         judge = _Judge(
-            joined, limit, weights.relations, limits(dtype, rtol)[1], _arithmetic(reference, candidate, pairs)
+            joined, limit, atol, weights.relations, limits(dtype, rtol)[1], _arithmetic(reference, candidate, pairs)
         )
         rowless = _without_rows(reference) | _without_rows(candidate)
         modules, first = judge.modules(_fates(reference), _fates(candidate), rowless)
@@ -209,11 +210,12 @@ def _without_rows(trace: Trace) -> set[Key]:
 
 @dataclass(frozen=True)
 class _Judge:
-    """Judges the modules of joined rows: `relations` of their weights, which are the same up to `rounded`, and the
-    `arithmetic` of both engines."""
+    """Judges the modules of joined rows by `limit` and `atol`: `relations` of their weights, which are the same up to
+    `rounded`, and the `arithmetic` of both engines."""
 
     joined: Joined
     limit: float
+    atol: float
     relations: Mapping[Key, Relation]
     rounded: float
     arithmetic: Mapping[str, float]
@@ -229,7 +231,7 @@ class _Judge:
             if key in here and key in there:
                 arithmetic = self.arithmetic.get(path_of(key))
                 diff, row_errors = compare_module(
-                    self.joined, key, self.limit, self.relations.get(key), arithmetic, self.rounded
+                    self.joined, key, (self.limit, self.atol), self.relations.get(key), arithmetic, self.rounded
                 )
                 diffs.append(diff)
                 if diff.status == "differs":

@@ -6,12 +6,15 @@ traces have, and what has no counterpart.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from lora_probe.comparison.compared import Comparison, Verdict
 from lora_probe.comparison.contributions import compare_traces
-from lora_probe.errors import ProbeError
+from lora_probe.comparison.sides import Settings, opened
+from lora_probe.errors import ProbeError, words_of
 from lora_probe.names import in_words
 from lora_probe.recording import Load, Trace
 from lora_probe.recording.one_adapter import of_adapter
@@ -36,11 +39,12 @@ class Comparisons:
 
 
 def compare_each(
-    reference: Trace, candidate: Trace, rtol: float | None = None, adapter: str | None = None
+    reference: Trace, candidate: Trace, rtol: float | None = None, adapter: str | None = None, *, atol: float = 0.0
 ) -> Comparisons:
     """Compare every adapter of the reference, with all of its loads, with the adapter of the same name in the
     candidate, or else with one of the same content. Two traces with a single adapter each are compared whatever its
-    names are. With `adapter`, only the one of that name; a trace with a single adapter is taken to have it.
+    names are. With `adapter`, only the one of that name; a trace with a single adapter is taken to have it. `rtol` and
+    `atol`: as in `compare_traces`.
 
     Raises:
         ProbeError: a trace has no load of an adapter, or no adapter is in both.
@@ -59,9 +63,9 @@ def compare_each(
         raise ProbeError(f"neither trace has an adapter `{adapter}`", f"pass one of: {known}")
     if all(len(of_trace) < 2 for of_trace in loads):
         (name,) = loads[0] or loads[1]
-        return Comparisons(reference, candidate, {name: compare_traces(reference, candidate, rtol)})
+        return Comparisons(reference, candidate, {name: compare_traces(reference, candidate, rtol, atol)})
     if not all(loads):
-        return _against_the_base(reference, candidate, rtol, adapter)
+        return _against_the_base(reference, candidate, adapter, rtol, atol)
     pairs = list(_pairs(loads[0], loads[1], adapter))
     if not pairs:
         names = [in_words(list(of_trace)) for of_trace in loads]
@@ -70,23 +74,41 @@ def compare_each(
             "choose the one that both should have with --adapter",
         )
     compared = {
-        one.name: compare_traces(of_adapter(reference, one.name), of_adapter(candidate, two.name), rtol)
+        one.name: compare_traces(of_adapter(reference, one.name), of_adapter(candidate, two.name), rtol, atol)
         for one, two in pairs
     }
     unmatched = () if adapter is not None else tuple(_unmatched(reference, candidate, loads, pairs))
     return Comparisons(reference, candidate, compared, unmatched)
 
 
-def compare(reference: Trace, candidate: Trace, rtol: float | None = None, adapter: str | None = None) -> Comparison:
-    """Compare two traces of an adapter. `adapter` is the one to compare if a trace has several: `compare_each` compares
-    all of them.
+def compare(
+    reference: Trace | str | Path,
+    candidate: Trace | str | Path,
+    rtol: float | None = None,
+    adapter: str | None = None,
+    *,
+    atol: float = 0.0,
+    checkpoint: str | Path | None = None,
+    model: str | None = None,
+    prompts: str | Sequence[str] = (),
+    chat: bool = False,
+    max_tokens: int = 32,
+    options: dict[str, Any] | None = None,
+    engine_args: Sequence[str] = (),
+) -> Comparison:
+    """Compare two runs of an adapter: traces, their paths, or the names of engines, which are recorded first with
+    `checkpoint` and what follows it, as in `trace`. `adapter` is the name of the one to compare if a trace has several:
+    `compare_each` compares all of them.
 
     Raises:
         ProbeError: a trace has no load of an adapter, the traces have no adapter or no prompt in common, or they have
-            several adapters and none is chosen.
-        UnreadableFile: a trace records an unknown dtype.
+            several adapters and none is chosen; or as `trace` does.
+        UnreadableFile: a trace records an unknown dtype, or is damaged.
     """
-    comparisons = compare_each(reference, candidate, rtol, adapter)
+    run = Settings(
+        str(checkpoint or "."), model, words_of("prompts", prompts), chat, max_tokens, options or {}, engine_args
+    )
+    comparisons = compare_each(*opened(reference, candidate, run), rtol, adapter, atol=atol)
     if len(comparisons.by_adapter) > 1:
         names = ", ".join(comparisons.by_adapter)
         raise ProbeError(f"the traces have several adapters: {names}", "pass one of them as `adapter`")
@@ -94,13 +116,15 @@ def compare(reference: Trace, candidate: Trace, rtol: float | None = None, adapt
     return comparison
 
 
-def _against_the_base(reference: Trace, candidate: Trace, rtol: float | None, adapter: str | None) -> Comparisons:
+def _against_the_base(
+    reference: Trace, candidate: Trace, adapter: str | None, rtol: float | None, atol: float
+) -> Comparisons:
     """One of the runs answered without any adapter: each adapter of the other one against it."""
     compared: dict[str, Comparison] = {}
     for name in _newest(reference) or _newest(candidate):
         if adapter in (None, name):
             one, two = (of_adapter(trace, name) if trace.loads else trace for trace in (reference, candidate))
-            compared[name] = compare_traces(one, two, rtol)
+            compared[name] = compare_traces(one, two, rtol, atol)
     return Comparisons(reference, candidate, compared)
 
 

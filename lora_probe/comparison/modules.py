@@ -71,13 +71,13 @@ class ModuleDiff:
 def compare_module(
     joined: Joined,
     key: Key,
-    limit: float,
+    allowed: tuple[float, float],
     relation: Relation | None,
     arithmetic: float | None,
     rounded: float,
 ) -> tuple[ModuleDiff, Floats]:
-    """One module: its error over all rows against `limit`, and its worst row against `limit` times ROW_SLACK; and the
-    error of every row.
+    """One module: its error over all rows against a limit, and its worst row against the limit times ROW_SLACK; and the
+    error of every row. `allowed` is the limit, and a difference that counts as none.
 
     The error of a row is relative to its load's usual row at the module, as a single row may be almost zero. It is
     infinite if the row is NaN in one run only, although it ran with the adapter in both; rows that are NaN in both runs
@@ -97,7 +97,8 @@ def compare_module(
         # The shrinks and one G give the whole difference, where the weights are a multiple of the reference's.
         distance = np.where(np.isfinite(both) & measured & ~routed, both, distance)
         exact = exact or relation != SAME
-    row_errors = np.where(measured, distance / usual, 0).astype(np.float32)
+    limit, atol = allowed
+    row_errors = np.where(measured, np.maximum(distance - atol, 0) / usual, 0).astype(np.float32)
     error = _root_mean_square(row_errors)
     at = int(row_errors.argmax())
     worst = float(row_errors[at])

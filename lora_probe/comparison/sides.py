@@ -7,8 +7,9 @@ tokens of the other side, so that all rows can be compared even if its own answe
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from lora_probe.base import open_base
@@ -59,6 +60,18 @@ def open_sides(reference: str, candidate: str, settings: Settings, reporting: Re
     if first is None:
         first = _record(reference, settings, reporting, second)
     return first, second or _record(candidate, settings, reporting, first)
+
+
+def opened(reference: Trace | str | Path, candidate: Trace | str | Path, settings: Settings) -> tuple[Trace, Trace]:
+    """The same from Python, where a side may be a trace that is open already, and nobody watches.
+
+    Raises:
+        ProbeError: as `open_sides` does.
+    """
+    if isinstance(reference, Trace) and isinstance(candidate, Trace):
+        return reference, candidate
+    sides = [str(side.path if isinstance(side, Trace) else side) for side in (reference, candidate)]
+    return open_sides(sides[0], sides[1], settings, lambda _: nullcontext(lambda _: None))
 
 
 def _record(engine: str, settings: Settings, reporting: Reporting, other: Trace | None) -> Trace:
