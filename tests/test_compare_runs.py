@@ -20,6 +20,7 @@ from lora_probe.recording import (
     SCHEMA,
     Load,
     ModuleRecord,
+    Outcome,
     Placed,
     Prompt,
     RequestRecord,
@@ -65,6 +66,7 @@ def record(
     answer: tuple[int, ...] = (3, 4),
     forced: int = 0,
     texts: dict[str, Any] | None = None,
+    logprobs: tuple[float, ...] = (),
     **of_process: Any,
 ) -> Path:
     """A healthy trace with one prompt. Its rows are the same whatever the adapter is."""
@@ -86,7 +88,9 @@ def record(
         for station in STATIONS:
             writer.station(0, station, OK, KEYS)
         for request, name in (("a", "a"), ("b", None)):
-            writer.request(RequestRecord(request, 0, name, [1, 2], list(answer), "hello", **(texts or {})))
+            writer.request(
+                RequestRecord(request, 0, name, [1, 2], list(answer), "hello", list(logprobs), **(texts or {}))
+            )
         placed = {0: Placed((adapter.digest,) * len(KEYS), grams)}
         writer.rows(replace(rows(3, keys=KEYS), placed=placed))
     return folder
@@ -237,3 +241,69 @@ def test_parameters_and_experts_that_differ_are_named() -> None:
     )
     text = AdapterDifference("rank", keys, (8, 16), (2, 2), False, 7).text
     assert text == "rank is 16 instead of 8 in 6 of 7 modules (layer 0 gate_up_proj[0-1, 5], down_proj[0-1, 5])"
+
+
+def test_the_adapter_was_not_requested(tmp_path: Path, capsys: Any) -> None:
+    """The same prompts, and only the base model answered them; whether the adapter was loaded or not."""
+    one, two = record(tmp_path / "one"), record(tmp_path / "two")
+    lines = (two / "peft" / "requests.jsonl").read_text().splitlines()
+    (two / "peft" / "requests.jsonl").write_text("".join(f"{line}\n" for line in lines if '"adapter":null' in line))
+    for traces, side in (((one, two), "candidate"), ((two, one), "reference")):
+        status, out, _ = call("compare", *traces, capsys=capsys)
+        assert status == 1
+        assert f"cause (LP620 not-requested, {side}): the {side} did not request the adapter" in out
+    events = (two / "peft" / "events.jsonl").read_text().splitlines()
+    (two / "peft" / "events.jsonl").write_text("".join(f"{line}\n" for line in events if '"kind":"load"' not in line))
+    assert compare(open_trace(one), open_trace(two)).causes[0].code == "LP620"
+
+
+def test_a_server_that_was_asked_is_judged_by_its_answers(tmp_path: Path, capsys: Any) -> None:
+    one = record(tmp_path / "one", logprobs=(-1.0, -2.0))
+    for name, code, status, words in (
+        ("sound", "", 0, "the traces agree in their answers; 2 of 2 answer tokens are the same"),
+        ("twice", "LP609", 1, "cause (LP609 served-at-another-scaling, candidate): twice"),
+    ):
+        two = tmp_path / name
+        spec = RunSpec("server", "/adapter", "a", "/model", [Prompt("hi", [1, 2])], 2)
+        two.mkdir()
+        write_json(two / "run.json", Run(SCHEMA, "2026-01-01T00:00:00+00:00", spec, {}))
+        kind: Any = "other scaling" if code else "as trained"
+        with TraceWriter(two / "server", process(engine="server", device="")) as writer:
+            writer.record(Load(0, "a", "/one", "d"))
+            writer.record(Outcome(0, kind, code, name, 2, 0.1, 0.0, factor=2.0 if code else 1.0))
+            writer.request(RequestRecord("a", 0, "a", [1, 2], [3, 4], "hello", [-1.0, -2.0]))
+        for traces in ((one, two), (two, one)):
+            found, out, _ = call("compare", *traces, capsys=capsys)
+            assert found == status
+            assert words.replace("candidate", "candidate" if traces[1] == two else "reference") in out
+        _, out, _ = call("compare", one, two, "--format", "json", capsys=capsys)
+        cause = json.loads(out)["cause"]
+        assert (cause["factor"] if code else cause) == (2.0 if code else None)
+
+
+def test_what_is_in_the_json_and_in_the_markdown(tmp_path: Path, capsys: Any) -> None:
+    one = record(tmp_path / "one")
+    two = record(tmp_path / "two_|[x]", replace(HEALTHY, in_slot={1: 1.01}))
+    _, out, _ = call("compare", one, two, "--format", "json", capsys=capsys)
+    data = json.loads(out)
+    assert (data["schema_version"], data["verdict"], data["other_causes"]) == (1, "differ", [])
+    cause = data["cause"]
+    assert (cause["code"], cause["name"], cause["side"]) == ("LP621", "weights-at-another-scale", None)
+    assert cause["modules"] == ["model.layers.1.self_attn.q_proj"]
+    assert cause["factor"] == pytest.approx(1.01, rel=1e-6)
+    assert cause["evidence"]
+    assert cause["hint"].startswith("compare lora_alpha")
+    parts = {name: data["modules"][1][name] for name in ("weights", "routing", "arithmetic", "upstream")}
+    assert parts == {
+        "weights": pytest.approx(data["modules"][1]["error"]),
+        "routing": 0.0,
+        "arithmetic": None,
+        "upstream": 0.0,
+    }
+    assert set(data["ledger"]) == {"reference", "candidate"}
+    assert data["outputs"]["adapter"]["same_tokens"] == 2
+    _, out, _ = call("compare", one, two, "--format", "markdown", capsys=capsys)
+    assert out.startswith("## the traces differ: 1 of 3 modules exceed the tolerance")
+    assert "**LP621 weights-at-another-scale**: s·B·A is 1.01 times that of the reference" in out
+    assert "| layer 1 q\\_proj | 2.0e-02 | - | ? | - | 2.0e-02 |" in out
+    assert "two_/[x]`" in out

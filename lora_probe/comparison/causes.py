@@ -40,6 +40,7 @@ def causes(comparison: Comparison) -> tuple[Cause, ...]:
     """The causes of a difference; none if the runs agree."""
     steps: tuple[Callable[[Comparison], Iterator[Cause]], ...] = (
         _refused,
+        _of_servers,
         _unsteady,
         _prompts,
         _unasked,
@@ -86,6 +87,15 @@ def _refused(comparison: Comparison) -> Iterator[Cause]:
         if ledger.refused:
             finding = Finding("absent", ledger.code, f"{ledger.engine} refused the adapter: {ledger.message}")
             yield _under(finding, side=side)
+
+
+def _of_servers(comparison: Comparison) -> Iterator[Cause]:
+    """What the answers of a server showed, which PEFT was compared with."""
+    for side, trace in zip(SIDES, comparison.traces, strict=True):
+        numbers = {load.load for load, _ in trace.loads}
+        for number, outcome in trace.outcomes.items():
+            if number in numbers and outcome.code and not outcome.sound:
+                yield _named(outcome.code, outcome.message, side=side, factor=outcome.factor)
 
 
 def _unsteady(comparison: Comparison) -> Iterator[Cause]:

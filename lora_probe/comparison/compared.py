@@ -17,7 +17,7 @@ from lora_probe.comparison.prompts import PromptDifference
 from lora_probe.comparison.weights import WeightDifference
 from lora_probe.ledger import Ledger
 from lora_probe.names import Key, Universe, name_modules, path_of
-from lora_probe.precision import agrees
+from lora_probe.precision import agrees, logprob_drift
 from lora_probe.recording import Trace
 
 Side = Literal["reference", "candidate", "both", ""]
@@ -155,6 +155,10 @@ class Comparison:
         if self.causes:
             return "differ"
         judged = self.rows > 0 and all(ledger.healthy for ledger in self.ledgers)
+        if any(trace.outcomes for trace in self.traces):
+            # Nobody sees the layers of a server that was asked: the answers decide.
+            error = self.outputs.adapter.logprob_error
+            judged = error is not None and error <= logprob_drift(self.dtype)
         return "agree" if judged and self.reference.complete and self.candidate.complete else "undecided"
 
     def name(self, key: Key) -> str:

@@ -37,7 +37,9 @@ def compare_traces(reference: Trace, candidate: Trace, rtol: float | None = None
     """
     ledgers = _judged(reference), _judged(candidate)
     workers = (*reference.workers, *candidate.workers)
-    dtype = judged_dtype((w, name) for w in workers for name in (w.process.dtype, w.process.lora_dtype) if name)
+    # The dtype of a server that was asked is not known; of others a process may have none, as a killed one.
+    recorded = [(w, name) for w in workers for name in (w.process.dtype, w.process.lora_dtype)]
+    dtype = judged_dtype((w, name) for w, name in recorded if name or w.process.engine == "server")
     limit = drift(dtype) if rtol is None else rtol
     requests = matched_requests(reference, candidate)
     prompts = prompt_differences(reference, candidate)
@@ -162,12 +164,15 @@ def _notes(comparison: Comparison, joined: bool) -> Iterator[str]:
             yield f"{trace.path} is incomplete: {', '.join(trace.unclosed)}"
         if trace.unjoined:
             yield f"the rows in {trace.path} cannot be joined: {trace.unjoined}"
+        elif trace.outcomes:
+            yield f"{trace.path} is of a server that was asked: nobody sees its layers, so the answers decide"
         elif trace.rows is None:
             yield f"{trace.path} contains no rows"
     if comparison.files is not None and not any(cause.code == "LP625" for cause in comparison.causes):
         one, two = comparison.files
         yield f"the runs loaded different files with the same weights: {one} and {two}"
-    if not joined and not any(ledger.refused for ledger in comparison.ledgers):
+    asked = any(trace.outcomes for trace in comparison.traces)
+    if not joined and not asked and not any(ledger.refused for ledger in comparison.ledgers):
         yield "no rows were compared, only the ledgers and the answers"
     if comparison.dtype == NOT_RECORDED:
         yield NOT_RECORDED_NOTE

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from lora_probe.ledger import headline
 from lora_probe.render.cells import one_line
 from lora_probe.render.text.compare import (
     MOST_MODULES,
@@ -17,6 +16,7 @@ from lora_probe.render.text.compare import (
     SIDES,
     answered,
     cells_of,
+    result_of,
     run_in,
     side_of,
     verdict_text,
@@ -48,7 +48,7 @@ def _lines(result: Comparison, heading: str) -> Iterator[str]:
         yield from (f"**Bisection**: {_plain(result.bisection.text)}", "")
     yield from ("| run | engine | result |", "|---|---|---|")
     for side, trace, ledger in zip(SIDES, result.traces, result.ledgers, strict=True):
-        yield f"| {side}: {_code(str(trace.path))} | {_plain(run_in(trace))} | {_plain(headline(ledger))} |"
+        yield f"| {side}: {_code(str(trace.path))} | {_plain(run_in(trace))} | {_plain(result_of(trace, ledger))} |"
     yield ""
     different = [diff for diff in result.modules if diff.status != "ok"]
     if different:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from lora_probe.ledger import headline
+from lora_probe.ledger import Ledger, headline
 from lora_probe.names import in_words
 from lora_probe.render.cells import assemble, paragraphs, words
 from lora_probe.render.tables import grid
@@ -39,8 +39,9 @@ def comparison(result: Comparison) -> RenderableType:
         parts.append(words(f"bisection: {result.bisection.text}", style="bold"))
     parts.append(words(""))
     for (side, trace), ledger in zip(zip(SIDES, result.traces, strict=True), result.ledgers, strict=True):
-        style = "green" if ledger.healthy else "bold red"
-        parts.append(assemble((f"{side} ", "bold"), f"{trace.path} ({run_in(trace)}): ", (headline(ledger), style)))
+        sound = ledger.healthy or any(outcome.sound for outcome in trace.outcomes.values())
+        of_run = result_of(trace, ledger), "green" if sound else "bold red"
+        parts.append(assemble((f"{side} ", "bold"), f"{trace.path} ({run_in(trace)}): ", of_run))
     parts += [words(f"note: {note}", style="bold yellow") for note in result.notes]
     parts.append(words(""))
     if result.modules:
@@ -55,6 +56,12 @@ def _cause(result: Comparison, cause: Cause, number: int) -> Iterable[Renderable
     yield words(f"{label} ({cause.code} {cause.name}{side_of(cause)}): {cause.message}", style="bold red")
     yield from (words(f"  {line}") for line in cause.evidence)
     yield words(f"  hint: {cause.hint}")
+
+
+def result_of(trace: Trace, ledger: Ledger) -> str:
+    """What became of the adapter in one run: by its ledger, or by the answers of a server that was asked."""
+    outcomes = [outcome.message for outcome in trace.outcomes.values()]
+    return "; ".join(outcomes) or headline(ledger)
 
 
 def side_of(cause: Cause) -> str:
@@ -85,7 +92,8 @@ def run_in(trace: Trace) -> str:
     for worker in trace.workers:
         process = worker.process
         adapter = f", adapter in {process.lora_dtype}" if process.lora_dtype not in ("", process.dtype) else ""
-        parts.setdefault(f"{process.dtype or 'no dtype recorded'} on {process.device}{adapter}")
+        device = f" on {process.device}" if process.device else ""
+        parts.setdefault(f"{process.dtype or 'no dtype recorded'}{device}{adapter}")
     return ", ".join([trace.engine, *parts])
 
 
@@ -191,6 +199,13 @@ def verdict_text(result: Comparison) -> str:
     about = f"; worst module {result.name(worst.key)}: {worst.error:.1e}" if worst and worst.error is not None else ""
     rounding = f", of {result.tolerance:.1e} that rounding may cause" if about else ""
     different = sum(diff.status != "ok" for diff in result.modules)
+    if not result.modules:
+        about = f"; {result.outputs.adapter.same} of {result.outputs.adapter.tokens} answer tokens are the same"
+        return {
+            "agree": f"the traces agree in their answers{about}",
+            "differ": f"the traces differ{about}",
+            "undecided": f"undecided: not everything could be compared{about}",
+        }[result.verdict]
     return {
         "agree": f"the traces agree on {len(result.modules)} modules{about}{rounding}",
         "differ": f"the traces differ: {different} of {len(result.modules)} modules exceed the tolerance{about}",
