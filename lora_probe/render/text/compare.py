@@ -193,6 +193,10 @@ def _verdict(result: Comparison) -> RenderableType:
     return words(verdict_text(result), style="bold green" if result.verdict == "agree" else "bold red")
 
 
+def _exceeding(different: int, total: int) -> str:
+    return f"{different} of {total} modules exceed" if different else "no module exceeds"
+
+
 def verdict_text(result: Comparison) -> str:
     """One line: whether the traces agree, and the worst module."""
     worst = result.worst
@@ -208,6 +212,6 @@ def verdict_text(result: Comparison) -> str:
         }[result.verdict]
     return {
         "agree": f"the traces agree on {len(result.modules)} modules{about}{rounding}",
-        "differ": f"the traces differ: {different} of {len(result.modules)} modules exceed the tolerance{about}",
+        "differ": f"the traces differ: {_exceeding(different, len(result.modules))} the tolerance{about}",
         "undecided": f"undecided: not everything could be compared{about}",
     }[result.verdict]
