@@ -98,7 +98,7 @@ def test_a_rounded_b_is_no_difference(kind: str, scaling: float, dtype: str) -> 
         rounded = (b.to(getattr(torch, dtype)) * scaling).float()
         halves = [np.asarray(weights.numpy()) for weights in (b * scaling, rounded)]
         module = ModuleRecord(0, "q", "weight", None, ["file"], rank=shape[1], scaling=scaling)
-        relation = relate(*(fingerprint(a, half) for half in halves))
+        relation = relate(*(fingerprint(a, half).product for half in halves))
         assert relation is not None
         slack, rest = limits(dtype)
         lost = _lost_digits([half.T @ half for half in halves], module, dtype)

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 from lora_probe.cli.ending import CLEAN, FOUND, UNJUDGED
 from lora_probe.cli.options import (
-    HERE,
     Command,
     UsageError,
     add_checkpoint,
@@ -24,6 +23,7 @@ from lora_probe.cli.options import (
     number,
     prompts,
 )
+from lora_probe.errors import ProbeError
 from lora_probe.files import limits
 from lora_probe.render.console import note
 from lora_probe.render.formats import present
@@ -57,7 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=number("absolute tolerance", least=0),
         default=0.0,
         metavar="X",
-        help="differences of a contribution up to this norm count as none; default: 0",
+        help="differences of a contribution up to this norm count as none; default: 0.\n"
+        "Neither tolerance excuses other weights",
     )
     recorded = parser.add_argument_group(
         "recording",
@@ -74,7 +75,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     causes.add_argument(
         "--bisect-runs",
         type=number("number of runs", least=2),
-        default=MOST_RUNS,
         metavar="N",
         help=f"forward passes at most; default: {MOST_RUNS}",
     )
@@ -91,7 +91,7 @@ def run(options: argparse.Namespace) -> int:
     if recorded := [Path(side) for side in (options.reference, options.candidate) if side not in engines]:
         limits.begin(*recorded)
     settings = Settings(
-        options.checkpoint or HERE,
+        options.checkpoint,
         options.model,
         prompts(options),
         options.chat,
@@ -102,7 +102,7 @@ def run(options: argparse.Namespace) -> int:
     traces = open_sides(options.reference, options.candidate, settings, _reporting)
     comparisons = compare_each(*traces, options.rtol, options.adapter, atol=options.atol)
     if options.bisect:
-        comparisons = _bisected(comparisons, int(options.bisect_runs))
+        comparisons = _bisected(comparisons, int(options.bisect_runs or MOST_RUNS), options.model)
     if len(comparisons.by_adapter) > 1 or comparisons.notes:
         present("compare adapters", options.format, comparisons)
     else:
@@ -113,24 +113,30 @@ def run(options: argparse.Namespace) -> int:
     return {"agree": CLEAN, "differ": FOUND, "undecided": UNJUDGED}[comparisons.verdict]
 
 
-def _bisected(comparisons: Comparisons, most: int) -> Comparisons:
-    """The comparisons, with the modules that change a token."""
+def _bisected(comparisons: Comparisons, most: int, model: str | None) -> Comparisons:
+    """The comparisons, each with the modules that change a token, or with the reason why there are none."""
     from lora_probe.comparison.bisection import bisect
 
+    by_adapter = {}
     with status_line("peft: starting") as report:
-        progress = run_progress("peft", report)
-        by_adapter = {
-            name: replace(comparison, bisection=bisect(comparison, most, progress))
-            for name, comparison in comparisons.by_adapter.items()
-        }
+        for name, comparison in comparisons.by_adapter.items():
+            try:
+                bisection = bisect(comparison, most, model, run_progress("peft", report))
+                by_adapter[name] = replace(comparison, bisection=bisection)
+            except ProbeError as error:
+                why = f"not bisected: {error.message}"
+                by_adapter[name] = replace(comparison, notes=(*comparison.notes, why))
     return replace(comparisons, by_adapter=by_adapter)
 
 
 def _refuse_unused(options: argparse.Namespace, records: bool) -> None:
-    """Raises UsageError: there is something to record, and no engine."""
+    """Raises UsageError: there is something to record, and no engine; or runs for no bisection."""
+    if options.bisect_runs is not None and not options.bisect:
+        raise UsageError("--bisect-runs belongs to --bisect", "add --bisect")
     if records:
         return
-    given = [name for name in ("prompt", "prompt_file", "model", "chat") if getattr(options, name)]
+    given = [name for name in ("prompt", "prompt_file", "chat") if getattr(options, name)]
+    given += ["model"] if options.model and not options.bisect else []
     given += [name for name, value in engine_options(options).items() if value is not None]
     if options.checkpoint is not None or given or options.engine_args:
         raise UsageError(

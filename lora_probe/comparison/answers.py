@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 
 import numpy as np
 
@@ -84,7 +83,7 @@ def outputs(
     kinds: dict[str, tuple[float | None, float | None]] = {}
     for kind in ("adapter", "base"):
         kinds[kind] = _scored(list(_pairs(reference, candidate, kind)))
-    first = next((_first_token(request) for request in requests if not request.equal), None)
+    first = next((_first_token(request) for request in requests if request.diverged), None)
     if first is None:
         # Answers that were forced are the same, and their distributions are not.
         pairs = _pairs(reference, candidate, "adapter")
@@ -110,7 +109,7 @@ def repeats(trace: Trace) -> dict[str, Repeats]:
     for kind in ("adapter", "base"):
         again = [group for (name, _), group in groups.items() if (name is None) == (kind == "base") and len(group) > 1]
         if again:
-            pairs = [pair for group in again for pair in combinations(group, 2)]
+            pairs = [(group[0], other) for group in again for other in group[1:]]
             errors = [error for one, two in pairs if (error := _logprob_error(one, two)) is not None]
             same = all(one.output_ids == two.output_ids for one, two in pairs)
             results[kind] = Repeats(sum(map(len, again)), max(errors, default=0.0), same)
@@ -123,7 +122,7 @@ def _agreement(reference: Trace, candidate: Trace, requests: Iterable[RequestDif
     for request in requests:
         forced = max(reference.forced(request.reference), candidate.forced(request.candidate))
         # After the first token that differs, the runs see other tokens.
-        compared = min(request.same_tokens + (not request.equal), len(request.reference.output_ids))
+        compared = min(request.same_tokens + request.diverged, len(request.reference.output_ids))
         tokens += max(compared - forced, 0)
         same += max(request.same_tokens - forced, 0)
         if request.logprob_error is not None:

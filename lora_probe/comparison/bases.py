@@ -29,10 +29,16 @@ AT_ONCE = 2**22
 def reasons(modules: Sequence[ModuleDiff], outputs: Outputs, dtype: str, limit: float) -> Iterator[str]:
     """Why the base models seem to differ. `modules` are in the order of computation."""
     base = outputs.base
+    agree = base.logprob_error is not None or base.kl is not None
     if base.logprob_error is not None and base.logprob_error > logprob_drift(dtype):
+        agree = False
         yield f"log-probabilities of the base differ by {base.logprob_error:.2g}"
     elif base.kl is not None and base.kl > logprob_drift(dtype) ** 2:
+        agree = False
         yield f"the base's next-token distributions differ by a KL of {base.kl:.2g} nats"
+    if agree:
+        # Then another x is due to embeddings that the adapter brings.
+        return
     first = _first_layer(modules)
     off = [diff for diff in first if diff.x_error is not None and diff.x_error > limit]
     if first and len(off) == len(first):

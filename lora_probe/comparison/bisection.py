@@ -19,28 +19,35 @@ from lora_probe.names import Key, natural
 from lora_probe.recording import Load, Trace
 
 
-def bisect(comparison: Comparison, most: int = 200, progress: Callable[[Progress], None] = lambda _: None) -> Bisection:
-    """Find the modules that change the first token that differs.
+def bisect(
+    comparison: Comparison,
+    most: int = 200,
+    model: str | None = None,
+    progress: Callable[[Progress], None] = lambda _: None,
+) -> Bisection:
+    """Find the modules that change the first token that differs, in at most `most` runs. `model` is the base, by
+    default that of the reference.
 
     Raises:
-        ProbeError: the answers are the same, the weights of a run are not in a file any more, or no weights differ.
+        ProbeError: the answers are the same, the weights of a run are not in a file any more, or s·B·A is the same.
         EngineFailed: PEFT cannot load the adapters.
     """
     first = comparison.outputs.first_token
+    if any(trace.outcomes for trace in comparison.traces):
+        raise ProbeError("the weights of a server are not known")
+    if not comparison.requests:
+        raise ProbeError("no answers were compared")
     if first is None or first.reference is None or first.candidate is None:
-        raise ProbeError("both runs answer with the same tokens, so no module changes one", "remove --bisect")
+        raise ProbeError("both runs answer with the same tokens, so no module changes one")
     request = next(diff.reference for diff in comparison.requests if diff.prompt == first.prompt)
     reference, candidate = comparison.traces
     loads = _load_of(reference), _load_of(candidate)
     changed, off, factors = _changes(comparison)
     if not changed:
-        raise ProbeError(
-            "the weights of both runs are the same, so no module's weights change a token",
-            "see the cause and the parts of the difference",
-        )
+        raise ProbeError("s·B·A of both runs is the same, so no module changes a token")
     assert reference.run is not None
     spec = BisectSpec(
-        model=reference.run.spec.model,
+        model=model or reference.run.spec.model,
         dtype=next((worker.process.dtype for worker in reference.workers), "") or "auto",
         reference=loads[0].path,
         candidate=loads[1].path,
@@ -53,9 +60,7 @@ def bisect(comparison: Comparison, most: int = 200, progress: Callable[[Progress
     found = run(spec, progress)
     if found.reference != first.reference:
         raise ProbeError(
-            f"PEFT with the weights of {reference.path} chooses token {found.reference}, not {first.reference} as the "
-            "reference did",
-            "take the run as the reference whose answers are those of PEFT",
+            f"PEFT with the weights of {reference.path} chooses token {found.reference}, not {first.reference}"
         )
     return Bisection(
         first.prompt,
@@ -77,10 +82,10 @@ def _load_of(trace: Trace) -> Load:
         ProbeError: there is none, or its folder is gone or holds other weights now.
     """
     if trace.run is None or not trace.loads:
-        raise ProbeError(f"`{trace.path}` does not contain what it ran", "bisect traces of `lora-probe trace`")
+        raise ProbeError(f"`{trace.path}` does not contain what it ran")
     load, _ = trace.loads[-1]
     if open_adapter(load.path).digest() != load.digest:
-        raise ProbeError(f"`{load.path}` has changed since `{trace.path}` was recorded", "record both runs again")
+        raise ProbeError(f"`{load.path}` has changed since `{trace.path}` was recorded")
     return load
 
 
@@ -92,15 +97,12 @@ def _changes(comparison: Comparison) -> tuple[set[Key], set[Key], dict[Key, floa
     """
     lost = [{row.key for row in ledger.rows if row.fate == "lost"} for ledger in comparison.ledgers]
     if lost[0] - lost[1]:
-        raise ProbeError("modules of the reference were lost", "take the run as the reference in which all took effect")
+        raise ProbeError("modules of the reference were lost: pass the run first in which all took effect")
     off = lost[1] - lost[0]
     factors: dict[Key, float] = {}
     for difference in comparison.weights:
         if difference.factor is None:
-            raise ProbeError(
-                f"the weights of a run are in no file, so PEFT cannot run with them: {difference.text}",
-                "see the cause: the engine holds other weights than its file",
-            )
+            raise ProbeError("the engine holds other weights than its file, so PEFT cannot run with them")
         factors |= dict.fromkeys(difference.keys, difference.factor)
     changed = {*off, *factors}
     changed.update(*(difference.keys for difference in comparison.file_weights))

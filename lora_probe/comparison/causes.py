@@ -95,7 +95,17 @@ def _of_servers(comparison: Comparison) -> Iterator[Cause]:
         numbers = {load.load for load, _ in trace.loads}
         for number, outcome in trace.outcomes.items():
             if number in numbers and outcome.code and not outcome.sound:
-                yield _named(outcome.code, outcome.message, side=side, factor=outcome.factor)
+                evidence = tuple(_of_server(trace))
+                yield _named(outcome.code, outcome.message, side=side, factor=outcome.factor, evidence=evidence)
+
+
+def _of_server(trace: Trace) -> Iterator[str]:
+    """Which server was asked, and what it was compared with."""
+    if trace.run is not None:
+        spec = trace.run.spec
+        yield f"`{spec.name}` at {spec.options.get('url', 'an unknown address')}"
+        if spec.adapter is not None:
+            yield f"compared with {spec.adapter} in PEFT"
 
 
 def _unsteady(comparison: Comparison) -> Iterator[Cause]:
@@ -119,7 +129,8 @@ def _prompts(comparison: Comparison) -> Iterator[Cause]:
     for side, trace, ids in zip(SIDES, comparison.traces, (first.reference, first.candidate), strict=True):
         template = ", with its chat template" if trace.run is not None and trace.run.spec.chat else ""
         evidence.append(f"{side}{template}: {_marked(ids, first.first)}")
-    total = max(len(different), len(comparison.requests) + len(different))
+    evidence.append("the first id that differs is in brackets")
+    total = len(comparison.requests) + len(different)
     yield _under(different_prompts(len(different), first.first, total), evidence=tuple(evidence))
 
 
@@ -158,26 +169,43 @@ def _lost(comparison: Comparison) -> Iterator[Cause]:
 def _files(comparison: Comparison) -> Iterator[Cause]:
     if comparison.files is None:
         return
-    texts = [difference.text for difference in comparison.file_weights]
-    texts += [difference.text for difference in comparison.adapters if difference.kind in ("rank", "scaling")]
+    facts, known = [difference.text for difference in comparison.adapters], _has_fingerprints(comparison)
+    # Rank, scaling and norms are another way to write the same weights, or a part of what differs.
+    texts = [difference.text for difference in comparison.file_weights] if known else facts
     texts += [
         f"{name_modules(map(path_of, keys))} only in the {side}'s file"
         for side, keys in zip(SIDES, comparison.unshared, strict=True)
         if keys
     ]
-    halves = [difference.text for difference in comparison.adapters if difference.kind not in ("rank", "scaling")]
-    if not texts:
-        # A trace of an older version has no fingerprints.
-        texts, halves = halves, []
+    if tensors := comparison.other_tensors:
+        more = f" and {len(tensors) - MOST_NAMED} more" if len(tensors) > MOST_NAMED else ""
+        texts.append(f"other tensors differ: {in_words([f'`{name}`' for name in tensors[:MOST_NAMED]])}{more}")
+    if not texts and comparison.differs:
+        texts, facts = _rounded_files(comparison), []
     if not texts:
         return
     keys = [key for of_side in comparison.unshared for key in of_side]
     keys += [key for different in comparison.file_weights for key in different.keys]
-    keys += [key for different in comparison.adapters for key in different.keys]
+    keys += [] if known else [key for different in comparison.adapters for key in different.keys]
     factors = {different.factor for different in comparison.file_weights}
-    factor = next(iter(factors)) if len(factors) == 1 else None
+    alone = len(factors) == 1 and not comparison.other_tensors
     finding = different_files("; ".join(texts), comparison.files)
-    yield _under(finding, modules=tuple(dict.fromkeys(keys)), factor=factor, evidence=(*halves, *_behind(comparison)))
+    evidence = (*(facts if known else ()), *_behind(comparison))
+    yield _under(
+        finding, modules=tuple(dict.fromkeys(keys)), factor=factors.pop() if alone else None, evidence=evidence
+    )
+
+
+def _has_fingerprints(comparison: Comparison) -> bool:
+    """Whether the weights of both files are known. They are not in traces of an older version."""
+    return all(trace.file_fingerprints for trace in comparison.traces)
+
+
+def _rounded_files(comparison: Comparison) -> list[str]:
+    """Files of two dtypes: what is left are the digits that one of them does not have."""
+    dtypes = [dict.fromkeys(m.dtype for m in trace.modules.values() if m.dtype) for trace in comparison.traces]
+    names = [in_words(list(of_file)) for of_file in dtypes]
+    return [f"the same weights, stored as {names[0]} and as {names[1]}"] if names[0] != names[1] else []
 
 
 def _weights(comparison: Comparison) -> Iterator[Cause]:
@@ -210,7 +238,7 @@ def _behind(comparison: Comparison) -> Iterator[str]:
     """What follows from weights in the layers behind them."""
     first, own = comparison.first, comparison.largest_own
     if first is not None:
-        yield f"first divergence at {comparison.name(first.key)}, relative error {first.error:.2g}"
+        yield f"first divergence at {comparison.name(first.key)}"
     if own is not None and own.parts is not None:
         yield f"largest error of its own: {comparison.name(own.key)}, {own.parts.own:.2g}"
 

@@ -97,7 +97,8 @@ class Comparison:
     """The result of `compare`. Errors are relative to the reference.
 
     `adapters` and `file_weights` are what is known to differ between the files of the two adapters (`files`: their
-    folders, None if they are the same; `unshared`: the modules that only one of them has), and `weights` between the
+    folders, None if they are the same; `unshared`: the modules that only one of them has,
+    `other_tensors`: those that differ and are no A or B of a followed module), and `weights` between the
     weights that runs of one file multiply with. `prompts` are texts that became other tokens, `unasked` how many
     prompts each run answered without the adapter, and `repeats` how far each run agrees with itself. `estimated` is why
     some errors are estimates (those that are not `exact`), empty if none is. `causes` explain a difference, the most
@@ -116,12 +117,14 @@ class Comparison:
     outputs: Outputs
     repeats: tuple[Mapping[str, Repeats], Mapping[str, Repeats]]
     notes: tuple[str, ...] = ()
+    measured: bool = True
     prompts: tuple[PromptDifference, ...] = ()
     unasked: tuple[int, int] = (0, 0)
     adapters: tuple[AdapterDifference, ...] = ()
     files: tuple[str, str] | None = None
     file_weights: tuple[WeightDifference, ...] = ()
     unshared: tuple[tuple[Key, ...], tuple[Key, ...]] = ((), ())
+    other_tensors: tuple[str, ...] = ()
     weights: tuple[WeightDifference, ...] = ()
     estimated: str = ""
     causes: tuple[Cause, ...] = ()
@@ -130,6 +133,11 @@ class Comparison:
     @property
     def traces(self) -> tuple[Trace, Trace]:
         return self.reference, self.candidate
+
+    @property
+    def cause(self) -> Cause | None:
+        """The most likely cause; None if the runs agree, or could not be compared."""
+        return self.causes[0] if self.causes else None
 
     @property
     def worst(self) -> ModuleDiff | None:
@@ -147,8 +155,11 @@ class Comparison:
         """Whether rows or answers differ, or modules did not take effect, whatever the cause."""
         if any(ledger.refused or ledger.count("lost") or ledger.count("wrong") for ledger in self.ledgers):
             return True
-        diverged = any(not request.equal for request in self.requests) and self.dtype == "float32"
-        return diverged or any(module.status != "ok" for module in self.modules)
+        diverged = any(request.diverged for request in self.requests) and self.dtype == "float32"
+        error, kl = self.outputs.adapter.logprob_error, self.outputs.adapter.kl
+        limit = logprob_drift(self.dtype)
+        answers = (error is not None and error > limit) or (kl is not None and kl > limit**2)
+        return diverged or answers or any(module.status != "ok" for module in self.modules)
 
     @property
     def verdict(self) -> Verdict:

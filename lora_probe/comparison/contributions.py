@@ -22,71 +22,88 @@ from lora_probe.comparison.tolerance import NOT_RECORDED_NOTE, judged_dtype
 from lora_probe.comparison.weights import Loads, Relation, compare_files, compare_weights, limits
 from lora_probe.errors import ProbeError
 from lora_probe.ledger import Fate, Ledger
-from lora_probe.names import Key, in_words, natural, path_of
+from lora_probe.names import Key, in_words, natural, one_or_more, path_of
 from lora_probe.precision import NOT_RECORDED, agrees, drift
 from lora_probe.recording import Floats, Trace
 
 
+@np.errstate(all="ignore")
 def compare_traces(reference: Trace, candidate: Trace, rtol: float | None = None, atol: float = 0.0) -> Comparison:
-    """Compare two traces of one adapter each. `rtol` replaces the measured tolerances; differences of contributions up
-    to `atol` count as none.
+    """Compare two traces of one adapter each. `rtol` replaces the measured tolerance of contributions; differences up
+    to `atol` count as none. Neither excuses other weights.
 
     Raises:
         ProbeError: the traces have no prompt in common.
         UnreadableFile: a trace records an unknown dtype, or is damaged.
     """
-    ledgers = _judged(reference), _judged(candidate)
-    workers = (*reference.workers, *candidate.workers)
-    # The dtype of a server that was asked is not known; of others a process may have none, as a killed one.
-    recorded = [(w, name) for w in workers for name in (w.process.dtype, w.process.lora_dtype)]
-    dtype = judged_dtype((w, name) for w, name in recorded if name or w.process.engine == "server")
+    dtype = _judged_in(reference, candidate)
     limit = drift(dtype) if rtol is None else rtol
     requests = matched_requests(reference, candidate)
-    prompts = prompt_differences(reference, candidate)
-    unasked = _unasked(reference, candidate)
-    if not requests and not prompts and not any(unasked) and not any(ledger.refused for ledger in ledgers):
-        raise ProbeError(
-            f"`{reference.path}` and `{candidate.path}` have no prompt in common",
-            "record both with the same --prompt options",
-        )
+    of_base = matched_requests(reference, candidate, of_base=True)
     joined = join(reference, candidate, requests)
     pairs = _pairs_of_loads(reference, candidate, joined)
-    files = different_files(reference, candidate)
-    weights = compare_weights(reference, candidate, pairs, dtype, joined, rtol)
+    weights = compare_weights(reference, candidate, pairs, dtype, joined)
     modules: tuple[ModuleDiff, ...] = ()
-    first, count = None, 0
+    first = None
     if joined is not None:
-        judge = _Judge(
-            joined, limit, atol, weights.relations, limits(dtype, rtol)[1], _arithmetic(reference, candidate, pairs)
-        )
+        arithmetic = _arithmetic(reference, candidate, pairs)
+        judge = _Judge(joined, limit, atol, weights.relations, limits(dtype)[1], arithmetic)
         rowless = _without_rows(reference) | _without_rows(candidate)
         modules, first = judge.modules(_fates(reference), _fates(candidate), rowless)
-        count = len(joined.where)
-    adapters = adapter_differences(reference, candidate, agrees(dtype))
-    file_weights = compare_files(reference, candidate, pairs, rtol) if files is not None else ()
     comparison = Comparison(
         reference,
         candidate,
-        ledgers,
+        (_judged(reference), _judged(candidate)),
         dtype,
         limit,
-        count,
+        len(joined.where) if joined is not None else 0,
         modules,
         requests,
         first,
-        outputs(reference, candidate, requests, matched_requests(reference, candidate, of_base=True), dtype),
+        outputs(reference, candidate, requests, of_base, dtype),
         (repeats(reference), repeats(candidate)),
-        prompts=prompts,
-        unasked=unasked,
-        adapters=adapters,
-        files=files,
-        file_weights=file_weights,
-        unshared=_unshared(reference, candidate, pairs) if files is not None else ((), ()),
-        weights=weights.differences if files is None else (),
-        estimated=_why_estimated(reference, candidate, modules, bool(adapters or file_weights)),
+        measured=rtol is None,
+        prompts=prompt_differences(reference, candidate),
+        unasked=_unasked(reference, candidate),
+        adapters=adapter_differences(reference, candidate, agrees(dtype)),
+        files=different_files(reference, candidate),
+        weights=weights.differences,
     )
+    _refuse_unrelated(comparison)
+    if comparison.files is not None:
+        # What differs in the files differs in the engines too.
+        comparison = replace(
+            comparison,
+            weights=(),
+            file_weights=compare_files(reference, candidate, pairs),
+            unshared=_unshared(reference, candidate, pairs),
+            other_tensors=_other_tensors(reference, candidate, pairs),
+        )
+    comparison = replace(comparison, estimated=_why_estimated(comparison))
     comparison = replace(comparison, causes=causes(comparison))
     return replace(comparison, notes=tuple(_notes(comparison, joined is not None)))
+
+
+def _judged_in(reference: Trace, candidate: Trace) -> str:
+    """The dtype that decides. That of a server that was asked is not known; a process that was killed may have none."""
+    workers = (*reference.workers, *candidate.workers)
+    recorded = [(w, name) for w in workers for name in (w.process.dtype, w.process.lora_dtype)]
+    return judged_dtype((w, name) for w, name in recorded if name or w.process.engine == "server")
+
+
+def _refuse_unrelated(comparison: Comparison) -> None:
+    """Raises ProbeError: the runs have nothing in common."""
+    related = comparison.requests or comparison.prompts or any(comparison.unasked)
+    if related or any(ledger.refused for ledger in comparison.ledgers):
+        return
+    for trace in comparison.traces:
+        if not trace.requests:
+            hint = "record it again: its requests.jsonl is missing or cut"
+            raise ProbeError(f"`{trace.path}` contains no answers", hint)
+    one, two = comparison.traces
+    raise ProbeError(
+        f"`{one.path}` and `{two.path}` have no prompt in common", "record both with the same --prompt options"
+    )
 
 
 def _unasked(reference: Trace, candidate: Trace) -> tuple[int, int]:
@@ -119,6 +136,16 @@ def _unshared(reference: Trace, candidate: Trace, pairs: list[Loads]) -> tuple[t
     only = one - two, two - one
     first, second = (tuple(sorted(keys, key=lambda key: natural(path_of(key)))) for keys in only)
     return first, second
+
+
+def _other_tensors(reference: Trace, candidate: Trace, pairs: list[Loads]) -> tuple[str, ...]:
+    """The tensors without a fingerprint that differ between the two files, or are in one alone."""
+    names: set[str] = set()
+    for loads in pairs:
+        one, two = reference.other_tensors.get(loads.reference), candidate.other_tensors.get(loads.candidate)
+        if one is not None and two is not None:
+            names |= {name for name in one.keys() | two.keys() if one.get(name) != two.get(name)}
+    return tuple(sorted(names, key=natural))
 
 
 def _arithmetic(reference: Trace, candidate: Trace, pairs: list[Loads]) -> dict[str, float]:
@@ -168,28 +195,41 @@ def _notes(comparison: Comparison, joined: bool) -> Iterator[str]:
             yield f"{trace.path} is of a server that was asked: nobody sees its layers, so the answers decide"
         elif trace.rows is None:
             yield f"{trace.path} contains no rows"
+    if comparison.reference.path == comparison.candidate.path:
+        yield "this is one trace, compared with itself"
+    yield from _unmatched(comparison)
     if comparison.files is not None and not any(cause.code == "LP625" for cause in comparison.causes):
         one, two = comparison.files
-        yield f"the runs loaded different files with the same weights: {one} and {two}"
+        yield f"the runs loaded different files, in which no difference of weights is known: {one} and {two}"
     asked = any(trace.outcomes for trace in comparison.traces)
     if not joined and not asked and not any(ledger.refused for ledger in comparison.ledgers):
-        yield "no rows were compared, only the ledgers and the answers"
-    if comparison.dtype == NOT_RECORDED:
+        yield "no rows were compared"
+    if comparison.dtype == NOT_RECORDED and comparison.rows:
         yield NOT_RECORDED_NOTE
 
 
-def _why_estimated(
-    reference: Trace, candidate: Trace, modules: tuple[ModuleDiff, ...], different_adapters: bool
-) -> str:
+def _unmatched(comparison: Comparison) -> Iterator[str]:
+    """The prompts of the adapter that only one run has."""
+    matched = {tuple(request.reference.prompt_ids) for request in comparison.requests}
+    prompts = comparison.prompts
+    different = {prompt.reference for prompt in prompts}, {prompt.candidate for prompt in prompts}
+    for trace, explained, unasked in zip(comparison.traces, different, reversed(comparison.unasked), strict=True):
+        own = _prompts_of(trace, with_adapter=True) - matched - explained
+        if own and not unasked:
+            yield f"only {trace.path} has {one_or_more('more prompt', len(own))}"
+
+
+def _why_estimated(comparison: Comparison) -> str:
     """Why some errors are not exact; empty if all are."""
-    if all(diff.exact for diff in modules if diff.error is not None):
+    if all(diff.exact for diff in comparison.modules if diff.error is not None):
         return ""
-    for trace in (reference, candidate):
+    for trace in comparison.traces:
         if trace.rows is not None and trace.rows.shrink is None:
             return f"{trace.path} did not keep shrink"
-    if different_adapters:
+    if comparison.adapters or comparison.file_weights:
         return "the adapters differ"
-    dtypes = dict.fromkeys(w.process.lora_dtype or w.process.dtype for t in (reference, candidate) for w in t.workers)
+    workers = [worker.process for trace in comparison.traces for worker in trace.workers]
+    dtypes = dict.fromkeys(process.lora_dtype or process.dtype for process in workers)
     if len(dtypes) > 1:
         return f"B is rounded differently in {in_words(list(dtypes))}"
     return "the weights in the engines are not known to be the same"
@@ -221,7 +261,7 @@ class _Judge:
     joined: Joined
     limit: float
     atol: float
-    relations: Mapping[Key, Relation]
+    relations: Mapping[Loads, Mapping[Key, Relation]]
     rounded: float
     arithmetic: Mapping[str, float]
 
@@ -236,7 +276,7 @@ class _Judge:
             if key in here and key in there:
                 arithmetic = self.arithmetic.get(path_of(key))
                 diff, row_errors = compare_module(
-                    self.joined, key, (self.limit, self.atol), self.relations.get(key), arithmetic, self.rounded
+                    self.joined, key, (self.limit, self.atol), self.relations, arithmetic, self.rounded
                 )
                 diffs.append(diff)
                 if diff.status == "differs":
@@ -256,6 +296,9 @@ def _first(joined: Joined, errors: Mapping[Key, Floats], limit: float) -> Diverg
         return None
     keys = list(errors)
     table = np.stack([errors[key] for key in keys], axis=1)
-    row, column = (int(number) for number in np.argwhere(table > limit)[0])
+    beyond = np.argwhere(table > limit)
+    if not len(beyond):
+        return None
+    row, column = (int(number) for number in beyond[0])
     prompt, position, token = joined.where[row]
     return Divergence(prompt, position, token, keys[column], float(table[row, column]))

@@ -39,16 +39,25 @@ class Comparisons:
 
 
 def compare_each(
-    reference: Trace, candidate: Trace, rtol: float | None = None, adapter: str | None = None, *, atol: float = 0.0
+    reference: Trace | str | Path,
+    candidate: Trace | str | Path,
+    rtol: float | None = None,
+    adapter: str | None = None,
+    *,
+    atol: float = 0.0,
 ) -> Comparisons:
     """Compare every adapter of the reference, with all of its loads, with the adapter of the same name in the
     candidate, or else with one of the same content. Two traces with a single adapter each are compared whatever its
     names are. With `adapter`, only the one of that name; a trace with a single adapter is taken to have it. `rtol` and
     `atol`: as in `compare_traces`.
 
-    Raises:
-        ProbeError: a trace has no load of an adapter, or no adapter is in both.
+        Raises: ProbeError: a trace has no load of an adapter, or no adapter is in both; or a tolerance is no number of
+        at least 0.
     """
+    for name, tolerance in (("rtol", rtol), ("atol", atol)):
+        if tolerance is not None and not tolerance >= 0:
+            raise ProbeError(f"`{name}` must be a number of at least 0, not {tolerance}")
+    reference, candidate = opened(reference, candidate, Settings())
     loads = [_newest(trace) for trace in (reference, candidate)]
     for trace, of_trace, of_other in zip((reference, candidate), loads, reversed(loads), strict=True):
         if not of_trace and not (of_other and trace.requests):
@@ -105,9 +114,8 @@ def compare(
             several adapters and none is chosen; or as `trace` does.
         UnreadableFile: a trace records an unknown dtype, or is damaged.
     """
-    run = Settings(
-        str(checkpoint or "."), model, words_of("prompts", prompts), chat, max_tokens, options or {}, engine_args
-    )
+    ckpt = None if checkpoint is None else str(checkpoint)
+    run = Settings(ckpt, model, words_of("prompts", prompts), chat, max_tokens, options or {}, engine_args)
     comparisons = compare_each(*opened(reference, candidate, run), rtol, adapter, atol=atol)
     if len(comparisons.by_adapter) > 1:
         names = ", ".join(comparisons.by_adapter)

@@ -23,12 +23,14 @@ Bools = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class RequestDiff:
-    """One prompt in both runs, and how many tokens of the answer are the same."""
+    """One prompt in both runs, and how many tokens of the answer are the same. `cut`: the shorter answer has as many
+    tokens as its run allowed."""
 
     reference: RequestRecord
     candidate: RequestRecord
     same_tokens: int
     logprob_error: float | None
+    cut: bool = False
 
     @property
     def prompt(self) -> int:
@@ -37,6 +39,12 @@ class RequestDiff:
     @property
     def equal(self) -> bool:
         return self.reference.output_ids == self.candidate.output_ids
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the answers part: one that only ends earlier, because it was cut, is no other answer."""
+        shorter = min(len(self.reference.output_ids), len(self.candidate.output_ids))
+        return not self.equal and not (self.cut and self.same_tokens == shorter)
 
     @property
     def span(self) -> int:
@@ -66,8 +74,16 @@ def matched_requests(reference: Trace, candidate: Trace, of_base: bool = False) 
         same = common(request.output_ids, other.output_ids)
         both = zip(request.logprobs[:same], other.logprobs[:same], strict=False)
         errors = [abs(a - b) for a, b in both if a is not None and b is not None]
-        diffs.append(RequestDiff(request, other, same, max(errors, default=None)))
+        shorter = (reference, request) if len(request.output_ids) <= len(other.output_ids) else (candidate, other)
+        diffs.append(RequestDiff(request, other, same, max(errors, default=None), _is_cut(*shorter)))
     return tuple(diffs)
+
+
+def _is_cut(trace: Trace, request: RequestRecord) -> bool:
+    """Whether an answer has as many tokens as `--max-tokens` allowed."""
+    if trace.run is None:
+        return False
+    return len(request.output_ids) - trace.forced(request) >= trace.run.spec.max_tokens
 
 
 def common(one: list[int], two: list[int]) -> int:
@@ -129,11 +145,12 @@ def by_load(joined: Joined) -> Iterator[tuple[tuple[int, int], Bools]]:
         yield (one, two), (loads[0] == one) & (loads[1] == two)
 
 
-def distances(joined: Joined, here: int, there: int) -> tuple[Floats, bool]:
+def distances(joined: Joined, here: int, there: int, comparable: bool = True) -> tuple[Floats, bool]:
     """‖delta_candidate − delta_reference‖ of each joined row, and whether all of them are exact.
 
     From the deltas themselves, or from the shrinks and the G of each row's own load. If a row has neither (it ran
-    without a load, or its level does not keep them), the difference of the norms is a lower bound.
+    without a load, or its level does not keep them), or if A is another one, so that shrinks are not `comparable`, the
+    difference of the norms is a lower bound.
     """
     one, two = joined.reference, joined.candidate
     key = one.modules[here]
@@ -144,7 +161,7 @@ def distances(joined: Joined, here: int, there: int) -> tuple[Floats, bool]:
     distance: Floats = np.abs(
         two.delta_norm[joined.candidate_rows, there] - one.delta_norm[joined.reference_rows, here]
     )
-    if one.shrink is None or two.shrink is None:
+    if one.shrink is None or two.shrink is None or not comparable:
         return distance, False
     rank = min(one.shrink.shape[-1], two.shrink.shape[-1])
     shrinks_one = one.shrink[joined.reference_rows, here, :rank]

@@ -7,6 +7,7 @@ without the adapter, to the arithmetic of the engine, and to an input x that was
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,7 +15,7 @@ import numpy as np
 
 from lora_probe.adapter.spectrum import delta_norms
 from lora_probe.comparison.joined import Bools, Joined, by_load, distances
-from lora_probe.comparison.weights import SAME, Relation
+from lora_probe.comparison.weights import Loads, Relation
 from lora_probe.names import Key
 from lora_probe.precision import ROW_SLACK
 from lora_probe.recording import Floats, Trace
@@ -72,7 +73,7 @@ def compare_module(
     joined: Joined,
     key: Key,
     allowed: tuple[float, float],
-    relation: Relation | None,
+    relations: Mapping[Loads, Mapping[Key, Relation]],
     arithmetic: float | None,
     rounded: float,
 ) -> tuple[ModuleDiff, Floats]:
@@ -86,24 +87,30 @@ def compare_module(
     one, two = joined.reference, joined.candidate
     here, there = one.modules.index(key), two.modules.index(key)
     norm_one, norm_two = one.delta_norm[joined.reference_rows, here], two.delta_norm[joined.candidate_rows, there]
-    distance, exact = distances(joined, here, there)
+    of_loads = {loads: of_pair[key] for loads, of_pair in relations.items() if key in of_pair}
+    comparable = all(relation.same_a for relation in of_loads.values())
+    distance, exact = distances(joined, here, there, comparable)
+    if not comparable and not exact:
+        # Norms alone would hide another sign, or other weights of the same size.
+        apart = max(relation.distance for relation in of_loads.values())
+        distance = np.fmin(np.fmax(distance, np.float32(apart) * norm_one), norm_one + norm_two)
     measured = np.isfinite(norm_one) | np.isfinite(norm_two)
     routed = joined.routed_differently & measured
     distance = np.where(routed & ~np.isfinite(distance), np.nan_to_num(np.fmax(norm_one, norm_two)), distance)
-    distance = np.where(measured & ~np.isfinite(distance), np.float32(np.inf), distance)
     usual = _usual(joined, norm_one)
-    upstream, weights, both = _apart(joined, (here, there), relation, ~routed, rounded)
-    if both is not None:
+    upstream, weights, both = _apart(joined, (here, there), of_loads, ~routed, rounded)
+    if both is not None and not exact:
         # The shrinks and one G give the whole difference, where the weights are a multiple of the reference's.
         distance = np.where(np.isfinite(both) & measured & ~routed, both, distance)
-        exact = exact or relation != SAME
+        exact = not all(relation.same for relation in of_loads.values())
     limit, atol = allowed
-    row_errors = np.where(measured, np.maximum(distance - atol, 0) / usual, 0).astype(np.float32)
+    row_errors = np.where(measured & ~(distance <= atol), distance / usual, 0).astype(np.float32)
+    row_errors[np.isnan(row_errors)] = np.inf
     error = _root_mean_square(row_errors)
     at = int(row_errors.argmax())
     worst = float(row_errors[at])
     parts = Parts(
-        _of(weights, usual, measured) if weights is not None else _of_weights(relation),
+        _of(weights, usual, measured) if weights is not None else _of_weights(of_loads),
         _root_mean_square(np.where(routed, row_errors, 0)),
         arithmetic,
         _of(upstream, usual, measured) if upstream is not None else None,
@@ -124,8 +131,14 @@ def own_arithmetic(trace: Trace, load: int) -> dict[str, float]:
     the file."""
     errors: dict[str, float] = {}
     for event in trace.events:
-        if event.stage == "agree" and event.facts.get("load", load) == load:
-            errors |= {path: float(values[0]) for path, values in event.facts["errors"].items()}
+        measured = event.facts.get("errors") if event.stage == "agree" else None
+        if not isinstance(measured, dict) or event.facts.get("load", load) != load:
+            continue
+        for path, values in measured.items():
+            first = values[0] if isinstance(values, list) and values else None
+            # JSON has no infinity.
+            if isinstance(first, int | float):
+                errors[path] = float(first)
     return errors
 
 
@@ -139,29 +152,28 @@ def _usual(joined: Joined, norm: Floats) -> Floats:
 
 
 def _apart(
-    joined: Joined, columns: tuple[int, int], relation: Relation | None, chosen: Bools, rounded: float
+    joined: Joined,
+    columns: tuple[int, int],
+    relations: Mapping[Loads, Relation],
+    chosen: Bools,
+    rounded: float,
 ) -> tuple[Floats | None, Floats | None, Floats | None]:
     """‖other x through the reference's weights‖, ‖same x through other weights‖ and ‖both together‖ of each row, where
-    the candidate's weights are a multiple of the reference's; None if they are not, or are not known."""
+    A is the same and the candidate's weights are a multiple of the reference's; None if they are not, or are not
+    known."""
     one, two = joined.reference, joined.candidate
-    if relation is None or one.shrink is None or two.shrink is None or relation.rest > rounded:
-        return None, None, None
-    if not relation.factor or not np.isfinite(relation.distance):
-        # A run without weights has an A of its own.
+    if one.shrink is None or two.shrink is None:
         return None, None, None
     rank = min(one.shrink.shape[-1], two.shrink.shape[-1])
     upstream, weights, both = (np.zeros(len(chosen), np.float32) for _ in range(3))
     for (load_one, load_two), of_loads in by_load(joined):
-        rows = of_loads & chosen
-        held_one = grams_of(one.placed, load_one, columns[0])
-        held_two = grams_of(two.placed, load_two, columns[1])
-        if held_one is None or held_two is None:
-            if load_one < 0 and load_two < 0:
-                continue
+        if min(load_one, load_two) < 0:
+            continue
+        relation = relations.get(Loads(load_one, load_two))
+        held = grams_of(one.placed, load_one, columns[0])
+        if held is None or relation is None or not relation.same_a or relation.rest > rounded:
             return None, None, None
-        gram = held_one.gram[:rank, :rank]
-        if relation != SAME and not _same_a(gram, held_two.gram[:rank, :rank], relation.factor, rounded):
-            return None, None, None
+        rows, gram = of_loads & chosen, held.gram[:rank, :rank]
         before = one.shrink[joined.reference_rows, columns[0], :rank][rows]
         after = two.shrink[joined.candidate_rows, columns[1], :rank][rows]
         factor = np.float32(relation.factor)
@@ -171,16 +183,9 @@ def _apart(
     return upstream, weights, both
 
 
-def _same_a(one: Floats, two: Floats, factor: float, rounded: float) -> bool:
-    """Whether B alone explains the factor, so that x·Aᵀ of both runs can be compared."""
-    size = float(np.linalg.norm(one)) * factor**2
-    # G contains every value of B twice.
-    return bool(np.linalg.norm(two - factor**2 * one) <= 2 * rounded * size)
-
-
-def _of_weights(relation: Relation | None) -> float | None:
+def _of_weights(relations: Mapping[Loads, Relation]) -> float | None:
     """The part of other weights, for an x in any direction."""
-    return None if relation is None else 0.0 if relation == SAME else relation.distance
+    return max((relation.distance for relation in relations.values()), default=None)
 
 
 def _of(values: Floats, usual: Floats, measured: Bools) -> float:

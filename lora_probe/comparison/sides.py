@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from lora_probe.base import open_base
 from lora_probe.engines import require
 from lora_probe.engines.launch import Progress, base_of, runnable, trace
+from lora_probe.engines.prompts import BUILT_IN
 from lora_probe.errors import ProbeError
 from lora_probe.files.extensions import engine_names
 from lora_probe.precision import DTYPES
@@ -26,9 +27,10 @@ Reporting = Callable[[str], AbstractContextManager[Callable[[Progress], None]]]
 
 @dataclass(frozen=True)
 class Settings:
-    """What engines run, as in `trace`. `engine_args` are flags of vLLM."""
+    """What engines run, as in `trace`; without a `checkpoint`, the adapter of the trace on the other side.
+    `engine_args` are flags of vLLM."""
 
-    checkpoint: str
+    checkpoint: str | None = None
     model: str | None = None
     prompts: Sequence[str] = ()
     chat: bool = False
@@ -55,6 +57,12 @@ def open_sides(reference: str, candidate: str, settings: Settings, reporting: Re
         require(engine)
     if len(recorded) == 1 and (settings.prompts or settings.chat):
         raise ProbeError(f"{recorded[0]} runs the prompts of the trace", "remove the prompts and --chat")
+    for side in (reference, candidate):
+        if side == "server" and not Path(side).exists():
+            raise ProbeError(
+                "a server cannot be recorded by `compare`",
+                "run `lora-probe trace --engine server` first, and pass its trace",
+            )
     first = None if reference in recorded else open_trace(reference)
     second = None if candidate in recorded else open_trace(candidate)
     if first is None:
@@ -78,13 +86,14 @@ def _record(engine: str, settings: Settings, reporting: Reporting, other: Trace 
     """`other`: the trace on the other side, if it is there. Without answers of the adapter there are none to follow."""
     answered = other is not None and any(request.adapter is not None for request in other.requests)
     follow = other.path if other is not None and answered else None
+    settings = _completed(settings, other)
     dtype = settings.options.get("dtype") or (_dtype_in(other) if other is not None else "") or _dtype_of(settings)
     with reporting(engine) as progress:
         return trace(
-            settings.checkpoint,
+            settings.checkpoint or ".",
             engine=engine,
             model=settings.model,
-            prompts=() if follow is not None else settings.prompts,
+            prompts=() if follow is not None else _with_a_repetition(settings.prompts),
             chat=settings.chat and follow is None,
             max_tokens=settings.max_tokens,
             follow=follow,
@@ -95,10 +104,24 @@ def _record(engine: str, settings: Settings, reporting: Reporting, other: Trace 
         )
 
 
+def _with_a_repetition(prompts: Sequence[str]) -> list[str]:
+    """The prompts, and the first one again: whether an engine agrees with itself is known before another is blamed."""
+    wanted = list(prompts) or list(BUILT_IN)
+    return [*wanted, wanted[0]]
+
+
+def _completed(settings: Settings, other: Trace | None) -> Settings:
+    """Without a checkpoint, the adapter of the other trace, on its base."""
+    if settings.checkpoint is not None or other is None or not other.loads:
+        return settings
+    base = other.run.spec.model if other.run is not None else None
+    return replace(settings, checkpoint=other.loads[-1][0].path, model=settings.model or base)
+
+
 def _dtype_of(settings: Settings) -> str:
     """The dtype of the base model's files, float32 if its config does not state one that engines run in: `auto` is
     another dtype in each engine."""
-    config = open_base(base_of(runnable(settings.checkpoint), settings.model)).text
+    config = open_base(base_of(runnable(settings.checkpoint or "."), settings.model)).text
     stated = config.get("dtype") or config.get("torch_dtype")
     return next((dtype.name for dtype in DTYPES if dtype.name == stated and dtype.fits_float32), "float32")
 

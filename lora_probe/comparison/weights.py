@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
 import numpy as np
@@ -19,6 +19,7 @@ from lora_probe.comparison.joined import Joined
 from lora_probe.names import Key, name_modules, natural, path_of
 from lora_probe.precision import FLOAT32, coarser, factor_text, rounding
 from lora_probe.recording import Floats, Load, ModuleRecord, Trace
+from lora_probe.recording.fingerprint import Fingerprint
 from lora_probe.recording.placed import grams_of
 
 SLACK = 2.25
@@ -48,18 +49,21 @@ class Loads:
 @dataclass(frozen=True)
 class Relation:
     """The weights of a module in the candidate, beside those in the reference: the `factor` of the best multiple,
-    how far they are from it (`rest`), and from the reference's (`distance`), both relative."""
+    how far they are from it (`rest`), and from the reference's (`distance`), both relative. `same_a`: A is the same, so
+    that x·Aᵀ of both runs can be compared; the same s·B·A may be another pair."""
 
     factor: float
     rest: float
     distance: float
+    same_a: bool = False
+
+    @property
+    def same(self) -> bool:
+        """Whether s·B·A differs by rounding at most."""
+        return self.distance == 0
 
     def is_multiple(self, limit: float) -> bool:
         return self.rest <= limit
-
-
-SAME = Relation(1.0, 0.0, 0.0)
-"""Weights that differ by rounding at most."""
 
 
 @dataclass(frozen=True)
@@ -105,9 +109,9 @@ class WeightDifference:
 
 @dataclass(frozen=True)
 class Compared:
-    """The relation of every module that both runs have, and how those that differ do."""
+    """The relation of every module that both runs have, for each pair of loads, and how those that differ do."""
 
-    relations: Mapping[Key, Relation]
+    relations: Mapping[Loads, Mapping[Key, Relation]]
     differences: tuple[WeightDifference, ...]
 
 
@@ -117,28 +121,25 @@ def compare_weights(
     pairs: Collection[Loads],
     dtype: str,
     joined: Joined | None,
-    rtol: float | None = None,
 ) -> Compared:
-    """How the weights differ that the runs of `pairs` of loads multiply with. `rtol` replaces the tolerance of the
-    dtype. Values that are so small that they lose digits in it are judged by G, which joined rows have."""
+    """How the weights differ that the runs of `pairs` of loads multiply with, by more than rounding to the dtype.
+    Values that are so small that they lose digits in it are judged by G, which joined rows have."""
     sides = _Side(reference, reference.fingerprints), _Side(candidate, candidate.fingerprints)
 
     def lost(loads: Loads, key: Key) -> float:
         grams = _grams(joined, loads, key)
-        return _lost_digits(grams, reference.modules.get((loads.reference, key)), dtype) if rtol is None else 0.0
+        return _lost_digits(grams, reference.modules.get((loads.reference, key)), dtype)
 
-    return _compared(sides, pairs, limits(dtype, rtol), lost)
+    return _compared(sides, pairs, limits(dtype), lost)
 
 
-def compare_files(
-    reference: Trace, candidate: Trace, pairs: Collection[Loads], rtol: float | None = None
-) -> tuple[WeightDifference, ...]:
+def compare_files(reference: Trace, candidate: Trace, pairs: Collection[Loads]) -> tuple[WeightDifference, ...]:
     """How the weights differ in the files of `pairs` of loads. What rounds them is the dtype of the files."""
     sides = _Side(reference, reference.file_fingerprints), _Side(candidate, candidate.file_fingerprints)
     loads = {(0, pair.reference) for pair in pairs} | {(1, pair.candidate) for pair in pairs}
     records = [of_trace.trace.modules.items() for of_trace in sides]
     dtypes = {m.dtype for side, items in enumerate(records) for (load, _), m in items if (side, load) in loads}
-    return _compared(sides, pairs, limits(coarser(*filter(None, dtypes)), rtol), lambda *_: 0.0).differences
+    return _compared(sides, pairs, limits(coarser(*filter(None, dtypes))), lambda *_: 0.0).differences
 
 
 def _grams(joined: Joined | None, loads: Loads, key: Key) -> list[Floats]:
@@ -154,7 +155,8 @@ def _lost_digits(grams: Sequence[Floats], record: ModuleRecord | None, dtype: st
     """How much weights may be off because their values are near the smallest one of the dtype; relative."""
     if not grams or record is None:
         return 0.0
-    size = math.sqrt(min(float(np.trace(gram.astype(np.float64))) for gram in grams))
+    traces = [float(np.trace(gram.astype(np.float64))) for gram in grams]
+    size = math.sqrt(max(min(traces), 0.0)) if all(map(math.isfinite, traces)) else 0.0
     lost = rounding(dtype).smallest * max(1.0, abs(record.scaling or 1.0)) * math.sqrt(LARGEST * len(grams[0]))
     return lost / size if size else 0.0
 
@@ -164,7 +166,7 @@ class _Side:
     """One of the two traces, with the fingerprints that are compared."""
 
     trace: Trace
-    fingerprints: Mapping[int, Mapping[Key, Floats]]
+    fingerprints: Mapping[int, Mapping[Key, Fingerprint]]
 
 
 def _compared(
@@ -175,21 +177,23 @@ def _compared(
 ) -> Compared:
     """`allowed`: as `limits`; `lost` is what a module may be off in addition."""
     slack, rest = allowed
-    relations: dict[Key, Relation] = {}
+    relations: dict[Loads, dict[Key, Relation]] = {}
     differing: list[tuple[Key, Relation, Loads]] = []
     for loads in pairs:
         here, there = sides[0].fingerprints.get(loads.reference, {}), sides[1].fingerprints.get(loads.candidate, {})
         for key in sorted(here.keys() & there.keys(), key=lambda key: natural(path_of(key))):
-            relation = relate(here[key], there[key])
+            relation = relate(here[key].product, there[key].product)
             if relation is None:
                 continue
             small = lost(loads, key)
+            a = relate(here[key].a, there[key].a)
+            same_a = a is not None and a.is_multiple(rest + small) and abs(a.factor - 1) <= slack + small
+            relation = replace(relation, same_a=same_a)
             if relation.is_multiple(rest + 2 * small) and abs(relation.factor - 1) <= slack + small:
-                relation = SAME
+                relation = Relation(1.0, 0.0, 0.0, same_a)
             else:
                 differing.append((key, relation, loads))
-            if key not in relations or relation.distance > relations[key].distance:
-                relations[key] = relation
+            relations.setdefault(loads, {})[key] = relation
     origins = _Origins(sides, rest)
     groups: dict[tuple[Kind, object], list[tuple[Key, Relation, str]]] = {}
     for key, relation, loads in differing:
@@ -197,14 +201,15 @@ def _compared(
         name = _factor_group(groups, relation.factor) if kind == "factor" else source if kind == "adapter" else ""
         groups.setdefault((kind, name), []).append((key, relation, source))
     facts = {key: sides[0].trace.modules.get((loads.reference, key)) for key, _, loads in differing}
-    differences = [_difference(kind, members, facts, len(relations)) for (kind, _), members in groups.items()]
+    total = len(set().union(*relations.values()))
+    differences = [_difference(kind, members, facts, total) for (kind, _), members in groups.items()]
     return Compared(relations, tuple(differences))
 
 
-def limits(dtype: str, rtol: float | None = None) -> tuple[float, float]:
+def limits(dtype: str) -> tuple[float, float]:
     """How far a factor may be from 1, and weights from a multiple of the others."""
     unit = rounding(dtype).round_off
-    return (rtol, rtol) if rtol is not None else (max(SLACK * unit, SUMS), max(REST * unit, SUMS))
+    return max(SLACK * unit, SUMS), max(REST * unit, SUMS)
 
 
 def relate(one: Floats, two: Floats) -> Relation | None:
@@ -238,11 +243,12 @@ class _Origins:
         one, two = self._sides
         held = one.fingerprints[loads.reference], two.fingerprints[loads.candidate]
         for own, others, side in ((held[1], held[0], ""), (held[0], held[1], " in the reference")):
-            if (other := self._same(own[key], {name: v for name, v in others.items() if name != key})) is not None:
+            candidates = {name: held.product for name, held in others.items() if name != key}
+            if (other := self._same(own[key].product, candidates)) is not None:
                 return "module", f"{name_modules([path_of(other)])}{side}"
         elsewhere = dict(self._elsewhere(key, loads))
         for own, side in ((held[1], ""), (held[0], " in the reference")):
-            if (name := self._same(own[key], elsewhere)) is not None:
+            if (name := self._same(own[key].product, elsewhere)) is not None:
                 return "adapter", f"{name}{side}"
         return "other", ""
 
@@ -265,7 +271,7 @@ class _Origins:
                 if key in of_load and number != own and number in names:
                     again = names[number] == names.get(own)
                     name = f"another load of `{names[number]}`" if again else f"adapter `{names[number]}`"
-                    yield name, of_load[key]
+                    yield name, of_load[key].product
 
 
 def _difference(
@@ -290,7 +296,7 @@ def _meanings(factor: float, record: ModuleRecord | None) -> list[str]:
     """What a factor may be for a module with its scaling and its rank."""
     if factor == 0:
         return ["it is zero"]
-    if record is None or not record.scaling or not record.rank:
+    if record is None or not record.scaling or not record.rank or record.rank < 0:
         return ["another sign"] if factor == -1 else []
     scaling, root = abs(record.scaling), math.sqrt(record.rank)
     known = {

@@ -1,25 +1,30 @@
 """The fingerprints of the weights in an adapter's files.
 
-In: an adapter and the modules that are expected of it. Out: a fingerprint of s·B·A for each module with one pair.
+In: an adapter and the modules that are expected of it. Out: a fingerprint for each module with one pair, and digests of
+all other tensors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import hashlib
+from collections.abc import Collection, Iterable
 
 import numpy as np
 
 from lora_probe.adapter import Adapter
+from lora_probe.files.weights import TensorHeader, WeightsFile, read_chunk
 from lora_probe.names import Key
-from lora_probe.recording import Floats
-from lora_probe.recording.fingerprint import fingerprint
+from lora_probe.recording.fingerprint import Fingerprint, fingerprint
 from lora_probe.rules.stored import Expected
 
+AT_ONCE = 2**22
+"""Values of a tensor that are in memory at the same time."""
 
-def fingerprints_of(adapter: Adapter, expected: Iterable[Expected]) -> dict[Key, Floats]:
+
+def fingerprints_of(adapter: Adapter, expected: Iterable[Expected]) -> dict[Key, Fingerprint]:
     """The fingerprints of the pairs whose B·A is a matrix of the module: fused experts have none, and neither has what
     cannot be read."""
-    fingerprints: dict[Key, Floats] = {}
+    fingerprints: dict[Key, Fingerprint] = {}
     for row in expected:
         pair = row.entry
         # Without a spectrum the values could not be read, or are not a pair of matrices.
@@ -29,3 +34,23 @@ def fingerprints_of(adapter: Adapter, expected: Iterable[Expected]) -> dict[Key,
         if a.ndim == b.ndim == 2 and len(a) == b.shape[1]:
             fingerprints[row.key] = fingerprint(a, b * np.float32(pair.scaling))
     return fingerprints
+
+
+def digests_of_others(adapter: Adapter, expected: Iterable[Expected], covered: Collection[Key]) -> dict[str, str]:
+    """The digests of all tensors that are no A or B of `covered` modules: magnitudes, biases, experts, whole modules.
+    None for an adapter without files."""
+    if adapter.content:
+        return {}
+    pairs = [row.entry for row in expected if row.key in covered and row.entry is not None]
+    names = {half.name for pair in pairs for half in (pair.a, pair.b) if half is not None}
+    tensors = adapter.weights.tensors.values()
+    return {tensor.name: _digest(adapter.weights, tensor) for tensor in tensors if tensor.name not in names}
+
+
+def _digest(weights: WeightsFile, tensor: TensorHeader) -> str:
+    """Of its dtype, shape and values as stored."""
+    digest = hashlib.sha256(f"{tensor.dtype} {tensor.shape}".encode())
+    for start in range(0, tensor.parameters, AT_ONCE):
+        values = read_chunk(weights, tensor, start, min(start + AT_ONCE, tensor.parameters))
+        digest.update(np.ascontiguousarray(values).data)
+    return digest.hexdigest()[:16]

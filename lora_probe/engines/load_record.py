@@ -15,7 +15,7 @@ import numpy as np
 from msgspec.structs import replace
 
 from lora_probe.adapter import Adapter, AdapterModule
-from lora_probe.engines.file_weights import fingerprints_of
+from lora_probe.engines.file_weights import digests_of_others, fingerprints_of
 from lora_probe.engines.request_findings import RequestFindings
 from lora_probe.engines.sampled import ENOUGH_ROWS, Counters, common_factor, count, relative_error
 from lora_probe.ledger import OK, STATIONS, Finding, Ledger, Row, Station, completed, worse
@@ -23,7 +23,7 @@ from lora_probe.names import Key, name_modules, path_of
 from lora_probe.precision import FLOATS, coarser, finite
 from lora_probe.precision import agrees as agrees_tolerance
 from lora_probe.recording import Floats, Load, ModuleRecord, Shard, TraceWriter, WeightsRecord
-from lora_probe.recording.fingerprint import weights_record
+from lora_probe.recording.fingerprint import Fingerprint, weights_record
 from lora_probe.rules.lp5_loading import not_measured
 from lora_probe.rules.lp6_applying import (
     contamination,
@@ -108,8 +108,9 @@ class LoadRecord:
                     shard=shards.get(row.key),
                 )
             )
-        if stored := fingerprints_of(self.adapter, self.expected):
-            self._writer.record(weights_record(self.number, stored, in_file=True))
+        stored = fingerprints_of(self.adapter, self.expected)
+        others = digests_of_others(self.adapter, self.expected, stored)
+        self._writer.record(weights_record(self.number, stored, in_file=True, others=others))
         self._station_of("stored", {row.key: row.stored for row in self.expected})
         absent = [row.key for row in self.expected if row.entry is None]
         self._ended.update(absent)
@@ -152,7 +153,7 @@ class LoadRecord:
         if self._load.reloads.bit_count() == 1:
             self._writer.record(self._load)
 
-    def running_with(self, fingerprints: Mapping[Key, Floats]) -> None:
+    def running_with(self, fingerprints: Mapping[Key, Fingerprint]) -> None:
         """Write the weights that the modules run with, as fingerprints, when its slots were filled. A server may fill
         them again and again, with the same weights."""
         record = weights_record(self.number, fingerprints) if fingerprints else None

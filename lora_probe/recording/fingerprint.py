@@ -9,6 +9,7 @@ and whose weights they are.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -21,37 +22,71 @@ from lora_probe.recording.sketch import SKETCH, projection
 
 SIDE = 6
 """A fingerprint is SIDE x SIDE numbers: a norm computed from it is accurate to about 25 % (one standard deviation)."""
+RANKS = 1024
+"""A larger rank than any adapter has."""
 
 
-def fingerprint(a: Floats, scaled_b: Floats) -> Floats:
-    """The fingerprint of s·B·A, `[SIDE²]`, of `a: [r, in]` and `scaled_b: [out, r]`."""
+@dataclass(frozen=True)
+class Fingerprint:
+    """The weights of a module: `product` of s·B·A, and `a` of A alone, `[SIDE²]` each. Two pairs may have the same
+    product and different A."""
+
+    product: Floats
+    a: Floats
+
+
+def fingerprint(a: Floats, scaled_b: Floats) -> Fingerprint:
+    """Of `a: [r, in]` and `scaled_b: [out, r]`."""
     of_inputs = projection(a.shape[1])[:, :SIDE]
     of_outputs = projection(scaled_b.shape[0])[:, SIDE : 2 * SIDE]
-    product = (of_outputs.T @ scaled_b) @ (a @ of_inputs)
+    # A smaller rank is the same as one that is padded with zeros.
+    of_ranks = projection(max(RANKS, len(a)))[: len(a), :SIDE]
+    inputs = a @ of_inputs
     # The projection keeps the lengths of SKETCH numbers.
-    return np.asarray(product * np.float32(SKETCH / SIDE), np.float32).ravel()
+    unit = np.float32(SKETCH / SIDE)
+    products = (of_outputs.T @ scaled_b) @ inputs, of_ranks.T @ inputs
+    product, alone = (np.asarray(values * unit, np.float32).ravel() for values in products)
+    return Fingerprint(product, alone)
 
 
-def weights_record(load: int, fingerprints: Mapping[Key, Floats], in_file: bool = False) -> WeightsRecord:
+def weights_record(
+    load: int, fingerprints: Mapping[Key, Fingerprint], in_file: bool = False, others: Mapping[str, str] | None = None
+) -> WeightsRecord:
     """What a trace keeps of them."""
-    values = np.stack(list(fingerprints.values())).astype("<f4")
-    return WeightsRecord(load, list(fingerprints), values.tobytes(), in_file)
+    parts = list(fingerprints.values())
+    products, alone = (_bytes([getattr(part, name) for part in parts]) for name in ("product", "a"))
+    return WeightsRecord(load, list(fingerprints), products, alone, in_file, dict(others or {}))
 
 
-def fingerprints_in(processes: Iterable[ProcessTrace], in_file: bool = False) -> dict[int, dict[Key, Floats]]:
+def _bytes(values: list[Floats]) -> bytes:
+    return np.array(values, "<f4").tobytes()
+
+
+def fingerprints_in(processes: Iterable[ProcessTrace], in_file: bool = False) -> dict[int, dict[Key, Fingerprint]]:
     """The fingerprints of the modules of each load, of its live weights or of those in its file. Of weights that
     changed while the load was active, the last ones count.
 
     Raises:
         UnreadableFile: a record has another number of values than modules.
     """
-    weights: dict[int, dict[Key, Floats]] = {}
+    weights: dict[int, dict[Key, Fingerprint]] = {}
     for process in processes:
         for record in process.of(WeightsRecord):
             if record.in_file != in_file:
                 continue
-            if len(record.fingerprints) != 4 * SIDE**2 * len(record.keys):
+            wanted = 4 * SIDE**2 * len(record.keys)
+            if not len(record.fingerprints) == len(record.of_a) == wanted:
                 raise UnreadableFile(f"a record of weights in `{process.folder}` is damaged", "record the trace again")
-            values = np.frombuffer(record.fingerprints, "<f4").reshape(-1, SIDE**2)
-            weights.setdefault(record.load, {}).update(zip(record.keys, values, strict=True))
+            products, alone = (
+                np.frombuffer(values, "<f4").reshape(-1, SIDE**2) for values in (record.fingerprints, record.of_a)
+            )
+            of_load = weights.setdefault(record.load, {})
+            for key, product, a in zip(record.keys, products, alone, strict=True):
+                of_load[key] = Fingerprint(product, a)
     return weights
+
+
+def other_tensors_in(processes: Iterable[ProcessTrace]) -> dict[int, dict[str, str]]:
+    """The digests of the tensors in the file of each load that no fingerprint covers, by their names."""
+    records = [record for process in processes for record in process.of(WeightsRecord) if record.in_file]
+    return {record.load: record.others for record in records}

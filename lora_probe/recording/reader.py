@@ -22,8 +22,7 @@ from lora_probe.files import shown
 from lora_probe.ledger import Finding, Ledger, Row, Station, completed, worse
 from lora_probe.names import Key
 from lora_probe.recording.documents import document
-from lora_probe.recording.fingerprint import fingerprints_in
-from lora_probe.recording.placed import Floats
+from lora_probe.recording.fingerprint import Fingerprint, fingerprints_in, other_tensors_in
 from lora_probe.recording.process_trace import Dropped, ProcessTrace, open_process, refuse_deep, refuse_newer
 from lora_probe.recording.ranks import Shards, joined_ranks
 from lora_probe.recording.records import (
@@ -193,14 +192,19 @@ class Trace:
         return records
 
     @cached_property
-    def fingerprints(self) -> Mapping[int, Mapping[Key, Floats]]:
+    def fingerprints(self) -> Mapping[int, Mapping[Key, Fingerprint]]:
         """The weights that each load ran with, by its number and by module, as fingerprints (`fingerprint.py`)."""
         return fingerprints_in(self.workers)
 
     @cached_property
-    def file_fingerprints(self) -> Mapping[int, Mapping[Key, Floats]]:
+    def file_fingerprints(self) -> Mapping[int, Mapping[Key, Fingerprint]]:
         """The weights in the file of each load."""
         return fingerprints_in(self.workers, in_file=True)
+
+    @cached_property
+    def other_tensors(self) -> Mapping[int, Mapping[str, str]]:
+        """Digests of the tensors in the file of each load that are no A or B of a followed module, by their names."""
+        return other_tensors_in(self.workers)
 
     @cached_property
     def rows(self) -> Rows | None:

@@ -248,13 +248,16 @@ class Outcome(msgspec.Struct, frozen=True, tag="outcome", tag_field="kind"):
 
 
 class WeightsRecord(msgspec.Struct, frozen=True, tag="weights", tag_field="kind"):
-    """The weights of a load at some modules: a fingerprint of s·B·A for each of `keys`, float32 (`fingerprint.py`).
-    They are the live ones, when its slots were filled, or those of the file."""
+    """The weights of a load at some modules: for each of `keys` a fingerprint of s·B·A and one of A, float32
+    (`fingerprint.py`). They are the live ones, when its slots were filled, or those of the file; then `others` are the
+    digests of all tensors that no fingerprint covers, by their names."""
 
     load: int
     keys: list[Key]
     fingerprints: bytes
+    of_a: bytes
     in_file: bool = False
+    others: dict[str, str] = {}
 
 
 Record = LoadEvent | Load | ModuleRecord | StationRecord | RequestFinding | NextTokens | Outcome | WeightsRecord

@@ -16,6 +16,7 @@ from lora_probe.render.text.compare import (
     SIDES,
     answered,
     cells_of,
+    first_divergence,
     result_of,
     run_in,
     side_of,
@@ -59,7 +60,9 @@ def _lines(result: Comparison, heading: str) -> Iterator[str]:
         if len(different) > MOST_MODULES:
             yield f"\nand {len(different) - MOST_MODULES} more modules"
         yield ""
-    yield from (f"- {_plain(line)}" for line in (*result.notes, *answered(result)))
+    judged = f"tolerance {result.tolerance:.1e} ({result.dtype or 'no dtype recorded'}), {result.rows} rows"
+    first = [f"first divergence: {first_divergence(result)}"] if result.first is not None else []
+    yield from (f"- {_plain(line)}" for line in (*first, judged, *result.notes, *answered(result)))
 
 
 def _cause(cause: Cause) -> Iterator[str]:

@@ -135,10 +135,14 @@ def _repeats(repeats: Mapping[str, Repeats]) -> dict[str, Any]:
 
 
 def comparisons_json(comparisons: Comparisons) -> dict[str, Any]:
-    """The verdict over all adapters, and the comparison of each."""
+    """The verdict over all adapters with all causes, and the comparison of each."""
+    by_adapter = comparisons.by_adapter.items()
+    listed = [{"adapter": name} | _cause(cause) for name, comparison in by_adapter for cause in comparison.causes]
     return {
         "schema_version": SCHEMA_VERSION,
         "verdict": comparisons.verdict,
+        "cause": listed[0] if listed else None,
+        "other_causes": listed[1:],
         "reference": str(comparisons.reference.path),
         "candidate": str(comparisons.candidate.path),
         "comparisons": [

@@ -10,12 +10,11 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 
 from lora_probe.ledger import Ledger, headline
 from lora_probe.names import in_words
 from lora_probe.render.cells import assemble, paragraphs, words
-from lora_probe.render.tables import grid
+from lora_probe.render.tables import columns_of, grid
 
 if TYPE_CHECKING:
     from lora_probe.comparison import Cause, Comparison, Comparisons
@@ -27,7 +26,7 @@ SIDES = ("reference", "candidate")
 PARTS = ("weights", "routing", "arithmetic", "upstream")
 MOST_MODULES = 12
 """Modules whose parts are listed."""
-_PARTS = "where the difference comes from, relative to the reference's contribution (?: cannot be separated)"
+_PARTS = "where the difference comes from, relative to the reference's contribution (-: none, ?: unknown)"
 
 
 def comparison(result: Comparison) -> RenderableType:
@@ -48,7 +47,7 @@ def comparison(result: Comparison) -> RenderableType:
         parts += [_errors(result), *_estimates(result), *_parts(result), words("")]
     if lines := answered(result):
         parts.append(paragraphs("\n".join(lines)))
-    return Group(*parts, _first_divergence(result))
+    return Group(*parts, *_first_divergence(result))
 
 
 def _cause(result: Comparison, cause: Cause, number: int) -> Iterable[RenderableType]:
@@ -60,7 +59,7 @@ def _cause(result: Comparison, cause: Cause, number: int) -> Iterable[Renderable
 
 def result_of(trace: Trace, ledger: Ledger) -> str:
     """What became of the adapter in one run: by its ledger, or by the answers of a server that was asked."""
-    outcomes = [outcome.message for outcome in trace.outcomes.values()]
+    outcomes = [f"{outcome.outcome}, by its answers" for outcome in trace.outcomes.values()]
     return "; ".join(outcomes) or headline(ledger)
 
 
@@ -115,7 +114,7 @@ def _errors(result: Comparison) -> RenderableType:
 
 def _estimates(result: Comparison) -> Iterable[RenderableType]:
     if result.estimated:
-        yield words(f"some errors are estimated from norms, because {result.estimated}", style="dim")
+        yield words(f"some errors (~) are estimated from norms, because {result.estimated}", style="dim")
 
 
 def _parts(result: Comparison) -> Iterable[RenderableType]:
@@ -123,7 +122,7 @@ def _parts(result: Comparison) -> Iterable[RenderableType]:
     shown = [diff for diff in result.modules if diff.parts is not None and diff.status == "differs"]
     if not shown:
         return
-    table = Table("module", *PARTS, "error", box=None)
+    table = columns_of("module", *PARTS, "error")
     for diff in shown[:MOST_MODULES]:
         table.add_row(result.name(diff.key), *cells_of(diff))
     yield words("")
@@ -140,12 +139,16 @@ def _parts(result: Comparison) -> Iterable[RenderableType]:
 def cells_of(diff: ModuleDiff) -> list[str]:
     """The parts of a module's difference, and its error."""
     values = [None if diff.parts is None else getattr(diff.parts, name) for name in PARTS]
-    return ["?" if value is None else f"{value:.1e}" if value else "-" for value in (*values, diff.error)]
+    error = "?" if diff.error is None else f"{'' if diff.exact else '~'}{diff.error:.1e}"
+    return [*("?" if value is None else f"{value:.1e}" if value else "-" for value in values), error]
 
 
 def answered(result: Comparison) -> list[str]:
     """The answers of both runs, and how far each run agrees with itself."""
-    lines = [f"prompt {diff.prompt + 1}: {_answers(result, diff)}" for diff in result.requests]
+    # A prompt may have been repeated, to see whether a run agrees with itself.
+    once = {tuple(diff.reference.prompt_ids): diff for diff in reversed(result.requests)}
+    distinct = sorted(once.values(), key=lambda diff: diff.prompt)
+    lines = [f"prompt {diff.prompt + 1}: {_answers(result, diff)}" for diff in distinct]
     outputs = result.outputs
     for name, of_kind in (("adapter", outputs.adapter), ("base", outputs.base)):
         if of_kind.kl is not None and of_kind.top1 is not None:
@@ -165,7 +168,7 @@ def _answers(result: Comparison, diff: RequestDiff) -> str:
     """How far two answers are the same. Forced tokens are always the same, so they are counted apart."""
     one, two = len(diff.reference.output_ids), len(diff.candidate.output_ids)
     forced = max(result.reference.forced(diff.reference), result.candidate.forced(diff.candidate))
-    by_follow = f"{forced} forced by --follow" if forced else ""
+    by_follow = f"{forced} forced to be those of the other run" if forced else ""
     if diff.equal:
         text = f"all {one} answer tokens are the same" + (f" ({by_follow})" if forced else "")
         error = diff.logprob_error
@@ -178,15 +181,22 @@ def _answers(result: Comparison, diff: RequestDiff) -> str:
     return f"the answers differ from token {diff.same_tokens + 1} on ({lengths})"
 
 
-def _first_divergence(result: Comparison) -> RenderableType:
-    if result.first is None:
-        return words("no row of any module exceeds the tolerance" if result.rows else "no rows were compared")
-    first = result.first
+def _first_divergence(result: Comparison) -> Iterable[RenderableType]:
+    if result.first is not None:
+        yield words(f"first divergence: {first_divergence(result)}", style="bold red")
+    elif result.rows:
+        yield words("no row of any module exceeds the tolerance")
+
+
+def first_divergence(result: Comparison) -> str:
+    """The first row and module beyond the tolerance; empty if there is none."""
+    if (first := result.first) is None:
+        return ""
     token = f"answer token {first.token + 1}" if first.token >= 0 else f"prompt token {first.position + 1}"
-    where = f"{result.name(first.key)}, prompt {first.prompt + 1}, {token}"
     whole = next((diff.error for diff in result.modules if diff.key == first.key), None)
-    all_rows = "" if whole is None else f" in this row, {whole:.1e} over all rows"
-    return words(f"first divergence: {where}: error {first.error:.1e}{all_rows}", style="bold red")
+    all_rows = "" if whole is None else f", {whole:.1e} over all rows"
+    where = f"{result.name(first.key)}, prompt {first.prompt + 1}, {token}"
+    return f"{where}: {first.error:.1e} of the module's usual contribution{all_rows}"
 
 
 def _verdict(result: Comparison) -> RenderableType:
@@ -201,10 +211,12 @@ def verdict_text(result: Comparison) -> str:
     """One line: whether the traces agree, and the worst module."""
     worst = result.worst
     about = f"; worst module {result.name(worst.key)}: {worst.error:.1e}" if worst and worst.error is not None else ""
-    rounding = f", of {result.tolerance:.1e} that rounding may cause" if about else ""
+    allowed = "that rounding may cause" if result.measured else "allowed"
+    rounding = f", of {result.tolerance:.1e} {allowed}" if about else ""
     different = sum(diff.status != "ok" for diff in result.modules)
     if not result.modules:
-        about = f"; {result.outputs.adapter.same} of {result.outputs.adapter.tokens} answer tokens are the same"
+        answers = result.outputs.adapter
+        about = f"; {answers.same} of {answers.tokens} answer tokens are the same" if answers.tokens else ""
         return {
             "agree": f"the traces agree in their answers{about}",
             "differ": f"the traces differ{about}",

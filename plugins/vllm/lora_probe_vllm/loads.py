@@ -18,7 +18,7 @@ from lora_probe.errors import ProbeError
 from lora_probe.ledger import OK, Finding
 from lora_probe.names import Key
 from lora_probe.recording import Floats, Load, Placed, TraceWriter
-from lora_probe.recording.fingerprint import fingerprint
+from lora_probe.recording.fingerprint import Fingerprint, fingerprint
 from lora_probe.recording.placed import digest_of
 from lora_probe.rules.lp5_loading import name_without_home, no_lora_layer, not_measured, not_taken
 from lora_probe.rules.stored import Expected, expect
@@ -200,7 +200,7 @@ class ActiveLoad:
                 digests[key] = digest_of(*pair)
         return SlotContents(grams, digests)
 
-    def _fingerprints(self) -> dict[Key, Floats]:
+    def _fingerprints(self) -> dict[Key, Fingerprint]:
         """Those of the slot, as far as its layers are recorded."""
         keys = [key for key, home in self.homes.items() if home.recordable and not self.record.ended(key)]
         pairs = {key: pair for key in keys if (pair := self._pair_in_slot(key)) is not None}
