@@ -14,11 +14,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 TESTS = Path(__file__).parent
-ENGINE_TESTS = tuple(f"test_vllm_{name}.py" for name in ("engine", "mixed", "pushed", "compiled", "experts", "pooled"))
+ENGINE_TESTS = tuple(
+    f"test_vllm_{name}.py" for name in ("engine", "mixed", "pushed", "compiled", "experts", "pooled", "tokens")
+)
 """The files whose engines run on the runner that the environment selects."""
 STEPS = (
     "healthy or embedding_is or head_is or shrink or contaminated or half_filled or cache or computed or one_id"
-    " or same_labels"
+    " or same_labels or matched_by"
 )
 """For pytest's `-k`: the tests that read steps, which is where the runners differ."""
 RUNNERS = ("V1", "V2")

@@ -103,7 +103,7 @@ def outputs(
 def repeats(trace: Trace) -> dict[str, Repeats]:
     """What a run answered to requests that it has several times: of the `adapter`, and of the `base`."""
     groups: dict[tuple[str | None, tuple[int, ...]], list[RequestRecord]] = {}
-    for request in trace.requests:
+    for request in trace.answers:
         groups.setdefault((request.adapter, tuple(request.prompt_ids)), []).append(request)
     results: dict[str, Repeats] = {}
     for kind in ("adapter", "base"):

@@ -97,7 +97,7 @@ def _refuse_unrelated(comparison: Comparison) -> None:
     if related or any(ledger.refused for ledger in comparison.ledgers):
         return
     for trace in comparison.traces:
-        if not trace.requests:
+        if not trace.answers:
             hint = "record it again: its requests.jsonl is missing or cut"
             raise ProbeError(f"`{trace.path}` contains no answers", hint)
     one, two = comparison.traces
@@ -115,7 +115,7 @@ def _unasked(reference: Trace, candidate: Trace) -> tuple[int, int]:
 
 
 def _prompts_of(trace: Trace, with_adapter: bool) -> set[tuple[int, ...]]:
-    return {tuple(r.prompt_ids) for r in trace.requests if (r.adapter is not None) == with_adapter}
+    return {tuple(r.prompt_ids) for r in trace.answers if (r.adapter is not None) == with_adapter}
 
 
 def _pairs_of_loads(reference: Trace, candidate: Trace, joined: Joined | None) -> list[Loads]:

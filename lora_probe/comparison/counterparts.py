@@ -60,7 +60,7 @@ def compare_each(
     reference, candidate = opened(reference, candidate, Settings())
     loads = [_newest(trace) for trace in (reference, candidate)]
     for trace, of_trace, of_other in zip((reference, candidate), loads, reversed(loads), strict=True):
-        if not of_trace and not (of_other and trace.requests):
+        if not of_trace and not (of_other and trace.answers):
             raise ProbeError(
                 f"`{trace.path}` contains no load of an adapter", "trace an adapter first; see `lora-probe show`"
             )

@@ -55,18 +55,18 @@ class RequestDiff:
 def matched_requests(reference: Trace, candidate: Trace, of_base: bool = False) -> tuple[RequestDiff, ...]:
     """The requests for an adapter (or those `of_base`) that have the same prompt tokens in both runs, paired in order
     if a run has several. If both runs have an adapter of the same name, only its own requests are paired."""
-    names = [{request.adapter for request in trace.requests} for trace in (reference, candidate)]
+    names = [{request.adapter for request in trace.answers} for trace in (reference, candidate)]
     shared = names[0] & names[1]
 
     def question(request: RequestRecord) -> tuple[tuple[int, ...], str | None]:
         return tuple(request.prompt_ids), request.adapter if request.adapter in shared else None
 
     answers: dict[object, list[RequestRecord]] = {}
-    for request in candidate.requests:
+    for request in candidate.answers:
         if (request.adapter is None) == of_base:
             answers.setdefault(question(request), []).append(request)
     diffs = []
-    for request in reference.requests:
+    for request in reference.answers:
         candidates = answers.get(question(request), [])
         if (request.adapter is None) != of_base or not candidates:
             continue
@@ -80,9 +80,10 @@ def matched_requests(reference: Trace, candidate: Trace, of_base: bool = False) 
 
 
 def _is_cut(trace: Trace, request: RequestRecord) -> bool:
-    """Whether an answer has as many tokens as `--max-tokens` allowed."""
+    """Whether an answer has as many tokens as `--max-tokens` allowed. Where no client recorded answers, the last token
+    of each is not known."""
     if trace.run is None:
-        return False
+        return not trace.requests
     return len(request.output_ids) - trace.forced(request) >= trace.run.spec.max_tokens
 
 

@@ -37,7 +37,7 @@ def prompt_differences(reference: Trace, candidate: Trace) -> tuple[PromptDiffer
 
 def _ids_by_text(trace: Trace) -> Mapping[str, tuple[int, ...]]:
     prompts = trace.run.spec.prompts if trace.run is not None else []
-    ids = {request.prompt: tuple(request.prompt_ids) for request in trace.requests}
+    ids = {request.prompt: tuple(request.prompt_ids) for request in trace.answers}
     by_text: dict[str, tuple[int, ...]] = {}
     for number, prompt in enumerate(prompts):
         of_request = ids.get(number, tuple(prompt.ids))

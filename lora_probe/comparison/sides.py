@@ -84,7 +84,7 @@ def opened(reference: Trace | str | Path, candidate: Trace | str | Path, setting
 
 def _record(engine: str, settings: Settings, reporting: Reporting, other: Trace | None) -> Trace:
     """`other`: the trace on the other side, if it is there. Without answers of the adapter there are none to follow."""
-    answered = other is not None and any(request.adapter is not None for request in other.requests)
+    answered = other is not None and any(request.adapter is not None for request in other.answers)
     follow = other.path if other is not None and answered else None
     settings = _completed(settings, other)
     dtype = settings.options.get("dtype") or (_dtype_in(other) if other is not None else "") or _dtype_of(settings)

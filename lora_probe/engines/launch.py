@@ -329,11 +329,11 @@ def _tokens_of(path: str | Path, name: str) -> tuple[list[Prompt], list[list[int
     the one with that name."""
     trace = open_trace(path)
     texts = [prompt.text for prompt in trace.run.spec.prompts] if trace.run else []
-    requests = [request for request in trace.requests if request.adapter is not None]
+    requests = [request for request in trace.answers if request.adapter is not None]
     if len({request.adapter for request in requests}) > 1:
         requests = [request for request in requests if request.adapter == name]
     if not requests:
-        names = sorted({request.adapter for request in trace.requests if request.adapter is not None})
+        names = sorted({request.adapter for request in trace.answers if request.adapter is not None})
         several = f": it has those of {', '.join(names)}, and this adapter is called `{name}`" if names else ""
         raise ProbeError(f"`{path}` contains no answers of an adapter to follow{several}")
     prompts = [Prompt(texts[r.prompt] if r.prompt < len(texts) else "", r.prompt_ids) for r in requests]

@@ -23,6 +23,7 @@ from lora_probe.ledger import Finding, Ledger, Row, Station, completed, worse
 from lora_probe.names import Key
 from lora_probe.recording.documents import document
 from lora_probe.recording.fingerprint import Fingerprint, fingerprints_in, other_tensors_in
+from lora_probe.recording.observed import observed_requests
 from lora_probe.recording.process_trace import Dropped, ProcessTrace, open_process, refuse_deep, refuse_newer
 from lora_probe.recording.ranks import Shards, joined_ranks
 from lora_probe.recording.records import (
@@ -36,7 +37,7 @@ from lora_probe.recording.records import (
     StationRecord,
 )
 from lora_probe.recording.requests import joined_findings, with_client_ids
-from lora_probe.recording.rows import Rows, selected, side_by_side
+from lora_probe.recording.rows import Rows, of_load, side_by_side
 from lora_probe.recording.runs import inside_of, later_runs
 from lora_probe.recording.scored import Scored
 from lora_probe.recording.segments import Segment, joined, read_rows, values
@@ -130,6 +131,13 @@ class Trace:
     def requests(self) -> tuple[RequestRecord, ...]:
         return tuple(request for process in self.processes for request in process.requests)
 
+    @cached_property
+    def answers(self) -> tuple[RequestRecord, ...]:
+        """The requests, or those that rows show if an engine kept their tokens and no client recorded them."""
+        if self.requests or self.rows is None:
+            return self.requests
+        return observed_requests(self.rows, {load.load: load.name for load, _ in self.loads})
+
     def forced(self, request: RequestRecord) -> int:
         """How many tokens at the beginning of an answer were forced (`--follow`), not generated."""
         continuation = (self.run.spec.continuation if self.run else None) or []
@@ -217,7 +225,7 @@ class Trace:
         """The rows of one load, at its own modules and rank; None as for `rows`. Load -1 stands for the rows without a
         load. Only the segments of the load are read: all rows of a server may take more memory than there is."""
         rows = self._joined(lambda segment: _has_rows(segment, load), load)
-        return None if rows is None else _only(rows, load)
+        return None if rows is None else of_load(rows, load)
 
     def segments_of(self, load: int) -> Iterator[Rows]:
         """The same, a segment at a time, for sums over more rows than fit into memory. A row that was computed twice
@@ -228,7 +236,7 @@ class Trace:
             return
         for segment in self._segments[self.workers[0].folder] if self.workers else ():
             if _has_rows(segment, load):
-                yield _only(read_rows(segment), load)
+                yield of_load(read_rows(segment), load)
 
     def _joined(self, wanted: Callable[[Segment], bool], load: int | None = None) -> Rows | None:
         """The rows of some segments, of all workers together; and of these only those of a load."""
@@ -247,7 +255,7 @@ class Trace:
             if rows is None:
                 # A pipeline rank may have no module of this adapter; a part that is missing is NaN.
                 continue
-            parts.append((rows if load is None else _only(rows, load), self._shards[worker.folder]))
+            parts.append((rows if load is None else of_load(rows, load), self._shards[worker.folder]))
         if not parts:
             return None
         return parts[0][0] if len(parts) == 1 and not any(parts[0][1].values()) else joined_ranks(parts)
@@ -330,12 +338,6 @@ class Trace:
 
 def _has_rows(segment: Segment, load: int) -> bool:
     return load in segment.loads if load >= 0 else load in values(segment.weights, segment.columns["load"])
-
-
-def _only(rows: Rows, load: int) -> Rows:
-    """The rows of one load. Segments of older traces have several."""
-    chosen = rows.load == load
-    return rows if chosen.all() else selected(rows, chosen)
 
 
 def open_trace(path: str | Path) -> Trace:

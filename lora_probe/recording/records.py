@@ -271,12 +271,14 @@ class Served(msgspec.Struct, frozen=True):
 
     `cached_loads` are the loads that computed these positions, in their order, -1 for the base model and -2 for
     an adapter without a slot; None if that is not known. The weights of a load may have changed since then.
+    `prompt_ids` are the tokens of the prompt, if the engine was asked to keep tokens.
     """
 
     prompt: int
     cached: int = 0
     cached_loads: list[int] | None = None
     preemptions: int = 0
+    prompt_ids: list[int] | None = None
 
 
 class RequestRecord(msgspec.Struct, frozen=True):

@@ -60,9 +60,10 @@ class Rows:
     and had no contribution: of such rows no columns are kept (`parts.py`).
 
     `load` is the number of the load that a row requested and ran with, NO_ADAPTER or NOT_IN_ITS_SLOT. `placed` contains
-    the weights of each load, `served` how each request was served, if the engine reports that.
-    `inner` is ⟨output, delta⟩ of modules whose input is sharded over ranks: there the base output of a rank is only a
-    partial sum. `sketch` summarises the modules' whole outputs. `x`, `base` and `delta` are whole tensors, by module.
+    the weights of each load, `served` how each request was served, if the engine reports that. `inner` is ⟨output,
+    delta⟩ of modules whose input is sharded over ranks: there the base output of a rank is only a partial sum. `token`
+    is the input token of each row, if the engine was asked to keep tokens. `sketch` summarises the modules' whole
+    outputs. `x`, `base` and `delta` are whole tensors, by module.
     """
 
     modules: tuple[Key, ...]
@@ -80,6 +81,7 @@ class Rows:
         metadata=_column("F32", "rows", "modules", "r", by="runs of an adapter", levels=("shrink", "tensors")),
     )
     inner: Floats | None = field(default=None, metadata=_NORM)
+    token: npt.NDArray[np.int32] | None = field(default=None, metadata=_column("I32", "rows"))
     sketch: Floats | None = field(default=None, metadata=_column("F32", "rows", "modules", "sketch", by="scored runs"))
     x: Mapping[Key, Floats] | None = field(default=None, metadata=_TABLE)
     base: Mapping[Key, Floats] | None = field(default=None, metadata=_TABLE)
@@ -149,6 +151,12 @@ def _padded(shrink: Floats, rank: int) -> Floats:
     """`[rows, modules, r]` padded to a larger rank with zeros. Without any rank no module ran: NaN."""
     width = shrink.shape[-1]
     return np.pad(shrink, ((0, 0), (0, 0), (0, rank - width)), constant_values=0 if width else np.nan)
+
+
+def of_load(rows: Rows, load: int) -> Rows:
+    """The rows of one load. Segments of older traces have several."""
+    chosen = rows.load == load
+    return rows if chosen.all() else selected(rows, chosen)
 
 
 def of_loads(rows: Rows, loads: Collection[int], requests: Collection[str]) -> Rows:
@@ -243,7 +251,8 @@ def _concatenated(parts: Sequence[Rows], name: str) -> Any:
         rank = max(column.shape[-1] for column in kept_by)
         values = [None if column is None else _padded(column, rank) for column in values]
     shape = next(column for column in values if column is not None).shape[1:]
-    missing = [np.full((len(part), *shape), np.nan, np.float32) for part in parts if getattr(part, name) is None]
+    filling = np.nan if kept_by[0].dtype == np.float32 else -1
+    missing = [np.full((len(part), *shape), filling, kept_by[0].dtype) for part in parts if getattr(part, name) is None]
     return np.concatenate([column if column is not None else missing.pop(0) for column in values])
 
 

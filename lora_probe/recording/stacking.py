@@ -51,7 +51,7 @@ def _empty(name: str, count: int, modules: int, width: int) -> Any:
     column = COLUMNS[name]
     lengths = {"rows": count, "modules": modules}
     dtype = _DTYPES[column.dtype]
-    filling = np.nan if dtype is np.float32 else 0
+    filling = np.nan if dtype is np.float32 else -1
     return np.full([lengths.get(axis, width) for axis in column.axes], filling, dtype)
 
 

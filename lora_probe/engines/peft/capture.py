@@ -157,6 +157,7 @@ class Capture:
             output_norm=self._stacked(step, "output_norm", count),
             shrink=self._shrink(step, count) if kept("shrink", self.keep) else None,
             inner=None,
+            token=None,
             sketch=self._stacked(step, "sketch", count, SKETCH) if self.sketching else None,
             placed=placed,
             served={},

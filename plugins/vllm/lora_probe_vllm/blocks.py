@@ -64,10 +64,10 @@ class Running:
 
 class Blocks:
     """The running requests and the authors of all blocks, from the first step of a recording on. `size` is the number
-    of positions in a block; None if authors cannot be known."""
+    of positions in a block; None if authors cannot be known. `keeps_tokens`: also the tokens of prompts."""
 
-    def __init__(self, size: int | None) -> None:
-        self._size = size
+    def __init__(self, size: int | None, keeps_tokens: bool = False) -> None:
+        self._size, self._keeps_tokens = size, keeps_tokens
         self._authors: dict[Author, int] = {}
         self._names: list[Author] = []
         self._author_of: npt.NDArray[np.int32] = np.full(1024, UNKNOWN, np.int32)
@@ -87,7 +87,8 @@ class Blocks:
             running = self.running.get(part.request)
             begins = running is None and part.prompt is not None
             if running is None:
-                served = Served(part.prompt or 0, part.start if begins else 0)
+                ids = list(part.tokens) if self._keeps_tokens and part.tokens is not None else None
+                served = Served(part.prompt or 0, part.start if begins else 0, prompt_ids=ids)
                 running = self.running[part.request] = Running(part.request, served, part.adapter)
             elif part.whole:
                 running.served = replace(running.served, preemptions=running.served.preemptions + 1)

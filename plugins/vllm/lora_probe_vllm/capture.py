@@ -6,6 +6,7 @@ layer captures the fused output, and a stand-in for the layer's `punica_wrapper`
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -36,6 +37,14 @@ def _inner(step: Step, watched: Watched, output: torch.Tensor) -> torch.Tensor:
         part = output[:, first : first + len(b)].float()
         total += ((part @ b) * shrink).sum(-1) * (step.slots == slot)
     return total
+
+
+TOKENS = "LORA_PROBE_TOKENS"
+
+
+def keeps_tokens() -> bool:
+    """Whether the trace shall contain the tokens of requests: only if the user asked for it."""
+    return os.environ.get(TOKENS, "") not in ("", "0")
 
 
 def _one_hot(tokens: torch.Tensor, size: int) -> torch.Tensor:
@@ -70,6 +79,7 @@ class Capture:
         self._watched: dict[int, Watched] = {}
         self._kept = {name for name in TABLES if kept(name, keep)}
         self._signs: dict[int, torch.Tensor] = {}
+        self._keeps_tokens = keeps_tokens()
 
     def watch(self, key: Key, layer: Any, index: int, partial: bool = False, embeds: bool = False) -> None:
         """Record slice `index` of `layer` as `key` from now on. `partial`: a rank has only part of its input.
@@ -167,12 +177,14 @@ class Capture:
         """One step of the model runner. The runner may load adapters in it, so the step that `begin` returns is only
         opened when the model is called; it is closed when the block ends."""
 
-        def before(model: Any, args: Any) -> None:
+        def before(model: Any, args: Any, kwargs: Any) -> None:
             if self._watched:
                 with self.guard("the start of a step"):
-                    self._step = begin()
+                    step = self._step = begin()
+                    if self._keeps_tokens and (ids := kwargs.get("input_ids")) is not None:
+                        step.tokens = ids[: len(step.rows)].clone()
 
-        handle = model.register_forward_pre_hook(before)
+        handle = model.register_forward_pre_hook(before, with_kwargs=True)
         try:
             yield
         finally:
@@ -275,6 +287,7 @@ class Capture:
             delta_norm=stacked.delta_norm,
             output_norm=self.arranged.norms(step.output_norm, step),
             shrink=stacked.shrink if kept("shrink", self.keep) else None,
+            token=None if step.tokens is None else step.tokens.cpu().numpy().astype(np.int32),
             inner=self.arranged.of_layers(step.inner, step) if any(w.partial for w in self._watched.values()) else None,
             sketch=self.arranged.of_modules(step.sketch, len(loads), SKETCH) if self.sketching else None,
             placed=placed,

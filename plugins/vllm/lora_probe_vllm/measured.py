@@ -69,6 +69,8 @@ class Step:
     mixed: bool
     """Some of its rows belong to no active load, and what the kernel writes for them is measured."""
     slots: Any = None
+    tokens: Any = None
+    """The input token of each row, if they are kept."""
     active: tuple[int, ...] = ()
     """The slots that hold an adapter."""
     widths: dict[int, Sequence[int]] = field(default_factory=dict)

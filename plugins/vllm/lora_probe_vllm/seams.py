@@ -267,7 +267,7 @@ def dense_logprobs(flat: Any, position: int) -> Floats:
 class Scheduled(NamedTuple):
     """One request in one step, as the scheduler announces it. `blocks`: the request's whole block table if the request
     is new or comes back after a preemption (`whole`), otherwise what is added to it; one list for each group of
-    KV caches. `prompt` and `adapter` (0 for none) are only known of new requests."""
+    KV caches. `prompt`, its `tokens` and `adapter` (0 for none) are only known of new requests."""
 
     request: str
     start: int
@@ -276,6 +276,7 @@ class Scheduled(NamedTuple):
     whole: bool
     prompt: int | None = None
     adapter: int | None = None
+    tokens: list[int] | None = None
 
 
 def scheduled(scheduler_output: Any, only_new_blocks: bool = False) -> Iterator[Scheduled]:
@@ -291,10 +292,11 @@ def scheduled(scheduler_output: Any, only_new_blocks: bool = False) -> Iterator[
         resumed = name in cached.resumed_req_ids
         yield Scheduled(name, start, counts.get(name, 0), tuple(blocks or ()), resumed)
     for new in scheduler_output.scheduled_new_reqs:
-        tokens = new.prompt_token_ids if new.prompt_token_ids is not None else new.prompt_embeds
+        ids = new.prompt_token_ids
+        tokens = ids if ids is not None else new.prompt_embeds
         lora = new.lora_request.lora_int_id if new.lora_request is not None else 0
         at = new.req_id, new.num_computed_tokens, counts.get(new.req_id, 0)
-        yield Scheduled(*at, tuple(new.block_ids), True, len(tokens) if tokens is not None else 0, lora)
+        yield Scheduled(*at, tuple(new.block_ids), True, len(tokens) if tokens is not None else 0, lora, ids)
 
 
 def block_size_of(runner: Any) -> int | None:

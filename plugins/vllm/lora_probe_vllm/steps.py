@@ -19,7 +19,7 @@ from lora_probe.names import Key
 from lora_probe.recording import Level, Placed, TraceWriter
 from lora_probe.recording.rows import NO_ADAPTER, NOT_IN_ITS_SLOT, kept
 from lora_probe_vllm.blocks import Author, Blocks
-from lora_probe_vllm.capture import Capture
+from lora_probe_vllm.capture import Capture, keeps_tokens
 from lora_probe_vllm.experts import RoutedRows
 from lora_probe_vllm.loads import ActiveLoad, SlotContents
 from lora_probe_vllm.measured import Stacked, Step
@@ -255,7 +255,7 @@ class Steps:
     def _follow(self, runner: Any, scheduler_output: Any, only_new_blocks: bool = False) -> None:
         """The requests of a step and their blocks, also of a step in which no layer is recorded."""
         if self._blocks is None:
-            self._blocks = Blocks(block_size_of(runner))
+            self._blocks = Blocks(block_size_of(runner), keeps_tokens())
         for request in self._blocks.step(scheduler_output, self._authors, only_new_blocks):
             if request.other_weights and request.adapter in self.loads:
                 load = self.loads[request.adapter]
