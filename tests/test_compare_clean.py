@@ -45,7 +45,7 @@ class Serving(NamedTuple):
     dtype: str
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen2"])
+@pytest.fixture(scope="module", params=["llama", pytest.param("qwen2", marks=pytest.mark.wide)])
 def serving(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
     base = request.getfixturevalue(request.param)
     if request.param == "llama":

@@ -17,7 +17,7 @@ from conftest import LAYERS
 from lora_probe import open_trace
 from lora_probe.ledger import headline
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.wide]
 
 V2 = Path(__file__).parent / "v2"
 RUNNER = "V1" if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "0" else "V2"

@@ -39,7 +39,7 @@ def test_the_plugin_was_not_loaded(adapter: Path, tmp_path: Path) -> None:
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-@pytest.mark.parametrize("sharded", ["sharded", "fully sharded"])
+@pytest.mark.parametrize("sharded", ["sharded", pytest.param("fully sharded", marks=pytest.mark.wide)])
 def test_two_tensor_parallel_ranks(sharded: str, qwen2: Path, llama: Path, tmp_path: Path) -> None:
     """Every rank in a process of its own. Qwen2 has biases, in float32; of the Llama the head is adapted too, which is
     whole on every rank and has no rows, in bfloat16."""

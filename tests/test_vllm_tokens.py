@@ -94,4 +94,4 @@ def test_peft_runs_what_the_server_saw(
     comparison = compare(trace, "peft", checkpoint=adapter, model=str(llama))
     assert (comparison.verdict, comparison.causes) == ("agree", ())
     assert comparison.candidate.run is not None
-    assert [len(tokens) for tokens in comparison.candidate.run.spec.continuation or []] == [4, 4]
+    assert [len(tokens) for tokens in comparison.candidate.run.spec.continuation or []] == [3, 3]
