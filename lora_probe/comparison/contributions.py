@@ -16,7 +16,7 @@ from lora_probe.comparison.answers import outputs, repeats
 from lora_probe.comparison.causes import causes
 from lora_probe.comparison.compared import Comparison, Divergence
 from lora_probe.comparison.joined import Joined, by_load, join, matched_requests
-from lora_probe.comparison.modules import ModuleDiff, compare_module, own_arithmetic
+from lora_probe.comparison.modules import ModuleDiff, compare_module, own_arithmetic, with_siblings
 from lora_probe.comparison.prompts import prompt_differences
 from lora_probe.comparison.tolerance import NOT_RECORDED_NOTE, judged_dtype
 from lora_probe.comparison.weights import Loads, Relation, compare_files, compare_weights, limits
@@ -283,7 +283,7 @@ class _Judge:
                     errors[key] = row_errors
             elif (key in here or key in there) and not self._followed(key, (one, two), rowless):
                 diffs.append(ModuleDiff(key, "only in reference" if key in here else "only in candidate"))
-        return tuple(diffs), _first(self.joined, errors, self.limit)
+        return with_siblings(diffs, self.limit), _first(self.joined, errors, self.limit)
 
     def _followed(self, key: Key, fates: tuple[dict[Key, set[Fate]], ...], rowless: set[Key]) -> bool:
         """Whether the other engine may have the module and no rows of it: its ledger reports what became of it."""

@@ -7,8 +7,8 @@ without the adapter, to the arithmetic of the engine, and to an input x that was
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -22,6 +22,10 @@ from lora_probe.recording import Floats, Trace
 from lora_probe.recording.placed import grams_of
 
 Status = Literal["ok", "differs", "only in reference", "only in candidate"]
+
+
+SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Projections that multiply one input."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +128,30 @@ def compare_module(
     status: Status = "ok" if error <= limit and worst <= ROW_SLACK * limit else "differs"
     where = joined.where[at][:2]
     return ModuleDiff(key, status, error, worst, where, exact, strength, parts, x_error), row_errors
+
+
+def with_siblings(diffs: Sequence[ModuleDiff], limit: float) -> tuple[ModuleDiff, ...]:
+    """The same modules: where other weights hide what is upstream, that of a module with the same input is known, if it
+    is rounding."""
+    known: dict[tuple[str, int], float] = {}
+    for diff in diffs:
+        at = _input_of(diff.module)
+        if at is not None and diff.parts is not None and diff.parts.upstream is not None:
+            known[at] = max(known.get(at, 0.0), diff.parts.upstream)
+    filled = []
+    for diff in diffs:
+        at, parts = _input_of(diff.module), diff.parts
+        upstream = known.get(at) if at is not None else None
+        if parts is not None and parts.upstream is None and upstream is not None and upstream <= limit:
+            parts = replace(parts, upstream=upstream)
+        filled.append(replace(diff, parts=parts))
+    return tuple(filled)
+
+
+def _input_of(module: str) -> tuple[str, int] | None:
+    """Modules with the same result have the same input."""
+    parent, _, name = module.rpartition(".")
+    return next(((parent, number) for number, names in enumerate(SAME_INPUT) if name in names), None)
 
 
 def own_arithmetic(trace: Trace, load: int) -> dict[str, float]:

@@ -104,7 +104,7 @@ def _errors(result: Comparison) -> RenderableType:
         f"{result.rows} rows; tolerance {result.tolerance:.1e} ({result.dtype or 'no dtype recorded'}{coarser})"
     )
     cells = {
-        diff.key: (diff.error, f"{diff.error:.1e}" + ("" if diff.status == "ok" else "!"))
+        diff.key: (diff.error, f"{'' if diff.exact else '~'}{diff.error:.1e}{'' if diff.status == 'ok' else '!'}")
         if diff.error is not None
         else (None, diff.status)
         for diff in result.modules

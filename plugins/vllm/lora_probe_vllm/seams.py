@@ -299,6 +299,11 @@ def scheduled(scheduler_output: Any, only_new_blocks: bool = False) -> Iterator[
         yield Scheduled(*at, tuple(new.block_ids), True, len(tokens) if tokens is not None else 0, lora, ids)
 
 
+def is_divided(layer: Any) -> bool:
+    """Whether the ranks share the work of both halves of a pair of experts (fully sharded)."""
+    return bool(layer.fully_sharded) and layer.tp_size > 1
+
+
 def block_size_of(runner: Any) -> int | None:
     """How many positions a block of the KV cache has; None if a block table does not tell who computed a block: several
     groups of caches, context that is split over ranks, or caches that are filled from outside."""
