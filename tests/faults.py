@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -207,78 +207,74 @@ SLOTS: dict[str, SlotFault] = {
 
 
 @contextmanager
-def damaged_slots(fault: SlotFault) -> Iterator[None]:
+def patched(owner: Any, name: str, make: Callable[[Any], Any]) -> Iterator[None]:
+    """A method of vLLM replaced by what `make` makes of it."""
+    original = getattr(owner, name)
+    setattr(owner, name, make(original))
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+def damaged_slots(fault: SlotFault) -> AbstractContextManager[None]:
     """vLLM damages its slots as `fault` has it, once they are filled."""
     from vllm.lora.model_manager import LoRAModelManager
 
-    original = LoRAModelManager.activate_adapter
+    def damaging(original: Any) -> Any:
+        def activate(self: Any, lora_id: int) -> bool:
+            new = lora_id not in self._active_adapters
+            result: bool = original(self, lora_id)
+            if new:
+                layers = {number: self.modules[f"model.layers.{number}.self_attn.qkv_proj"] for number in range(LAYERS)}
+                fault.damage(layers, self.lora_index_to_id.index(lora_id))
+            return result
 
-    def activate(self: Any, lora_id: int) -> bool:
-        new = lora_id not in self._active_adapters
-        result = original(self, lora_id)
-        if new:
-            layers = {number: self.modules[f"model.layers.{number}.self_attn.qkv_proj"] for number in range(LAYERS)}
-            fault.damage(layers, self.lora_index_to_id.index(lora_id))
-        return result
+        return activate
 
-    LoRAModelManager.activate_adapter = activate  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        LoRAModelManager.activate_adapter = original  # type: ignore[method-assign]
+    return patched(LoRAModelManager, "activate_adapter", damaging)
 
 
-@contextmanager
-def scaling_squared() -> Iterator[None]:
+def scaling_squared() -> AbstractContextManager[None]:
     """vLLM multiplies B by the scaling twice while it loads an adapter."""
     from vllm.lora.lora_weights import LoRALayerWeights
 
-    original = LoRALayerWeights.optimize
+    def twice(original: Any) -> Any:
+        def optimize(self: Any) -> Any:
+            self.scaling **= 2
+            return original(self)
 
-    def optimize(self: Any) -> Any:
-        self.scaling **= 2
-        return original(self)
+        return optimize
 
-    LoRALayerWeights.optimize = optimize  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        LoRALayerWeights.optimize = original  # type: ignore[method-assign]
+    return patched(LoRALayerWeights, "optimize", twice)
 
 
-@contextmanager
-def louder_kernel(llm: Any, factor: float) -> Iterator[None]:
+def louder_kernel(llm: Any, factor: float) -> AbstractContextManager[None]:
     """The kernel for B writes `factor` times what it should for the v_proj of layer 1."""
     from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
     layers: list[Any] = []
     llm.apply_model(lambda model: layers.append(model.model.layers[1].self_attn.qkv_proj))
     held = layers[0].lora_b_stacked[2].data_ptr()
-    original = PunicaWrapperCPU._apply_expand
 
-    def apply(self: Any, y: Any, x: Any, w_t_all: Any, *args: Any, **kwargs: Any) -> Any:
-        return original(self, y, x * factor if w_t_all.data_ptr() == held else x, w_t_all, *args, **kwargs)
+    def louder(original: Any) -> Any:
+        def apply(self: Any, y: Any, x: Any, w_t_all: Any, *args: Any, **kwargs: Any) -> Any:
+            return original(self, y, x * factor if w_t_all.data_ptr() == held else x, w_t_all, *args, **kwargs)
 
-    PunicaWrapperCPU._apply_expand = apply  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        PunicaWrapperCPU._apply_expand = original  # type: ignore[method-assign]
+        return apply
+
+    return patched(PunicaWrapperCPU, "_apply_expand", louder)
 
 
-@contextmanager
-def rows_without_a_slot(every: int) -> Iterator[None]:
+def rows_without_a_slot(every: int) -> AbstractContextManager[None]:
     """vLLM's table from tokens to slots names none for `every`-th row."""
     from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
 
-    original = PunicaWrapperBase.update_metadata
+    def outdated(original: Any) -> Any:
+        def update(self: Any, *args: Any, **kwargs: Any) -> None:
+            original(self, *args, **kwargs)
+            self._token_lora_indices[::every].fill_(-1)
 
-    def outdated(self: Any, *args: Any, **kwargs: Any) -> None:
-        original(self, *args, **kwargs)
-        self._token_lora_indices[::every].fill_(-1)
+        return update
 
-    PunicaWrapperBase.update_metadata = outdated  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        PunicaWrapperBase.update_metadata = original  # type: ignore[method-assign]
+    return patched(PunicaWrapperBase, "update_metadata", outdated)

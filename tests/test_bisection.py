@@ -74,21 +74,24 @@ def test_one_module_of_many_changes_the_answer(
 
 
 @pytest.mark.slow
-def test_what_cannot_be_bisected(
+def test_what_cannot_be_bisected_is_compared_all_the_same(
     adapter: Path, llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prompts = ["hello there"]
     healthy = record_peft(adapter, llama, tmp_path / "healthy", prompts=prompts, max_tokens=3)
-    status, _, error = call("compare", healthy.path, healthy.path, "--bisect", capsys=capsys)
-    assert status == 2
-    assert "both runs answer with the same tokens" in error
+    status, out, _ = call("compare", healthy.path, healthy.path, "--bisect", capsys=capsys)
+    assert status == 0
+    assert "note: not bisected: both runs answer with the same tokens" in out
     dead = edited(adapter, tmp_path / "dead", FILES["dead names"].tensors)
     lost = record_peft(dead, llama, tmp_path / "lost", prompts=prompts, max_tokens=3)
-    status, _, error = call("compare", lost.path, healthy.path, "--bisect", capsys=capsys)
-    assert status == 2
-    assert "take the run as the reference in which all took effect" in error
+    status, out, _ = call("compare", lost.path, healthy.path, "--bisect", capsys=capsys)
+    assert status == 1
+    assert "note: not bisected: modules of the reference were lost: pass the run first in which all took effect" in out
     # What was compared has gone.
     (dead / "adapter_model.safetensors").write_bytes((adapter / "adapter_model.safetensors").read_bytes())
-    status, _, error = call("compare", healthy.path, lost.path, "--bisect", capsys=capsys)
+    status, out, _ = call("compare", healthy.path, lost.path, "--bisect", capsys=capsys)
+    assert status == 1
+    assert f"note: not bisected: `{dead}` has changed since" in out
+    status, _, error = call("compare", healthy.path, lost.path, "--bisect-runs", 9, capsys=capsys)
     assert status == 2
-    assert f"`{dead}` has changed since" in error
+    assert "--bisect-runs belongs to --bisect" in error

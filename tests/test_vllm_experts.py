@@ -95,6 +95,7 @@ def serve(
     folder: Path,
     ranks: int = 1,
     fully_sharded: bool = False,
+    three_d: bool = False,
     **environment: str,
 ) -> Served:
     """Run the adapters in an engine of their own."""
@@ -150,6 +151,20 @@ def test_two_ranks(fully_sharded: bool, adapters: dict[str, Path], tmp_path: Pat
     ]
     assert len(errors) == 2 * LAYERS * ((8 + 1) if fully_sharded else (12 + 2))
     assert 0 < max(errors) < 1e-5
+
+
+@pytest.mark.wide
+def test_experts_that_are_one_tensor(adapters: dict[str, Path], tmp_path: Path) -> None:
+    """vLLM's other class of layers, which models such as GPT-OSS and Qwen3-VL-MoE have."""
+    case = {"name": "fused", "path": str(adapters["fused"]), "fault": "", "fused": True}
+    swapped = case | {"name": "swapped", "fault": "swapped"}
+    more = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    served = serve(adapters["base"], [case, swapped], tmp_path / "run.lptrace", three_d=True, **more)
+    layers = [event.text for event in served.trace.events if "FusedMoE" in event.text]
+    assert any("FusedMoE3DWithLoRA" in text for text in layers)
+    modules = LAYERS * (3 + 2)
+    assert headline(ledger_of(served, "fused")) == f"{modules} of {modules} modules took effect"
+    assert "experts 1-2" in headline(ledger_of(served, "swapped"))
 
 
 def ledger_of(served: Served, name: str) -> Ledger:

@@ -7,13 +7,14 @@ the names of tensors whose values do.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from lora_probe.base import StoredTensor, open_checkpoint
-from lora_probe.comparison.answers import Outputs
+from lora_probe.comparison.answers import Agreement, Outputs
 from lora_probe.comparison.modules import ModuleDiff
 from lora_probe.errors import ProbeError
 from lora_probe.names import layer_of, name_modules, path_of
@@ -22,13 +23,18 @@ from lora_probe.recording import Trace
 
 LARGEST = 40 * 2**30
 """Bytes of a base model whose tensors are read to name those that differ."""
+HEAD = re.compile(r"(?:^|\.)(?:score|classifier|qa_outputs|pre_classifier|regression_head)\.")
+"""Transformers' names for the heads of tasks."""
 AT_ONCE = 2**22
 """Values of a tensor that are in memory at the same time."""
 
 
-def reasons(modules: Sequence[ModuleDiff], outputs: Outputs, dtype: str, limit: float) -> Iterator[str]:
-    """Why the base models seem to differ. `modules` are in the order of computation."""
-    base = outputs.base
+def reasons(
+    modules: Sequence[ModuleDiff], outputs: Outputs, dtype: str, limit: float, own_head: bool = False
+) -> Iterator[str]:
+    """Why the base models seem to differ. `modules` are in the order of computation. With `own_head`, the
+    adapter makes a classifier of a base that has none: then each engine makes one up for the base's answers."""
+    base = Agreement() if own_head else outputs.base
     agree = base.logprob_error is not None or base.kl is not None
     if base.logprob_error is not None and base.logprob_error > logprob_drift(dtype):
         agree = False
@@ -45,6 +51,12 @@ def reasons(modules: Sequence[ModuleDiff], outputs: Outputs, dtype: str, limit: 
         worst = max(off, key=lambda diff: diff.x_error or 0.0)
         name = name_modules([path_of(worst.key)])
         yield f"‖x‖ of {name} differs by {worst.x_error:.2g}, before any module of the adapter"
+
+
+def has_own_head(trace: Trace) -> bool:
+    """Whether the adapter brings a head that its base does not have, as classifiers do."""
+    names = (name for of_load in trace.other_tensors.values() for name in of_load if ".lora_" not in name)
+    return any(HEAD.search(name) for name in names)
 
 
 def _first_layer(modules: Sequence[ModuleDiff]) -> list[ModuleDiff]:

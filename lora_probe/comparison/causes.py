@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from lora_probe.comparison.bases import different_tensors, reasons
+from lora_probe.comparison.bases import different_tensors, has_own_head, reasons
 from lora_probe.comparison.compared import SIDES, Cause, Comparison, Side
 from lora_probe.comparison.weights import WeightDifference
 from lora_probe.ledger import Finding, Ledger, clauses
@@ -277,7 +277,8 @@ def _wrong(comparison: Comparison) -> Iterator[Cause]:
 
 
 def _bases(comparison: Comparison) -> Iterator[Cause]:
-    why = list(reasons(comparison.modules, comparison.outputs, comparison.dtype, comparison.tolerance))
+    own_head = any(has_own_head(trace) for trace in comparison.traces)
+    why = list(reasons(comparison.modules, comparison.outputs, comparison.dtype, comparison.tolerance, own_head))
     if not why:
         return
     finding = different_bases(why[0])

@@ -1,11 +1,11 @@
 """A vLLM engine on a CPU that serves adapters of a mixture of experts, with faults of its own. Only for tests.
 
-In: JSON on standard input, {"base", "trace": a folder, "ranks": 1 or 2, "fully_sharded": bool, "adapters": [{"name",
-"path", "fused": true or false, "fault": "", "swapped", "half" or "kernel"}]}, and this folder on PYTHONPATH, and
-TRITON_INTERPRET=1. Out: two lines of JSON, the tokens by adapter or vLLM's refusal: of the first two adapters before
-the probe began, and of all of them with it. The faults are in layer 1: experts 1 and 2 are swapped in the slot, s·B of
-expert 3's down_proj is halved in it, or its kernel writes half of it. Two ranks are processes of their own, which have
-the kernels (`sitecustomize.py`) and no faults.
+In: JSON on standard input, {"base", "trace": a folder, "ranks": 1 or 2, "fully_sharded": bool, "three_d": bool,
+"adapters": [{"name", "path", "fused": true or false, "fault": "", "swapped", "half" or "kernel"}]}, and this folder on
+PYTHONPATH, and TRITON_INTERPRET=1. Out: two lines of JSON, the tokens by adapter or vLLM's refusal: of the first two
+adapters before the probe began, and of all of them with it. The faults are in layer 1: experts 1 and 2 are swapped in
+the slot, s·B of expert 3's down_proj is halved in it, or its kernel writes half of it. Two ranks are processes of their
+own, which have the kernels (`sitecustomize.py`) and no faults.
 """
 
 from __future__ import annotations
@@ -62,11 +62,16 @@ def add_faults(faults: dict[str, str]) -> None:
     PunicaWrapperGPU.add_lora_w13, PunicaWrapperGPU.add_lora_w2 = add_lora_w13, add_lora_w2
 
 
-def start(base: str, ranks: int, fully_sharded: bool) -> Any:
-    """An engine with both layouts of experts, whose probe does not record yet."""
+def start(base: str, ranks: int, fully_sharded: bool, three_d: bool) -> Any:
+    """An engine with both layouts of experts, or with that of models whose experts are one tensor (`three_d`), whose
+    probe does not record yet."""
     from vllm import LLM
 
-    settings: dict[str, Any] = {"enable_mixed_moe_lora_format": True, "enforce_eager": True, "max_model_len": 64}
+    if three_d:
+        from vllm.model_executor.models.qwen3_moe import Qwen3MoeForCausalLM
+
+        Qwen3MoeForCausalLM.is_3d_moe_weight = True
+    settings: dict[str, Any] = {"enable_mixed_moe_lora_format": not three_d, "enforce_eager": True, "max_model_len": 64}
     settings |= {"tensor_parallel_size": ranks, "fully_sharded_loras": fully_sharded}
     llm = LLM(base, dtype="float32", enable_lora=True, max_lora_rank=8, max_loras=2, **settings)
     llm.collective_rpc("lora_probe_finish")
@@ -102,7 +107,7 @@ if __name__ == "__main__":
     by_id: dict[str, str] = {}
     add_faults(by_id)
     os.environ["LORA_PROBE_TRACE"] = wanted["trace"] + ".first"
-    engine = start(wanted["base"], wanted["ranks"], wanted["fully_sharded"])
+    engine = start(wanted["base"], wanted["ranks"], wanted["fully_sharded"], wanted["three_d"])
     print(json.dumps(answers(engine, wanted["adapters"][:2], by_id, 101)), flush=True)
     engine.collective_rpc("lora_probe_begin", args=(wanted["trace"],))
     print(json.dumps(answers(engine, wanted["adapters"], by_id, 1)), flush=True)

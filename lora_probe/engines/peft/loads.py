@@ -170,7 +170,9 @@ class ActiveLoad:
             },
         )
         weights = {key: self._multiplied(key, slot) for key, slot in self.recordable().items()}
-        self.record.running_with({key: fingerprint(*pair) for key, pair in weights.items()})
+        # What somebody has put into a layer may be no pair.
+        pairs = {key: (a, b) for key, (a, b) in weights.items() if len(a) == b.shape[1]}
+        self.record.running_with({key: fingerprint(*pair) for key, pair in pairs.items()})
 
     def _multiplied(self, key: Key, slot: Slot) -> tuple[Floats, Floats]:
         """The live A and s·B of a module."""
