@@ -1,6 +1,6 @@
 """A vLLM engine on a CPU that serves adapters of a mixture of experts, with faults of its own. Only for tests.
 
-In: JSON on standard input, {"base", "trace": a folder, "ranks": 1 or 2, "fully_sharded": bool, "three_d": bool,
+In: JSON on standard input, {"base", "trace": a folder, "ranks": 1 or 2, "three_d": bool,
 "adapters": [{"name", "path", "fused": true or false, "fault": "", "swapped", "half" or "kernel"}]}, and this folder on
 PYTHONPATH, and TRITON_INTERPRET=1. Out: two lines of JSON, the tokens by adapter or vLLM's refusal: of the first two
 adapters before the probe began, and of all of them with it. The faults are in layer 1: experts 1 and 2 are swapped in
@@ -25,14 +25,15 @@ LAYER = "model.layers.1.mlp.experts"
 
 def add_faults(faults: dict[str, str]) -> None:
     """Break what vLLM does for the adapters with a fault, by the engine's id."""
-    from vllm.lora.layers import FusedMoEWithLoRA
+    from vllm.lora.layers import FusedMoE3DWithLoRA, FusedMoEWithLoRA
     from vllm.lora.model_manager import LoRAModelManager
     from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU
 
     active: list[str] = [""]
     routed: list[torch.Tensor] = []
     layers: list[Any] = []
-    fill, activate = FusedMoEWithLoRA.set_lora, LoRAModelManager.activate_adapter
+    fills = {kind: kind.set_lora for kind in (FusedMoEWithLoRA, FusedMoE3DWithLoRA)}
+    activate = LoRAModelManager.activate_adapter
     w13, w2 = PunicaWrapperGPU.add_lora_w13, PunicaWrapperGPU.add_lora_w2
 
     def activate_adapter(self: Any, lora_id: int, *args: Any) -> Any:
@@ -44,7 +45,7 @@ def add_faults(faults: dict[str, str]) -> None:
         fault = active[0] if self is layers[0] else ""
         if fault == "swapped":
             lora_a, lora_b = ([part[[0, 2, 1, 3]] for part in parts] for parts in (lora_a, lora_b))
-        fill(self, index, lora_a, lora_b)
+        fills[type(self)](self, index, lora_a, lora_b)
         if fault == "half":
             self.w2_lora_b_stacked[0][index, 3] /= 2
 
@@ -58,11 +59,12 @@ def add_faults(faults: dict[str, str]) -> None:
         if active[0] == "kernel" and a[0] is layers[0].w2_lora_a_stacked[0]:
             y -= (y - before) / 2 * (routed[0] == 3).unsqueeze(-1)
 
-    FusedMoEWithLoRA.set_lora, LoRAModelManager.activate_adapter = set_lora, activate_adapter
+    FusedMoEWithLoRA.set_lora = FusedMoE3DWithLoRA.set_lora = set_lora
+    LoRAModelManager.activate_adapter = activate_adapter
     PunicaWrapperGPU.add_lora_w13, PunicaWrapperGPU.add_lora_w2 = add_lora_w13, add_lora_w2
 
 
-def start(base: str, ranks: int, fully_sharded: bool, three_d: bool) -> Any:
+def start(base: str, ranks: int, three_d: bool) -> Any:
     """An engine with both layouts of experts, or with that of models whose experts are one tensor (`three_d`), whose
     probe does not record yet."""
     from vllm import LLM
@@ -72,7 +74,7 @@ def start(base: str, ranks: int, fully_sharded: bool, three_d: bool) -> Any:
 
         Qwen3MoeForCausalLM.is_3d_moe_weight = True
     settings: dict[str, Any] = {"enable_mixed_moe_lora_format": not three_d, "enforce_eager": True, "max_model_len": 64}
-    settings |= {"tensor_parallel_size": ranks, "fully_sharded_loras": fully_sharded}
+    settings |= {"tensor_parallel_size": ranks}
     llm = LLM(base, dtype="float32", enable_lora=True, max_lora_rank=8, max_loras=2, **settings)
     llm.collective_rpc("lora_probe_finish")
     return llm
@@ -107,7 +109,7 @@ if __name__ == "__main__":
     by_id: dict[str, str] = {}
     add_faults(by_id)
     os.environ["LORA_PROBE_TRACE"] = wanted["trace"] + ".first"
-    engine = start(wanted["base"], wanted["ranks"], wanted["fully_sharded"], wanted["three_d"])
+    engine = start(wanted["base"], wanted["ranks"], wanted["three_d"])
     print(json.dumps(answers(engine, wanted["adapters"][:2], by_id, 101)), flush=True)
     engine.collective_rpc("lora_probe_begin", args=(wanted["trace"],))
     print(json.dumps(answers(engine, wanted["adapters"], by_id, 1)), flush=True)

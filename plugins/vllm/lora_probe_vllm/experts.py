@@ -67,7 +67,6 @@ class ExpertStandIn:
             for part, values in zip(self._parts(lora_b_stacked), delta.chunk(len(lora_b_stacked), -1), strict=True):
                 step.routed[self._number].samples[part] = inputs, values
 
-        # The whole x, and all of x·Aᵀ, are on every rank.
         return self._apart(step, real, y, arguments, kwargs, topk_ids.shape[1], keep)
 
     def add_lora_w2(
@@ -83,8 +82,7 @@ class ExpertStandIn:
         """The same for w2, times the router's weight of the expert. `x: [tokens·top_k, in]`."""
         step, real = self._capture.step, self._real.add_lora_w2
         arguments = x, lora_a_stacked, lora_b_stacked, topk_weights, *more
-        # Of fully sharded experts a rank has a part of x, and the sum over the ranks is made between the kernels.
-        if step is None or self._number not in step.routed or is_divided(self._layer):
+        if step is None or self._number not in step.routed:
             return real(y, *arguments, **kwargs)
         top_k = topk_weights.shape[-1]
 
@@ -107,7 +105,8 @@ class ExpertStandIn:
     ) -> Any:
         """Let the kernel write into a buffer of its own if rows are sampled, and `keep` theirs, `[sampled, top_k,
         out]`, before they are added."""
-        if not step.sampled:
+        # The ranks of fully sharded experts share the work of both halves of a pair, between the kernels.
+        if not step.sampled or is_divided(self._layer):
             return real(y, *arguments, **kwargs)
         delta = torch.zeros_like(y)
         result = real(delta, *arguments, **kwargs | {"add_inputs": True})

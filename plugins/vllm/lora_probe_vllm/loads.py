@@ -23,7 +23,6 @@ from lora_probe.recording.placed import digest_of
 from lora_probe.rules.lp5_loading import name_without_home, no_lora_layer, not_measured, not_taken
 from lora_probe.rules.stored import Expected, expect
 from lora_probe_vllm.arrivals import Arrival
-from lora_probe_vllm.experts import W2
 from lora_probe_vllm.seams import is_divided
 from lora_probe_vllm.slots import (
     Home,
@@ -123,8 +122,8 @@ class ActiveLoad:
     def why_unjudged(self, key: Key) -> str | None:
         """Why a module's contribution has no reference; None if it has one, or if the file would have to be read."""
         home = self.homes[key]
-        if home.routes and home.expert[1] == W2 and is_divided(home.layer):
-            return "the ranks sum x·Aᵀ of fully sharded experts between two kernels, which is not captured"
+        if home.routes and is_divided(home.layer):
+            return "the ranks of fully sharded experts join x·Aᵀ between two kernels, which is not captured"
         if not self.cached and self.record.adapter.content:
             try:
                 self.of_experts(key) if self.homes[key].split else self.placement(key)

@@ -60,10 +60,9 @@ def _compare(load: ActiveLoad, key: Key, x: Floats, delta: Floats, part: tuple[i
     except ProbeError:
         return False
     if expected is not None:
-        a = expected.a if expected.whole_a is None else expected.whole_a
         # An engine's vocabulary may be padded.
-        inputs, written = x[:, : a.shape[1]], delta[:, : len(expected.b)]
-        load.record.sample(key, inputs, written, a, expected.b, expected.scaling)
+        inputs, written = x[:, : expected.a.shape[1]], delta[:, : len(expected.b)]
+        load.record.sample(key, inputs, written, expected.a, expected.b, expected.scaling)
     return True
 
 

@@ -22,7 +22,7 @@ from lora_probe.names import ranges
 from lora_probe.recording import Floats, Shard
 from lora_probe.rules.lp5_loading import not_measured, placed_differs, placed_empty
 from lora_probe_vllm.experts import W2
-from lora_probe_vllm.seams import is_divided, is_fully_sharded, is_missing, rename_mapper, seams
+from lora_probe_vllm.seams import is_fully_sharded, is_missing, rename_mapper, seams
 
 OPTIONAL = "model."
 """What vLLM adds to the names of a pooling model's adapter that do not begin with it (`_get_lora_layer_weights`)."""
@@ -203,13 +203,11 @@ def renamed(
 @dataclass(frozen=True)
 class Placement:
     """The part of a pair that belongs in one slice on this rank: `a: [r, in]`, `b: [out, r]`, in the file's dtype
-    widened to float32, and the factor that vLLM folds into B. `whole_a` is A on all ranks together, if they gather
-    x·Aᵀ."""
+    widened to float32, and the factor that vLLM folds into B."""
 
     a: Floats
     b: Floats
     scaling: float
-    whole_a: Floats | None = None
 
     def replayed(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """A and s·B as in vLLM: cast first, then B times the scaling in that dtype (`optimize`)."""
@@ -246,13 +244,11 @@ def _on_this_rank(a: Floats, b: Floats, scaling: float, home: Home) -> Placement
     layer = home.layer
     if home.routes:
         name = "w2" if home.expert[1] == W2 else "w13"
-        # The ranks of fully sharded experts have parts of this A, and gather x·Aᵀ.
-        whole = a if name == "w13" and is_divided(layer) else None
         a, b = (
             getattr(layer, f"_slice_{name}_{half}")(torch.from_numpy(values)[None])[0].contiguous().numpy()
             for half, values in (("a", a), ("b", b))
         )
-        return Placement(a, b, scaling, whole)
+        return Placement(a, b, scaling)
     # An embedding, a head and experts that are distributed have A and B whole on every rank.
     if getattr(layer, "tp_size", 1) > 1 and isinstance(layer, seams.linear_layer):
         tensors: list[Any] = [torch.from_numpy(a), torch.from_numpy(b)]
