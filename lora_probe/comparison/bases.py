@@ -21,8 +21,9 @@ from lora_probe.names import layer_of, name_modules, path_of
 from lora_probe.precision import logprob_drift
 from lora_probe.recording import Trace
 
-LARGEST = 40 * 2**30
-"""Bytes of a base model whose tensors are read to name those that differ."""
+LARGEST = 4 * 2**30
+"""Bytes of a base model whose tensors are read to name those that differ: some seconds, within the limits of the
+command."""
 HEAD = re.compile(r"(?:^|\.)(?:score|classifier|qa_outputs|pre_classifier|regression_head)\.")
 """Transformers' names for the heads of tasks."""
 AT_ONCE = 2**22

@@ -300,8 +300,10 @@ def _model(trace: Trace) -> str:
 def _unexplained(comparison: Comparison) -> Iterator[Cause]:
     first = comparison.first
     if first is None:
-        one = comparison.outputs.first_token
-        what = "the answers differ" if one is not None else "the runs differ"
+        error = comparison.outputs.adapter.logprob_error
+        what = "the answers differ" if comparison.outputs.first_token is not None else "the runs differ"
+        if error is not None and error > logprob_drift(comparison.dtype):
+            what = f"log-probabilities of the answers differ by {error:.2g}"
         yield _under(unexplained_difference(f"{what}, and no row of any module by more than rounding"))
         return
     diff = next(diff for diff in comparison.modules if diff.key == first.key)
