@@ -30,6 +30,12 @@ def test_both_sides_are_recorded(adapter: Path, llama: Path, here: Path, capsys:
     data = json.loads(out)
     assert data["verdict"] == "agree"
     assert data["dtype"] == "float32"
+    # The first prompt runs twice, and the runs are scored.
+    repeats = [data["repeats"][side] for side in ("reference", "candidate")]
+    assert [{kind: found["logprob_error"] for kind, found in of_run.items()} for of_run in repeats] == [
+        {"adapter": 0.0, "base": 0.0}
+    ] * 2
+    assert data["outputs"]["base"]["kl"] == pytest.approx(0, abs=1e-9)
     traces = [here / f"{adapter.name}-peft{number}.lptrace" for number in ("", "-2")]
     assert [data["reference"], data["candidate"]] == [trace.name for trace in traces]
     assert [f"wrote {trace.name}" in error for trace in traces] == [True, True]

@@ -113,7 +113,26 @@ def repeats(trace: Trace) -> dict[str, Repeats]:
             errors = [error for one, two in pairs if (error := _logprob_error(one, two)) is not None]
             same = all(one.output_ids == two.output_ids for one, two in pairs)
             results[kind] = Repeats(sum(map(len, again)), max(errors, default=0.0), same)
+        elif (scored := _repeated_scores(trace, kind)) is not None:
+            results[kind] = scored
     return results
+
+
+def _repeated_scores(trace: Trace, kind: str) -> Repeats | None:
+    """The same of scored passes, which a base has in place of answers; None if none was repeated."""
+    groups: dict[tuple[tuple[int, ...], tuple[int, ...]], list[Scored]] = {}
+    for scored in trace.scores:
+        if scored.score.kind == kind and not scored.score.unmeasured:
+            groups.setdefault((tuple(scored.score.prompt_ids), tuple(scored.score.answer_ids)), []).append(scored)
+    again = [group for group in groups.values() if len(group) > 1]
+    errors = []
+    for first, *others in again:
+        p, chosen = first.logprobs(), (np.arange(len(first.score.answer_ids)), first.score.answer_ids)
+        for other in others:
+            q = other.logprobs()
+            if p is not None and q is not None and p.shape == q.shape and p.size:
+                errors.append(float(np.abs(p[chosen].astype(np.float64) - q[chosen]).max()))
+    return Repeats(sum(map(len, again)), max(errors, default=0.0), True) if again else None
 
 
 def _agreement(reference: Trace, candidate: Trace, requests: Iterable[RequestDiff]) -> Agreement:
