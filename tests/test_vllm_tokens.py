@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from conftest import SharedEngine, record_peft
+from written import write_adapter
 
 from lora_probe import compare, open_trace
 from lora_probe.recording import Trace
@@ -95,3 +96,41 @@ def test_peft_runs_what_the_server_saw(
     assert (comparison.verdict, comparison.causes) == ("agree", ())
     assert comparison.candidate.run is not None
     assert [len(tokens) for tokens in comparison.candidate.run.spec.continuation or []] == [3, 3]
+
+
+def test_a_stale_reload(
+    reference: Trace,
+    engine: SharedEngine,
+    adapter: Path,
+    llama: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A new version under the same name, whose slot still holds the old one; each version is compared with its own."""
+    from vllm import SamplingParams
+    from vllm.lora.layers import MergedQKVParallelLinearWithLoRA
+    from vllm.lora.request import LoRARequest
+
+    monkeypatch.setenv("LORA_PROBE_TOKENS", "1")
+    old = write_adapter(tmp_path / "old", llama, seed=4)
+    engine.llm.collective_rpc("lora_probe_begin", args=(str(tmp_path / "run"), "shrink"))
+    prompts: list[Any] = [{"prompt_token_ids": tokens} for tokens in prompts_of(reference)]
+    parameters = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
+    for folder in (old, adapter):
+        number = next(engine.numbers)
+        request = LoRARequest("support", number, str(folder))
+        engine.llm.llm_engine.add_lora(request)
+        engine.llm.generate(prompts, parameters, use_tqdm=False, lora_request=request)
+        engine.llm.llm_engine.remove_lora(number)
+        # From now on slots keep what they hold.
+        monkeypatch.setattr(MergedQKVParallelLinearWithLoRA, "set_lora", lambda *_: None)
+        monkeypatch.setattr(MergedQKVParallelLinearWithLoRA, "reset_lora", lambda *_: None)
+    engine.llm.collective_rpc("lora_probe_finish")
+    trace = open_trace(tmp_path / "run")
+    assert len(trace.loads) == 2
+    comparison = compare(reference, trace)
+    cause = comparison.causes[0]
+    assert (cause.code, cause.side) == ("LP624", "candidate")
+    assert "with the weights of another load of `support`" in cause.message
+    of_old = record_peft(old, llama, tmp_path / "peft-old", prompts=["hello", "how are you"], max_tokens=5)
+    assert compare(of_old, trace).causes == ()

@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "candidate", metavar="CANDIDATE", help="trace of the run that is compared with it, or an engine to record"
     )
-    add_checkpoint(parser, None)
+    add_checkpoint(parser, None, "the adapter of the trace on the other side, or .")
     parser.add_argument("--adapter", metavar="NAME", help="only this adapter; default: each one that both traces have")
     parser.add_argument(
         "--rtol",
@@ -153,7 +153,7 @@ def _reporting(engine: str) -> Iterator[Callable[[Progress], None]]:
 
 COMMAND = Command(
     "compare",
-    "compare two traces, or engines that are recorded first, and show where they first diverge",
+    "compare two traces, or engines that are recorded first: why they differ, where first, and what cures it",
     "  lora-probe compare peft.lptrace vllm.lptrace\n"
     "  lora-probe compare peft vllm ckpt/ --model base/ --prompt 'Who are you?'\n"
     "  lora-probe compare peft.lptrace vllm ckpt/ -- --enforce-eager\n"

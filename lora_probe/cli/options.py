@@ -123,15 +123,15 @@ def _narrow(example: str) -> str:
     return "\n".join(lines)
 
 
-def add_checkpoint(parser: argparse.ArgumentParser, default: str | None = HERE) -> None:
-    """One adapter. `default` is its value if it is not passed."""
+def add_checkpoint(parser: argparse.ArgumentParser, default: str | None = HERE, described: str = HERE) -> None:
+    """One adapter. `default` is its value if it is not passed, `described` in the help."""
     parser.add_argument(
         "checkpoint",
         nargs="?",
         default=default,
         metavar="CKPT",
         help="adapter folder, training output folder (its last checkpoint is used), or the id of an adapter in the "
-        "local Hugging Face cache; default: .",
+        f"local Hugging Face cache; default: {described}",
     )
 
 

@@ -82,11 +82,12 @@ class _Pair:
         return abs(after - before) <= limit * before
 
 
-def adapter_differences(reference: Trace, candidate: Trace, limit: float) -> tuple[AdapterDifference, ...]:
-    """How the adapters of two traces differ. Norms that differ by less than `limit` are the same, which allows for an
-    adapter that was saved in another dtype. No difference means that none is known."""
-    loads = _loads(reference, candidate)
-    if loads is None or loads[0].digest == loads[1].digest:
+def adapter_differences(
+    reference: Trace, candidate: Trace, loads: tuple[Load, Load], limit: float
+) -> tuple[AdapterDifference, ...]:
+    """How the adapters of two loads differ, the first one of the reference. Norms that differ by less than `limit` are
+    the same, which allows for an adapter that was saved in another dtype. No difference means that none is known."""
+    if loads[0].digest == loads[1].digest:
         return ()
     pairs = list(_pairs(reference, candidate, loads))
     groups: dict[tuple[Kind, float, float], list[tuple[Key, float, float]]] = {}
@@ -99,22 +100,9 @@ def adapter_differences(reference: Trace, candidate: Trace, limit: float) -> tup
     return tuple(_difference(kind, members, unchanged, len(pairs)) for (kind, _, _), members in groups.items())
 
 
-def different_files(reference: Trace, candidate: Trace) -> tuple[str, str] | None:
+def different_files(loads: tuple[Load, Load]) -> tuple[str, str] | None:
     """The folders of the two adapters if their files differ."""
-    loads = _loads(reference, candidate)
-    different = loads is not None and loads[0].digest != loads[1].digest
-    return (loads[0].path, loads[1].path) if different and loads is not None else None
-
-
-def _loads(reference: Trace, candidate: Trace) -> tuple[Load, Load] | None:
-    """The load of each trace: of the same adapter name if both have one, else the first. None if a trace has none."""
-    if not reference.loads or not candidate.loads:
-        return None
-    names = {load.name: load for load, _ in reversed(candidate.loads)}
-    for load, _ in reference.loads:
-        if load.name in names:
-            return load, names[load.name]
-    return reference.loads[0][0], candidate.loads[0][0]
+    return (loads[0].path, loads[1].path) if loads[0].digest != loads[1].digest else None
 
 
 def _pairs(reference: Trace, candidate: Trace, loads: tuple[Load, Load]) -> Iterator[_Pair]:

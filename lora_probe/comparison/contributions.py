@@ -6,7 +6,7 @@ the same tokens, every module with its error and its parts, the answers, both le
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -24,7 +24,7 @@ from lora_probe.errors import ProbeError
 from lora_probe.ledger import Fate, Ledger
 from lora_probe.names import Key, in_words, natural, one_or_more, path_of
 from lora_probe.precision import NOT_RECORDED, agrees, drift
-from lora_probe.recording import Floats, Trace
+from lora_probe.recording import Floats, Load, Trace
 
 
 @np.errstate(all="ignore")
@@ -42,6 +42,7 @@ def compare_traces(reference: Trace, candidate: Trace, rtol: float | None = None
     of_base = matched_requests(reference, candidate, of_base=True)
     joined = join(reference, candidate, requests)
     pairs = _pairs_of_loads(reference, candidate, joined)
+    loads = _different_first(reference, candidate, pairs)
     weights = compare_weights(reference, candidate, pairs, dtype, joined)
     modules: tuple[ModuleDiff, ...] = ()
     first = None
@@ -53,7 +54,10 @@ def compare_traces(reference: Trace, candidate: Trace, rtol: float | None = None
     comparison = Comparison(
         reference,
         candidate,
-        (_judged(reference), _judged(candidate)),
+        (
+            _judged(reference, [pair.reference for pair in pairs]),
+            _judged(candidate, [pair.candidate for pair in pairs]),
+        ),
         dtype,
         limit,
         len(joined.where) if joined is not None else 0,
@@ -65,8 +69,8 @@ def compare_traces(reference: Trace, candidate: Trace, rtol: float | None = None
         measured=rtol is None,
         prompts=prompt_differences(reference, candidate),
         unasked=_unasked(reference, candidate),
-        adapters=adapter_differences(reference, candidate, agrees(dtype)),
-        files=different_files(reference, candidate),
+        adapters=adapter_differences(reference, candidate, loads, agrees(dtype)) if loads is not None else (),
+        files=different_files(loads) if loads is not None else None,
         weights=weights.differences,
     )
     _refuse_unrelated(comparison)
@@ -148,6 +152,13 @@ def _other_tensors(reference: Trace, candidate: Trace, pairs: list[Loads]) -> tu
     return tuple(sorted(names, key=natural))
 
 
+def _different_first(reference: Trace, candidate: Trace, pairs: list[Loads]) -> tuple[Load, Load] | None:
+    """The loads that are compared; of several pairs one of different files, if there is any."""
+    records = [{load.load: load for load, _ in trace.loads} for trace in (reference, candidate)]
+    held = [(records[0][pair.reference], records[1][pair.candidate]) for pair in pairs]
+    return next((pair for pair in held if pair[0].digest != pair[1].digest), held[0] if held else None)
+
+
 def _arithmetic(reference: Trace, candidate: Trace, pairs: list[Loads]) -> dict[str, float]:
     """By the path of a module, how far both engines are from s·x·A·B of their own x and of the file, together. Where a
     slot is not as in the file, that is no arithmetic."""
@@ -167,22 +178,25 @@ def _arithmetic(reference: Trace, candidate: Trace, pairs: list[Loads]) -> dict[
     return {path: error for path, error in errors.items() if path not in wrong}
 
 
-def _judged(trace: Trace) -> Ledger:
-    """The worst ledger of the loads that rows ran with; of the newest load if it was refused, or if none ran."""
+def _judged(trace: Trace, compared: Collection[int]) -> Ledger:
+    """The worst ledger of the loads that rows ran with and whose file is compared; of the newest load if it was
+    refused, or if none ran."""
     if not trace.loads:
         return Ledger(trace.engine, ())
     _, newest = trace.loads[-1]
-    ledgers = _that_ran(trace)
+    digests = {load.digest for load, _ in trace.loads if load.load in compared}
+    ledgers = _that_ran(trace, digests)
     if not ledgers or newest.refused:
         ledgers.append(newest)
     # A module that is lost or wrong is worse than one of which nothing is known.
     return max(ledgers, key=lambda one: (one.refused, one.count("lost") + one.count("wrong"), not one.healthy))
 
 
-def _that_ran(trace: Trace) -> list[Ledger]:
-    """The ledgers of the loads that rows ran with."""
+def _that_ran(trace: Trace, digests: Collection[str] = ()) -> list[Ledger]:
+    """The ledgers of the loads that rows ran with; only of these files, if any are passed."""
     used = set() if trace.rows is None else set(np.unique(trace.rows.load).tolist())
-    return [ledger for load, ledger in trace.loads if load.load in used]
+    wanted = [(load, ledger) for load, ledger in trace.loads if not digests or load.digest in digests]
+    return [ledger for load, ledger in wanted if load.load in used]
 
 
 def _notes(comparison: Comparison, joined: bool) -> Iterator[str]:

@@ -54,13 +54,15 @@ class RequestDiff:
 
 def matched_requests(reference: Trace, candidate: Trace, of_base: bool = False) -> tuple[RequestDiff, ...]:
     """The requests for an adapter (or those `of_base`) that have the same prompt tokens in both runs, paired in order
-    if a run has several. If both runs have an adapter of the same name, only its own requests are paired."""
+    if a run has several. If both runs have an adapter of the same name, only its own requests are paired; and if one
+    has several loads of it, those that ran with the same file before others."""
     names = [{request.adapter for request in trace.answers} for trace in (reference, candidate)]
     shared = names[0] & names[1]
 
     def question(request: RequestRecord) -> tuple[tuple[int, ...], str | None]:
         return tuple(request.prompt_ids), request.adapter if request.adapter in shared else None
 
+    files = [_files_of_requests(trace) for trace in (reference, candidate)]
     answers: dict[object, list[RequestRecord]] = {}
     for request in candidate.answers:
         if (request.adapter is None) == of_base:
@@ -70,6 +72,7 @@ def matched_requests(reference: Trace, candidate: Trace, of_base: bool = False) 
         candidates = answers.get(question(request), [])
         if (request.adapter is None) != of_base or not candidates:
             continue
+        candidates.sort(key=lambda candidate: files[1].get(candidate.id) != files[0].get(request.id))
         other = candidates.pop(0) if len(candidates) > 1 else candidates[0]
         same = common(request.output_ids, other.output_ids)
         both = zip(request.logprobs[:same], other.logprobs[:same], strict=False)
@@ -77,6 +80,17 @@ def matched_requests(reference: Trace, candidate: Trace, of_base: bool = False) 
         shorter = (reference, request) if len(request.output_ids) <= len(other.output_ids) else (candidate, other)
         diffs.append(RequestDiff(request, other, same, max(errors, default=None), _is_cut(*shorter)))
     return tuple(diffs)
+
+
+def _files_of_requests(trace: Trace) -> dict[str, str]:
+    """The digest of the file with which each request ran, if the trace has several loads."""
+    if len(trace.loads) < 2 or trace.rows is None:
+        # With one load, all of them ran with it.
+        digests = {load.digest for load, _ in trace.loads}
+        return dict.fromkeys((request.id for request in trace.answers), digests.pop()) if len(digests) == 1 else {}
+    rows, of_load = trace.rows, {load.load: load.digest for load, _ in trace.loads}
+    pairs = sorted(set(zip(rows.request.tolist(), rows.load.tolist(), strict=True)))
+    return {rows.requests[number]: of_load[load] for number, load in pairs if load in of_load}
 
 
 def _is_cut(trace: Trace, request: RequestRecord) -> bool:
