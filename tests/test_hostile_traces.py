@@ -279,3 +279,13 @@ def test_any_bytes(good: Path, tmp_path: Path, data: st.DataObject) -> None:
         assert len(said) < 1000
     finally:
         shutil.rmtree(trace)
+
+
+def test_rows_of_loads_without_a_record(good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The log of events is gone, and the rows are there."""
+    cut = Path(shutil.copytree(good, tmp_path / "cut.lptrace"))
+    (cut / "peft" / "events.jsonl").write_text("")
+    for traces in ((cut, good), (good, cut)):
+        status, _, error = call("compare", *traces, capsys=capsys)
+        assert status in (1, 2)
+        assert "Traceback" not in error

@@ -155,7 +155,9 @@ def _other_tensors(reference: Trace, candidate: Trace, pairs: list[Loads]) -> tu
 def _different_first(reference: Trace, candidate: Trace, pairs: list[Loads]) -> tuple[Load, Load] | None:
     """The loads that are compared; of several pairs one of different files, if there is any."""
     records = [{load.load: load for load, _ in trace.loads} for trace in (reference, candidate)]
-    held = [(records[0][pair.reference], records[1][pair.candidate]) for pair in pairs]
+    # Rows of a damaged trace may have loads of which there is no record.
+    there = [pair for pair in pairs if pair.reference in records[0] and pair.candidate in records[1]]
+    held = [(records[0][pair.reference], records[1][pair.candidate]) for pair in there]
     return next((pair for pair in held if pair[0].digest != pair[1].digest), held[0] if held else None)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from lora_probe.comparison.adapters import counted
 from lora_probe.comparison.joined import Joined
 from lora_probe.names import Key, name_modules, natural, path_of
-from lora_probe.precision import FLOAT32, coarser, factor_text, rounding
+from lora_probe.precision import FLOAT32, FLOATS, coarser, factor_text, rounding
 from lora_probe.recording import Floats, Load, ModuleRecord, Trace
 from lora_probe.recording.fingerprint import Fingerprint
 from lora_probe.recording.placed import grams_of
@@ -139,7 +139,7 @@ def compare_files(reference: Trace, candidate: Trace, pairs: Collection[Loads]) 
     loads = {(0, pair.reference) for pair in pairs} | {(1, pair.candidate) for pair in pairs}
     records = [of_trace.trace.modules.items() for of_trace in sides]
     dtypes = {m.dtype for side, items in enumerate(records) for (load, _), m in items if (side, load) in loads}
-    return _compared(sides, pairs, limits(coarser(*filter(None, dtypes))), lambda *_: 0.0).differences
+    return _compared(sides, pairs, limits(coarser(*dtypes.intersection(FLOATS))), lambda *_: 0.0).differences
 
 
 def _grams(joined: Joined | None, loads: Loads, key: Key) -> list[Floats]:

@@ -19,8 +19,11 @@ def observed_requests(rows: Rows, adapters: Mapping[int, str]) -> tuple[RequestR
     if rows.token is None:
         return ()
     requests = list[RequestRecord]()
+    known = np.flatnonzero(rows.token >= 0)
+    by_request = known[np.argsort(rows.request[known], kind="stable")]
+    bounds = np.searchsorted(rows.request[by_request], np.arange(len(rows.requests) + 1))
     for number, name in enumerate(rows.requests):
-        own = np.flatnonzero((rows.request == number) & (rows.token >= 0))
+        own = by_request[bounds[number] : bounds[number + 1]]
         if not len(own):
             continue
         # Of a row that was computed twice, the last one counts.
