@@ -15,21 +15,27 @@ from lora_probe.recording import Trace
 pytestmark = pytest.mark.engine
 
 
-def served(engine: SharedEngine, adapter: Path, folder: Path, ids: list[list[int]], asked: bool = True) -> Trace:
-    """As a server answers: requests with the adapter and, or only, for the base; no client records anything."""
+def generate(engine: SharedEngine, adapter: Path, ids: list[list[int]], asked: tuple[bool, ...]) -> None:
+    """Load an adapter, answer the prompts with it or for the base, each time for all of `asked`, and remove it."""
     from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
 
     number = next(engine.numbers)
     request = LoRARequest("support", number, str(adapter))
-    engine.llm.collective_rpc("lora_probe_begin", args=(str(folder), "shrink"))
     engine.llm.llm_engine.add_lora(request)
     prompts: list[Any] = [{"prompt_token_ids": tokens} for tokens in ids]
     parameters = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
-    for wanted in (None, request) if asked else (None,):
-        engine.llm.generate(prompts, parameters, use_tqdm=False, lora_request=wanted)
-    engine.llm.collective_rpc("lora_probe_finish")
+    for with_adapter in asked:
+        engine.llm.generate(prompts, parameters, use_tqdm=False, lora_request=request if with_adapter else None)
     engine.llm.llm_engine.remove_lora(number)
+
+
+def served(engine: SharedEngine, adapter: Path, folder: Path, ids: list[list[int]], asked: bool = True) -> Trace:
+    """As a server answers: requests for the base and, unless only that was `asked`, with the adapter; no client records
+    anything."""
+    engine.llm.collective_rpc("lora_probe_begin", args=(str(folder), "shrink"))
+    generate(engine, adapter, ids, (False, True) if asked else (False,))
+    engine.llm.collective_rpc("lora_probe_finish")
     return open_trace(folder)
 
 
@@ -107,21 +113,13 @@ def test_a_stale_reload(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A new version under the same name, whose slot still holds the old one; each version is compared with its own."""
-    from vllm import SamplingParams
     from vllm.lora.layers import MergedQKVParallelLinearWithLoRA
-    from vllm.lora.request import LoRARequest
 
     monkeypatch.setenv("LORA_PROBE_TOKENS", "1")
     old = write_adapter(tmp_path / "old", llama, seed=4)
     engine.llm.collective_rpc("lora_probe_begin", args=(str(tmp_path / "run"), "shrink"))
-    prompts: list[Any] = [{"prompt_token_ids": tokens} for tokens in prompts_of(reference)]
-    parameters = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
     for folder in (old, adapter):
-        number = next(engine.numbers)
-        request = LoRARequest("support", number, str(folder))
-        engine.llm.llm_engine.add_lora(request)
-        engine.llm.generate(prompts, parameters, use_tqdm=False, lora_request=request)
-        engine.llm.llm_engine.remove_lora(number)
+        generate(engine, folder, prompts_of(reference), (True,))
         # From now on slots keep what they hold.
         monkeypatch.setattr(MergedQKVParallelLinearWithLoRA, "set_lora", lambda *_: None)
         monkeypatch.setattr(MergedQKVParallelLinearWithLoRA, "reset_lora", lambda *_: None)

@@ -7,14 +7,14 @@ a run has several times, how far its answers to the same tokens are apart.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from lora_probe.comparison.effect import divergence
 from lora_probe.comparison.joined import RequestDiff, common
 from lora_probe.errors import ProbeError
-from lora_probe.precision import floor
+from lora_probe.precision import floor, logprob_drift
 from lora_probe.recording import Floats, RequestRecord, Score, Scored, Trace
 
 
@@ -43,6 +43,12 @@ class Agreement:
     logprob_error: float | None = None
     kl: float | None = None
     top1: float | None = None
+
+    def differs(self, dtype: str) -> bool:
+        """Whether log-probabilities or distributions are further apart than two engines of that dtype may be."""
+        limit = logprob_drift(dtype)
+        beyond = self.logprob_error is not None and self.logprob_error > limit
+        return beyond or (self.kl is not None and self.kl > limit**2)
 
 
 @dataclass(frozen=True)
@@ -80,23 +86,18 @@ def outputs(
         ProbeError: the vocabularies of the scored passes differ.
         UnreadableFile: a scored pass is damaged.
     """
-    kinds: dict[str, tuple[float | None, float | None]] = {}
-    for kind in ("adapter", "base"):
-        kinds[kind] = _scored(list(_pairs(reference, candidate, kind)))
+    scored = _scored(_same_prompts(_passes(reference, "adapter"), _passes(candidate, "adapter")))
+    of_base_scored = _scored(_same_prompts(_passes(reference, "base"), _passes(candidate, "base")))
+    effect = _scored(_same_prompts(_passes(reference, "adapter"), _passes(reference, "base"))).kl
     first = next((_first_token(request) for request in requests if request.diverged), None)
-    if first is None:
-        # Answers that were forced are the same, and their distributions are not.
-        pairs = _pairs(reference, candidate, "adapter")
-        first = next((token for pair in pairs if (token := _first_scored(*pair)) is not None), None)
     adapter, base = _agreement(reference, candidate, requests), _agreement(reference, candidate, of_base)
-    effect = _effect(reference)
-    kl, top1 = kinds["adapter"]
-    kept = kl is not None and effect is not None and np.isfinite(effect) and effect >= floor(dtype)
+    kept = effect is not None and np.isfinite(effect) and effect >= floor(dtype)
     return Outputs(
-        Agreement(adapter.tokens, adapter.same, adapter.logprob_error, kl, top1),
-        Agreement(base.tokens, base.same, base.logprob_error, *kinds["base"]),
-        first,
-        1 - float(np.sqrt(kl / effect)) if kept and kl is not None and effect is not None else None,
+        replace(adapter, kl=scored.kl, top1=scored.top1),
+        replace(base, kl=of_base_scored.kl, top1=of_base_scored.top1),
+        # Answers that were forced are the same, and their distributions may not be.
+        first or scored.first,
+        1 - float(np.sqrt(scored.kl / effect)) if kept and scored.kl is not None and effect is not None else None,
     )
 
 
@@ -163,18 +164,30 @@ def _logprob_error(one: RequestRecord, two: RequestRecord) -> float | None:
     return max((abs(a - b) for a, b in both if a is not None and b is not None), default=None)
 
 
-def _pairs(reference: Trace, candidate: Trace, kind: str) -> Iterator[tuple[Scored, Scored]]:
-    """The scored passes of both runs over the same prompt."""
-    others = {tuple(scored.score.prompt_ids): scored for scored in candidate.scores if scored.score.kind == kind}
-    for scored in reference.scores:
-        other = others.get(tuple(scored.score.prompt_ids))
-        if scored.score.kind == kind and other is not None:
+def _passes(trace: Trace, kind: str) -> list[Scored]:
+    return [scored for scored in trace.scores if scored.score.kind == kind]
+
+
+def _same_prompts(some: Iterable[Scored], others: Iterable[Scored]) -> Iterator[tuple[Scored, Scored]]:
+    """The scored passes over the same prompt."""
+    by_prompt = {tuple(scored.score.prompt_ids): scored for scored in others}
+    for scored in some:
+        if (other := by_prompt.get(tuple(scored.score.prompt_ids))) is not None:
             yield scored, other
 
 
-def _scored(pairs: Sequence[tuple[Scored, Scored]]) -> tuple[float | None, float | None]:
-    """The mean KL of the pairs in nats, and how often the most likely token is the same."""
-    divergences, same = [], []
+@dataclass(frozen=True)
+class _Scores:
+    """The mean KL of pairs of passes in nats, how often the most likely token is the same, and the first that is
+    not."""
+
+    kl: float | None = None
+    top1: float | None = None
+    first: FirstToken | None = None
+
+
+def _scored(pairs: Iterable[tuple[Scored, Scored]]) -> _Scores:
+    divergences, same, first = [], [], None
     for one, two in pairs:
         p, q = one.logprobs(), two.logprobs()
         rows = _common_rows(one.score, two.score)
@@ -182,37 +195,14 @@ def _scored(pairs: Sequence[tuple[Scored, Scored]]) -> tuple[float | None, float
             continue
         _refuse_other_vocabulary(one, two, p, q)
         divergences.append(divergence(p[:rows], q[:rows]))
-        same.append(p[:rows].argmax(-1) == q[:rows].argmax(-1))
+        best = p[:rows].argmax(-1), q[:rows].argmax(-1)
+        same.append(best[0] == best[1])
+        if first is None and not same[-1].all():
+            at = int(same[-1].argmin())
+            first = FirstToken(one.score.prompt, at, int(best[0][at]), int(best[1][at]))
     if not divergences:
-        return None, None
-    return float(np.concatenate(divergences).mean()), float(np.concatenate(same).mean())
-
-
-def _first_scored(one: Scored, two: Scored) -> FirstToken | None:
-    """The first token of a scored pass of which both runs have another most likely one."""
-    p, q = one.logprobs(), two.logprobs()
-    rows = _common_rows(one.score, two.score)
-    if p is None or q is None or p.shape[1] != q.shape[1]:
-        return None
-    best = p[:rows].argmax(-1), q[:rows].argmax(-1)
-    different = np.flatnonzero(best[0] != best[1])
-    if not len(different):
-        return None
-    at = int(different[0])
-    return FirstToken(one.score.prompt, at, int(best[0][at]), int(best[1][at]))
-
-
-def _effect(trace: Trace) -> float | None:
-    """The mean KL of adapter and base over the scored passes of a run."""
-    return _scored(list(_with_base(trace)))[0]
-
-
-def _with_base(trace: Trace) -> Iterator[tuple[Scored, Scored]]:
-    bases = {tuple(s.score.prompt_ids): s for s in trace.scores if s.score.kind == "base"}
-    for scored in trace.scores:
-        other = bases.get(tuple(scored.score.prompt_ids))
-        if scored.score.kind == "adapter" and other is not None:
-            yield scored, other
+        return _Scores()
+    return _Scores(float(np.concatenate(divergences).mean()), float(np.concatenate(same).mean()), first)
 
 
 def _common_rows(one: Score, two: Score) -> int:

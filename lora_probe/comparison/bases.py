@@ -6,17 +6,15 @@ the names of tensors whose values do.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-
-import numpy as np
 
 from lora_probe.base import StoredTensor, open_checkpoint
 from lora_probe.comparison.answers import Agreement, Outputs
 from lora_probe.comparison.modules import ModuleDiff
 from lora_probe.errors import ProbeError
+from lora_probe.files.weights import digest_of_values
 from lora_probe.names import layer_of, name_modules, path_of
 from lora_probe.precision import logprob_drift
 from lora_probe.recording import Trace
@@ -26,8 +24,6 @@ LARGEST = 4 * 2**30
 command."""
 HEAD = re.compile(r"(?:^|\.)(?:score|classifier|qa_outputs|pre_classifier|regression_head)\.")
 """Transformers' names for the heads of tasks."""
-AT_ONCE = 2**22
-"""Values of a tensor that are in memory at the same time."""
 
 
 def reasons(
@@ -36,15 +32,13 @@ def reasons(
     """Why the base models seem to differ. `modules` are in the order of computation. With `own_head`, the
     adapter makes a classifier of a base that has none: then each engine makes one up for the base's answers."""
     base = Agreement() if own_head else outputs.base
-    agree = base.logprob_error is not None or base.kl is not None
-    if base.logprob_error is not None and base.logprob_error > logprob_drift(dtype):
-        agree = False
-        yield f"log-probabilities of the base differ by {base.logprob_error:.2g}"
-    elif base.kl is not None and base.kl > logprob_drift(dtype) ** 2:
-        agree = False
-        yield f"the base's next-token distributions differ by a KL of {base.kl:.2g} nats"
-    if agree:
-        # Then another x is due to embeddings that the adapter brings.
+    if base.differs(dtype):
+        if base.logprob_error is not None and base.logprob_error > logprob_drift(dtype):
+            yield f"log-probabilities of the base differ by {base.logprob_error:.2g}"
+        else:
+            yield f"the base's next-token distributions differ by a KL of {base.kl:.2g} nats"
+    elif base.logprob_error is not None or base.kl is not None:
+        # The bases agree, so another x is due to embeddings that the adapter brings.
         return
     first = _first_layer(modules)
     off = [diff for diff in first if diff.x_error is not None and diff.x_error > limit]
@@ -92,9 +86,4 @@ def _same(one: str, two: str) -> bool:
 
 
 def _digest(tensor: StoredTensor) -> str:
-    """A digest of the dtype, the shape and the values as stored."""
-    digest = hashlib.sha256(f"{tensor.dtype} {tensor.shape}".encode())
-    count = int(np.prod(tensor.shape, dtype=np.int64))
-    for start in range(0, count, AT_ONCE):
-        digest.update(np.ascontiguousarray(tensor.read(start, min(start + AT_ONCE, count), None)).data)
-    return digest.hexdigest()
+    return digest_of_values(tensor.dtype, tensor.shape, lambda start, stop: tensor.read(start, stop, None))

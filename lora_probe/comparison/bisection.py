@@ -21,7 +21,7 @@ from lora_probe.recording import Load, Trace
 
 def bisect(
     comparison: Comparison,
-    most: int = 200,
+    most: int,
     model: str | None = None,
     progress: Callable[[Progress], None] = lambda _: None,
 ) -> Bisection:

@@ -177,9 +177,8 @@ def _files(comparison: Comparison) -> Iterator[Cause]:
         for side, keys in zip(SIDES, comparison.unshared, strict=True)
         if keys
     ]
-    if tensors := comparison.other_tensors:
-        more = f" and {len(tensors) - MOST_NAMED} more" if len(tensors) > MOST_NAMED else ""
-        texts.append(f"other tensors differ: {in_words([f'`{name}`' for name in tensors[:MOST_NAMED]])}{more}")
+    if comparison.other_tensors:
+        texts.append(f"other tensors differ: {_listed(comparison.other_tensors)}")
     if not texts and comparison.differs:
         texts, facts = _rounded_files(comparison), []
     if not texts:
@@ -194,6 +193,11 @@ def _files(comparison: Comparison) -> Iterator[Cause]:
     yield _under(
         finding, modules=tuple(dict.fromkeys(keys)), factor=factors.pop() if alone else None, evidence=evidence
     )
+
+
+def _listed(tensors: Sequence[str]) -> str:
+    more = f" and {len(tensors) - MOST_NAMED} more" if len(tensors) > MOST_NAMED else ""
+    return in_words([f"`{name}`" for name in tensors[:MOST_NAMED]]) + more
 
 
 def _has_fingerprints(comparison: Comparison) -> bool:
@@ -285,9 +289,7 @@ def _bases(comparison: Comparison) -> Iterator[Cause]:
     tensors = different_tensors(*comparison.traces)
     evidence = why[1:]
     if tensors:
-        named = in_words([f"`{name}`" for name in tensors[:MOST_NAMED]])
-        more = f" and {len(tensors) - MOST_NAMED} more" if len(tensors) > MOST_NAMED else ""
-        evidence.append(f"tensors that differ: {named}{more}")
+        evidence.append(f"tensors that differ: {_listed(tensors)}")
     evidence += [f"{side}: {_model(trace)}" for side, trace in zip(SIDES, comparison.traces, strict=True)]
     yield _under(finding, evidence=tuple(evidence))
 

@@ -156,9 +156,7 @@ class Comparison:
         if any(ledger.refused or ledger.count("lost") or ledger.count("wrong") for ledger in self.ledgers):
             return True
         diverged = any(request.diverged for request in self.requests) and self.dtype == "float32"
-        error, kl = self.outputs.adapter.logprob_error, self.outputs.adapter.kl
-        limit = logprob_drift(self.dtype)
-        answers = (error is not None and error > limit) or (kl is not None and kl > limit**2)
+        answers = self.outputs.adapter.differs(self.dtype)
         return diverged or answers or any(module.status != "ok" for module in self.modules)
 
     @property

@@ -51,8 +51,8 @@ def compare_each(
     names are. With `adapter`, only the one of that name; a trace with a single adapter is taken to have it. `rtol` and
     `atol`: as in `compare_traces`.
 
-        Raises: ProbeError: a trace has no load of an adapter, or no adapter is in both; or a tolerance is no number of
-        at least 0.
+    Raises:
+        ProbeError: a trace has no load of an adapter, no adapter is in both, or a tolerance is no number of at least 0.
     """
     for name, tolerance in (("rtol", rtol), ("atol", atol)):
         if tolerance is not None and not tolerance >= 0:

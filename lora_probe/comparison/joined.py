@@ -72,8 +72,10 @@ def matched_requests(reference: Trace, candidate: Trace, of_base: bool = False) 
         candidates = answers.get(question(request), [])
         if (request.adapter is None) != of_base or not candidates:
             continue
-        candidates.sort(key=lambda candidate: files[1].get(candidate.id) != files[0].get(request.id))
-        other = candidates.pop(0) if len(candidates) > 1 else candidates[0]
+        own = files[0].get(request.id)
+        other = next((candidate for candidate in candidates if files[1].get(candidate.id) == own), candidates[0])
+        if len(candidates) > 1:
+            candidates.remove(other)
         same = common(request.output_ids, other.output_ids)
         both = zip(request.logprobs[:same], other.logprobs[:same], strict=False)
         errors = [abs(a - b) for a, b in both if a is not None and b is not None]

@@ -24,6 +24,8 @@ from lora_probe.recording.placed import grams_of
 Status = Literal["ok", "differs", "only in reference", "only in candidate"]
 
 
+PARTS = ("weights", "routing", "arithmetic", "upstream")
+"""The fields of `Parts` that are parts of a difference."""
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Projections that multiply one input."""
 

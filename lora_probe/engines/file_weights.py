@@ -6,19 +6,16 @@ all other tensors.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Collection, Iterable
+from functools import partial
 
 import numpy as np
 
 from lora_probe.adapter import Adapter
-from lora_probe.files.weights import TensorHeader, WeightsFile, read_chunk
+from lora_probe.files.weights import TensorHeader, WeightsFile, digest_of_values, read_chunk
 from lora_probe.names import Key
 from lora_probe.recording.fingerprint import Fingerprint, fingerprint
 from lora_probe.rules.stored import Expected
-
-AT_ONCE = 2**22
-"""Values of a tensor that are in memory at the same time."""
 
 
 def fingerprints_of(adapter: Adapter, expected: Iterable[Expected]) -> dict[Key, Fingerprint]:
@@ -48,9 +45,5 @@ def digests_of_others(adapter: Adapter, expected: Iterable[Expected], covered: C
 
 
 def _digest(weights: WeightsFile, tensor: TensorHeader) -> str:
-    """Of its dtype, shape and values as stored."""
-    digest = hashlib.sha256(f"{tensor.dtype} {tensor.shape}".encode())
-    for start in range(0, tensor.parameters, AT_ONCE):
-        values = read_chunk(weights, tensor, start, min(start + AT_ONCE, tensor.parameters))
-        digest.update(np.ascontiguousarray(values).data)
-    return digest.hexdigest()[:16]
+    read = partial(read_chunk, weights, tensor)
+    return digest_of_values(tensor.dtype, tensor.shape, read)[:16]

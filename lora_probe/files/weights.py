@@ -8,12 +8,13 @@ the header, every shape, dtype and offset. The format: https://github.com/huggin
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import struct
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,6 +39,8 @@ MAX_NAME, MAX_PARTS = 2_000, 64
 """Characters of a tensor's name, and its parts between dots; real names have under 200 and 15."""
 MAX_VALUES = 2**30
 """Values of one tensor that `read` returns at once: 4 GiB as float32, far more than any lora_A or lora_B has."""
+AT_ONCE = 2**22
+"""Values of a tensor that are in memory at the same time while it is only looked at."""
 _PLAIN_HEADER = 10_000_000
 """Bytes of a header below which its brackets need not be counted."""
 
@@ -249,6 +252,14 @@ def read_chunk(file: WeightsFile, tensor: TensorHeader, start: int, stop: int, i
         return file.held(tensor.name, start, stop)
     dtype = STORED[tensor.dtype]
     return read_bytes(file.path, tensor, start * dtype.width, stop * dtype.width, into).view(dtype.storage)
+
+
+def digest_of_values(dtype: str, shape: Sequence[int], read: Callable[[int, int], Raw]) -> str:
+    """A digest of a tensor's dtype, its shape and its values as stored. `read` returns those from `start` to `stop`."""
+    digest, count = hashlib.sha256(f"{dtype} {tuple(shape)}".encode()), math.prod(shape)
+    for start in range(0, count, AT_ONCE):
+        digest.update(np.ascontiguousarray(read(start, min(start + AT_ONCE, count))).data)
+    return digest.hexdigest()
 
 
 def widen(raw: npt.NDArray[Any], dtype: str) -> npt.NDArray[np.float32]:

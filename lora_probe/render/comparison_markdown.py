@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from lora_probe.comparison.compared import SIDES
+from lora_probe.comparison.modules import PARTS
 from lora_probe.render.cells import one_line
 from lora_probe.render.text.compare import (
     MOST_MODULES,
-    PARTS,
-    SIDES,
     answered,
     cells_of,
     first_divergence,

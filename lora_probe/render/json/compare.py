@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+from lora_probe.comparison.compared import SIDES
+from lora_probe.comparison.modules import PARTS
 from lora_probe.ledger import as_json as ledger_json
 from lora_probe.names import path_of
 from lora_probe.precision import finite
@@ -25,8 +27,6 @@ if TYPE_CHECKING:
     from lora_probe.comparison.modules import ModuleDiff
     from lora_probe.comparison.weights import WeightDifference
     from lora_probe.recording import Trace
-
-SIDES = ("reference", "candidate")
 
 
 def comparison_json(comparison: Comparison) -> dict[str, Any]:
@@ -85,7 +85,7 @@ def _cause(cause: Cause) -> dict[str, Any]:
 
 
 def _module(diff: ModuleDiff) -> dict[str, Any]:
-    parts = {name: getattr(diff.parts, name, None) for name in ("weights", "routing", "arithmetic", "upstream")}
+    parts = {name: getattr(diff.parts, name, None) for name in PARTS}
     return {
         "module": diff.module,
         "parameter": diff.key[1],

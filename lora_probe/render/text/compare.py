@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
 
+from lora_probe.comparison.compared import SIDES
+from lora_probe.comparison.modules import PARTS
 from lora_probe.ledger import Ledger, headline
 from lora_probe.names import in_words
 from lora_probe.render.cells import assemble, paragraphs, words
@@ -22,8 +24,6 @@ if TYPE_CHECKING:
     from lora_probe.comparison.modules import ModuleDiff
     from lora_probe.recording import Trace
 
-SIDES = ("reference", "candidate")
-PARTS = ("weights", "routing", "arithmetic", "upstream")
 MOST_MODULES = 12
 """Modules whose parts are listed."""
 _PARTS = "where the difference comes from, relative to the reference's contribution (-: none, ?: unknown)"
@@ -33,7 +33,7 @@ def comparison(result: Comparison) -> RenderableType:
     """The verdict with its causes, then what proves it, then the tables."""
     parts: list[RenderableType] = [_verdict(result)]
     for number, cause in enumerate(result.causes):
-        parts += _cause(result, cause, number)
+        parts += _cause(cause, number)
     if result.bisection is not None:
         parts.append(words(f"bisection: {result.bisection.text}", style="bold"))
     parts.append(words(""))
@@ -50,7 +50,7 @@ def comparison(result: Comparison) -> RenderableType:
     return Group(*parts, *_first_divergence(result))
 
 
-def _cause(result: Comparison, cause: Cause, number: int) -> Iterable[RenderableType]:
+def _cause(cause: Cause, number: int) -> Iterable[RenderableType]:
     label = "also" if number else "cause"
     yield words(f"{label} ({cause.code} {cause.name}{side_of(cause)}): {cause.message}", style="bold red")
     yield from (words(f"  {line}") for line in cause.evidence)

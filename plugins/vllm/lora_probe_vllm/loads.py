@@ -24,16 +24,7 @@ from lora_probe.rules.lp5_loading import name_without_home, no_lora_layer, not_m
 from lora_probe.rules.stored import Expected, expect
 from lora_probe_vllm.arrivals import Arrival
 from lora_probe_vllm.seams import is_divided
-from lora_probe_vllm.slots import (
-    Home,
-    Homes,
-    Placement,
-    judge,
-    judge_fused,
-    placement,
-    placements,
-    slot_values,
-)
+from lora_probe_vllm.slots import Home, Homes, Placement, judge, judge_fused, placement, placements, slot_values
 
 CACHED_PARAMETERS = 64_000_000
 """Adapters up to this size are kept in memory, so their files or pushed tensors are not needed later."""
