@@ -13,7 +13,7 @@ from conftest import call, record_peft
 from faults import ATTENTION, FILES
 from written import edited
 
-from lora_probe.engines.peft.bisect import Limited, smallest
+from lora_probe.engines.mixtures import Limited, smallest
 
 MODULES = [f"m{number}" for number in range(252)]
 
@@ -92,6 +92,7 @@ def test_what_cannot_be_bisected_is_compared_all_the_same(
     status, out, _ = call("compare", healthy.path, lost.path, "--bisect", capsys=capsys)
     assert status == 1
     assert f"note: not bisected: `{dead}` has changed since" in out
-    status, _, error = call("compare", healthy.path, lost.path, "--bisect-runs", 9, capsys=capsys)
-    assert status == 2
-    assert "--bisect-runs belongs to --bisect" in error
+    for option, value in (("--bisect-runs", 9), ("--bisect-engine", "peft")):
+        status, _, error = call("compare", healthy.path, lost.path, option, value, capsys=capsys)
+        assert status == 2
+        assert f"{option} belongs to --bisect" in error

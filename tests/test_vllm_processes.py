@@ -243,7 +243,7 @@ def test_a_probe_that_cannot_be_armed_does_not_stop_vllm(tmp_path: Path, monkeyp
     import lora_probe_vllm
     from lora_probe.errors import EngineFailed
     from lora_probe_vllm import patching
-    from lora_probe_vllm.engine import require_probe
+    from lora_probe_vllm.llm import require_probe
     from lora_probe_vllm.seams import SeamMoved
 
     def moved(*_: Any) -> Any:

@@ -70,7 +70,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     causes.add_argument(
         "--bisect",
         action="store_true",
-        help="find the smallest set of modules whose weights change the first answer token that differs, with PEFT",
+        help="find the smallest set of modules whose weights change the first answer token that differs",
+    )
+    causes.add_argument(
+        "--bisect-engine",
+        metavar="ENGINE",
+        help="the engine that runs the mixtures, peft or vllm; default: that of both runs, and of two different ones\n"
+        "PEFT, or vLLM where it held weights that are in no file",
     )
     causes.add_argument(
         "--bisect-runs",
@@ -102,7 +108,7 @@ def run(options: argparse.Namespace) -> int:
     traces = open_sides(options.reference, options.candidate, settings, _reporting)
     comparisons = compare_each(*traces, options.rtol, options.adapter, atol=options.atol)
     if options.bisect:
-        comparisons = _bisected(comparisons, int(options.bisect_runs or MOST_RUNS), options.model)
+        comparisons = _bisected(comparisons, options)
     if len(comparisons.by_adapter) > 1 or comparisons.notes:
         present("compare adapters", options.format, comparisons)
     else:
@@ -113,15 +119,17 @@ def run(options: argparse.Namespace) -> int:
     return {"agree": CLEAN, "differ": FOUND, "undecided": UNJUDGED}[comparisons.verdict]
 
 
-def _bisected(comparisons: Comparisons, most: int, model: str | None) -> Comparisons:
+def _bisected(comparisons: Comparisons, options: argparse.Namespace) -> Comparisons:
     """The comparisons, each with the modules that change a token, or with the reason why there are none."""
     from lora_probe.comparison.bisection import bisect
 
-    by_adapter = {}
-    with status_line("peft: starting") as report:
+    by_adapter, most = {}, int(options.bisect_runs or MOST_RUNS)
+    with status_line("bisection: starting") as report:
         for name, comparison in comparisons.by_adapter.items():
             try:
-                bisection = bisect(comparison, most, model, run_progress("peft", report))
+                bisection = bisect(
+                    comparison, most, options.model, run_progress("bisection", report), options.bisect_engine
+                )
                 by_adapter[name] = replace(comparison, bisection=bisection)
             except ProbeError as error:
                 why = f"not bisected: {error.message}"
@@ -130,9 +138,10 @@ def _bisected(comparisons: Comparisons, most: int, model: str | None) -> Compari
 
 
 def _refuse_unused(options: argparse.Namespace, records: bool) -> None:
-    """Raises UsageError: there is something to record, and no engine; or runs for no bisection."""
-    if options.bisect_runs is not None and not options.bisect:
-        raise UsageError("--bisect-runs belongs to --bisect", "add --bisect")
+    """Raises UsageError: there is something to record, and no engine; or an option of a bisection without one."""
+    for name in ("bisect_runs", "bisect_engine"):
+        if getattr(options, name) is not None and not options.bisect:
+            raise UsageError(f"--{name.replace('_', '-')} belongs to --bisect", "add --bisect")
     if records:
         return
     given = [name for name in ("prompt", "prompt_file", "chat") if getattr(options, name)]

@@ -18,6 +18,7 @@ from lora_probe.comparison.weights import WeightDifference
 from lora_probe.ledger import Ledger
 from lora_probe.names import Key, Universe, name_modules, path_of
 from lora_probe.precision import agrees, logprob_drift
+from lora_probe.prediction.predictor import title_of
 from lora_probe.recording import Trace
 
 Side = Literal["reference", "candidate", "both", ""]
@@ -43,8 +44,8 @@ class Cause:
 class Bisection:
     """The smallest set of modules that was found to change a token: of prompt `prompt`, the answer's token `token`,
     from the reference's id to `to`. `total` is how many modules differ between the runs, `runs` how many mixtures ran.
-    If no module can be left out, it is `minimal`. `explained`: PEFT chooses the candidate's token with all of its
-    weights."""
+    If no module can be left out, it is `minimal`. `engine` ran them. `explained`: it chooses the candidate's token with
+    all of its weights."""
 
     prompt: int
     token: int
@@ -55,6 +56,7 @@ class Bisection:
     total: int
     runs: int
     minimal: bool
+    engine: str
 
     @property
     def explained(self) -> bool:
@@ -64,17 +66,18 @@ class Bisection:
     def text(self) -> str:
         """One or two sentences."""
         where = f"answer token {self.token + 1} of prompt {self.prompt + 1}"
+        title = title_of(self.engine)
         if self.to == self.reference:
             return (
-                f"no weights change {where}: PEFT chooses token {self.reference} with those of either run, so the"
-                " difference is not in the weights"
+                f"no weights change {where}: {title} chooses token {self.reference} with those of either run, so"
+                " the difference is not in the weights"
             )
         these = "this module changes" if len(self.modules) == 1 else f"these {len(self.modules)} modules change"
         less = "" if self.minimal else ", and perhaps fewer (the runs were used up)"
         other = "" if self.explained else f", where the candidate has {self.candidate}"
         return (
             f"{these} {where} from {self.reference} to {self.to}{other}: {name_modules(self.modules)}"
-            f" ({len(self.modules)} of {self.total} that differ, found in {self.runs} runs in PEFT{less})"
+            f" ({len(self.modules)} of {self.total} that differ, found in {self.runs} runs in {title}{less})"
         )
 
 

@@ -28,7 +28,7 @@ class Engine(Protocol):
 
     Its class may have `needs`, the names of modules without which it cannot run, `install`, the command that installs
     it, and `has_flags`, False for an engine without flags. Importing the class must be cheap: heavy libraries are
-    imported when it is created.
+    imported when it is created. It may have `mixture`, which `compare --bisect` needs: `lora_probe.engines.mixtures`.
     """
 
     def describe(self, base: Base, trained: TrainedAs) -> EngineView:

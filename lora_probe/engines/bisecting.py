@@ -1,4 +1,4 @@
-"""Starting a bisection in a process of its own. In: a `BisectSpec`. Out: what PEFT found."""
+"""Starting a bisection in a process of its own. In: a `BisectSpec`. Out: what the engine found."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import msgspec
 from lora_probe.engines import require
 from lora_probe.engines.allowed import RUN
 from lora_probe.engines.child import Progress, run_child
-from lora_probe.engines.peft.bisect import BISECT, BISECTED, Bisected, BisectSpec
+from lora_probe.engines.mixtures import BISECT, BISECTED, Bisected, BisectSpec
 from lora_probe.files import limits
 from lora_probe.recording import write_json
 
@@ -20,9 +20,9 @@ def bisect(spec: BisectSpec, progress: Callable[[Progress], None]) -> Bisected:
     """Run it; the working folder is removed afterwards.
 
     Raises:
-        EngineFailed: PEFT is not installed, or cannot load one of the adapters; with its message.
+        EngineFailed: the engine is not installed, or cannot load one of the adapters; with its message.
     """
-    require("peft")
+    require(spec.engine)
     with tempfile.TemporaryDirectory(prefix="lora-probe-") as name, limits.waiting():
         folder = Path(name)
         write_json(folder / BISECT, spec)

@@ -22,7 +22,7 @@ from lora_probe.base import open_base
 from lora_probe.engines import make
 from lora_probe.engines.allowed import Allowed, Watched
 from lora_probe.engines.folder import ERROR, LOG, lock
-from lora_probe.engines.peft.bisect import BISECT, bisect_in
+from lora_probe.engines.mixtures import BISECT, bisect_in
 from lora_probe.engines.peft.merge import MERGE, merge_into
 from lora_probe.errors import EngineFailed, EngineStopped, ProbeError
 from lora_probe.files.isolation import empty_folder, environment, python

@@ -65,6 +65,12 @@ class Predictor:
 
 
 @cache
+def title_of(engine: str) -> str:
+    """What messages call an engine: its name if it has no predictor."""
+    known = predictors()
+    return known[engine].title if engine in known else engine
+
+
 def predictors() -> Mapping[str, Predictor]:
     """The predictors by the names of their engines: PEFT, vLLM, then the others in alphabetical order.
 

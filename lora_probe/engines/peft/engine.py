@@ -23,6 +23,7 @@ from lora_probe.adapter.pair_values import extra_of
 from lora_probe.adapter.variants import DORA
 from lora_probe.base import Base, EngineView, Shapes
 from lora_probe.engines.load_record import LoadRecord
+from lora_probe.engines.mixtures import BisectSpec, NextToken
 from lora_probe.engines.peft.activation import Activation, activation_of
 from lora_probe.engines.peft.batch import Lane, run_batch
 from lora_probe.engines.peft.capture import Capture
@@ -59,6 +60,12 @@ class PeftEngine:
         from lora_probe.engines.peft.view import describe
 
         return describe(base, trained, self.versions["peft"])
+
+    def mixture(self, spec: BisectSpec, folder: Path, writer: TraceWriter) -> NextToken:
+        """See `lora_probe.engines.mixtures`."""
+        from lora_probe.engines.peft.bisect import Mixture
+
+        return Mixture(spec).next_token
 
     def record(self, spec: RunSpec, folder: Path) -> None:
         """See `lora_probe.engines.Engine.record`."""

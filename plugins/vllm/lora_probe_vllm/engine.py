@@ -17,23 +17,23 @@ import numpy as np
 from msgspec.structs import replace
 
 from lora_probe.adapter import Adapter, TrainedAs, open_adapter
-from lora_probe.base import Base, EngineView, open_base
+from lora_probe.base import Base, EngineView
+from lora_probe.engines.mixtures import BisectSpec, NextToken
 from lora_probe.engines.prompts import encode, forced, texts
-from lora_probe.errors import EngineFailed, ProbeError, UnreadableFile
 from lora_probe.recording import SCHEMA, NamedAdapter, Process, RequestRecord, RunSpec, Score, TraceWriter
-from lora_probe_vllm import NOT_ARMED, TRACE
-from lora_probe_vllm.pooled import answered, arguments_for
+from lora_probe_vllm import TRACE
+from lora_probe_vllm.llm import (
+    ENVIRONMENT,
+    engine_arguments,
+    generate,
+    request_for,
+    require_probe,
+    set_environment,
+    start,
+)
+from lora_probe_vllm.pooled import answered
 from lora_probe_vllm.runners import pin_v1
 from lora_probe_vllm.seams import dense_logprobs, root_cause, vllm_version, vocabulary
-
-ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_CPU_KVCACHE_SPACE": "2",
-    "VLLM_NO_USAGE_STATS": "1",
-}
-"""Environment variables of engines that `trace` starts, unless the user has set them."""
-
-MAX_MODEL_LEN = 4096
 
 HEAD_ADAPTED = (
     "vLLM computes the log-probabilities of a prompt without the adapter of lm_head, or with that of a wrong row"
@@ -49,17 +49,21 @@ class VllmEngine:
 
     def describe(self, base: Base, trained: TrainedAs) -> EngineView:
         """See `lora_probe.engines.Engine.describe`. vLLM takes the model's class from its config, for any task."""
-        for name, value in ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
+        set_environment()
         os.environ.pop(TRACE, None)
         from lora_probe_vllm.view import describe
 
         return describe(base, trained)
 
+    def mixture(self, spec: BisectSpec, folder: Path, writer: TraceWriter) -> NextToken:
+        """See `lora_probe.engines.mixtures`."""
+        from lora_probe_vllm.bisect import begin
+
+        return begin(spec, folder / "workers", writer).next_token
+
     def record(self, spec: RunSpec, folder: Path) -> None:
         """See `lora_probe.engines.Engine.record`."""
-        for name, value in ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
+        set_environment()
         # The workers find everything else in the run.json there.
         os.environ[TRACE] = str(folder.resolve())
         pinned = pin_v1()
@@ -78,7 +82,7 @@ class VllmEngine:
         with TraceWriter(folder / "client", process) as writer:
             writer.event("engine", f"starting vLLM {vllm_version()}")
             started = time.perf_counter()
-            llm = _start(arguments)
+            llm = start(arguments)
             writer.event("engine", "the engine is ready", seconds=round(time.perf_counter() - started, 3))
             require_probe(folder)
             if spec.adapter is None:
@@ -94,104 +98,8 @@ def _changed(arguments: dict[str, Any], mixed: bool) -> list[str]:
     return [*settings, order, *(f"{name}={os.environ[name]}" for name in ENVIRONMENT)]
 
 
-def engine_arguments(spec: RunSpec) -> dict[str, Any]:
-    """The arguments of `vllm.LLM`: defaults, then the spec's options, then flags checked by vLLM's own parser.
-
-    Raises:
-        ProbeError: vLLM's parser does not accept a flag or a value.
-    """
-    arguments: dict[str, Any] = {
-        "model": spec.model,
-        "trust_remote_code": False,
-        "enable_lora": spec.adapter is not None,
-        "enforce_eager": True,
-        "enable_prefix_caching": False,
-        "max_num_seqs": max(4, len(spec.beside) + 2),
-        "max_model_len": _max_model_len(spec.model),
-    }
-    if spec.beside:
-        # The spare slot keeps vLLM's CPU kernels from giving the base the contribution of the last one.
-        arguments["max_loras"] = len(spec.beside) + 2
-    if spec.score:
-        arguments["max_logprobs"] = -1
-    elif spec.adapter is not None:
-        arguments |= arguments_for(spec.adapter, spec.model)
-    if spec.adapter is None:
-        # All prompts are token ids, and a merged model may have no tokenizer.
-        arguments["skip_tokenizer_init"] = True
-    command = [part for key, value in spec.options.items() for part in _flag(key, value)]
-    passed = parse_flags([*command, *spec.engine_args])
-    return {key: value for key, value in (arguments | passed).items() if value is not None}
-
-
-def _flag(key: str, value: Any) -> list[str]:
-    values = value if isinstance(value, list) else [value]
-    return [f"--{key.replace('_', '-')}", *map(str, values)]
-
-
-def _max_model_len(model: str) -> int | None:
-    """A context that fits a small cache; None (vLLM's default) if the base model's config cannot be read."""
-    try:
-        longest = open_base(model).config.get("max_position_embeddings")
-    except UnreadableFile:
-        return None
-    return min(longest, MAX_MODEL_LEN) if isinstance(longest, int) else None
-
-
-def parse_flags(flags: list[str]) -> dict[str, Any]:
-    """vLLM engine flags as arguments of `LLM`, only those that were passed."""
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    class Parser(FlexibleArgumentParser):  # type: ignore[misc]
-        def error(self, message: str) -> None:
-            raise ProbeError(
-                f"vLLM does not accept these flags: {message}",
-                "see `python -m vllm.entrypoints.openai.api_server --help`",
-            )
-
-    parser = EngineArgs.add_cli_args(Parser(add_help=False))
-    plain = vars(parser.parse_args([]))
-    parsed = vars(parser.parse_args(flags))
-    fields = EngineArgs.__dataclass_fields__
-    words = [flag.partition("=")[0].lstrip("-").replace("-", "_") for flag in flags if flag.startswith("--")]
-    named = {word.removeprefix("no_") for word in words} | set(words)
-    return {key: value for key, value in parsed.items() if key in fields and (key in named or value != plain[key])}
-
-
 def _is_json(value: Any) -> bool:
     return isinstance(value, str | int | float | bool | list)
-
-
-def _start(arguments: dict[str, Any]) -> Any:
-    from vllm import LLM
-
-    try:
-        return LLM(**arguments)
-    # An engine may raise any exception when it starts; its message is passed on.
-    except Exception as error:
-        if isinstance(error, ProbeError):
-            raise
-        raise EngineFailed(f"vLLM did not start: {root_cause(error)}", "see the log for details") from error
-
-
-def require_probe(folder: Path) -> None:
-    """Require that the probe is in a worker: it writes process.json before the model is loaded.
-
-    Raises:
-        EngineFailed: there is no such file, so nothing would be recorded.
-    """
-    if any(folder.glob("vllm-*rank-*/process.json")):
-        return
-    if (folder / NOT_ARMED).exists():
-        raise EngineFailed(f"the probe could not be started: {(folder / NOT_ARMED).read_text().strip()}")
-    allowed = os.environ.get("VLLM_PLUGINS")
-    why = (
-        f"VLLM_PLUGINS is `{allowed}`; it must include lora_probe"
-        if allowed is not None
-        else ("is lora-probe-vllm installed in the environment of the workers?")
-    )
-    raise EngineFailed("the plugin was not loaded: no vLLM worker has the probe", why)
 
 
 def ask(llm: Any, spec: RunSpec, writer: TraceWriter, adapter_id: int = 1) -> None:
@@ -206,7 +114,7 @@ def ask(llm: Any, spec: RunSpec, writer: TraceWriter, adapter_id: int = 1) -> No
     task = adapter.config.trained_as.task if llm.runner_type == "pooling" else None
     try:
         named = [NamedAdapter(spec.name, spec.adapter), *spec.beside]
-        requests = [_request(llm, adapter_id + number, one) for number, one in enumerate(named)]
+        requests = [request_for(llm, adapter_id + number, one) for number, one in enumerate(named)]
         loaded = [request for request in requests if _load(llm, request, writer)]
         # A scored run scores the base model on the adapter's own answers instead.
         turns = [*([] if spec.score else [None]), *loaded]
@@ -227,13 +135,6 @@ def ask(llm: Any, spec: RunSpec, writer: TraceWriter, adapter_id: int = 1) -> No
         llm.collective_rpc("lora_probe_finish")
 
 
-def _request(llm: Any, number: int, named: NamedAdapter) -> Any:
-    """How requests ask for an adapter."""
-    from vllm.lora.request import LoRARequest
-
-    return LoRARequest(named.name, number, named.path, **_layout(llm, open_adapter(named.path)))
-
-
 def ask_plain(llm: Any, spec: RunSpec, writer: TraceWriter) -> None:
     """Score the spec's answers with a model that has no adapter."""
     try:
@@ -245,13 +146,6 @@ def ask_plain(llm: Any, spec: RunSpec, writer: TraceWriter) -> None:
 
 def _adapts_head(adapter: Adapter) -> bool:
     return any(module.module.rpartition(".")[2] == "lm_head" for module in adapter.modules)
-
-
-def _layout(llm: Any, adapter: Adapter) -> dict[str, bool]:
-    """What a request says of the adapter's experts to an engine with --enable-mixed-moe-lora-format."""
-    mixed = getattr(llm.llm_engine.vllm_config.lora_config, "enable_mixed_moe_lora_format", False)
-    fused = any(module.parameter != "weight" for module in adapter.modules)
-    return {"is_3d_lora_weight": True} if mixed and fused else {}
 
 
 def _load(llm: Any, request: Any, writer: TraceWriter) -> bool:
@@ -275,7 +169,7 @@ def _answers(
         return [answered(llm, task, number, ids, turn) for turn in turns]
     started, prefix = time.perf_counter(), forced(spec, number)
     parameters = SamplingParams(temperature=0, max_tokens=spec.max_tokens, logprobs=0)
-    outputs = _run(llm, number, ids + prefix, parameters, turns)
+    outputs = generate(llm, number, ids + prefix, parameters, turns)
     return [
         _answer(llm, number, ids, prefix, turn, output, started) for turn, output in zip(turns, outputs, strict=True)
     ]
@@ -317,25 +211,10 @@ def _score(llm: Any, score: Score, writer: TraceWriter, request: Any = None) -> 
     parameters = SamplingParams(
         temperature=0, max_tokens=1, logprobs=wanted, prompt_logprobs=wanted, flat_logprobs=True, detokenize=False
     )
-    (output,) = _run(llm, score.prompt, ids, parameters, [request])
+    (output,) = generate(llm, score.prompt, ids, parameters, [request])
     logprobs = None
     if wanted is not None:
         begin, count = len(score.prompt_ids), len(score.answer_ids)
         rows = [dense_logprobs(output.prompt_logprobs, begin + token) for token in range(count - 1)]
         logprobs = np.stack([*rows, dense_logprobs(output.outputs[0].logprobs, 0)])
     writer.score(replace(score, request=str(output.request_id)), logprobs)
-
-
-def _run(llm: Any, number: int, ids: list[int], parameters: Any, requests: Sequence[Any]) -> list[Any]:
-    """vLLM's outputs for the same tokens in one batch, once for each of `requests` for an adapter (None: without one).
-
-    Raises:
-        EngineFailed: with vLLM's message, for example if the prompt is too long or the engine died.
-    """
-    prompts = [{"prompt_token_ids": ids}] * len(requests)
-    try:
-        outputs: list[Any] = llm.generate(prompts, parameters, use_tqdm=False, lora_request=list(requests))
-    # vLLM may raise any exception.
-    except Exception as error:
-        raise EngineFailed(f"vLLM did not answer prompt {number + 1}: {root_cause(error)}") from error
-    return outputs

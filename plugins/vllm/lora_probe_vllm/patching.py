@@ -13,8 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lora_probe.errors import ProbeError
 from lora_probe.recording import Level
 from lora_probe_vllm import STRICT, TRACE, switched_on
+from lora_probe_vllm.mixing import MixedSlot
 from lora_probe_vllm.observing import Find
 from lora_probe_vllm.patching_loads import patch_loads
 from lora_probe_vllm.patching_strict import patch_strict
@@ -83,6 +85,7 @@ def install(folder: Path) -> Patches:
     patches.wrap(seams.worker, "__init__", worker_init)
     patches.add(seams.worker, "lora_probe_begin", _begin(probes))
     patches.add(seams.worker, "lora_probe_finish", _finish(probes))
+    patches.add(seams.worker, "lora_probe_mix", _mix(probes))
     _patch_model(patches, probe_of, probe_of_manager)
     _patch_steps(patches, probe_of)
     patch_loads(patches, probe_of_manager, recording)
@@ -112,6 +115,23 @@ def _finish(probes: dict[int, Probe]) -> Callable[..., bool]:
         return True
 
     return lora_probe_finish
+
+
+def _mix(probes: dict[int, Probe]) -> Callable[..., str]:
+    mixed: dict[int, MixedSlot] = {}
+
+    def lora_probe_mix(self: Any, changed: list[str], settings: dict[str, Any] | None = None) -> str:
+        """RPC: give these modules of the reference's slot the weights of the candidate, and all others those of the
+        reference. The first call has the arguments of `MixedSlot`. Returns why that is impossible, or nothing."""
+        if settings is not None:
+            try:
+                mixed[id(self)] = MixedSlot(probes[id(self)].loads, **settings)
+            except (ValueError, ProbeError) as error:
+                return str(error)
+        mixed[id(self)].mix(changed)
+        return ""
+
+    return lora_probe_mix
 
 
 def _patch_model(patches: Patches, probe_of: Find, probe_of_manager: Find) -> None:

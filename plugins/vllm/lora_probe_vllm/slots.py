@@ -267,19 +267,25 @@ def _on_this_rank(a: Floats, b: Floats, scaling: float, home: Home) -> Placement
 
 def slot_values(home: Home, slot: int) -> tuple[torch.Tensor, torch.Tensor] | None:
     """A and s·B in the slot, with padding; None for a layer that keeps them elsewhere."""
+    views = slot_views(home, slot)
+    return None if views is None else (views[0].cpu(), views[1].cpu())
+
+
+def slot_views(home: Home, slot: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The same as views of the layer's own tensors: to write into them is to change what the engine multiplies with."""
     stacked_a, stacked_b = (getattr(home.layer, name, None) for name in ("lora_a_stacked", "lora_b_stacked"))
     if home.routes:
         expert, part = home.expert
         name, index = ("w2", 0) if part == W2 else ("w13", part // 2)
         a, b = (getattr(home.layer, f"{name}_lora_{half}_stacked")[index][slot, expert] for half in "ab")
-        return a.cpu(), b.cpu()
+        return a, b
     if isinstance(stacked_a, torch.Tensor) and isinstance(stacked_b, torch.Tensor):
         # An embedding keeps A by token, `[slots, vocabulary, r]`; a head as linear layers do.
         a = stacked_a[slot].T if stacked_a.ndim == 3 else stacked_a[slot, 0]
-        return a.cpu(), stacked_b[slot, 0].cpu()
+        return a, stacked_b[slot, 0]
     if not isinstance(stacked_a, tuple) or len(stacked_a) != home.slices:
         return None
-    return stacked_a[home.slice][slot, 0].cpu(), stacked_b[home.slice][slot, 0].cpu()  # type: ignore[index]
+    return stacked_a[home.slice][slot, 0], stacked_b[home.slice][slot, 0]  # type: ignore[index]
 
 
 def judge_fused(
