@@ -65,12 +65,6 @@ class Predictor:
 
 
 @cache
-def title_of(engine: str) -> str:
-    """What messages call an engine: its name if it has no predictor."""
-    known = predictors()
-    return known[engine].title if engine in known else engine
-
-
 def predictors() -> Mapping[str, Predictor]:
     """The predictors by the names of their engines: PEFT, vLLM, then the others in alphabetical order.
 
@@ -87,6 +81,12 @@ def predictors() -> Mapping[str, Predictor]:
             raise broken(point, f"it is the predictor of `{predictor.name}`: both names must be the same")
         loaded[name] = predictor
     return loaded
+
+
+def title_of(engine: str) -> str:
+    """What messages call an engine: its name if it has no predictor."""
+    known = predictors()
+    return known[engine].title if engine in known else engine
 
 
 def not_known(subject: Subject) -> Finding:
