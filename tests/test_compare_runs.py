@@ -216,9 +216,10 @@ def test_answers_that_differ(name: str, tmp_path: Path, capsys: Any) -> None:
 
 
 def cells(folder: Path, capsys: Any) -> list[str]:
-    """The last line that `show` prints: the prompt and its answers."""
+    """The last line of the table of answers that `show` prints: the prompt and its answers."""
     _, out, _ = call("show", folder, capsys=capsys)
-    return re.split(r"\s{2,}", out.splitlines()[-1].strip())
+    table = out[out.index("\nprompt ") :].strip().partition("\n\n")[0]
+    return re.split(r"\s{2,}", table.splitlines()[-1].strip())
 
 
 def test_forced_tokens_are_no_answer(tmp_path: Path, capsys: Any) -> None:

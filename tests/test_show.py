@@ -76,10 +76,11 @@ def test_a_fault_of_one_adapter_marks_no_other(tmp_path: Path, capsys: pytest.Ca
 def test_the_heading_names_all_adapters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trace = mixed(tmp_path / "run", A, B)
     lines = shown(trace, capsys=capsys)[1].splitlines()
-    assert lines[1:4] == [
-        "adapters A and B",
-        "model /models/base, model runner V1, eager",
-        "run in float32 on cpu, kept: norms",
+    assert lines[0] == "A: 4 of 4 modules took effect; B: 2 of 2 modules took effect"
+    assert lines[-3:] == [
+        "adapters  A and B",
+        "model     /models/base, model runner V1, eager",
+        "run in    float32 on cpu, kept: norms",
     ]
 
 
@@ -148,7 +149,8 @@ def requests(tmp_path: Path) -> Path:
 def test_requests(requests: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, out = shown(requests, "--requests", capsys=capsys)
     assert status == 0
-    lines = [line.split() for line in out.partition("requests by their recorded rows: all 3\n")[2].splitlines() if line]
+    requests_table = out.partition("requests by their recorded rows: all 3\n")[2].partition("\n\n")[0]
+    lines = [line.split() for line in requests_table.splitlines()]
     # Rows of one step may be in different segments, so requests that began together have no order.
     assert [lines[0], *sorted(lines[1:])] == [
         ["request", "adapter", "load", "prompt", "rows", "positions", "from", "cache", "decode", "repeated"],
@@ -271,7 +273,7 @@ def test_rows_in_captured_graphs(tmp_path: Path, capsys: pytest.CaptureFixture[s
         for count in (7, 412):
             writer.event("graphs", f"{count} rows ran in captured graphs", load=0, rows=count, wrong=0)
     _, out, _ = call("show", tmp_path / "run", capsys=capsys)
-    assert "model m, model runner V2, the engine replays graphs, one step in 200 is run eager and observed" in out
+    assert "model     m, model runner V2, the engine replays graphs, one step in 200 is run eager and observed" in out
     assert out.count("rows ran in captured graphs") == 1
     assert "412 rows ran in captured graphs" in out.partition("A (load 0)")[2].partition("B (load 1)")[0]
     loads = as_json(tmp_path / "run", capsys=capsys)["loads"]
@@ -283,7 +285,8 @@ def test_tables_of_many_adapters_are_shown_on_request(tmp_path: Path, capsys: py
     trace = mixed(tmp_path / "run", *many)
     status, out = shown(trace, capsys=capsys)
     assert status == 0
-    assert out.count("modules took effect") == 11
+    assert out.startswith("11 adapters: 4 of 4 modules took effect\n")
+    assert out.count("modules took effect") == 12
     assert "contribution" not in out
     assert "contribution" in shown(trace, "--adapter", "C", capsys=capsys)[1]
     assert shown(trace, "--all", capsys=capsys)[1].count("contribution") == 11

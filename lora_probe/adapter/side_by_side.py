@@ -27,7 +27,7 @@ from lora_probe.precision import rounding
 Kind = Literal["identical", "same", "multiple", "elsewhere", "transposed", "moved", "same start", "unrelated", "unread"]
 """`identical`: A, B and scaling are equal. `same`: ΔW is, up to rounding. `multiple`: ΔW is a multiple. `elsewhere`: A
 and B are those of another module. `transposed`: A and B are exchanged. `moved`: both subspaces are shared, as after
-more training. `same start`: A spans the same rows, and B is another one. `unread`: A and B are no pair, or too large."""
+more training. `same start`: A spans the same rows, and B is another. `unread`: A and B are no pair, or too large."""
 
 SLACK = 8.0
 """Units of round-off of the stored dtype by which rounding may change ΔW, relative to its norm."""

@@ -34,9 +34,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Hugging Face cache; default: .",
     )
     parser.add_argument("--recursive", action="store_true", help="check every adapter in and below the folders")
-    parser.add_argument(
-        "-v", "--verbose", action="store_true", help="of several adapters, print the findings of each, not only its row"
-    )
     parser.add_argument("--model", metavar="BASE", help="base model: a folder or an id; default: each adapter's own")
     parser.add_argument(
         "--engine",

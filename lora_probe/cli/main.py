@@ -17,8 +17,8 @@ from rich_argparse import RawDescriptionRichHelpFormatter
 from lora_probe import __version__
 from lora_probe.cli import attach, check, collect, compare, env, inspect, parity, rule, show, trace
 from lora_probe.cli.ending import supervised
-from lora_probe.cli.options import Interspersed, Parser, add_command
-from lora_probe.render.console import heed_columns
+from lora_probe.cli.options import Interspersed, Parser, add_command, detail_of
+from lora_probe.render.console import heed_columns, set_detail
 
 COMMANDS = {
     command.name: command
@@ -50,6 +50,7 @@ def run(arguments: list[str]) -> int:
     options = argparse.Namespace()
     parser_of_all().parse_args(own, options)
     options.engine_args, options.own_arguments = flags, own
+    set_detail(detail_of(options))
     return COMMANDS[options.command].run(options)
 
 

@@ -21,7 +21,9 @@ from lora_probe import precision
 from lora_probe.errors import ProbeError
 from lora_probe.files import limits
 from lora_probe.files.limits import MEMORY, SECONDS, Budget
+from lora_probe.render.console import Detail
 from lora_probe.render.formats import DEFAULT, Names
+from lora_probe.render.verdicts import VERDICTS
 from lora_probe.rules.vllm_versions import ENGINE_OPTIONS
 
 DTYPES = ("auto", *(dtype.name for dtype in precision.DTYPES if dtype.fits_float32))
@@ -109,7 +111,18 @@ def add_command(commands: Any, command: Command) -> None:
         metavar="FORMAT",
         help=f"output format: %(choices)s; default: {DEFAULT}",
     )
+    if command.name in VERDICTS:
+        detail = parser.add_mutually_exclusive_group()
+        detail.add_argument("-q", "--quiet", action="store_true", help="print the verdict alone, in one line")
+        detail.add_argument("-v", "--verbose", action="store_true", help="print everything: all layers, all steps")
     command.add_arguments(parser)
+
+
+def detail_of(options: argparse.Namespace) -> Detail:
+    """How much is printed."""
+    if getattr(options, "quiet", False):
+        return "quiet"
+    return "verbose" if getattr(options, "verbose", False) else "normal"
 
 
 def _narrow(example: str) -> str:

@@ -80,7 +80,7 @@ def _show_module(options: argparse.Namespace) -> int:
 
 def present_trace(trace: Trace, options: argparse.Namespace) -> int:
     """Print a trace, and turn its ledgers into an exit status."""
-    result = Recording(trace, options.events)
+    result = Recording(trace, options.events or options.verbose)
     present(options.command, options.format, result)
     return _status(result)
 
@@ -103,7 +103,8 @@ def _shown_once(options: argparse.Namespace, draw: Callable[[Recording], None]) 
 
     limits.begin(Path(options.trace))
     trace = open_trace(options.trace)
-    result = Recording(trace, options.events, options.adapter, options.load, options.requests, options.all)
+    events, everything = options.events or options.verbose, options.all or options.verbose
+    result = Recording(trace, events, options.adapter, options.load, options.requests, everything)
     draw(result)
     return result
 

@@ -20,8 +20,8 @@ from lora_probe.render.text.compare import (
     result_of,
     run_in,
     side_of,
-    verdict_text,
 )
+from lora_probe.render.verdicts import of_comparison
 
 if TYPE_CHECKING:
     from lora_probe.comparison import Cause, Comparison, Comparisons
@@ -41,7 +41,7 @@ def comparisons(result: Comparisons) -> str:
 
 
 def _lines(result: Comparison, heading: str) -> Iterator[str]:
-    yield f"{heading} {_plain(verdict_text(result))}"
+    yield f"{heading} {_plain(of_comparison(result).text)}"
     yield ""
     for cause in result.causes:
         yield from _cause(cause)

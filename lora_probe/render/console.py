@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Iterable
 from contextlib import suppress
-from typing import Any
+from typing import Any, Literal
 
 from rich.cells import cell_len
 from rich.console import Console, Group
@@ -22,8 +22,25 @@ from rich.text import Text
 from lora_probe.files.limits import step
 from lora_probe.render.cells import SURROGATES, assemble, words
 
+Detail = Literal["quiet", "normal", "verbose"]
+"""How much is printed: the answer alone, what matters, everything."""
+
 NARROWEST, WIDEST = 20, 1000
 """Columns of a terminal that a person can read. A table of less is empty, and every line of more is memory."""
+
+
+_detail: Detail = "normal"
+
+
+def set_detail(detail: Detail) -> None:
+    """Decide how much this process prints, as its command line asks."""
+    global _detail
+    _detail = detail
+
+
+def detail() -> Detail:
+    """How much this process prints."""
+    return _detail
 
 
 def heed_columns() -> None:
@@ -46,19 +63,21 @@ def complain(message: str, hint: str = "") -> None:
 
 
 def note(text: str) -> None:
-    """Print a line on standard error."""
-    _on_stderr(words(text))
+    """Print a line on standard error, unless only the answer is wanted."""
+    if _detail != "quiet":
+        _on_stderr(words(text))
 
 
 def remarks(texts: Iterable[str]) -> None:
     """Print what was noticed beside the result, so that standard output holds the result alone."""
-    for text in texts:
+    for text in texts if _detail != "quiet" else ():
         _on_stderr(assemble(("note:", "cyan"), f" {text}"))
 
 
 def hint(text: str) -> None:
     """Print what to do next: a command, which is never broken into lines, so that it can be copied."""
-    _on_stderr(assemble(("hint:", "cyan"), f" {text}"), command=True)
+    if _detail != "quiet":
+        _on_stderr(assemble(("hint:", "cyan"), f" {text}"), command=True)
 
 
 def _on_stderr(text: Text, command: bool = False) -> None:

@@ -52,8 +52,9 @@ from lora_probe.errors import ProbeError
 from lora_probe.files import limits
 from lora_probe.files.extensions import FORMATS as GROUP
 from lora_probe.files.extensions import broken, described, load
-from lora_probe.render.console import emit
+from lora_probe.render.console import detail, emit
 from lora_probe.render.results import Paged
+from lora_probe.render.verdicts import VERDICTS, Verdict
 
 DEFAULT = "text"
 
@@ -151,7 +152,11 @@ def renderer(command: str, name: str) -> Renderer:
 
 
 def present(command: str, name: str, result: Any) -> None:
-    """Print a command's result. Raises as `renderer` does."""
+    """Print a command's result, with `--quiet` only its verdict. Raises as `renderer` does."""
+    if name == DEFAULT and detail() == "quiet" and command in VERDICTS:
+        verdict: Verdict = _imported(f"verdicts:{VERDICTS[command]}")(result)
+        emit(verdict.line)
+        return
     chosen = renderer(command, name)
     emit((chosen.whole if isinstance(chosen, Paged) else chosen)(result))
 

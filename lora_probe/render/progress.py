@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from lora_probe.render.cells import words
+from lora_probe.render.console import detail
 
 if TYPE_CHECKING:
     from lora_probe.engines.launch import Progress
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 @contextmanager
 def status_line(first: str) -> Iterator[Callable[..., None]]:
     """Report the current step: a live line in a terminal, elsewhere one line per text that is not `passing`."""
-    console = Console(stderr=True)
+    console = Console(stderr=True, quiet=detail() == "quiet")
     last = ""
     with console.status(words(first)) as status:
 
@@ -70,7 +71,7 @@ def progress_bar(task: str, steps: int) -> Iterator[Callable[[], None]]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
-    if not console.is_terminal:
+    if not console.is_terminal or detail() == "quiet":
         # rich would still print an empty line.
         yield lambda: None
         return

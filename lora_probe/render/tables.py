@@ -10,26 +10,23 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.padding import Padding
 from rich.table import Column, Table
 from rich.text import Text as RichText
 
-from lora_probe.names import Key, ShortName, in_layer, in_text, natural, one_or_more, path_of, short_names
+from lora_probe.names import Key, one_or_more
 from lora_probe.render.cells import words
+from lora_probe.render.console import detail
+from lora_probe.render.strips import MANY, Strips, more, notable
+from lora_probe.render.towers import Cell, Tower, towers
 
 HEAT = ("", "rgb(95,115,150)", "rgb(95,150,190)", "rgb(90,190,190)", "rgb(110,220,160)", "bold rgb(190,240,120)")
 """From small to large. Red is for what is wrong."""
-MOST_COLUMNS = 12
-"""A wider table is hard to read, and a hostile file can have thousands of projections."""
 LONGEST_WORD = 32
 """The longest word in a cell that is never broken. Text without spaces is one word."""
 _GAP = 2
-
-Cells = Mapping[Key, tuple[float | None, str]]
-"""The cell of each module: a number, which decides its colour, and its text."""
 
 
 class Fitted(Table):
@@ -57,14 +54,28 @@ def columns_of(*headers: str) -> Fitted:
     return Fitted(*headers)
 
 
-def facts(*pairs: tuple[str, object]) -> Table:
-    """Names and values below each other."""
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
-    for name, value in pairs:
-        add_row(table, name, value)
-    return table
+class Facts:
+    """Names and values below each other. In a pipe a value stays on one line, so that programs can read it."""
+
+    def __init__(self, *pairs: tuple[str, object]) -> None:
+        self._pairs = [(name, words(value)) for name, value in pairs]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        if console.is_terminal:
+            table = Table.grid(padding=(0, 2))
+            table.add_column(style="bold")
+            table.add_column(overflow="fold")
+            for pair in self._pairs:
+                add_row(table, *pair)
+            yield table
+            return
+        label = max((cell_len(name) for name, _ in self._pairs), default=0) + 2
+        for name, value in self._pairs:
+            line = words(f"{name}{' ' * (label - cell_len(name))}")
+            line.stylize("bold")
+            line.append_text(value)
+            line.no_wrap, line.overflow = True, "ignore"
+            yield line
 
 
 def add_row(table: Table, *cells: object) -> None:
@@ -116,39 +127,47 @@ def _paragraphs(table: Table) -> list[RenderableType]:
     return parts
 
 
-def grid(title: str, cells: Cells) -> RenderableType:
-    """Layers by projections: a table for each list of layers, or a row for each module where that is too wide."""
-    names = short_names(map(path_of, cells))
-    shade = _shader([value for value, _ in cells.values() if value is not None and np.isfinite(value)])
-    shaded = {key: _cell(cells[key], shade) for key in sorted(cells, key=lambda key: natural(path_of(key)))}
-    towers: dict[str, dict[ShortName, RichText]] = {}
-    for key, cell in shaded.items():
-        name = names[path_of(key)]
-        towers.setdefault(name.words[0] if name.words else "", {})[name] = cell
-    # Modules outside of all layers come last.
-    ordered = sorted(towers.items(), key=lambda item: not item[0])
-    return Group(words(title, style="bold"), *(_table(word, members) for word, members in ordered))
+class Grid:
+    """Layers by projections: of few layers a table, of many a strip for each projection and the layers that matter;
+    where a table is too wide, a row for each module. With `--verbose` all layers."""
+
+    def __init__(self, title: str, cells: Mapping[Key, Cell]) -> None:
+        self._title, self._cells = title, cells
+        self._numbers = {key: cell.value for key, cell in cells.items()}
+        self._wrong = frozenset(key for key, cell in cells.items() if cell.bad)
+        self._shade = _shader([value for value in self._numbers.values() if value is not None])
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        shaded = {key: _cell(cell, self._shade) for key, cell in self._cells.items()}
+        yield words(self._title, style="bold")
+        for tower in towers(self._cells):
+            if detail() == "verbose" or not tower.tabular or len(tower.numbers) <= MANY:
+                yield _table(tower, shaded, tower.numbers)
+                continue
+            yield Strips(tower, self._numbers, self._wrong, self._shade)
+            listed = notable(tower, self._numbers, self._wrong)
+            yield _table(tower, shaded, listed)
+            yield words(more(len(tower.numbers) - len(listed), tower.word), style="dim")
 
 
-def _table(word: str, members: Mapping[ShortName, RichText]) -> RenderableType:
+def _table(tower: Tower, cells: Mapping[Key, RichText], layers: Sequence[int]) -> RenderableType:
     rows = columns_of("module", "")
-    for name, cell in members.items():
-        add_row(rows, in_text([name]), cell)
-    columns = {in_text([in_layer(name)]): None for name in members}
-    if not word or len(columns) > MOST_COLUMNS:
+    places = {key: layer for (layer, _), key in tower.keys.items()}
+    for key, label in tower.labels.items():
+        if places.get(key) in layers or not tower.word:
+            add_row(rows, label, cells[key])
+    if not tower.tabular:
         return rows
-    table = Fitted(one_or_more(word, 1), *columns, narrow=rows)
-    layers: dict[int, dict[str, RichText]] = {}
-    for name, cell in members.items():
-        layers.setdefault(name.numbers[0], {})[in_text([in_layer(name)])] = cell
-    for number in sorted(layers):
-        add_row(table, number, *(layers[number].get(column, words("-", style="dim")) for column in columns))
+    table = Fitted(one_or_more(tower.word, 1), *tower.columns, narrow=rows)
+    for number in layers:
+        keys = [tower.keys.get((number, column)) for column in tower.columns]
+        add_row(table, number, *(words("-", style="dim") if key is None else cells[key] for key in keys))
     return table
 
 
-def _cell(cell: tuple[float | None, str], shade: Callable[[float], str]) -> RichText:
-    value, text = cell
-    return words(text, style="bold red" if value is None else shade(value))
+def _cell(cell: Cell, shade: Callable[[float], str]) -> RichText:
+    style = "bold red" if cell.bad else "" if cell.value is None else shade(cell.value)
+    return words(cell.text, style=style)
 
 
 def _shader(numbers: Sequence[float]) -> Callable[[float], str]:

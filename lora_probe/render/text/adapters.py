@@ -16,8 +16,9 @@ from lora_probe.names import Key, name_modules, path_of
 from lora_probe.recording import REPLICA_LOADS
 from lora_probe.render.cells import SHOWN, words
 from lora_probe.render.results import Recording
-from lora_probe.render.tables import grid
+from lora_probe.render.tables import Grid
 from lora_probe.render.text.ledger import ledger_text
+from lora_probe.render.towers import Cell
 from lora_probe.rules.diagnostics import of_requests
 
 CONTRIBUTION = "contribution ‖s·x·A·B‖ / ‖base output‖"
@@ -117,28 +118,27 @@ def _contributions(
     entry: LoadEntry, measured: Totals | None, rows: str, *before: RenderableType
 ) -> Iterator[RenderableType]:
     """The table of one load, and the modules that are judged and have no rows: experts."""
-    if cells := _cells(entry, measured):
+    if cells := contributions(entry, measured):
         yield from before
-        yield grid(f"{CONTRIBUTION}, over {rows}", cells)
+        yield Grid(f"{CONTRIBUTION}, over {rows}", cells)
     without = [row.key for row in entry.ledger.rows if row.fate == "took effect" and row.key not in cells]
     if without and measured is not None:
         names = name_modules(map(path_of, without), entry.ledger.names)
         yield words(f"without contributions in the trace: {names}", style="dim")
 
 
-def _cells(entry: LoadEntry, measured: Totals | None) -> dict[Key, tuple[float | None, str]]:
+def contributions(entry: LoadEntry, measured: Totals | None) -> dict[Key, Cell]:
     """The contributions of one load by module. Its own fate decides what a cell states."""
     if measured is None or entry.number not in measured.contributions:
         return {}
     fates = {row.key: row.fate for row in entry.ledger.rows}
-    cells: dict[Key, tuple[float | None, str]] = {
-        key: (None, fate) for key, fate in fates.items() if fate in ("lost", "wrong")
-    }
+    cells = {key: Cell(fate, bad=True) for key, fate in fates.items() if fate in ("lost", "wrong")}
     for contribution in own_contributions(entry.ledger, measured.contributions[entry.number]):
         fate, strength = fates[contribution.key], contribution.strength
         if contribution.rows and fate != "lost":
             mark = " wrong" if fate == "wrong" else ""
-            cells[contribution.key] = strength, ("-" if strength is None else f"{strength:.3g}") + mark
+            text = ("-" if strength is None else f"{strength:.3g}") + mark
+            cells[contribution.key] = Cell(text, strength, strength is None or bool(mark))
     return cells
 
 

@@ -21,8 +21,18 @@ from lora_probe.ledger import Ledger, headline
 from lora_probe.render.cells import SEVERITIES, SHOWN, assemble, one_line, words
 from lora_probe.render.places import relative
 from lora_probe.render.results import CheckResult, CheckRun, Paged
-from lora_probe.render.tables import Fitted, add_row, facts
+from lora_probe.render.tables import Facts, Fitted, add_row
 from lora_probe.render.text.ledger import alike, stations
+from lora_probe.render.verdicts import (
+    counts,
+    ignored,
+    name_of,
+    of_report,
+    of_reports,
+    plural,
+    state,
+    worst_first,
+)
 from lora_probe.rules import Diagnostic, all_rules
 from lora_probe.rules.codes import in_ranges
 
@@ -38,9 +48,9 @@ def _whole(result: CheckResult) -> RenderableType:
         return Group()
     if result.run.adapters <= 1:
         return Group(*result.pages)
-    details = _all_details(result) if result.run.verbose else ()
-    not_run = _not_run(_together(result.reports))
-    return Group(_rows(result), words(""), *details, *not_run, _summary(result.reports, len(result.not_judged)))
+    details = [*(_all_details(result) if result.run.verbose else ()), *_not_run(_together(result.reports))]
+    line = of_reports(result.reports, len(result.not_judged)).line
+    return Group(line, words(""), _rows(result), *([words(""), *details] if details else ()))
 
 
 CHECK = Paged(_page, _whole)
@@ -52,7 +62,7 @@ def _all_details(result: CheckResult) -> Iterable[RenderableType]:
     for report, page in zip(result.reports, result.pages, strict=True):
         if page is None:
             continue
-        name = _name(report)
+        name = name_of(report)
         earlier = first.setdefault(tuple((d.code, d.message) for d in report.diagnostics), name)
         if earlier != name:
             page = Group(words(name, style="bold"), words(f"  the same findings as in {earlier}"))
@@ -64,9 +74,9 @@ def full_report(report: Report) -> RenderableType:
     pairs = [("adapter", relative(report.adapter)), ("base model", report.model or "unknown")]
     if report.vllm and "vllm" not in report.not_served:
         pairs.append(("predicted for", f"vLLM {report.vllm}"))
-    parts: list[RenderableType] = [facts(*pairs)]
-    parts += [words(""), *_headlines(report), *_tables(report), *([words("")] if report.ledgers else [])]
-    return Group(*parts, *_findings(report), _verdict(report))
+    parts: list[RenderableType] = [of_report(report).line, *_headlines(report)]
+    parts += [*_tables(report), *([words("")] if report.ledgers else [])]
+    return Group(*parts, *_findings(report), Facts(*pairs))
 
 
 def _details(report: Report) -> RenderableType | None:
@@ -74,7 +84,7 @@ def _details(report: Report) -> RenderableType | None:
     if not report.diagnostics:
         return None
     return Group(
-        words(_name(report), style="bold"), *_headlines(report, "  "), *_diagnostics(report.diagnostics, hints=False)
+        words(name_of(report), style="bold"), *_headlines(report, "  "), *_diagnostics(report.diagnostics, hints=False)
     )
 
 
@@ -85,10 +95,10 @@ def _rows(result: CheckResult) -> RenderableType:
     rows += [("unread", one_line(relative(lost.path)), "", "see the error below") for lost in result.not_judged]
     styles = {"ok": "bold green", "unknown": "bold yellow", "unread": "bold red"} | SEVERITIES
     lines: list[RenderableType] = []
-    for verdict, adapter, counts, cause in rows:
+    for verdict, adapter, findings, cause in rows:
         first = assemble((f"{verdict}  ", styles[verdict]), adapter)
         first.no_wrap, first.overflow = True, "ignore"
-        lines += [first, *([Padding(words(f"{counts}  {cause}".strip()), (0, 0, 0, 2))] if cause else [])]
+        lines += [first, *([Padding(words(f"{findings}  {cause}".strip()), (0, 0, 0, 2))] if cause else [])]
     table = Fitted("verdict", "adapter", "findings", "first cause", narrow=Group(*lines))
     for verdict, *cells in rows:
         add_row(table, words(verdict, styles[verdict]), *cells)
@@ -97,27 +107,13 @@ def _rows(result: CheckResult) -> RenderableType:
 
 
 def _row(report: Report) -> tuple[str, str, str, str]:
-    first = next(iter(_worst_first(report.diagnostics)), None)
-    state = _state(report)
+    first = next(iter(worst_first(report.diagnostics)), None)
+    verdict = state(report)
     causes = [f"{first.code} {first.name}"] if first is not None else []
-    if state == "unknown":
+    if verdict == "unknown":
         causes += dict.fromkeys(skipped.why for skipped in report.not_run if skipped.codes)
-    counts = f"{_counts(report.diagnostics)}{_ignored(report.ignored)}".strip()
-    return state, _name(report), counts, "; ".join(causes)
-
-
-def _summary(reports: Sequence[Report], lost: int) -> RenderableType:
-    """All adapters in one line, each counted once."""
-    states = Counter(map(_state, reports))
-    texts = {"ok": "without findings", "unknown": "not fully judged", "info": "with infos", "warning": "with warnings"}
-    texts |= {"error": "with errors"}
-    parts = [f"{states[state]} {text}" for state, text in texts.items() if states[state]]
-    parts += [f"{lost} not judged"] if lost else []
-    counts = _counts([diagnostic for report in reports for diagnostic in report.diagnostics])
-    ignored = sum(report.ignored for report in reports)
-    style = "bold red" if states["error"] or lost else "bold green" if states["ok"] == len(reports) else "bold yellow"
-    every = _plural(len(reports) + lost, "adapter")
-    return words(f"{every}: {', '.join(parts)}{counts and '; '}{counts}{_ignored(ignored)}", style)
+    findings = f"{counts(report.diagnostics)}{ignored(report.ignored)}".strip()
+    return verdict, name_of(report), findings, "; ".join(causes)
 
 
 def next_command(result: CheckResult, model: str | None) -> str:
@@ -136,24 +132,6 @@ def next_command(result: CheckResult, model: str | None) -> str:
                 return shlex.join(["lora-probe", "check", relative(report.adapter), *base])
             return f"lora-probe rule {next(d.code for d in report.diagnostics if d.severity == 'error')}"
     return ""
-
-
-def _state(report: Report) -> str:
-    """The adapter in one word: its worst diagnostic, or `unknown` if that is no error and rules were not run."""
-    first = next(iter(_worst_first(report.diagnostics)), None)
-    if first is not None and first.severity == "error":
-        return "error"
-    if _rules_not_run(report):
-        return "unknown"
-    return "ok" if first is None else first.severity
-
-
-def _rules_not_run(report: Report) -> int:
-    return len({code for skipped in report.not_run for code in skipped.codes})
-
-
-def _name(report: Report) -> str:
-    return one_line(relative(report.adapter))
 
 
 def _headlines(report: Report, indent: str = "") -> Iterable[RenderableType]:
@@ -207,7 +185,7 @@ def _findings(report: Report) -> Iterable[RenderableType]:
 
 
 def _diagnostics(diagnostics: Sequence[Diagnostic], hints: bool = True) -> Iterable[RenderableType]:
-    for diagnostic in _worst_first(diagnostics):
+    for diagnostic in worst_first(diagnostics):
         code = f"{diagnostic.severity} {diagnostic.code} {diagnostic.name}: "
         yield assemble((code, SEVERITIES[diagnostic.severity]), diagnostic.message)
         if about := _about(diagnostic):
@@ -224,14 +202,10 @@ def _about(diagnostic: Diagnostic) -> str:
     return ", ".join(filter(None, [where, "/".join(diagnostic.engines), diagnostic.about]))
 
 
-def _worst_first(diagnostics: Sequence[Diagnostic]) -> list[Diagnostic]:
-    return sorted(diagnostics, key=lambda diagnostic: list(SEVERITIES).index(diagnostic.severity))
-
-
 def _not_run(every: Iterable[NotRun]) -> Iterable[RenderableType]:
     skipped = [reason for reason in every if reason.codes]
     for reason in skipped[:SHOWN]:
-        count = _plural(len(reason.codes), "rule")
+        count = plural(len(reason.codes), "rule")
         yield words(f"not run because {reason.why}: {count} ({in_ranges(reason.codes)})", "yellow")
     if len(skipped) > SHOWN:
         yield words(f"not run for {len(skipped) - SHOWN} more reasons: see --format json", style="yellow")
@@ -244,30 +218,3 @@ def _together(reports: Sequence[Report]) -> list[NotRun]:
         reason if count == len(reports) else NotRun(reason.codes, f"{reason.why} ({count} of {len(reports)} adapters)")
         for reason, count in adapters.items()
     ]
-
-
-def _verdict(report: Report) -> RenderableType:
-    where = f"in {_name(report).rstrip('/')}/{_ignored(report.ignored)}"
-    count = _rules_not_run(report)
-    if count:
-        where += f"; {_plural(count, 'rule')} {'was' if count == 1 else 'were'} not run"
-    if not report.diagnostics:
-        return words(f"no findings {where}", style="bold yellow" if count else "bold green")
-    worst = _worst_first(report.diagnostics)[0]
-    return words(f"{_counts(report.diagnostics)} {where}", style=SEVERITIES[worst.severity])
-
-
-def _ignored(count: int) -> str:
-    """The diagnostics of rules that were not selected."""
-    return f" ({count} ignored)" if count else ""
-
-
-def _counts(diagnostics: Iterable[Diagnostic]) -> str:
-    """`2 errors, 1 warning`."""
-    counts = Counter(diagnostic.severity for diagnostic in diagnostics)
-    texts = {kind: f"{counts[kind]} {kind}" if kind == "info" else _plural(counts[kind], kind) for kind in SEVERITIES}
-    return ", ".join(text for kind, text in texts.items() if counts[kind])
-
-
-def _plural(count: int, word: str) -> str:
-    return f"{count} {word}{'' if count == 1 else 's'}"

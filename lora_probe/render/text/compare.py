@@ -14,9 +14,11 @@ from rich.console import Group, RenderableType
 from lora_probe.comparison.compared import SIDES
 from lora_probe.comparison.modules import PARTS
 from lora_probe.ledger import Ledger, headline
-from lora_probe.names import in_words
+from lora_probe.names import Key
 from lora_probe.render.cells import assemble, paragraphs, words
-from lora_probe.render.tables import columns_of, grid
+from lora_probe.render.tables import Grid, columns_of
+from lora_probe.render.towers import Cell
+from lora_probe.render.verdicts import of_comparison, of_comparisons
 
 if TYPE_CHECKING:
     from lora_probe.comparison import Cause, Comparison, Comparisons
@@ -31,7 +33,7 @@ _PARTS = "where the difference comes from, relative to the reference's contribut
 
 def comparison(result: Comparison) -> RenderableType:
     """The verdict with its causes, then what proves it, then the tables."""
-    parts: list[RenderableType] = [_verdict(result)]
+    parts: list[RenderableType] = [of_comparison(result).line]
     for number, cause in enumerate(result.causes):
         parts += _cause(cause, number)
     if result.bisection is not None:
@@ -74,15 +76,7 @@ def comparisons(result: Comparisons) -> RenderableType:
     for name, of_adapter in result.by_adapter.items():
         parts += [assemble(("adapter ", "bold"), name), comparison(of_adapter), words("")]
     parts += [words(f"note: {note}", style="bold yellow") for note in result.notes]
-    names: dict[str, list[str]] = {}
-    for name, of_adapter in result.by_adapter.items():
-        names.setdefault(of_adapter.verdict, []).append(name)
-    clauses = {"agree": "agree on", "differ": "differ in", "undecided": "are undecided on"}
-    text = ", ".join(f"{clause} {in_words(names[verdict])}" for verdict, clause in clauses.items() if verdict in names)
-    verdict = f"the traces {text}"
-    if result.notes and result.verdict == "undecided":
-        verdict = f"undecided: not every adapter has a counterpart; {verdict}"
-    return Group(*parts, words(verdict, style="bold green" if result.verdict == "agree" else "bold red"))
+    return Group(of_comparisons(result).line, words(""), *parts)
 
 
 def run_in(trace: Trace) -> str:
@@ -103,13 +97,17 @@ def _errors(result: Comparison) -> RenderableType:
         f"relative error of s·x·A·B, {result.candidate.engine} against {result.reference.engine}, "
         f"{result.rows} rows; tolerance {result.tolerance:.1e} ({result.dtype or 'no dtype recorded'}{coarser})"
     )
-    cells = {
-        diff.key: (diff.error, f"{'' if diff.exact else '~'}{diff.error:.1e}{'' if diff.status == 'ok' else '!'}")
-        if diff.error is not None
-        else (None, diff.status)
-        for diff in result.modules
-    }
-    return grid(title, cells)
+    return Grid(title, errors(result))
+
+
+def errors(result: Comparison) -> dict[Key, Cell]:
+    """The relative error of each module, with `~` if it is an estimate and `!` if it exceeds the tolerance."""
+    cells = {}
+    for diff in result.modules:
+        bad = diff.status != "ok"
+        text = diff.status if diff.error is None else f"{'' if diff.exact else '~'}{diff.error:.1e}{'!' if bad else ''}"
+        cells[diff.key] = Cell(text, diff.error, bad)
+    return cells
 
 
 def _estimates(result: Comparison) -> Iterable[RenderableType]:
@@ -197,33 +195,3 @@ def first_divergence(result: Comparison) -> str:
     all_rows = "" if whole is None else f", {whole:.1e} over all rows"
     where = f"{result.name(first.key)}, prompt {first.prompt + 1}, {token}"
     return f"{where}: {first.error:.1e} of the module's usual contribution{all_rows}"
-
-
-def _verdict(result: Comparison) -> RenderableType:
-    return words(verdict_text(result), style="bold green" if result.verdict == "agree" else "bold red")
-
-
-def _exceeding(different: int, total: int) -> str:
-    return f"{different} of {total} modules exceed" if different else "no module exceeds"
-
-
-def verdict_text(result: Comparison) -> str:
-    """One line: whether the traces agree, and the worst module."""
-    worst = result.worst
-    about = f"; worst module {result.name(worst.key)}: {worst.error:.1e}" if worst and worst.error is not None else ""
-    allowed = "that rounding may cause" if result.measured else "allowed"
-    rounding = f", of {result.tolerance:.1e} {allowed}" if about else ""
-    different = sum(diff.status != "ok" for diff in result.modules)
-    if not result.modules:
-        answers = result.outputs.adapter
-        about = f"; {answers.same} of {answers.tokens} answer tokens are the same" if answers.tokens else ""
-        return {
-            "agree": f"the traces agree in their answers{about}",
-            "differ": f"the traces differ{about}",
-            "undecided": f"undecided: not everything could be compared{about}",
-        }[result.verdict]
-    return {
-        "agree": f"the traces agree on {len(result.modules)} modules{about}{rounding}",
-        "differ": f"the traces differ: {_exceeding(different, len(result.modules))} the tolerance{about}",
-        "undecided": f"undecided: not everything could be compared{about}",
-    }[result.verdict]

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from rich.console import Group, RenderableType
+from rich.text import Text as RichText
 
 from lora_probe.adapter import Adapter
 from lora_probe.adapter.spectrum import Spectrum
@@ -15,33 +16,40 @@ from lora_probe.adapter.variants import EXTRAS
 from lora_probe.names import Key, ShortName, in_layer, in_text, natural, one_or_more, path_of, ranges, short_names
 from lora_probe.render.cells import size, words
 from lora_probe.render.results import Inspection
-from lora_probe.render.tables import add_row, columns_of, facts, grid
+from lora_probe.render.tables import Facts, Fitted, Grid, add_row, columns_of
+from lora_probe.render.towers import Cell
+from lora_probe.render.verdicts import of_inspection
+
+NORMS = "‖ΔW‖ = ‖s·B·A‖, and its effective rank r"
 
 
 def inspection(result: Inspection) -> RenderableType:
     """The checkpoint, and the norms if they were read."""
-    if result.spectra is None:
-        return _checkpoint(result.adapter)
-    return Group(_checkpoint(result.adapter), words(""), _norms(result.adapter, result.spectra))
+    parts: list[RenderableType] = [of_inspection(result).line, words("")]
+    if result.spectra is not None:
+        parts += [Grid(NORMS, norms(result.adapter, result.spectra)), words("")]
+    return Group(
+        *parts,
+        by_projection(result.adapter),
+        *other_tensors(result.adapter),
+        words(""),
+        Facts(*facts_of(result.adapter)),
+    )
 
 
-def _checkpoint(adapter: Adapter) -> RenderableType:
+def facts_of(adapter: Adapter) -> tuple[tuple[str, str], ...]:
+    """The folder and what its config states."""
     config = adapter.config
     kind = "LoRA" + "".join(f" + {variant}" for variant in config.variants)
     dtypes = ", ".join(adapter.dtypes) or "empty"
-    return Group(
-        facts(
-            ("adapter", str(adapter.path)),
-            ("kind", f"{kind}, rank {config.rank}, alpha {config.alpha:g}, scaling {config.scaling:g}"),
-            ("base model", config.base_model or "not set in the config"),
-            ("PEFT", config.peft_version or "version not in the config (older than 0.18)"),
-            ("targets", _targets(adapter)),
-            ("size", f"{size(adapter.weights.size)}, {adapter.parameters:,} parameters, {dtypes}"),
-            ("modules", f"{len(adapter.modules)} in {len(adapter.weights.tensors)} tensors"),
-        ),
-        words(""),
-        _by_projection(adapter),
-        *_other_tensors(adapter),
+    return (
+        ("adapter", str(adapter.path)),
+        ("kind", f"{kind}, rank {config.rank}, alpha {config.alpha:g}, scaling {config.scaling:g}"),
+        ("base model", config.base_model or "not set in the config"),
+        ("PEFT", config.peft_version or "version not in the config (older than 0.18)"),
+        ("targets", _targets(adapter)),
+        ("size", f"{size(adapter.weights.size)}, {adapter.parameters:,} parameters, {dtypes}"),
+        ("modules", f"{len(adapter.modules)} in {len(adapter.weights.tensors)} tensors"),
     )
 
 
@@ -52,7 +60,7 @@ def _targets(adapter: Adapter) -> str:
     return f"regular expression {targets}" if isinstance(targets, str) else ", ".join(sorted(targets, key=natural))
 
 
-def _by_projection(adapter: Adapter) -> RenderableType:
+def by_projection(adapter: Adapter) -> Fitted:
     table = columns_of("projection", "modules", "layers", "A", "B", "rank", "scaling", "dtype")
     names = short_names(path_of(module.key) for module in adapter.modules)
     groups: dict[tuple[tuple[str, ...], str, tuple[str, ...]], list[ShortName]] = {}
@@ -80,7 +88,7 @@ def _layers(names: Sequence[ShortName]) -> str:
     return ranges(numbers) if word in ("layer", "layers") else f"{word} {ranges(numbers)}"
 
 
-def _other_tensors(adapter: Adapter) -> Iterable[RenderableType]:
+def other_tensors(adapter: Adapter) -> Iterable[RichText]:
     """Everything in the folder that is not lora_A or lora_B."""
     kinds: dict[tuple[str, bool], list[str]] = {}
     for other in adapter.others:
@@ -97,15 +105,15 @@ def _other_tensors(adapter: Adapter) -> Iterable[RenderableType]:
         yield words(f"also in the folder: {', '.join(adapter.files)}", style="dim")
 
 
-def _norms(adapter: Adapter, spectra: Mapping[str, Spectrum | None]) -> RenderableType:
-    """‖ΔW‖ and the effective rank, as a table of layers by projections."""
-    cells: dict[Key, tuple[float | None, str]] = {}
+def norms(adapter: Adapter, spectra: Mapping[str, Spectrum | None]) -> dict[Key, Cell]:
+    """‖ΔW‖ and the effective rank of each module."""
+    cells = {}
     for module in adapter.modules:
         spectrum = spectra[module.stored_as]
         if spectrum is None:
-            cells[module.key] = None, "not a pair"
+            cells[module.key] = Cell("not a pair", bad=True)
         elif not spectrum.finite:
-            cells[module.key] = None, "not finite"
+            cells[module.key] = Cell("not finite", bad=True)
         else:
-            cells[module.key] = spectrum.norm, f"{spectrum.norm:.3g} r {spectrum.effective_rank:.1f}"
-    return grid("‖ΔW‖ = ‖s·B·A‖, and its effective rank r", cells)
+            cells[module.key] = Cell(f"{spectrum.norm:.3g} r {spectrum.effective_rank:.1f}", spectrum.norm)
+    return cells

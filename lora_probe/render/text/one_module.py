@@ -12,7 +12,7 @@ from rich.console import Group, RenderableType
 from lora_probe.adapter.one_module import OneModule, TensorValues, label
 from lora_probe.files.weights import TensorHeader
 from lora_probe.render.cells import words
-from lora_probe.render.tables import add_row, columns_of, facts
+from lora_probe.render.tables import Facts, add_row, columns_of
 
 _PER_LINE = 8
 """Singular values in a line."""
@@ -29,7 +29,7 @@ def module(selected: OneModule) -> RenderableType:
     for values in selected.tensors:
         add_row(table, values.tensor.name, _shape(values.tensor), values.tensor.dtype, _norm(values))
     return Group(
-        facts(
+        Facts(
             ("adapter", str(selected.adapter.path)),
             ("module", label(pair)),
             ("rank", rank),

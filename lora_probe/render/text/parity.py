@@ -1,6 +1,6 @@
 """`parity` as text: a merge in the weights and in the outputs.
 
-In: a `Parity`. Out: rich renderables: the table of modules, the outputs, the diagnostics, the verdict.
+In: a `Parity`. Out: rich renderables: the verdict, the diagnostics, the table of modules, the outputs.
 """
 
 from __future__ import annotations
@@ -8,13 +8,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from rich.console import Group, RenderableType
+from rich.text import Text as RichText
 
 from lora_probe.comparison.effect import Effect, Measures
 from lora_probe.merging.parity import Parity, later_in_outputs
 from lora_probe.merging.report import MergeReport, ModuleMerge
 from lora_probe.names import Key
 from lora_probe.render.cells import SEVERITIES, words
-from lora_probe.render.tables import add_row, columns_of, facts, grid
+from lora_probe.render.tables import Facts, Grid, add_row, columns_of
+from lora_probe.render.towers import Cell
+from lora_probe.render.verdicts import of_parity
 from lora_probe.rules import Diagnostic, all_rules
 
 THIN = 16
@@ -22,61 +25,59 @@ THIN = 16
 
 
 def parity(result: Parity) -> RenderableType:
-    """The weights, the outputs, the verdict."""
+    """The verdict and its diagnostics, then the weights and the outputs."""
     weights = result.weights
-    made = f"made by PEFT in {result.made}" if result.made else f"{weights.merged}, {weights.merged_dtype}"
-    parts = [
-        facts(
-            ("adapter", str(weights.adapter)),
-            ("base model", f"{weights.base}, {weights.base_dtype}"),
-            ("merged", made),
-        ),
-        words(""),
-        _modules(weights),
-        *_counts(weights),
-    ]
+    parts: list[RenderableType] = [of_parity(result).line]
+    parts += [line for diagnostic in result.diagnostics for line in _diagnostic(diagnostic)]
+    parts += [words(""), *counts(weights), words(""), Grid(SHARES, shares(weights))]
     parts += [words(f"PEFT warned: {line}") for line in result.warnings]
     if result.outputs is not None:
         parts += [words(""), *_outputs(result.outputs, weights)]
-    if result.diagnostics:
-        parts.append(words(""))
-        parts += [line for diagnostic in result.diagnostics for line in _diagnostic(diagnostic)]
-    return Group(*parts, words(""), _verdict(result))
+    return Group(*parts, words(""), Facts(*facts_of(result)))
 
 
-def _modules(report: MergeReport) -> RenderableType:
+def facts_of(result: Parity) -> tuple[tuple[str, str], ...]:
+    """What was compared."""
+    weights = result.weights
+    made = f"made by PEFT in {result.made}" if result.made else f"{weights.merged}, {weights.merged_dtype}"
+    base = f"{weights.base}, {weights.base_dtype}"
+    return ("adapter", str(weights.adapter)), ("base model", base), ("merged", made)
+
+
+SHARES = "share of ΔW = s·B·A in the merged weights (1: all of it)"
+
+
+def shares(report: MergeReport) -> dict[Key, Cell]:
+    """The share of each module. The experts of a layer share a cell, which is that of the worst."""
     groups: dict[Key, list[ModuleMerge]] = {}
     for module in report.modules:
-        # The experts of a layer share a cell.
         groups.setdefault((module.label.partition("[")[0], "weight", None), []).append(module)
-    cells = {key: _cells(modules) for key, modules in groups.items()}
-    return grid("share of ΔW = s·B·A in the merged weights (1: all of it)", cells)
+    return {key: _worst([_cell(module) for module in modules]) for key, modules in groups.items()}
 
 
-def _cells(modules: Sequence[ModuleMerge]) -> tuple[float | None, str]:
-    """The cell of a module, or of the worst of several."""
-    cells = [_cell(module) for module in modules]
-    wrong = [text for (_, text), module in zip(cells, modules, strict=True) if module.status != "verified"]
+def _worst(cells: Sequence[Cell]) -> Cell:
+    wrong = [cell for cell in cells if cell.bad]
     if not wrong:
-        return min(cells, key=lambda cell: 1.0 if cell[0] is None else cell[0])
-    return None, wrong[0] if len(cells) == 1 else f"{len(wrong)} of {len(cells)} {wrong[0]}"
+        return min(cells, key=lambda cell: 1.0 if cell.value is None else cell.value)
+    return wrong[0] if len(cells) == 1 else Cell(f"{len(wrong)} of {len(cells)} {wrong[0].text}", bad=True)
 
 
-def _cell(module: ModuleMerge) -> tuple[float | None, str]:
+def _cell(module: ModuleMerge) -> Cell:
     wrong = [finding for finding in module.findings if finding.value in ("wrong", "absent")]
     if module.status == "verified":
         share = module.share
-        return (share, "ΔW is 0") if share is None else (share, f"{share:.3f}")
+        return Cell("ΔW is 0" if share is None else f"{share:.3f}", share)
     if wrong and wrong[0].code == "LP703" and module.scaling and module.implied_scaling is not None:
-        return None, f"× {module.implied_scaling / module.scaling:.4g}"
+        return Cell(f"× {module.implied_scaling / module.scaling:.4g}", bad=True)
     if module.status == "undecided":
-        return None, "not judged"
+        return Cell("not judged", bad=True)
     if not wrong:
-        return None, "missing" if module.share is None else "another base"
-    return None, all_rules()[wrong[0].code].short or wrong[0].code
+        return Cell("missing" if module.share is None else "another base", bad=True)
+    return Cell(all_rules()[wrong[0].code].short or wrong[0].code, bad=True)
 
 
-def _counts(report: MergeReport) -> Iterable[RenderableType]:
+def counts(report: MergeReport) -> Iterable[RichText]:
+    """How many modules are merged in which way, and what else is in the files."""
     by_arithmetic: dict[str, int] = {}
     for module in report.modules:
         if module.status == "verified":
@@ -157,17 +158,3 @@ def _small(value: float | None) -> str:
 def _diagnostic(diagnostic: Diagnostic) -> Iterable[RenderableType]:
     yield words(f"{diagnostic.code} {diagnostic.name}: {diagnostic.message}", style=SEVERITIES[diagnostic.severity])
     yield words(f"  {diagnostic.hint}", style="cyan")
-
-
-def _verdict(result: Parity) -> RenderableType:
-    weights, outputs = result.weights, result.outputs
-    if result.verdict != "verified":
-        worst = sorted(result.diagnostics, key=lambda diagnostic: diagnostic.severity != "error")
-        about = worst[0].message if worst else "the adapter has no module that could be compared"
-        return words(f"{result.verdict}: {about}", style="bold red")
-    text = f"verified: {len(weights.modules)} of {len(weights.modules)} modules merged correctly"
-    if weights.effect_kept is not None:
-        text += f", {100 * weights.effect_kept:.1f} % of the change kept"
-    if outputs is not None and outputs.survives is not None:
-        text += f", {100 * outputs.survives:.2f} % of the effect survives"
-    return words(text, style="bold green")

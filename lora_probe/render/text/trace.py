@@ -1,6 +1,7 @@
 """`trace` and `show` as text: a recorded run.
 
-In: a `Recording`. Out: rich renderables: the heading, a section for each adapter, requests, load timeline, answers.
+In: a `Recording`. Out: rich renderables: what became of each adapter, its contributions, the answers, the load
+timeline.
 """
 
 from __future__ import annotations
@@ -14,13 +15,15 @@ from lora_probe.comparison.recorded import GRAPHS, recorded_rows, unfinished
 from lora_probe.comparison.totals import Totals, totals
 from lora_probe.names import in_words
 from lora_probe.recording import StationRecord
-from lora_probe.render.cells import SHOWN, assemble, words
+from lora_probe.render.cells import SHOWN, words
 from lora_probe.render.json.trace import NO_LOAD
 from lora_probe.render.results import Recording
+from lora_probe.render.tables import Facts
 from lora_probe.render.text.adapters import alone, section
 from lora_probe.render.text.answers import answers_table
 from lora_probe.render.text.requests import requests_table
 from lora_probe.render.text.timeline import timeline
+from lora_probe.render.verdicts import of_recording
 
 if TYPE_CHECKING:
     from lora_probe.comparison.recorded import AdapterLoads
@@ -31,26 +34,26 @@ def recording(result: Recording) -> RenderableType:
     """The whole run, or what the options select of it."""
     trace = result.trace
     entries = [entry for adapter in result.adapters for entry in adapter.loads]
-    # One adapter in a run of `trace`: the steps come first, in the order in which they happened.
     single = trace.run is not None and len(entries) < 2 and result.whole
-    steps = [words("loading", style="bold"), *timeline(_steps(result), result.events), words("")]
-    parts: list[RenderableType] = [_heading(trace), *(steps if single else ())]
     measured = _totals(result)
+    parts: list[RenderableType] = []
     if single and entries:
-        parts += [*alone(result, entries[0], measured), words("")]
+        first, *rest = alone(result, entries[0], measured)
+        parts += [first, *_state(trace), *rest, words("")]
     else:
+        parts += [*([of_recording(result).line] if len(result.adapters) > 1 else ()), *_state(trace)]
         parts += _sections(result, measured, result.adapters)
     parts += _not_recorded(trace)
     if result.requests and measured is not None:
         parts += [*requests_table(result, measured), words("")]
-    if not single and (result.whole or result.events):
-        parts += steps
     if trace.requests and result.whole:
-        parts.append(answers_table(trace))
-    return Group(*parts)
+        parts += [answers_table(trace), words("")]
+    if result.whole or result.events:
+        parts += [words("loading", style="bold"), *timeline(steps(result), result.events), words("")]
+    return Group(*parts, Facts(*facts_of(trace)))
 
 
-def _steps(result: Recording) -> Sequence[LoadEvent]:
+def steps(result: Recording) -> Sequence[LoadEvent]:
     """The load timeline. The sections have the last counts of rows in captured graphs."""
     events = result.trace.events
     return events if result.events else [event for event in events if event.stage != GRAPHS]
@@ -60,11 +63,12 @@ def followed(result: Recording) -> RenderableType:
     """The same without what does not change, for a picture of a recording that runs. Its last line is erased when the
     command is interrupted."""
     measured = _totals(result)
-    parts: list[RenderableType] = [_heading(result.trace)]
+    parts: list[RenderableType] = [*_state(result.trace)]
     # A terminal shows the beginning of a long picture.
     parts += _sections(result, measured, sorted(result.adapters, key=lambda adapter: adapter.newest.sound))
     if result.requests and measured is not None:
         parts += [*requests_table(result, measured), words("")]
+    parts.append(Facts(*facts_of(result.trace)))
     return Group(*parts, words("drawn again when the recording changes; Ctrl-C ends this", style="dim"))
 
 
@@ -94,42 +98,39 @@ def _totals(result: Recording) -> Totals | None:
     return totals(result.trace, loads) if loads and not many else None
 
 
-def _heading(trace: Trace) -> RenderableType:
+def facts_of(trace: Trace) -> Iterator[tuple[str, str]]:
+    """What was recorded, with which versions, and what the recording changed."""
     process = next((worker.process for worker in trace.workers), None)
     versions = (process.versions if process else {}) | (trace.run.versions if trace.run else {})
-    numbers = ", ".join(
-        f"{name} {versions[name]}" for name in ("vllm", "peft", "torch", "transformers") if name in versions
-    )
-    lines = [
-        assemble(("trace ", "bold"), f"{trace.path}   engine {trace.engine}   {numbers}"),
-        *([assemble(*_adapters(trace))] if trace.run is not None or trace.loads else []),
-    ]
+    known = (name for name in ("vllm", "peft", "torch", "transformers") if name in versions)
+    yield "trace", str(trace.path)
+    yield "engine", ", ".join([trace.engine, *(f"{name} {versions[name]}" for name in known)])
+    if trace.run is not None or trace.loads:
+        yield _adapters(trace)
     if process is not None:
         if model := _model(process.settings):
-            lines.append(assemble(("model ", "bold"), model))
+            yield "model", model
         if process.dtype:
-            lines.append(assemble(("run in ", "bold"), f"{process.dtype} on {process.device}, kept: {process.keep}"))
-    changed = [change for p in trace.processes for change in p.process.changed]
-    if changed:
-        lines.append(words(f"changed for the recording: {', '.join(changed)}", style="dim"))
-    return Group(*lines, *_state(trace), words(""))
+            yield "run in", f"{process.dtype} on {process.device}, kept: {process.keep}"
+    if changed := [change for p in trace.processes for change in p.process.changed]:
+        yield "changed", f"for the recording: {', '.join(changed)}"
 
 
-def _adapters(trace: Trace) -> tuple[tuple[str, str], str]:
+def _adapters(trace: Trace) -> tuple[str, str]:
     """What was recorded: the adapter of a run by its folder, those of a server by their names."""
     names = list(dict.fromkeys(load.name for load, _ in trace.loads))
     if trace.run is not None and "url" in trace.run.spec.options:
         spec = trace.run.spec
         compared = f", compared with {spec.adapter}" if spec.adapter is not None else ""
-        return ("adapter ", "bold"), f"{spec.name} at {spec.options['url']}{compared}"
+        return "adapter", f"{spec.name} at {spec.options['url']}{compared}"
     if trace.run is not None:
         paths = [trace.run.spec.adapter or "none: the model by itself", *(one.path for one in trace.run.spec.beside)]
         how = " together" if trace.run.spec.together else ""
-        return (f"adapter{'s' if len(paths) > 1 else ''}{how} ", "bold"), in_words(paths)
+        return f"adapter{'s' if len(paths) > 1 else ''}{how}", in_words(paths)
     if len(names) == 1:
-        return ("adapter ", "bold"), names[0]
+        return "adapter", names[0]
     more = [f"{len(names) - SHOWN} more"] if len(names) > SHOWN else []
-    return ("adapters ", "bold"), in_words([*names[:SHOWN], *more])
+    return "adapters", in_words([*names[:SHOWN], *more])
 
 
 def _model(settings: dict[str, object]) -> str:

@@ -1,0 +1,86 @@
+"""Layers in a few lines: a strip of cells for each projection, and the layers that matter.
+
+In: the towers of `towers.py` with the values of their modules. Out: rich renderables that fit the width. A value is a
+block between the lowest and the highest, also without colours; where something is wrong, the cell is `!`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.text import Text as RichText
+
+from lora_probe.names import Key, one_or_more, ranges
+from lora_probe.render.cells import words
+from lora_probe.render.towers import Tower
+
+BLOCKS, DIGITS = "▁▂▃▄▅▆▇█", "01234567"
+"""From low to high; digits where the output cannot show blocks."""
+MANY = 12
+"""Up to this many layers a table is as short as strips with the layers that matter."""
+LISTED = 6
+"""Layers that are listed because something is wrong in them."""
+LEAST = 8
+"""The least cells of a line."""
+
+Numbers = Mapping[Key, float | None]
+
+
+def extent(values: Sequence[float | None]) -> tuple[float, float]:
+    """The smallest and the largest value, 0 if there is none."""
+    finite = [value for value in values if value is not None and math.isfinite(value)]
+    return (min(finite), max(finite)) if finite else (0.0, 0.0)
+
+
+def notable(tower: Tower, numbers: Numbers, wrong: frozenset[Key]) -> list[int]:
+    """The layers with something wrong, up to `LISTED` of them, and those with the smallest and the largest value."""
+    chosen = [layer for layer in tower.numbers if any(tower.keys.get((layer, c)) in wrong for c in tower.columns)]
+    chosen = chosen[:LISTED]
+    values = {(value, place) for place, key in tower.keys.items() if (value := numbers.get(key)) is not None}
+    for end in (min, max) if values else ():
+        chosen.append(end(values)[1][0])
+    return sorted(set(chosen))
+
+
+@dataclass(frozen=True)
+class Strips:
+    """A line of cells for each column of a tower, broken where the width ends. `shade` is the style of a value."""
+
+    tower: Tower
+    numbers: Numbers
+    wrong: frozenset[Key]
+    shade: Callable[[float], str]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        blocks = BLOCKS if options.encoding.lower().startswith("utf") else DIGITS
+        low, high = extent(list(self.numbers.values()))
+        yield words(f"{blocks[0]} {low:.3g}  {blocks[-1]} {high:.3g}", style="dim")
+        label = max(map(cell_len, self.tower.columns))
+        room = max(LEAST, options.max_width - label - 2)
+        for begin in range(0, len(self.tower.numbers), room):
+            layers = self.tower.numbers[begin : begin + room]
+            yield words(f"{'':{label}}  {self.tower.word} {ranges(list(layers))}", style="dim")
+            for column in self.tower.columns:
+                line = words(f"{column}{' ' * (label - cell_len(column))}  ")
+                for layer in layers:
+                    line.append_text(self._cell(self.tower.keys.get((layer, column)), blocks, low, high))
+                line.no_wrap, line.overflow = True, "crop"
+                yield line
+
+    def _cell(self, key: Key | None, blocks: str, low: float, high: float) -> RichText:
+        value = None if key is None else self.numbers.get(key)
+        if key in self.wrong:
+            return RichText("!", style="bold red")
+        if value is None or not math.isfinite(value):
+            return RichText("·" if blocks == BLOCKS else ".", style="dim")
+        at = 0 if high <= low else min(len(blocks) - 1, int(len(blocks) * (value - low) / (high - low)))
+        return RichText(blocks[at], style=self.shade(value))
+
+
+def more(count: int, word: str) -> str:
+    """How many layers are not listed: `27 more layers: -v`."""
+    return f"{count} more {one_or_more(word, count)}: -v"
