@@ -1,6 +1,7 @@
 # make demo    set up, train a small adapter, trace it in PEFT and vLLM, check its merge
 # make test    set up, run the tests
 # make test-wide  the same faults and layers with more runners, workers and models
+# make test-browser  the pages in Chromium, which has to be installed
 # make test-fast  the tests without engines and training, in under a minute
 # make mutants    break each rule and each judgement on purpose: the fast tests must fail
 # make matrix     the plugin's engine tests with vLLM 0.30, 0.31 and 0.32, on both model runners
@@ -23,10 +24,10 @@ digest = $(shell cat $(1) | sha256sum | cut -c1-16)
 LOCKED := $(VENV)/.lock-$(call digest,requirements.lock)
 READY := $(VENV)/.ready-$(call digest,requirements.lock setup.cfg pyproject.toml plugins/vllm/setup.cfg plugins/vllm/pyproject.toml)
 
-.PHONY: help setup demo test test-wide test-fast mutants matrix check bench rules clean
+.PHONY: help setup demo test test-wide test-browser test-fast mutants matrix check bench rules clean
 
 help:
-	@sed -n '1,10s/^# //p' Makefile
+	@sed -n '1,11s/^# //p' Makefile
 
 setup: $(READY)
 
@@ -46,10 +47,13 @@ demo: $(READY)
 	@$(BIN)/python examples/identity/demo.py
 
 test: $(READY)
-	@$(BIN)/python -m pytest -m "not wide" $(PARALLEL)
+	@$(BIN)/python -m pytest -m "not wide and not browser" $(PARALLEL)
 
 test-wide: $(READY)
 	@$(BIN)/python -m pytest -m wide $(PARALLEL)
+
+test-browser: $(READY)
+	@$(BIN)/python -m pytest -m browser
 
 test-fast: $(READY)
 	@$(BIN)/python -m pytest -m "not slow" $(PARALLEL)

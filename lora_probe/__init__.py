@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lora_probe.adapter import open_adapter as inspect
+    from lora_probe.adapter.side_by_side import diff
     from lora_probe.checking.check import check
     from lora_probe.comparison import compare, compare_each
     from lora_probe.engines.asking import trace_server
@@ -28,6 +29,7 @@ __all__ = [
     "check",
     "compare",
     "compare_each",
+    "diff",
     "inspect",
     "open_trace",
     "parity",
@@ -38,6 +40,7 @@ __all__ = [
 _HOMES = {
     "inspect": ("lora_probe.adapter.checkpoint", "open_adapter"),
     "check": ("lora_probe.checking.check", "check"),
+    "diff": ("lora_probe.adapter.side_by_side", "diff"),
     "trace": ("lora_probe.engines.launch", "trace"),
     "trace_server": ("lora_probe.engines.asking", "trace_server"),
     "open_trace": ("lora_probe.recording.reader", "open_trace"),

@@ -68,7 +68,7 @@ class EngineStopped(EngineFailed):
 
 def command(name: str, path: Path, *options: str) -> str:
     """One of our commands for a hint, so that it can be copied. A path that begins with a dash is not an option."""
-    return shlex.join(["lora-probe", name, f"./{path}" if str(path).startswith("-") else str(path), *options])
+    return command_line(["lora-probe", name, f"./{path}" if str(path).startswith("-") else str(path), *options])
 
 
 def words_of(argument: str, value: object) -> list[str]:
@@ -94,3 +94,21 @@ def out_of_memory(what: str) -> TooLarge:
         f"{what} needs more memory than is available",
         "raise the limit with --max-memory if the machine has enough",
     )
+
+
+def command_line(words: Iterable[str]) -> str:
+    """Words as a command for bash or zsh, on one line: line breaks and other control characters are written as in
+    `$'...'`."""
+    return " ".join(map(_quoted, words))
+
+
+def _quoted(word: str) -> str:
+    if word.isprintable():
+        return shlex.quote(word)
+    inner = word.replace("\\", "\\\\").replace("'", "\\'")
+    return "$'" + "".join(part if part.isprintable() else _escaped(part) for part in inner) + "'"
+
+
+def _escaped(character: str) -> str:
+    known = {"\n": "\\n", "\t": "\\t", "\r": "\\r"}
+    return known.get(character) or "".join(f"\\x{byte:02x}" for byte in character.encode(errors="surrogateescape"))

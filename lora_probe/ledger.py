@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from lora_probe.names import Key, Universe, name_modules, path_of
+from lora_probe.presented import Presented
 
 Station = Literal["stored", "read", "placed", "applied", "agrees"]
 Value = Literal["ok", "wrong", "absent", "unknown"]
@@ -95,8 +96,8 @@ class Row:
         return None
 
 
-@dataclass(frozen=True)
-class Ledger:
+@dataclass(frozen=True, repr=False)
+class Ledger(Presented):
     """All modules of one load of an adapter in one engine, or the engine's refusal of the whole adapter (`message`, and
     the `code` of the rule for it). `universe` holds the modules of the base model as well, if they are known. `reloads`
     counts how often the engine read the unchanged adapter again, and `cut` the modules whose records are missing

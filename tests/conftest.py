@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from json_schemas import require_valid
 from speed import FAST, forbid_torch, is_slow, is_slow_file
 from written import edited as edited
 from written import keep_answers, write_adapter, write_base
@@ -69,7 +70,11 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if item.get_closest_marker("engine") or (isinstance(item, pytest.Function) and is_slow(item)):
+        if (
+            item.get_closest_marker("engine")
+            or item.get_closest_marker("browser")
+            or (isinstance(item, pytest.Function) and is_slow(item))
+        ):
             item.add_marker("slow")
     # Files with engines take longest, so they are begun first where several processes share the tests.
     first = {item.path for item in items if item.get_closest_marker("engine")}
@@ -136,11 +141,14 @@ def call(*arguments: object, capsys: pytest.CaptureFixture[str]) -> tuple[int, s
     """`lora-probe` in this process: status, standard output, standard error."""
     from lora_probe.cli.main import main
 
+    words = [str(argument) for argument in arguments]
     try:
-        status = main([str(argument) for argument in arguments])
+        status = main(words)
     except SystemExit as stop:
         status = int(stop.code or 0)
     captured = capsys.readouterr()
+    if ["--format", "json"] in [words[at : at + 2] for at in range(len(words))] and captured.out:
+        require_valid(words, captured.out)
     return status, captured.out, captured.err
 
 

@@ -25,7 +25,7 @@ from lora_probe.checking.folders import requested
 from lora_probe.cli.main import parser_of_all
 from lora_probe.errors import UnreadableFile
 from lora_probe.ledger import STATIONS, Finding, Ledger, Row
-from lora_probe.render.formats import FORMATS
+from lora_probe.render.formats import names_of
 from lora_probe.render.github import command
 from lora_probe.render.json.check import report_json
 from lora_probe.render.markdown import markdown, page
@@ -266,7 +266,7 @@ def test_commands_escape_as_the_toolkit_does() -> None:
     assert command("error", "a%\r\n::b", file="c:d,e%\n") == "::error file=c%3Ad%2Ce%25%0A::a%25%0D%0A::b"
 
 
-@pytest.mark.parametrize("form", [name for name, renderers in FORMATS.items() if "check" in renderers])
+@pytest.mark.parametrize("form", names_of("check"))
 def test_names_in_files_cannot_speak_for_us(form: str, runs: Path, capsys: Any, monkeypatch: Any) -> None:
     """Neither a terminal nor a workflow runner executes anything in a file's names."""
 

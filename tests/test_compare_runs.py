@@ -313,6 +313,6 @@ def test_what_is_in_the_json_and_in_the_markdown(tmp_path: Path, capsys: Any) ->
     assert data["outputs"]["adapter"]["same_tokens"] == 2
     _, out, _ = call("compare", one, two, "--format", "markdown", capsys=capsys)
     assert out.startswith("## the traces differ: 1 of 3 modules exceed the tolerance")
-    assert "**LP621 weights-at-another-scale**: s·B·A is 1.01 times that of the reference" in out
+    assert "**LP621 weights-at-another-scale** (error): s·B·A is 1.01 times that of the reference" in out
     assert "| layer 1 q\\_proj | 2.0e-02 | - | ? | - | 2.0e-02 |" in out
     assert "two_/[x]`" in out

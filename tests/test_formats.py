@@ -15,7 +15,6 @@ from conftest import call
 from reports import made_up
 
 from lora_probe.render import formats
-from lora_probe.render.formats import FORMATS
 from lora_probe.render.results import Paged
 from lora_probe.render.spool import Spool
 
@@ -25,7 +24,7 @@ def findings(result):
         for diagnostic in report.diagnostics:
             yield f"{report.adapter},{diagnostic.code},{len(diagnostic.modules)}"
 
-name, renderers = "csv", {"check": findings}
+name, renderers = "tsv", {"check": findings}
 """
 LEDGERS = """
 from lora_probe.render.results import Paged
@@ -45,7 +44,7 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return made_up(tmp_path, monkeypatch)
 
 
-def install(folder: Path, code: str, name: str = "my-formats", value: str = "csv = my_formats") -> None:
+def install(folder: Path, code: str, name: str = "my-formats", value: str = "tsv = my_formats") -> None:
     """A distribution with one module and one entry point, as an installer leaves it."""
     (folder / "my_formats.py").write_text(code)
     metadata = folder / f"{name.replace('-', '_')}-1.0.dist-info"
@@ -69,28 +68,30 @@ def installed(
 
 
 def test_every_format_of_this_package_has_its_renderers() -> None:
-    for name, renderers in formats.FORMATS.items():
+    named = [(command, name) for command in formats.COMMANDS for name in formats.names_of(command)]
+    assert len(named) > 40
+    for renderers in (*formats.FORMATS.values(), formats.DOCUMENTS):
         assert renderers.keys() <= formats.COMMANDS
-        for command in renderers:
-            function = formats.renderer(command, name)
-            assert callable(function) or isinstance(function, Paged)
+    for command, name in named:
+        function = formats.renderer(command, name)
+        assert callable(function) or isinstance(function, Paged)
 
 
 def test_another_distribution_adds_a_format(runs: Path, installed: Callable[..., None], capsys: Any) -> None:
     installed(CSV)
-    status, out, _ = call("check", "damaged", "healthy", "warned", "--format", "csv", capsys=capsys)
+    status, out, _ = call("check", "damaged", "healthy", "warned", "--format", "tsv", capsys=capsys)
     assert (status, out.splitlines()) == (1, ["damaged,LP204,3", "damaged,LP201,0", "warned,LP201,0"])
     status, out, _ = call("check", "--help", capsys=capsys)
     assert status == 0
-    ours = [name for name, renderers in FORMATS.items() if "check" in renderers]
-    assert f"output format: {', '.join([*ours, 'csv'])}" in " ".join(out.split())
+    ours = formats.names_of("check")
+    assert f"output format: {', '.join([*ours, 'tsv'])}" in " ".join(out.split())
     for arguments in (["inspect", "damaged"], ["rule"]):
-        status, out, err = call(*arguments, "--format", "csv", capsys=capsys)
+        status, out, err = call(*arguments, "--format", "tsv", capsys=capsys)
         assert (status, out) == (2, "")
-        assert "invalid choice: 'csv'" in err
-    status, out, err = call("check", "damaged", "--diff", "--format", "csv", capsys=capsys)
+        assert "invalid choice: 'tsv'" in err
+    status, out, err = call("check", "damaged", "--diff", "--format", "tsv", capsys=capsys)
     assert (status, out) == (2, "")
-    assert "`--format csv` is not available for `check --diff`" in err
+    assert "`--format tsv` is not available for `check --diff`" in err
 
 
 def test_a_format_sees_the_ledgers_adapter_by_adapter(runs: Path, installed: Callable[..., None], capsys: Any) -> None:
@@ -103,23 +104,23 @@ def test_a_format_sees_the_ledgers_adapter_by_adapter(runs: Path, installed: Cal
 @pytest.mark.parametrize(
     ("code", "value", "message"),
     [
-        ("", "csv = no_such_module", ": ModuleNotFoundError"),
-        ("1 / 0", "csv = my_formats", ": ZeroDivisionError"),
-        ("", "csv = my_formats:csv", ": AttributeError"),
-        ("name = 'csv'", "csv = my_formats", "a format needs a `name` and a mapping `renderers`"),
-        ("name, renderers = 'csv', {'chekc': print}", "csv = my_formats", "maps `chekc` to"),
-        ("name, renderers = 'csv', {'check': 3}", "csv = my_formats", "maps `check` to `3`"),
-        ("name, renderers = 'csv', {'check': lambda result: 1 / 0}", "csv = my_formats", ": ZeroDivisionError"),
-        (CSV.replace("diagnostic.code", "diagnostic.cod"), "csv = my_formats", ": AttributeError"),
-        (LEDGERS.replace('"ledgers"', '"csv"').replace("len(", "len(1 + "), "csv = my_formats:Ledgers", "TypeError"),
-        ("name, renderers = 'sarif', {'check': print}", "csv = my_formats", "`check` already has a format `sarif`"),
+        ("", "tsv = no_such_module", ": ModuleNotFoundError"),
+        ("1 / 0", "tsv = my_formats", ": ZeroDivisionError"),
+        ("", "tsv = my_formats:tsv", ": AttributeError"),
+        ("name = 'tsv'", "tsv = my_formats", "a format needs a `name` and a mapping `renderers`"),
+        ("name, renderers = 'tsv', {'chekc': print}", "tsv = my_formats", "maps `chekc` to"),
+        ("name, renderers = 'tsv', {'check': 3}", "tsv = my_formats", "maps `check` to `3`"),
+        ("name, renderers = 'tsv', {'check': lambda result: 1 / 0}", "tsv = my_formats", ": ZeroDivisionError"),
+        (CSV.replace("diagnostic.code", "diagnostic.cod"), "tsv = my_formats", ": AttributeError"),
+        (LEDGERS.replace('"ledgers"', '"tsv"').replace("len(", "len(1 + "), "tsv = my_formats:Ledgers", "TypeError"),
+        ("name, renderers = 'sarif', {'check': print}", "tsv = my_formats", "`check` already has a format `sarif`"),
     ],
 )
 def test_a_broken_format_is_one_error_that_names_its_distribution(
     code: str, value: str, message: str, runs: Path, installed: Callable[..., None], capsys: Any
 ) -> None:
     installed(code, value=value)
-    status, out, err = call("check", "damaged", "--format", "csv", capsys=capsys)
+    status, out, err = call("check", "damaged", "--format", "tsv", capsys=capsys)
     assert (status, out) == (2, "")
     assert err.count("error:") == 1
     assert f"the entry point `{value}` (lora_probe.formats) of the distribution `my-formats`" in err
@@ -131,7 +132,7 @@ def test_a_broken_format_is_one_error_that_names_its_distribution(
 def test_two_distributions_cannot_have_one_format(runs: Path, installed: Callable[..., None], capsys: Any) -> None:
     installed(CSV)
     installed(CSV, "other-formats")
-    status, _, err = call("check", "damaged", "--format", "csv", capsys=capsys)
+    status, _, err = call("check", "damaged", "--format", "tsv", capsys=capsys)
     assert status == 2
     assert err.count("error:") == 1
     assert "`my-formats`" in err
@@ -143,14 +144,14 @@ def test_no_format_is_loaded_from_the_current_folder(tmp_path: Path) -> None:
     install(tmp_path, f"open({str(tmp_path / 'MARK')!r}, 'w').close()\n{CSV}")
     command = [sys.executable, "-m", "lora_probe", "check", "--help"]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert "csv" not in run.stdout
+    assert "tsv" not in run.stdout
     assert not (tmp_path / "MARK").exists()
     (tmp_path / "elsewhere").mkdir()
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     run = subprocess.run(
         command, cwd=tmp_path / "elsewhere", env=environment, capture_output=True, text=True, check=True
     )
-    assert "csv" in run.stdout
+    assert "tsv" in run.stdout
 
 
 def test_pages_wait_on_disk() -> None:

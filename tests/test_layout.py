@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 PACKAGES = (ROOT / "lora_probe", ROOT / "plugins" / "vllm" / "lora_probe_vllm")
 FILES = [path for package in PACKAGES for path in package.rglob("*.py")]
-MOST_ENTRIES, MOST_LINES, MOST_OF_FUNCTION, MEDIAN = 17, 400, 60, 150
+MOST_ENTRIES, MOST_LINES, MOST_OF_FUNCTION, MEDIAN = 18, 400, 60, 150
 ASKED_FOR_BY_PYTHON = {"__main__.py", "py.typed", "__pycache__"}
 """Files that Python and type checkers look for under these names; nobody looks into them for anything else."""
 

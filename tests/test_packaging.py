@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent.parent
 CORE = (
     *("msgspec", "numpy", "regex", "rich", "rich-argparse", "safetensors", "markdown-it-py", "mdurl", "pygments"),
     *("httpx", "httpcore", "anyio", "certifi", "idna", "h11", "typing_extensions"),
+    *("jinja2", "markupsafe", "shtab"),
 )
 
 

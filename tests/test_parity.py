@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from conftest import LAYERS, TARGETS, save_tokenizer
+from json_schemas import require_valid
 from merges import damaged, merge_by_peft, save_adapter_of, save_model
 
 import lora_probe
@@ -26,6 +27,8 @@ def run(*arguments: object, status: int = 0) -> subprocess.CompletedProcess[str]
     done = subprocess.run([COMMAND, "parity", *map(str, arguments)], capture_output=True, text=True, check=False)
     assert done.returncode == status, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
+    if "json" in arguments:
+        require_valid(["parity"], done.stdout)
     return done
 
 

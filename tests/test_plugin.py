@@ -15,7 +15,7 @@ import pytest
 from conftest import record_peft, save_adapter
 
 from lora_probe import open_trace
-from lora_probe.render.formats import FORMATS
+from lora_probe.render.formats import names_of
 
 pytestmark = pytest.mark.slow
 
@@ -94,7 +94,7 @@ def test_rules_are_selected(options: list[str], codes: set[str], installed: Path
 
 
 def test_every_format_of_check_shows_its_findings(installed: Path, padded: Path, llama: Path) -> None:
-    for form in ("text", "sarif", "github", "csv"):
+    for form in ("text", "sarif", "github", "csv", "tsv"):
         shown = run(installed, "check", padded, "--model", llama, "--exit-zero", "--format", form, status=0)
         assert "EX101" in shown, form
         assert "`o_proj` is not adapted" in shown, form
@@ -107,13 +107,13 @@ def test_every_format_of_check_shows_its_findings(installed: Path, padded: Path,
 
 def test_its_format_is_listed_and_shows_traces(installed: Path, tmp_path: Path) -> None:
     assert re.search(
-        ", ".join([*(name for name, renderers in FORMATS.items() if "show" in renderers), "csv"]),
+        ", ".join([*names_of("show"), "tsv"]),
         " ".join(run(installed, "show", "--help", status=0).split()),
     )
     recorded = Path(__file__).parent / "data" / "schema-1.lptrace"
-    lines = run(installed, "show", recorded, "--format", "csv", status=0).splitlines()
-    assert lines[0] == "load,module,fate"
-    assert "0,model.layers.0.self_attn.k_proj,took effect" in lines
+    lines = run(installed, "show", recorded, "--format", "tsv", status=0).splitlines()
+    assert lines[0] == "load\tmodule\tfate"
+    assert "0\tmodel.layers.0.self_attn.k_proj\ttook effect" in lines
 
 
 def test_rule_explains_its_rules(installed: Path) -> None:

@@ -12,33 +12,23 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
-import shlex
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+from lora_probe.errors import command_line
+
 HERE = Path(__file__).parent
 QUESTIONS = ("Who are you?", "你是谁?", "What is the capital of France?")
 PROMPTS = tuple(f"Human: {question}\n\nAssistant: " for question in QUESTIONS)
 
 
-def shell(arguments: list[str]) -> str:
-    """The command as bash accepts it, with newlines written as \\n."""
-    words = [
-        "$'" + word.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n") + "'"
-        if "\n" in word
-        else shlex.quote(word)
-        for word in arguments
-    ]
-    return " ".join(words)
-
-
 def run(*arguments: str | Path) -> None:
     """Print a command, run it, and end the demo if it fails."""
     command = [str(argument) for argument in arguments]
-    print(f"\n$ {shell(command)}", flush=True)
+    print(f"\n$ {command_line(command)}", flush=True)
     started = time.perf_counter()
     status = subprocess.run(command, check=False).returncode
     print(f"({time.perf_counter() - started:.0f} s)", flush=True)

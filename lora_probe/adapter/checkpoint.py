@@ -26,6 +26,7 @@ from lora_probe.files.limits import step
 from lora_probe.files.pickled import open_pickle
 from lora_probe.files.weights import TensorHeader, WeightsFile, open_weights, read
 from lora_probe.names import PREFIX, Key, natural
+from lora_probe.presented import Presented
 
 _PAIR = re.compile(
     r"^(?P<path>.+)\.(?P<half>lora_A|lora_B|lora_embedding_A|lora_embedding_B)"
@@ -120,8 +121,8 @@ class OtherTensor:
     of_pair: bool = False
 
 
-@dataclass(frozen=True)
-class Adapter:
+@dataclass(frozen=True, repr=False)
+class Adapter(Presented):
     """One adapter folder, or an adapter that was pushed into an engine (`pushed.py`). `files` are the names in the
     folder that belong to neither config nor weights."""
 

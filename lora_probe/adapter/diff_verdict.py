@@ -19,7 +19,7 @@ SAME_FACTOR = 2e-3
 SCALING = ("lora_alpha", "r", "use_rslora", "alpha_pattern", "rank_pattern")
 """The fields of a config that decide the scaling."""
 BASE = "base_model_name_or_path"
-LONGEST = 60
+LONGEST = 200
 SHOWN = 3
 """Modules that have those of another one, by name."""
 

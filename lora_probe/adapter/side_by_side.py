@@ -10,11 +10,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from lora_probe.adapter.checkpoint import Adapter, AdapterModule
+from lora_probe.adapter.checkpoint import Adapter, AdapterModule, open_adapter
 from lora_probe.adapter.pair_values import pair_values
 from lora_probe.adapter.relation import Relation, relate
 from lora_probe.adapter.spectrum import LARGE, Array
@@ -23,6 +24,7 @@ from lora_probe.files import shown
 from lora_probe.files.limits import step
 from lora_probe.names import Key, natural, path_of
 from lora_probe.precision import rounding
+from lora_probe.presented import Presented
 
 Kind = Literal["identical", "same", "multiple", "elsewhere", "transposed", "moved", "same start", "unrelated", "unread"]
 """`identical`: A, B and scaling are equal. `same`: ΔW is, up to rounding. `multiple`: ΔW is a multiple. `elsewhere`: A
@@ -61,8 +63,8 @@ class ModulePair:
         return self.relation.factor if self.relation is not None and self.kind == "multiple" else None
 
 
-@dataclass(frozen=True)
-class AdapterDiff:
+@dataclass(frozen=True, repr=False)
+class AdapterDiff(Presented):
     """Two adapters. `fields` are the fields of the configs that differ, with both values (None: absent). `unshared` are
     the modules, and `other_tensors` the names of tensors other than A and B, that only one has or that differ."""
 
@@ -84,6 +86,15 @@ class AdapterDiff:
 
     def differs_in(self, field: str) -> bool:
         return any(name == field for name, _, _ in self.fields)
+
+
+def diff(first: str | Path, second: str | Path) -> AdapterDiff:
+    """How two adapter folders differ: `lora_probe.diff("checkpoint-100", "checkpoint-200")`.
+
+    Raises:
+        ProbeError: as `inspect` does.
+    """
+    return side_by_side(open_adapter(first), open_adapter(second))
 
 
 def side_by_side(first: Adapter, second: Adapter, advance: Callable[[], None] = lambda: None) -> AdapterDiff:

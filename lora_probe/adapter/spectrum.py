@@ -8,7 +8,7 @@ singular values).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -177,3 +177,13 @@ def pair_spectrum(adapter: Adapter, pair: AdapterModule) -> Spectrum | None:
 def _as_matrix(tensor: TensorHeader) -> TensorHeader:
     """A kernel with all axes but the first as one: ΔW of a convolution is the product of these."""
     return replace(tensor, shape=(tensor.shape[0], math.prod(tensor.shape[1:])))
+
+
+def spectra_of(adapter: Adapter, advance: Callable[[], None] = lambda: None) -> dict[str, Spectrum | None]:
+    """The spectrum of every module by its name in the file; None if A and B do not form a pair. `advance` is called
+    after each module."""
+    spectra = {}
+    for module in adapter.modules:
+        spectra[module.stored_as] = pair_spectrum(adapter, module)
+        advance()
+    return spectra

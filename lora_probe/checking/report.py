@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lora_probe.ledger import Ledger
+from lora_probe.presented import Presented
 from lora_probe.rules import Diagnostic, Severity
 
 
@@ -21,8 +22,8 @@ class NotRun:
     why: str
 
 
-@dataclass(frozen=True)
-class Report:
+@dataclass(frozen=True, repr=False)
+class Report(Presented):
     """The result of `check` for one adapter folder. `ledgers` is empty if the files cannot be read at all. `vllm` is
     the version that the prediction is for; `ignored` counts findings of rules that were not selected. `not_served`
     holds the engines that the adapter is not judged for, because they do not serve its model, each with why."""

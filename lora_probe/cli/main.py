@@ -16,6 +16,7 @@ from rich_argparse import RawDescriptionRichHelpFormatter
 
 from lora_probe import __version__
 from lora_probe.cli import attach, check, collect, compare, env, inspect, parity, rule, show, trace
+from lora_probe.cli.completion import SHELLS, PrintCompletion
 from lora_probe.cli.ending import supervised
 from lora_probe.cli.options import Interspersed, Parser, add_command, detail_of
 from lora_probe.render.console import heed_columns, set_detail
@@ -64,6 +65,13 @@ def parser_of_all() -> argparse.ArgumentParser:
         "  lora-probe trace ckpt/ --engine vllm --dtype float32",
     )
     parser.add_argument("--version", action="version", version=f"lora-probe {__version__}")
+    parser.add_argument(
+        "--print-completion",
+        action=PrintCompletion,
+        choices=SHELLS,
+        metavar="SHELL",
+        help=f"print the completion script for a shell: {', '.join(SHELLS)}",
+    )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Interspersed)
     for command in COMMANDS.values():
         add_command(commands, command)

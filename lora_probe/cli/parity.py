@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 from pathlib import Path
 
 from lora_probe.cli.ending import CLEAN, FOUND
@@ -21,7 +20,7 @@ from lora_probe.cli.options import (
     engine_options,
     prompts,
 )
-from lora_probe.errors import ProbeError
+from lora_probe.errors import ProbeError, command_line
 from lora_probe.render.console import as_json, hint, note, remarks
 from lora_probe.render.formats import DEFAULT, present
 from lora_probe.render.progress import run_progress, status_line, weights_progress
@@ -85,7 +84,7 @@ def run(options: argparse.Namespace) -> int:
         names = ", ".join(sorted(path.name for path in Path(kept).iterdir()))
         note(f"kept in {kept}: {names}")
     if options.weights_only and result.verdict != "differs":
-        again = shlex.join(["lora-probe", *(word for word in options.own_arguments if word != "--weights-only")])
+        again = command_line(["lora-probe", *(word for word in options.own_arguments if word != "--weights-only")])
         hint(f"to compare the outputs as well: {again}")
     return CLEAN if result.verdict == "verified" else FOUND
 

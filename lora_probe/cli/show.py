@@ -13,6 +13,7 @@ from lora_probe.cli.ending import CLEAN, FOUND, UNJUDGED
 from lora_probe.cli.options import Command, UsageError, add_limits, apply_limits
 from lora_probe.errors import UnreadableFile
 from lora_probe.files import limits
+from lora_probe.render.console import note
 from lora_probe.render.formats import DEFAULT, present
 from lora_probe.render.results import Recording
 
@@ -34,6 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--events", action="store_true", help="print every step of the load timeline")
     parser.add_argument(
         "--follow", action="store_true", help="show the trace again whenever it changes, until it ends or Ctrl-C"
+    )
+    parser.add_argument(
+        "--bundle", metavar="BUG.zip", help="write a bug report: versions, configs, ledger and timeline, no prompts"
     )
     parser.add_argument(
         "other", nargs="?", metavar="OTHER.lptrace", help="with --module: a second trace, to be read beside the first"
@@ -59,6 +63,8 @@ def run(options: argparse.Namespace) -> int:
             raise UsageError(f"{option} needs --module", "two traces: lora-probe compare")
     if options.follow:
         return _follow(options)
+    if options.bundle is not None:
+        return _bundle(options)
     return _status(_shown(options, partial(present, options.command, options.format)))
 
 
@@ -76,6 +82,17 @@ def _show_module(options: argparse.Namespace) -> int:
     first = walk(trace, options.module, options.request, options.token, options.adapter, options.load)
     present("show --module", options.format, [first, *(beside(other, trace, first) for other in others)])
     return CLEAN
+
+
+def _bundle(options: argparse.Namespace) -> int:
+    """Write what a bug report needs."""
+    from lora_probe.engines.launch import versions
+    from lora_probe.render.bundle import write_bundle
+
+    target = Path(options.bundle)
+    result = _shown(options, lambda recording: write_bundle(recording, target, versions()))
+    note(f"wrote {target}; it holds no prompts and no answers, but paths on this machine: look through it")
+    return _status(result)
 
 
 def present_trace(trace: Trace, options: argparse.Namespace) -> int:

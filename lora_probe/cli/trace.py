@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 
 from lora_probe.cli.options import (
     HERE,
@@ -19,6 +18,7 @@ from lora_probe.cli.options import (
 )
 from lora_probe.cli.show import present_trace
 from lora_probe.cli.trace_server import SERVER, SERVER_OPTIONS, add_server, run_server, value_of
+from lora_probe.errors import command_line
 from lora_probe.files.extensions import engine_names
 from lora_probe.render.console import hint, note
 from lora_probe.render.progress import run_progress, status_line
@@ -100,11 +100,11 @@ def run(options: argparse.Namespace) -> int:
 def next_commands(options: argparse.Namespace, recorded: str) -> list[str]:
     """Compare the trace with the one that it followed; or record another one first, and compare with that."""
     if options.follow is not None:
-        return [shlex.join(["lora-probe", "compare", options.follow, recorded])]
+        return [command_line(["lora-probe", "compare", options.follow, recorded])]
     if options.together:
         # No other engine applies several adapters at once.
         return []
-    return [same_with_another_engine(options), shlex.join(["lora-probe", "compare", recorded, "OTHER.lptrace"])]
+    return [same_with_another_engine(options), command_line(["lora-probe", "compare", recorded, "OTHER.lptrace"])]
 
 
 def same_with_another_engine(options: argparse.Namespace) -> str:
@@ -117,7 +117,7 @@ def same_with_another_engine(options: argparse.Namespace) -> str:
             skip = word in ("-o", "--output")
             continue
         words.append(other if before == "--engine" else word.replace(f"--engine={options.engine}", f"--engine={other}"))
-    return shlex.join(["lora-probe", *words, "-o", "OTHER.lptrace"])
+    return command_line(["lora-probe", *words, "-o", "OTHER.lptrace"])
 
 
 COMMAND = Command(

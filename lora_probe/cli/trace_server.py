@@ -6,11 +6,11 @@ In: options. Out: a trace, the text of it, and the exit status.
 from __future__ import annotations
 
 import argparse
-import shlex
 from typing import Any
 
 from lora_probe.cli.options import MOST, UsageError, apply_limits, engine_options, number, prompts
 from lora_probe.cli.show import present_trace
+from lora_probe.errors import command_line
 from lora_probe.render.console import hint, note
 from lora_probe.render.progress import run_progress, status_line
 
@@ -75,7 +75,7 @@ def run_server(options: argparse.Namespace) -> int:
     status = present_trace(recorded, options)
     note(f"wrote {recorded.path}; the log is {recorded.path / LOG}")
     if options.checkpoint is None:
-        again = shlex.join(["--engine", SERVER, "--url", options.url, "--adapter", options.adapter])
+        again = command_line(["--engine", SERVER, "--url", options.url, "--adapter", options.adapter])
         hint(f"whether it is the adapter in a folder: lora-probe trace CKPT {again}")
     return status
 

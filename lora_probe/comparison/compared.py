@@ -19,6 +19,7 @@ from lora_probe.ledger import Ledger
 from lora_probe.names import Key, Universe, name_modules, path_of
 from lora_probe.precision import agrees, logprob_drift
 from lora_probe.prediction.predictor import title_of
+from lora_probe.presented import Presented
 from lora_probe.recording import Trace
 
 Side = Literal["reference", "candidate", "both", ""]
@@ -95,8 +96,8 @@ class Divergence:
     error: float
 
 
-@dataclass(frozen=True)
-class Comparison:
+@dataclass(frozen=True, repr=False)
+class Comparison(Presented):
     """The result of `compare`. Errors are relative to the reference.
 
     `adapters` and `file_weights` are what is known to differ between the files of the two adapters (`files`: their

@@ -16,12 +16,13 @@ from lora_probe.comparison.contributions import compare_traces
 from lora_probe.comparison.sides import Settings, opened
 from lora_probe.errors import ProbeError, words_of
 from lora_probe.names import in_words
+from lora_probe.presented import Presented
 from lora_probe.recording import Load, Trace
 from lora_probe.recording.one_adapter import of_adapter
 
 
-@dataclass(frozen=True)
-class Comparisons:
+@dataclass(frozen=True, repr=False)
+class Comparisons(Presented):
     """The comparisons by the name of the adapter. `notes` are about adapters without a counterpart."""
 
     reference: Trace

@@ -26,6 +26,7 @@ from lora_probe.ledger import Finding
 from lora_probe.merging.report import MergeReport, Verdict
 from lora_probe.merging.weights import Progress, check_merge
 from lora_probe.precision import STORED, floor
+from lora_probe.presented import Presented
 from lora_probe.rules import Diagnostic, all_rules
 from lora_probe.rules.diagnostics import under
 from lora_probe.rules.lp7_merging import effect_lost, effect_not_measured
@@ -36,8 +37,8 @@ REPORT = "parity.json"
 """The report that the command line writes into the folder of -o. A folder without it is never overwritten."""
 
 
-@dataclass(frozen=True)
-class Parity:
+@dataclass(frozen=True, repr=False)
+class Parity(Presented):
     """Both halves. `outputs` is None if they were not requested or could not be measured (`findings` has the reason).
     `made` is the dtype in which PEFT made the merge, None if the merged model was passed; `warnings` are PEFT's."""
 

@@ -21,6 +21,7 @@ from lora_probe.errors import UnreadableFile, command
 from lora_probe.files import shown
 from lora_probe.ledger import Finding, Ledger, Row, Station, completed, worse
 from lora_probe.names import Key
+from lora_probe.presented import Presented
 from lora_probe.recording.documents import document
 from lora_probe.recording.fingerprint import Fingerprint, fingerprints_in, other_tensors_in
 from lora_probe.recording.observed import observed_requests
@@ -47,8 +48,8 @@ from lora_probe.rules.lp5_loading import not_measured
 _RECORD = "record one with `lora-probe trace CKPT --engine ...`"
 
 
-@dataclass(frozen=True)
-class Trace:
+@dataclass(frozen=True, repr=False)
+class Trace(Presented):
     """A recorded run. `path` is its own folder; `other_runs` are the other ones in the same trace folder."""
 
     path: Path

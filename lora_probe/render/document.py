@@ -6,12 +6,12 @@ All strings are as they are in files, prompts and answers; each output makes the
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lora_probe.names import Key, one_or_more
-from lora_probe.render.towers import Cell, towers
+from lora_probe.render.towers import Cell, Tower, towers
 
 Tone = Literal["good", "bad", "open", "plain"]
 """`good`: judged, and nothing is wrong. `open`: not all of it could be judged. `plain`: nothing was judged."""
@@ -27,6 +27,8 @@ class Finding:
     message: str
     hint: str = ""
     details: tuple[str, ...] = ()
+    page: str = ""
+    """The page of the rule: what is wrong, why it matters, how to fix it."""
 
 
 @dataclass(frozen=True)
@@ -50,13 +52,15 @@ class Measure:
 
 @dataclass(frozen=True)
 class Heat:
-    """A heat map, with one or more measures to switch between. `names` are the whole names of its cells."""
+    """A heat map, with one or more measures to switch between. The whole name of a cell is that of its row and that of
+    its column in `row_names` and `column_names`."""
 
     title: str
     corner: str
     rows: tuple[str, ...]
     columns: tuple[str, ...]
-    names: tuple[tuple[str, ...], ...]
+    row_names: tuple[str, ...]
+    column_names: tuple[str, ...]
     measures: tuple[Measure, ...]
     about: str = ""
 
@@ -77,6 +81,7 @@ class Step:
 class Timeline:
     title: str
     steps: tuple[Step, ...]
+    about: str = ""
 
 
 @dataclass(frozen=True)
@@ -94,6 +99,7 @@ class Lines:
 
     title: str
     lines: tuple[str, ...]
+    about: str = ""
 
 
 Section = Table | Heat | Timeline | Curves | Lines
@@ -109,6 +115,8 @@ class Document:
     findings: tuple[Finding, ...] = ()
     facts: tuple[tuple[str, str], ...] = ()
     sections: tuple[Section, ...] = field(default=())
+    parts: tuple[Document, ...] = ()
+    """The documents of several adapters, of which this one is the summary."""
 
 
 Numbers = Mapping[Key, Cell]
@@ -119,21 +127,24 @@ def heats(title: str, measures: Mapping[str, Numbers], about: str = "") -> list[
     keys = dict.fromkeys(key for cells in measures.values() for key in cells)
     found = []
     for tower in towers(keys):
+        chosen = {name: _cells(tower, cells) for name, cells in measures.items()}
+        told = tuple(Measure(name, cells) for name, cells in chosen.items() if any(map(any, cells)))
         if tower.tabular:
-            rows, columns = tuple(map(str, tower.numbers)), tower.columns
-            grid = [[tower.keys.get((number, column)) for column in columns] for number in tower.numbers]
+            word = one_or_more(tower.word, 1)
+            rows, corner = tuple(map(str, tower.numbers)), word
+            row_names = tuple(f"{word} {number}" for number in tower.numbers)
+            found.append(Heat(title, corner, rows, tower.columns, row_names, tower.columns, told, about))
         else:
-            rows, columns = tuple(tower.labels.values()), ("value",)
-            grid = [[key] for key in tower.labels]
-        names = tuple(tuple("" if key is None else tower.labels[key] for key in row) for row in grid)
-        chosen = tuple(Measure(name, _cells(grid, cells)) for name, cells in measures.items())
-        corner = one_or_more(tower.word, 1) if tower.tabular else "module"
-        found.append(Heat(title, corner, rows, columns, names, chosen, about))
+            rows = tuple(tower.labels.values())
+            found.append(Heat(title, "module", rows, ("value",), rows, ("",), told, about))
     return found
 
 
-def _cells(grid: Sequence[Sequence[Key | None]], cells: Numbers) -> tuple[tuple[Cell | None, ...], ...]:
-    return tuple(tuple(None if key is None else cells.get(key) for key in row) for row in grid)
+def _cells(tower: Tower, cells: Numbers) -> tuple[tuple[Cell | None, ...], ...]:
+    if not tower.tabular:
+        return tuple((cells.get(key),) for key in tower.labels)
+    keys = ((tower.keys.get((number, column)) for column in tower.columns) for number in tower.numbers)
+    return tuple(tuple(None if key is None else cells.get(key) for key in row) for row in keys)
 
 
 def key_of(entry: Mapping[str, Any]) -> Key:

@@ -5,6 +5,7 @@ commands and their results, also with the options that change the result's type:
 
     inspect           results.Inspection
     inspect --module  adapter.one_module.OneModule
+    inspect A B       adapter.side_by_side.AdapterDiff
     check             results.CheckResult
     check --fix       results.CheckResult, with `run.fixed`
     check --diff      checking.renaming.Fix
@@ -17,23 +18,24 @@ commands and their results, also with the options that change the result's type:
     rule              results.RuleList
     env               Mapping[str, str]
 
-A format of this package is a file in `render/` and its lines in `FORMATS`. Another distribution adds a format, or an
-existing format to a command that does not have it, by an entry point in the group `lora_probe.formats`:
+A format of this package is a file in `render/`, and its lines in `FORMATS` or its line in `FROM_DOCUMENTS`. Another
+distribution adds a format, or an existing format to a command that does not have it, by an entry point in the group
+`lora_probe.formats`:
 
     [options.entry_points]
     lora_probe.formats =
-        csv = my_formats
+        tsv = my_formats
 
 The entry point is a `Format`: any object, or a module such as this `my_formats`, with `name` and `renderers`:
 
     def check(result):
         for report in result.reports:
             for diagnostic in report.diagnostics:
-                yield f"{report.adapter},{diagnostic.code}"
+                yield f"{report.adapter}\t{diagnostic.code}"
 
-    name, renderers = "csv", {"check": check}
+    name, renderers = "tsv", {"check": check}
 
-Then `lora-probe check ckpt/ --format csv` prints these lines, and `lora-probe check --help` lists the format. Other
+Then `lora-probe check ckpt/ --format tsv` prints these lines, and `lora-probe check --help` lists the format. Other
 distributions are loaded only if a format that is not ours is requested, or if all formats are listed.
 """
 
@@ -75,6 +77,7 @@ FORMATS: dict[str, dict[str, str]] = {
     "text": {
         "inspect": "text.inspect:inspection",
         "inspect --module": "text.one_module:module",
+        "inspect A B": "text.side_by_side:side_by_side",
         "check": "text.check:CHECK",
         "check --fix": "text.check:CHECK",
         "check --diff": "text.fix:diff",
@@ -92,6 +95,7 @@ FORMATS: dict[str, dict[str, str]] = {
     "json": {
         "inspect": "json.inspect:inspection_json",
         "inspect --module": "json.inspect:module_json",
+        "inspect A B": "json.side_by_side:side_by_side_json",
         "check": "json.check:CHECK",
         "check --fix": "json.check:CHECK",
         "check --diff": "json.fix:diff_json",
@@ -108,13 +112,38 @@ FORMATS: dict[str, dict[str, str]] = {
     },
     "sarif": {"check": "sarif:check"},
     "github": {"check": "github:check"},
-    "markdown": {
-        "rule": "markdown:rules",
-        "compare": "comparison_markdown:comparison",
-        "compare adapters": "comparison_markdown:comparisons",
+    "markdown": {"rule": "markdown:rules"},
+    "csv": {
+        "inspect": "csv_rows:inspection",
+        "inspect A B": "csv_rows:side_by_side",
+        "check": "csv_rows:CHECK",
+        "check --fix": "csv_rows:CHECK",
+        "trace": "csv_rows:recording",
+        "show": "csv_rows:recording",
+        "collect": "csv_rows:recording",
+        "compare": "csv_rows:comparison",
+        "compare adapters": "csv_rows:comparisons",
+        "parity": "csv_rows:parity",
     },
+    "chrome": {"trace": "chrome:chrome", "show": "chrome:chrome", "collect": "chrome:chrome"},
 }
 """Format -> command -> renderer, as module of `lora_probe.render` and name. It is imported when it is used."""
+DOCUMENTS = {
+    "inspect": "documents.inspection:inspection",
+    "inspect --module": "documents.inspection:one_module",
+    "inspect A B": "documents.inspection:side_by_side",
+    "check": "documents.report:CHECK",
+    "check --fix": "documents.report:CHECK",
+    "trace": "documents.recording:recording",
+    "show": "documents.recording:recording",
+    "collect": "documents.recording:recording",
+    "compare": "documents.comparison:comparison",
+    "compare adapters": "documents.comparison:comparisons",
+    "parity": "documents.merge:parity",
+}
+"""Command -> the function that makes a `Document` of its result."""
+FROM_DOCUMENTS = {"html": "html:page", "markdown": "document_markdown:markdown", "junit": "junit:junit"}
+"""Format -> the function that makes its text of a `Document`."""
 ERRORS = {"json": "json.error:error_json", "sarif": "sarif:error", "github": "github:error"}
 """Format -> renderer of the error with which a command ends. Standard error has it in any case."""
 COMMANDS = frozenset(FORMATS[DEFAULT])
@@ -128,11 +157,21 @@ class Names:
         self._command = command
 
     def __contains__(self, name: object) -> bool:
-        return self._command in FORMATS.get(str(name), ()) or (self._command, name) in _installed()
+        return self._command in _ours(str(name)) or (self._command, name) in _installed()
 
     def __iter__(self) -> Iterator[str]:
-        yield from (name for name, renderers in FORMATS.items() if self._command in renderers)
+        yield from names_of(self._command)
         yield from sorted(name for command, name in _installed() if command == self._command)
+
+
+def names_of(command: str) -> list[str]:
+    """The formats of a command in this package."""
+    return [name for name in dict.fromkeys((*FORMATS, *FROM_DOCUMENTS)) if command in _ours(name)]
+
+
+def _ours(name: str) -> set[str]:
+    """The commands for which this package has a format."""
+    return {*FORMATS.get(name, ()), *(DOCUMENTS if name in FROM_DOCUMENTS else ())}
 
 
 def renderer(command: str, name: str) -> Renderer:
@@ -144,11 +183,24 @@ def renderer(command: str, name: str) -> Renderer:
     if place := FORMATS.get(name, {}).get(command):
         function: Renderer = _imported(place)
         return function
+    if name in FROM_DOCUMENTS and command in DOCUMENTS:
+        return _written(_imported(DOCUMENTS[command]), _imported(FROM_DOCUMENTS[name]))
     if (command, name) not in _installed():
         raise ProbeError(
             f"`--format {name}` is not available for `{command}`", f"available formats: {', '.join(Names(command))}"
         )
     return _installed()[command, name]
+
+
+def _written(make: Any, write: Callable[[Any], str]) -> Renderer:
+    """A renderer by way of a document. The documents of `check` are made one by one."""
+    if isinstance(make, Paged):
+        return Paged(make.page, partial(_through, make.whole, write))
+    return partial(_through, make, write)
+
+
+def _through(make: Callable[[Any], Any], write: Callable[[Any], str], result: Any) -> str:
+    return write(make(result))
 
 
 def present(command: str, name: str, result: Any) -> None:
@@ -182,7 +234,7 @@ def _installed() -> Mapping[tuple[str, str], Renderer]:
         name, functions = _loaded(point)
         for command, function in functions.items():
             key = command, name
-            if command in FORMATS.get(name, ()) or key in owners:
+            if command in _ours(name) or key in owners:
                 owner = owners.get(key, "lora-probe itself")
                 raise broken(point, f"`{command}` already has a format `{name}`, from {owner}")
             owners[key] = described(point)

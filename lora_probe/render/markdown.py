@@ -52,10 +52,10 @@ def families(rules: Sequence[Rule]) -> dict[str, list[Rule]]:
 def page(rule: Rule) -> str:
     """One rule without its heading: facts, page and hint."""
     paragraphs = [_paragraph(text.rstrip()) for text in rule.page.strip().split("\n\n")]
-    return "\n\n".join([Facts(rule), *paragraphs, f"**Hint**: {_escaped(rule.hint)}"]) + "\n"
+    return "\n\n".join([facts(rule), *paragraphs, f"**Hint**: {_escaped(rule.hint)}"]) + "\n"
 
 
-def Facts(rule: Rule) -> str:
+def facts(rule: Rule) -> str:
     """The rule's severity, its engines and its station of the ledger."""
     if rule.station == "merge":
         return rule.severity

@@ -1,7 +1,8 @@
 """Layers in a few lines: a strip of cells for each projection, and the layers that matter.
 
 In: the towers of `towers.py` with the values of their modules. Out: rich renderables that fit the width. A value is a
-block between the lowest and the highest, also without colours; where something is wrong, the cell is `!`.
+block between the lowest and the highest, also without colours. Where something is wrong, the block is red; without
+colours, or without a value, it is `!`.
 """
 
 from __future__ import annotations
@@ -37,9 +38,14 @@ def extent(values: Sequence[float | None]) -> tuple[float, float]:
 
 
 def notable(tower: Tower, numbers: Numbers, wrong: frozenset[Key]) -> list[int]:
-    """The layers with something wrong, up to `LISTED` of them, and those with the smallest and the largest value."""
-    chosen = [layer for layer in tower.numbers if any(tower.keys.get((layer, c)) in wrong for c in tower.columns)]
-    chosen = chosen[:LISTED]
+    """The layers with something wrong, up to `LISTED` of them, the worst ones; and those with the smallest and the
+    largest value."""
+    worst: dict[int, float] = {}
+    for (layer, _), key in tower.keys.items():
+        if key in wrong:
+            value = numbers.get(key)
+            worst[layer] = max(worst.get(layer, -math.inf), math.inf if value is None else value)
+    chosen = sorted(worst, key=lambda layer: -worst[layer])[:LISTED]
     values = {(value, place) for place, key in tower.keys.items() if (value := numbers.get(key)) is not None}
     for end in (min, max) if values else ():
         chosen.append(end(values)[1][0])
@@ -67,18 +73,20 @@ class Strips:
             for column in self.tower.columns:
                 line = words(f"{column}{' ' * (label - cell_len(column))}  ")
                 for layer in layers:
-                    line.append_text(self._cell(self.tower.keys.get((layer, column)), blocks, low, high))
+                    key = self.tower.keys.get((layer, column))
+                    line.append_text(self._cell(key, blocks, low, high, bool(console.color_system)))
                 line.no_wrap, line.overflow = True, "crop"
                 yield line
 
-    def _cell(self, key: Key | None, blocks: str, low: float, high: float) -> RichText:
-        value = None if key is None else self.numbers.get(key)
-        if key in self.wrong:
+    def _cell(self, key: Key | None, blocks: str, low: float, high: float, coloured: bool) -> RichText:
+        value, wrong = None if key is None else self.numbers.get(key), key in self.wrong
+        known = value is not None and math.isfinite(value)
+        if wrong and not (known and coloured):
             return RichText("!", style="bold red")
-        if value is None or not math.isfinite(value):
+        if value is None or not known:
             return RichText("·" if blocks == BLOCKS else ".", style="dim")
         at = 0 if high <= low else min(len(blocks) - 1, int(len(blocks) * (value - low) / (high - low)))
-        return RichText(blocks[at], style=self.shade(value))
+        return RichText(blocks[at], style="bold red" if wrong else self.shade(value))
 
 
 def more(count: int, word: str) -> str:

@@ -54,6 +54,13 @@ def columns_of(*headers: str) -> Fitted:
     return Fitted(*headers)
 
 
+def named_rows(*headers: str) -> Fitted:
+    """A table without rows, whose first column is never broken: the names of modules."""
+    table = Fitted(*headers)
+    table.columns[0].no_wrap = True
+    return table
+
+
 class Facts:
     """Names and values below each other. In a pipe a value stays on one line, so that programs can read it."""
 
@@ -87,9 +94,7 @@ def _widths(columns: Sequence[Column], width: int) -> list[int] | None:
     """The width of each column, None if not all words fit. Narrow columns get all that they need first."""
     texts = [[_plain(column.header), *map(_plain, column.cells)] for column in columns]
     least = [
-        max(
-            _longest_word(header), column.min_width or 0, *(min(_longest_word(cell), LONGEST_WORD) for cell in cells), 1
-        )
+        max(_longest_word(header), column.min_width or 0, *(_least(column, cell) for cell in cells), 1)
         for column, (header, *cells) in zip(columns, texts, strict=True)
     ]
     most = [max(low, *map(cell_len, cells)) for low, cells in zip(least, texts, strict=True)]
@@ -103,6 +108,11 @@ def _widths(columns: Sequence[Column], width: int) -> list[int] | None:
         widths[at] += more
         spare -= more
     return widths
+
+
+def _least(column: Column, cell: str) -> int:
+    """The least width of a cell: that of its longest word, or of all of it."""
+    return cell_len(cell) if column.no_wrap else min(_longest_word(cell), LONGEST_WORD)
 
 
 def _plain(cell: Any) -> str:

@@ -109,7 +109,7 @@ def weights_of_another_adapter(what: str) -> str:
     "different-files",
     "stored",
     "wrong",
-    hint="give both engines the same folder; `lora-probe inspect` shows rank, scaling and norms of each",
+    hint="give both engines the same folder; `lora-probe inspect REFERENCE CANDIDATE` compares the two adapters",
 )
 def different_files(what: str, paths: Sequence[str]) -> str:
     """The two runs loaded files with different weights or scalings.

@@ -8,18 +8,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rich.console import RenderableType
 from rich.text import Text as RichText
 
 from lora_probe.render.cells import SHOWN, words
 from lora_probe.render.json.trace import answers, base_answers
-from lora_probe.render.tables import add_row, columns_of
+from lora_probe.render.tables import Fitted, add_row, columns_of
 
 if TYPE_CHECKING:
     from lora_probe.recording import RequestRecord, Trace
 
 
-def answers_table(trace: Trace) -> RenderableType:
+def answers_table(trace: Trace) -> Fitted:
     """Each prompt with the base model's answer and the adapter's, whose name has a column if there are several. Forced
     tokens have a column of their own: no model chose them."""
     prompts = [prompt.text for prompt in trace.run.spec.prompts] if trace.run else []

@@ -7,7 +7,6 @@ that no name in a file can look like a line of ours.
 
 from __future__ import annotations
 
-import shlex
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -17,6 +16,7 @@ from rich.console import Group, RenderableType
 from rich.padding import Padding
 
 from lora_probe.checking import NotRun, Report
+from lora_probe.errors import command_line
 from lora_probe.ledger import Ledger, headline
 from lora_probe.render.cells import SEVERITIES, SHOWN, assemble, one_line, words
 from lora_probe.render.places import relative
@@ -71,12 +71,17 @@ def _all_details(result: CheckResult) -> Iterable[RenderableType]:
 
 def full_report(report: Report) -> RenderableType:
     """One adapter in full."""
+    parts: list[RenderableType] = [of_report(report).line, *_headlines(report)]
+    parts += [*_tables(report), *([words("")] if report.ledgers else [])]
+    return Group(*parts, *_findings(report), Facts(*facts_of(report)))
+
+
+def facts_of(report: Report) -> list[tuple[str, str]]:
+    """The adapter, its base, and for which vLLM its effect is predicted."""
     pairs = [("adapter", relative(report.adapter)), ("base model", report.model or "unknown")]
     if report.vllm and "vllm" not in report.not_served:
         pairs.append(("predicted for", f"vLLM {report.vllm}"))
-    parts: list[RenderableType] = [of_report(report).line, *_headlines(report)]
-    parts += [*_tables(report), *([words("")] if report.ledgers else [])]
-    return Group(*parts, *_findings(report), Facts(*pairs))
+    return pairs
 
 
 def _details(report: Report) -> RenderableType | None:
@@ -91,8 +96,7 @@ def _details(report: Report) -> RenderableType | None:
 def _rows(result: CheckResult) -> RenderableType:
     """A row for each adapter: its verdict, the number of findings, and the first of them. Paths are never broken: where
     they leave no room, the findings are in a line of their own."""
-    rows = [_row(report) for report in result.reports]
-    rows += [("unread", one_line(relative(lost.path)), "", "see the error below") for lost in result.not_judged]
+    rows = rows_of(result)
     styles = {"ok": "bold green", "unknown": "bold yellow", "unread": "bold red"} | SEVERITIES
     lines: list[RenderableType] = []
     for verdict, adapter, findings, cause in rows:
@@ -106,7 +110,13 @@ def _rows(result: CheckResult) -> RenderableType:
     return table
 
 
-def _row(report: Report) -> tuple[str, str, str, str]:
+def rows_of(result: CheckResult) -> list[tuple[str, str, str, str]]:
+    """Verdict, adapter, findings and first cause of each adapter."""
+    unread = (("unread", one_line(relative(lost.path)), "", "see the error below") for lost in result.not_judged)
+    return [*map(row_of, result.reports), *unread]
+
+
+def row_of(report: Report) -> tuple[str, str, str, str]:
     first = next(iter(worst_first(report.diagnostics)), None)
     verdict = state(report)
     causes = [f"{first.code} {first.name}"] if first is not None else []
@@ -125,11 +135,11 @@ def next_command(result: CheckResult, model: str | None) -> str:
         if any(rules[diagnostic.code].fixable for diagnostic in report.diagnostics):
             folder = relative(report.adapter)
             beside = folder if Path(folder).name not in ("", "..") else str(report.adapter.resolve())
-            return shlex.join(["lora-probe", "check", folder, *base, "--fix", "-o", f"{beside}-fixed"])
+            return command_line(["lora-probe", "check", folder, *base, "--fix", "-o", f"{beside}-fixed"])
     for report in result.reports:
         if not report.clean:
             if result.run.adapters > 1 and not result.run.verbose:
-                return shlex.join(["lora-probe", "check", relative(report.adapter), *base])
+                return command_line(["lora-probe", "check", relative(report.adapter), *base])
             return f"lora-probe rule {next(d.code for d in report.diagnostics if d.severity == 'error')}"
     return ""
 

@@ -16,7 +16,8 @@ from lora_probe.comparison.modules import PARTS
 from lora_probe.ledger import Ledger, headline
 from lora_probe.names import Key
 from lora_probe.render.cells import assemble, paragraphs, words
-from lora_probe.render.tables import Grid, columns_of
+from lora_probe.render.console import detail
+from lora_probe.render.tables import Grid, named_rows
 from lora_probe.render.towers import Cell
 from lora_probe.render.verdicts import of_comparison, of_comparisons
 
@@ -120,18 +121,24 @@ def _parts(result: Comparison) -> Iterable[RenderableType]:
     shown = [diff for diff in result.modules if diff.parts is not None and diff.status == "differs"]
     if not shown:
         return
-    table = columns_of("module", *PARTS, "error")
-    for diff in shown[:MOST_MODULES]:
+    table = named_rows("module", *PARTS, "error")
+    listed = shown if detail() == "verbose" else sorted(shown, key=_own, reverse=True)[:MOST_MODULES]
+    for diff in listed:
         table.add_row(result.name(diff.key), *cells_of(diff))
     yield words("")
     yield words(_PARTS)
     yield table
-    if len(shown) > MOST_MODULES:
-        yield words(f"and {len(shown) - MOST_MODULES} more modules", style="dim")
+    if len(listed) < len(shown):
+        yield words(f"{len(shown) - len(listed)} more modules, whose own errors are smaller: -v", style="dim")
     exact = [diff.parts.arithmetic for diff in shown if diff.parts is not None and diff.parts.exact]
     if bounds := [arithmetic for arithmetic in exact if arithmetic is not None]:
         text = "weights, routing and upstream add up to the difference within the engines' arithmetic"
         yield words(f"{text}, {max(bounds):.1e} ({len(bounds)} of {len(shown)} modules)", style="dim")
+
+
+def _own(diff: ModuleDiff) -> float:
+    """What a module adds to the difference by itself."""
+    return diff.parts.own if diff.parts is not None else 0.0
 
 
 def cells_of(diff: ModuleDiff) -> list[str]:

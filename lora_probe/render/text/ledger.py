@@ -13,7 +13,7 @@ from rich.text import Text as RichText
 from lora_probe.ledger import STATIONS, Ledger, Station, headline
 from lora_probe.names import name_modules, path_of
 from lora_probe.render.cells import words
-from lora_probe.render.tables import add_row, columns_of
+from lora_probe.render.tables import Fitted, add_row, columns_of
 from lora_probe.rules import diagnose
 
 
@@ -26,7 +26,7 @@ def ledger_text(ledger: Ledger, prefix: str = "") -> RenderableType:
     return Group(first, stations(ledger), *_hints(ledger))
 
 
-def stations(ledger: Ledger, title: str = "modules") -> RenderableType:
+def stations(ledger: Ledger, title: str = "modules") -> Fitted:
     """One row for the modules that have the same at every station, with the stations of this ledger as columns."""
     columns = [station for station in STATIONS if any(station in row.stations for row in ledger.rows)]
     table = columns_of(title, *columns, "fate")

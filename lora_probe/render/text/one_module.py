@@ -12,7 +12,8 @@ from rich.console import Group, RenderableType
 from lora_probe.adapter.one_module import OneModule, TensorValues, label
 from lora_probe.files.weights import TensorHeader
 from lora_probe.render.cells import words
-from lora_probe.render.tables import Facts, add_row, columns_of
+from lora_probe.render.tables import Facts, Fitted, add_row, columns_of
+from lora_probe.render.verdicts import of_module
 
 _PER_LINE = 8
 """Singular values in a line."""
@@ -20,28 +21,40 @@ _PER_LINE = 8
 
 def module(selected: OneModule) -> RenderableType:
     """Names, shapes, scaling, all singular values, and a corner of every tensor."""
+    return Group(
+        of_module(selected).line,
+        words(""),
+        tensors(selected),
+        *_missing(selected),
+        *_singular(selected),
+        *(part for values in selected.tensors for part in _corner(values)),
+        words(""),
+        Facts(*facts_of(selected)),
+    )
+
+
+def facts_of(selected: OneModule) -> tuple[tuple[str, str], ...]:
+    """The module with its rank and scaling."""
     pair, config = selected.module, selected.adapter.config
     rank = str(pair.rank)
     if pair.rank != pair.config_rank:
         rank = f"{pair.rank} in the tensors, {pair.config_rank} in the config"
     formula = "alpha / sqrt(r)" if config.rslora else "alpha / r"
+    return (
+        ("adapter", str(selected.adapter.path)),
+        ("module", label(pair)),
+        ("rank", rank),
+        ("scaling", f"{pair.scaling:g} ({formula}, from the config)"),
+        ("‖ΔW‖", _effect(selected)),
+    )
+
+
+def tensors(selected: OneModule) -> Fitted:
+    """Each tensor of the module with its norm."""
     table = columns_of("tensor", "shape", "dtype", "norm")
     for values in selected.tensors:
         add_row(table, values.tensor.name, _shape(values.tensor), values.tensor.dtype, _norm(values))
-    return Group(
-        Facts(
-            ("adapter", str(selected.adapter.path)),
-            ("module", label(pair)),
-            ("rank", rank),
-            ("scaling", f"{pair.scaling:g} ({formula}, from the config)"),
-            ("‖ΔW‖", _effect(selected)),
-        ),
-        words(""),
-        table,
-        *_missing(selected),
-        *_singular(selected),
-        *(part for values in selected.tensors for part in _corner(values)),
-    )
+    return table
 
 
 def _effect(selected: OneModule) -> str:

@@ -5,7 +5,7 @@ In: a `Parity`. Out: rich renderables: the verdict, the diagnostics, the table o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from rich.console import Group, RenderableType
 from rich.text import Text as RichText
@@ -15,7 +15,7 @@ from lora_probe.merging.parity import Parity, later_in_outputs
 from lora_probe.merging.report import MergeReport, ModuleMerge
 from lora_probe.names import Key
 from lora_probe.render.cells import SEVERITIES, words
-from lora_probe.render.tables import Facts, Grid, add_row, columns_of
+from lora_probe.render.tables import Facts, Fitted, Grid, add_row, columns_of
 from lora_probe.render.towers import Cell
 from lora_probe.render.verdicts import of_parity
 from lora_probe.rules import Diagnostic, all_rules
@@ -96,6 +96,12 @@ def counts(report: MergeReport) -> Iterable[RichText]:
 
 def _outputs(effect: Effect, weights: MergeReport) -> Iterable[RenderableType]:
     yield words(f"outputs on the unmerged adapter's own answers, {effect.merged.engine}, {effect.dtype}", style="bold")
+    yield outputs_table(effect)
+    yield from outputs_lines(effect, weights)
+
+
+def outputs_table(effect: Effect) -> Fitted:
+    """How much of the effect survives in the answer to each prompt."""
     table = columns_of(
         "prompt", "tokens", "top-1", "first other token", "KL merged", "KL base", "logprob error", "survives"
     )
@@ -107,7 +113,11 @@ def _outputs(effect: Effect, weights: MergeReport) -> Iterable[RenderableType]:
         name = " ".join(texts[prompt.prompt].split()) if prompt.prompt < len(texts) else f"{prompt.prompt + 1}"
         add_row(table, name, *_measures(prompt, other))
     add_row(table, "all", *_measures(effect, ""))
-    yield table
+    return table
+
+
+def outputs_lines(effect: Effect, weights: MergeReport) -> Iterator[RichText]:
+    """What else the outputs show."""
     if effect.tokens < THIN:
         more = "pass prompts like the training data (--prompt, --chat) to learn more"
         yield words(f"only {effect.tokens} answer tokens; {more}", style="bold yellow")
@@ -118,7 +128,7 @@ def _outputs(effect: Effect, weights: MergeReport) -> Iterable[RenderableType]:
         yield words(note, style="bold yellow")
 
 
-def _divergence(effect: Effect) -> Iterable[RenderableType]:
+def _divergence(effect: Effect) -> Iterator[RichText]:
     """The first module whose output differs, or the one that is closest to it."""
     if effect.first_module is not None:
         first = effect.first_module

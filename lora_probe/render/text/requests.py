@@ -13,7 +13,7 @@ from lora_probe.comparison.totals import RequestRows, Totals
 from lora_probe.render.cells import words
 from lora_probe.render.json.trace import shown_requests
 from lora_probe.render.results import Recording
-from lora_probe.render.tables import add_row, columns_of
+from lora_probe.render.tables import Fitted, add_row, columns_of
 
 MOST = 50
 """How many requests are shown without `--all`."""
@@ -32,12 +32,20 @@ _COLUMNS: Mapping[str, Callable[[RequestRows], object]] = {
 
 
 def requests_table(result: Recording, measured: Totals) -> Iterator[RenderableType]:
-    """The last requests. Columns without a value in any of them are left out."""
-    names = {load.load: load.name for load, _ in result.trace.loads}
+    """The last requests."""
     requests = shown_requests(result, measured)
     if not requests:
         yield words("no rows of requests are recorded")
         return
+    table = requests_rows(result, measured)
+    yield words(f"requests by their recorded rows: {_count(len(table.rows), len(requests))}", style="bold")
+    yield table
+
+
+def requests_rows(result: Recording, measured: Totals) -> Fitted:
+    """A row for each of the last requests. Columns without a value in any of them are left out."""
+    names = {load.load: load.name for load, _ in result.trace.loads}
+    requests = shown_requests(result, measured)
     shown = requests if result.everything else requests[-MOST:]
     columns = {title: value for title, value in _COLUMNS.items() if any(map(value, shown))}
     table = columns_of("request", "adapter", "load", *columns)
@@ -52,8 +60,7 @@ def requests_table(result: Recording, measured: Totals) -> Iterator[RenderableTy
             ", ".join(map(str, loads)) or "-",
             *(value or "-" for value in values),
         )
-    yield words(f"requests by their recorded rows: {_count(len(shown), len(requests))}", style="bold")
-    yield table
+    return table
 
 
 def _count(shown: int, every: int) -> str:

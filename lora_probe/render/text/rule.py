@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from rich.console import Group, RenderableType
 
 from lora_probe.render.cells import assemble, paragraphs, words
-from lora_probe.render.markdown import families, first_sentence
+from lora_probe.render.markdown import facts, families, first_sentence
 from lora_probe.render.results import RuleList
 from lora_probe.render.tables import add_row, columns_of
 from lora_probe.rules import Rule, family_of

@@ -5,7 +5,8 @@ In: load events. Out: rich renderables.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rich.console import RenderableType
@@ -29,22 +30,34 @@ def timeline(events: Sequence[LoadEvent], whole: bool) -> Iterable[RenderableTyp
     table = Table.grid(padding=(0, 2))
     for justify in ("right", "left", "left", "right"):
         table.add_column(justify=justify, overflow="fold")
+    lines = list(story(events, whole))
+    for line in lines if whole else lines[:STEPS]:
+        add_row(table, f"{line.at:.3f} s", line.stage, line.text, duration(line.seconds))
+    yield table
+    if not whole and len(lines) > STEPS:
+        yield words(f"{len(lines) - STEPS:,} more lines; --events prints all of them")
+
+
+@dataclass(frozen=True)
+class Line:
+    """A step of loading: `at` is the seconds from the start to it, `seconds` how long it took, if that is known."""
+
+    at: float
+    stage: str
+    text: str
+    seconds: float | None
+
+
+def story(events: Sequence[LoadEvent], whole: bool) -> Iterator[Line]:
+    """The steps of loading. Without `whole`, equal steps on many modules share a line."""
     groups = [[event] for event in events] if whole else _alike(events)
     universes = {} if whole else _universes(events)
-    for group in groups if whole else groups[:STEPS]:
+    for group in groups:
         first, count = group[0], len(group)
         times = [event.seconds for event in group if event.seconds is not None]
         where = first.module if count == 1 else _modules(group, universes[first.stage])
-        add_row(
-            table,
-            f"{first.at:.3f} s",
-            first.stage,
-            f"{where}  {first.text}" if where else first.text,
-            _duration(sum(times)) if times else "",
-        )
-    yield table
-    if not whole and len(groups) > STEPS:
-        yield words(f"{len(groups) - STEPS:,} more lines; --events prints all of them")
+        text = f"{where}  {first.text}" if where else first.text
+        yield Line(first.at, first.stage, text, sum(times) if times else None)
 
 
 def _alike(events: Iterable[LoadEvent]) -> list[list[LoadEvent]]:
@@ -79,5 +92,8 @@ def _modules(group: Sequence[LoadEvent], universe: Universe) -> str:
     return f"{len(group)}: {name_modules([event.module for event in group], universe)}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float | None) -> str:
+    """`25.8 ms`, `1.2 s`, or nothing."""
+    if seconds is None:
+        return ""
     return f"{seconds * 1000:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"

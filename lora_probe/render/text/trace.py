@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
+from rich.text import Text as RichText
 
 from lora_probe.comparison.recorded import GRAPHS, recorded_rows, unfinished
 from lora_probe.comparison.totals import Totals, totals
@@ -39,9 +40,9 @@ def recording(result: Recording) -> RenderableType:
     parts: list[RenderableType] = []
     if single and entries:
         first, *rest = alone(result, entries[0], measured)
-        parts += [first, *_state(trace), *rest, words("")]
+        parts += [first, *state(trace), *rest, words("")]
     else:
-        parts += [*([of_recording(result).line] if len(result.adapters) > 1 else ()), *_state(trace)]
+        parts += [*([of_recording(result).line] if len(result.adapters) > 1 else ()), *state(trace)]
         parts += _sections(result, measured, result.adapters)
     parts += _not_recorded(trace)
     if result.requests and measured is not None:
@@ -63,7 +64,7 @@ def followed(result: Recording) -> RenderableType:
     """The same without what does not change, for a picture of a recording that runs. Its last line is erased when the
     command is interrupted."""
     measured = _totals(result)
-    parts: list[RenderableType] = [*_state(result.trace)]
+    parts: list[RenderableType] = [*state(result.trace)]
     # A terminal shows the beginning of a long picture.
     parts += _sections(result, measured, sorted(result.adapters, key=lambda adapter: adapter.newest.sound))
     if result.requests and measured is not None:
@@ -147,7 +148,7 @@ def _model(settings: dict[str, object]) -> str:
     return ", ".join(parts)
 
 
-def _state(trace: Trace) -> Iterator[RenderableType]:
+def state(trace: Trace) -> Iterator[RichText]:
     """Whether the recording runs, is complete, and has all its rows."""
     if trace.running:
         yield words(f"running: {_so_far(trace)}", style="bold cyan")

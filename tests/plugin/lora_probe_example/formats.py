@@ -1,4 +1,4 @@
-"""The output format `csv`: `check`'s diagnostics as lines of comma-separated values, and a ledger's modules for `show`.
+"""The output format `tsv`: `check`'s diagnostics as lines of tab-separated values, and a ledger's modules for `show`.
 
 In: what a command found. Out: lines, with a header. The entry point is this module: it has a `name` and `renderers`.
 """
@@ -30,9 +30,9 @@ def show(recording: Recording) -> Iterator[str]:
 
 def _line(cells: Iterable[Cell]) -> str:
     line = io.StringIO()
-    csv.writer(line, lineterminator="").writerow(cells)
+    csv.writer(line, delimiter="\t", lineterminator="").writerow(cells)
     return line.getvalue()
 
 
-name = "csv"
+name = "tsv"
 renderers = {"check": check, "show": show}
