@@ -26,8 +26,9 @@ OPEN = re.compile(r"(^|\.)(options|settings|facts)$")
 def schema_of(values: Sequence[Any], path: str = "") -> dict[str, Any]:
     """The schema of values in the same place."""
     kinds = {"object" if isinstance(value, dict) else TYPES[type(value)] for value in values}
-    if kinds >= {"integer", "number"}:
-        kinds.discard("integer")
+    if "number" in kinds:
+        # A number that was not measured, or is not finite, is null.
+        kinds = (kinds | {"null"}) - {"integer"}
     if not kinds or kinds == {"null"}:
         # Nothing but null was seen there: nothing is known about it.
         return {}

@@ -198,7 +198,7 @@ before, names = state(), set(dir(seams.worker))
 with install(Path('unused')):
     during = state()
     assert all(before[at] is not during[at] for at in before if at[0] in ('worker', 'runner', 'manager'))
-    assert set(dir(seams.worker)) - names == {'lora_probe_begin', 'lora_probe_finish'}
+    assert set(dir(seams.worker)) - names == {'lora_probe_begin', 'lora_probe_finish', 'lora_probe_mix'}
 assert state() == before
 assert set(dir(seams.worker)) == names
 """

@@ -22,8 +22,8 @@ from lora_probe.render.console import detail
 from lora_probe.render.strips import MANY, Strips, more, notable
 from lora_probe.render.towers import Cell, Tower, towers
 
-HEAT = ("", "rgb(95,115,150)", "rgb(95,150,190)", "rgb(90,190,190)", "rgb(110,220,160)", "bold rgb(190,240,120)")
-"""From small to large. Red is for what is wrong."""
+HEAT = ("", "rgb(120,125,140)", "rgb(70,130,180)", "rgb(0,140,150)", "rgb(20,145,110)", "bold rgb(70,145,30)")
+"""From small to large, each at least 3.9:1 against white and against black. Red is for what is wrong."""
 LONGEST_WORD = 32
 """The longest word in a cell that is never broken. Text without spaces is one word."""
 _GAP = 2

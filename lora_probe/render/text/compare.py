@@ -175,7 +175,8 @@ def _answers(result: Comparison, diff: RequestDiff) -> str:
     forced = max(result.reference.forced(diff.reference), result.candidate.forced(diff.candidate))
     by_follow = f"{forced} forced to be those of the other run" if forced else ""
     if diff.equal:
-        text = f"all {one} answer tokens are the same" + (f" ({by_follow})" if forced else "")
+        same = "the only answer token is the same" if one == 1 else f"all {one} answer tokens are the same"
+        text = same + (f" ({by_follow})" if forced else "")
         error = diff.logprob_error
         return text if error is None else f"{text}, largest logprob difference {error:.1e}"
     lengths = f"both have {one} tokens" if one == two else f"they have {one} and {two} tokens"
