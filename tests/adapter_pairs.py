@@ -78,16 +78,16 @@ class PairCase:
 CASES = {
     "itself": PairCase("the same adapter: A, B and the scaling are equal in all 9 modules", same=True),
     "scaling": PairCase(
-        "the same weights, at 4 times the scaling in the second (lora_alpha 64 instead of 16) in all 9 modules",
+        "the same weights in all 9 modules, at 4 times the scaling in the second (lora_alpha 64 instead of 16)",
         config=lambda raw: raw | {"lora_alpha": 4 * raw["lora_alpha"]},
     ),
     "rsLoRA flag": PairCase(
-        "the same weights, at 2.828 times the scaling in the second (use_rslora true instead of false)",
+        "the same weights in all 9 modules, at 2.828 times the scaling in the second (use_rslora true instead of",
         config=lambda raw: raw | {"use_rslora": True},
     ),
     "one module": PairCase("1 of 9 modules differs: layer 1 v_proj at 1.05 times ΔW of the first", times(1.05, V1)),
     "continued training": PairCase(
-        "one continues the other's training (same subspaces): 6 of 9 modules moved: layers 0, 2 q_proj, k_proj, v_proj",
+        "6 of 9 modules differ: layers 0, 2 q_proj, k_proj, v_proj moved by ",
         moved,
     ),
     "other rank with the same product": PairCase(
@@ -96,8 +96,11 @@ CASES = {
         lambda raw: raw | {"r": 2 * raw["r"]},
         same=True,
     ),
-    "swapped layers": PairCase("6 of 9 modules differ: layer 0 q_proj has A and B of layer 2 q_proj", swapped),
-    "sign": PairCase("the same weights with the other sign in all 9 modules", times(-1)),
+    "swapped layers": PairCase(
+        "6 of 9 modules differ: layers 0, 2 q_proj, k_proj, v_proj with A and B of other modules (layer 0 q_proj has",
+        swapped,
+    ),
+    "sign": PairCase("the same weights in all 9 modules, with the other sign", times(-1)),
     "transposed roles": PairCase(
         "3 of 9 modules differ: layers 0-2 q_proj with A and B exchanged (ΔW is transposed)", transposed
     ),

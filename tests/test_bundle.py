@@ -64,6 +64,12 @@ def test_the_bundle_of_a_server(tmp_path: Path, capsys: Any) -> None:
         (["--max-num-batched-tokens", "8"], ["--max-num-batched-tokens", "8"]),
         (["--hf-token", "x"], ["--hf-token", "removed"]),
         (["--tokenizer", "org/x"], ["--tokenizer", "org/x"]),
+        (["--api-key", "one", "two", "--seed", "1"], ["--api-key", "removed", "removed", "--seed", "1"]),
+        (['--additional-config={"api_key": "x"}'], ['--additional-config={"api_key": "removed"}']),
+        (
+            ["--extra", '{"a": {"aws_secret_access_key": ["x"]}}'],
+            ["--extra", '{"a": {"aws_secret_access_key": "removed"}}'],
+        ),
     ],
 )
 def test_flags(words: list[str], kept: list[str]) -> None:

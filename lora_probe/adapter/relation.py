@@ -14,20 +14,24 @@ import numpy.typing as npt
 
 from lora_probe.adapter.spectrum import Array, Double
 
+JUDGED = 0.25
+"""Two subspaces of which random ones would share more than this are not judged."""
 CUT = 1e-10
 """Directions of a Gram matrix with less than this share of its largest eigenvalue are taken as rounding."""
 
 
 @dataclass(frozen=True)
 class Relation:
-    """Two products ΔW₁ and ΔW₂ of the same shape. `norms` are ‖ΔW₁‖ and ‖ΔW₂‖, `inner` is ⟨ΔW₁, ΔW₂⟩.
+    """Two products ΔW₁ and ΔW₂ of the same shape. `norms` are ‖ΔW₁‖ and ‖ΔW₂‖, `inner` is ⟨ΔW₁, ΔW₂⟩; `start` is the
+    cosine of both A as vectors, None if their ranks differ.
 
     `rows` and `columns` are the cosines of the principal angles between the row spaces of both A and between the column
-    spaces of both B, the largest first. `chance` is the mean of cos² that two random A would have.
+    spaces of both B, the largest first. `chance` is the mean of cos² that two random A, and two random B, would have.
     """
 
     norms: tuple[float, float]
     inner: float
+    start: float | None
     rows: Double
     columns: Double
     chance: tuple[float, float]
@@ -38,14 +42,14 @@ class Relation:
 
     @property
     def cosine(self) -> float | None:
-        """⟨ΔW₁, ΔW₂⟩ / (‖ΔW₁‖·‖ΔW₂‖); None if one of them is zero."""
-        one, two = self.norms
-        return min(1.0, max(-1.0, self.inner / (one * two))) if one and two else None
+        """⟨ΔW₁, ΔW₂⟩ / (‖ΔW₁‖·‖ΔW₂‖); None if one of them is zero, or not a number."""
+        return _cosine(self.inner, *self.norms)
 
     @property
     def factor(self) -> float | None:
         """The f for which ‖ΔW₂ - f·ΔW₁‖ is smallest; None if ΔW₁ is zero."""
-        return self.inner / self.norms[0] ** 2 if self.norms[0] else None
+        square = self.norms[0] ** 2
+        return self.inner / square if square else None
 
     @property
     def distance(self) -> float:
@@ -56,18 +60,16 @@ class Relation:
     @property
     def rest(self) -> float:
         """‖ΔW₂ - f·ΔW₁‖ / ‖ΔW₂‖ for the best factor f: 0 if one is a multiple of the other."""
-        two = self.norms[1]
-        if not two or self.factor is None:
-            return 0.0 if not two else 1.0
-        return float(np.sqrt(max(0.0, two**2 - self.factor * self.inner))) / two
+        cosine = self.cosine
+        return 1.0 if cosine is None else float(np.sqrt(max(0.0, 1 - cosine**2)))
 
     @property
-    def shared_rows(self) -> float:
-        """How far both A span the same rows, from 0 (as by chance) to 1."""
+    def shared_rows(self) -> float | None:
+        """How far both A span the same rows, from 0 (as by chance) to 1; None if even random ones share most of it."""
         return _above_chance(self.rows, self.chance[0])
 
     @property
-    def shared_columns(self) -> float:
+    def shared_columns(self) -> float | None:
         """The same for the columns of both B."""
         return _above_chance(self.columns, self.chance[1])
 
@@ -75,13 +77,23 @@ class Relation:
 def relate(first: tuple[Array, Array, float], second: tuple[Array, Array, float]) -> Relation:
     """The relation of two `(A, B, scaling)` with the same `in` and `out`."""
     (a1, b1, s1), (a2, b2, s2) = ((a.astype(np.float64), b.astype(np.float64), s) for a, b, s in (first, second))
-    with np.errstate(over="ignore", invalid="ignore"):
+    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
         of_a = a1 @ a1.T, a1 @ a2.T, a2 @ a2.T
         of_b = b1.T @ b1, b1.T @ b2, b2.T @ b2
         squares = [float((gram_a * gram_b).sum()) for gram_a, gram_b in zip(of_a, of_b, strict=True)]
+        lengths = [_root(float(np.trace(gram))) for gram in (of_a[0], of_a[2])]
+        start = _cosine(float(np.trace(of_a[1])), *lengths) if a1.shape == a2.shape else None
     norms = abs(s1) * _root(squares[0]), abs(s2) * _root(squares[2])
-    chance = max(len(a1), len(a2)) / a1.shape[1], max(len(a1), len(a2)) / b1.shape[0]
-    return Relation(norms, s1 * s2 * squares[1], _cosines(*of_a), _cosines(*of_b), chance)
+    rank = max(len(a1), len(a2))
+    chance = rank / a1.shape[1], rank / b1.shape[0]
+    return Relation(norms, s1 * s2 * squares[1], start, _cosines(*of_a), _cosines(*of_b), chance)
+
+
+def _cosine(inner: float, one: float, two: float) -> float | None:
+    if not (one and two and np.isfinite([inner, one, two]).all()):
+        return None
+    # One division after the other: the product of two small norms may be zero.
+    return min(1.0, max(-1.0, inner / one / two))
 
 
 def _root(square: float) -> float:
@@ -107,7 +119,7 @@ def _whitened(gram: Double) -> npt.NDArray[np.float64]:
     return whitened
 
 
-def _above_chance(cosines: Double, chance: float) -> float:
-    if not len(cosines) or chance >= 1:
-        return 0.0
+def _above_chance(cosines: Double, chance: float) -> float | None:
+    if not len(cosines) or chance > JUDGED:
+        return None
     return float(max(0.0, (np.square(cosines).mean() - chance) / (1 - chance)))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,26 +19,54 @@ from lora_probe.adapter.checkpoint import Adapter, AdapterModule, open_adapter
 from lora_probe.adapter.pair_values import pair_values
 from lora_probe.adapter.relation import Relation, relate
 from lora_probe.adapter.spectrum import LARGE, Array
+from lora_probe.adapter.variants import VARIANTS
 from lora_probe.errors import UnreadableFile
 from lora_probe.files import shown
 from lora_probe.files.limits import step
 from lora_probe.names import Key, natural, path_of
-from lora_probe.precision import rounding
+from lora_probe.precision import FLOATS, rounding
 from lora_probe.presented import Presented
 
-Kind = Literal["identical", "same", "multiple", "elsewhere", "transposed", "moved", "same start", "unrelated", "unread"]
-"""`identical`: A, B and scaling are equal. `same`: ΔW is, up to rounding. `multiple`: ΔW is a multiple. `elsewhere`: A
-and B are those of another module. `transposed`: A and B are exchanged. `moved`: both subspaces are shared, as after
-more training. `same start`: A spans the same rows, and B is another. `unread`: A and B are no pair, or too large."""
+Kind = Literal[
+    "identical",
+    "same",
+    "multiple",
+    "elsewhere",
+    "transposed",
+    "moved",
+    "nested",
+    "same start",
+    "zero",
+    "unrelated",
+    "unread",
+]
+"""`identical`: A, B and scaling are equal. `same`: ΔW is, within the rounding of the files. `multiple`: ΔW is a
+multiple. `elsewhere`: A and B are those of another module. `transposed`: A and B are exchanged. `moved`: ΔW points in
+much the same direction, as after more training. `nested`: the subspaces of one are part of the other's, which has a
+higher rank. `same start`: A is much the same, and B is another one. `zero`: ΔW is zero in one of them. `unread`: A and
+B are no pair, too large, or not numbers."""
 
-SLACK = 8.0
-"""Units of round-off of the stored dtype by which rounding may change ΔW, relative to its norm."""
+SLACK = 1.5
+"""Units of round-off of the stored dtype by which rounding A and B changes ΔW, relative to its norm: 0.6 measured."""
 LEAST = 1e-6
 """The same for float32, in which the order of summing matters more."""
 CLEAR = 2.0
 """A factor is one if it changes ΔW that many times as much as what it leaves unexplained."""
-SHARED = 0.5
-"""From this share on (above chance), two subspaces count as the same."""
+ALIKE = 0.5
+"""From this cosine or share on, two ΔW, two A or two subspaces count as related."""
+INSIDE = 0.9
+"""From this share on, a subspace is part of another."""
+SURE, SIGMAS = 0.95, 3.0
+"""The cosine of two random ΔW with one A has a standard deviation of 1 / sqrt(out·r); no more than SURE is needed."""
+APPLIED = {variant.field for variant in VARIANTS} | {
+    *("fan_in_fan_out", "alora_invocation_tokens", "bias", "target_modules", "target_parameters", "exclude_modules"),
+    *("layers_to_transform", "layers_pattern", "modules_to_save"),
+}
+"""Fields of a config that decide where and how A and B are applied, beside the scaling."""
+MOVABLE = ("multiple", "moved", "nested", "same start", "unrelated")
+"""What a pair may be that has A and B of another module."""
+COARSEST = 2.0**-3
+"""The unit of round-off of F8_E5M2."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +80,21 @@ class ModulePair:
     relation: Relation | None = None
     source: Key | None = None
     why: str = ""
+    digests: tuple[bytes, bytes, bytes] = (b"", b"", b"")
+    """Of A and B of the first one, of the second one, and of the second one with A and B exchanged; empty for pairs
+    that are equal or were not compared."""
+
+    @property
+    def alike(self) -> bool:
+        return self.kind in ("identical", "same")
+
+    @property
+    def share(self) -> float | None:
+        """‖ΔW₂ - ΔW₁‖ / ‖ΔW₁‖; None if ΔW₁ is zero, or was not computed."""
+        if self.kind == "identical":
+            return 0.0
+        relation = self.relation
+        return relation.distance / relation.norms[0] if relation is not None and relation.norms[0] > 0 else None
 
     @property
     def key(self) -> Key:
@@ -80,9 +123,14 @@ class AdapterDiff(Presented):
 
     @property
     def same(self) -> bool:
-        """Whether both change a model in the same way, as far as A and B decide."""
+        """Whether both change a model in the same way."""
         alike = len(self.of_kind("identical", "same")) == len(self.modules) > 0
-        return alike and not any(self.unshared) and not self.other_tensors
+        return alike and not (any(self.unshared) or self.other_tensors or self.applied)
+
+    @property
+    def applied(self) -> tuple[str, ...]:
+        """The fields of the configs that differ and decide how A and B are applied."""
+        return tuple(name for name, _, _ in self.fields if name in APPLIED)
 
     def differs_in(self, field: str) -> bool:
         return any(name == field for name, _, _ in self.fields)
@@ -104,6 +152,7 @@ def side_by_side(first: Adapter, second: Adapter, advance: Callable[[], None] = 
         UnreadableFile: the values of a tensor cannot be read.
     """
     here, there = first.by_key(), second.by_key()
+    unshared = _sorted(here.keys() - there.keys()), _sorted(there.keys() - here.keys())
     pairs = []
     for key in _sorted(here.keys() & there.keys()):
         pairs.append(_compared(first, here[key], second, there[key]))
@@ -111,9 +160,9 @@ def side_by_side(first: Adapter, second: Adapter, advance: Callable[[], None] = 
     return AdapterDiff(
         first,
         second,
-        tuple(_moved_elsewhere(first, second, pairs)),
+        tuple(_moved_elsewhere(first, pairs)),
         tuple(_fields(first.config.raw, second.config.raw)),
-        (_sorted(here.keys() - there.keys()), _sorted(there.keys() - here.keys())),
+        unshared,
         tuple(_other_tensors(first, second)),
     )
 
@@ -127,18 +176,21 @@ def _compared(first: Adapter, one: AdapterModule, second: Adapter, two: AdapterM
     if why := _why_unread(one) or _why_unread(two):
         return ModulePair(one, two, "unread", why=why)
     if _shape(one) != _shape(two):
-        why = f"ΔW is {_times(_shape(one))} in the first, {_times(_shape(two))} in the second"
-        return ModulePair(one, two, "unread", why=why)
+        return ModulePair(one, two, "unread", why=f"ΔW is {_shape(one)} in the first, {_shape(two)} in the second")
     try:
         (a1, b1), (a2, b2) = _matrices(first, one), _matrices(second, two)
     except UnreadableFile as error:
         return ModulePair(one, two, "unread", why=error.message)
-    relation = relate((a1, b1, one.scaling), (a2, b2, two.scaling))
-    if one.scaling == two.scaling and np.array_equal(a1, a2) and np.array_equal(b1, b2):
-        return ModulePair(one, two, "identical", relation)
+    relation, dtype = relate((a1, b1, one.scaling), (a2, b2, two.scaling)), coarser_of(one, two)
+    equal = np.array_equal(a1, a2, equal_nan=True) and np.array_equal(b1, b2, equal_nan=True)
+    if equal:
+        return ModulePair(one, two, "identical" if one.scaling == two.scaling else "multiple", relation)
     if not relation.finite:
-        return ModulePair(one, two, "unread", relation, why="A or B holds NaN or infinity")
-    return ModulePair(one, two, _kind(relation, one, two), relation)
+        numbers = all(np.isfinite(half).all() for half in (a1, b1, a2, b2))
+        return ModulePair(one, two, "unread", relation, why="too large" if numbers else "A or B holds NaN or infinity")
+    kind = _kind(relation, dtype, len(a2) * len(b2) if len(a1) == len(a2) else None)
+    digests = _digest(a1, b1, dtype), _digest(a2, b2, dtype), _digest(b2.T, a2.T, dtype)
+    return ModulePair(one, two, kind, relation, digests=digests)
 
 
 def _why_unread(pair: AdapterModule) -> str:
@@ -147,15 +199,13 @@ def _why_unread(pair: AdapterModule) -> str:
     return "A and B are too large" if pair.a.parameters + pair.b.parameters > LARGE else ""
 
 
-def _shape(pair: AdapterModule) -> tuple[int, int]:
-    """`(out, in)` of ΔW; of a convolution with its kernel as part of `in`."""
+def _shape(pair: AdapterModule) -> str:
+    """`out×in` of ΔW, of a convolution with its kernel."""
     assert pair.a is not None
     assert pair.b is not None
-    return pair.b.shape[0] * pair.blocks[1], pair.a.parameters // pair.a.shape[0] * pair.blocks[0]
-
-
-def _times(shape: tuple[int, int]) -> str:
-    return "×".join(map(str, shape))
+    sizes = [pair.b.shape[0] * pair.blocks[1], *pair.a.shape[1:]]
+    sizes[1] *= pair.blocks[0]
+    return "×".join(map(str, sizes))
 
 
 def _matrices(adapter: Adapter, pair: AdapterModule) -> tuple[Array, Array]:
@@ -164,44 +214,78 @@ def _matrices(adapter: Adapter, pair: AdapterModule) -> tuple[Array, Array]:
     return a.reshape(len(a), -1), b.reshape(len(b), -1)
 
 
-def _kind(relation: Relation, one: AdapterModule, two: AdapterModule) -> Kind:
-    dtypes = [{tensor.dtype for tensor in (pair.a, pair.b) if tensor is not None} for pair in (one, two)]
-    rounded = max(LEAST, SLACK * max(rounding(dtype).round_off for dtype in dtypes[0] | dtypes[1]))
-    # Two files of one dtype have had no rounding between them.
-    if relation.distance <= (LEAST if dtypes[0] == dtypes[1] else rounded) * max(relation.norms):
-        return "same"
-    factor = relation.factor
-    if factor and relation.rest <= rounded and abs(factor - 1) > CLEAR * relation.rest:
+def coarser_of(*pairs: AdapterModule) -> str:
+    """The stored dtype that rounds most."""
+    dtypes = {tensor.dtype for pair in pairs for tensor in (pair.a, pair.b) if tensor is not None}
+    return max(sorted(dtypes), key=lambda dtype: _round_off(dtype))
+
+
+def _kind(relation: Relation, dtype: str, sizes: int | None) -> Kind:
+    """How two ΔW that were stored in `dtype`, or better, are related. `sizes` is out·r, None if the ranks differ."""
+    rounded = max(LEAST, SLACK * _round_off(dtype))
+    cosine, factor = relation.cosine, relation.factor
+    if cosine is None:
+        return "zero" if any(relation.norms) else "same"
+    if factor and relation.rest <= rounded and abs(factor - 1) > max(CLEAR * relation.rest, LEAST):
         return "multiple"
-    if relation.shared_rows >= SHARED:
-        return "moved" if relation.shared_columns >= SHARED else "same start"
-    return "unrelated"
+    if relation.distance <= rounded * max(relation.norms):
+        return "same"
+    shared = [relation.shared_rows, relation.shared_columns]
+    if sizes is None:
+        inside = all(share is None or share >= INSIDE for share in shared) and any(shared)
+        return "nested" if cosine >= ALIKE and inside else "moved" if cosine >= SURE else "unrelated"
+    if cosine >= min(SURE, max(ALIKE, SIGMAS / np.sqrt(sizes))):
+        return "moved"
+    return "unrelated" if relation.start is None or relation.start < ALIKE else "same start"
 
 
-def _moved_elsewhere(first: Adapter, second: Adapter, pairs: list[ModulePair]) -> Iterator[ModulePair]:
+def _moved_elsewhere(first: Adapter, pairs: list[ModulePair]) -> Iterator[ModulePair]:
     """The pairs, those that differ with the module whose A and B they have, or that have them exchanged."""
-    open_pairs = [pair for pair in pairs if pair.kind in ("moved", "same start", "unrelated", "multiple")]
-    owners = {digest: pair.key for pair in open_pairs for digest in [_digest(*_matrices(first, pair.first))]}
+    differing = {pair.key: pair for pair in pairs if pair.kind in MOVABLE and pair.digests[1]}
+    if not differing:
+        yield from pairs
+        return
+    dtype = max((coarser_of(pair.first, pair.second) for pair in differing.values()), key=_round_off)
+    known = {pair.key: pair.digests[0] for pair in pairs if pair.digests[0]}
+    owners: dict[bytes, Key] = {}
+    for key, module in first.by_key().items():
+        if not _why_unread(module):
+            digest = known.get(key) or _digest(*_matrices(first, module), dtype)
+            owners.setdefault(digest, key)
     for pair in pairs:
-        if pair not in open_pairs:
-            yield pair
-            continue
-        a, b = _matrices(second, pair.second)
-        source = owners.get(_digest(a, b))
+        source = owners.get(pair.digests[1]) if pair.key in differing else None
         if source is not None and source != pair.key:
-            yield ModulePair(pair.first, pair.second, "elsewhere", pair.relation, source)
-        elif owners.get(_digest(np.ascontiguousarray(b.T), np.ascontiguousarray(a.T))) == pair.key:
-            yield ModulePair(pair.first, pair.second, "transposed", pair.relation)
+            yield replace(pair, kind="elsewhere", source=source)
+        elif pair.key in differing and pair.digests[2] == pair.digests[0]:
+            yield replace(pair, kind="transposed")
         else:
             yield pair
 
 
-def _digest(a: Array, b: Array) -> bytes:
+def _round_off(dtype: str) -> float:
+    """Of dtypes that are stored scaled, such as 8-bit floats, that of the coarsest."""
+    return rounding(dtype).round_off if dtype in FLOATS else COARSEST
+
+
+def _digest(a: Array, b: Array, dtype: str) -> bytes:
+    """That of both as they are when they are stored in `dtype`, so that a copy in another dtype has the same."""
     digest = hashlib.blake2b(digest_size=16)
     for half in (a, b):
         digest.update(repr(half.shape).encode())
-        digest.update(np.ascontiguousarray(half).data)
+        digest.update(np.ascontiguousarray(_stored(half, dtype)).data)
     return digest.digest()
+
+
+def _stored(values: Array, dtype: str) -> Array:
+    """Values rounded as in 16 bits, to the nearest and to even."""
+    if dtype == "F16":
+        with np.errstate(over="ignore"):
+            return values.astype(np.float16).astype(np.float32)
+    if dtype == "BF16":
+        bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+        rounded: Array = ((bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)).view(np.float32)
+        return rounded
+    return values
 
 
 def _fields(first: Any, second: Any) -> Iterator[tuple[str, Any, Any]]:

@@ -36,7 +36,11 @@ Paths on this machine are in it. Look through it before you send it.
 """
 ASKED = ("requests", "request_rows", "run", "events", "processes")
 """What JSON of a recording holds beside ledgers: what was asked, or what is in other files of the bundle."""
-SECRET = re.compile(r"key|token(?!izer|s\b)|secret|password|credential|auth", re.IGNORECASE)
+SECRET = re.compile(r"key|token(?!iz|s\b|s_)|secret|passw|pwd|bearer|credential|auth(?!or)", re.IGNORECASE)
+USER_IN_ADDRESS = re.compile(r"(?<=://)[^/@\s\"]+@")
+"""`user:password@` in an address."""
+OF_LOADS = ("said", "requests")
+"""Of a load, and of a finding about requests: lines of the engine's log, and the ids that clients sent."""
 HIDDEN = "removed"
 DATE = (1980, 1, 1, 0, 0, 0)
 
@@ -52,7 +56,7 @@ def write_bundle(result: Recording, target: Path, versions: dict[str, str]) -> N
     try:
         with target.open("xb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
             for name, text in members:
-                archive.writestr(zipfile.ZipInfo(name, DATE), text, zipfile.ZIP_DEFLATED)
+                archive.writestr(zipfile.ZipInfo(name, DATE), USER_IN_ADDRESS.sub("", text), zipfile.ZIP_DEFLATED)
     except FileExistsError as error:
         raise ProbeError(f"`{target}` already exists", "use another name, or delete it") from error
     except OSError as error:
@@ -67,7 +71,7 @@ def _members(result: Recording, versions: dict[str, str]) -> Iterator[tuple[str,
     if trace.run is not None:
         yield "run.json", _json(_without_prompts(trace.run))
     data = recording_json(result)
-    yield "ledger.json", _json({name: value for name, value in data.items() if name not in ASKED})
+    yield "ledger.json", _json(_without({name: value for name, value in data.items() if name not in ASKED}))
     for process in trace.processes:
         settings = msgspec.to_builtins(process.process)
         yield f"processes/{process.folder.name}.json", _json(_without_secrets(settings))
@@ -87,8 +91,15 @@ def _adapter(number: int, path: str) -> Iterator[tuple[str, str]]:
         return
     tensors = adapter.weights.tensors.values()
     header = {tensor.name: {"dtype": tensor.dtype, "shape": list(tensor.shape)} for tensor in tensors}
-    yield f"{folder}/adapter_config.json", _json(dict(adapter.config.raw))
+    yield f"{folder}/adapter_config.json", _json(_without_secrets(dict(adapter.config.raw)))
     yield f"{folder}/tensors.json", _json(header)
+
+
+def _without(data: Any) -> Any:
+    """JSON without the fields of `OF_LOADS`."""
+    if isinstance(data, dict):
+        return {name: _without(value) for name, value in data.items() if name not in OF_LOADS}
+    return [_without(value) for value in data] if isinstance(data, list) else data
 
 
 def _without_prompts(run: Run) -> dict[str, Any]:
@@ -103,22 +114,37 @@ def _without_prompts(run: Run) -> dict[str, Any]:
 
 
 def _without_secret_flags(words: list[str]) -> list[str]:
-    """Flags of an engine: the value of `--api-key x` or `--hf-token=x` is removed."""
+    """Flags of an engine: the values of `--api-key x y` or `--hf-token=x` are removed, and those inside JSON."""
     kept: list[str] = []
+    secret = False
     for word in words:
-        flag, equals, _ = word.partition("=")
-        if kept and kept[-1].startswith("--") and "=" not in kept[-1] and not word.startswith("--"):
-            kept.append(HIDDEN if SECRET.search(kept[-1]) else word)
+        flag, equals, value = word.partition("=")
+        if word.startswith("--"):
+            secret = bool(SECRET.search(flag)) and not equals
+            kept.append(f"{flag}={_value(flag, value)}" if equals else word)
         else:
-            kept.append(f"{flag}={HIDDEN}" if equals and SECRET.search(flag) else word)
+            kept.append(HIDDEN if secret else _value("", word))
     return kept
 
 
+def _value(flag: str, value: str) -> str:
+    """The value of a flag, without secrets if it is JSON."""
+    if SECRET.search(flag):
+        return HIDDEN
+    try:
+        data = json.loads(value)
+    except ValueError:
+        return value
+    return json.dumps(_without_secrets(data)) if isinstance(data, dict | list) else value
+
+
 def _without_secrets(data: Any) -> Any:
-    """Settings whose names look like those of secrets lose their texts."""
+    """Settings whose names look like those of secrets lose their values, but for numbers and switches."""
     if isinstance(data, dict):
         return {
-            name: HIDDEN if isinstance(value, str) and SECRET.search(str(name)) else _without_secrets(value)
+            name: HIDDEN
+            if isinstance(value, str | list | dict) and value and SECRET.search(str(name))
+            else _without_secrets(value)
             for name, value in data.items()
         }
     return [_without_secrets(value) for value in data] if isinstance(data, list) else data

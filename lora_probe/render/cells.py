@@ -19,7 +19,7 @@ SHOWN = 10
 """How many similar lines are printed before the rest is only counted."""
 DIRECTION = (0x061C, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A))
 SURROGATES = range(0xD800, 0xE000)
-CONTROL = dict.fromkeys((*range(9), *range(11, 32), *range(127, 160), *DIRECTION, *SURROGATES), "�")
+CONTROL = dict.fromkeys((*range(9), *range(11, 32), *range(127, 160), *DIRECTION, *SURROGATES, 0xFFFE, 0xFFFF), "�")
 """Control characters, line separators, changes of direction and bytes that are not text. None of them is printed."""
 LONGEST = 4000
 """How many characters of one string from a file, an answer or a log are printed."""

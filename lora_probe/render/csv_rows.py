@@ -81,6 +81,9 @@ def _page(report: Report, run: CheckRun) -> list[dict[str, Any]]:
 
 def _whole(result: CheckResult) -> str:
     rows = [row for page in result.pages for row in page]
+    for lost in result.not_judged:
+        message = {"severity": "unread", "message": lost.error.message, "hint": lost.error.hint}
+        rows.append({"adapter": str(lost.path)} | message)
     return as_csv([{name: row.get(name) for name in FINDING} for row in rows]) if rows else ",".join(FINDING)
 
 

@@ -21,7 +21,9 @@ def junit(document: Document) -> str:
     for case in cases:
         _add(suite, case, command)
     ElementTree.indent(suite)
-    return f"<?xml version='1.0' encoding='utf-8'?>\n{ElementTree.tostring(suite, encoding='unicode')}"
+    # As references, all characters survive any encoding of standard output.
+    text = ElementTree.tostring(suite, encoding="unicode").encode("ascii", "xmlcharrefreplace").decode()
+    return f"<?xml version='1.0' encoding='utf-8'?>\n{text}"
 
 
 def _add(suite: ElementTree.Element, document: Document, command: str) -> None:

@@ -162,9 +162,9 @@ class Grid:
 
 def _table(tower: Tower, cells: Mapping[Key, RichText], layers: Sequence[int]) -> RenderableType:
     rows = columns_of("module", "")
-    places = {key: layer for (layer, _), key in tower.keys.items()}
+    places, listed = {key: layer for (layer, _), key in tower.keys.items()}, set(layers)
     for key, label in tower.labels.items():
-        if places.get(key) in layers or not tower.word:
+        if places.get(key) in listed or not tower.word:
             add_row(rows, label, cells[key])
     if not tower.tabular:
         return rows

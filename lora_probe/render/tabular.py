@@ -19,7 +19,7 @@ from lora_probe.render.cells import one_line
 Columns = dict[str, npt.NDArray[Any]]
 Records = Sequence[Mapping[str, Any]]
 
-FORMULA = ("=", "+", "-", "@", "\t", "\r")
+FORMULA = ("=", "+", "-", "@", "\t", "\r", "＝", "＋", "－", "＠")
 """How a text begins that a spreadsheet would run as a formula."""
 
 
@@ -58,7 +58,7 @@ def _column(values: list[Any]) -> npt.NDArray[Any]:
     kinds = {type(value) for value in values if value is not None}
     if kinds == {bool} and None not in values:
         return np.array(values, np.bool_)
-    if kinds == {int} and None not in values:
+    if kinds == {int} and None not in values and all(-(2**63) <= value < 2**63 for value in values):
         return np.array(values, np.int64)
     if kinds and kinds <= {int, float}:
         return np.array([np.nan if value is None else value for value in values], np.float64)

@@ -138,6 +138,14 @@ def of_comparison(result: Comparison) -> Verdict:
     return Verdict(_compared(result), COMPARED[result.verdict])
 
 
+def in_short(result: Comparison) -> Verdict:
+    """The verdict with the rule of its cause, for a line that stands alone."""
+    verdict, cause = of_comparison(result), result.cause
+    if cause is None:
+        return verdict
+    return Verdict(f"{verdict.text}; cause: {cause.code} {cause.name}: {cause.message}", verdict.tone)
+
+
 def _exceeding(different: int, total: int) -> str:
     return f"{different} of {total} modules exceed" if different else "no module exceeds"
 
@@ -242,7 +250,7 @@ VERDICTS = {
     "trace": "of_recording",
     "show": "of_recording",
     "collect": "of_recording",
-    "compare": "of_comparison",
+    "compare": "in_short",
     "compare adapters": "of_comparisons",
     "parity": "of_parity",
 }

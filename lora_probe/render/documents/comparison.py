@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from lora_probe.comparison import Cause, Comparison, Comparisons
 from lora_probe.comparison.compared import SIDES
 from lora_probe.comparison.modules import PARTS
+from lora_probe.errors import command_line
 from lora_probe.names import Key
 from lora_probe.render.document import Document, Finding, Lines, Section, Table, heats
 from lora_probe.render.documents.parts import fate_heats, page_of
@@ -25,7 +26,7 @@ def comparison(result: Comparison) -> Document:
     judged = f"{result.tolerance:.1e} ({result.dtype or 'no dtype recorded'}), {result.rows} rows"
     facts = ("reference", paths[0]), ("candidate", paths[1]), ("tolerance", judged)
     findings = tuple(map(_cause, result.causes))
-    title = f"compare {paths[0]} {paths[1]}"
+    title = command_line(["compare", *paths])
     return Document(title, verdict.text, verdict.tone, findings, facts, tuple(_sections(result)))
 
 

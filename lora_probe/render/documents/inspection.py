@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
+from lora_probe.errors import command_line
 from lora_probe.names import name_modules, path_of
 from lora_probe.render.document import Curves, Document, Lines, Section, Table, heats
 from lora_probe.render.documents.parts import lines_of, table_of
 from lora_probe.render.text.inspect import by_projection, facts_of, norms, other_tensors
 from lora_probe.render.text.one_module import facts_of as facts_of_module
 from lora_probe.render.text.one_module import tensors
-from lora_probe.render.text.side_by_side import COLUMNS, cells_of, cosines, fields
+from lora_probe.render.text.side_by_side import COLUMNS, cells_of, closeness, distances, fields
 from lora_probe.render.towers import Cell, number
 from lora_probe.render.verdicts import of_diff, of_inspection, of_module
 
@@ -41,7 +42,9 @@ def inspection(result: Inspection) -> Document:
         sections += heats("Modules", {"rank": ranks, "scaling": scalings})
     sections.append(table_of("Projections", by_projection(adapter)))
     sections += lines_of("Other tensors and files", other_tensors(adapter))
-    return Document(f"inspect {adapter.path}", verdict.text, verdict.tone, (), facts_of(adapter), tuple(sections))
+    return Document(
+        command_line(["inspect", str(adapter.path)]), verdict.text, verdict.tone, (), facts_of(adapter), tuple(sections)
+    )
 
 
 def _values(adapter: Adapter, spectra: Mapping[str, Spectrum | None]) -> Iterator[Section]:
@@ -77,19 +80,22 @@ def one_module(selected: OneModule) -> Document:
 def side_by_side(diff: AdapterDiff) -> Document:
     """Two adapters: the relation of each module."""
     verdict = of_diff(diff)
-    related = [(pair.key, pair.relation) for pair in diff.modules if pair.relation and pair.relation.finite]
+    related = [(pair, pair.relation) for pair in diff.modules if pair.relation and pair.relation.finite]
     measures = {
-        "cosine": cosines(diff),
-        "factor": {key: number(relation.factor, 4) for key, relation in related},
-        "distance": {key: number(relation.distance / (relation.norms[0] or 1)) for key, relation in related},
-        "shared rows of A": {key: number(relation.shared_rows) for key, relation in related},
-        "shared columns of B": {key: number(relation.shared_columns) for key, relation in related},
+        "distance": distances(diff),
+        "cosine": {pair.key: number(1.0 if pair.alike else relation.cosine, 4) for pair, relation in related},
+        "factor": {pair.key: number(relation.factor, 4) for pair, relation in related},
+        "shared rows of A": {pair.key: number(relation.shared_rows) for pair, relation in related},
+        "shared columns of B": {pair.key: number(relation.shared_columns) for pair, relation in related},
         "how": {pair.key: Cell(pair.kind, bad=pair.kind == "unread") for pair in diff.modules},
     }
     about = "distance: ‖ΔW₂ - ΔW₁‖ / ‖ΔW₁‖; shared: above what two random adapters have, 1 is all of it."
     sections: list[Section] = [*([table_of("Fields of the configs that differ", fields(diff))] if diff.fields else [])]
     sections += heats("Relation of each ΔW", measures, about)
-    rows = tuple(cells_of(diff, pair) for pair in diff.modules)
-    sections.append(Table("Modules", COLUMNS, rows))
+    differing = sorted((pair for pair in diff.modules if not pair.alike), key=closeness)
+    alike = [pair for pair in diff.modules if pair.alike]
+    rows = tuple(cells_of(diff, pair) for pair in (*differing, *alike))
+    sections.append(Table("Modules, the furthest apart first", COLUMNS, rows))
     facts = ("first", str(diff.first.path)), ("second", str(diff.second.path))
-    return Document(f"inspect {facts[0][1]} {facts[1][1]}", verdict.text, verdict.tone, (), facts, tuple(sections))
+    title = command_line(["inspect", facts[0][1], facts[1][1]])
+    return Document(title, verdict.text, verdict.tone, (), facts, tuple(sections))

@@ -5,6 +5,7 @@ In: a `Parity`. Out: a `Document`.
 
 from __future__ import annotations
 
+from lora_probe.errors import command_line
 from lora_probe.merging.parity import Parity
 from lora_probe.names import Key
 from lora_probe.render.document import Document, Lines, Section, heats
@@ -32,5 +33,5 @@ def parity(result: Parity) -> Document:
     if result.warnings:
         sections.append(Lines("Warnings of PEFT", tuple(result.warnings)))
     findings = tuple(map(finding_of, result.diagnostics))
-    title = f"parity {weights.adapter}"
+    title = command_line(["parity", str(weights.adapter)])
     return Document(title, verdict.text, verdict.tone, findings, facts_of(result), tuple(sections))

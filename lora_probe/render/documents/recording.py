@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 from lora_probe.comparison.recorded import LoadEntry
 from lora_probe.comparison.totals import totals
+from lora_probe.errors import command_line
 from lora_probe.recording import Trace
 from lora_probe.render.document import Document, Finding, Lines, Section, Step, Timeline, heats
 from lora_probe.render.documents.parts import fate_heats, finding_of, ledger_sections, lines_of, table_of
@@ -28,12 +29,12 @@ MOST_LOADS = 8
 
 
 def recording(result: Recording, asked: bool = True) -> Document:
-    """The run, or what the options select of it. Unless `asked`, nothing in it is from a prompt or an answer."""
+    """The run, or what the options select of it. Unless `asked`, nothing in it is from a prompt, an answer or a log."""
     trace, verdict = result.trace, of_recording(result)
     shown = [adapter.newest for adapter in result.adapters[:MOST_LOADS]]
     sections: list[Section] = [*lines_of("State of the recording", state(trace))]
     for entry in shown:
-        sections += _of_load(result, entry, len(result.adapters) > 1)
+        sections += _of_load(result, entry, len(result.adapters) > 1, asked)
     if len(result.adapters) > len(shown):
         more = f"{len(result.adapters) - len(shown)} more adapters; --adapter NAME shows one"
         sections.append(Lines("More adapters", (more,)))
@@ -45,10 +46,12 @@ def recording(result: Recording, asked: bool = True) -> Document:
     sections += _timeline(result)
     findings = tuple(finding for entry in shown for finding in _findings(trace, entry))
     facts = tuple(facts_of(trace))
-    return Document(f"trace {trace.path}", verdict.text, verdict.tone, findings, facts, tuple(sections))
+    return Document(
+        command_line(["show", str(trace.path)]), verdict.text, verdict.tone, findings, facts, tuple(sections)
+    )
 
 
-def _of_load(result: Recording, entry: LoadEntry, several: bool) -> Iterator[Section]:
+def _of_load(result: Recording, entry: LoadEntry, several: bool, asked: bool) -> Iterator[Section]:
     """The contributions of one load, and the stations of its modules if something is wrong."""
     name = f" of {entry.load.name} (load {entry.number})" if several else ""
     yield from ledger_sections(entry.ledger, f"Stations of the modules{name}")
@@ -57,7 +60,7 @@ def _of_load(result: Recording, entry: LoadEntry, several: bool) -> Iterator[Sec
     if cells := contributions(entry, measured):
         about = "‖s·x·A·B‖ / ‖base output‖, over all rows of the load."
         yield from heats(f"Contribution of each module{name}", {"contribution": cells}, about)
-    if entry.load.said and not entry.sound:
+    if entry.load.said and not entry.sound and asked:
         yield Lines(f"Log of {result.trace.engine} while it loaded the adapter", tuple(entry.load.said))
 
 

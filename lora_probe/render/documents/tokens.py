@@ -6,6 +6,7 @@ In: a trace with rows. Out: a `Heat` for each of the first requests of an adapte
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import numpy as np
 
@@ -31,6 +32,7 @@ def token_heats(trace: Trace) -> Iterator[Heat]:
         return
     found = places(rows)
     asked = [request for request in trace.answers if request.adapter is not None]
+    left = f" {len(asked) - MOST_REQUESTS} more requests are not shown." if len(asked) > MOST_REQUESTS else ""
     texts = [prompt.text for prompt in trace.run.spec.prompts] if trace.run else []
     for request in asked[:MOST_REQUESTS]:
         tokens = [*request.prompt_ids, *request.output_ids]
@@ -39,7 +41,7 @@ def token_heats(trace: Trace) -> Iterator[Heat]:
         for tower in towers(rows.modules):
             if shown and tower.tabular:
                 text = texts[request.prompt] if 0 <= request.prompt < len(texts) else ""
-                yield _heat(rows, tower, request, shown, text)
+                yield replace(heat := _heat(rows, tower, request, shown, text), about=heat.about + left)
 
 
 def _heat(rows: Rows, tower: Tower, request: RequestRecord, at: list[tuple[int, int]], text: str) -> Heat:

@@ -119,12 +119,13 @@ def as_data(heat: Heat) -> dict[str, Any]:
     """A heat map for the script: the names of rows and columns, and every measure. A cell is null, a text, or a list of
     its text, its shade and 1 if something is wrong there."""
     measures = [{"name": one_line(measure.name), "cells": _data(measure)} for measure in heat.measures]
-    rows, columns = ([one_line(name) for name in names] for names in (heat.row_names, heat.column_names))
+    rows, columns = ([one_line(name) for name in names] for names in (heat.row_names[:MOST_CELLS], heat.column_names))
     return {"rows": rows, "columns": columns, "measures": measures}
 
 
 def _data(measure: Measure) -> list[list[Any]]:
-    rows = zip(measure.cells, shades(measure), strict=True)
+    most = MOST_CELLS // max(1, len(measure.cells[0])) if measure.cells else 0
+    rows = list(zip(measure.cells, shades(measure), strict=True))[:most]
     return [[_cell(cell, shade) for cell, shade in zip(cells, row, strict=True)] for cells, row in rows]
 
 

@@ -44,7 +44,9 @@ def _module(pair: ModulePair) -> dict[str, Any]:
         "why": pair.why or None,
         "ranks": [pair.first.rank, pair.second.rank],
         "scalings": [pair.first.scaling, pair.second.scaling],
+        "share": finite(pair.share),
         **_relation(relation if relation is not None and relation.finite else None),
+        **({"cosine": 1.0, "distance": 0.0} if pair.kind == "identical" and relation is not None else {}),
     }
 
 

@@ -18,7 +18,7 @@ from lora_probe.render.tables import Facts, Fitted, Grid, add_row, columns_of, n
 from lora_probe.render.towers import Cell
 from lora_probe.render.verdicts import of_diff
 
-COSINE = "cosine of both ΔW (1: the same direction)"
+DISTANCE = "‖ΔW₂ - ΔW₁‖ / ‖ΔW₁‖ (0: equal)"
 LISTED = 12
 """Modules that are listed without `--verbose`."""
 COLUMNS = ("module", "how", "cosine", "factor", "distance", "rows of A", "columns of B")
@@ -30,9 +30,9 @@ def side_by_side(diff: AdapterDiff) -> RenderableType:
     parts: list[RenderableType] = [of_diff(diff).line, words("")]
     if diff.fields:
         parts += [fields(diff), words("")]
-    if changed := [pair for pair in diff.modules if pair.kind not in ("identical", "same")]:
-        parts += [Grid(COSINE, cosines(diff)), words("")]
-        shown = changed if detail() == "verbose" else sorted(changed, key=_closeness)[:LISTED]
+    if changed := [pair for pair in diff.modules if not pair.alike]:
+        parts += [Grid(DISTANCE, distances(diff)), words("")]
+        shown = changed if detail() == "verbose" else sorted(changed, key=closeness)[:LISTED]
         parts.append(modules(diff, shown))
         if len(shown) < len(changed):
             parts.append(words(f"{len(changed) - len(shown)} more modules that differ: -v", style="dim"))
@@ -40,12 +40,9 @@ def side_by_side(diff: AdapterDiff) -> RenderableType:
     return Group(*parts, Facts(("first", diff.first.path), ("second", diff.second.path)))
 
 
-def _closeness(pair: ModulePair) -> float:
+def closeness(pair: ModulePair) -> float:
     """A sort key: what could not be compared comes first, then what is the furthest apart."""
-    relation = pair.relation
-    if relation is None or not relation.finite or not relation.norms[0]:
-        return -float("inf")
-    return -relation.distance / relation.norms[0]
+    return -float("inf") if pair.share is None else -pair.share
 
 
 def fields(diff: AdapterDiff) -> Fitted:
@@ -78,20 +75,19 @@ def cells_of(diff: AdapterDiff, pair: ModulePair) -> tuple[str, ...]:
         how = pair.why or pair.kind
     if relation is None or not relation.finite:
         return name, how, "-", "-", "-", "-", "-"
-    numbers = (relation.cosine, relation.factor)
-    distance = relation.distance / relation.norms[0] if relation.norms[0] else None
-    shares = f"{relation.shared_rows:.1%}", f"{relation.shared_columns:.1%}"
-    return name, how, *("-" if number is None else f"{number:.4f}" for number in numbers), _small(distance), *shares
+    cosine = 1.0 if pair.kind == "identical" else relation.cosine
+    numbers = ("-" if number is None else f"{number:.4f}" for number in (cosine, relation.factor))
+    shares = ("-" if share is None else f"{share:.1%}" for share in (relation.shared_rows, relation.shared_columns))
+    return name, how, *numbers, _small(pair.share), *shares
 
 
 def _small(number: float | None) -> str:
     return "-" if number is None else f"{number:.2g}"
 
 
-def cosines(diff: AdapterDiff) -> dict[Key, Cell]:
-    """The cosine of each module; those that could not be compared are bad."""
-    cells = {}
-    for pair in diff.modules:
-        cosine = pair.relation.cosine if pair.relation is not None and pair.relation.finite else None
-        cells[pair.key] = Cell(pair.kind if cosine is None else f"{cosine:.4f}", cosine, pair.kind == "unread")
-    return cells
+def distances(diff: AdapterDiff) -> dict[Key, Cell]:
+    """The distance of each module; those that could not be compared are bad."""
+    return {
+        pair.key: Cell(pair.kind if pair.share is None else f"{pair.share:.2g}", pair.share, pair.kind == "unread")
+        for pair in diff.modules
+    }

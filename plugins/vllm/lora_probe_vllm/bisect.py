@@ -11,14 +11,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lora_probe.adapter import open_adapter
 from lora_probe.engines.mixtures import BisectSpec, Side
 from lora_probe.errors import EngineFailed
 from lora_probe.recording import NamedAdapter, TraceWriter
+from lora_probe.rules.lp4_serving import MAX_RANKS
 from lora_probe_vllm import KEEP, TRACE
 from lora_probe_vllm.llm import engine_arguments, generate, request_for, require_probe, set_environment, start
 from lora_probe_vllm.mixing import CANDIDATE_ID, REFERENCE_ID
 from lora_probe_vllm.runners import pin_v1
 from lora_probe_vllm.seams import root_cause, vllm_version
+
+DEFAULT_RANK = 16
+"""vLLM's own `--max-lora-rank`."""
 
 
 def begin(spec: BisectSpec, folder: Path, writer: TraceWriter) -> Mixture:
@@ -29,16 +34,24 @@ def begin(spec: BisectSpec, folder: Path, writer: TraceWriter) -> Mixture:
         EngineFailed: vLLM does not start, refuses one of the adapters, or cannot exchange their weights.
     """
     assert spec.run is not None
+    sides = spec.reference, spec.candidate
     set_environment()
     os.environ[TRACE], os.environ[KEEP] = str(folder.resolve()), "events"
     pin_v1()
     arguments = engine_arguments(spec.run) | {"model": spec.model, "enable_prefix_caching": False}
     arguments["max_loras"] = max(2, int(arguments.get("max_loras", 1)))
+    arguments["max_lora_rank"] = max(int(arguments.get("max_lora_rank", DEFAULT_RANK)), *map(_needed, sides))
     arguments["max_cpu_loras"] = max(arguments["max_loras"], int(arguments.get("max_cpu_loras", 1)))
     writer.event("engine", f"starting vLLM {vllm_version()}")
     llm = start(arguments)
     require_probe(folder)
     return Mixture(llm, spec)
+
+
+def _needed(side: Side) -> int:
+    """The smallest --max-lora-rank of vLLM that an adapter fits into; its own rank if there is none."""
+    rank = max((module.rank or 0 for module in open_adapter(side.folder).modules), default=0)
+    return next((allowed for allowed in MAX_RANKS if allowed >= rank), rank)
 
 
 class Mixture:
@@ -53,7 +66,8 @@ class Mixture:
         self._request = self._load(REFERENCE_ID, "reference", spec.reference)
         self._load(CANDIDATE_ID, "candidate", spec.candidate)
         as_loaded = {REFERENCE_ID: spec.reference.as_loaded, CANDIDATE_ID: spec.candidate.as_loaded}
-        self._mix([], {"changed": spec.changed, "off": spec.candidate.off, "as_loaded": as_loaded})
+        candidate = {"off": spec.candidate.off, "factors": spec.candidate.factors}
+        self._mix([], {"changed": spec.changed, "as_loaded": as_loaded, **candidate})
 
     def next_token(self, changed: Sequence[str]) -> int:
         """The most likely next token if these modules run as in the candidate."""
