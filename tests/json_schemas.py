@@ -19,7 +19,7 @@ import jsonschema
 import lora_probe.render.json
 
 FOLDER = Path(lora_probe.render.json.__file__).parent / "schemas"
-LARGEST = 50_000
+LARGEST = 20_000
 """Characters of an output that is validated here: jsonschema is slow."""
 
 

@@ -195,6 +195,7 @@ def test_numbers_at_the_limits(adapter: Path, tmp_path: Path) -> None:
     assert verdict(diff_of(tiny, tiny)).startswith("the same adapter")
 
 
+@pytest.mark.slow
 def test_the_time_is_linear_in_the_modules(tmp_path: Path) -> None:
     """Three thousand modules that all differ: minutes, if each was looked for among all."""
     folders = []

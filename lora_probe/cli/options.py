@@ -22,8 +22,7 @@ from lora_probe.errors import ProbeError
 from lora_probe.files import limits
 from lora_probe.files.limits import MEMORY, SECONDS, Budget
 from lora_probe.render.console import Detail
-from lora_probe.render.formats import DEFAULT, Names
-from lora_probe.render.verdicts import VERDICTS
+from lora_probe.render.formats import DEFAULT, VERDICTS, Names
 from lora_probe.rules.vllm_versions import ENGINE_OPTIONS
 
 DTYPES = ("auto", *(dtype.name for dtype in precision.DTYPES if dtype.fits_float32))

@@ -46,7 +46,7 @@ from contextlib import contextmanager
 from functools import cache, partial
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rich.console import RenderableType
 
@@ -56,7 +56,9 @@ from lora_probe.files.extensions import FORMATS as GROUP
 from lora_probe.files.extensions import broken, described, load
 from lora_probe.render.console import detail, emit
 from lora_probe.render.results import Paged
-from lora_probe.render.verdicts import VERDICTS, Verdict
+
+if TYPE_CHECKING:
+    from lora_probe.render.verdicts import Verdict
 
 DEFAULT = "text"
 
@@ -144,6 +146,20 @@ DOCUMENTS = {
 """Command -> the function that makes a `Document` of its result."""
 FROM_DOCUMENTS = {"html": "html:page", "markdown": "document_markdown:markdown", "junit": "junit:junit"}
 """Format -> the function that makes its text of a `Document`."""
+VERDICTS = {
+    "inspect": "verdicts:of_inspection",
+    "inspect A B": "verdicts:of_diff",
+    "inspect --module": "verdicts:of_module",
+    "check": "verdicts:of_check",
+    "check --fix": "verdicts:of_check",
+    "trace": "verdicts:of_recording",
+    "show": "verdicts:of_recording",
+    "collect": "verdicts:of_recording",
+    "compare": "verdicts:in_short",
+    "compare adapters": "verdicts:of_comparisons",
+    "parity": "verdicts:of_parity",
+}
+"""Command -> the function that gives the verdict of its result: what `--quiet` prints."""
 ERRORS = {"json": "json.error:error_json", "sarif": "sarif:error", "github": "github:error"}
 """Format -> renderer of the error with which a command ends. Standard error has it in any case."""
 COMMANDS = frozenset(FORMATS[DEFAULT])
@@ -206,7 +222,7 @@ def _through(make: Callable[[Any], Any], write: Callable[[Any], str], result: An
 def present(command: str, name: str, result: Any) -> None:
     """Print a command's result, with `--quiet` only its verdict. Raises as `renderer` does."""
     if name == DEFAULT and detail() == "quiet" and command in VERDICTS:
-        verdict: Verdict = _imported(f"verdicts:{VERDICTS[command]}")(result)
+        verdict: Verdict = _imported(VERDICTS[command])(result)
         emit(verdict.line)
         return
     chosen = renderer(command, name)

@@ -239,19 +239,3 @@ def ignored(count: int) -> str:
 
 def plural(count: int, word: str) -> str:
     return f"{count} {word}{'' if count == 1 else 's'}"
-
-
-VERDICTS = {
-    "inspect": "of_inspection",
-    "inspect A B": "of_diff",
-    "inspect --module": "of_module",
-    "check": "of_check",
-    "check --fix": "of_check",
-    "trace": "of_recording",
-    "show": "of_recording",
-    "collect": "of_recording",
-    "compare": "in_short",
-    "compare adapters": "of_comparisons",
-    "parity": "of_parity",
-}
-"""Command -> the function for its result."""
