@@ -3,8 +3,8 @@
     adapter folder -> adapter -> rules -> ledger
     engine         -> trace   -> ledger, comparison -> render
 
-The functions below are the whole public interface. Each is imported when it is first used, so
-`import lora_probe` is fast.
+The functions below, and the types of their results, are the whole public interface. Each is imported when it is first
+used, so `import lora_probe` is fast.
 """
 
 from __future__ import annotations
@@ -13,18 +13,29 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lora_probe.adapter import Adapter
     from lora_probe.adapter import open_adapter as inspect
-    from lora_probe.adapter.side_by_side import diff
+    from lora_probe.adapter.side_by_side import AdapterDiff, diff
+    from lora_probe.checking import Report
     from lora_probe.checking.check import check
-    from lora_probe.comparison import compare, compare_each
+    from lora_probe.comparison import Comparison, Comparisons, compare, compare_each
     from lora_probe.engines.asking import trace_server
     from lora_probe.engines.launch import trace
-    from lora_probe.merging.parity import parity
-    from lora_probe.recording import open_trace
+    from lora_probe.ledger import Ledger
+    from lora_probe.merging.parity import Parity, parity
+    from lora_probe.recording import Trace, open_trace
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Adapter",
+    "AdapterDiff",
+    "Comparison",
+    "Comparisons",
+    "Ledger",
+    "Parity",
+    "Report",
+    "Trace",
     "__version__",
     "check",
     "compare",
@@ -38,6 +49,14 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Adapter": ("lora_probe.adapter.checkpoint", "Adapter"),
+    "AdapterDiff": ("lora_probe.adapter.side_by_side", "AdapterDiff"),
+    "Comparison": ("lora_probe.comparison.compared", "Comparison"),
+    "Comparisons": ("lora_probe.comparison.counterparts", "Comparisons"),
+    "Ledger": ("lora_probe.ledger", "Ledger"),
+    "Parity": ("lora_probe.merging.parity", "Parity"),
+    "Report": ("lora_probe.checking.report", "Report"),
+    "Trace": ("lora_probe.recording.reader", "Trace"),
     "inspect": ("lora_probe.adapter.checkpoint", "open_adapter"),
     "check": ("lora_probe.checking.check", "check"),
     "diff": ("lora_probe.adapter.side_by_side", "diff"),

@@ -36,7 +36,7 @@ def test_quiet_is_one_line_and_nothing_on_standard_error(runs: Path, tmp_path: P
         assert error == ""
         full = call(*words, capsys=capsys)
         assert full[0] == status
-        assert full[1].splitlines()[0] == out.rstrip("\n") or words[0] == "show"
+        assert full[1].splitlines()[0] == out.rstrip("\n")
 
 
 def test_quiet_keeps_errors_and_formats(tmp_path: Path, capsys: Any) -> None:

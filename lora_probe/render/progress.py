@@ -39,13 +39,19 @@ def status_line(first: str) -> Iterator[Callable[..., None]]:
 
 
 def run_progress(engine: str, report: Callable[..., None]) -> Callable[[Progress], None]:
-    """Reports a run: each new stage, then the number of answers so far."""
+    """Reports a run: each new stage, then the number of answers so far and the time left. A log has the last one."""
+    first: list[tuple[float, int]] = []
 
     def progress(now: Progress) -> None:
-        if now.answers:
-            report(f"{engine}: {now.answers} of {now.wanted} answers")
-        else:
+        if not now.answers:
             report(f"{engine}: {now.stage}: {now.text}")
+            return
+        first.extend([] if first else [(time.monotonic(), now.answers)])
+        (began, had), left = first[0], ""
+        if had < now.answers < now.wanted:
+            seconds = (time.monotonic() - began) / (now.answers - had) * (now.wanted - now.answers)
+            left = f", about {seconds:.0f} s left"
+        report(f"{engine}: {now.answers} of {now.wanted} answers{left}", passing=now.answers < now.wanted)
 
     return progress
 
