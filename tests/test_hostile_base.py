@@ -150,6 +150,7 @@ def test_an_engine_that_is_stopped_is_asked_again(llama: Path, tmp_path: Path, m
     assert not list((tmp_path / "lora-probe" / "views").glob("*.json"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["itself", "what it starts"])
 def test_memory_of_an_engine_counts_with_all_that_it_starts(kind: str) -> None:
     take = "kept = b'x' * 300_000_000; import time; time.sleep(60)"

@@ -78,6 +78,7 @@ def test_names_of_files_are_never_markup(tmp_path: Path, capsys: Any) -> None:
         assert "<img" not in re.sub("`[^`]*`", "", markdown).replace("\\<img", "")
 
 
+@pytest.mark.slow
 def test_a_page_of_a_thousand_modules(tmp_path: Path, capsys: Any) -> None:
     names = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.down_proj")
     modules = [f"model.layers.{layer}.{name}" for layer in range(200) for name in names]
