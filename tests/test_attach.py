@@ -52,6 +52,7 @@ def levels(writers: list[TraceWriter]) -> Iterator[list[RequestedLevel]]:
         thread.close()
 
 
+@pytest.mark.slow
 def test_every_worker_answers(run: Path, levels: list[RequestedLevel], capsys: Any) -> None:
     status, out, err = call("attach", run, "--keep", "shrink", capsys=capsys)
     assert (status, err) == (0, "")

@@ -387,6 +387,7 @@ def test_real_adapters(adapter: Path, llama: Path, tmp_path: Path, capsys: Any) 
     assert (status, out) == (2, "")
 
 
+@pytest.mark.slow
 def test_a_closed_pipe_hides_no_finding(adapter: Path, tmp_path: Path) -> None:
     hole = edited(adapter, tmp_path / "hole", lambda t: dict(list(t.items())[:-2]), lambda c: c | {"r": 4})
     for more in ("", "--format json", "--format github"):

@@ -206,6 +206,7 @@ def test_what_was_printed_comes_before_what_is_said(tmp_path: Path) -> None:
     assert run.stdout.split() == ["data", "error:", "beside", "data", "hint:", "beside", "data", "beside"]
 
 
+@pytest.mark.slow
 def test_a_narrow_terminal_and_no_colour(runs: Path) -> None:
     """In 60 columns no table is wider, and no sentence unless one word is."""
     script = (

@@ -194,6 +194,7 @@ def test_temporary_files_go_with_the_process(tmp_path: Path, monkeypatch: pytest
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_nothing_is_left_when_nobody_listens_any_more() -> None:
     handed = results(lambda send: [send(os.getpid()) for _ in range(10**6)] and None, Budget())
     pid = next(handed)

@@ -234,6 +234,7 @@ time.sleep(60)
 """
 
 
+@pytest.mark.slow
 def test_the_thread_survives_a_full_disk_and_kill_takes_nothing(tmp_path: Path) -> None:
     """Half a second after its last row a process is killed: all rows are there, and it no longer runs."""
     command = [sys.executable, "-c", THREAD, str(tmp_path)]

@@ -217,6 +217,7 @@ def test_a_level_that_is_raised_while_it_runs(tmp_path: Path) -> None:
     assert np.isnan(rows.shrink).all(axis=(1, 2)).tolist() == [True, False, False]
 
 
+@pytest.mark.slow
 def test_a_slow_engine_is_not_idle_between_its_steps() -> None:
     """Or each of its steps would be a segment."""
     pending, parts = Pending(), Parts()
