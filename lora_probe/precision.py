@@ -165,6 +165,15 @@ def finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
+SAME_FACTOR = 2e-3
+"""Factors of two measured weights that are closer than this are one factor."""
+
+
+def same_factor(one: float, two: float) -> bool:
+    """Whether `two` is the factor `one`, within what is measured."""
+    return abs(two - one) <= SAME_FACTOR * abs(one)
+
+
 def factor_text(factor: float) -> str:
     """A factor with as many digits as tell it from 1."""
     return f"{factor:.4g}" if abs(factor - 1) >= 1e-3 else f"{factor:.7f}"

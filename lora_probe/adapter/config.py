@@ -101,6 +101,11 @@ class AdapterConfig:
         return tuple(titles)
 
     @property
+    def kind(self) -> str:
+        """`LoRA`, with what makes it more than that."""
+        return "LoRA" + "".join(f" + {variant}" for variant in self.variants)
+
+    @property
     def scaling(self) -> float:
         """The scaling of every module that no pattern matches: `alpha / r`, with rsLoRA `alpha / sqrt(r)`."""
         return self._scaling(self.rank, self.alpha)

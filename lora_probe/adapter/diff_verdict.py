@@ -13,10 +13,8 @@ from typing import Any
 from lora_probe.adapter.side_by_side import AdapterDiff, Kind, ModulePair, coarser_of
 from lora_probe.files import shown
 from lora_probe.names import in_words, name_modules, path_of
-from lora_probe.precision import factor_text
+from lora_probe.precision import factor_text, same_factor
 
-SAME_FACTOR = 2e-3
-"""Factors that are closer than this are one factor."""
 SCALING = ("lora_alpha", "r", "use_rslora", "alpha_pattern", "rank_pattern")
 """The fields of a config that decide the scaling."""
 BASE = "base_model_name_or_path"
@@ -50,7 +48,7 @@ def groups(diff: AdapterDiff) -> tuple[Group, ...]:
 
 
 def _alike_factors(one: float | None, two: float | None) -> bool:
-    return one == two or (one is not None and two is not None and abs(one - two) <= SAME_FACTOR * abs(one))
+    return one == two or (one is not None and two is not None and same_factor(one, two))
 
 
 def verdict(diff: AdapterDiff) -> str:

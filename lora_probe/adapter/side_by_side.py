@@ -89,6 +89,18 @@ class ModulePair:
         return self.kind in ("identical", "same")
 
     @property
+    def cosine(self) -> float | None:
+        """That of both ΔW, without rounding if they are equal; None if one is zero, or was not computed."""
+        cosine = self.relation.cosine if self.relation is not None else None
+        return 1.0 if self.kind == "identical" and self.relation is not None else cosine
+
+    @property
+    def distance(self) -> float | None:
+        """‖ΔW₂ - ΔW₁‖, without rounding if they are equal; None if it was not computed."""
+        distance = self.relation.distance if self.relation is not None else None
+        return 0.0 if self.kind == "identical" else distance
+
+    @property
     def share(self) -> float | None:
         """‖ΔW₂ - ΔW₁‖ / ‖ΔW₁‖; None if ΔW₁ is zero, or was not computed."""
         if self.kind == "identical":

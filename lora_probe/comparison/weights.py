@@ -17,7 +17,7 @@ import numpy as np
 from lora_probe.comparison.adapters import counted
 from lora_probe.comparison.joined import Joined
 from lora_probe.names import Key, name_modules, natural, path_of
-from lora_probe.precision import FLOAT32, FLOATS, coarser, factor_text, rounding
+from lora_probe.precision import FLOAT32, FLOATS, coarser, factor_text, rounding, same_factor
 from lora_probe.recording import Floats, Load, ModuleRecord, Trace
 from lora_probe.recording.fingerprint import Fingerprint
 from lora_probe.recording.placed import grams_of
@@ -31,9 +31,6 @@ SUMS = 256 * FLOAT32.round_off
 """The same for the order of the sums in a fingerprint."""
 LARGEST = 2**18
 """More outputs than any module has."""
-SAME_FACTOR = 2e-3
-"""Factors that are closer than this are one factor."""
-
 T = TypeVar("T")
 Kind = Literal["factor", "module", "adapter", "other"]
 
@@ -87,7 +84,7 @@ class WeightDifference:
         if self.factors is None:
             return None
         low, high = self.factors
-        return low if abs(high - low) <= SAME_FACTOR * abs(low) else None
+        return low if same_factor(low, high) else None
 
     @property
     def text(self) -> str:
@@ -227,7 +224,7 @@ def relate(one: Floats, two: Floats) -> Relation | None:
 def _factor_group(groups: Iterable[tuple[Kind, object]], factor: float) -> float:
     """The factor under which a module is grouped: the first one that is close."""
     factors = [name for kind, name in groups if kind == "factor" and isinstance(name, float)]
-    return next((known for known in factors if abs(factor - known) <= SAME_FACTOR * abs(known)), factor)
+    return next((known for known in factors if same_factor(known, factor)), factor)
 
 
 class _Origins:
@@ -306,4 +303,4 @@ def _meanings(factor: float, record: ModuleRecord | None) -> list[str]:
         f"√r = {root:.4g}: alpha/√r (rsLoRA) against alpha/r in the reference": root,
         f"1/√r = {1 / root:.4g}: alpha/r against alpha/√r (rsLoRA) in the reference": 1 / root,
     }
-    return [meaning for meaning, value in known.items() if abs(factor - value) <= SAME_FACTOR * abs(value)]
+    return [meaning for meaning, value in known.items() if same_factor(value, factor)]

@@ -8,7 +8,7 @@ colours, or without a value, it is `!`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from rich.cells import cell_len
@@ -17,7 +17,7 @@ from rich.text import Text as RichText
 
 from lora_probe.names import Key, one_or_more, ranges
 from lora_probe.render.cells import words
-from lora_probe.render.towers import Tower
+from lora_probe.render.towers import Tower, extent
 
 BLOCKS, DIGITS = "▁▂▃▄▅▆▇█", "01234567"
 """From low to high; digits where the output cannot show blocks."""
@@ -29,12 +29,6 @@ LEAST = 8
 """The least cells of a line."""
 
 Numbers = Mapping[Key, float | None]
-
-
-def extent(values: Sequence[float | None]) -> tuple[float, float]:
-    """The smallest and the largest value, 0 if there is none."""
-    finite = [value for value in values if value is not None and math.isfinite(value)]
-    return (min(finite), max(finite)) if finite else (0.0, 0.0)
 
 
 def notable(tower: Tower, numbers: Numbers, wrong: frozenset[Key]) -> list[int]:
@@ -63,7 +57,7 @@ class Strips:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         blocks = BLOCKS if options.encoding.lower().startswith("utf") else DIGITS
-        low, high = extent(list(self.numbers.values()))
+        low, high = extent(self.numbers.values())
         yield words(f"{blocks[0]} {low:.3g}  {blocks[-1]} {high:.3g}", style="dim")
         label = max(map(cell_len, self.tower.columns))
         room = max(LEAST, options.max_width - label - 2)

@@ -7,7 +7,7 @@ row.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.cells import cell_len
@@ -20,7 +20,7 @@ from lora_probe.names import Key, one_or_more
 from lora_probe.render.cells import words
 from lora_probe.render.console import detail
 from lora_probe.render.strips import MANY, Strips, more, notable
-from lora_probe.render.towers import Cell, Tower, towers
+from lora_probe.render.towers import Cell, Tower, extent, towers
 
 HEAT = ("", "rgb(120,125,140)", "rgb(70,130,180)", "rgb(0,140,150)", "rgb(20,145,110)", "bold rgb(70,145,30)")
 """From small to large, each at least 3.9:1 against white and against black. Red is for what is wrong."""
@@ -145,7 +145,7 @@ class Grid:
         self._title, self._cells = title, cells
         self._numbers = {key: cell.value for key, cell in cells.items()}
         self._wrong = frozenset(key for key, cell in cells.items() if cell.bad)
-        self._shade = _shader([value for value in self._numbers.values() if value is not None])
+        self._shade = _shader(self._numbers.values())
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         shaded = {key: _cell(cell, self._shade) for key, cell in self._cells.items()}
@@ -180,10 +180,9 @@ def _cell(cell: Cell, shade: Callable[[float], str]) -> RichText:
     return words(cell.text, style=style)
 
 
-def _shader(numbers: Sequence[float]) -> Callable[[float], str]:
+def _shader(numbers: Iterable[float | None]) -> Callable[[float], str]:
     """A colour by the position of a value between the smallest and the largest."""
-    finite = [number for number in numbers if math.isfinite(number)]
-    low, high = (min(finite), max(finite)) if finite else (0.0, 0.0)
+    low, high = extent(numbers)
 
     def shade(value: float) -> str:
         if not high > low or not math.isfinite(value):

@@ -5,6 +5,7 @@ In: the keys of modules, and a cell for each. Out: towers; modules outside of al
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -56,6 +57,12 @@ def _tower(word: str, members: dict[Key, ShortName]) -> Tower:
     places = {(name.numbers[0], in_text([in_layer(name)])): key for key, name in members.items() if word}
     numbers = tuple(sorted({number for number, _ in places}))
     return Tower(word, numbers, tuple(columns), places, {key: in_text([name]) for key, name in members.items()})
+
+
+def extent(values: Iterable[float | None]) -> tuple[float, float]:
+    """The smallest and the largest number among values; 0 if there is none."""
+    finite = [value for value in values if value is not None and math.isfinite(value)]
+    return (min(finite), max(finite)) if finite else (0.0, 0.0)
 
 
 def number(value: float | None, digits: int = 3, bad: bool = False) -> Cell:

@@ -48,14 +48,15 @@ class Verdict:
 def of_adapter(adapter: Adapter) -> Verdict:
     """`LoRA, rank 8, scaling 2: 90 modules (layers 0-29 q_proj, k_proj, v_proj), 2.48 MiB in F32`."""
     config = adapter.config
-    kind = "LoRA" + "".join(f" + {variant}" for variant in config.variants)
     ranks = sorted({module.rank for module in adapter.modules if module.rank is not None}) or [config.rank]
     rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
     scalings = sorted({module.scaling for module in adapter.modules}) or [config.scaling]
     scaling = f"scaling {scalings[0]:g}" if len(scalings) == 1 else f"scalings {scalings[0]:g} to {scalings[-1]:g}"
     named = f" ({name_modules(path_of(module.key) for module in adapter.modules)})" if adapter.modules else ""
     stored = f"{size(adapter.weights.size)} in {', '.join(adapter.dtypes) or 'no tensors'}"
-    return Verdict(f"{kind}, {rank}, {scaling}: {plural(len(adapter.modules), 'module')}{named}, {stored}", "plain")
+    return Verdict(
+        f"{config.kind}, {rank}, {scaling}: {plural(len(adapter.modules), 'module')}{named}, {stored}", "plain"
+    )
 
 
 def of_inspection(result: Inspection) -> Verdict:

@@ -83,7 +83,7 @@ def side_by_side(diff: AdapterDiff) -> Document:
     related = [(pair, pair.relation) for pair in diff.modules if pair.relation and pair.relation.finite]
     measures = {
         "distance": distances(diff),
-        "cosine": {pair.key: number(1.0 if pair.alike else relation.cosine, 4) for pair, relation in related},
+        "cosine": {pair.key: number(pair.cosine, 4) for pair, _ in related},
         "factor": {pair.key: number(relation.factor, 4) for pair, relation in related},
         "shared rows of A": {pair.key: number(relation.shared_rows) for pair, relation in related},
         "shared columns of B": {pair.key: number(relation.shared_columns) for pair, relation in related},
@@ -94,7 +94,7 @@ def side_by_side(diff: AdapterDiff) -> Document:
     sections += heats("Relation of each ΔW", measures, about)
     differing = sorted((pair for pair in diff.modules if not pair.alike), key=closeness)
     alike = [pair for pair in diff.modules if pair.alike]
-    rows = tuple(cells_of(diff, pair) for pair in (*differing, *alike))
+    rows = tuple(cells_of(pair) for pair in (*differing, *alike))
     sections.append(Table("Modules, the furthest apart first", COLUMNS, rows))
     facts = ("first", str(diff.first.path)), ("second", str(diff.second.path))
     title = command_line(["inspect", facts[0][1], facts[1][1]])

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from lora_probe.comparison.recorded import LoadEntry
-from lora_probe.comparison.totals import totals
+from lora_probe.comparison.totals import Totals, totals
 from lora_probe.errors import command_line
 from lora_probe.recording import Trace
 from lora_probe.render.document import Document, Finding, Lines, Section, Step, Timeline, heats
@@ -32,9 +32,10 @@ def recording(result: Recording, asked: bool = True) -> Document:
     """The run, or what the options select of it. Unless `asked`, nothing in it is from a prompt, an answer or a log."""
     trace, verdict = result.trace, of_recording(result)
     shown = [adapter.newest for adapter in result.adapters[:MOST_LOADS]]
+    measured = totals(trace, [entry.number for entry in shown if entry.used])
     sections: list[Section] = [*lines_of("State of the recording", state(trace))]
     for entry in shown:
-        sections += _of_load(result, entry, len(result.adapters) > 1, asked)
+        sections += _of_load(result, entry, measured, asked)
     if len(result.adapters) > len(shown):
         more = f"{len(result.adapters) - len(shown)} more adapters; --adapter NAME shows one"
         sections.append(Lines("More adapters", (more,)))
@@ -42,7 +43,7 @@ def recording(result: Recording, asked: bool = True) -> Document:
     if trace.requests and result.whole and asked:
         sections.append(table_of("Answers", answers_table(trace)))
     if result.requests and asked:
-        sections.append(table_of("Requests", requests_rows(result, totals(trace, ()))))
+        sections.append(table_of("Requests", requests_rows(result, measured)))
     sections += _timeline(result)
     findings = tuple(finding for entry in shown for finding in _findings(trace, entry))
     facts = tuple(facts_of(trace))
@@ -51,12 +52,11 @@ def recording(result: Recording, asked: bool = True) -> Document:
     )
 
 
-def _of_load(result: Recording, entry: LoadEntry, several: bool, asked: bool) -> Iterator[Section]:
-    """The contributions of one load, and the stations of its modules if something is wrong."""
-    name = f" of {entry.load.name} (load {entry.number})" if several else ""
+def _of_load(result: Recording, entry: LoadEntry, measured: Totals, asked: bool) -> Iterator[Section]:
+    """The stations of the modules of one load, and their contributions."""
+    name = f" of {entry.load.name} (load {entry.number})" if len(result.adapters) > 1 else ""
     yield from ledger_sections(entry.ledger, f"Stations of the modules{name}")
     yield from fate_heats([(entry.ledger.engine, entry.ledger)])
-    measured = totals(result.trace, (entry.number,)) if entry.used else None
     if cells := contributions(entry, measured):
         about = "‖s·x·A·B‖ / ‖base output‖, over all rows of the load."
         yield from heats(f"Contribution of each module{name}", {"contribution": cells}, about)

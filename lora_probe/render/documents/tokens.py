@@ -41,7 +41,8 @@ def token_heats(trace: Trace) -> Iterator[Heat]:
         for tower in towers(rows.modules):
             if shown and tower.tabular:
                 text = texts[request.prompt] if 0 <= request.prompt < len(texts) else ""
-                yield replace(heat := _heat(rows, tower, request, shown, text), about=heat.about + left)
+                heat = _heat(rows, tower, request, shown, text)
+                yield replace(heat, about=heat.about + left)
 
 
 def _heat(rows: Rows, tower: Tower, request: RequestRecord, at: list[tuple[int, int]], text: str) -> Heat:

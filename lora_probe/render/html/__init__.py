@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from lora_probe.render.cells import one_line
 from lora_probe.render.document import Curves, Document, Heat, Measure, Section
 from lora_probe.render.document_markdown import markdown
-from lora_probe.render.towers import Cell
+from lora_probe.render.towers import Cell, extent
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -57,7 +57,8 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         finalize=_clean,
     )
-    environment.filters |= {"kind": _kind, "shades": shades, "points": points, "as_data": as_data, "prose": prose}
+    environment.filters |= {"kind": _kind, "shades": shades, "points": points, "top": top}
+    environment.filters |= {"as_data": as_data, "prose": prose}
     environment.globals["most"] = MOST_CELLS
     return environment
 
@@ -95,24 +96,14 @@ def _kind(section: Section) -> str:
 
 def shades(measure: Measure) -> list[list[float | None]]:
     """The shade of each cell between the lowest (0) and the highest value (1); None for a cell without a value."""
-    values = [cell.value for row in measure.cells for cell in row if cell is not None and _finite(cell.value)]
-    numbers = [value for value in values if value is not None]
-    low, high = (min(numbers), max(numbers)) if numbers else (0.0, 0.0)
-    return [
-        [
-            None
-            if cell is None or cell.value is None or not _finite(cell.value)
-            else round((cell.value - low) / (high - low), 2)
-            if high > low
-            else 0.0
-            for cell in row
-        ]
-        for row in measure.cells
-    ]
+    low, high = extent(cell.value for row in measure.cells for cell in row if cell is not None)
+    return [[_shade(cell, low, high) for cell in row] for row in measure.cells]
 
 
-def _finite(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
+def _shade(cell: Cell | None, low: float, high: float) -> float | None:
+    if cell is None or cell.value is None or not math.isfinite(cell.value):
+        return None
+    return round((cell.value - low) / (high - low), 2) if high > low else 0.0
 
 
 def as_data(heat: Heat) -> dict[str, Any]:
@@ -136,9 +127,13 @@ def _cell(cell: Cell | None, shade: float | None) -> Any:
     return [text, shade, 1] if cell.bad else text if shade is None else [text, shade]
 
 
-def points(curves: Curves, values: Sequence[float]) -> str:
-    """The line of one small picture. All pictures of a section have the same scale."""
-    top = max((value for _, item in curves.items for value in item if math.isfinite(value)), default=0.0) or 1.0
+def top(curves: Curves) -> float:
+    """The largest value: all pictures of a section have the same scale."""
+    return max((value for _, item in curves.items for value in item if math.isfinite(value)), default=0.0) or 1.0
+
+
+def points(values: Sequence[float], top: float) -> str:
+    """The line of one small picture."""
     right = max(1, len(values) - 1)
     at = (
         (1 + number * (WIDTH - 2) / right, HEIGHT - 1 - max(0.0, value) / top * (HEIGHT - 2))

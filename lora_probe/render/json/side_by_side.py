@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from lora_probe.adapter.diff_verdict import verdict
-from lora_probe.adapter.relation import Relation
 from lora_probe.adapter.side_by_side import AdapterDiff, ModulePair
 from lora_probe.names import Key, path_of
 from lora_probe.precision import finite
@@ -34,7 +33,6 @@ def side_by_side_json(diff: AdapterDiff) -> dict[str, Any]:
 
 
 def _module(pair: ModulePair) -> dict[str, Any]:
-    relation = pair.relation
     return {
         "module": pair.key[0],
         "parameter": pair.key[1],
@@ -45,16 +43,17 @@ def _module(pair: ModulePair) -> dict[str, Any]:
         "ranks": [pair.first.rank, pair.second.rank],
         "scalings": [pair.first.scaling, pair.second.scaling],
         "share": finite(pair.share),
-        **_relation(relation if relation is not None and relation.finite else None),
-        **({"cosine": 1.0, "distance": 0.0} if pair.kind == "identical" and relation is not None else {}),
+        **_relation(pair),
     }
 
 
-def _relation(relation: Relation | None) -> dict[str, Any]:
+def _relation(pair: ModulePair) -> dict[str, Any]:
     names = ("norms", "cosine", "factor", "distance", "shared_rows", "shared_columns", "row_angles", "column_angles")
-    if relation is None:
-        return dict.fromkeys(names)
-    numbers = (relation.cosine, relation.factor, relation.distance, relation.shared_rows, relation.shared_columns)
+    relation = pair.relation
+    if relation is None or not relation.finite:
+        # Equal values that are no numbers are equal all the same.
+        return dict.fromkeys(names) | {"cosine": pair.cosine, "distance": finite(pair.distance)}
+    numbers = (pair.cosine, relation.factor, pair.distance, relation.shared_rows, relation.shared_columns)
     angles = (np.degrees(np.arccos(cosines)).round(4).tolist() for cosines in (relation.rows, relation.columns))
     return dict(zip(names, (list(relation.norms), *map(finite, numbers), *angles), strict=True))
 

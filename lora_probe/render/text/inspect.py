@@ -40,11 +40,10 @@ def inspection(result: Inspection) -> RenderableType:
 def facts_of(adapter: Adapter) -> tuple[tuple[str, str], ...]:
     """The folder and what its config states."""
     config = adapter.config
-    kind = "LoRA" + "".join(f" + {variant}" for variant in config.variants)
     dtypes = ", ".join(adapter.dtypes) or "empty"
     return (
         ("adapter", str(adapter.path)),
-        ("kind", f"{kind}, rank {config.rank}, alpha {config.alpha:g}, scaling {config.scaling:g}"),
+        ("kind", f"{config.kind}, rank {config.rank}, alpha {config.alpha:g}, scaling {config.scaling:g}"),
         ("base model", config.base_model or "not set in the config"),
         ("PEFT", config.peft_version or "version not in the config (older than 0.18)"),
         ("targets", _targets(adapter)),

@@ -33,7 +33,7 @@ def side_by_side(diff: AdapterDiff) -> RenderableType:
     if changed := [pair for pair in diff.modules if not pair.alike]:
         parts += [Grid(DISTANCE, distances(diff)), words("")]
         shown = changed if detail() == "verbose" else sorted(changed, key=closeness)[:LISTED]
-        parts.append(modules(diff, shown))
+        parts.append(modules(shown))
         if len(shown) < len(changed):
             parts.append(words(f"{len(changed) - len(shown)} more modules that differ: -v", style="dim"))
         parts.append(words(""))
@@ -58,15 +58,15 @@ def value(field: Any) -> str:
     return "-" if field is None else field if isinstance(field, str) else json.dumps(field, ensure_ascii=False)
 
 
-def modules(diff: AdapterDiff, pairs: list[ModulePair]) -> Fitted:
+def modules(pairs: list[ModulePair]) -> Fitted:
     """How each of some modules is related, with the shares of the subspaces of A and B that both have."""
     table = named_rows(*COLUMNS)
     for pair in pairs:
-        add_row(table, *cells_of(diff, pair))
+        add_row(table, *cells_of(pair))
     return table
 
 
-def cells_of(diff: AdapterDiff, pair: ModulePair) -> tuple[str, ...]:
+def cells_of(pair: ModulePair) -> tuple[str, ...]:
     """The row of a module."""
     name, relation = name_modules([path_of(pair.key)]), pair.relation
     if pair.kind == "elsewhere" and pair.source is not None:
@@ -75,8 +75,7 @@ def cells_of(diff: AdapterDiff, pair: ModulePair) -> tuple[str, ...]:
         how = pair.why or pair.kind
     if relation is None or not relation.finite:
         return name, how, "-", "-", "-", "-", "-"
-    cosine = 1.0 if pair.kind == "identical" else relation.cosine
-    numbers = ("-" if number is None else f"{number:.4f}" for number in (cosine, relation.factor))
+    numbers = ("-" if number is None else f"{number:.4f}" for number in (pair.cosine, relation.factor))
     shares = ("-" if share is None else f"{share:.1%}" for share in (relation.shared_rows, relation.shared_columns))
     return name, how, *numbers, _small(pair.share), *shares
 
