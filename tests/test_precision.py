@@ -18,7 +18,8 @@ from lora_probe.comparison import compare
 from lora_probe.comparison.effect import effect
 from lora_probe.comparison.tolerance import NOT_RECORDED_NOTE
 from lora_probe.errors import UnreadableFile
-from lora_probe.files.weights import TensorHeader, WeightsFile, read
+from lora_probe.files.values import read
+from lora_probe.files.weights import TensorHeader, WeightsFile
 from lora_probe.merging.rounding import narrow, spacing
 from lora_probe.precision import (
     DTYPES,

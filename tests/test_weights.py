@@ -12,7 +12,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from lora_probe.errors import UnreadableFile
-from lora_probe.files.weights import open_weights, read, widen
+from lora_probe.files.values import read, widen
+from lora_probe.files.weights import open_weights
 from lora_probe.precision import DTYPES, Dtype
 
 

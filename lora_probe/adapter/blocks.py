@@ -1,6 +1,6 @@
 """BD-LoRA (`use_bdlora`): which modules have an A or a B that is block-diagonal. Only its blocks are stored.
 
-In: a field of `adapter_config.json`, blocks of a matrix. Out: the numbers of blocks for a module, the whole matrix.
+In: a field of `adapter_config.json`. Out: the numbers of blocks for a module.
 """
 
 from __future__ import annotations
@@ -8,9 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
-import numpy.typing as npt
 
 FIELD = "use_bdlora"
 MOST_WORDS = 1000
@@ -57,15 +54,3 @@ def blocks_in(raw: Mapping[str, Any]) -> Blocks | None:
     if not lists or len(of_a) + len(of_b) > MOST_WORDS or isinstance(count, bool) or not isinstance(count, int):
         return None
     return Blocks(tuple(of_a), tuple(of_b), count, bool(value.get("match_strict", True))) if count >= 1 else None
-
-
-def on_diagonal(blocks: npt.NDArray[np.float32], count: int) -> npt.NDArray[np.float32]:
-    """The matrix `[rows, count · columns]` of `count` blocks that are stored one below the other, `[rows, columns]`."""
-    if count == 1:
-        return blocks
-    rows, columns = blocks.shape
-    whole = np.zeros((rows, count * columns), np.float32)
-    for number, block in enumerate(np.split(blocks, count)):
-        height = len(block)
-        whole[number * height :, number * columns :][:height, :columns] = block
-    return whole

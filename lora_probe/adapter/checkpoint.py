@@ -10,23 +10,23 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING
 
 from lora_probe.adapter.config import AdapterConfig, open_config
 from lora_probe.adapter.file_names import CONFIG, WEIGHTS
 from lora_probe.adapter.folder import find_checkpoint as find_checkpoint
 from lora_probe.adapter.folder import inside, listed, weights_path
-from lora_probe.adapter.foreign import foreign_tensors
 from lora_probe.adapter.variants import EXTRAS
 from lora_probe.errors import ForeignWeights
 from lora_probe.files import is_text, sha256
 from lora_probe.files.limits import step
-from lora_probe.files.pickled import open_pickle
-from lora_probe.files.weights import TensorHeader, WeightsFile, open_weights, read
+from lora_probe.files.weights import TensorHeader, WeightsFile, open_weights
 from lora_probe.names import PREFIX, Key, natural
 from lora_probe.presented import Presented
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 _PAIR = re.compile(
     r"^(?P<path>.+)\.(?P<half>lora_A|lora_B|lora_embedding_A|lora_embedding_B)"
@@ -154,6 +154,8 @@ class Adapter(Presented):
         return self.content or sha256(self.config.path)[:32] + sha256(self.weights.path)[:32]
 
     def values(self, tensor: TensorHeader) -> npt.NDArray[np.float32]:
+        from lora_probe.files.values import read
+
         return read(self.weights, tensor)
 
     def by_key(self) -> dict[Key, AdapterModule]:
@@ -171,14 +173,30 @@ def open_adapter(path: str | Path) -> Adapter:
     folder, notes = find_checkpoint(Path(path))
     config = open_config(inside(folder, CONFIG))
     file, more = weights_path(folder)
-    weights = open_weights(file) if file.name == WEIGHTS else open_pickle(file)
+    weights = _weights(file)
     step("sorting the tensors", file)
     modules, others = sort_tensors(weights.tensors, config)
-    if not modules and (other := foreign_tensors(weights.tensors, weights.metadata)) is not None:
-        raise ForeignWeights(f"`{file}` {other.what}", other.hint)
+    if not modules:
+        _refuse_foreign(file, weights)
     used = {CONFIG, file.name}
     files = tuple(_text(entry.name) for entry in listed(folder) if entry.name not in used)
     return Adapter(folder, config, weights, modules, others, files, notes + more)
+
+
+def _refuse_foreign(file: Path, weights: WeightsFile) -> None:
+    """Raises ForeignWeights: they are those of another kind of adapter, or of a model."""
+    from lora_probe.adapter.foreign import foreign_tensors
+
+    if (other := foreign_tensors(weights.tensors, weights.metadata)) is not None:
+        raise ForeignWeights(f"`{file}` {other.what}", other.hint)
+
+
+def _weights(file: Path) -> WeightsFile:
+    if file.name == WEIGHTS:
+        return open_weights(file)
+    from lora_probe.files.pickled import open_pickle
+
+    return open_pickle(file)
 
 
 def _text(name: str) -> str:

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from lora_probe.adapter.file_names import BY_OTHERS, CONFIG, CONFIG_COPY, COPY, LOADED, SHARD, WEIGHTS, like_weights
-from lora_probe.adapter.foreign import foreign_file
 from lora_probe.adapter.not_peft import not_peft
 from lora_probe.errors import MissingWeights, ProbeError, UnreadableFile, command
 from lora_probe.files import hub, shown, storage_of
@@ -54,6 +53,8 @@ def nothing_there(path: Path) -> UnreadableFile:
 
 def lone_file(path: Path) -> UnreadableFile:
     """The error for a file that is not one of an adapter folder."""
+    from lora_probe.adapter.foreign import foreign_file
+
     beside = (path.parent / CONFIG).exists()
     looked_at = like_weights(path.name) or path.stat().st_size
     if looked_at and (other := foreign_file(path)) is not None:
@@ -172,6 +173,8 @@ def _config_copy(path: Path, entries: Iterable[Path]) -> UnreadableFile | None:
 
 def _foreign(start: str, entries: Sequence[Path]) -> MissingWeights | None:
     """The error for a folder with weights of another library. It begins with `start`."""
+    from lora_probe.adapter.foreign import foreign_file
+
     candidates = [entry for entry in entries if like_weights(entry.name) and entry.is_file() and _stays(entry)]
     for entry in candidates[:_READ_FIRST]:
         if (other := foreign_file(entry)) is not None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from lora_probe.adapter.blocks import on_diagonal
 from lora_probe.adapter.checkpoint import Adapter, AdapterModule
 from lora_probe.adapter.variants import EXTRAS, KASA
 from lora_probe.files.weights import TensorHeader
@@ -47,3 +46,15 @@ def pair_values(adapter: Adapter, pair: AdapterModule) -> tuple[Floats, Floats]:
     if diagonal is not None and diagonal.shape == a.shape[:1]:
         a = a * adapter.values(diagonal)[:, None]
     return a, b
+
+
+def on_diagonal(blocks: npt.NDArray[np.float32], count: int) -> npt.NDArray[np.float32]:
+    """The matrix `[rows, count · columns]` of `count` blocks that are stored one below the other, `[rows, columns]`."""
+    if count == 1:
+        return blocks
+    rows, columns = blocks.shape
+    whole = np.zeros((rows, count * columns), np.float32)
+    for number, block in enumerate(np.split(blocks, count)):
+        height = len(block)
+        whole[number * height :, number * columns :][:height, :columns] = block
+    return whole

@@ -11,15 +11,16 @@ import hashlib
 from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
-from typing import Any
-
-import msgspec
+from typing import TYPE_CHECKING, Any
 
 from lora_probe.adapter.checkpoint import Adapter, sort_tensors
 from lora_probe.adapter.config import config_of
 from lora_probe.errors import UnreadableFile
 from lora_probe.files.pickled import plain, values_of
-from lora_probe.files.weights import Raw, TensorHeader, WeightsFile
+from lora_probe.files.weights import TensorHeader, WeightsFile
+
+if TYPE_CHECKING:
+    from lora_probe.files.values import Raw
 
 PUSHED = Path("pushed as tensors")
 """The path of such an adapter, in messages and in the trace."""
@@ -50,6 +51,8 @@ class PushedTensors:
 
     def digest(self, fields: Mapping[str, Any]) -> str:
         """SHA-256 of the tensors and of a config's fields, in the form of the digest of two files."""
+        import msgspec
+
         weights = hashlib.sha256()
         for name, header in sorted(self.headers.items()):
             weights.update(msgspec.json.encode([name, header.dtype, header.shape]))

@@ -19,7 +19,8 @@ from lora_probe.adapter.pair_values import is_stored_whole, pair_values
 from lora_probe.errors import UnreadableFile
 from lora_probe.files import shown
 from lora_probe.files.limits import step
-from lora_probe.files.weights import TensorHeader, WeightsFile, read_chunk, widen
+from lora_probe.files.values import read_chunk, widen
+from lora_probe.files.weights import TensorHeader, WeightsFile
 
 Array = npt.NDArray[np.float32]
 

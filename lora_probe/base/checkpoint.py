@@ -20,7 +20,8 @@ from lora_probe.errors import TooLarge, UnreadableFile
 from lora_probe.files import opened, shown
 from lora_probe.files.json_object import read_json
 from lora_probe.files.pickled import load, plain, require_own_values, values_of
-from lora_probe.files.weights import Bytes, Raw, TensorHeader, WeightsFile, open_weights, read_chunk
+from lora_probe.files.values import Bytes, Raw, read_chunk
+from lora_probe.files.weights import TensorHeader, WeightsFile, open_weights
 from lora_probe.names import layer_of, ranges
 from lora_probe.precision import STORED
 

@@ -24,7 +24,7 @@ from lora_probe.adapter.folder import inside
 from lora_probe.base import Shapes
 from lora_probe.errors import ProbeError, UnreadableFile
 from lora_probe.files import opened
-from lora_probe.files.weights import read_chunk
+from lora_probe.files.values import read_chunk
 from lora_probe.names import PREFIX
 from lora_probe.precision import STORED
 from lora_probe.rules.lp3_heads import meant_of_whole

@@ -49,14 +49,15 @@ def run(arguments: list[str]) -> int:
     heed_columns()
     own, flags = _split(arguments)
     options = argparse.Namespace()
-    parser_of_all().parse_args(own, options)
+    parser_of_all(own[0] if own and own[0] in COMMANDS else None).parse_args(own, options)
     options.engine_args, options.own_arguments = flags, own
     set_detail(detail_of(options))
     return COMMANDS[options.command].run(options)
 
 
-def parser_of_all() -> argparse.ArgumentParser:
-    """The parser of all commands. `command` in the parsed options is the command's name."""
+def parser_of_all(requested: str | None = None) -> argparse.ArgumentParser:
+    """The parser of all commands; if one is requested, only that one has its arguments. `command` in the parsed options
+    is the command's name."""
     parser = Parser(
         prog="lora-probe",
         description="Follow a LoRA adapter from its checkpoint to the tokens that an engine generates with it.",
@@ -74,7 +75,7 @@ def parser_of_all() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Interspersed)
     for command in COMMANDS.values():
-        add_command(commands, command)
+        add_command(commands, command, requested in (None, command.name))
     return parser
 
 

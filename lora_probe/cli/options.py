@@ -23,7 +23,6 @@ from lora_probe.files import limits
 from lora_probe.files.limits import MEMORY, SECONDS, Budget
 from lora_probe.render.console import Detail
 from lora_probe.render.formats import DEFAULT, VERDICTS, Names
-from lora_probe.rules.vllm_versions import ENGINE_OPTIONS
 
 DTYPES = ("auto", *(dtype.name for dtype in precision.DTYPES if dtype.fits_float32))
 HERE = "."
@@ -93,8 +92,8 @@ class Interspersed(Parser):
             self._within = False
 
 
-def add_command(commands: Any, command: Command) -> None:
-    """Add a command with `--format` and its own arguments."""
+def add_command(commands: Any, command: Command, whole: bool) -> None:
+    """Add a command, and if it is to be `whole` with `--format` and its own arguments."""
     parser = commands.add_parser(
         command.name,
         help=command.about,
@@ -103,6 +102,8 @@ def add_command(commands: Any, command: Command) -> None:
         formatter_class=RawDescriptionRichHelpFormatter,
     )
     parser.set_defaults(command=command.name)
+    if not whole:
+        return
     parser.add_argument(
         "--format",
         choices=Names(command.name),
@@ -242,4 +243,6 @@ def add_engine(parser: argparse.ArgumentParser, dtype: str, *, running: bool = T
 
 def engine_options(options: argparse.Namespace) -> dict[str, Any]:
     """The options of the engine by their names in vLLM's Python API."""
+    from lora_probe.rules.vllm_versions import ENGINE_OPTIONS
+
     return {name: getattr(options, name) for name in ENGINE_OPTIONS if hasattr(options, name)}

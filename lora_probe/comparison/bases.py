@@ -14,7 +14,7 @@ from lora_probe.base import StoredTensor, open_checkpoint
 from lora_probe.comparison.answers import Agreement, Outputs
 from lora_probe.comparison.modules import ModuleDiff
 from lora_probe.errors import ProbeError
-from lora_probe.files.weights import digest_of_values
+from lora_probe.files.values import digest_of_values
 from lora_probe.names import layer_of, name_modules, path_of
 from lora_probe.precision import logprob_drift
 from lora_probe.recording import Trace

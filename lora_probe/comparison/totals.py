@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from lora_probe.errors import UnreadableFile, out_of_memory
 from lora_probe.files.limits import step
-from lora_probe.files.weights import read_chunk
+from lora_probe.files.values import read_chunk
 from lora_probe.ledger import Ledger
 from lora_probe.names import Key
 from lora_probe.precision import finite

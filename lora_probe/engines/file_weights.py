@@ -12,7 +12,8 @@ from functools import partial
 import numpy as np
 
 from lora_probe.adapter import Adapter
-from lora_probe.files.weights import TensorHeader, WeightsFile, digest_of_values, read_chunk
+from lora_probe.files.values import digest_of_values, read_chunk
+from lora_probe.files.weights import TensorHeader, WeightsFile
 from lora_probe.names import Key
 from lora_probe.recording.fingerprint import Fingerprint, fingerprint
 from lora_probe.rules.stored import Expected

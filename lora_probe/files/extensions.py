@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from functools import cache
-from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora_probe.errors import ProbeError
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 ENGINES = "lora_probe.engines"
 """Engines that run an adapter and record it. The name is what `--engine` accepts."""
@@ -32,6 +34,8 @@ def points(group: str) -> Mapping[str, EntryPoint]:
     Raises:
         ProbeError: two distributions have an entry point with the same name.
     """
+    from importlib.metadata import entry_points
+
     by_name: dict[str, EntryPoint] = {}
     for point in entry_points(group=group):
         if (other := by_name.setdefault(point.name, point)) != point:

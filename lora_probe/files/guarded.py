@@ -17,7 +17,6 @@ import sys
 import tempfile
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -291,6 +290,8 @@ def _end_with_parent(watched: int) -> None:
 
 def fault(error: Exception) -> ProbeError:
     """An unexpected exception as one error, with its place in the code."""
+    import traceback
+
     place = traceback.extract_tb(error.__traceback__)[-1]
     reason = "".join(traceback.format_exception_only(error)).strip()
     return ProbeError(

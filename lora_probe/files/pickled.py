@@ -12,17 +12,18 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from lora_probe.errors import NeedsLibrary, TooLarge, UnreadableFile, out_of_memory
 from lora_probe.files.limits import importing, make_room, step
 from lora_probe.files.pickle_opcodes import require_harmless
 from lora_probe.files.pickle_zip import PickleRecord, pickle_record
 from lora_probe.files.untrusted import HEAD, brief, is_text, opened, shown, wrong_file_type
-from lora_probe.files.weights import Raw, TensorHeader, WeightsFile, open_weights, require_real_name
+from lora_probe.files.weights import TensorHeader, WeightsFile, open_weights, require_real_name
 from lora_probe.precision import DTYPES, STORED
+
+if TYPE_CHECKING:
+    from lora_probe.files.values import Raw
 
 ZIP, PROTOCOL = b"PK\x03\x04", b"\x80"
 MAX_LEGACY = 2**30
@@ -259,6 +260,7 @@ def _not_plain(tensor: Any) -> str:
 
 def values_of(tensor: Any, dtype: str, start: int, stop: int) -> Raw:
     """Values of a torch tensor as they would be in a file: as one row, in numpy's storage type for `dtype`."""
+    import numpy as np
     import torch
 
     storage = np.dtype(STORED[dtype].storage)

@@ -16,8 +16,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
-import regex
-
 from lora_probe.errors import ProbeError, TooLarge, UnreadableFile
 from lora_probe.files.untrusted import shown
 
@@ -155,6 +153,9 @@ def is_alike(pattern: str) -> bool:
 
 
 def _timed(pattern: str) -> Any:
+    # It takes longer to import than a header to read, and few configs have an expression.
+    import regex
+
     try:
         return regex.compile(pattern) if is_alike(pattern) else None
     except (regex.error, RecursionError):

@@ -1,46 +1,36 @@
-"""One safetensors file: its bounded header, and values by positioned reads.
+"""One safetensors file: its bounded header.
 
-In: a path. Out: `TensorHeader`s (name, dtype, shape, byte range), and on request one tensor's values as a numpy
-array, bfloat16 widened by hand to float32. Nothing is executed, and nothing is used before it is checked: the size of
-the header, every shape, dtype and offset. The format: https://github.com/huggingface/safetensors. A `.bin` is a
-`WeightsFile` too (`pickled.py`), whose values torch holds.
+In: a path. Out: `TensorHeader`s (name, dtype, shape, byte range), whose values `values.py` reads. Nothing is executed,
+and nothing is used before it is checked: the size of the header, every shape, dtype and offset. The format:
+https://github.com/huggingface/safetensors. A `.bin` is a `WeightsFile` too (`pickled.py`), whose values torch holds.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import os
 import struct
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lora_probe.errors import TooLarge, UnreadableFile, out_of_memory
 from lora_probe.files.limits import step
 from lora_probe.files.untrusted import HEAD, brief, is_text, opened, shown, wrong_file_type
 from lora_probe.precision import STORED
 
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
 MAX_HEADER = 100_000_000
 """Bytes; the limit of the reference implementation."""
-
-Bytes = npt.NDArray[np.uint8]
-Raw = npt.NDArray[Any]
 
 MAX_TENSORS = 500_000
 """Tensors of one file; an adapter on every expert of a model with 61 layers of 384 experts has 140,000."""
 MAX_NAME, MAX_PARTS = 2_000, 64
 """Characters of a tensor's name, and its parts between dots; real names have under 200 and 15."""
-MAX_VALUES = 2**30
-"""Values of one tensor that `read` returns at once: 4 GiB as float32, far more than any lora_A or lora_B has."""
-AT_ONCE = 2**22
-"""Values of a tensor that are in memory at the same time while it is only looked at."""
 _PLAIN_HEADER = 10_000_000
 """Bytes of a header below which its brackets need not be counted."""
 
@@ -69,7 +59,7 @@ class WeightsFile:
     size: int
     metadata: dict[str, str]
     tensors: dict[str, TensorHeader]
-    held: Callable[[str, int, int], Raw] | None = field(default=None, repr=False, compare=False)
+    held: Callable[[str, int, int], npt.NDArray[Any]] | None = field(default=None, repr=False, compare=False)
 
 
 def open_weights(path: Path) -> WeightsFile:
@@ -223,93 +213,3 @@ def _entry(name: str, entry: object, data: int, room: int) -> TensorHeader:
         held = f"bytes {brief(start)} to {brief(end)}"
         raise ValueError(f"`{shown(name)}` has {held}, and {dtype} {brief(shape)} needs {needed} bytes")
     return TensorHeader(name, dtype, tuple(shape), data + start, data + end)
-
-
-def read(file: WeightsFile, tensor: TensorHeader) -> npt.NDArray[np.float32]:
-    """The values of `tensor`, as float32: as PEFT and vLLM convert them, which accept every dtype. float64 is narrowed.
-
-    Raises:
-        UnreadableFile: the tensor is too large, or the file has become shorter.
-        TooLarge: there is not enough memory for it.
-    """
-    where = f"tensor `{shown(tensor.name)}` in `{file.path}`"
-    if tensor.parameters > MAX_VALUES:
-        raise UnreadableFile(
-            f"{where} has {tensor.parameters:,} values, more than any lora_A or lora_B has",
-            "the file may be damaged, or a whole model",
-        )
-    try:
-        raw = read_chunk(file, tensor, 0, tensor.parameters).reshape(tensor.shape)
-        # The caller may change the values, but those that torch holds must not change.
-        return widen(raw if file.held is None else raw.copy(), tensor.dtype)
-    except MemoryError as error:
-        raise out_of_memory(f"{where}, which has {tensor.parameters:,} values,") from error
-
-
-def read_chunk(file: WeightsFile, tensor: TensorHeader, start: int, stop: int, into: Bytes | None = None) -> Raw:
-    """Values of `tensor` as they are in the file, as one row; written into `into` if that is large enough."""
-    if file.held is not None:
-        return file.held(tensor.name, start, stop)
-    dtype = STORED[tensor.dtype]
-    return read_bytes(file.path, tensor, start * dtype.width, stop * dtype.width, into).view(dtype.storage)
-
-
-def digest_of_values(dtype: str, shape: Sequence[int], read: Callable[[int, int], Raw]) -> str:
-    """A digest of a tensor's dtype, its shape and its values as stored. `read` returns those from `start` to `stop`."""
-    digest, count = hashlib.sha256(f"{dtype} {tuple(shape)}".encode()), math.prod(shape)
-    for start in range(0, count, AT_ONCE):
-        digest.update(np.ascontiguousarray(read(start, min(start + AT_ONCE, count))).data)
-    return digest.hexdigest()
-
-
-def widen(raw: npt.NDArray[Any], dtype: str) -> npt.NDArray[np.float32]:
-    """Values as they are in a file, as float32. A float64 beyond its range becomes infinite."""
-    if dtype == "BF16":
-        # A bfloat16 is the upper half of a float32.
-        wide = raw.astype(np.uint32)
-        wide <<= 16
-        return wide.view(np.float32)
-    if dtype in _EIGHT_BITS:
-        values: npt.NDArray[np.float32] = _EIGHT_BITS[dtype][raw]
-        return values
-    with np.errstate(over="ignore"):
-        narrowed: npt.NDArray[np.float32] = raw.astype(np.float32, copy=False)
-    return narrowed
-
-
-def _eight_bits() -> dict[str, npt.NDArray[np.float32]]:
-    """The 256 values of each 8-bit float (OCP "8-bit Floating Point Specification" and "Microscaling Formats")."""
-    codes = np.arange(256)
-    sign, exponent, mantissa = 1 - 2.0 * (codes >> 7), codes >> 3 & 15, codes & 7
-    e4m3 = sign * np.where(exponent == 0, mantissa * 2.0**-9, (8 + mantissa) * 2.0 ** (exponent - 10.0))
-    e4m3[[0x7F, 0xFF]] = np.nan
-    # A float8_e5m2 is the upper half of a float16.
-    e5m2 = (codes << 8).astype(np.uint16).view(np.float16)
-    e8m0 = np.where(codes == 255, np.nan, 2.0 ** (codes - 127.0))
-    return {
-        name: values.astype(np.float32) for name, values in (("F8_E4M3", e4m3), ("F8_E5M2", e5m2), ("F8_E8M0", e8m0))
-    }
-
-
-_EIGHT_BITS = _eight_bits()
-
-
-def read_bytes(
-    path: Path, tensor: TensorHeader, start: int = 0, stop: int | None = None, into: Bytes | None = None
-) -> Bytes:
-    """The raw bytes of `tensor`, or some of them, by positioned reads (no mapping of the file, no shared position).
-
-    `into` is a buffer to reuse: allocating memory takes as long as reading.
-    """
-    size = (tensor.end - tensor.start if stop is None else stop) - start
-    buffer = np.empty(size, np.uint8) if into is None or len(into) < size else into[:size]
-    view, done = buffer.data, 0
-    with opened(path) as (file, _):
-        # One call stops at 2 GiB.
-        while got := os.preadv(file.fileno(), [view[done:]], tensor.start + start + done):
-            done += got
-    if done != len(buffer):
-        raise UnreadableFile(
-            f"`{path}` ends inside tensor `{shown(tensor.name)}`; it may have changed while it was read"
-        )
-    return buffer

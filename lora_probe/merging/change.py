@@ -16,7 +16,7 @@ from lora_probe.adapter import Adapter
 from lora_probe.adapter.fused import of_expert
 from lora_probe.adapter.pair_values import pair_values
 from lora_probe.base import Checkpoint
-from lora_probe.files.weights import widen
+from lora_probe.files.values import widen
 from lora_probe.merging.rounding import Floats, through
 from lora_probe.merging.sites import Site
 from lora_probe.precision import FLOAT32

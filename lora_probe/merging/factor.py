@@ -14,7 +14,7 @@ from dataclasses import replace
 import numpy as np
 
 from lora_probe.adapter import AdapterConfig
-from lora_probe.files.weights import widen
+from lora_probe.files.values import widen
 from lora_probe.ledger import Finding
 from lora_probe.merging.rounding import Floats
 from lora_probe.merging.scan import FEW, Measured, observed_change, sampled, thinned, under, unexplained

@@ -13,7 +13,7 @@ import numpy as np
 
 from lora_probe.adapter import Adapter
 from lora_probe.base import Checkpoint
-from lora_probe.files.weights import widen
+from lora_probe.files.values import widen
 from lora_probe.ledger import Finding
 from lora_probe.merging.change import Indices, change_of, origin_of
 from lora_probe.merging.factor import cosine

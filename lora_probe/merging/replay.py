@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from lora_probe.files.weights import Raw, widen
+from lora_probe.files.values import Raw, widen
 from lora_probe.merging.change import Change, Indices, Origin
 from lora_probe.merging.rounding import Floats, narrow, through
 from lora_probe.merging.sites import SiteKind

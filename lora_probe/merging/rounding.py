@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from lora_probe.files.weights import Raw, widen
+from lora_probe.files.values import Raw, widen
 from lora_probe.precision import STORED, rounding
 
 Floats = npt.NDArray[np.float32]

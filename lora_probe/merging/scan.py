@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from lora_probe.adapter import Adapter
 from lora_probe.base import Checkpoint, StoredTensor
-from lora_probe.files.weights import Raw, widen
+from lora_probe.files.values import Raw, widen
 from lora_probe.merging.change import Change, Indices, Origin, change_of, origin_of, rebased, values_of
 from lora_probe.merging.replay import Magnitude, RoundingMode, magnitude, possible, replay, rounding_modes
 from lora_probe.merging.rounding import Floats, narrow, spacing, through

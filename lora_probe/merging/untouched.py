@@ -14,7 +14,7 @@ import numpy as np
 
 from lora_probe.base import Checkpoint, StoredTensor
 from lora_probe.base.checkpoint import EMBEDDINGS
-from lora_probe.files.weights import Raw, widen
+from lora_probe.files.values import Raw, widen
 from lora_probe.ledger import Finding
 from lora_probe.merging.report import TensorFinding
 from lora_probe.merging.rounding import narrow, through

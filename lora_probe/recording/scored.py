@@ -13,7 +13,8 @@ import msgspec
 
 from lora_probe.errors import UnreadableFile
 from lora_probe.files import brief
-from lora_probe.files.weights import MAX_VALUES, TensorHeader, WeightsFile
+from lora_probe.files.values import MAX_VALUES
+from lora_probe.files.weights import TensorHeader, WeightsFile
 from lora_probe.recording.documents import decoded
 from lora_probe.recording.placed import Floats
 from lora_probe.recording.records import Score

@@ -31,7 +31,8 @@ import numpy as np
 from lora_probe.errors import UnreadableFile, out_of_memory
 from lora_probe.files import brief, shown
 from lora_probe.files.limits import step
-from lora_probe.files.weights import Raw, TensorHeader, WeightsFile, open_weights, read_chunk
+from lora_probe.files.values import Raw, read_chunk
+from lora_probe.files.weights import TensorHeader, WeightsFile, open_weights
 from lora_probe.names import Key
 from lora_probe.recording.documents import decoded
 from lora_probe.recording.placed import Placed, joined_placed

@@ -11,6 +11,7 @@ commands and their results, also with the options that change the result's type:
     check --diff      checking.renaming.Fix
     trace, show, collect  results.Recording
     show --module     Sequence[comparison.walk.Walk]
+    show benchmark    recording.benchmarks.Benchmarks, for a file of pytest-benchmark
     attach            results.Attachment
     compare           comparison.Comparison
     compare adapters  comparison.Comparisons, for traces of several adapters
@@ -45,7 +46,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, partial
 from importlib import import_module
-from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any, Protocol
 
 from rich.console import RenderableType
@@ -58,6 +58,8 @@ from lora_probe.render.console import detail, emit
 from lora_probe.render.results import Paged
 
 if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
     from lora_probe.render.verdicts import Verdict
 
 DEFAULT = "text"
@@ -86,6 +88,7 @@ FORMATS: dict[str, dict[str, str]] = {
         "trace": "text.trace:recording",
         "show": "text.trace:recording",
         "show --module": "text.walk:walks",
+        "show benchmark": "text.benchmarks:benchmarks",
         "collect": "text.trace:recording",
         "attach": "text.attach:attachment",
         "compare": "text.compare:comparison",
@@ -104,6 +107,7 @@ FORMATS: dict[str, dict[str, str]] = {
         "trace": "json.trace:recording_json",
         "show": "json.trace:recording_json",
         "show --module": "json.walk:walks_json",
+        "show benchmark": "json.benchmarks:benchmarks_json",
         "collect": "json.trace:recording_json",
         "attach": "json.attach:attachment_json",
         "compare": "json.compare:comparison_json",
@@ -138,6 +142,7 @@ DOCUMENTS = {
     "check --fix": "documents.report:CHECK",
     "trace": "documents.recording:recording",
     "show": "documents.recording:recording",
+    "show benchmark": "documents.benchmarks:benchmarks",
     "collect": "documents.recording:recording",
     "compare": "documents.comparison:comparison",
     "compare adapters": "documents.comparison:comparisons",
@@ -154,6 +159,7 @@ VERDICTS = {
     "check --fix": "verdicts:of_check",
     "trace": "verdicts:of_recording",
     "show": "verdicts:of_recording",
+    "show benchmark": "verdicts:of_benchmarks",
     "collect": "verdicts:of_recording",
     "compare": "verdicts:in_short",
     "compare adapters": "verdicts:of_comparisons",
@@ -244,6 +250,8 @@ def _imported(place: str) -> Any:
 @cache
 def _installed() -> Mapping[tuple[str, str], Renderer]:
     """The renderers of other distributions by command and format."""
+    from importlib.metadata import entry_points
+
     renderers: dict[tuple[str, str], Renderer] = {}
     owners: dict[tuple[str, str], str] = {}
     for point in entry_points(group=GROUP):

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from urllib.parse import quote
+from typing import TYPE_CHECKING
 
 from lora_probe.adapter import CONFIG
-from lora_probe.checking import Report
-from lora_probe.rules import Diagnostic
+
+if TYPE_CHECKING:
+    from lora_probe.checking import Report
+    from lora_probe.rules import Diagnostic
 
 
 def relative(path: str | Path) -> str:
@@ -22,6 +24,8 @@ def relative(path: str | Path) -> str:
 
 def uri(path: str | Path) -> str:
     """The path as a URI reference: relative inside the current folder, else `file:`."""
+    from urllib.parse import quote
+
     near = os.path.relpath(path)
     if _outside(near):
         return "file://" + quote(os.fsencode(Path.cwd() / path))

@@ -16,7 +16,8 @@ from lora_probe.adapter import Adapter, AdapterModule
 from lora_probe.adapter.pair_values import pair_values
 from lora_probe.base import Base
 from lora_probe.errors import UnreadableFile
-from lora_probe.files.weights import open_weights, read
+from lora_probe.files.values import read
+from lora_probe.files.weights import open_weights
 
 Floats = npt.NDArray[np.float32]
 

@@ -14,7 +14,8 @@ from lora_probe.base import engine_view as view
 from lora_probe.errors import ProbeError
 from lora_probe.files import brief, shown
 from lora_probe.files.json_object import read_json
-from lora_probe.files.weights import TensorHeader, read_chunk
+from lora_probe.files.values import read_chunk
+from lora_probe.files.weights import TensorHeader
 from lora_probe.names import PREFIX, Key, layer_of, ranges
 from lora_probe.rules.paths import RENAME
 from lora_probe.rules.registry import AdapterFinding, Family, rule, survey

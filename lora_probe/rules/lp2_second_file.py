@@ -12,7 +12,8 @@ from lora_probe.adapter.file_names import LOADED
 from lora_probe.adapter.folder import inside
 from lora_probe.errors import ProbeError
 from lora_probe.files.pickled import open_by_content
-from lora_probe.files.weights import WeightsFile, read_chunk
+from lora_probe.files.values import read_chunk
+from lora_probe.files.weights import WeightsFile
 from lora_probe.rules.registry import AdapterFinding, survey
 
 if TYPE_CHECKING:

