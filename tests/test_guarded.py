@@ -19,9 +19,9 @@ from conftest import heed_interrupts
 
 from lora_probe.checking import Report
 from lora_probe.checking.folders import NotJudged
-from lora_probe.checking.judging import Judged, judged
+from lora_probe.checking.judging import MANY, Judged, judged
 from lora_probe.errors import ProbeError, UnreadableFile
-from lora_probe.files import guarded, limits
+from lora_probe.files import guarded, limits, threads
 from lora_probe.files.guarded import OverBudget, Send, results
 from lora_probe.files.limits import Budget
 
@@ -245,6 +245,26 @@ def test_a_death_between_two_folders_costs_one_of_them() -> None:
 
     outcomes = list(judged([Path(name) for name in ("one", "two", "three")], check, None, LITTLE, lambda _: None))
     assert [type(outcome) for outcome in outcomes] == [Judged, NotJudged, Judged]
+
+
+def test_many_folders_are_judged_by_several_processes_in_order() -> None:
+    """One of them dies; the report says which process judged each folder."""
+
+    def check(folders: Any, **_: Any) -> Iterator[Report]:
+        for folder in folders:
+            if folder.name == "7":
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield Report(folder, None, {}, (), notes=(str(os.getpid()), str(threads.processors())))
+
+    folders = [Path(str(number)) for number in range(MANY)]
+    outcomes = list(judged(folders, check, None, LITTLE, lambda _: None))
+    assert [type(outcome) for outcome in outcomes] == [NotJudged if number == 7 else Judged for number in range(MANY)]
+    reports = [outcome.report for outcome in outcomes if isinstance(outcome, Judged)]
+    assert [report.adapter for report in reports] == [folder for folder in folders if folder.name != "7"]
+    workers = {report.notes[0] for report in reports}
+    # The one that died has a successor.
+    assert len(workers) == threads.processors() + 1
+    assert {report.notes[1] for report in reports} == {"1"} or threads.processors() == 1
 
 
 @pytest.mark.slow

@@ -39,6 +39,34 @@ def test_another_seed(adapter: Path, llama: Path, tmp_path: Path) -> None:
     )
 
 
+def test_a_copy_is_one_only_if_all_values_are_equal(tmp_path: Path, llama: Path) -> None:
+    """The digests are of a lattice of values. Here two modules differ from two others in one value beside it."""
+    first = write_adapter(tmp_path / "first", llama)
+    names = [f"base_model.model.model.layers.{layer}.self_attn.q_proj.lora_B.weight" for layer in (0, 1)]
+
+    def exchanged(tensors: dict[str, Any]) -> dict[str, Any]:
+        other = {
+            name: tensors[
+                name.replace("layers.0", "layers.9").replace("layers.1", "layers.0").replace("layers.9", "layers.1")
+            ]
+            for name in tensors
+            if "q_proj" in name and "layers.2" not in name
+        }
+        return tensors | other
+
+    def almost(tensors: dict[str, Any]) -> dict[str, Any]:
+        tensors = exchanged(tensors)
+        for name in names:
+            tensors[name] = tensors[name].copy()
+            tensors[name][127, 1] += 0.5
+        return tensors
+
+    kinds = {pair.kind for pair in diff_of(first, edited(first, tmp_path / "copy", exchanged)).modules[:1]}
+    assert kinds == {"elsewhere"}
+    almost_copied = diff_of(first, edited(first, tmp_path / "almost", almost))
+    assert not almost_copied.of_kind("elsewhere")
+
+
 def test_trained_on_the_merge(adapter: Path, llama: Path, tmp_path: Path) -> None:
     """The files show no relation; the base models that they name do."""
     merged = write_base(tmp_path / "merged")

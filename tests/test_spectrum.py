@@ -38,6 +38,27 @@ def test_values_whose_squares_leave_float32() -> None:
     assert found.norm == pytest.approx(2e60 * 12**0.5, rel=1e-6)
 
 
+def test_dependent_rows_have_no_cholesky_factor() -> None:
+    """Two equal rows of A, and a third of zeros."""
+    a = np.stack([np.ones(6), np.ones(6), np.zeros(6)]).astype(np.float32)
+    b = rng.standard_normal((5, 3)).astype(np.float32)
+    expected = np.linalg.svd(b.astype(np.float64) @ a, compute_uv=False)
+    found = spectrum(a, b, 1.0)
+    assert found.norm == pytest.approx(np.linalg.norm(expected), rel=1e-5)
+    np.testing.assert_allclose(found.singular, expected[:3], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(("rank", "inputs", "outputs"), [(3, 6, 5), (9, 4, 6)])
+def test_one_value_that_is_no_number(value: float, rank: int, inputs: int, outputs: int) -> None:
+    """Also where the other half is zero."""
+    whole = np.zeros((rank, inputs), np.float32), np.zeros((outputs, rank), np.float32)
+    for half in (0, 1):
+        halves = [values.copy() for values in whole]
+        halves[half][1, 2] = value
+        assert not spectrum(halves[0], halves[1], 1.0).finite
+
+
 def test_effective_rank() -> None:
     assert effective_rank(np.ones(4)) == pytest.approx(4)
     assert effective_rank(np.array([1.0, 0.0])) == pytest.approx(1)

@@ -23,6 +23,7 @@ from lora_probe.adapter.variants import VARIANTS
 from lora_probe.errors import UnreadableFile
 from lora_probe.files import shown
 from lora_probe.files.limits import step
+from lora_probe.files.threads import on_all_processors
 from lora_probe.names import Key, natural, path_of
 from lora_probe.precision import FLOATS, rounding
 from lora_probe.presented import Presented
@@ -65,6 +66,8 @@ APPLIED = {variant.field for variant in VARIANTS} | {
 """Fields of a config that decide where and how A and B are applied, beside the scaling."""
 MOVABLE = ("multiple", "moved", "nested", "same start", "unrelated")
 """What a pair may be that has A and B of another module."""
+DIGESTED = 32
+"""Rows and columns of a lattice of values, of each of A and B, that a digest is made of."""
 COARSEST = 2.0**-3
 """The unit of round-off of F8_E5M2."""
 
@@ -81,8 +84,8 @@ class ModulePair:
     source: Key | None = None
     why: str = ""
     digests: tuple[bytes, bytes, bytes] = (b"", b"", b"")
-    """Of A and B of the first one, of the second one, and of the second one with A and B exchanged; empty for pairs
-    that are equal or were not compared."""
+    """Of some values of A and B of the first one, of the second one, and of the second one with A and B exchanged;
+    empty for pairs that are equal or were not compared."""
 
     @property
     def alike(self) -> bool:
@@ -166,13 +169,14 @@ def side_by_side(first: Adapter, second: Adapter, advance: Callable[[], None] = 
     here, there = first.by_key(), second.by_key()
     unshared = _sorted(here.keys() - there.keys()), _sorted(there.keys() - here.keys())
     pairs = []
-    for key in _sorted(here.keys() & there.keys()):
-        pairs.append(_compared(first, here[key], second, there[key]))
+    both = _sorted(here.keys() & there.keys())
+    for pair in on_all_processors(lambda key: _compared(first, here[key], second, there[key]), both):
+        pairs.append(pair)
         advance()
     return AdapterDiff(
         first,
         second,
-        tuple(_moved_elsewhere(first, pairs)),
+        tuple(_moved_elsewhere(first, second, pairs)),
         tuple(_fields(first.config.raw, second.config.raw)),
         unshared,
         tuple(_other_tensors(first, second)),
@@ -251,7 +255,7 @@ def _kind(relation: Relation, dtype: str, sizes: int | None) -> Kind:
     return "unrelated" if relation.start is None or relation.start < ALIKE else "same start"
 
 
-def _moved_elsewhere(first: Adapter, pairs: list[ModulePair]) -> Iterator[ModulePair]:
+def _moved_elsewhere(first: Adapter, second: Adapter, pairs: list[ModulePair]) -> Iterator[ModulePair]:
     """The pairs, those that differ with the module whose A and B they have, or that have them exchanged."""
     differing = {pair.key: pair for pair in pairs if pair.kind in MOVABLE and pair.digests[1]}
     if not differing:
@@ -259,19 +263,34 @@ def _moved_elsewhere(first: Adapter, pairs: list[ModulePair]) -> Iterator[Module
         return
     dtype = max((coarser_of(pair.first, pair.second) for pair in differing.values()), key=_round_off)
     known = {pair.key: pair.digests[0] for pair in pairs if pair.digests[0]}
-    owners: dict[bytes, Key] = {}
+    owners: dict[bytes, AdapterModule] = {}
     for key, module in first.by_key().items():
         if not _why_unread(module):
             digest = known.get(key) or _digest(*_matrices(first, module), dtype)
-            owners.setdefault(digest, key)
+            owners.setdefault(digest, module)
     for pair in pairs:
-        source = owners.get(pair.digests[1]) if pair.key in differing else None
-        if source is not None and source != pair.key:
-            yield replace(pair, kind="elsewhere", source=source)
-        elif pair.key in differing and pair.digests[2] == pair.digests[0]:
+        owner = owners.get(pair.digests[1]) if pair.key in differing else None
+        if owner is not None and owner.key != pair.key and _equal(first, owner, second, pair.second, dtype):
+            yield replace(pair, kind="elsewhere", source=owner.key)
+        elif pair.key in differing and pair.digests[2] == pair.digests[0] and _exchanged(first, second, pair, dtype):
             yield replace(pair, kind="transposed")
         else:
             yield pair
+
+
+def _equal(first: Adapter, one: AdapterModule, second: Adapter, two: AdapterModule, dtype: str) -> bool:
+    """Whether all values of A and B are equal as they are in `dtype`: digests are of some."""
+    halves = zip(_matrices(first, one), _matrices(second, two), strict=True)
+    return all(_same_values(here, there, dtype) for here, there in halves)
+
+
+def _exchanged(first: Adapter, second: Adapter, pair: ModulePair, dtype: str) -> bool:
+    (a1, b1), (a2, b2) = _matrices(first, pair.first), _matrices(second, pair.second)
+    return _same_values(a1, b2.T, dtype) and _same_values(b1, a2.T, dtype)
+
+
+def _same_values(here: Array, there: Array, dtype: str) -> bool:
+    return np.array_equal(_stored(here, dtype), _stored(there, dtype), equal_nan=True)
 
 
 def _round_off(dtype: str) -> float:
@@ -280,11 +299,13 @@ def _round_off(dtype: str) -> float:
 
 
 def _digest(a: Array, b: Array, dtype: str) -> bytes:
-    """That of both as they are when they are stored in `dtype`, so that a copy in another dtype has the same."""
+    """That of some values of both as they are when they are stored in `dtype`, so that a copy in another dtype has the
+    same. They are those of a lattice, which is the same for a transposed matrix."""
     digest = hashlib.blake2b(digest_size=16)
     for half in (a, b):
+        some = half[tuple(slice(None, None, max(1, size // DIGESTED)) for size in half.shape)]
         digest.update(repr(half.shape).encode())
-        digest.update(np.ascontiguousarray(_stored(half, dtype)).data)
+        digest.update(np.ascontiguousarray(_stored(some, dtype)).data)
     return digest.digest()
 
 

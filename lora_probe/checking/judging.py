@@ -1,12 +1,14 @@
-"""Judges adapters one after the other in a separate process, each within its own budget.
+"""Judges adapters in separate processes, each adapter within its own budget.
 
 In: folders, and a function that judges several of them in turn. Out: for each a `Judged` or a `NotJudged`, in order. A
-folder that uses up its budget, or on which the process dies, is `NotJudged`; the others are still judged.
+folder that uses up its budget, or on which the process dies, is `NotJudged`; the others are still judged. Many folders
+are judged by as many processes as there are processors, which take turns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,10 +20,13 @@ from lora_probe.errors import ProbeError
 from lora_probe.files import limits
 from lora_probe.files.guarded import OverBudget, Send, fault, results
 from lora_probe.files.limits import Budget
+from lora_probe.files.threads import leave_to_others, processors
 
 Check = Callable[..., Iterator[Report]]
 """`check_all` with its options; `progress` is passed as well."""
 Page = Callable[[Report], Any]
+MANY = 16
+"""From this number of folders on, each processor has a process."""
 
 
 @dataclass(frozen=True)
@@ -54,14 +59,32 @@ def judged(
         OverBudget: the budget was used up before the first folder, or by the only one if this process has a budget.
         ProbeError: the options or the requested base are wrong, so nothing can be judged.
     """
-    rest = list(folders)
-    if len(rest) == 1 and limits.active():
-        yield from (item for item in _judge(rest, check, page, progress) if not isinstance(item, _Begun))
+    if len(folders) == 1 and limits.active():
+        yield from (item for item in _judge(folders, check, page, progress) if not isinstance(item, _Begun))
         return
-    begun = False
+    count = processors() if len(folders) >= MANY else 1
+    with ExitStack() as stack:
+        turns = [
+            # Each process starts when its first result is asked for: by then the first one has described the base.
+            stack.enter_context(closing(_in_one_process(folders[number::count], work, budget, progress)))
+            for number in range(count)
+            for work in [partial(_hand_over, check=check, page=page, alone=count == 1)]
+        ]
+        for number in range(len(folders)):
+            yield next(turns[number % count])
+        # Without folders, this finds options that are wrong.
+        for turn in turns:
+            yield from turn
+
+
+def _in_one_process(
+    folders: Sequence[Path], work: Callable[..., None], budget: Budget, progress: Callable[[str], None]
+) -> Generator[Judged | NotJudged]:
+    """Judge folders one after the other, in another process after each that dies."""
+    rest, begun = list(folders), False
     while True:
         try:
-            for item in results(partial(_hand_over, tuple(rest), check, page), budget):
+            for item in results(partial(work, tuple(rest)), budget):
                 if isinstance(item, _Begun):
                     begun = True
                 elif isinstance(item, _Passing):
@@ -80,7 +103,9 @@ def judged(
                 return
 
 
-def _hand_over(folders: Sequence[Path], check: Check, page: Page | None, send: Send) -> None:
+def _hand_over(folders: Sequence[Path], send: Send, *, check: Check, page: Page | None, alone: bool) -> None:
+    if not alone:
+        leave_to_others()
     for item in _judge(folders, check, page, lambda text: send(_Passing(text))):
         send(item)
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from lora_probe.cli.ending import CLEAN, FOUND, UNJUDGED
 from lora_probe.cli.options import Command, add_engine, add_limits, apply_limits, budget, engine_options
 from lora_probe.errors import ProbeError
+from lora_probe.files.threads import one_blas_thread
 from lora_probe.render.console import complain, hint, note, remarks
 from lora_probe.render.formats import DEFAULT, ERRORS, present, renderer
 from lora_probe.render.progress import status_line
@@ -75,6 +76,7 @@ def run(options: argparse.Namespace) -> int:
     from lora_probe.checking.folders import requested
 
     apply_limits(options)
+    one_blas_thread()
     wanted = requested(options.checkpoints or ["."], options.recursive)
     if options.fix or options.diff or options.output:
         return _fix(wanted, options)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from lora_probe.cli.ending import CLEAN, FOUND
 from lora_probe.cli.options import Command, UsageError, add_checkpoint, add_limits, apply_limits
 from lora_probe.files import limits
+from lora_probe.files.threads import one_blas_thread
 from lora_probe.render.console import hint, remarks
 from lora_probe.render.formats import DEFAULT, present
 from lora_probe.render.progress import progress_bar
@@ -40,6 +41,7 @@ def run(options: argparse.Namespace) -> int:
     from lora_probe.render.results import Inspection
 
     apply_limits(options)
+    one_blas_thread()
     if options.other is not None:
         return _side_by_side(options)
     limits.begin(located(Path(options.checkpoint)))

@@ -6,7 +6,6 @@ In: options. Out: the comparison on standard output, with `--output` also its fi
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
 from lora_probe.cli.ending import CLEAN, FOUND
@@ -21,6 +20,7 @@ from lora_probe.cli.options import (
     prompts,
 )
 from lora_probe.errors import ProbeError, command_line
+from lora_probe.files.threads import one_blas_thread
 from lora_probe.render.console import as_json, hint, note, remarks
 from lora_probe.render.formats import DEFAULT, present
 from lora_probe.render.progress import run_progress, status_line, weights_progress
@@ -49,8 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    # One thread per matrix product: the tensors themselves are distributed over the processors.
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    one_blas_thread()
     from lora_probe.merging.parity import REPORT, parity
 
     _refuse_ignored(options)

@@ -308,13 +308,10 @@ class _Judge:
 
 def _first(joined: Joined, errors: Mapping[Key, Floats], limit: float) -> Divergence | None:
     """The first row beyond the tolerance in a module that differs: by the order of tokens, then of modules."""
-    if not errors:
+    firsts = [(int(beyond.argmax()), key) for key, of_rows in errors.items() if (beyond := of_rows > limit).any()]
+    if not firsts:
         return None
-    keys = list(errors)
-    table = np.stack([errors[key] for key in keys], axis=1)
-    beyond = np.argwhere(table > limit)
-    if not len(beyond):
-        return None
-    row, column = (int(number) for number in beyond[0])
+    # Of several modules at that row the first: `errors` is in their order.
+    row, key = min(firsts, key=lambda first: first[0])
     prompt, position, token = joined.where[row]
-    return Divergence(prompt, position, token, keys[column], float(table[row, column]))
+    return Divergence(prompt, position, token, key, float(errors[key][row]))

@@ -119,14 +119,19 @@ class Joined:
 
     reference: Rows
     candidate: Rows
-    reference_rows: list[int]
-    candidate_rows: list[int]
+    reference_rows: npt.NDArray[np.intp]
+    candidate_rows: npt.NDArray[np.intp]
     where: list[tuple[int, int, int]]
 
     @cached_property
     def loads(self) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
         """The loads that each row ran with in both runs, negative without one."""
         return self.reference.load[self.reference_rows], self.candidate.load[self.candidate_rows]
+
+    @cached_property
+    def pairs_of_loads(self) -> list[tuple[int, int]]:
+        """Each pair of loads that a row ran with."""
+        return sorted(set(zip(*(column.tolist() for column in self.loads), strict=True)))
 
     @property
     def routed_differently(self) -> Bools:
@@ -152,13 +157,15 @@ def join(reference: Trace, candidate: Trace, requests: Sequence[RequestDiff]) ->
                 reference_rows.append(a)
                 candidate_rows.append(b)
                 where.append((request.prompt, position, position - begin))
-    return Joined(one, two, reference_rows, candidate_rows, where) if reference_rows else None
+    if not where:
+        return None
+    return Joined(one, two, np.array(reference_rows, np.intp), np.array(candidate_rows, np.intp), where)
 
 
 def by_load(joined: Joined) -> Iterator[tuple[tuple[int, int], Bools]]:
     """The joined rows by the loads that they ran with in both runs: the two loads, and which rows."""
     loads = joined.loads
-    for one, two in sorted(set(zip(*(column.tolist() for column in loads), strict=True))):
+    for one, two in joined.pairs_of_loads:
         yield (one, two), (loads[0] == one) & (loads[1] == two)
 
 

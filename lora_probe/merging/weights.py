@@ -7,10 +7,8 @@ in blocks of rows, each tensor once, on one thread per processor.
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from lora_probe.base import Checkpoint, StoredTensor, find_model, open_checkpoin
 from lora_probe.base.dequantised import dequantised
 from lora_probe.errors import ProbeError, UnreadableFile
 from lora_probe.files import limits, shown
+from lora_probe.files.threads import on_all_processors
 from lora_probe.ledger import Finding
 from lora_probe.merging.diagnosis import judge, judge_replaced
 from lora_probe.merging.names import HEAD, embeddings_of
@@ -140,12 +139,11 @@ class _Work:
         bad = {tensor.name for tensor in tensors}
         jobs = [name for name in self.base.tensors if self.names[name] in self.merged.tensors and name not in bad]
         modules: dict[tuple[str, str], ModuleMerge] = {}
-        with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
-            for name, judged, finding in pool.map(self._tensor, jobs):
-                modules |= {(module.label, module.tensor): module for module in judged}
-                self.untouched += not judged
-                if finding is not None:
-                    tensors.append(TensorFinding(name, finding))
+        for name, judged, finding in on_all_processors(self._tensor, jobs):
+            modules |= {(module.label, module.tensor): module for module in judged}
+            self.untouched += not judged
+            if finding is not None:
+                tensors.append(TensorFinding(name, finding))
         self.compared = len(jobs)
         self.foreign = sum(tensor.finding.code == "LP708" for tensor in tensors)
         if self.inconsistent is not None:

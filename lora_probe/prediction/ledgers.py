@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 
-from lora_probe.adapter.spectrum import Spectrum, pair_spectrum
+from lora_probe.adapter.spectrum import Spectrum, spectra_of
 from lora_probe.files.limits import step
 from lora_probe.ledger import Finding, Ledger, Row, Station, worse
 from lora_probe.names import Key
@@ -46,7 +46,8 @@ def predict(subject: Subject) -> Prediction:
             not_run.append((rule, why))
         else:
             findings += [(rule, about) for finding in survey(subject) for about in _without(finding, left_out)]
-    spectra = {pair.key: pair_spectrum(subject.adapter, pair) for pair in subject.adapter.modules}
+    by_name = spectra_of(subject.adapter)
+    spectra = {pair.key: by_name[pair.stored_as] for pair in subject.adapter.modules}
     ledgers = {}
     for engine in subject.engines:
         predictor = predictors()[engine]
