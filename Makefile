@@ -6,7 +6,7 @@
 # make mutants    break each rule and each judgement on purpose: the fast tests must fail
 # make matrix     the plugin's engine tests with vLLM 0.30, 0.31 and 0.32, on both model runners
 # make check   lint, types, import layers
-# make bench   measure the throughput with and without the probe, and the cost of checking a merge
+# make bench   measure throughput with and without adapter and probe, and the hot paths, into BENCH.json
 # make rules   write lora_probe/rules/RULES.md from the rules' docstrings
 # Needs Linux on x86-64 and CPython 3.11, 3.12 or 3.13; on macOS and Windows use a Linux container.
 SHELL := /bin/bash
@@ -71,7 +71,7 @@ check: $(READY)
 	@$(BIN)/lint-imports --no-logo 2>/dev/null || $(BIN)/lint-imports
 
 bench: $(READY)
-	@$(BIN)/python -m pytest benchmarks --benchmark-only -q
+	@$(BIN)/python -m pytest benchmarks --benchmark-only -q --benchmark-json BENCH.json
 
 rules: $(READY)
 	@$(BIN)/lora-probe rule --all --format markdown > lora_probe/rules/RULES.md.new

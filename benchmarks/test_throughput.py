@@ -1,182 +1,330 @@
-"""Tokens per second with and without the adapter, with and without the probe, in vLLM and in PEFT.
+"""Throughput with and without an adapter, with and without the probe, in vLLM and in PEFT.
 
-Each round answers the same prompts with the same number of tokens. Each mode checks that it measures the right thing:
-that the tokens were generated, that the adapter changed them, that rows were recorded. Only one vLLM engine is alive at
-a time; modes that share an engine differ only in their requests.
+Every mode answers the same prompts with the same number of tokens, in turn with the mode that it is compared with. Each
+mode checks that it measures the right thing: all tokens were generated, the adapter has taken effect (by the ledger of
+an armed engine, and by the same tokens in the others), rows were recorded.
 """
 
 from __future__ import annotations
 
-import gc
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Settings, Speeds
+from conftest import ALLOWED_RANKS, Settings
+from engines import Answer, Engine, Engines, EngineSpec
+from made import save_like
+from rounds import Results, Rounds, ratio, take_turns
 
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
+from lora_probe import open_trace, parity
+from lora_probe.ledger import headline
+from lora_probe.recording.benchmarks import MERGED, THROUGHPUT, WITH_ADAPTER, Measured, middle
 
-ROUNDS = 5
-Ask = Callable[[Any], list[tuple[int, ...]]]
+pytestmark = pytest.mark.timeout(0)
 
-
-@contextmanager
-def vllm_engine(settings: Settings, lora: bool, trace: Path | None = None) -> Iterator[Any]:
-    """An engine in this process, with the probe armed if `trace` is passed."""
-    if trace is not None:
-        os.environ["LORA_PROBE_TRACE"] = str(trace)
-    import vllm.plugins
-    from vllm import LLM
-
-    # A process loads its plugins only once, but an armed engine has to load them again.
-    vllm.plugins.plugins_loaded = False
-    llm = LLM(
-        model=settings.model,
-        dtype=settings.dtype,
-        enable_lora=lora,
-        max_lora_rank=settings.max_rank,
-        max_model_len=512,
-        enforce_eager=True,
-        enable_prefix_caching=False,
-        max_num_seqs=settings.batch,
-    )
-    os.environ.pop("LORA_PROBE_TRACE", None)
-    try:
-        yield llm
-    finally:
-        if trace is not None:
-            from lora_probe_vllm.patching import disarm
-
-            disarm()
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-        gc.collect()
+FAR_ABOVE = 8
+"""How many times the rank `--max-lora-rank` is where it is far above it."""
+RANKS = (8, 16, 64)
 
 
-def asker(llm: Any, settings: Settings) -> Ask:
-    """A function that answers one batch, with or without a LoRARequest, and returns the token ids."""
-    from vllm import SamplingParams
+@dataclass(frozen=True)
+class Mode:
+    """What answers: an engine, and the adapters of the requests in turn (None: without one)."""
 
-    parameters = SamplingParams(temperature=0, max_tokens=settings.tokens, ignore_eos=True)
-
-    def ask(request: Any) -> list[tuple[int, ...]]:
-        prompts = [settings.prompt] * settings.batch
-        outputs = llm.generate(prompts, parameters, use_tqdm=False, lora_request=request)
-        return [tuple(output.outputs[0].token_ids) for output in outputs]
-
-    return ask
+    name: str
+    spec: EngineSpec
+    adapters: tuple[str | None, ...]
 
 
-def lora_request(settings: Settings, number: int = 1) -> Any:
-    from vllm.lora.request import LoRARequest
-
-    return LoRARequest("bench", number, settings.adapter)
-
-
-def measure(
-    benchmark: Any, speeds: Speeds, settings: Settings, mode: str, run: Callable[[], Any], against: str | None = None
-) -> list[tuple[int, ...]]:
-    """Time `run`, check that it generated all tokens, and store the speed."""
-    answers: list[tuple[int, ...]] = benchmark.pedantic(run, rounds=ROUNDS, warmup_rounds=1)
-    assert len(answers) == settings.batch
-    assert {len(answer) for answer in answers} == {settings.tokens}
-    generated = settings.batch * settings.tokens
-    speeds.measured[mode] = generated / benchmark.stats.stats.median
-    if against is not None:
-        speeds.against[mode] = against
-    benchmark.extra_info.update(mode=mode, tokens_per_second=speeds.measured[mode], batch=settings.batch)
-    return answers
-
-
-def test_vllm_without_lora(benchmark: Any, speeds: Speeds, settings: Settings) -> None:
-    with vllm_engine(settings, lora=False) as llm:
-        ask = asker(llm, settings)
-        measure(benchmark, speeds, settings, "vllm, no LoRA", lambda: ask(None))
-
-
-def test_vllm_with_the_probe_idle(benchmark: Any, speeds: Speeds, settings: Settings) -> None:
-    """The plugin is installed but not activated: the cost for every server."""
-    with vllm_engine(settings, lora=True) as llm:
-        ask, request = asker(llm, settings), lora_request(settings)
-        llm.llm_engine.add_lora(request)
-        base = ask(None)
-        name = "vllm, adapter, probe idle"
-        answers = measure(benchmark, speeds, settings, name, lambda: ask(request), "vllm, no LoRA")
-        assert answers != base, "the adapter changed no token"
+Ask = Callable[[Mode], Answer]
 
 
 @pytest.fixture(scope="module")
-def armed(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Ask]]:
-    folder = tmp_path_factory.mktemp("armed") / "first.lptrace"
-    with vllm_engine(settings, lora=True, trace=folder) as llm:
-        llm.collective_rpc("lora_probe_finish")
-        yield llm, asker(llm, settings)
+def spec(settings: Settings) -> EngineSpec:
+    """vLLM with the adapter's own rank and one slot; the plugin is not loaded."""
+    return EngineSpec(
+        "vllm", settings.model, settings.dtype, settings.batch, probe="absent", max_rank=settings.max_rank,
+        flags=settings.flags,
+    )  # fmt: skip
 
 
-def test_vllm_armed_but_not_recording(benchmark: Any, speeds: Speeds, settings: Settings, armed: Any) -> None:
-    llm, ask = armed
-    request = lora_request(settings)
-    llm.llm_engine.add_lora(request)
-    name = "vllm, adapter, armed, not recording"
-    measure(benchmark, speeds, settings, name, lambda: ask(request), "vllm, adapter, probe idle")
-    llm.llm_engine.remove_lora(1)
+@pytest.fixture(scope="module")
+def ask(place: Engines, settings: Settings) -> Ask:
+    """One batch of requests to the engine of a mode."""
+    tokens_of: dict[str, list[list[int]]] = {}
+
+    def asked(mode: Mode) -> Answer:
+        engine = place.get(mode.spec)
+        if mode.spec.kind not in tokens_of:
+            tokens_of[mode.spec.kind] = engine.call("tokenise", settings.prompts)
+        if mode.adapters == (None,) and engine.loaded:
+            # In vLLM's CPU kernels a request without an adapter gets the contribution of what is in the last slot.
+            engine.unload_all()
+        return engine.answer(tokens_of[mode.spec.kind], settings.tokens, mode.adapters)
+
+    return asked
 
 
-@pytest.mark.parametrize("keep", ["norms", "shrink", "tensors"])
-def test_vllm_recording(
-    benchmark: Any, speeds: Speeds, settings: Settings, armed: Any, tmp_path: Path, keep: str
+@pytest.fixture
+def compared(
+    benchmark: Any, ask: Ask, settings: Settings, versions: dict[str, str], results: Results
+) -> Callable[..., Rounds[Answer, Answer]]:
+    """Measure a mode in turn with another, and store what was measured. `before` and `after` are called around each
+    turn of the other."""
+
+    def measured(
+        mode: Mode,
+        other: Mode,
+        least: float | None = None,
+        rank: int = 0,
+        before: Callable[[], None] = lambda: None,
+        after: Callable[[], None] = lambda: None,
+    ) -> Rounds[Answer, Answer]:
+        def of_other() -> Answer:
+            before()
+            answer = ask(other)
+            after()
+            return answer
+
+        rounds = take_turns(benchmark, lambda: ask(mode), of_other, settings.rounds)
+        require_tokens(rounds, settings)
+        ratios = [
+            ratio(other.name, of, rounds.ratios(rate, rate), least if of == "decode" else None)
+            for of, rate in SPEEDS.items()
+        ]
+        facts = Measured(
+            mode=mode.name,
+            group=THROUGHPUT,
+            model=settings.model,
+            adapter=settings.adapter,
+            rank=rank or settings.rank,
+            batch=settings.batch,
+            dtype=settings.dtype,
+            versions=versions,
+            rates=middle([run.rates for run in rounds.runs]),
+            ratios=ratios,
+        )
+        results.add(benchmark, facts)
+        return rounds
+
+    return measured
+
+
+SPEEDS: dict[str, Callable[[Answer], float]] = {
+    "speed": lambda answer: answer.rates["output_tokens_per_second"],
+    "prefill": lambda answer: answer.rates["prefill_tokens_per_second"],
+    "decode": lambda answer: answer.rates["decode_tokens_per_second"],
+}
+
+
+def require_tokens(rounds: Rounds[Answer, Answer], settings: Settings) -> None:
+    """Every request of every round got all its tokens, and each side answered the same in all rounds."""
+    for answers in (rounds.runs, rounds.others):
+        for answer in answers:
+            assert [len(tokens) for tokens in answer.tokens] == [settings.tokens] * settings.batch
+        assert len({answer.tokens for answer in answers}) == 1, "the same engine answered differently"
+
+
+def require_effect(adapter: tuple[Any, ...], base: tuple[Any, ...]) -> None:
+    assert adapter != base, "the adapter changed no token of these prompts: pass --prompts with prompts that it changes"
+
+
+def require_applied(folder: Path, *adapters: str | None) -> None:
+    """A recording has a healthy ledger of each adapter, and of no other."""
+    trace = open_trace(folder)
+    assert {load.path for load, _ in trace.loads} == set(adapters)
+    for load, ledger in trace.loads:
+        assert ledger.healthy, f"{load.path} did not take effect: {headline(ledger)}"
+    assert not trace.request_findings
+
+
+Judge = Callable[[Mode], None]
+
+
+@pytest.fixture
+def judge(place: Engines, ask: Ask, tmp_path: Path) -> Judge:
+    """Answer once more in an armed engine, recorded with norms, and require that the adapters have taken effect."""
+
+    def judged(mode: Mode) -> None:
+        engine = place.get(mode.spec)
+        folder = tmp_path / f"judged-{len(list(tmp_path.iterdir()))}.lptrace"
+        engine.unload_all()
+        engine.call("begin", str(folder), "norms")
+        ask(mode)
+        engine.call("finish")
+        engine.unload_all()
+        require_applied(folder, *mode.adapters)
+
+    return judged
+
+
+class Switch:
+    """Turns the recording of an armed engine on and off. Each turn has a trace of its own, and loads the adapter anew;
+    what happens once for each load is over when the turn begins."""
+
+    def __init__(self, engine: Engine, folder: Path, keep: str, adapter: str, settings: Settings) -> None:
+        self.recorded: list[Path] = []
+        self._engine, self._folder, self._keep, self._adapter = engine, folder, keep, adapter
+        self._prompts = engine.call("tokenise", settings.prompts)
+        self._on = False
+
+    def __enter__(self) -> Switch:
+        self._engine.unload_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.off()
+        self._engine.unload_all()
+
+    def on(self) -> None:
+        self._engine.unload_all()
+        self.recorded.append(self._folder / f"{len(self.recorded)}.lptrace")
+        self._engine.call("begin", str(self.recorded[-1]), self._keep)
+        self._engine.answer(self._prompts, 2, [self._adapter])
+        self._on = True
+
+    def off(self) -> None:
+        if self._on:
+            self._engine.call("finish")
+            self._engine.unload_all()
+        self._engine.answer(self._prompts, 2, [self._adapter])
+        self._on = False
+
+
+@pytest.fixture(scope="module")
+def plain(spec: EngineSpec) -> Mode:
+    return Mode("no LoRA", replace(spec, lora=False, max_rank=0, max_loras=0), (None,))
+
+
+@pytest.fixture(scope="module")
+def adapted(spec: EngineSpec, settings: Settings) -> Mode:
+    return Mode(WITH_ADAPTER, spec, (settings.adapter,))
+
+
+@pytest.fixture(scope="module")
+def idle(spec: EngineSpec, settings: Settings) -> Mode:
+    return Mode("probe idle", replace(spec, probe="idle"), (settings.adapter,))
+
+
+@pytest.fixture(scope="module")
+def armed(spec: EngineSpec, settings: Settings) -> Mode:
+    """At level `events`: the ledger of each load is judged, and no rows are recorded."""
+    return Mode("probe armed at events", replace(spec, probe="armed"), (settings.adapter,))
+
+
+def test_lora_on_but_not_requested(compared: Any, plain: Mode, spec: EngineSpec) -> None:
+    rounds = compared(Mode("LoRA on, not requested", spec, (None,)), plain)
+    assert rounds.runs[0].tokens == rounds.others[0].tokens
+
+
+def test_with_the_adapter(compared: Any, plain: Mode, adapted: Mode) -> None:
+    rounds = compared(adapted, plain)
+    require_effect(rounds.runs[0].tokens, rounds.others[0].tokens)
+
+
+def test_merged(compared: Any, adapted: Mode, settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = merged_model(settings, tmp_path_factory.mktemp("merged"))
+    assert parity(settings.adapter, model=settings.model, merged=folder, weights_only=True).verdict == "verified"
+    spec = replace(adapted.spec, model=str(folder), lora=False, max_rank=0, max_loras=0)
+    compared(Mode(MERGED, spec, (None,)), adapted)
+
+
+def test_the_same_again(compared: Any, adapted: Mode) -> None:
+    """Two starts of one engine: how far apart equal engines are on this machine."""
+    again = replace(adapted, name="the same engine, started again", spec=replace(adapted.spec, start=1))
+    rounds = compared(again, adapted)
+    assert rounds.runs[0].tokens == rounds.others[0].tokens
+
+
+def test_probe_idle(compared: Any, idle: Mode, adapted: Mode) -> None:
+    """The plugin is installed and not asked to record: the cost for every server."""
+    rounds = compared(idle, replace(adapted, name="no probe"))
+    assert rounds.runs[0].tokens == rounds.others[0].tokens, "the probe changed tokens"
+
+
+def test_armed_at_events(compared: Any, armed: Mode, idle: Mode, judge: Judge) -> None:
+    rounds = compared(armed, idle)
+    assert rounds.runs[0].tokens == rounds.others[0].tokens, "the probe changed tokens"
+    judge(armed)
+
+
+@pytest.mark.parametrize(("keep", "least"), [("norms", 0.97), ("shrink", 0.95), ("tensors", 0.88)])
+def test_recording(
+    compared: Any, armed: Mode, place: Engines, settings: Settings, tmp_path: Path, keep: str, least: float
 ) -> None:
-    from lora_probe import open_trace
-
-    llm, ask = armed
-    request = lora_request(settings)
-    plain_base = ask(None)
-    llm.collective_rpc("lora_probe_begin", args=(str(tmp_path / "run.lptrace"), keep))
-    llm.llm_engine.add_lora(request)
-    name = f"vllm, adapter, recording {keep}"
-    answers = measure(benchmark, speeds, settings, name, lambda: ask(request), "vllm, adapter, probe idle")
-    llm.collective_rpc("lora_probe_finish")
-    llm.llm_engine.remove_lora(1)
-    assert answers != plain_base, "the adapter changed no token"
-    trace = open_trace(tmp_path / "run.lptrace")
-    ((_, ledger),) = trace.loads
-    assert ledger.healthy, "the adapter did not take effect"
-    assert trace.rows is not None
-    assert len(trace.rows) >= ROUNDS * settings.batch * settings.tokens
+    """In one engine, which records in every second turn."""
+    with Switch(place.get(armed.spec), tmp_path, keep, settings.adapter, settings) as switch:
+        mode, off = replace(armed, name=f"recording {keep}"), replace(armed, name="the same engine, idle")
+        rounds = compared(mode, off, least, before=switch.off, after=switch.on)
+    assert rounds.runs[0].tokens == rounds.others[0].tokens, "the probe changed tokens"
+    # The last one was begun after the last turn.
+    for folder in switch.recorded[:-1]:
+        require_applied(folder, settings.adapter)
+        trace = open_trace(folder)
+        assert trace.rows is not None
+        assert len(trace.rows) >= settings.batch * settings.tokens
 
 
-@pytest.mark.parametrize("merged", [False, True], ids=["unmerged", "merged"])
-def test_peft(benchmark: Any, speeds: Speeds, settings: Settings, merged: bool) -> None:
+def test_max_lora_rank(compared: Any, armed: Mode, judge: Judge, settings: Settings) -> None:
+    allowed = max(size for size in ALLOWED_RANKS if size <= FAR_ABOVE * settings.max_rank)
+    mode = replace(armed, name=f"--max-lora-rank {allowed}", spec=replace(armed.spec, max_rank=allowed))
+    compared(mode, replace(armed, name=f"--max-lora-rank {settings.max_rank}"))
+    judge(mode)
+
+
+def test_max_loras(compared: Any, armed: Mode, judge: Judge) -> None:
+    mode = replace(armed, name="--max-loras 4", spec=replace(armed.spec, max_loras=4))
+    compared(mode, replace(armed, name="--max-loras 1"))
+    judge(mode)
+
+
+def test_two_adapters_in_one_batch(
+    compared: Any, armed: Mode, judge: Judge, settings: Settings, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """In an engine with room for both; every second request is for the other adapter."""
+    other = save_like(tmp_path_factory.mktemp("other"), settings.adapter, settings.rank)
+    spec = replace(armed.spec, max_loras=4)
+    alone = Mode("one adapter in the batch", spec, (settings.adapter,))
+    both = Mode("two adapters in the batch", spec, (settings.adapter, str(other)))
+    rounds = compared(both, alone)
+    if settings.batch > 1:
+        require_effect(rounds.runs[0].tokens[1::2], rounds.others[0].tokens[1::2])
+    judge(both)
+
+
+@pytest.mark.parametrize("rank", RANKS[1:])
+def test_rank(
+    compared: Any, armed: Mode, judge: Judge, settings: Settings, tmp_path_factory: pytest.TempPathFactory, rank: int
+) -> None:
+    """Made adapters on the same modules, each in an engine whose `--max-lora-rank` is its rank."""
+
+    def of_rank(rank: int) -> Mode:
+        folder = save_like(tmp_path_factory.mktemp(f"rank-{rank}"), settings.adapter, rank)
+        return Mode(f"rank {rank}", replace(armed.spec, max_rank=rank), (str(folder),))
+
+    mode, first = of_rank(rank), of_rank(RANKS[0])
+    compared(mode, first, rank=rank)
+    judge(mode)
+    judge(first)
+
+
+def test_peft(compared: Any, settings: Settings, ask: Ask) -> None:
+    unmerged = EngineSpec("peft", settings.model, settings.dtype, settings.batch, adapter=settings.adapter)
+    modes = Mode("PEFT, merged", replace(unmerged, merged=True), (None,)), Mode("PEFT, unmerged", unmerged, (None,))
+    compared(*modes)
+    base = ask(Mode("PEFT, base", replace(unmerged, adapter=""), (None,)))
+    require_effect(ask(modes[1]).tokens, base.tokens)
+
+
+def merged_model(settings: Settings, folder: Path) -> Path:
+    """The base model with the adapter merged in by PEFT, saved in the dtype of the measurement."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(settings.model)
     model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=getattr(torch, settings.dtype))
-    inputs = tokenizer([settings.prompt] * settings.batch, return_tensors="pt")
-    length = inputs.input_ids.shape[1]
-
-    def ask() -> list[tuple[int, ...]]:
-        with torch.inference_mode():
-            output = model.generate(
-                **inputs,
-                do_sample=False,
-                min_new_tokens=settings.tokens,
-                max_new_tokens=settings.tokens,
-                pad_token_id=tokenizer.eos_token_id,
-            )
-        return [tuple(row[length:].tolist()) for row in output]
-
-    base = ask()
-    model = PeftModel.from_pretrained(model, settings.adapter)
-    if merged:
-        model = model.merge_and_unload()
-    name = f"peft, adapter, {'merged' if merged else 'unmerged'}"
-    answers = measure(benchmark, speeds, settings, name, ask, "peft, adapter, unmerged" if merged else None)
-    assert answers != base, "the adapter changed no token"
+    PeftModel.from_pretrained(model, settings.adapter).merge_and_unload().save_pretrained(folder)
+    AutoTokenizer.from_pretrained(settings.model).save_pretrained(folder)
+    return folder

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lora_probe.adapter.side_by_side import AdapterDiff, diff
     from lora_probe.checking import Report
     from lora_probe.checking.check import check
+    from lora_probe.checking.cost import ServingCost, cost
     from lora_probe.comparison import Comparison, Comparisons, compare, compare_each
     from lora_probe.engines.asking import trace_server
     from lora_probe.engines.launch import trace
@@ -35,11 +36,13 @@ __all__ = [
     "Ledger",
     "Parity",
     "Report",
+    "ServingCost",
     "Trace",
     "__version__",
     "check",
     "compare",
     "compare_each",
+    "cost",
     "diff",
     "inspect",
     "open_trace",
@@ -55,10 +58,12 @@ _HOMES = {
     "Comparisons": ("lora_probe.comparison.counterparts", "Comparisons"),
     "Ledger": ("lora_probe.ledger", "Ledger"),
     "Parity": ("lora_probe.merging.parity", "Parity"),
+    "ServingCost": ("lora_probe.checking.cost", "ServingCost"),
     "Report": ("lora_probe.checking.report", "Report"),
     "Trace": ("lora_probe.recording.reader", "Trace"),
     "inspect": ("lora_probe.adapter.checkpoint", "open_adapter"),
     "check": ("lora_probe.checking.check", "check"),
+    "cost": ("lora_probe.checking.cost", "cost"),
     "diff": ("lora_probe.adapter.side_by_side", "diff"),
     "trace": ("lora_probe.engines.launch", "trace"),
     "trace_server": ("lora_probe.engines.asking", "trace_server"),

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Presented:
-    """A result of `lora_probe.inspect`, `check`, `trace`, `compare`, `parity`, `diff` or `open_trace`."""
+    """A result of `lora_probe.inspect`, `check`, `trace`, `compare`, `parity`, `cost`, `diff` or `open_trace`."""
 
     def __repr__(self) -> str:
         """The verdict in one line."""

@@ -35,6 +35,8 @@ def name_of(words: Sequence[str], data: dict[str, Any]) -> str:
         return "inspect-module"
     if command == "show" and "--module" in words:
         return "show-module"
+    if command == "show" and "measurements" in data:
+        return "show-benchmark"
     if command == "compare" and "comparisons" in data:
         return "compare-adapters"
     return "trace" if command in ("show", "collect") else command

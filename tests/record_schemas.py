@@ -17,7 +17,7 @@ from typing import Any
 from json_schemas import FOLDER
 
 TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", type(None): "null", list: "array"}
-MAPS = re.compile(r"(^|\.)(ledger|not_served|versions|repeats\.\w+|comparisons|dtypes|renamed|left)$")
+MAPS = re.compile(r"(^|\.)(ledger|not_served|versions|repeats\.\w+|comparisons|dtypes|renamed|left|rates)$")
 """Objects whose names are data: engines, packages, adapters."""
 OPEN = re.compile(r"(^|\.)(options|settings|facts)$")
 """Objects whose names and values are those of engines: nothing is said about them."""

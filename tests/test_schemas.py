@@ -16,6 +16,7 @@ from test_compare_runs import record
 OUTPUTS = {
     *("inspect", "inspect-module", "inspect-pair", "check", "check-many", "check-diff", "trace", "show-module"),
     *("attach", "compare", "compare-adapters", "parity", "rule", "env", "error"),
+    *("cost", "show-benchmark"),
 }
 
 

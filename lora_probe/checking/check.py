@@ -77,7 +77,7 @@ def check_all(
         ProbeError: there is no such folder, base model, rule or engine, or the version of vLLM is unknown.
     """
     selected = selection(words_of("select", select), words_of("ignore", ignore))
-    serving = _serving(options or {}, vllm_version)
+    serving = serving_of(options or {}, vllm_version)
     engines = words_of("engines", engines)
     for engine in engines:
         if engine not in predictors():
@@ -111,7 +111,7 @@ def fix_for(adapter: str | Path, model: str | None = None, progress: Callable[[s
     bases = Bases(model, progress)
     base = bases.base(opened).base
     views = bases.views(base, opened.config.trained_as).views if base is not None else {}
-    return find_fix(opened, subject_of(opened, _serving({}, None), base, views).shapes)
+    return find_fix(opened, subject_of(opened, serving_of({}, None), base, views).shapes)
 
 
 def selection(select: Sequence[str], ignore: Sequence[str]) -> frozenset[str]:
@@ -136,7 +136,12 @@ def _codes_of(word: str, rules: Mapping[str, Rule]) -> list[str]:
     return codes
 
 
-def _serving(options: Mapping[str, Any], vllm_version: str | None) -> Serving:
+def serving_of(options: Mapping[str, Any], vllm_version: str | None) -> Serving:
+    """vLLM's flags, checked.
+
+    Raises:
+        ProbeError: vLLM has no such flag, or does not accept the value.
+    """
     if unknown := set(options) - set(ENGINE_OPTIONS):
         raise ProbeError(
             f"unknown vLLM option `{sorted(unknown)[0]}`",

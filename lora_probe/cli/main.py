@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from rich_argparse import RawDescriptionRichHelpFormatter
 
 from lora_probe import __version__
-from lora_probe.cli import attach, check, collect, compare, env, inspect, parity, rule, show, trace
+from lora_probe.cli import attach, check, collect, compare, cost, env, inspect, parity, rule, show, trace
 from lora_probe.cli.completion import SHELLS, PrintCompletion
 from lora_probe.cli.ending import supervised
 from lora_probe.cli.options import Interspersed, Parser, add_command, detail_of
@@ -32,6 +32,7 @@ COMMANDS = {
         collect.COMMAND,
         compare.COMMAND,
         parity.COMMAND,
+        cost.COMMAND,
         rule.COMMAND,
         env.COMMAND,
     )

@@ -22,12 +22,16 @@ if TYPE_CHECKING:
 
 EVERY = 1.0
 """Seconds between two looks at a recording that is followed."""
+BENCHMARK = ".json"
+"""How the name of a saved benchmark ends; a trace is a folder."""
 LOOKS = 3
 """How often a trace is read if its files change while it is read."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("trace", metavar="RUN.lptrace", help="folder of a recorded trace")
+    parser.add_argument(
+        "trace", metavar="RUN.lptrace", help="folder of a recorded trace, or a file of pytest-benchmark"
+    )
     parser.add_argument("--adapter", metavar="NAME", help="show only the adapter of this name")
     parser.add_argument("--load", type=int, metavar="N", help="show only the load of this number, in full")
     parser.add_argument("--requests", action="store_true", help="show the recorded rows of each request")
@@ -56,6 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     apply_limits(options)
+    if Path(options.trace).suffix == BENCHMARK:
+        return _show_benchmark(options)
     if options.module is not None:
         return _show_module(options)
     for option, value in (("OTHER.lptrace", options.other), ("--request", options.request), ("--token", options.token)):
@@ -66,6 +72,20 @@ def run(options: argparse.Namespace) -> int:
     if options.bundle is not None:
         return _bundle(options)
     return _status(_shown(options, partial(present, options.command, options.format)))
+
+
+def _show_benchmark(options: argparse.Namespace) -> int:
+    """A file of pytest-benchmark: 1 if a target was missed."""
+    from lora_probe.recording.benchmarks import open_benchmarks
+
+    of_traces = ("adapter", "load", "requests", "all", "events", "follow", "bundle", "module", "request", "token")
+    for name in of_traces:
+        if getattr(options, name) not in (None, False):
+            raise UsageError(f"--{name} is for traces, and `{options.trace}` is a benchmark", "remove the option")
+    limits.begin(Path(options.trace))
+    result = open_benchmarks(options.trace)
+    present("show benchmark", options.format, result)
+    return FOUND if any(ratio.missed for _, ratio in result.targets) else CLEAN
 
 
 def _show_module(options: argparse.Namespace) -> int:
@@ -170,13 +190,14 @@ def _files(folder: Path) -> list[tuple[str, int, int]]:
 
 COMMAND = Command(
     "show",
-    "show a recorded trace, also while it is recorded, without running an engine",
+    "show a recorded trace, also while it is recorded, or a saved benchmark, without running an engine",
     "  lora-probe show run.lptrace\n"
     "  lora-probe show run.lptrace --adapter my-adapter --requests\n"
     "  lora-probe show run.lptrace --follow\n"
     "  lora-probe show run.lptrace --module layers.0.self_attn.q_proj --token -1\n"
     "  lora-probe show peft.lptrace vllm.lptrace --module layers.0.self_attn.q_proj\n"
-    "  lora-probe show run.lptrace --format json | jq .headline",
+    "  lora-probe show run.lptrace --format json | jq .headline\n"
+    "  lora-probe show BENCH.json --format html > bench.html",
     add_arguments,
     run,
 )

@@ -89,17 +89,18 @@ def _judge(subject: Subject, row: Expected, place: Place | None) -> tuple[Findin
 
 
 def _passes(place: Place, targets: tuple[str, ...]) -> bool:
-    """vLLM's `is_in_target_modules`: the last word or the whole name, of the packed layer or of its parts."""
     assert place.name is not None
     assert place.module is not None
-    layer = place.module.engine_as.partition("[")[0]
-    names = {place.name, place.name.rpartition(".")[2], layer, layer.rpartition(".")[2]}
-    if names & set(targets):
+    return passes(place.name, place.module, targets)
+
+
+def passes(name: str, module: ModuleView, targets: tuple[str, ...]) -> bool:
+    """vLLM's `is_in_target_modules`: the last word or the whole name, of the packed layer or of its parts."""
+    layer, last = module.engine_as.partition("[")[0], name.rpartition(".")[2]
+    if {name, last, layer, layer.rpartition(".")[2]} & set(targets):
         return True
     # One named part of a packed layer wraps the whole layer.
-    return place.module.packed and any(
-        target in parts for target in targets for parts in FUSED if place.name.rpartition(".")[2] in parts
-    )
+    return module.packed and any(target in parts for target in targets for parts in FUSED if last in parts)
 
 
 def _not_served(trained: TrainedAs, views: Mapping[str, EngineView]) -> str:

@@ -11,6 +11,7 @@ commands and their results, also with the options that change the result's type:
     check --diff      checking.renaming.Fix
     trace, show, collect  results.Recording
     show --module     Sequence[comparison.walk.Walk]
+    cost              checking.cost.ServingCost
     show benchmark    recording.benchmarks.Benchmarks, for a file of pytest-benchmark
     attach            results.Attachment
     compare           comparison.Comparison
@@ -94,6 +95,7 @@ FORMATS: dict[str, dict[str, str]] = {
         "compare": "text.compare:comparison",
         "compare adapters": "text.compare:comparisons",
         "parity": "text.parity:parity",
+        "cost": "text.cost:cost",
         "rule": "text.rule:rules",
         "env": "text.env:versions",
     },
@@ -113,6 +115,7 @@ FORMATS: dict[str, dict[str, str]] = {
         "compare": "json.compare:comparison_json",
         "compare adapters": "json.compare:comparisons_json",
         "parity": "json.parity:parity_json",
+        "cost": "json.cost:cost_json",
         "rule": "json.rule:rules_json",
         "env": "json.env:versions_json",
     },
@@ -147,6 +150,7 @@ DOCUMENTS = {
     "compare": "documents.comparison:comparison",
     "compare adapters": "documents.comparison:comparisons",
     "parity": "documents.merge:parity",
+    "cost": "documents.cost:cost",
 }
 """Command -> the function that makes a `Document` of its result."""
 FROM_DOCUMENTS = {"html": "html:page", "markdown": "document_markdown:markdown", "junit": "junit:junit"}
@@ -164,6 +168,7 @@ VERDICTS = {
     "compare": "verdicts:in_short",
     "compare adapters": "verdicts:of_comparisons",
     "parity": "verdicts:of_parity",
+    "cost": "verdicts:of_cost",
 }
 """Command -> the function that gives the verdict of its result: what `--quiet` prints."""
 ERRORS = {"json": "json.error:error_json", "sarif": "sarif:error", "github": "github:error"}

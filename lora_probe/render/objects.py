@@ -13,6 +13,7 @@ from lora_probe.adapter import Adapter
 from lora_probe.adapter.side_by_side import AdapterDiff
 from lora_probe.adapter.spectrum import spectra_of
 from lora_probe.checking import Report
+from lora_probe.checking.cost import ServingCost
 from lora_probe.comparison import Comparison, Comparisons
 from lora_probe.errors import ProbeError
 from lora_probe.ledger import Ledger, headline
@@ -20,10 +21,11 @@ from lora_probe.ledger import as_json as ledger_json
 from lora_probe.merging.parity import Parity
 from lora_probe.recording import Trace
 from lora_probe.render.document import Document
-from lora_probe.render.documents import comparison, inspection, merge, parts, recording, report
+from lora_probe.render.documents import comparison, cost, inspection, merge, parts, recording, report
 from lora_probe.render.html import fragment
 from lora_probe.render.json import check as check_json
 from lora_probe.render.json import compare as compare_json
+from lora_probe.render.json import cost as cost_json
 from lora_probe.render.json import inspect as inspect_json
 from lora_probe.render.json import parity as parity_json
 from lora_probe.render.json import side_by_side as side_by_side_json
@@ -35,6 +37,7 @@ from lora_probe.render.verdicts import (
     of_adapter,
     of_comparison,
     of_comparisons,
+    of_cost,
     of_diff,
     of_parity,
     of_recording,
@@ -71,6 +74,7 @@ VIEWS: dict[type, View] = {
     Comparison: View(of_comparison, comparison.comparison, compare_json.comparison_json),
     Comparisons: View(of_comparisons, comparison.comparisons, compare_json.comparisons_json),
     Ledger: View(_of_ledger, _ledger, ledger_json),
+    ServingCost: View(of_cost, cost.cost, cost_json.cost_json),
     Parity: View(of_parity, merge.parity, parity_json.parity_json),
     Report: View(of_report, report.report, check_json.report_json),
     Trace: View(

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 from lora_probe.names import in_words, name_modules, path_of
 from lora_probe.render.cells import SEVERITIES, one_line, size, words
-from lora_probe.render.document import Tone
 from lora_probe.render.places import relative
 
 if TYPE_CHECKING:
@@ -22,8 +21,11 @@ if TYPE_CHECKING:
     from lora_probe.adapter.one_module import OneModule
     from lora_probe.adapter.side_by_side import AdapterDiff
     from lora_probe.checking import Report
+    from lora_probe.checking.cost import ServingCost
     from lora_probe.comparison import Comparison, Comparisons
     from lora_probe.merging.parity import Parity
+    from lora_probe.recording.benchmarks import Benchmarks
+    from lora_probe.render.document import Tone
     from lora_probe.render.results import CheckResult, Inspection, Recording
     from lora_probe.rules import Diagnostic
 
@@ -132,6 +134,27 @@ def of_recording(result: Recording) -> Verdict:
     ends = [] if whole or trace.running else ["the recording is incomplete"]
     tone: Tone = "bad" if not sound else "good" if whole or trace.running else "open"
     return Verdict(every + "; ".join([*named, *findings, *ends]), tone)
+
+
+def of_cost(result: ServingCost) -> Verdict:
+    """`8.4 MiB of memory for each slot with --max-lora-rank 8 --max-loras 1; 16.9 MiB with --max-lora-rank 16`."""
+    fitting = f"{size(result.fitting_slot)} for each slot with {result.fitting.words}"
+    if not result.fits:
+        return Verdict(f"{fitting}; vLLM does not apply it with {result.flags.words}", "bad")
+    if result.slot <= result.fitting_slot:
+        return Verdict(fitting, "good")
+    return Verdict(f"{size(result.slot)} for each slot with {result.flags.words}; {fitting}", "open")
+
+
+def of_benchmarks(result: Benchmarks) -> Verdict:
+    """`18 measurements: 12 of 14 targets met; missed: recording tensors, parity --weights-only`."""
+    targets, count = result.targets, plural(len(result.measurements), "measurement")
+    if not targets:
+        return Verdict(f"{count}, none with a target", "plain")
+    missed = list(dict.fromkeys(measurement.title for measurement, ratio in targets if ratio.missed))
+    met = sum(not ratio.missed for _, ratio in targets)
+    ends = f"; missed: {in_words(missed)}" if missed else ""
+    return Verdict(f"{count}: {met} of {plural(len(targets), 'target')} met{ends}", "bad" if missed else "good")
 
 
 def of_comparison(result: Comparison) -> Verdict:

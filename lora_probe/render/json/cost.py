@@ -1,0 +1,45 @@
+"""JSON of `cost`: memory in bytes, shares, flags. In: a `ServingCost`. Out: a plain dictionary."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lora_probe.render.json import SCHEMA_VERSION
+from lora_probe.render.json.benchmarks import measurement_json
+
+if TYPE_CHECKING:
+    from lora_probe.checking.cost import Flags, ServingCost
+    from lora_probe.prediction.slots import Slots
+
+
+def cost_json(result: ServingCost) -> dict[str, Any]:
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "adapter": str(result.path),
+        "model": str(result.base.path),
+        "vllm_version": result.vllm or None,
+        "rank": result.rank,
+        "dtype": result.dtype,
+        "weights_bytes": result.weights,
+        "fits": result.fits,
+        "flags": _at(result.flags, result.at, result.slot, result.arithmetic),
+        "fitting": _at(result.fitting, result.needed, result.fitting_slot, result.fitting_arithmetic),
+        "layers": [
+            {"layer": layer.name, "shapes": [list(shape) for shape in layer.shapes]} for layer in result.every.layers
+        ],
+        "not_counted": list(result.every.unknown),
+        "notes": list(result.notes),
+        "measured": [measurement_json(measurement) for measurement in result.measurements],
+    }
+
+
+def _at(flags: Flags, slots: Slots, slot: int, arithmetic: float) -> dict[str, Any]:
+    return {
+        "max_lora_rank": flags.max_lora_rank,
+        "max_loras": flags.max_loras,
+        "lora_target_modules": None if flags.targets is None else list(flags.targets),
+        "layers": len(slots.names),
+        "slot_bytes": slot,
+        "slots_bytes": slot * flags.max_loras,
+        "arithmetic": arithmetic,
+    }

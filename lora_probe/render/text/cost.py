@@ -1,0 +1,103 @@
+"""What an adapter costs to serve, as text; pages are made of the same tables.
+
+In: a `ServingCost`. Out: rich renderables: the verdict, memory and arithmetic with the flags and with those that fit,
+what was measured, and what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rich.console import Group, RenderableType
+
+from lora_probe.checking.cost import ServingCost
+from lora_probe.errors import command_line
+from lora_probe.recording.benchmarks import MERGED, WITH_ADAPTER
+from lora_probe.render.cells import size, words
+from lora_probe.render.document import Table
+from lora_probe.render.tables import Facts, add_row, named_rows
+from lora_probe.render.text.benchmarks import SPEEDS, number, speeds_of
+from lora_probe.render.verdicts import of_cost
+
+COMPUTED = (
+    "Computed from the layers' shapes. A step of decoding also starts two kernels in each layer with LoRA, which no"
+    " shape shows: measure it."
+)
+MEASURE = "pytest benchmarks/test_throughput.py --benchmark-only --benchmark-json BENCH.json --adapter"
+"""In a checkout of lora-probe's repository."""
+
+
+def cost(result: ServingCost) -> RenderableType:
+    parts: list[RenderableType] = [of_cost(result).line]
+    parts += [words(line, style="cyan") for line in advice(result)]
+    for made in tables(result):
+        table = named_rows(*made.headers)
+        for row in made.rows:
+            add_row(table, *row)
+        parts += [words(""), words(made.title, style="bold"), table, words(made.about, style="dim")]
+    parts += [words(note, style="bold yellow") for note in result.notes]
+    return Group(*parts, words(""), Facts(*facts(result)))
+
+
+def facts(result: ServingCost) -> tuple[tuple[str, str], ...]:
+    """What the numbers are about."""
+    named = {
+        "adapter": f"{result.path}, rank {result.rank}",
+        "base model": str(result.base.path),
+        "layers of vLLM": f"{len(result.every.names)} can have LoRA, {len(result.needed.names)} are adapted",
+        "slots in": result.dtype,
+        "vLLM": result.vllm,
+        "benchmark": "" if result.measured is None else f"{result.measured.path}, {result.measured.machine}",
+    }
+    return tuple((name, value) for name, value in named.items() if value)
+
+
+def tables(result: ServingCost) -> Iterator[Table]:
+    """The flags beside those that fit, and what was measured."""
+    columns = (
+        (result.flags, result.at, result.slot, result.arithmetic),
+        (result.fitting, result.needed, result.fitting_slot, result.fitting_arithmetic),
+    )
+    rows = [
+        ("flags", *(flags.words for flags, *_ in columns)),
+        ("layers with slots", *(f"{len(at.names)}" for _, at, *_ in columns)),
+        ("memory of one slot", *(size(slot) for *_, slot, _ in columns)),
+        ("memory of all slots", *(size(slot * flags.max_loras) for flags, _, slot, _ in columns)),
+        ("relative to the base's weights", *(_share(slot * f.max_loras, result.weights) for f, _, slot, _ in columns)),
+        ("more multiplications for each token", *(f"{100 * more:.2g} %" for *_, more in columns)),
+        ("more bytes read in a step of decoding", *(_share(slot, result.weights) for _, _, slot, _ in columns)),
+    ]
+    yield Table("In vLLM", ("", "these flags", "flags that fit"), tuple(rows), about=COMPUTED)
+    if result.measurements:
+        measured = tuple(map(speeds_of, result.measurements))
+        about = f"Measured with {_about(result)}: ratios of tokens per second, on that machine."
+        yield Table("Measured", SPEEDS, measured, about=about)
+
+
+def _about(result: ServingCost) -> str:
+    adapters = {(of.measured.adapter, of.measured.model) for of in result.measurements}
+    same = {adapter for adapter, _ in adapters} == {str(result.path)}
+    return "this adapter" if same else ", ".join(f"{adapter} on {model}" for adapter, model in sorted(adapters))
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.2g} %" if whole else "unknown"
+
+
+def advice(result: ServingCost) -> Iterator[str]:
+    """What was measured and what to do, the most useful first."""
+    if not result.fits:
+        yield f"vLLM refuses rank {result.rank} with --max-lora-rank {result.flags.max_lora_rank}, or drops its layers"
+    for of in result.measurements:
+        speed = of.measured.ratio("speed")
+        if of.title in (WITH_ADAPTER, MERGED) and speed is not None:
+            yield f"measured, tokens per second: {of.title} {number(speed)} of {speed.to}"
+    if result.fitting_slot < result.slot or not result.fits:
+        saved = f": {size(result.slot - result.fitting_slot)} less for each slot" if result.fits else ""
+        yield f"use {result.fitting.words}{saved}"
+    yield (
+        "merged into the base, it needs no slots and no kernels, but a copy of the model for each adapter: "
+        f"{size(result.weights)} instead of {size(result.fitting_slot)}; check the merge with lora-probe parity"
+    )
+    if not result.measurements:
+        yield f"to measure it: {MEASURE} {command_line([str(result.path), '--model', str(result.base.path)])}"
