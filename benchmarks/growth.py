@@ -18,13 +18,14 @@ from functools import partial
 from pathlib import Path
 from xml.sax.saxutils import escape
 
-from conftest import ALLOWED_RANKS, DEMO
+from conftest import DEMO
 from engines import Answer, Engines, EngineSpec, engines
 from made import save_like
 from rounds import turns
 
 from lora_probe import inspect
 from lora_probe.recording.benchmarks import Of, Ratio
+from lora_probe.rules.lp4_serving import MAX_RANKS
 
 RANKS = (8, 16, 32, 64)
 PROMPTS = (8, 32, 128, 512)
@@ -97,7 +98,7 @@ def points(bench: Bench, spec: EngineSpec, folder: Path) -> Iterator[Point]:
     copies = [bench.adapter]
     for number in range(1, MOST_ADAPTERS):
         (folder / f"other-{number}").mkdir()
-        copies.append(str(save_like(folder / f"other-{number}", bench.adapter, min(RANKS))))
+        copies.append(str(save_like(folder / f"other-{number}", bench.adapter, min(RANKS), number)))
     for count in ADAPTERS:
         yield bench.point("adapters in a batch of 8", count, several, prompts_of(8, PROMPT), copies[:count])
 
@@ -167,7 +168,7 @@ def main(argv: list[str] | None = None) -> None:
     adapter = inspect(options.adapter)
     model = options.model or adapter.config.base_model
     rank = max(module.rank or 1 for module in adapter.modules)
-    max_rank = next(size for size in ALLOWED_RANKS if size >= rank)
+    max_rank = next(size for size in MAX_RANKS if size >= rank)
     spec = EngineSpec("vllm", model, options.dtype, 8, probe="absent", max_rank=max_rank)
     base = EngineSpec("vllm", model, options.dtype, 8, lora=False, probe="absent", max_rank=0, max_loras=0)
     with tempfile.TemporaryDirectory() as temporary, engines(Path(temporary) / "engines") as place:

@@ -124,10 +124,10 @@ def sparse_adapter(folder: Path, shape: Shape, rank: int, targets: tuple[str, ..
     return folder
 
 
-def save_like(folder: Path, adapter: str, rank: int) -> Path:
-    """An adapter of another rank on the same modules as `adapter`, with the same scaling and random values."""
+def save_like(folder: Path, adapter: str, rank: int, seed: int = 0) -> Path:
+    """An adapter of another rank on the same modules as `adapter`, with scaling 2 and random values."""
     like = open_adapter(adapter)
-    random = np.random.default_rng(rank)
+    random = np.random.default_rng((rank, seed))
     tensors = {}
     for name, header in like.weights.tensors.items():
         half = "A" if ".lora_A." in name else "B" if ".lora_B." in name else ""
@@ -135,15 +135,15 @@ def save_like(folder: Path, adapter: str, rank: int) -> Path:
             shape = (rank, *header.shape[1:]) if half == "A" else (*header.shape[:-1], rank)
             tensors[name] = random.standard_normal(shape, np.float32) * np.float32(0.05)
     config = json.loads((like.path / "adapter_config.json").read_text())
-    config |= {"r": rank, "lora_alpha": 2 * rank, "rank_pattern": {}, "alpha_pattern": {}}
+    config |= {"r": rank, "lora_alpha": 2 * rank, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     save_file(tensors, folder / WEIGHTS)
     return folder
 
 
 def many_adapters(folder: Path, count: int) -> Path:
-    """Folders of adapters as a training run leaves them. Of each ten, all have a file of their own; the next ten are
-    hard links to the same ten files."""
+    """Folders of adapters as a training run leaves them: ten files, to which the folders after the tenth have hard
+    links."""
     for number in range(count):
         home = folder / f"checkpoint-{number:04d}"
         first = folder / f"checkpoint-{number % 10:04d}"

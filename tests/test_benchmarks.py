@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from conftest import call
 from saved_benchmarks import process, save_benchmark, speed
+from served import A, B, mixed
 
 from lora_probe.errors import UnreadableFile
 from lora_probe.recording.benchmarks import Ratio, open_benchmarks
@@ -45,6 +46,31 @@ def test_a_difference_below_the_noise_is_called_that() -> None:
 )
 def test_a_target_is_missed_only_beyond_the_spread(values: list[float], bounds: Any, missed: bool) -> None:
     assert Ratio("other", values, **bounds).missed == missed
+
+
+def test_a_target_within_the_noise_is_neither_met_nor_missed(tmp_path: Path, capsys: Any) -> None:
+    modes = [speed("recording norms", "idle", [0.5, 0.9, 0.91, 0.92, 0.98], least=0.97)]
+    status, out, _ = call("show", save_benchmark(tmp_path / "BENCH.json", modes), "-q", capsys=capsys)
+    assert (status, out) == (0, "1 measurement: 0 of 1 target met, 1 within the noise\n")
+
+
+def test_ratios_without_rounds_are_left_out(tmp_path: Path, capsys: Any) -> None:
+    modes = [
+        process("a", "limit", [], most=1.0),
+        {"mode": "b", "ratios": [{"to": "peer", "of": "peer", "values": []}]},
+    ]
+    status, out, err = call("show", save_benchmark(tmp_path / "BENCH.json", modes), capsys=capsys)
+    assert (status, err, out.splitlines()[0]) == (0, "", "2 measurements, none with a target")
+
+
+def test_very_many_rounds_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnreadableFile, match="more than 1000 rounds"):
+        open_benchmarks(save_benchmark(tmp_path / "BENCH.json", [process("a", "limit", [1.0] * 30_000)]))
+
+
+def test_a_trace_may_be_called_like_a_benchmark(tmp_path: Path, capsys: Any) -> None:
+    trace = mixed(tmp_path / "run.json", A, B)
+    assert "modules took effect" in call("show", trace, capsys=capsys)[1]
 
 
 @pytest.fixture
@@ -86,8 +112,11 @@ def test_its_page_and_its_json(saved: Path, capsys: Any) -> None:
 
 
 def test_an_option_for_traces_is_refused(saved: Path, capsys: Any) -> None:
-    status, _, err = call("show", saved, "--requests", capsys=capsys)
-    assert (status, "--requests is for traces" in err) == (2, True)
+    for words in (["--requests"], ["--load", "0"]):
+        status, _, err = call("show", saved, *words, capsys=capsys)
+        assert (status, f"{words[0]} is for traces" in err) == (2, True)
+    status, _, err = call("show", saved, saved, capsys=capsys)
+    assert (status, "a benchmark is shown by itself" in err) == (2, True)
 
 
 @pytest.mark.parametrize(

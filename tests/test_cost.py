@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from conftest import call
 from saved_benchmarks import save_benchmark, speed
-from written import write_adapter, write_base
+from written import edited, write_adapter, write_base
 
 import lora_probe
 from lora_probe.errors import ModelNotFound, ProbeError
@@ -83,10 +83,44 @@ def test_with_the_flags_that_fit_nothing_is_left_to_save(adapter: Path, llama_fi
 
 
 def test_flags_that_do_not_fit(adapter: Path, llama_files: Path, capsys: Any) -> None:
-    for flags in (("--max-lora-rank", "1"), ("--lora-target-modules", "down_proj")):
-        status, out, _ = call("cost", adapter, "--model", llama_files, *flags, "-q", capsys=capsys)
+    cases = {
+        ("--max-lora-rank", "1"): "vLLM refuses rank 8 with --max-lora-rank 1",
+        ("--lora-target-modules", "down_proj"): "--lora-target-modules leaves out model.layers.0.self_attn.qkv_proj",
+    }
+    for flags, words in cases.items():
+        status, out, _ = call("cost", adapter, "--model", llama_files, *flags, capsys=capsys)
         assert status == 0
-        assert "vLLM does not apply it with" in out
+        assert out.startswith("vLLM does not apply all of this adapter with ")
+        assert words in out
+
+
+def test_what_vllm_refuses_or_does_not_adapt(llama_files: Path, tmp_path: Path, capsys: Any) -> None:
+    dora = write_adapter(tmp_path / "dora", llama_files, use_dora=True)
+    out = call("cost", dora, "--model", llama_files, capsys=capsys)[1]
+    assert out.startswith("vLLM refuses this adapter: ")
+    assert "less for each slot" not in out
+
+    def elsewhere(tensors: dict[str, Any]) -> dict[str, Any]:
+        return {name.replace("self_attn.q_proj", "foo.bar"): values for name, values in tensors.items()}
+
+    plain = write_adapter(tmp_path / "plain", llama_files, target_modules=["q_proj"])
+    status, _, err = call("cost", edited(plain, tmp_path / "none", elsewhere), "--model", llama_files, capsys=capsys)
+    assert (status, "vLLM adapts no module of" in err) == (2, True)
+
+
+def test_the_base_has_a_dtype_of_its_own(adapter: Path, llama_files: Path) -> None:
+    def weights(**options: str) -> int:
+        return lora_probe.cost(adapter, model=str(llama_files), options=options).weights
+
+    assert weights(dtype="float32") == weights(dtype="float32", lora_dtype="bfloat16") == 2 * weights()
+
+
+def test_a_benchmark_of_another_adapter_is_named(adapter: Path, llama_files: Path, tmp_path: Path, capsys: Any) -> None:
+    modes = [speed("with the adapter", "no LoRA", [0.5, 0.52, 0.51], adapter="/other", model="/m")]
+    saved = save_benchmark(tmp_path / "BENCH.json", modes)
+    out = call("cost", adapter, "--model", llama_files, "--benchmark", saved, capsys=capsys)[1]
+    assert "measured (with /other on /m), tokens per second" in out
+    assert "to measure it: pytest benchmarks/" in out
 
 
 def test_memory_grows_with_the_slots_and_the_dtype(adapter: Path, llama_files: Path) -> None:
@@ -125,8 +159,12 @@ def test_what_cannot_be_served(adapter: Path, llama_files: Path, tmp_path: Path,
     huge = write_adapter(tmp_path / "huge", llama_files, r=600)
     with pytest.raises(ProbeError, match="rank 600, more than vLLM's largest --max-lora-rank, 512"):
         lora_probe.cost(huge, model=str(llama_files))
-    status, _, err = call("cost", adapter, "--model", llama_files, "--max-lora-rank", "9", capsys=capsys)
-    assert (status, "does not accept --max-lora-rank 9" in err) == (2, True)
+    for flags, words in (
+        (("--max-lora-rank", "9"), "does not accept --max-lora-rank 9"),
+        (("--max-loras", "-3"), "--max-loras is -3"),
+    ):
+        status, _, err = call("cost", adapter, "--model", llama_files, *flags, capsys=capsys)
+        assert (status, words in err) == (2, True)
 
 
 def test_without_the_base_model(adapter: Path) -> None:

@@ -150,6 +150,10 @@ def serving_of(options: Mapping[str, Any], vllm_version: str | None) -> Serving:
     rank = options.get("max_lora_rank")
     if rank is not None and rank not in MAX_RANKS:
         raise ProbeError(f"vLLM does not accept --max-lora-rank {rank}", f"accepted: {', '.join(map(str, MAX_RANKS))}")
+    for name in ("max_loras", "tensor_parallel_size"):
+        count = options.get(name)
+        if count is not None and count < 1:
+            raise ProbeError(f"--{name.replace('_', '-')} is {count}", "pass 1 or more")
     targets = words_of("lora_target_modules", options.get("lora_target_modules"))
     settings = {name: options.get(name) for name in ("max_lora_rank", "dtype", "lora_dtype")}
     return Serving(behaviour(vllm_version), lora_target_modules=tuple(targets) if targets else None, **settings)

@@ -7,7 +7,7 @@ flags that fit, and the slowdown, computed from shapes or measured by a benchmar
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from lora_probe.checking.check import serving_of
 from lora_probe.errors import ModelNotFound, ProbeError
 from lora_probe.files import limits
 from lora_probe.precision import DTYPES
-from lora_probe.prediction import subject_of, vllm
+from lora_probe.prediction import predict, subject_of, vllm
 from lora_probe.prediction.slots import Slots, slots
 from lora_probe.presented import Presented
 from lora_probe.recording.benchmarks import THROUGHPUT, Benchmarks, Measurement, open_benchmarks
@@ -48,10 +48,13 @@ class Flags:
 
 @dataclass(frozen=True, repr=False)
 class ServingCost(Presented):
-    """What an adapter costs. `rank` is the adapter's largest; `width` is the bytes of a value in vLLM's `dtype`, and
-    `weights` the bytes of the base. `every` are the slots of all layers that vLLM can adapt, `at` those with `flags`,
-    `needed` those with `fitting`, which are as small as the adapter allows. `measured` is a benchmark of this or of
-    another adapter."""
+    """What an adapter costs.
+
+    `rank` is the adapter's largest; `width` is the bytes of a value in a slot, of `dtype`, and `weights` the bytes of
+    the base. `every` are the slots of all layers that vLLM can adapt, `at` those with `flags`, `needed` those with
+    `fitting`, which are as small as the adapter allows. `refused` is why vLLM refuses the adapter with any flags.
+    `measured` is a benchmark of this or of another adapter.
+    """
 
     adapter: Adapter
     base: Base
@@ -65,6 +68,7 @@ class ServingCost(Presented):
     every: Slots
     at: Slots
     needed: Slots
+    refused: str = ""
     notes: tuple[str, ...] = ()
     measured: Benchmarks | None = None
 
@@ -75,7 +79,8 @@ class ServingCost(Presented):
     @property
     def fits(self) -> bool:
         """Whether the flags admit the adapter's rank, and all its layers."""
-        return self.rank <= self.flags.max_lora_rank and {*self.needed.names} <= {*self.at.names}
+        admitted = self.rank <= self.flags.max_lora_rank and {*self.needed.names} <= {*self.at.names}
+        return admitted and not self.refused
 
     @property
     def slot(self) -> int:
@@ -96,6 +101,22 @@ class ServingCost(Presented):
     def fitting_arithmetic(self) -> float:
         """The same with the flags that fit."""
         return self.needed.products(self.fitting.max_lora_rank) / max(self.every.products_of_base, 1)
+
+    @property
+    def read(self) -> int:
+        """The bytes of one slot that a step of decoding reads, with the flags."""
+        return self.at.read(self.flags.max_lora_rank) * self.width
+
+    @property
+    def fitting_read(self) -> int:
+        """The same with the flags that fit."""
+        return self.needed.read(self.fitting.max_lora_rank) * self.width
+
+    @property
+    def of_this(self) -> bool:
+        """Whether the benchmark is of this adapter."""
+        measured = {of.measured.adapter for of in self.measurements}
+        return {Path(path).resolve() for path in measured} == {self.path.resolve()}
 
     @property
     def measurements(self) -> tuple[Measurement, ...]:
@@ -121,7 +142,8 @@ def cost(
     measured = open_benchmarks(benchmark) if benchmark is not None else None
     limits.begin(located(Path(adapter)))
     opened, serving = open_adapter(adapter), serving_of(options, None)
-    base, view, subject = _described(opened, serving, Bases(model, progress))
+    largest = replace(serving, max_lora_rank=None, lora_target_modules=None)
+    base, view, subject = _described(opened, largest, Bases(model, progress))
     rank = max((pair.rank or 1 for pair in opened.modules), default=1)
     if rank > MAX_RANKS[-1]:
         raise ProbeError(
@@ -129,15 +151,17 @@ def cost(
             "serve the merged model instead, and check it with `lora-probe parity`",
         )
     every = slots(view)
-    places = [place for place in subject.places[vllm.NAME].values() if place.name and place.module is not None]
+    places = [place for place in subject.places[vllm.NAME].values() if place.module and not place.module.why_not]
     targets: tuple[str, ...] | None = tuple(sorted({place.name.rpartition(".")[2] for place in places if place.name}))
     needed = slots(view, targets)
+    if not needed.names:
+        raise ProbeError(f"vLLM adapts no module of `{opened.path}` in `{base.path}`", "see `lora-probe check`")
     if needed.names == every.names:
         targets = None
     count = options.get("max_loras") or 1
     flags = Flags(serving.max_lora_rank or DEFAULT_MAX_RANK, count, serving.lora_target_modules)
     dtype = serving.lora_dtype if serving.lora_dtype not in (None, AUTO) else serving.dtype
-    width = next((of.width for of in DTYPES if of.name == dtype), BYTES)
+    ledger = predict(subject).ledgers.get(vllm.NAME)
     shapes = [shape for shape in base.shapes.values() if shape is not None]
     return ServingCost(
         adapter=opened,
@@ -145,14 +169,15 @@ def cost(
         vllm=view.version,
         rank=rank,
         dtype=dtype if dtype not in (None, AUTO) else "16 bits",
-        width=width,
-        weights=sum(out * inner for out, inner in shapes) * width,
+        width=_width(dtype),
+        weights=sum(out * inner for out, inner in shapes) * _width(serving.dtype),
         flags=flags,
         fitting=Flags(next(size for size in MAX_RANKS if size >= rank), count, targets),
         every=every,
         at=slots(view, flags.targets),
         needed=needed,
-        notes=tuple(_notes(options, every, view)),
+        refused=(ledger.message or "see `lora-probe check`") if ledger is not None and ledger.refused else "",
+        notes=tuple(_notes(options, every, view, len(shapes) < len(base.shapes))),
         measured=measured,
     )
 
@@ -176,10 +201,17 @@ def _described(adapter: Adapter, serving: Serving, bases: Bases) -> tuple[Base, 
     return found.base, view, subject
 
 
-def _notes(options: Mapping[str, Any], every: Slots, view: EngineView) -> Iterator[str]:
+def _width(dtype: str | None) -> int:
+    """Bytes of a value."""
+    return next((of.width for of in DTYPES if of.name == dtype), BYTES)
+
+
+def _notes(options: Mapping[str, Any], every: Slots, view: EngineView, quantised: bool) -> Iterator[str]:
     if every.unknown:
-        yield f"{len(every.unknown)} layers are not counted, because their sizes are not known: {every.unknown[0]} ..."
+        yield f"{len(every.unknown)} layers of unknown size are not counted, {every.unknown[0]} among them"
     if (options.get("tensor_parallel_size") or 1) > 1:
-        yield "with tensor parallelism each worker has a part of the slots: these are all of them together, at least"
+        yield "with tensor parallelism each worker has a part of these slots; the sizes are those of whole layers"
     if view.source == "headers":
         yield "vLLM is not installed here: its layers are those in the headers of the base's files"
+    if quantised:
+        yield "the base has quantised weights, which are not counted"

@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     apply_limits(options)
-    if Path(options.trace).suffix == BENCHMARK:
+    if Path(options.trace).suffix.lower() == BENCHMARK and not Path(options.trace).is_dir():
         return _show_benchmark(options)
     if options.module is not None:
         return _show_module(options)
@@ -78,9 +78,12 @@ def _show_benchmark(options: argparse.Namespace) -> int:
     """A file of pytest-benchmark: 1 if a target was missed."""
     from lora_probe.recording.benchmarks import open_benchmarks
 
+    if options.other is not None:
+        raise UsageError("a benchmark is shown by itself", "to compare two: pytest --benchmark-compare OTHER.json")
     of_traces = ("adapter", "load", "requests", "all", "events", "follow", "bundle", "module", "request", "token")
     for name in of_traces:
-        if getattr(options, name) not in (None, False):
+        value = getattr(options, name)
+        if value is not None and value is not False:
             raise UsageError(f"--{name} is for traces, and `{options.trace}` is a benchmark", "remove the option")
     limits.begin(Path(options.trace))
     result = open_benchmarks(options.trace)

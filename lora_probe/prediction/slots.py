@@ -29,6 +29,10 @@ class Layer:
         """The multiplications that LoRA adds for each token. An embedding's A is looked up, and its B makes a row."""
         return sum(rank * (width if self.looks_up else out + width) for out, width in self.shapes)
 
+    def read(self, rank: int) -> int:
+        """The values of one slot that a step of decoding reads: of an embedding's A, a row."""
+        return sum(rank * ((0 if self.looks_up else out) + width) for out, width in self.shapes)
+
     @property
     def products_of_base(self) -> int:
         """The multiplications for each token without LoRA."""
@@ -47,6 +51,9 @@ class Slots:
 
     def products(self, rank: int) -> int:
         return sum(layer.products(rank) for layer in self.layers)
+
+    def read(self, rank: int) -> int:
+        return sum(layer.read(rank) for layer in self.layers)
 
     @property
     def names(self) -> tuple[str, ...]:

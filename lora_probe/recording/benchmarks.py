@@ -10,6 +10,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +26,8 @@ THROUGHPUT = "throughput"
 """The group of measurements with speeds for prefill and decode; others are seconds of whole processes."""
 WITH_ADAPTER, MERGED = "with the adapter", "merged model"
 """Two modes of it: relative to vLLM without LoRA, and to the first."""
+MOST_ROUNDS = 1000
+"""Rounds of one ratio that are read."""
 CONFIDENCE = 0.05
 """How often the median of many more rounds would be outside of `Ratio.low` to `Ratio.high`, at most if there are six
 rounds or more."""
@@ -58,11 +61,19 @@ class Ratio(msgspec.Struct, frozen=True):
         return self.low <= 1 <= self.high
 
     @property
+    def met(self) -> bool:
+        """Whether the median is on the right side of the target."""
+        return not (
+            (self.least is not None and self.median < self.least) or (self.most is not None and self.median > self.most)
+        )
+
+    @property
     def missed(self) -> bool:
-        """Whether the spread is on the wrong side of the target. Within the spread it cannot be told."""
+        """Whether the whole spread is on the wrong side of the target. If only the median is, it cannot be told."""
         return (self.least is not None and self.high < self.least) or (self.most is not None and self.low > self.most)
 
 
+@cache
 def _left_out(rounds: int) -> int:
     """How many of the sorted values can be left out on each side, so that the rest still contains the true median with
     the confidence above: the sign test."""
@@ -91,7 +102,7 @@ class Measured(msgspec.Struct, frozen=True):
     peak_mib: float | None = None
 
     def ratio(self, of: Of) -> Ratio | None:
-        return next((ratio for ratio in self.ratios if ratio.of == of and ratio.values), None)
+        return next((ratio for ratio in self.ratios if ratio.of == of), None)
 
 
 class _Stats(msgspec.Struct, frozen=True):
@@ -154,9 +165,7 @@ class Benchmarks:
     def targets(self) -> list[tuple[Measurement, Ratio]]:
         """The ratios that have a target."""
         ratios = [(measurement, ratio) for measurement in self.measurements for ratio in measurement.measured.ratios]
-        return [
-            (m, ratio) for m, ratio in ratios if ratio.values and (ratio.least is not None or ratio.most is not None)
-        ]
+        return [(of, ratio) for of, ratio in ratios if (ratio.least, ratio.most) != (None, None)]
 
 
 def open_benchmarks(path: Path | str) -> Benchmarks:
@@ -182,7 +191,13 @@ def _measurement(path: Path, benchmark: _Benchmark) -> Measurement:
     try:
         measured = msgspec.convert(benchmark.extra_info, Measured)
     except msgspec.ValidationError as error:
-        raise UnreadableFile(f"cannot read `{path}`: `extra_info` of `{benchmark.name}`: {error}") from error
+        raise UnreadableFile(
+            f"cannot read `{path}`: `extra_info` of `{benchmark.name}`: {error}",
+            "pass a file of lora-probe's own benchmarks; others may use the same names for other things",
+        ) from error
+    measured = msgspec.structs.replace(measured, ratios=[ratio for ratio in measured.ratios if ratio.values])
+    if any(len(ratio.values) > MOST_ROUNDS for ratio in measured.ratios):
+        raise UnreadableFile(f"cannot read `{path}`: `{benchmark.name}` has more than {MOST_ROUNDS} rounds")
     numbers = [benchmark.stats.median, *measured.rates.values()]
     numbers += [value for ratio in measured.ratios for value in ratio.values]
     if not all(math.isfinite(number) and number >= 0 for number in numbers):

@@ -37,7 +37,7 @@ def measurement_json(measurement: Measurement) -> dict[str, Any]:
         "versions": measured.versions,
         "rates": measured.rates,
         "peak_mib": measured.peak_mib,
-        "ratios": [_ratio(ratio) for ratio in measured.ratios if ratio.values],
+        "ratios": [_ratio(ratio) for ratio in measured.ratios],
     }
 
 
@@ -51,6 +51,7 @@ def _ratio(ratio: Ratio) -> dict[str, Any]:
         "noise": ratio.noise,
         "least": ratio.least,
         "most": ratio.most,
+        "met": ratio.met,
         "missed": ratio.missed,
         "values": ratio.values,
     }

@@ -22,6 +22,7 @@ def cost_json(result: ServingCost) -> dict[str, Any]:
         "dtype": result.dtype,
         "weights_bytes": result.weights,
         "fits": result.fits,
+        "refused": result.refused or None,
         "flags": _at(result.flags, result.at, result.slot, result.arithmetic),
         "fitting": _at(result.fitting, result.needed, result.fitting_slot, result.fitting_arithmetic),
         "layers": [

@@ -18,7 +18,8 @@ from lora_probe.render.verdicts import of_benchmarks
 NOISE = "±"
 """Follows a ratio whose rounds do not show a difference."""
 ABOUT = (
-    f"Medians over the rounds, in brackets the range of the median; {NOISE}: no difference beyond the noise."
+    f"Medians over the rounds, in brackets the range of the median (up to five rounds: all); {NOISE}: no difference"
+    " beyond the noise."
     " Compare ratios between machines, not seconds."
 )
 RATES = {
@@ -119,7 +120,7 @@ def _processes(group: str, measurements: Sequence[Measurement]) -> Table:
                 _targets(measurement),
             )
         )
-    headers = ("what", "seconds", "peak MiB", "times", "as long as", "peer takes", "target")
+    headers = ("what", "seconds", "peak MiB", "ratio", "compared with", "time of peers", "target")
     return Table((group or "benchmarks").capitalize(), headers, tuple(rows), _missed(measurements), ABOUT)
 
 
@@ -146,7 +147,8 @@ def _targets(measurement: Measurement) -> str:
         of = "" if ratio.of in ("speed", "time") else f" of {ratio.of}"
         bounds = [f">= {ratio.least:g}"] if ratio.least is not None else []
         bounds += [f"<= {ratio.most:g}"] if ratio.most is not None else []
-        texts += [f"{bound}{of}{', missed' if ratio.missed else ''}" for bound in bounds]
+        state = ", missed" if ratio.missed else "" if ratio.met else ", within the noise"
+        texts += [f"{bound}{of}{state}" for bound in bounds]
     return "; ".join(texts)
 
 

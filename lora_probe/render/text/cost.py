@@ -44,7 +44,7 @@ def facts(result: ServingCost) -> tuple[tuple[str, str], ...]:
     named = {
         "adapter": f"{result.path}, rank {result.rank}",
         "base model": str(result.base.path),
-        "layers of vLLM": f"{len(result.every.names)} can have LoRA, {len(result.needed.names)} are adapted",
+        "layers of vLLM": f"{len(result.every.names)} can have LoRA, {len(result.needed.names)} need a slot",
         "slots in": result.dtype,
         "vLLM": result.vllm,
         "benchmark": "" if result.measured is None else f"{result.measured.path}, {result.measured.machine}",
@@ -65,7 +65,10 @@ def tables(result: ServingCost) -> Iterator[Table]:
         ("memory of all slots", *(size(slot * flags.max_loras) for flags, _, slot, _ in columns)),
         ("relative to the base's weights", *(_share(slot * f.max_loras, result.weights) for f, _, slot, _ in columns)),
         ("more multiplications for each token", *(f"{100 * more:.2g} %" for *_, more in columns)),
-        ("more bytes read in a step of decoding", *(_share(slot, result.weights) for _, _, slot, _ in columns)),
+        (
+            "more bytes read in a step of decoding",
+            *(_share(r, result.weights) for r in (result.read, result.fitting_read)),
+        ),
     ]
     yield Table("In vLLM", ("", "these flags", "flags that fit"), tuple(rows), about=COMPUTED)
     if result.measurements:
@@ -75,9 +78,8 @@ def tables(result: ServingCost) -> Iterator[Table]:
 
 
 def _about(result: ServingCost) -> str:
-    adapters = {(of.measured.adapter, of.measured.model) for of in result.measurements}
-    same = {adapter for adapter, _ in adapters} == {str(result.path)}
-    return "this adapter" if same else ", ".join(f"{adapter} on {model}" for adapter, model in sorted(adapters))
+    adapters = sorted({(of.measured.adapter, of.measured.model) for of in result.measurements})
+    return "this adapter" if result.of_this else ", ".join(f"{adapter} on {model}" for adapter, model in adapters)
 
 
 def _share(part: int, whole: int) -> str:
@@ -86,18 +88,24 @@ def _share(part: int, whole: int) -> str:
 
 def advice(result: ServingCost) -> Iterator[str]:
     """What was measured and what to do, the most useful first."""
-    if not result.fits:
-        yield f"vLLM refuses rank {result.rank} with --max-lora-rank {result.flags.max_lora_rank}, or drops its layers"
+    if result.refused:
+        return
+    if result.rank > result.flags.max_lora_rank:
+        yield f"vLLM refuses rank {result.rank} with --max-lora-rank {result.flags.max_lora_rank}"
+    elif not result.fits:
+        dropped = sorted({*result.needed.names} - {*result.at.names})
+        yield f"--lora-target-modules leaves out {dropped[0]}{f' and {len(dropped) - 1} more' if dropped[1:] else ''}"
+    about = "" if result.of_this else f" (with {_about(result)})"
     for of in result.measurements:
         speed = of.measured.ratio("speed")
         if of.title in (WITH_ADAPTER, MERGED) and speed is not None:
-            yield f"measured, tokens per second: {of.title} {number(speed)} of {speed.to}"
+            yield f"measured{about}, tokens per second: {of.title} {number(speed)} of {speed.to}"
     if result.fitting_slot < result.slot or not result.fits:
         saved = f": {size(result.slot - result.fitting_slot)} less for each slot" if result.fits else ""
         yield f"use {result.fitting.words}{saved}"
     yield (
-        "merged into the base, it needs no slots and no kernels, but a copy of the model for each adapter: "
-        f"{size(result.weights)} instead of {size(result.fitting_slot)}; check the merge with lora-probe parity"
+        "merged into the base it needs no slots and no kernels; each adapter then needs a copy of the model: "
+        f"{size(result.weights)} instead of {size(result.fitting_slot)}. Check the merge with lora-probe parity"
     )
-    if not result.measurements:
+    if not result.of_this:
         yield f"to measure it: {MEASURE} {command_line([str(result.path), '--model', str(result.base.path)])}"
