@@ -44,6 +44,21 @@ def test_slots_are_those_of_a_real_engine(kind: str, settings: dict[str, Any], t
     assert cost.slot * settings["max_loras"] == engine["bytes"]
 
 
+@pytest.mark.slow
+@pytest.mark.wide
+@pytest.mark.timeout(300)
+def test_the_flags_that_fit_serve_the_adapter(tmp_path: Path) -> None:
+    """In a real engine with these flags, all its modules take effect."""
+    base = write_base(tmp_path / "base")
+    adapter = write_adapter(tmp_path / "adapter", base, target_modules=["q_proj", "down_proj"])
+    fitting = lora_probe.cost(adapter, model=str(base)).fitting
+    assert fitting.targets is not None
+    options = {"dtype": "float32", "max_lora_rank": fitting.max_lora_rank, "lora_target_modules": list(fitting.targets)}
+    shared: dict[str, Any] = {"model": str(base), "prompts": ["Who are you?"], "max_tokens": 2}
+    trace = lora_probe.trace(adapter, engine="vllm", options=options, out=tmp_path / "run.lptrace", **shared)
+    assert [ledger.healthy for _, ledger in trace.loads] == [True]
+
+
 @pytest.fixture
 def adapter(llama_files: Path, tmp_path: Path) -> Path:
     return write_adapter(tmp_path / "adapter", llama_files, target_modules=["q_proj", "k_proj"])

@@ -102,7 +102,7 @@ def advice(result: ServingCost) -> Iterator[str]:
             yield f"measured{about}, tokens per second: {of.title} {number(speed)} of {speed.to}"
     if result.fitting_slot < result.slot or not result.fits:
         saved = f": {size(result.slot - result.fitting_slot)} less for each slot" if result.fits else ""
-        yield f"use {result.fitting.words}{saved}"
+        yield f"for this adapter alone, use {result.fitting.words}{saved}"
     yield (
         "merged into the base it needs no slots and no kernels; each adapter then needs a copy of the model: "
         f"{size(result.weights)} instead of {size(result.fitting_slot)}. Check the merge with lora-probe parity"
