@@ -23,7 +23,7 @@ from rounds import Results
 
 from lora_probe import inspect
 from lora_probe.errors import ProbeError
-from lora_probe.rules.lp4_serving import MAX_RANKS
+from lora_probe.rules.lp4_serving import MAX_RANKS, enough
 
 DEMO = Path(__file__).parent.parent / "examples" / "identity" / "out" / "training"
 CONTEXT = "Below are questions for an assistant."
@@ -108,7 +108,7 @@ def settings(request: pytest.FixtureRequest) -> Settings:
         tokens=options.tokens,
         rounds=options.rounds,
         rank=rank,
-        max_rank=next(size for size in MAX_RANKS if size >= rank),
+        max_rank=enough(rank),
         flags=tuple(shlex.split(options.engine_args)),
         texts=texts,
     )

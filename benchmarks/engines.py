@@ -10,11 +10,13 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from lora_probe.recording.benchmarks import Of
 
 START_SECONDS = 600
 NO_PLUGIN = ""
@@ -77,6 +79,14 @@ class Answer:
             "prefill_tokens_per_second": self.prompts / prefill,
             "decode_tokens_per_second": (self.outputs - count) / (max(self.last) - prefill),
         }
+
+
+SPEEDS: dict[Of, Callable[[Answer], float]] = {
+    "speed": lambda answer: answer.rates["output_tokens_per_second"],
+    "prefill": lambda answer: answer.rates["prefill_tokens_per_second"],
+    "decode": lambda answer: answer.rates["decode_tokens_per_second"],
+}
+"""The speeds whose ratios are taken."""
 
 
 @dataclass

@@ -14,18 +14,17 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from xml.sax.saxutils import escape
 
 from conftest import DEMO
-from engines import Answer, Engines, EngineSpec, engines
+from engines import SPEEDS, Answer, Engines, EngineSpec, engines
 from made import save_like
-from rounds import turns
+from rounds import take_turns
 
 from lora_probe import inspect
 from lora_probe.recording.benchmarks import Of, Ratio
-from lora_probe.rules.lp4_serving import MAX_RANKS
+from lora_probe.rules.lp4_serving import enough
 
 RANKS = (8, 16, 32, 64)
 PROMPTS = (8, 32, 128, 512)
@@ -62,20 +61,11 @@ class Bench:
         def answer(spec: EngineSpec, adapters: Sequence[str | None]) -> Answer:
             return self.place.get(spec).answer(prompts, TOKENS, adapters)
 
-        rounds = turns(lambda: answer(spec, adapters), lambda: answer(self.base, [None]), self.rounds)
+        rounds = take_turns(lambda: answer(spec, adapters), lambda: answer(self.base, [None]), self.rounds)
         assert rounds.runs[0].tokens != rounds.others[0].tokens, f"{axis} {at}: the adapter changed no token"
-        ratios = []
-        for part in PARTS:
-            rate = f"{part}_tokens_per_second"
-            of_rate = partial(_rate, rate)
-            values = rounds.ratios(of_rate, of_rate)
-            ratios.append(Ratio("no LoRA", values, part))
+        ratios = [Ratio("no LoRA", rounds.ratios(SPEEDS[part], SPEEDS[part]), part) for part in PARTS]
         print(f"{axis} {at}: " + ", ".join(f"{ratio.of} {ratio.median:.2f}" for ratio in ratios), flush=True)
         return Point(axis, at, tuple(ratios))
-
-
-def _rate(name: str, answer: Answer) -> float:
-    return answer.rates[name]
 
 
 def prompts_of(count: int, length: int) -> list[list[int]]:
@@ -168,7 +158,7 @@ def main(argv: list[str] | None = None) -> None:
     adapter = inspect(options.adapter)
     model = options.model or adapter.config.base_model
     rank = max(module.rank or 1 for module in adapter.modules)
-    max_rank = next(size for size in MAX_RANKS if size >= rank)
+    max_rank = enough(rank)
     spec = EngineSpec("vllm", model, options.dtype, 8, probe="absent", max_rank=max_rank)
     base = EngineSpec("vllm", model, options.dtype, 8, lora=False, probe="absent", max_rank=0, max_loras=0)
     with tempfile.TemporaryDirectory() as temporary, engines(Path(temporary) / "engines") as place:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rounds import Results, Rounds, ratio, take_turns
+from rounds import Results, Rounds, take_turns, timed_by
 
 from lora_probe.recording.benchmarks import Measured, Ratio
 
@@ -111,16 +111,19 @@ class Stopwatch:
         """Time `command` in turn with its limit. `check` receives what it printed and fails if that is not the right
         answer; `most` is the target. Each peer runs once, beside one more run of the command."""
         rounds: Rounds[Ran, Ran] = take_turns(
-            self.benchmark, lambda: run(*command, status=status), lambda: run(*limit.command), self.rounds
+            lambda: run(*command, status=status),
+            lambda: run(*limit.command),
+            self.rounds,
+            timed_by(self.benchmark),
         )
         for ran in rounds.runs:
             check(ran.printed)
         seconds = rounds.ratios(lambda ran: ran.seconds, lambda ran: ran.seconds)
-        ratios = [ratio(limit.name, "time", seconds, most=most)]
+        ratios = [Ratio(limit.name, seconds, "time", most=most)]
         for peer in peers:
             turns = [(run(*peer.command, status=peer.status), run(*command, status=status)) for _ in range(3)]
             longer = [theirs.seconds / ours.seconds for theirs, ours in turns]
-            ratios.append(ratio(peer.name, "peer", longer, least=least_of_peer))
+            ratios.append(Ratio(peer.name, longer, "peer", least=least_of_peer))
         store(self.benchmark, self.results, mode, rounds.runs, ratios, self.versions)
 
 

@@ -6,13 +6,13 @@ after each run, so a machine that becomes slower or faster meanwhile changes bot
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 import msgspec
 
-from lora_probe.recording.benchmarks import Benchmarks, Measured, Measurement, Ratio
+from lora_probe.recording.benchmarks import Benchmarks, Measured, Measurement
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -34,28 +34,28 @@ class Rounds(Generic[T, R]):
         ]
 
 
-def take_turns(benchmark: Any, run: Callable[[], T], other: Callable[[], R], rounds: int) -> Rounds[T, R]:
-    """Time `run` with pytest-benchmark, in turn with `other`. Both run once before, uncounted."""
-    runs: list[T] = []
-    others: list[R] = []
-    other()
-    run()
-    benchmark.pedantic(
-        lambda: runs.append(run()), setup=lambda: others.append(other()), rounds=rounds, iterations=1, warmup_rounds=0
-    )
-    others.append(other())
-    return Rounds(runs, others)
+Repeat = Callable[[Callable[[], None], Callable[[], None], int], object]
+"""Calls a function some times, and another one before each call."""
 
 
-def turns(run: Callable[[], T], other: Callable[[], R], rounds: int) -> Rounds[T, R]:
-    """The same without pytest-benchmark."""
-    runs: list[T] = []
-    others: list[R] = []
-    other()
-    run()
+def _plainly(target: Callable[[], None], before: Callable[[], None], rounds: int) -> None:
     for _ in range(rounds):
-        others.append(other())
-        runs.append(run())
+        before()
+        target()
+
+
+def timed_by(benchmark: Any) -> Repeat:
+    """Calls that pytest-benchmark times."""
+    return lambda target, before, rounds: benchmark.pedantic(target, setup=before, rounds=rounds, iterations=1)
+
+
+def take_turns(run: Callable[[], T], other: Callable[[], R], rounds: int, repeat: Repeat = _plainly) -> Rounds[T, R]:
+    """Run in turn with `other`. Both run once before, uncounted."""
+    runs: list[T] = []
+    others: list[R] = []
+    other()
+    run()
+    repeat(lambda: runs.append(run()), lambda: others.append(other()), rounds)
     others.append(other())
     return Rounds(runs, others)
 
@@ -75,7 +75,3 @@ class Results:
     @property
     def benchmarks(self) -> Benchmarks:
         return Benchmarks(None, tuple(self.measurements))
-
-
-def ratio(to: str, of: Any, values: Sequence[float], least: float | None = None, most: float | None = None) -> Ratio:
-    return Ratio(to, list(values), of, least, most)

@@ -17,10 +17,11 @@ import made
 import pytest
 from limits import read, write
 from processes import PROBE, Limit, Ran, Stopwatch, of_json, peer, reading, store
-from rounds import ratio, take_turns
+from rounds import take_turns, timed_by
 
 from lora_probe import open_trace
 from lora_probe.recording import TraceWriter
+from lora_probe.recording.benchmarks import Ratio
 
 pytestmark = pytest.mark.timeout(0)
 
@@ -181,8 +182,8 @@ def test_writing_a_trace(stopwatch: Stopwatch, tmp_path: Path) -> None:
 def in_turn(stopwatch: Stopwatch, mode: str, work: Callable[[], Ran], limit: tuple[str, Callable[[], object]]) -> None:
     """Time work in this process in turn with its limit."""
     name, raw = limit
-    rounds = take_turns(stopwatch.benchmark, work, lambda: timed(raw), stopwatch.rounds)
-    ratios = [ratio(name, "time", rounds.ratios(lambda ran: ran.seconds, lambda ran: ran.seconds))]
+    rounds = take_turns(work, lambda: timed(raw), stopwatch.rounds, timed_by(stopwatch.benchmark))
+    ratios = [Ratio(name, rounds.ratios(lambda ran: ran.seconds, lambda ran: ran.seconds), "time")]
     store(stopwatch.benchmark, stopwatch.results, mode, rounds.runs, ratios, stopwatch.versions)
 
 

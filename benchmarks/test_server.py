@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 from conftest import Settings
-from rounds import Results, ratio, take_turns
+from rounds import Results, take_turns, timed_by
 
-from lora_probe.recording.benchmarks import THROUGHPUT, Measured
+from lora_probe.recording.benchmarks import THROUGHPUT, Measured, Ratio
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from server import Server, serving
@@ -81,7 +81,7 @@ def test_a_server_under_load(
         assert server.load("bench", Path(settings.adapter)).ok
         answered(server, 64, next(seeds))
         count = max(2, round(request.config.option.requests / (4 * IN_A_ROUND)))
-        rounds = take_turns(benchmark, lambda: at(server, level), lambda: at(server, IDLE), count)
+        rounds = take_turns(lambda: at(server, level), lambda: at(server, IDLE), count, timed_by(benchmark))
         trace = open_trace(run)
         size = sum(file.stat().st_size for file in run.rglob("*") if file.is_file()) / 1e6
     rates = {
@@ -101,7 +101,7 @@ def test_a_server_under_load(
         dtype=settings.dtype,
         versions=versions,
         rates=rates,
-        ratios=[ratio(f"live server, {IDLE}", "speed", rounds.ratios(float, float))],
+        ratios=[Ratio(f"live server, {IDLE}", rounds.ratios(float, float))],
     )
     results.add(benchmark, facts)
     # Records of loads and the segment that is being written come on top of the bound for rows.

@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 from conftest import Settings
-from engines import Answer, Engine, Engines, EngineSpec
+from engines import SPEEDS, Answer, Engine, Engines, EngineSpec
 from made import save_like
-from rounds import Results, Rounds, ratio, take_turns
+from rounds import Results, Rounds, take_turns, timed_by
 
 from lora_probe import open_trace, parity
 from lora_probe.ledger import headline
-from lora_probe.recording.benchmarks import MERGED, THROUGHPUT, WITH_ADAPTER, Measured, middle
+from lora_probe.recording.benchmarks import MERGED, THROUGHPUT, WITH_ADAPTER, Measured, Ratio, middle
 from lora_probe.rules.lp4_serving import MAX_RANKS
 
 pytestmark = pytest.mark.timeout(0)
@@ -89,10 +89,10 @@ def compared(
             after()
             return answer
 
-        rounds = take_turns(benchmark, lambda: ask(mode), of_other, settings.rounds)
+        rounds = take_turns(lambda: ask(mode), of_other, settings.rounds, timed_by(benchmark))
         require_tokens(rounds, settings)
         ratios = [
-            ratio(other.name, of, rounds.ratios(rate, rate), least if of == "decode" else None)
+            Ratio(other.name, rounds.ratios(rate, rate), of, least if of == "decode" else None)
             for of, rate in SPEEDS.items()
         ]
         facts = Measured(
@@ -111,13 +111,6 @@ def compared(
         return rounds
 
     return measured
-
-
-SPEEDS: dict[str, Callable[[Answer], float]] = {
-    "speed": lambda answer: answer.rates["output_tokens_per_second"],
-    "prefill": lambda answer: answer.rates["prefill_tokens_per_second"],
-    "decode": lambda answer: answer.rates["decode_tokens_per_second"],
-}
 
 
 def require_tokens(rounds: Rounds[Answer, Answer], settings: Settings) -> None:

@@ -39,9 +39,9 @@ def test_slots_are_those_of_a_real_engine(kind: str, settings: dict[str, Any], t
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True)
     engine = json.loads(done.stdout.splitlines()[-1])
     cost = lora_probe.cost(adapter, model=str(base), options=settings)
-    assert sorted(cost.at.names) == engine["layers"]
-    assert not cost.at.unknown
-    assert cost.slot * settings["max_loras"] == engine["bytes"]
+    assert sorted(cost.given.slots.names) == engine["layers"]
+    assert not cost.given.slots.unknown
+    assert cost.given.slot * settings["max_loras"] == engine["bytes"]
 
 
 @pytest.mark.slow
@@ -51,7 +51,7 @@ def test_the_flags_that_fit_serve_the_adapter(tmp_path: Path) -> None:
     """In a real engine with these flags, all its modules take effect."""
     base = write_base(tmp_path / "base")
     adapter = write_adapter(tmp_path / "adapter", base, target_modules=["q_proj", "down_proj"])
-    fitting = lora_probe.cost(adapter, model=str(base)).fitting
+    fitting = lora_probe.cost(adapter, model=str(base)).fitting.flags
     assert fitting.targets is not None
     options = {"dtype": "float32", "max_lora_rank": fitting.max_lora_rank, "lora_target_modules": list(fitting.targets)}
     shared: dict[str, Any] = {"model": str(base), "prompts": ["Who are you?"], "max_tokens": 2}
@@ -141,7 +141,7 @@ def test_a_benchmark_of_another_adapter_is_named(adapter: Path, llama_files: Pat
 def test_memory_grows_with_the_slots_and_the_dtype(adapter: Path, llama_files: Path) -> None:
     def slots(**options: Any) -> int:
         cost = lora_probe.cost(adapter, model=str(llama_files), options=options)
-        return cost.slot * cost.flags.max_loras
+        return cost.given.slot * cost.given.flags.max_loras
 
     assert slots(max_loras=4) == 4 * slots()
     assert slots(dtype="float32") == 2 * slots(dtype="bfloat16") == 2 * slots()

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import struct
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ import pytest
 from conftest import call
 from safetensors import safe_open
 from test_trace_format import process, rows
+from traces import header, sparse
 
 from lora_probe.ledger import OK
 from lora_probe.recording import Load, ModuleRecord, TraceWriter
@@ -31,16 +30,15 @@ def sparse_weights(
     path: Path, tensors: dict[str, tuple[str, tuple[int, ...]]], meta: dict[str, str] | None = None
 ) -> dict[str, int]:
     """Write a safetensors file without values; where the values of each tensor would begin."""
-    header: dict[str, Any] = {} if meta is None else {"__metadata__": meta}
+    entries: dict[str, Any] = {} if meta is None else {"__metadata__": meta}
     offset = 0
     for name, (dtype, shape) in tensors.items():
         end = offset + math.prod(shape) * WIDTHS[dtype]
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
-    text = json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(text)) + text)
-    os.truncate(path, 8 + len(text) + offset)
-    return {name: 8 + len(text) + header[name]["data_offsets"][0] for name in tensors}
+    begin = header(entries)
+    sparse(len(begin) + offset, begin)(path)
+    return {name: len(begin) + entries[name]["data_offsets"][0] for name in tensors}
 
 
 WIDTHS = {"BF16": 2, "F32": 4, "I32": 4, "I8": 1}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from lora_probe.prediction import predict, subject_of, vllm
 from lora_probe.prediction.slots import Slots, slots
 from lora_probe.presented import Presented
 from lora_probe.recording.benchmarks import THROUGHPUT, Benchmarks, Measurement, open_benchmarks
-from lora_probe.rules.lp4_serving import DEFAULT_MAX_RANK, MAX_RANKS
+from lora_probe.rules.lp4_serving import DEFAULT_MAX_RANK, MAX_RANKS, enough
 from lora_probe.rules.subject import Serving, Subject
 
 AUTO = "auto"
@@ -46,14 +47,40 @@ class Flags:
         return " ".join(words)
 
 
+@dataclass(frozen=True)
+class AtFlags:
+    """vLLM's slots with some flags. `width` is the bytes of a value, `products_of_base` the multiplications for each
+    token of all layers that vLLM can adapt."""
+
+    flags: Flags
+    slots: Slots
+    width: int
+    products_of_base: int
+
+    @property
+    def slot(self) -> int:
+        """Bytes of one slot in all layers."""
+        return self.slots.values(self.flags.max_lora_rank) * self.width
+
+    @property
+    def read(self) -> int:
+        """The bytes of one slot that a step of decoding reads."""
+        return self.slots.read(self.flags.max_lora_rank) * self.width
+
+    @property
+    def arithmetic(self) -> float:
+        """The multiplications that LoRA adds for each token, relative to those of the base."""
+        return self.slots.products(self.flags.max_lora_rank) / max(self.products_of_base, 1)
+
+
 @dataclass(frozen=True, repr=False)
 class ServingCost(Presented):
     """What an adapter costs.
 
-    `rank` is the adapter's largest; `width` is the bytes of a value in a slot, of `dtype`, and `weights` the bytes of
-    the base. `every` are the slots of all layers that vLLM can adapt, `at` those with `flags`, `needed` those with
-    `fitting`, which are as small as the adapter allows. `refused` is why vLLM refuses the adapter with any flags.
-    `measured` is a benchmark of this or of another adapter.
+    `rank` is the adapter's largest, `dtype` that of the slots, and `weights` the bytes of the base. `every` are the
+    slots of all layers that vLLM can adapt; `given` is with the flags that were passed, `fitting` with those that are
+    as small as the adapter allows. `refused` is why vLLM refuses the adapter with any flags. `measured` is a benchmark
+    of this or of another adapter.
     """
 
     adapter: Adapter
@@ -61,13 +88,10 @@ class ServingCost(Presented):
     vllm: str
     rank: int
     dtype: str
-    width: int
     weights: int
-    flags: Flags
-    fitting: Flags
     every: Slots
-    at: Slots
-    needed: Slots
+    given: AtFlags
+    fitting: AtFlags
     refused: str = ""
     notes: tuple[str, ...] = ()
     measured: Benchmarks | None = None
@@ -79,38 +103,8 @@ class ServingCost(Presented):
     @property
     def fits(self) -> bool:
         """Whether the flags admit the adapter's rank, and all its layers."""
-        admitted = self.rank <= self.flags.max_lora_rank and {*self.needed.names} <= {*self.at.names}
-        return admitted and not self.refused
-
-    @property
-    def slot(self) -> int:
-        """Bytes of one slot in all layers, with the flags."""
-        return self.at.values(self.flags.max_lora_rank) * self.width
-
-    @property
-    def fitting_slot(self) -> int:
-        """The same with the flags that fit."""
-        return self.needed.values(self.fitting.max_lora_rank) * self.width
-
-    @property
-    def arithmetic(self) -> float:
-        """The multiplications that LoRA adds for each token, relative to those of the layers that vLLM can adapt."""
-        return self.at.products(self.flags.max_lora_rank) / max(self.every.products_of_base, 1)
-
-    @property
-    def fitting_arithmetic(self) -> float:
-        """The same with the flags that fit."""
-        return self.needed.products(self.fitting.max_lora_rank) / max(self.every.products_of_base, 1)
-
-    @property
-    def read(self) -> int:
-        """The bytes of one slot that a step of decoding reads, with the flags."""
-        return self.at.read(self.flags.max_lora_rank) * self.width
-
-    @property
-    def fitting_read(self) -> int:
-        """The same with the flags that fit."""
-        return self.needed.read(self.fitting.max_lora_rank) * self.width
+        admitted = {*self.fitting.slots.names} <= {*self.given.slots.names}
+        return admitted and self.rank <= self.given.flags.max_lora_rank and not self.refused
 
     @property
     def of_this(self) -> bool:
@@ -163,19 +157,17 @@ def cost(
     dtype = serving.lora_dtype if serving.lora_dtype not in (None, AUTO) else serving.dtype
     ledger = predict(subject).ledgers.get(vllm.NAME)
     shapes = [shape for shape in base.shapes.values() if shape is not None]
+    at = partial(AtFlags, width=_width(dtype), products_of_base=every.products_of_base)
     return ServingCost(
         adapter=opened,
         base=base,
         vllm=view.version,
         rank=rank,
         dtype=dtype if dtype not in (None, AUTO) else "16 bits",
-        width=_width(dtype),
         weights=sum(out * inner for out, inner in shapes) * _width(serving.dtype),
-        flags=flags,
-        fitting=Flags(next(size for size in MAX_RANKS if size >= rank), count, targets),
         every=every,
-        at=slots(view, flags.targets),
-        needed=needed,
+        given=at(flags, slots(view, flags.targets)),
+        fitting=at(Flags(enough(rank), count, targets), needed),
         refused=(ledger.message or "see `lora-probe check`") if ledger is not None and ledger.refused else "",
         notes=tuple(_notes(options, every, view, len(shapes) < len(base.shapes))),
         measured=measured,

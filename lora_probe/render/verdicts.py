@@ -138,14 +138,15 @@ def of_recording(result: Recording) -> Verdict:
 
 def of_cost(result: ServingCost) -> Verdict:
     """`12.4 MiB for each slot with --max-lora-rank 16 --max-loras 1; 1.23 MiB with --max-lora-rank 8 --max-loras 1`."""
-    fitting = f"{size(result.fitting_slot)} for each slot with {result.fitting.words}"
+    given, least = result.given, result.fitting
+    fitting = f"{size(least.slot)} for each slot with {least.flags.words}"
     if result.refused:
         return Verdict(f"vLLM refuses this adapter: {result.refused}", "bad")
     if not result.fits:
-        return Verdict(f"vLLM does not apply all of this adapter with {result.flags.words}; {fitting}", "bad")
-    if result.slot <= result.fitting_slot:
+        return Verdict(f"vLLM does not apply all of this adapter with {given.flags.words}; {fitting}", "bad")
+    if given.slot <= least.slot:
         return Verdict(fitting, "good")
-    return Verdict(f"{size(result.slot)} for each slot with {result.flags.words}; {fitting}", "open")
+    return Verdict(f"{size(given.slot)} for each slot with {given.flags.words}; {fitting}", "open")
 
 
 def of_benchmarks(result: Benchmarks) -> Verdict:

@@ -31,6 +31,11 @@ MAX_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Values that vLLM's `--max-lora-rank` accepts (`MaxLoRARanks` in vllm/config/lora.py)."""
 
 
+def enough(rank: int) -> int:
+    """The smallest `--max-lora-rank` that admits a rank of up to the largest of MAX_RANKS."""
+    return next(size for size in MAX_RANKS if size >= rank)
+
+
 @rule(
     "LP401",
     "refused-by-engine",
@@ -108,9 +113,8 @@ def needs_max_rank(subject: Subject) -> Iterator[AdapterFinding]:
     """
     config, field = _config_rank(subject)
     if subject.serving.max_lora_rank is None and DEFAULT_MAX_RANK < config <= MAX_RANKS[-1]:
-        enough = next(rank for rank in MAX_RANKS if rank >= config)
         yield AdapterFinding(
-            f"rank {config} needs `--max-lora-rank {enough}`: vLLM's default is {DEFAULT_MAX_RANK}", field=field
+            f"rank {config} needs `--max-lora-rank {enough(config)}`: vLLM's default is {DEFAULT_MAX_RANK}", field=field
         )
 
 

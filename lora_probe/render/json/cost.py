@@ -8,8 +8,7 @@ from lora_probe.render.json import SCHEMA_VERSION
 from lora_probe.render.json.benchmarks import measurement_json
 
 if TYPE_CHECKING:
-    from lora_probe.checking.cost import Flags, ServingCost
-    from lora_probe.prediction.slots import Slots
+    from lora_probe.checking.cost import AtFlags, ServingCost
 
 
 def cost_json(result: ServingCost) -> dict[str, Any]:
@@ -23,8 +22,8 @@ def cost_json(result: ServingCost) -> dict[str, Any]:
         "weights_bytes": result.weights,
         "fits": result.fits,
         "refused": result.refused or None,
-        "flags": _at(result.flags, result.at, result.slot, result.arithmetic),
-        "fitting": _at(result.fitting, result.needed, result.fitting_slot, result.fitting_arithmetic),
+        "flags": _at(result.given),
+        "fitting": _at(result.fitting),
         "layers": [
             {"layer": layer.name, "shapes": [list(shape) for shape in layer.shapes]} for layer in result.every.layers
         ],
@@ -34,13 +33,14 @@ def cost_json(result: ServingCost) -> dict[str, Any]:
     }
 
 
-def _at(flags: Flags, slots: Slots, slot: int, arithmetic: float) -> dict[str, Any]:
+def _at(at: AtFlags) -> dict[str, Any]:
+    flags = at.flags
     return {
         "max_lora_rank": flags.max_lora_rank,
         "max_loras": flags.max_loras,
         "lora_target_modules": None if flags.targets is None else list(flags.targets),
-        "layers": len(slots.names),
-        "slot_bytes": slot,
-        "slots_bytes": slot * flags.max_loras,
-        "arithmetic": arithmetic,
+        "layers": len(at.slots.names),
+        "slot_bytes": at.slot,
+        "slots_bytes": at.slot * flags.max_loras,
+        "arithmetic": at.arithmetic,
     }

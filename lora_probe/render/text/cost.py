@@ -44,7 +44,7 @@ def facts(result: ServingCost) -> tuple[tuple[str, str], ...]:
     named = {
         "adapter": f"{result.path}, rank {result.rank}",
         "base model": str(result.base.path),
-        "layers of vLLM": f"{len(result.every.names)} can have LoRA, {len(result.needed.names)} need a slot",
+        "layers of vLLM": f"{len(result.every.names)} can have LoRA, {len(result.fitting.slots.names)} need a slot",
         "slots in": result.dtype,
         "vLLM": result.vllm,
         "benchmark": "" if result.measured is None else f"{result.measured.path}, {result.measured.machine}",
@@ -54,21 +54,18 @@ def facts(result: ServingCost) -> tuple[tuple[str, str], ...]:
 
 def tables(result: ServingCost) -> Iterator[Table]:
     """The flags beside those that fit, and what was measured."""
-    columns = (
-        (result.flags, result.at, result.slot, result.arithmetic),
-        (result.fitting, result.needed, result.fitting_slot, result.fitting_arithmetic),
-    )
+    columns = result.given, result.fitting
     rows = [
-        ("flags", *(flags.words for flags, *_ in columns)),
-        ("layers with slots", *(f"{len(at.names)}" for _, at, *_ in columns)),
-        ("memory of one slot", *(size(slot) for *_, slot, _ in columns)),
-        ("memory of all slots", *(size(slot * flags.max_loras) for flags, _, slot, _ in columns)),
-        ("relative to the base's weights", *(_share(slot * f.max_loras, result.weights) for f, _, slot, _ in columns)),
-        ("more multiplications for each token", *(f"{100 * more:.2g} %" for *_, more in columns)),
+        ("flags", *(at.flags.words for at in columns)),
+        ("layers with slots", *(f"{len(at.slots.names)}" for at in columns)),
+        ("memory of one slot", *(size(at.slot) for at in columns)),
+        ("memory of all slots", *(size(at.slot * at.flags.max_loras) for at in columns)),
         (
-            "more bytes read in a step of decoding",
-            *(_share(r, result.weights) for r in (result.read, result.fitting_read)),
+            "relative to the base's weights",
+            *(_share(at.slot * at.flags.max_loras, result.weights) for at in columns),
         ),
+        ("more multiplications for each token", *(f"{100 * at.arithmetic:.2g} %" for at in columns)),
+        ("more bytes read in a step of decoding", *(_share(at.read, result.weights) for at in columns)),
     ]
     yield Table("In vLLM", ("", "these flags", "flags that fit"), tuple(rows), about=COMPUTED)
     if result.measurements:
@@ -90,22 +87,23 @@ def advice(result: ServingCost) -> Iterator[str]:
     """What was measured and what to do, the most useful first."""
     if result.refused:
         return
-    if result.rank > result.flags.max_lora_rank:
-        yield f"vLLM refuses rank {result.rank} with --max-lora-rank {result.flags.max_lora_rank}"
+    given, fitting = result.given, result.fitting
+    if result.rank > given.flags.max_lora_rank:
+        yield f"vLLM refuses rank {result.rank} with --max-lora-rank {given.flags.max_lora_rank}"
     elif not result.fits:
-        dropped = sorted({*result.needed.names} - {*result.at.names})
+        dropped = sorted({*fitting.slots.names} - {*given.slots.names})
         yield f"--lora-target-modules leaves out {dropped[0]}{f' and {len(dropped) - 1} more' if dropped[1:] else ''}"
     about = "" if result.of_this else f" (with {_about(result)})"
     for of in result.measurements:
         speed = of.measured.ratio("speed")
         if of.title in (WITH_ADAPTER, MERGED) and speed is not None:
             yield f"measured{about}, tokens per second: {of.title} {number(speed)} of {speed.to}"
-    if result.fitting_slot < result.slot or not result.fits:
-        saved = f": {size(result.slot - result.fitting_slot)} less for each slot" if result.fits else ""
-        yield f"for this adapter alone, use {result.fitting.words}{saved}"
+    if fitting.slot < given.slot or not result.fits:
+        saved = f": {size(given.slot - fitting.slot)} less for each slot" if result.fits else ""
+        yield f"for this adapter alone, use {fitting.flags.words}{saved}"
     yield (
         "merged into the base it needs no slots and no kernels; each adapter then needs a copy of the model: "
-        f"{size(result.weights)} instead of {size(result.fitting_slot)}. Check the merge with lora-probe parity"
+        f"{size(result.weights)} instead of {size(fitting.slot)}. Check the merge with lora-probe parity"
     )
     if not result.of_this:
         yield f"to measure it: {MEASURE} {command_line([str(result.path), '--model', str(result.base.path)])}"
