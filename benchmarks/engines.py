@@ -25,6 +25,11 @@ FIRST = "first.lptrace"
 """The recording of an armed engine, in its folder: at level `events`, from its start."""
 
 
+FIRST_STEPS, STEPS = 8, 32
+"""Steps that do not count and those that do, where recorded steps take turns with others. Requests are sampled in their
+first steps alone. The first number is even, so that the first step that counts is not recorded."""
+
+
 class EngineError(Exception):
     """The engine did not start, or did not answer; the message is its own."""
 
@@ -126,9 +131,20 @@ class Engine:
 
     def answer(self, prompts: Sequence[Sequence[int]], tokens: int, adapters: Sequence[str | None]) -> Answer:
         """Every prompt is answered with `tokens` tokens, by the adapter of its place in `adapters` in turn."""
-        turns = [None if path is None else (self.load(path), path) for path in adapters]
-        answer: Answer = self.call("answer", [list(ids) for ids in prompts], tokens, turns)
+        answer: Answer = self._decode("answer", prompts, tokens, adapters)
         return answer
+
+    def steps_in_turn(self, prompts: Sequence[Sequence[int]], adapters: Sequence[str | None]) -> list[float]:
+        """The same in an engine that records, which is switched off for every second step of decoding. Returns the
+        speed of each recorded step relative to the steps beside it."""
+        speeds: list[float] = self._decode("steps_in_turn", prompts, FIRST_STEPS + STEPS, adapters)
+        return speeds
+
+    def _decode(
+        self, method: str, prompts: Sequence[Sequence[int]], tokens: int, adapters: Sequence[str | None]
+    ) -> Any:
+        turns = [None if path is None else (self.load(path), path) for path in adapters]
+        return self.call(method, [list(ids) for ids in prompts], tokens, turns)
 
     def close(self) -> None:
         self.pipe.close()
@@ -240,18 +256,10 @@ class InVllm:
         self.llm.collective_rpc("lora_probe_finish")
 
     def answer(self, prompts: list[list[int]], tokens: int, turns: list[tuple[int, str] | None]) -> Answer:
-        from vllm import SamplingParams
-
         engine = self.llm.llm_engine
-        parameters = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-        ids, first, last, said = [], {}, {}, {}
+        first, last, said = {}, {}, {}
         began = time.perf_counter()
-        for number, prompt in enumerate(prompts):
-            turn = turns[number % len(turns)]
-            self._number += 1
-            ids.append(str(self._number))
-            request = None if turn is None else self._request(*turn)
-            engine.add_request(ids[-1], {"prompt_token_ids": prompt}, parameters, lora_request=request)
+        ids = self._submit(prompts, tokens, turns)
         while engine.has_unfinished_requests():
             outputs = engine.step()
             now = time.perf_counter() - began
@@ -269,6 +277,43 @@ class InVllm:
             tuple(last[name] for name in ids),
             seconds,
         )
+
+    def steps_in_turn(self, prompts: list[list[int]], tokens: int, turns: list[tuple[int, str] | None]) -> list[float]:
+        """Decode the same batch, with every second step recorded. Returns the speed of each recorded step, relative to
+        the mean of the two beside it, which are not recorded. The first steps, in which samples are compared with the
+        file, are all recorded and do not count."""
+        engine = self.llm.llm_engine
+        (runner,) = self.llm.collective_rpc(lambda worker: worker.model_runner)
+        unrecorded = type(runner).execute_model.__wrapped__.__get__(runner)
+        seconds: list[float] = []
+        self._submit(prompts, tokens, turns)
+        while engine.has_unfinished_requests():
+            began = time.perf_counter()
+            engine.step()
+            seconds.append(time.perf_counter() - began)
+            if len(seconds) < FIRST_STEPS:
+                continue
+            if len(seconds) % 2 == 0:
+                runner.execute_model = unrecorded
+            else:
+                del runner.execute_model
+        vars(runner).pop("execute_model", None)
+        recorded = range(FIRST_STEPS + 1, len(seconds) - 1, 2)
+        return [(seconds[step - 1] + seconds[step + 1]) / 2 / seconds[step] for step in recorded]
+
+    def _submit(self, prompts: list[list[int]], tokens: int, turns: list[tuple[int, str] | None]) -> list[str]:
+        """Add a request for each prompt. Returns their ids."""
+        from vllm import SamplingParams
+
+        parameters = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+        ids = []
+        for number, prompt in enumerate(prompts):
+            turn = turns[number % len(turns)]
+            self._number += 1
+            ids.append(str(self._number))
+            request = None if turn is None else self._request(*turn)
+            self.llm.llm_engine.add_request(ids[-1], {"prompt_token_ids": prompt}, parameters, lora_request=request)
+        return ids
 
     def _request(self, number: int, path: str) -> Any:
         from vllm.lora.request import LoRARequest

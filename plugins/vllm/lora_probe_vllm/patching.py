@@ -10,6 +10,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,7 @@ def _patch_steps(patches: Patches, probe_of: Find) -> None:
     """Record the steps of each runner that this vLLM has."""
 
     def execute_model(original: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(original)
         def wrapper(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
             probe = probe_of(self)
             # The V2 runner calls itself for profiling, warm-up and idle steps.

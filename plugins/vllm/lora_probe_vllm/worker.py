@@ -9,8 +9,8 @@ from __future__ import annotations
 import atexit
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,25 @@ _log = logging.getLogger("vllm.lora_probe")
 
 MOST_MB = 10_000_000
 """10 TB: a larger number is a typing error."""
+
+
+class Guard:
+    """A block of the probe's own code whose exceptions are handed to `failed`: a request must not fail because of them.
+    It is entered several times for each layer of a step, so it is not a generator."""
+
+    __slots__ = ("_failed", "_stage")
+
+    def __init__(self, stage: str, failed: Callable[[str, Exception], None]) -> None:
+        self._stage, self._failed = stage, failed
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
+        if not isinstance(error, Exception):
+            return False
+        self._failed(self._stage, error)
+        return True
 
 
 class Probe:
@@ -140,23 +159,21 @@ class Probe:
         ranks = self.worker.vllm_config.parallel_config.tensor_parallel_size
         return "shrink" if keep == "norms" and ranks > 1 else keep
 
-    @contextmanager
-    def guard(self, stage: str) -> Iterator[None]:
+    def guard(self, stage: str) -> Guard:
         """Record a failure of the probe instead of raising it into vLLM."""
+        return Guard(stage, self._failed)
+
+    def _failed(self, stage: str, error: Exception) -> None:
+        self.broken = True
+        self.steps.capture.abandon()
+        text = f"the probe failed at `{stage}` and stopped: {error!r}"
+        _log.error(text)
         try:
-            yield
-        # Any exception: the request must not fail because of it. It is recorded and shown.
-        except Exception as error:
-            self.broken = True
-            self.steps.capture.abandon()
-            text = f"the probe failed at `{stage}` and stopped: {error!r}"
-            _log.error(text)
-            try:
-                if self._writer is not None:
-                    self._writer.event("probe", text)
-            # Any exception here as well: the reason is in the log.
-            except Exception as failure:
-                _log.error("the probe could not record this either: %r", failure)
+            if self._writer is not None:
+                self._writer.event("probe", text)
+        # Any exception here as well: the reason is in the log.
+        except Exception as failure:
+            _log.error("the probe could not record this either: %r", failure)
 
     def model_loaded(self, runner: Any, seconds: float) -> None:
         """The LoRA manager was created, and the model's layers were replaced in place."""
