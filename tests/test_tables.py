@@ -14,7 +14,7 @@ from conftest import call
 from safetensors.numpy import load_file, save_file
 from test_names import BERT, LLAMA, MOE, T5, UNET, WHISPER
 
-from lora_probe.cli.main import COMMANDS
+from lora_probe.cli.main import NAMES, command_of
 from lora_probe.cli.options import _narrow
 from lora_probe.names import Universe, name_modules
 
@@ -95,14 +95,14 @@ def test_sentences_of_rules_have_room(capsys: Any, monkeypatch: pytest.MonkeyPat
     ]
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", NAMES)
 def test_examples_fit_a_narrow_terminal(command: str, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "60")
     out = call(command, "--help", capsys=capsys)[1]
     examples = re.sub("\x1b[^m]*m", "", out[out.index("examples:") :]).splitlines()[1:]
     assert max(map(len, examples)) <= 60
     joined = re.sub(r" \\\n +", " ", "\n".join(examples))
-    assert joined.splitlines() == COMMANDS[command].examples.splitlines()
+    assert joined.splitlines() == command_of(command).examples.splitlines()
 
 
 def test_a_broken_example_is_the_same_command() -> None:

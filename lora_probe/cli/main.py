@@ -11,32 +11,20 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
 from rich_argparse import RawDescriptionRichHelpFormatter
 
 from lora_probe import __version__
-from lora_probe.cli import attach, check, collect, compare, cost, env, inspect, parity, rule, show, trace
 from lora_probe.cli.completion import SHELLS, PrintCompletion
 from lora_probe.cli.ending import supervised
-from lora_probe.cli.options import Interspersed, Parser, add_command, detail_of
+from lora_probe.cli.options import Command, Interspersed, Parser, add_command, detail_of
 from lora_probe.render.console import heed_columns, set_detail
 
-COMMANDS = {
-    command.name: command
-    for command in (
-        inspect.COMMAND,
-        check.COMMAND,
-        trace.COMMAND,
-        show.COMMAND,
-        attach.COMMAND,
-        collect.COMMAND,
-        compare.COMMAND,
-        parity.COMMAND,
-        cost.COMMAND,
-        rule.COMMAND,
-        env.COMMAND,
-    )
-}
+NAMES = (
+    "inspect", "check", "trace", "show", "attach", "collect", "compare", "parity", "cost", "rule", "env",
+)  # fmt: skip
+"""The commands in the order of `--help`; each is the module of that name."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,15 +38,21 @@ def run(arguments: list[str]) -> int:
     heed_columns()
     own, flags = _split(arguments)
     options = argparse.Namespace()
-    parser_of_all(own[0] if own and own[0] in COMMANDS else None).parse_args(own, options)
+    parser_of_all(own[0] if own and own[0] in NAMES else None).parse_args(own, options)
     options.engine_args, options.own_arguments = flags, own
     set_detail(detail_of(options))
-    return COMMANDS[options.command].run(options)
+    return command_of(options.command).run(options)
+
+
+def command_of(name: str) -> Command:
+    """A command by its name. Its module is imported now."""
+    command: Command = import_module(f"lora_probe.cli.{name}").COMMAND
+    return command
 
 
 def parser_of_all(requested: str | None = None) -> argparse.ArgumentParser:
-    """The parser of all commands; if one is requested, only that one has its arguments. `command` in the parsed options
-    is the command's name."""
+    """The parser of all commands, or of the one that is requested alone: the others need not be imported. `command` in
+    the parsed options is the command's name."""
     parser = Parser(
         prog="lora-probe",
         description="Follow a LoRA adapter from its checkpoint to the tokens that an engine generates with it.",
@@ -75,8 +69,8 @@ def parser_of_all(requested: str | None = None) -> argparse.ArgumentParser:
         help=f"print the completion script for a shell: {', '.join(SHELLS)}",
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Interspersed)
-    for command in COMMANDS.values():
-        add_command(commands, command, requested in (None, command.name))
+    for name in NAMES if requested is None else (requested,):
+        add_command(commands, command_of(name))
     return parser
 
 
@@ -87,6 +81,6 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
         return arguments, []
     at = arguments.index("--")
     own, rest = arguments[:at], arguments[at + 1 :]
-    if own and own[0] in COMMANDS and COMMANDS[own[0]].engine_flags:
+    if own and own[0] in NAMES and command_of(own[0]).engine_flags:
         return own, rest
     return [*own, *(f"./{word}" if word.startswith("-") else word for word in rest)], []

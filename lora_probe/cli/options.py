@@ -92,8 +92,8 @@ class Interspersed(Parser):
             self._within = False
 
 
-def add_command(commands: Any, command: Command, whole: bool) -> None:
-    """Add a command, and if it is to be `whole` with `--format` and its own arguments."""
+def add_command(commands: Any, command: Command) -> None:
+    """Add a command with `--format` and its own arguments."""
     parser = commands.add_parser(
         command.name,
         help=command.about,
@@ -102,8 +102,6 @@ def add_command(commands: Any, command: Command, whole: bool) -> None:
         formatter_class=RawDescriptionRichHelpFormatter,
     )
     parser.set_defaults(command=command.name)
-    if not whole:
-        return
     parser.add_argument(
         "--format",
         choices=Names(command.name),

@@ -6,7 +6,6 @@ of a file with the right name and the wrong content (a Git LFS pointer, a web pa
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import reprlib
@@ -137,5 +136,8 @@ def storage_of(folder: Path) -> Path:
 
 def sha256(path: Path) -> str:
     """The digest of a whole file as hexadecimal digits."""
+    # Most commands digest no file, and their start would take longer.
+    import hashlib
+
     with opened(path) as (file, _):
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -88,11 +88,17 @@ class Measured:
     raw: Change
     change: Change
     origin: Origin
+    grid: str | None
+    """The dtype that `origin` lies on; None if it is not the base's own."""
     sample: Sample
     magnitude: Magnitude | None
     explained: bool = False
     on_rebased: bool = False
     sums: Sums = field(default_factory=Sums)
+
+    def cast(self, w: Floats) -> Floats:
+        """Values of W in the dtype in which the mode computes. Those of a file in that dtype are there already."""
+        return w if self.grid == self.mode.compute else through(w, self.mode.compute)
 
 
 @dataclass(frozen=True)
@@ -119,14 +125,14 @@ def measure(site: Site, base: Checkpoint, merged: StoredTensor, adapter: Adapter
     stored = base.tensors[site.tensor].dtype
     modes = rounding_modes(site.kind, stored, merged.dtype, header.dtype, site.magnitude is not None)
 
-    def choose(origin: Origin) -> Measured:
+    def choose(origin: Origin, grid: str | None) -> Measured:
         sample = take(origin, target, change.shape[0])
-        blank = Measured(site, merged.dtype, modes[0], tuple(modes), change, change, origin, sample, None)
+        blank = Measured(site, merged.dtype, modes[0], tuple(modes), change, change, origin, grid, sample, None)
         return _choose(blank, adapter)
 
-    measured = choose(origin)
+    measured = choose(origin, stored)
     if site.rebased is not None:
-        other = replace(choose(rebased(site, origin, change, merged.dtype)), on_rebased=True)
+        other = replace(choose(rebased(site, origin, change, merged.dtype), None), on_rebased=True)
         measured = other if _distance(other) <= _distance(measured) else measured
     sums = Sums()
     step = max(1, BLOCK // merged.matrix[1])
@@ -186,7 +192,7 @@ def thinned(measured: Measured, values: int) -> Measured:
 
 def observed_change(measured: Measured) -> Floats:
     """merged − W on the sample."""
-    return widen(measured.sample.raw, measured.stored) - through(measured.sample.w, measured.mode.compute)
+    return widen(measured.sample.raw, measured.stored) - measured.cast(measured.sample.w)
 
 
 def sampled(measured: Measured) -> Callable[[float], Raw]:
@@ -200,7 +206,7 @@ def sampled(measured: Measured) -> Callable[[float], Raw]:
 
 
 def _parts(measured: Measured) -> tuple[Floats, Floats]:
-    return through(measured.sample.w, measured.mode.compute), measured.change.product(measured.sample.rows)
+    return measured.cast(measured.sample.w), measured.change.product(measured.sample.rows)
 
 
 def _turn(measured: Measured, f: float) -> Floats | None:
@@ -248,7 +254,7 @@ def _distance(measured: Measured) -> float:
 def _add(sums: Sums, measured: Measured, target: Target, start: int, stop: int) -> None:
     """Add one block of rows to the sums."""
     mode, stored, change = measured.mode, measured.stored, measured.change
-    w = through(measured.origin(start, stop), mode.compute)
+    w = measured.cast(measured.origin(start, stop))
     rows = slice(start, stop)
     product = change.product(rows)
     factor = measured.magnitude.factor(np.arange(start, stop)) if measured.magnitude is not None else None
@@ -258,7 +264,7 @@ def _add(sums: Sums, measured: Measured, target: Target, start: int, stop: int) 
     delta = product * np.float32(change.scaling)
     delta_w = factor * (w + delta) - w if factor is not None else delta
     observed = value - w
-    at = np.nonzero(merged != wanted)
+    same = np.array_equal(merged, wanted)
     sums.count += merged.size
     sums.changed += int(np.count_nonzero(observed))
     applied = _dot(observed, delta_w)
@@ -266,9 +272,10 @@ def _add(sums: Sums, measured: Measured, target: Target, start: int, stop: int) 
     sums.applied += applied
     observed -= delta_w
     sums.residual += _dot(observed, observed)
-    if not at[0].size:
+    if same:
         sums.kept += applied
         return
+    at = np.nonzero(merged != wanted)
     replayed = widen(wanted, stored)
     sums.kept += _dot(replayed - w, delta_w)
     sums.error += _dot(value - replayed, value - replayed)
