@@ -20,7 +20,7 @@ from lora_probe.recording import Floats, Level, Placed, Rows, Served
 from lora_probe.recording.rows import TABLES, kept
 from lora_probe.recording.sketch import SKETCH, projection
 from lora_probe_vllm.experts import ExpertStandIn
-from lora_probe_vllm.measured import Column, Columns, Stacked, Step, slice_norms
+from lora_probe_vllm.measured import Column, Columns, Stacked, Step, slice_norms, without_padding
 from lora_probe_vllm.seams import Patches, expert_context, is_fully_sharded, token_slots
 from lora_probe_vllm.stand_in import HeadStandIn, ShardedStandIn, StandIn, Watched
 
@@ -238,7 +238,7 @@ class Capture:
                     step.samples |= {key: (tokens, step.samples[key][1]) for key in samples}
                 widths = watched.widths or step.widths.get(watched.number) or layer.output_slices
                 if sum(widths) == fused.shape[-1]:
-                    rows = fused.flatten(0, -2)[: len(step.rows)]
+                    rows = without_padding(fused if fused.dim() == 2 else fused.flatten(0, -2), len(step.rows))
                     step.widths[watched.number] = widths
                     step.output_norm[watched.number] = slice_norms(rows, widths)
                     if watched.partial and watched.number in step.shrink:

@@ -99,6 +99,11 @@ def norm(rows: torch.Tensor) -> torch.Tensor:
     return torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float32)
 
 
+def without_padding(rows: torch.Tensor, count: int) -> torch.Tensor:
+    """The first `count` rows. Most steps have no others, and a view of all of them takes as long as a norm."""
+    return rows if len(rows) == count else rows[:count]
+
+
 def slice_norms(rows: torch.Tensor, widths: Sequence[int]) -> torch.Tensor:
     """Norms of the chunks of a layer's output `[rows, out]`: `[rows, chunks]`. A slice has one or more chunks."""
     width, _ = _chunks(tuple(widths))
@@ -130,6 +135,8 @@ class _Arrangement:
     """The first chunk of every slice."""
     whole: bool
     """Every slice is one chunk."""
+    in_order: bool
+    """The columns are exactly the slices of the layers, in the same order."""
 
 
 class Columns:
@@ -149,7 +156,8 @@ class Columns:
         if not arrangement.whole:
             squares = np.add.reduceat(np.square(chunks, dtype=np.float64), arrangement.starts, axis=1)
             chunks = np.sqrt(squares).astype(np.float32)
-        return self._wide(len(step.rows), chunks[:, arrangement.slices], arrangement.where)
+        of_slices = chunks if arrangement.in_order else chunks[:, arrangement.slices]
+        return self._wide(len(step.rows), of_slices, arrangement.where)
 
     def of_layers(self, values: Mapping[int, Any], step: Step) -> Floats:
         """`[rows, modules]` from one value a row of every layer that ran."""
@@ -181,7 +189,8 @@ class Columns:
         arrangement = self._arrangement(step.shrink, step)
         where = arrangement.where
         shrink = torch.cat([values[:, :count] for values in step.shrink.values()])
-        shrink = shrink[torch.from_numpy(arrangement.slices).to(shrink.device)]
+        if not arrangement.in_order:
+            shrink = shrink[torch.from_numpy(arrangement.slices).to(shrink.device)]
         total = torch.zeros(shrink.shape[:2], dtype=torch.float32, device=shrink.device)
         for slot, gram in grams.items():
             of_modules = gram if len(where) == modules else gram[where]
@@ -213,12 +222,14 @@ class Columns:
         first = dict(zip(layers, accumulate(map(len, chunks), initial=0), strict=False))
         order = {layer: number for number, layer in enumerate(layers)}
         ran = [(number, column) for number, column in enumerate(self._columns) if column.layer in order]
+        slices = [first[column.layer] + column.slice for _, column in ran]
         return _Arrangement(
             where=np.array([number for number, _ in ran], np.intp),
-            slices=np.array([first[column.layer] + column.slice for _, column in ran], np.intp),
+            slices=np.array(slices, np.intp),
             layers=np.array([order[column.layer] for _, column in ran], np.intp),
             starts=np.array([0, *accumulate(of_slices[:-1])], np.intp),
             whole=max(of_slices) == 1,
+            in_order=slices == list(range(len(of_slices))),
         )
 
     def _missing(self, count: int, *shape: int) -> Floats:

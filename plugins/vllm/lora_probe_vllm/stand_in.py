@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
-from lora_probe_vllm.measured import Column, Head, Step, norm, slice_norms
+from lora_probe_vllm.measured import Column, Head, Step, norm, slice_norms, without_padding
 from lora_probe_vllm.seams import request_slots
 
 
@@ -126,8 +126,8 @@ class StandIn:
         count, layer = len(step.rows), self._watched.number
         self._capture.look_up_slots(step, self._real)
         step.widths[layer] = output_slices
-        step.x_norm[layer] = norm(x[:count])
-        step.base_norm[layer] = slice_norms(y[:count], output_slices)
+        step.x_norm[layer] = norm(without_padding(x, count))
+        step.base_norm[layer] = slice_norms(without_padding(y, count), output_slices)
         if self._capture.keeps("x"):
             bases = y[:count].split(list(output_slices), dim=-1)
             for column in self._watched.columns:
