@@ -27,7 +27,7 @@ from lora_probe.recording.segments import Segment, values
 AT_ONCE = 2**22
 """Values of a column that are in memory at the same time."""
 
-_Numbers = npt.NDArray[np.int64]
+_Numbers = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def _index(segments: Sequence[Segment]) -> _Index:
     for segment in segments:
         step("reading the rows", segment.path)
         read = {name: values(segment.weights, segment.columns[name]) for name in columns}
-        numbers = np.array([requests.setdefault(name, len(requests)) for name in segment.requests], np.int64)
+        numbers = np.array([requests.setdefault(name, len(requests)) for name in segment.requests], np.int32)
         wrong = read["request"][(read["request"] < 0) | (read["request"] >= len(numbers))]
         if wrong.size:
             raise UnreadableFile(
@@ -154,14 +154,26 @@ def _index(segments: Sequence[Segment]) -> _Index:
         read["request"] = numbers[read["request"]] if len(numbers) else read["request"]
         for name, column in read.items():
             columns[name].append(column)
-    joined = {name: np.concatenate([*parts, np.empty(0, np.int8)]) for name, parts in columns.items()}
-    request, position, load = (joined[name].astype(np.int64) for name in ("request", "position", "load"))
+    request, position, phase, load = (_joined(columns.pop(name)) for name in ("request", "position", "phase", "load"))
     # A stable sort: of equal rows the last one in the trace is the last one here.
     order = np.lexsort((position, load, request))
     counted = np.zeros(len(request), np.bool_)
-    changes = [np.diff(column[order]) != 0 for column in (request, load, position)]
-    counted[order] = np.append(np.logical_or.reduce(changes), True)[: len(order)]
-    return _Index(tuple(requests), request, position, joined["phase"] == DECODE, load, counted)
+    counted[order] = np.append(_changes(order, request, load, position), True)[: len(order)]
+    return _Index(tuple(requests), request, position, phase == DECODE, load, counted)
+
+
+def _joined(parts: list[npt.NDArray[Any]]) -> npt.NDArray[Any]:
+    """One column of all segments, in their dtype: a trace has millions of rows."""
+    return np.concatenate(parts) if parts else np.empty(0, np.int32)
+
+
+def _changes(order: npt.NDArray[np.intp], *columns: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    """Whether two neighbours in this order differ in any of the columns."""
+    changes = np.zeros(max(len(order) - 1, 0), np.bool_)
+    for column in columns:
+        ordered = column[order]
+        changes |= ordered[1:] != ordered[:-1]
+    return changes
 
 
 def _contributions(
@@ -218,7 +230,7 @@ def _requests(trace: Trace, index: _Index, served: Mapping[str, Served]) -> Iter
     order = np.lexsort((index.position, index.request))
     request, position, decode = index.request[order], index.position[order], index.decode[order]
     count = len(index.requests)
-    distinct = np.append(True, (np.diff(request) != 0) | (np.diff(position) != 0))[: len(order)]
+    distinct = np.append(True, _changes(order, index.request, index.position))[: len(order)]
     every, rows, decoded = (
         np.bincount(request[chosen], minlength=count).tolist() for chosen in (slice(None), distinct, distinct & decode)
     )
@@ -226,7 +238,9 @@ def _requests(trace: Trace, index: _Index, served: Mapping[str, Served]) -> Iter
     prompt_ends = _extent(request[~decode], position[~decode], count)[1]
     answers_begin = _extent(request[decode], position[decode], count)[0]
     loads: dict[int, list[int]] = {}
-    for number, load in np.unique(np.stack([index.request, index.load]), axis=1).T.tolist():
+    by_load = np.lexsort((index.load, index.request))
+    firsts = by_load[np.append(True, _changes(by_load, index.request, index.load))[: len(order)]]
+    for number, load in zip(index.request[firsts].tolist(), index.load[firsts].tolist(), strict=True):
         loads.setdefault(number, []).append(load)
     prompts = {record.id: len(record.prompt_ids) for record in trace.requests}
     caching = _has_prefix_cache(trace) and not trace.dropped.rows
