@@ -281,8 +281,10 @@ class InVllm:
     def steps_in_turn(self, prompts: list[list[int]], tokens: int, turns: list[tuple[int, str] | None]) -> list[float]:
         """Decode the same batch, with every second step recorded. Returns the speed of each recorded step, relative to
         the mean of the two beside it, which are not recorded. The first steps, in which samples are compared with the
-        file, are all recorded and do not count."""
+        file, are all recorded and do not count. Nothing if workers are processes of their own: they have no switch."""
         engine = self.llm.llm_engine
+        if engine.vllm_config.parallel_config.world_size > 1:
+            return []
         (runner,) = self.llm.collective_rpc(lambda worker: worker.model_runner)
         unrecorded = type(runner).execute_model.__wrapped__.__get__(runner)
         seconds: list[float] = []
