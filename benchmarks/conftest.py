@@ -1,7 +1,7 @@
 """Options, and the tables at the end. Only ratios can be compared between machines.
 
 pytest benchmarks/ --benchmark-only --adapter CKPT --model BASE
-pytest benchmarks/test_throughput.py --benchmark-only --adapter CKPT --engine-args "--max-num-seqs 16"
+pytest benchmarks/test_throughput.py --benchmark-only --adapter CKPT --engine-args="--max-num-seqs 16"
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--batch", type=int, default=4, help="requests at a time; default: 4")
     group.addoption("--tokens", type=int, default=8, help="tokens in each answer; default: 8")
     group.addoption("--rounds", type=int, default=5, help="rounds of each comparison; default: 5")
-    group.addoption("--engine-args", default="", help='vLLM engine flags: "--max-num-seqs 16"')
+    group.addoption("--engine-args", default="", help='vLLM engine flags, after "=": --engine-args="--max-num-seqs 16"')
     group.addoption("--peers", type=Path, help="a Python environment with adaptersentry and deltalint")
     group.addoption("--requests", type=int, default=0, help="requests to a live server; default: it is not measured")
 
