@@ -281,25 +281,24 @@ class InVllm:
     def steps_in_turn(self, prompts: list[list[int]], tokens: int, turns: list[tuple[int, str] | None]) -> list[float]:
         """Decode the same batch, with every second step recorded. Returns the speed of each recorded step, relative to
         the mean of the two beside it, which are not recorded. The first steps, in which samples are compared with the
-        file, are all recorded and do not count. Nothing if workers are processes of their own: they have no switch."""
+        file, are all recorded and do not count. Workers that are processes of their own have no switch: they record
+        all steps, and nothing is returned."""
+        from lora_probe_vllm.seams import Patches
+
         engine = self.llm.llm_engine
         if engine.vllm_config.parallel_config.world_size > 1:
+            self.answer(prompts, tokens, turns)
             return []
         (runner,) = self.llm.collective_rpc(lambda worker: worker.model_runner)
-        unrecorded = type(runner).execute_model.__wrapped__.__get__(runner)
         seconds: list[float] = []
         self._submit(prompts, tokens, turns)
         while engine.has_unfinished_requests():
-            began = time.perf_counter()
-            engine.step()
-            seconds.append(time.perf_counter() - began)
-            if len(seconds) < FIRST_STEPS:
-                continue
-            if len(seconds) % 2 == 0:
-                runner.execute_model = unrecorded
-            else:
-                del runner.execute_model
-        vars(runner).pop("execute_model", None)
+            with Patches() as patches:
+                if len(seconds) >= FIRST_STEPS and len(seconds) % 2 == 0:
+                    patches.wrap(runner, "execute_model", lambda recording: recording.__wrapped__.__get__(runner))
+                began = time.perf_counter()
+                engine.step()
+                seconds.append(time.perf_counter() - began)
         recorded = range(FIRST_STEPS + 1, len(seconds) - 1, 2)
         return [(seconds[step - 1] + seconds[step + 1]) / 2 / seconds[step] for step in recorded]
 

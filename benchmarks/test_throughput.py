@@ -14,12 +14,13 @@ from typing import Any
 
 import pytest
 from conftest import Settings
-from engines import SPEEDS, Answer, Engine, Engines, EngineSpec
+from engines import SPEEDS, STEPS, Answer, Engine, Engines, EngineSpec
 from made import save_like
 from rounds import Results, Rounds, take_turns, timed_by
 
 from lora_probe import open_trace, parity
 from lora_probe.ledger import headline
+from lora_probe.recording import DECODE
 from lora_probe.recording.benchmarks import MERGED, THROUGHPUT, WITH_ADAPTER, Measured, Ratio, middle
 from lora_probe.rules.lp4_serving import MAX_RANKS
 
@@ -134,6 +135,14 @@ def require_applied(folder: Path, *adapters: str | None) -> None:
     assert not trace.request_findings
 
 
+def require_turns(folder: Path, requests: int) -> None:
+    """A recording has about half of the steps of these requests that count, and not all of them."""
+    rows = open_trace(folder).rows
+    assert rows is not None
+    decoded = int((rows.phase == DECODE).sum())
+    assert requests * STEPS // 2 <= decoded < requests * STEPS, f"{decoded} rows of {requests} requests were recorded"
+
+
 Judge = Callable[[Mode], None]
 
 
@@ -188,11 +197,14 @@ class Switch:
         self._on = False
 
     def steps_in_turn(self) -> list[float]:
-        """Ratios of single steps of decoding, recorded and not: much closer together than those of whole turns."""
-        self.off()
-        self.on()
+        """Ratios of single steps of decoding, recorded and not: much closer together than those of whole turns. They
+        go into the recording that is on, which ends."""
         runs = [self._engine.steps_in_turn(self._prompts, [self._adapter]) for _ in range(self._rounds)]
-        return [ratio for run in runs for ratio in run]
+        self.off()
+        ratios = [ratio for run in runs for ratio in run]
+        if ratios:
+            require_turns(self.recorded[-1], len(self._prompts) * self._rounds)
+        return ratios
 
 
 @pytest.fixture(scope="module")
@@ -261,8 +273,7 @@ def test_recording(
         mode, off = replace(armed, name=f"recording {keep}"), replace(armed, name="the same engine, idle")
         rounds = compared(mode, off, least, before=switch.off, after=switch.on, decode=switch.steps_in_turn)
     assert rounds.runs[0].tokens == rounds.others[0].tokens, "the probe changed tokens"
-    # The last one was begun after the last turn.
-    for folder in switch.recorded[:-1]:
+    for folder in switch.recorded:
         require_applied(folder, settings.adapter)
         trace = open_trace(folder)
         assert trace.rows is not None

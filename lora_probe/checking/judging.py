@@ -63,12 +63,12 @@ def judged(
         yield from (item for item in _judge(folders, check, page, progress) if not isinstance(item, _Begun))
         return
     count = processors() if len(folders) >= MANY else 1
+    work = partial(_hand_over, check=check, page=page, alone=count == 1)
     with ExitStack() as stack:
         turns = [
             # Each process starts when its first result is asked for: by then the first one has described the base.
             stack.enter_context(closing(_in_one_process(folders[number::count], work, budget, progress)))
             for number in range(count)
-            for work in [partial(_hand_over, check=check, page=page, alone=count == 1)]
         ]
         for number in range(len(folders)):
             yield next(turns[number % count])

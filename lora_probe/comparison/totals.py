@@ -80,7 +80,8 @@ class Totals:
 
 @dataclass(frozen=True)
 class _Index:
-    """All rows, without their measurements. `counted` is False for rows that were computed again later."""
+    """All rows, without their measurements. `counted` is False for rows that were computed again later; `loads` are
+    those that each request ran with."""
 
     requests: tuple[str, ...]
     request: _Numbers
@@ -88,6 +89,7 @@ class _Index:
     decode: npt.NDArray[np.bool_]
     load: _Numbers
     counted: npt.NDArray[np.bool_]
+    loads: Mapping[int, list[int]]
 
 
 @dataclass
@@ -158,8 +160,13 @@ def _index(segments: Sequence[Segment]) -> _Index:
     # A stable sort: of equal rows the last one in the trace is the last one here.
     order = np.lexsort((position, load, request))
     counted = np.zeros(len(request), np.bool_)
-    counted[order] = np.append(_changes(order, request, load, position), True)[: len(order)]
-    return _Index(tuple(requests), request, position, phase == DECODE, load, counted)
+    # The last of each group is before the first of the next one.
+    counted[order] = np.roll(_begins(order, request, load, position), -1)
+    loads: dict[int, list[int]] = {}
+    firsts = order[_begins(order, request, load)]
+    for number, of_request in zip(request[firsts].tolist(), load[firsts].tolist(), strict=True):
+        loads.setdefault(number, []).append(of_request)
+    return _Index(tuple(requests), request, position, phase == DECODE, load, counted, loads)
 
 
 def _joined(parts: list[npt.NDArray[Any]]) -> npt.NDArray[Any]:
@@ -167,13 +174,14 @@ def _joined(parts: list[npt.NDArray[Any]]) -> npt.NDArray[Any]:
     return np.concatenate(parts) if parts else np.empty(0, np.int32)
 
 
-def _changes(order: npt.NDArray[np.intp], *columns: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
-    """Whether two neighbours in this order differ in any of the columns."""
-    changes = np.zeros(max(len(order) - 1, 0), np.bool_)
+def _begins(order: npt.NDArray[np.intp], *columns: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    """Whether a row differs in any of the columns from the one before it in this order. The first row does."""
+    begins = np.zeros(len(order), np.bool_)
+    begins[:1] = True
     for column in columns:
         ordered = column[order]
-        changes |= ordered[1:] != ordered[:-1]
-    return changes
+        begins[1:] |= ordered[1:] != ordered[:-1]
+    return begins
 
 
 def _contributions(
@@ -230,18 +238,13 @@ def _requests(trace: Trace, index: _Index, served: Mapping[str, Served]) -> Iter
     order = np.lexsort((index.position, index.request))
     request, position, decode = index.request[order], index.position[order], index.decode[order]
     count = len(index.requests)
-    distinct = np.append(True, _changes(order, index.request, index.position))[: len(order)]
+    distinct = _begins(order, index.request, index.position)
     every, rows, decoded = (
         np.bincount(request[chosen], minlength=count).tolist() for chosen in (slice(None), distinct, distinct & decode)
     )
     first, last = _extent(request, position, count)
     prompt_ends = _extent(request[~decode], position[~decode], count)[1]
     answers_begin = _extent(request[decode], position[decode], count)[0]
-    loads: dict[int, list[int]] = {}
-    by_load = np.lexsort((index.load, index.request))
-    firsts = by_load[np.append(True, _changes(by_load, index.request, index.load))[: len(order)]]
-    for number, load in zip(index.request[firsts].tolist(), index.load[firsts].tolist(), strict=True):
-        loads.setdefault(number, []).append(load)
     prompts = {record.id: len(record.prompt_ids) for record in trace.requests}
     caching = _has_prefix_cache(trace) and not trace.dropped.rows
     for number, name in enumerate(index.requests):
@@ -253,7 +256,7 @@ def _requests(trace: Trace, index: _Index, served: Mapping[str, Served]) -> Iter
         answer = facts.prompt if facts is not None else answers_begin[number] if adjacent else None
         yield RequestRows(
             id=name,
-            loads=tuple(loads[number]),
+            loads=tuple(index.loads[number]),
             rows=rows[number],
             first=first[number],
             last=last[number],

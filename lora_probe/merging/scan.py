@@ -264,7 +264,6 @@ def _add(sums: Sums, measured: Measured, target: Target, start: int, stop: int) 
     delta = product * np.float32(change.scaling)
     delta_w = factor * (w + delta) - w if factor is not None else delta
     observed = value - w
-    same = np.array_equal(merged, wanted)
     sums.count += merged.size
     sums.changed += int(np.count_nonzero(observed))
     applied = _dot(observed, delta_w)
@@ -272,7 +271,7 @@ def _add(sums: Sums, measured: Measured, target: Target, start: int, stop: int) 
     sums.applied += applied
     observed -= delta_w
     sums.residual += _dot(observed, observed)
-    if same:
+    if np.array_equal(merged, wanted):
         sums.kept += applied
         return
     at = np.nonzero(merged != wanted)
